@@ -1,0 +1,3 @@
+#include "providers/builtin.h"
+
+const opd_module *const builtin_modules[] = {&native_module, &cpu_module, NULL};

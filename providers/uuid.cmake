@@ -1,0 +1,27 @@
+# opd_uuid(target name source...): a header uuid/<name>.h for the target, with OPD_UUID_<name> "<SHA-256 over the sources, in
+# order>", made again whenever one of them changes. It is how a result says which text its kernel was built from.
+if(CMAKE_SCRIPT_MODE_FILE)
+  set(all "")
+  foreach(source ${SOURCES})
+    file(READ ${source} text HEX)
+    string(APPEND all "${text}")
+  endforeach()
+  # Over the hex text of all bytes: cmake has no binary strings.
+  string(SHA256 digest "${all}")
+  file(WRITE ${OUT} "#define OPD_UUID_${NAME} \"${digest}\"\n")
+  return()
+endif()
+
+set(OPD_UUID_SCRIPT ${CMAKE_CURRENT_LIST_FILE})
+function(opd_uuid target name)
+  set(sources "")
+  foreach(source ${ARGN})
+    list(APPEND sources ${CMAKE_CURRENT_SOURCE_DIR}/${source})
+  endforeach()
+  set(out ${CMAKE_CURRENT_BINARY_DIR}/uuid/${name}.h)
+  add_custom_command(OUTPUT ${out}
+    COMMAND ${CMAKE_COMMAND} "-DSOURCES=${sources}" -DNAME=${name} -DOUT=${out} -P ${OPD_UUID_SCRIPT}
+    DEPENDS ${sources} ${OPD_UUID_SCRIPT} VERBATIM)
+  target_sources(${target} PRIVATE ${out})
+  target_include_directories(${target} PRIVATE ${CMAKE_CURRENT_BINARY_DIR})
+endfunction()
