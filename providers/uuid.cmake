@@ -1,13 +1,8 @@
 # opd_uuid(target name source...): a header uuid/<name>.h for the target, with OPD_UUID_<name> "<SHA-256 over the sources, in
-# order>", made again whenever one of them changes. It is how a result says which text its kernel was built from.
+# order>" (what `cat source... | sha256sum` prints), made again whenever one of them changes. It is how a result says which text its kernel was built from.
 if(CMAKE_SCRIPT_MODE_FILE)
-  set(all "")
-  foreach(source ${SOURCES})
-    file(READ ${source} text HEX)
-    string(APPEND all "${text}")
-  endforeach()
-  # Over the hex text of all bytes: cmake has no binary strings.
-  string(SHA256 digest "${all}")
+  execute_process(COMMAND cat ${SOURCES} COMMAND sha256sum OUTPUT_VARIABLE digest COMMAND_ERROR_IS_FATAL ANY)
+  string(SUBSTRING "${digest}" 0 64 digest)
   file(WRITE ${OUT} "#define OPD_UUID_${NAME} \"${digest}\"\n")
   return()
 endif()
