@@ -316,6 +316,16 @@ struct kernel_line kernel_row(const opd_tensor *tensor, uint64_t row)
 	return kernel_line(tensor, tensor->rank == 0 ? 0 : tensor->rank - 1, row);
 }
 
+struct kernel_line kernel_flat(const opd_tensor *tensor)
+{
+	return (struct kernel_line){
+		.dtype = tensor->dtype,
+		.data = opd_tensor_data(tensor),
+		.stride = 1,
+		.extent = (int64_t)tensor->elements,
+	};
+}
+
 void *kernel_element(const opd_tensor *tensor, uint64_t index)
 {
 	if (opd_tensor_contiguous(tensor))

@@ -171,6 +171,9 @@ static inline void *kernel_line_at(const struct kernel_line *line, int64_t i)
 	return (unsigned char *)line->data + i * line->stride * (int64_t)opd_dtype_bytes(line->dtype);
 }
 
+/* All elements of a contiguous tensor (a result) as one line. */
+struct kernel_line kernel_flat(const opd_tensor *tensor);
+
 /* Address of the element with row-major number `index`, whatever the strides. */
 void *kernel_element(const opd_tensor *tensor, uint64_t index);
 
