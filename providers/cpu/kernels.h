@@ -37,7 +37,7 @@ typedef void (*cpu_softmax_fn)(const void *x, void *y, size_t count);
 
 /* linear adds products in blocks of so many k: inside a block in VEC_LANES chains, the blocks' sums one after another. That order is
  * the same on every way through linear.c. */
-#define CPU_LINEAR_BLOCK 512
+#define CPU_LINEAR_BLOCK 1024
 
 /* sums[n] = x [k] · row n of weight, for n < columns; stride in elements between rows of weight. */
 typedef void (*cpu_linear_dots_fn)(const void *x, const void *weight, int64_t stride, size_t k, size_t columns, float *sums);

@@ -20,8 +20,8 @@ VEC_INLINE float softmax_highest(opd_dtype dtype, const void *x, size_t count)
 	return vec_highest(vec_max(chains[0], chains[1]));
 }
 
-/* Σ e^(x − highest); f32 rows keep each e in y. */
-VEC_INLINE float softmax_sum(opd_dtype dtype, const void *x, void *y, size_t count, float highest)
+/* Σ e^(x − highest); each e also goes to `kept` [count], if there is one. */
+VEC_INLINE float softmax_sum(opd_dtype dtype, const void *x, float *kept, size_t count, float highest)
 {
 	vec_f32 chains[2] = {vec_splat(0.0f), vec_splat(0.0f)};
 	vec_f32 shift = vec_splat(highest);
@@ -29,8 +29,8 @@ VEC_INLINE float softmax_sum(opd_dtype dtype, const void *x, void *y, size_t cou
 	for (; i + 2 * VEC_LANES <= count; i += 2 * VEC_LANES) {
 		for (size_t c = 0; c < 2; c++) {
 			vec_f32 e = vec_exp(vec_load(dtype, x, i + c * VEC_LANES) - shift);
-			if (dtype == OPD_f32)
-				vec_store(dtype, y, i + c * VEC_LANES, e);
+			if (kept != NULL)
+				vec_store(OPD_f32, kept, i + c * VEC_LANES, e);
 			chains[c] = chains[c] + e;
 		}
 	}
@@ -38,47 +38,61 @@ VEC_INLINE float softmax_sum(opd_dtype dtype, const void *x, void *y, size_t cou
 		size_t here = count - i < VEC_LANES ? count - i : VEC_LANES;
 		/* Lanes past the end are −infinity, and add nothing. Only a row of −infinity makes them NaN, as all of it. */
 		vec_f32 e = vec_exp(vec_load_part(dtype, x, i, here, -INFINITY) - shift);
-		if (dtype == OPD_f32)
-			vec_store_part(dtype, y, i, here, e);
+		if (kept != NULL)
+			vec_store_part(OPD_f32, kept, i, here, e);
 		chains[0] = chains[0] + e;
 	}
 	return vec_sum(chains[0] + chains[1]);
 }
 
-VEC_INLINE vec_f32 softmax_value(opd_dtype dtype, vec_f32 v, vec_f32 shift, vec_f32 scale)
+VEC_INLINE void softmax_scale_kept(opd_dtype dtype, const float *kept, void *y, size_t count, vec_f32 scale)
 {
-	return (dtype == OPD_f32 ? v : vec_exp(v - shift)) * scale;
-}
-
-/* A second e^x costs 16-bit rows less than a rounding in between or a buffer would. */
-VEC_INLINE void softmax_row(opd_dtype dtype, const void *x, void *y, size_t count)
-{
-	float highest = softmax_highest(dtype, x, count);
-	vec_f32 scale = vec_splat(1.0f / softmax_sum(dtype, x, y, count, highest));
-	vec_f32 shift = vec_splat(highest);
-	const void *source = dtype == OPD_f32 ? y : x;
 	size_t i = 0;
 	for (; i + VEC_LANES <= count; i += VEC_LANES)
-		vec_store(dtype, y, i, softmax_value(dtype, vec_load(dtype, source, i), shift, scale));
-	if (i < count) {
-		vec_f32 v = vec_load_part(dtype, source, i, count - i, 0.0f);
-		vec_store_part(dtype, y, i, count - i, softmax_value(dtype, v, shift, scale));
-	}
+		vec_store(dtype, y, i, vec_load(OPD_f32, kept, i) * scale);
+	if (i < count)
+		vec_store_part(dtype, y, i, count - i, vec_load_part(OPD_f32, kept, i, count - i, 0.0f) * scale);
+}
+
+VEC_INLINE void softmax_scale_again(opd_dtype dtype, const void *x, void *y, size_t count, vec_f32 shift, vec_f32 scale)
+{
+	size_t i = 0;
+	for (; i + VEC_LANES <= count; i += VEC_LANES)
+		vec_store(dtype, y, i, vec_exp(vec_load(dtype, x, i) - shift) * scale);
+	if (i < count)
+		vec_store_part(dtype, y, i, count - i, vec_exp(vec_load_part(dtype, x, i, count - i, 0.0f) - shift) * scale);
 }
 
 static void softmax_f32(const void *x, void *y, size_t count)
 {
-	softmax_row(OPD_f32, x, y, count);
+	float highest = softmax_highest(OPD_f32, x, count);
+	vec_f32 scale = vec_splat(1.0f / softmax_sum(OPD_f32, x, y, count, highest));
+	softmax_scale_kept(OPD_f32, y, y, count, scale);
+}
+
+/* 16-bit results have no room for each e. A first-level cache has, for rows of usual length; longer rows compute it twice, to the same
+ * bits. */
+#define KEPT 4096
+
+VEC_INLINE void softmax_16(opd_dtype dtype, const void *x, void *y, size_t count)
+{
+	float kept[KEPT];
+	float highest = softmax_highest(dtype, x, count);
+	if (count <= KEPT)
+		softmax_scale_kept(dtype, kept, y, count, vec_splat(1.0f / softmax_sum(dtype, x, kept, count, highest)));
+	else
+		softmax_scale_again(dtype, x, y, count, vec_splat(highest),
+		                    vec_splat(1.0f / softmax_sum(dtype, x, NULL, count, highest)));
 }
 
 static void softmax_bf16(const void *x, void *y, size_t count)
 {
-	softmax_row(OPD_bf16, x, y, count);
+	softmax_16(OPD_bf16, x, y, count);
 }
 
 static void softmax_f16(const void *x, void *y, size_t count)
 {
-	softmax_row(OPD_f16, x, y, count);
+	softmax_16(OPD_f16, x, y, count);
 }
 
 const struct cpu_softmax_kernels CPU_SYMBOL(cpu_softmax) = {

@@ -23,6 +23,9 @@
 #else
 #define VEC_PORTABLE 1
 #define VEC_LANES 4
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 #endif
 
 #define VEC_INLINE static inline __attribute__((always_inline, unused))

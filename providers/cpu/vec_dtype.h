@@ -30,6 +30,13 @@ VEC_INLINE vec_u16 vec_narrow(vec_u32 words)
 #elif defined(VEC_AVX2)
 	__m256i packed = _mm256_packus_epi32((__m256i)words, (__m256i)words);
 	return (vec_u16)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+#elif defined(__SSE2__)
+	/* SSE2 packs with signed saturation only: sign-extended halves pass through it unchanged. */
+	__m128i halves = _mm_srai_epi32(_mm_slli_epi32((__m128i)words, 16), 16);
+	__m128i packed = _mm_packs_epi32(halves, halves);
+	vec_u16 low;
+	memcpy(&low, &packed, sizeof low);
+	return low;
 #else
 	return __builtin_convertvector(words, vec_u16);
 #endif
@@ -40,16 +47,16 @@ VEC_INLINE vec_f32 vec_from_bf16(vec_u16 bits)
 	return (vec_f32)(vec_widen(bits) << 16);
 }
 
-/* The result's bits in the low half of each lane. */
+/* The result's bits in the high half of each lane; the low half is rubbish. */
 VEC_INLINE vec_u32 vec_round_bf16(vec_f32 v)
 {
 	vec_u32 bits = (vec_u32)v;
-	vec_u32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+	vec_u32 rounded = bits + 0x7fff + ((bits >> 16) & 1);
 #if defined(VEC_AVX512)
 	__mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-	return (vec_u32)_mm512_mask_mov_epi32((__m512i)rounded, nan, _mm512_set1_epi32(0x7fc0));
+	return (vec_u32)_mm512_mask_mov_epi32((__m512i)rounded, nan, _mm512_set1_epi32(0x7fc00000));
 #else
-	return vec_select((vec_u32)(v != v), vec_splat_u32(0x7fc0), rounded);
+	return vec_select((vec_u32)(v != v), vec_splat_u32(0x7fc00000), rounded);
 #endif
 }
 
@@ -95,7 +102,7 @@ VEC_INLINE vec_f32 vec_from_16(opd_dtype dtype, vec_u16 bits)
 
 VEC_INLINE vec_u16 vec_to_16(opd_dtype dtype, vec_f32 v)
 {
-	return dtype == OPD_bf16 ? vec_narrow(vec_round_bf16(v)) : vec_to_f16(v);
+	return dtype == OPD_bf16 ? vec_narrow(vec_round_bf16(v) >> 16) : vec_to_f16(v);
 }
 
 /* Elements [at, at + VEC_LANES) of `memory`. */
@@ -180,7 +187,7 @@ VEC_INLINE vec_f32 vec_rounded(opd_dtype dtype, vec_f32 v)
 	if (dtype == OPD_f32)
 		return v;
 	if (dtype == OPD_bf16)
-		return (vec_f32)(vec_round_bf16(v) << 16);
+		return (vec_f32)(vec_round_bf16(v) & 0xffff0000u);
 	return vec_from_f16(vec_to_f16(v));
 }
 
