@@ -404,7 +404,8 @@ double kernel_round(opd_dtype dtype, double value)
 
 /* ---- Views ------------------------------------------------------------------------------------------------------------- */
 
-/* Puts a dimension in front of those that `view` has (they are kept from the last on, in reverse), or merges it into the first. */
+/* Puts a dimension in front of those that `view` has (they are kept from the last on, in reverse), or merges it into the
+ * first. */
 static void view_push(struct kernel_view *view, int64_t extent, int64_t stride)
 {
 	if (extent == 1)
@@ -436,10 +437,8 @@ struct kernel_view kernel_view(const opd_tensor *tensor, uint32_t rank, const in
 struct kernel_view kernel_view_half(const opd_tensor *tensor, int64_t first)
 {
 	uint32_t last = tensor->rank - 1;
-	struct kernel_view view = {
-		.dtype = tensor->dtype,
-		.data = (unsigned char *)opd_tensor_data(tensor) + first * tensor->strides[last] * (int64_t)opd_dtype_bytes(tensor->dtype),
-	};
+	int64_t offset_bytes = first * tensor->strides[last] * (int64_t)opd_dtype_bytes(tensor->dtype);
+	struct kernel_view view = {.dtype = tensor->dtype, .data = (unsigned char *)opd_tensor_data(tensor) + offset_bytes};
 	view_push(&view, tensor->shape[last] / 2, tensor->strides[last]);
 	for (uint32_t i = last; i-- > 0;)
 		view_push(&view, tensor->shape[i], tensor->strides[i]);
