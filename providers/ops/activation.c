@@ -1,7 +1,7 @@
 /* silu_and_mul, mul_and_silu, gelu_and_mul, gelu_and_mul_sparse, silu, gelu, relu, relu2, sigmoid.
  *
- * Functions are evaluated in double and rounded once: the value that f32 arithmetic approximates. Where f32 arithmetic makes an infinity
- * or NaN out of a limit (gelu and silu of −infinity are NaN) so does the same formula in double. */
+ * Functions are evaluated in double and rounded once: the value that f32 arithmetic approximates. Where f32 arithmetic makes an
+ * infinity or NaN out of a limit (gelu and silu of −infinity are NaN) so does the same formula in double. */
 #include "providers/ops/kernel.h"
 #include "providers/ops/ops.h"
 #include "uuid/native_activation.h"
@@ -52,8 +52,8 @@ enum activation_form {
 struct activation {
 	enum activation_form form;
 	activation_fn function;
-	activation_fn tanh_form;   /* for approximate="tanh"; NULL: the op has no such parameter */
-	uint32_t approximate;      /* its number */
+	activation_fn tanh_form; /* for approximate="tanh"; NULL: the op has no such parameter */
+	uint32_t approximate;    /* its number */
 };
 
 static activation_fn activation_function(const struct activation *activation, const opd_call *call)
@@ -145,13 +145,13 @@ static opd_status activation_run(const opd_impl *impl, void *state, const opd_ca
 	}
 	struct kernel_job job = {.impl = impl, .call = call, .exec = exec, .context = &context};
 	uint64_t chunks = (call->outputs[0]->elements + KERNEL_CHUNK - 1) / KERNEL_CHUNK;
-	return kernel_for(&job, chunks, KERNEL_CHUNK * 30, activation_chunk, error);
+	return kernel_for(&job, chunks, KERNEL_CHUNK * 16, activation_chunk, error);
 }
 
 static uint64_t activation_cost(const opd_impl *impl, const opd_call *call)
 {
 	(void)impl;
-	return kernel_cost_pass(call, 15);
+	return kernel_cost_pass(call, 8);
 }
 
 /* ---- gelu_and_mul_sparse ------------------------------------------------------------------------------------------------ */
@@ -182,7 +182,8 @@ static double sparse_sum(const struct kernel_line *x, int64_t half, double from,
 	return sum;
 }
 
-/* mean + std·multiplier of a gate row. Each step is rounded to x's dtype; the standard deviation is taken about the unrounded mean. */
+/* mean + std·multiplier of a gate row. Each step is rounded to x's dtype; the standard deviation is taken about the unrounded
+ * mean. */
 static double sparse_cutoff(const struct kernel_line *x, int64_t half, double multiplier)
 {
 	double mean = sparse_sum(x, half, 0, false) / (double)half;
@@ -223,7 +224,13 @@ static opd_status sparse_run(const opd_impl *impl, void *state, const opd_call *
 	const opd_tensor *out = call->outputs[0];
 	struct activation_context context = {.function = activation_function(((const opd_op *)impl->user)->user, call)};
 	struct kernel_job job = {.impl = impl, .call = call, .exec = exec, .context = &context};
-	return kernel_for(&job, kernel_lines(out, out->rank - 1), (uint64_t)opd_tensor_last(out) * 50, sparse_row, error);
+	return kernel_for(&job, kernel_lines(out, out->rank - 1), (uint64_t)opd_tensor_last(out) * 40, sparse_row, error);
+}
+
+static uint64_t sparse_cost(const opd_impl *impl, const opd_call *call)
+{
+	(void)impl;
+	return kernel_cost_pass(call, 14);
 }
 
 /* ---- Generators -------------------------------------------------------------------------------------------------------- */
@@ -259,49 +266,58 @@ static opd_status sparse_generate(const opd_op *op, opd_generator *generator, op
 static const int64_t activation_dims[] = {4, 4096};
 
 /* An op and its native implementation. */
-#define ACTIVATION(name, schema_text, doc_text, shape_function, generate_function, run_function, ...)                       \
-	static const struct activation name##_activation = {__VA_ARGS__};                                                      \
-	static const opd_op name##_op;                                                                                         \
-	static const opd_impl name##_native =                                                                                  \
-		KERNEL_NATIVE(#name, &name##_op, run_function, activation_cost, OPD_UUID_native_activation);                       \
-	static const opd_op name##_op = {                                                                                      \
-		.struct_bytes = sizeof name##_op,                                                                                  \
-		.schema = (schema_text),                                                                                           \
-		.doc = (doc_text),                                                                                                 \
-		.activations = "x",                                                                                                \
-		.shape = (shape_function),                                                                                         \
-		.generate = (generate_function),                                                                                   \
-		.dims = "rows,hidden",                                                                                             \
-		.default_dims = activation_dims,                                                                                   \
-		.dim_count = 2,                                                                                                    \
-		.native = &name##_native,                                                                                          \
-		.user = &name##_activation,                                                                                        \
+#define ACTIVATION(name, schema_text, doc_text, form, function, tanh_form, approximate)                                          \
+	static const struct activation name##_activation = {form, function, tanh_form, approximate};                                 \
+	static const opd_op name##_op;                                                                                               \
+	static const opd_impl name##_native =                                                                                        \
+		KERNEL_NATIVE(#name, &name##_op, activation_run, activation_cost, OPD_UUID_native_activation);                           \
+	static const opd_op name##_op = {                                                                                            \
+		.struct_bytes = sizeof name##_op,                                                                                        \
+		.schema = (schema_text),                                                                                                 \
+		.doc = (doc_text),                                                                                                       \
+		.activations = "x",                                                                                                      \
+		.shape = activation_shape,                                                                                               \
+		.generate = activation_generate,                                                                                         \
+		.dims = "rows,hidden",                                                                                                   \
+		.default_dims = activation_dims,                                                                                         \
+		.dim_count = 2,                                                                                                          \
+		.native = &name##_native,                                                                                                \
+		.user = &name##_activation,                                                                                              \
 	}
 
-ACTIVATION(gelu_and_mul_sparse,
-           "gelu_and_mul_sparse(Tensor x, float std_multiplier, str approximate=\"none\") -> Tensor",
-           "gelu of what exceeds mean + std_multiplier·std of the first half's row, times the second half", sparse_shape,
-           sparse_generate, sparse_run, ACTIVATION_FIRST, gelu_of, gelu_tanh_of, 2);
 ACTIVATION(silu_and_mul, "silu_and_mul(Tensor x) -> Tensor", "silu of the last dimension's first half, times the second half",
-           activation_shape, activation_generate, activation_run, ACTIVATION_FIRST, silu_of, NULL, 0);
+           ACTIVATION_FIRST, silu_of, NULL, 0);
 ACTIVATION(mul_and_silu, "mul_and_silu(Tensor x) -> Tensor", "the last dimension's first half, times silu of the second half",
-           activation_shape, activation_generate, activation_run, ACTIVATION_SECOND, silu_of, NULL, 0);
+           ACTIVATION_SECOND, silu_of, NULL, 0);
 ACTIVATION(gelu_and_mul, "gelu_and_mul(Tensor x, str approximate=\"none\") -> Tensor",
-           "gelu of the last dimension's first half, times the second half", activation_shape, activation_generate,
-           activation_run, ACTIVATION_FIRST, gelu_of, gelu_tanh_of, 1);
-ACTIVATION(silu, "silu(Tensor x) -> Tensor", "x·sigmoid(x)", activation_shape, activation_generate, activation_run,
-           ACTIVATION_ALONE, silu_of, NULL, 0);
+           "gelu of the last dimension's first half, times the second half", ACTIVATION_FIRST, gelu_of, gelu_tanh_of, 1);
+ACTIVATION(silu, "silu(Tensor x) -> Tensor", "x·sigmoid(x)", ACTIVATION_ALONE, silu_of, NULL, 0);
 ACTIVATION(gelu, "gelu(Tensor x, str approximate=\"none\") -> Tensor",
-           "x times the normal distribution function of x, by erf or (approximate=\"tanh\") by its tanh form", activation_shape,
-           activation_generate, activation_run, ACTIVATION_ALONE, gelu_of, gelu_tanh_of, 1);
-ACTIVATION(relu, "relu(Tensor x) -> Tensor", "x where it is positive, else 0", activation_shape, activation_generate,
-           activation_run, ACTIVATION_ALONE, relu_of, NULL, 0);
-ACTIVATION(relu2, "relu2(Tensor x) -> Tensor", "relu(x) squared", activation_shape, activation_generate, activation_run,
-           ACTIVATION_ALONE, relu2_of, NULL, 0);
-ACTIVATION(sigmoid, "sigmoid(Tensor x) -> Tensor", "1 / (1 + exp(−x))", activation_shape, activation_generate, activation_run,
-           ACTIVATION_ALONE, sigmoid_of, NULL, 0);
+           "x times the normal distribution function of x, by erf or (approximate=\"tanh\") by its tanh form", ACTIVATION_ALONE,
+           gelu_of, gelu_tanh_of, 1);
+ACTIVATION(relu, "relu(Tensor x) -> Tensor", "x where it is positive, else 0", ACTIVATION_ALONE, relu_of, NULL, 0);
+ACTIVATION(relu2, "relu2(Tensor x) -> Tensor", "relu(x) squared", ACTIVATION_ALONE, relu2_of, NULL, 0);
+ACTIVATION(sigmoid, "sigmoid(Tensor x) -> Tensor", "1 / (1 + exp(−x))", ACTIVATION_ALONE, sigmoid_of, NULL, 0);
+
+static const struct activation sparse_activation = {ACTIVATION_FIRST, gelu_of, gelu_tanh_of, 2};
+
+static const opd_op sparse_op;
+static const opd_impl sparse_native =
+    KERNEL_NATIVE("gelu_and_mul_sparse", &sparse_op, sparse_run, sparse_cost, OPD_UUID_native_activation);
+static const opd_op sparse_op = {
+	.struct_bytes = sizeof sparse_op,
+	.schema = "gelu_and_mul_sparse(Tensor x, float std_multiplier, str approximate=\"none\") -> Tensor",
+	.doc = "gelu of what exceeds mean + std_multiplier·std of the first half's row, times the second half",
+	.activations = "x",
+	.shape = sparse_shape,
+	.generate = sparse_generate,
+	.dims = "rows,hidden",
+	.default_dims = activation_dims,
+	.dim_count = 2,
+	.native = &sparse_native,
+	.user = &sparse_activation,
+};
 
 const opd_op *const ops_activation[] = {
-	&silu_and_mul_op, &mul_and_silu_op, &gelu_and_mul_op, &gelu_and_mul_sparse_op, &silu_op, &gelu_op,
-	&relu_op,         &relu2_op,        &sigmoid_op,      NULL,
+	&silu_and_mul_op, &mul_and_silu_op, &gelu_and_mul_op, &sparse_op, &silu_op, &gelu_op, &relu_op, &relu2_op, &sigmoid_op, NULL,
 };

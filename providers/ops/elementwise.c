@@ -1,12 +1,10 @@
 /* add, sub, mul, cast.
  *
- * Floats are computed in f32 (f64 for f64 operands) and rounded to their dtype; integers wrap, computed modulo 2^64 and cut. cast goes
- * through no other dtype: one rounding. */
+ * Floats are computed in f32 (f64 for f64 operands) and rounded to their dtype; integers wrap, computed modulo 2^64 and cut. cast
+ * goes through no other dtype: one rounding. */
 #include "providers/ops/kernel.h"
 #include "providers/ops/ops.h"
 #include "uuid/native_elementwise.h"
-
-#include <math.h>
 
 static uint64_t chunks_of(const opd_tensor *out)
 {
@@ -16,7 +14,7 @@ static uint64_t chunks_of(const opd_tensor *out)
 static uint64_t elementwise_cost(const opd_impl *impl, const opd_call *call)
 {
 	(void)impl;
-	return kernel_cost_pass(call, 6);
+	return kernel_cost_pass(call, 7);
 }
 
 /* ---- add, sub, mul ----------------------------------------------------------------------------------------------------- */
@@ -128,69 +126,46 @@ static opd_status arithmetic_run(const opd_impl *impl, void *state, const opd_ca
 	return kernel_for(&job, chunks_of(out), KERNEL_CHUNK * 18, chunk, error);
 }
 
-enum {
-	ARITHMETIC_SAME_SHAPE,
-	ARITHMETIC_ROW,       /* b is one row */
-	ARITHMETIC_BOTH_WAYS, /* a has one column, b one row */
-	ARITHMETIC_SCALAR,    /* a has rank 0 */
-	ARITHMETIC_MIDDLE,    /* b is [rows, 1, hidden] */
-	ARITHMETIC_VARIANTS,
-};
-
+/* variants: the same shape; b one row; a one column and b one row; a of rank 0; b broadcast in the middle */
 static opd_status arithmetic_generate(const opd_op *op, opd_generator *generator, opd_error *error)
 {
-	opd_status status = kernel_generator_begin(op, generator, ARITHMETIC_VARIANTS, error);
+	enum { VARIANTS = 5 };
+	opd_status status = kernel_generator_begin(op, generator, VARIANTS, error);
 	if (status != OPD_OK)
 		return status;
 	if (generator->dtype == OPD_bool)
 		return kernel_invalid(op, error, "dtype is bool, expected an integer or float dtype");
 	const int64_t rows = generator->dims[0], hidden = generator->dims[1];
-	/* extents of a and b, aligned at the end of three dimensions */
-	int64_t a[3] = {rows, 3, hidden};
-	int64_t b[3] = {rows, 1, hidden};
-	uint32_t a_rank = 2, b_rank = 2;
-	a[1] = b[1] = rows;
-	switch (generator->variant) {
-	case ARITHMETIC_ROW:
-		b_rank = 1;
-		break;
-	case ARITHMETIC_BOTH_WAYS:
-		a[2] = 1;
-		b[1] = 1;
-		break;
-	case ARITHMETIC_SCALAR:
-		a_rank = 0;
-		break;
-	case ARITHMETIC_MIDDLE:
-		a_rank = b_rank = 3;
-		a[1] = 3;
-		b[1] = 1;
-		break;
-	default:
-		break;
-	}
-	status = kernel_generate(op, generator, "a", generator->dtype, a_rank, a + 3 - a_rank, 1, error);
-	return status != OPD_OK ? status : kernel_generate(op, generator, "b", generator->dtype, b_rank, b + 3 - b_rank, 1, error);
+	const struct {
+		uint32_t a_rank, b_rank;
+		int64_t a[3], b[3];
+	} forms[VARIANTS] = {
+		{2, 2, {rows, hidden}, {rows, hidden}}, {2, 1, {rows, hidden}, {hidden}},
+		{2, 2, {rows, 1}, {1, hidden}},         {0, 2, {0}, {rows, hidden}},
+		{3, 3, {rows, 3, hidden}, {rows, 1, hidden}},
+	}, *form = &forms[generator->variant];
+	status = kernel_generate(op, generator, "a", generator->dtype, form->a_rank, form->a, 1, error);
+	return status != OPD_OK ? status : kernel_generate(op, generator, "b", generator->dtype, form->b_rank, form->b, 1, error);
 }
 
 static const int64_t elementwise_dims[] = {4, 4096};
 
-#define ARITHMETIC(name, schema_text, doc_text)                                                                             \
-	static const opd_op name##_op;                                                                                         \
-	static const opd_impl name##_native =                                                                                  \
-		KERNEL_NATIVE(#name, &name##_op, arithmetic_run, elementwise_cost, OPD_UUID_native_elementwise);                   \
-	static const opd_op name##_op = {                                                                                      \
-		.struct_bytes = sizeof name##_op,                                                                                  \
-		.schema = (schema_text),                                                                                           \
-		.doc = (doc_text),                                                                                                 \
-		.activations = "a,b",                                                                                              \
-		.shape = arithmetic_shape,                                                                                         \
-		.generate = arithmetic_generate,                                                                                   \
-		.dims = "rows,hidden",                                                                                             \
-		.default_dims = elementwise_dims,                                                                                  \
-		.dim_count = 2,                                                                                                    \
-		.native = &name##_native,                                                                                          \
-		.user = &arithmetic_##name,                                                                                        \
+#define ARITHMETIC(name, schema_text, doc_text)                                                                                  \
+	static const opd_op name##_op;                                                                                               \
+	static const opd_impl name##_native =                                                                                        \
+		KERNEL_NATIVE(#name, &name##_op, arithmetic_run, elementwise_cost, OPD_UUID_native_elementwise);                         \
+	static const opd_op name##_op = {                                                                                            \
+		.struct_bytes = sizeof name##_op,                                                                                        \
+		.schema = (schema_text),                                                                                                 \
+		.doc = (doc_text),                                                                                                       \
+		.activations = "a,b",                                                                                                    \
+		.shape = arithmetic_shape,                                                                                               \
+		.generate = arithmetic_generate,                                                                                         \
+		.dims = "rows,hidden",                                                                                                   \
+		.default_dims = elementwise_dims,                                                                                        \
+		.dim_count = 2,                                                                                                          \
+		.native = &name##_native,                                                                                                \
+		.user = &arithmetic_##name,                                                                                              \
 	}
 
 ARITHMETIC(add, "add(Tensor a, Tensor b) -> Tensor", "a + b, broadcasting; integers wrap");
@@ -204,13 +179,13 @@ struct cast_context {
 	struct kernel_line out;
 };
 
+#define CAST_DTYPES "bool, u8, i8, i16, i32, i64, f16, bf16, f32, f64, f8_e4m3fn or f8_e5m2"
+
 static opd_status cast_shape(const opd_op *op, const opd_call *call, opd_output *const *outputs, opd_error *error)
 {
 	opd_dtype dtype = opd_dtype_parse(kernel_str(call, 1));
 	if (dtype == OPD_DTYPE_NONE)
-		return kernel_invalid(op, error,
-		                      "dtype is \"%.64s\", expected bool, u8, i8, i16, i32, i64, f16, bf16, f32, f64, f8_e4m3fn or f8_e5m2",
-		                      kernel_str(call, 1));
+		return kernel_invalid(op, error, "dtype is \"%.64s\", expected " CAST_DTYPES, kernel_str(call, 1));
 	return kernel_output_like(op, outputs[0], dtype, kernel_tensor(call, 0), error);
 }
 

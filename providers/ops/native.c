@@ -3,7 +3,7 @@
 #include "providers/ops/ops.h"
 
 static const opd_op *const *const families[] = {
-	ops_norm, ops_activation, ops_elementwise, ops_reduce, ops_matmul, ops_position, ops_attention, ops_quant, NULL,
+    ops_norm, ops_activation, ops_elementwise, ops_reduce, ops_matmul, ops_position, ops_attention, ops_quant, NULL,
 };
 
 /* One failure fails the module: a catalogue with a hole in it is a bug, not a platform. */

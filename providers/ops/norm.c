@@ -1,7 +1,7 @@
 /* rms_norm, fused_add_rms_norm, layer_norm.
  *
- * Sums are taken in double. The mean square, the variance and the reciprocal root are then rounded to f32 (f64 for f64 operands), so that
- * what overflows f32 is infinite here too; layer_norm's mean stays in double, where a difference from it loses nothing. */
+ * Sums are taken in double. The mean square, the variance and the reciprocal root are then rounded to f32 (f64 for f64 operands),
+ * so that what overflows f32 is infinite here too; layer_norm's mean stays in double: a difference from it loses nothing. */
 #include "providers/ops/kernel.h"
 #include "providers/ops/ops.h"
 #include "uuid/native_norm.h"
@@ -15,7 +15,8 @@ static double reciprocal_root(opd_dtype dtype, double sum, int64_t count, double
 	return kernel_round_work(dtype, 1 / sqrt(kernel_round_work(dtype, v + kernel_round_work(dtype, epsilon))));
 }
 
-static opd_status expect_weight(const opd_op *op, const char *name, const opd_tensor *weight, const opd_tensor *x, opd_error *error)
+static opd_status expect_weight(const opd_op *op, const char *name, const opd_tensor *weight, const opd_tensor *x,
+                                opd_error *error)
 {
 	const int64_t hidden = opd_tensor_last(x);
 	opd_status status = kernel_expect_dtype_of_or_f32(op, name, weight, "x", x, error);
@@ -252,7 +253,7 @@ static const opd_impl fused_native =
 static const opd_op fused_add_rms_norm = {
 	.struct_bytes = sizeof fused_add_rms_norm,
 	.schema = "fused_add_rms_norm(Tensor x, Tensor x_residual, Tensor? weight, float epsilon, int? variance_size=None)"
-			  " -> (Tensor, Tensor)",
+              " -> (Tensor, Tensor)",
 	.doc = "rms_norm of x + x_residual, and that sum",
 	.activations = "x,x_residual",
 	.shape = rms_shape,

@@ -94,7 +94,7 @@ static opd_status softmax_run(const opd_impl *impl, void *state, const opd_call 
 static uint64_t softmax_cost(const opd_impl *impl, const opd_call *call)
 {
 	(void)impl;
-	return kernel_cost_pass(call, 15);
+	return kernel_cost_pass(call, 14);
 }
 
 /* x [rows, size], or [rows, 3, size] */
@@ -282,7 +282,8 @@ static void heap_sink(const struct kernel_line *x, int64_t *heap, int64_t size, 
 	}
 }
 
-/* The indices of a row's first k elements in topk's order, in that order. They are gathered where they are wanted, in the result. */
+/* The indices of a row's first k elements in topk's order, in that order. They are gathered where they are wanted, in the
+ * result. */
 static void topk_select(const struct kernel_line *x, int64_t *heap, int64_t k)
 {
 	for (int64_t i = 0; i < k; i++)
@@ -339,7 +340,7 @@ static opd_status topk_run(const opd_impl *impl, void *state, const opd_call *ca
 static uint64_t topk_cost(const opd_impl *impl, const opd_call *call)
 {
 	(void)impl;
-	return kernel_cost_pass(call, 10) + call->outputs[0]->elements * 200;
+	return kernel_cost_pass(call, 8) + call->outputs[0]->elements * 200;
 }
 
 static opd_status topk_generate(const opd_op *op, opd_generator *generator, opd_error *error)
