@@ -5,8 +5,8 @@
 #include <string.h>
 
 #define ALIGNMENT 16u
-#define FIRST_BLOCK_BYTES 4096u       /* an ordinary envelope and its messages fit */
-#define KEPT_BLOCK_BYTES (64u << 10)  /* reset keeps no larger one: an idle connection must stay small */
+#define FIRST_BLOCK_BYTES 4096u        /* an ordinary envelope and its messages fit */
+#define KEPT_BLOCK_BYTES (64u << 10)   /* reset keeps no larger one: an idle connection must stay small */
 #define GROWN_BLOCK_BYTES (256u << 10) /* blocks double up to this */
 
 struct arena_block {

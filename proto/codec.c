@@ -31,8 +31,8 @@ static void unpack_free(void *data, void *pointer)
 	(void)pointer; /* goes with the arena */
 }
 
-void *codec_unpack(struct reader *reader, const ProtobufCMessageDescriptor *descriptor, const char *name, const uint8_t *envelope, size_t bytes,
-                   opd_status *status_out)
+void *codec_unpack(struct reader *reader, const ProtobufCMessageDescriptor *descriptor, const char *name, const uint8_t *envelope,
+                   size_t bytes, opd_status *status_out)
 {
 	struct unpack_memory memory = {reader->arena, false};
 	ProtobufCAllocator allocator = {unpack_alloc, unpack_free, &memory};
@@ -47,11 +47,13 @@ void *codec_unpack(struct reader *reader, const ProtobufCMessageDescriptor *desc
 	return message;
 }
 
-opd_status codec_pack(struct arena *arena, const ProtobufCMessage *message, const char *name, struct codec_buffer *out, opd_error *error)
+opd_status codec_pack(struct arena *arena, const ProtobufCMessage *message, const char *name, struct codec_buffer *out,
+                      opd_error *error)
 {
 	size_t bytes = message == NULL ? 0 : protobuf_c_message_get_packed_size(message);
 	if (bytes > BOUND_ENVELOPE_BYTES)
-		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "envelope: %s takes %zu bytes, at most %u", name, bytes, BOUND_ENVELOPE_BYTES);
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "envelope: %s takes %zu bytes, at most %u", name, bytes,
+		                BOUND_ENVELOPE_BYTES);
 	uint8_t *frame = message == NULL ? NULL : arena_alloc(arena, FRAME_HEADER_BYTES + bytes);
 	if (frame == NULL)
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "envelope: encoding %s takes more than %zu bytes", name, arena->cap_bytes);
@@ -64,7 +66,8 @@ opd_status codec_pack(struct arena *arena, const ProtobufCMessage *message, cons
 
 opd_status read_full(struct reader *reader)
 {
-	return opd_fail(reader->error, OPD_RESOURCE_EXHAUSTED, "envelope: decoding takes more than %zu bytes", reader->arena->cap_bytes);
+	return opd_fail(reader->error, OPD_RESOURCE_EXHAUSTED, "envelope: decoding takes more than %zu bytes",
+	                reader->arena->cap_bytes);
 }
 
 opd_status read_status(uint32_t number)
@@ -100,8 +103,8 @@ opd_status read_count(struct reader *reader, const char *field, size_t count, si
 	return OPD_OK;
 }
 
-opd_status read_texts(struct reader *reader, const char *field, size_t count, const ProtobufCBinaryData *in, size_t count_bound, size_t bound,
-                      uint32_t *count_out, const struct msg_text **out)
+opd_status read_texts(struct reader *reader, const char *field, size_t count, const ProtobufCBinaryData *in, size_t count_bound,
+                      size_t bound, uint32_t *count_out, const struct msg_text **out)
 {
 	opd_status status = read_count(reader, field, count, count_bound);
 	if (status != OPD_OK)
@@ -201,12 +204,13 @@ static opd_status read_hello_reply(struct reader *reader, const Opd__V1__HelloRe
 	if (status == OPD_OK)
 		status = read_text(reader, "tenant", in->tenant, BOUND_STR_BYTES, &out->tenant);
 	if (status == OPD_OK)
-		status = read_texts(reader, "features", in->n_features, in->features, BOUND_FEATURES, BOUND_NAME_BYTES, &out->feature_count,
-		                    &out->features);
+		status = read_texts(reader, "features", in->n_features, in->features, BOUND_FEATURES, BOUND_NAME_BYTES,
+		                    &out->feature_count, &out->features);
 	return status;
 }
 
-opd_status codec_decode_hello_reply(struct arena *arena, const uint8_t *envelope, size_t bytes, struct msg_hello_reply *out, opd_error *error)
+opd_status codec_decode_hello_reply(struct arena *arena, const uint8_t *envelope, size_t bytes, struct msg_hello_reply *out,
+                                    opd_error *error)
 {
 	struct reader reader = {arena, error};
 	opd_status status;
@@ -221,7 +225,8 @@ opd_status codec_decode_hello_reply(struct arena *arena, const uint8_t *envelope
 	return OPD_OK;
 }
 
-opd_status codec_decode_goaway(struct arena *arena, const uint8_t *envelope, size_t bytes, struct msg_goaway *out, opd_error *error)
+opd_status codec_decode_goaway(struct arena *arena, const uint8_t *envelope, size_t bytes, struct msg_goaway *out,
+                               opd_error *error)
 {
 	struct reader reader = {arena, error};
 	opd_status status;
@@ -249,7 +254,8 @@ opd_status codec_encode_hello(struct arena *arena, const struct msg_hello *messa
 	return codec_pack(arena, fits ? &pb.base : NULL, "Hello", out, error);
 }
 
-opd_status codec_encode_hello_reply(struct arena *arena, const struct msg_hello_reply *message, struct codec_buffer *out, opd_error *error)
+opd_status codec_encode_hello_reply(struct arena *arena, const struct msg_hello_reply *message, struct codec_buffer *out,
+                                    opd_error *error)
 {
 	Opd__V1__HelloReply pb = OPD__V1__HELLO_REPLY__INIT;
 	Opd__V1__Limits limits = OPD__V1__LIMITS__INIT;

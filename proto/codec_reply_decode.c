@@ -4,8 +4,8 @@
 /* ---- Reading ---- */
 
 /* What one array of a reply may hold: more than any registry has, less than what a hostile server could make a client walk. */
-static opd_status read_names(struct reader *reader, const char *field, size_t count, const ProtobufCBinaryData *in, uint32_t *count_out,
-                             const struct msg_text **out)
+static opd_status read_names(struct reader *reader, const char *field, size_t count, const ProtobufCBinaryData *in,
+                             uint32_t *count_out, const struct msg_text **out)
 {
 	return read_texts(reader, field, count, in, BOUND_LIST, BOUND_STR_BYTES, count_out, out);
 }

@@ -150,7 +150,8 @@ static opd_status read_request(struct reader *reader, const Opd__V1__Request *in
 	}
 }
 
-opd_status codec_decode_request(struct arena *arena, const uint8_t *envelope, size_t bytes, struct msg_request *out, opd_error *error)
+opd_status codec_decode_request(struct arena *arena, const uint8_t *envelope, size_t bytes, struct msg_request *out,
+                                opd_error *error)
 {
 	struct reader reader = {arena, error};
 	opd_status status;
@@ -371,7 +372,8 @@ static bool write_request(struct arena *arena, const struct msg_request *in, Opd
 	return true;
 }
 
-opd_status codec_encode_request(struct arena *arena, const struct msg_request *message, struct codec_buffer *out, opd_error *error)
+opd_status codec_encode_request(struct arena *arena, const struct msg_request *message, struct codec_buffer *out,
+                                opd_error *error)
 {
 	Opd__V1__Request pb = OPD__V1__REQUEST__INIT;
 	bool fits = write_request(arena, message, &pb);

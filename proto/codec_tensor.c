@@ -10,8 +10,8 @@
 opd_status read_dtype(struct reader *reader, const char *field, int32_t number, opd_dtype *out)
 {
 	if (number != OPD_DTYPE_NONE && !opd_dtype_valid(number))
-		return opd_fail(reader->error, OPD_INVALID_ARGUMENT, "%s: dtype %" PRId32 ", expected 1 (bool) to %d (f8_e5m2)", field, number,
-		                OPD_DTYPE_COUNT - 1);
+		return opd_fail(reader->error, OPD_INVALID_ARGUMENT, "%s: dtype %" PRId32 ", expected 1 (bool) to %d (f8_e5m2)", field,
+		                number, OPD_DTYPE_COUNT - 1);
 	*out = (opd_dtype)number;
 	return OPD_OK;
 }
@@ -55,8 +55,8 @@ opd_status read_tensor(struct reader *reader, const Opd__V1__Tensor *in, struct 
 	if (in->n_shape > OPD_RANK_MAX)
 		return opd_fail(reader->error, OPD_INVALID_ARGUMENT, "shape: rank %zu, at most %d", in->n_shape, OPD_RANK_MAX);
 	if (in->n_strides != 0 && in->n_strides != in->n_shape)
-		return opd_fail(reader->error, OPD_INVALID_ARGUMENT, "strides: %zu of them, expected none or %zu (the rank)", in->n_strides,
-		                in->n_shape);
+		return opd_fail(reader->error, OPD_INVALID_ARGUMENT, "strides: %zu of them, expected none or %zu (the rank)",
+		                in->n_strides, in->n_shape);
 	opd_status status = read_dtype(reader, "tensor", (int32_t)in->dtype, &out->dtype);
 	if (status != OPD_OK)
 		return status;

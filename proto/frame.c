@@ -69,9 +69,17 @@ static const char *stranger(const uint8_t *bytes)
 		const char *prefix;
 		const char *who;
 	} known[] = {
-	    {"GET ", "an HTTP request"},      {"POST", "an HTTP request"},  {"PUT ", "an HTTP request"},  {"HEAD", "an HTTP request"},
-	    {"DELE", "an HTTP request"},      {"OPTI", "an HTTP request"},  {"CONN", "an HTTP request"},  {"PATC", "an HTTP request"},
-	    {"HTTP", "an HTTP response"},     {"PRI ", "HTTP/2 (gRPC?)"},   {"SSH-", "SSH"},
+	    {"GET ", "an HTTP request"},
+	    {"POST", "an HTTP request"},
+	    {"PUT ", "an HTTP request"},
+	    {"HEAD", "an HTTP request"},
+	    {"DELE", "an HTTP request"},
+	    {"OPTI", "an HTTP request"},
+	    {"CONN", "an HTTP request"},
+	    {"PATC", "an HTTP request"},
+	    {"HTTP", "an HTTP response"},
+	    {"PRI ", "HTTP/2 (gRPC?)"},
+	    {"SSH-", "SSH"},
 	};
 	if (bytes[0] == 0x16 && bytes[1] == 0x03)
 		return "a TLS handshake, and this is a plain port";
@@ -96,11 +104,11 @@ static opd_status fail_magic(const uint8_t *bytes, opd_error *error)
 static opd_status check_lengths(const struct frame_header *header, const struct shape *shape, opd_error *error)
 {
 	if (header->envelope_bytes > shape->envelope_max)
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "frame: %s has an envelope of %" PRIu32 " bytes, at most %" PRIu32, shape->name,
-		                header->envelope_bytes, shape->envelope_max);
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "frame: %s has an envelope of %" PRIu32 " bytes, at most %" PRIu32,
+		                shape->name, header->envelope_bytes, shape->envelope_max);
 	if (header->payload_bytes > shape->payload_max)
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "frame: %s has a payload of %" PRIu64 " bytes, at most %" PRIu64, shape->name,
-		                header->payload_bytes, shape->payload_max);
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "frame: %s has a payload of %" PRIu64 " bytes, at most %" PRIu64,
+		                shape->name, header->payload_bytes, shape->payload_max);
 	if (header->type == FRAME_DATA && header->envelope_bytes != FRAME_DATA_OFFSET_BYTES)
 		return opd_fail(error, OPD_INVALID_ARGUMENT, "frame: DATA has an envelope of %" PRIu32 " bytes, expected %u (its offset)",
 		                header->envelope_bytes, FRAME_DATA_OFFSET_BYTES);
