@@ -2,7 +2,6 @@
 
 #include <math.h>
 #include <stdatomic.h>
-#include <stdlib.h>
 
 /* ---- Shape functions --------------------------------------------------------------------------------------------------- */
 
@@ -240,7 +239,7 @@ static void loop_range(void *argument, uint64_t begin, uint64_t end, uint32_t th
 	(void)thread;
 
 	if (job->scratch_bytes > 0) {
-		scratch = malloc(job->scratch_bytes);
+		scratch = job->exec->host->alloc(job->exec->host, job->scratch_bytes);
 		if (scratch == NULL) {
 			loop_fail(loop, OPD_RESOURCE_EXHAUSTED);
 			return;
@@ -252,7 +251,7 @@ static void loop_range(void *argument, uint64_t begin, uint64_t end, uint32_t th
 		else
 			loop->item(job, i, scratch);
 	}
-	free(scratch);
+	job->exec->host->free(job->exec->host, scratch);
 }
 
 opd_status kernel_for(const struct kernel_job *job, uint64_t items, uint64_t item_ns, kernel_item_fn item, opd_error *error)
@@ -275,6 +274,14 @@ opd_status kernel_for(const struct kernel_job *job, uint64_t items, uint64_t ite
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "%s: no memory for %llu bytes of scratch", job->impl->op,
 		                (unsigned long long)job->scratch_bytes);
 	}
+}
+
+opd_status kernel_for_long(const struct kernel_job *job, uint64_t items, uint64_t item_ns, kernel_item_fn item, opd_error *error)
+{
+	opd_status status = kernel_for(job, items, item_ns, item, error);
+	if (status == OPD_OK && job->exec->host->cancelled(job->exec))
+		return opd_fail(error, OPD_CANCELLED, "%s: cancelled while it ran", job->impl->op);
+	return status;
 }
 
 uint64_t kernel_cost_pass(const opd_call *call, uint64_t element_ns)

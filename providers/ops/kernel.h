@@ -122,7 +122,7 @@ struct kernel_job {
 	const opd_call *call;
 	const opd_exec *exec;
 	const void *context;    /* the kernel's own: read by all threads */
-	uint64_t scratch_bytes; /* each thread gets such a block of malloc's, uninitialised; 0: none, `scratch` is NULL */
+	uint64_t scratch_bytes; /* each thread gets such a block of the host's, uninitialised; 0: none, `scratch` is NULL */
 };
 
 /* Computes one item. Items run in any order and at once: each writes only what is its own. */
@@ -131,6 +131,17 @@ typedef void (*kernel_item_fn)(const struct kernel_job *job, uint64_t item, void
 /* Runs `item` for [0, items); item_ns estimates one. OPD_OK; OPD_CANCELLED; OPD_RESOURCE_EXHAUSTED: no scratch. */
 OPD_MUST_USE opd_status kernel_for(const struct kernel_job *job, uint64_t items, uint64_t item_ns, kernel_item_fn item,
                                    opd_error *error);
+
+/* The same for items so long that they look at host->cancelled in their middle and give up: also OPD_CANCELLED when somebody stopped wanting the
+ * result before the last item was done. */
+OPD_MUST_USE opd_status kernel_for_long(const struct kernel_job *job, uint64_t items, uint64_t item_ns, kernel_item_fn item,
+                                        opd_error *error);
+
+/* An estimate as a number of nanoseconds, however large. */
+static inline uint64_t kernel_ns(double value)
+{
+	return value < 0x1p62 ? (uint64_t)value : (uint64_t)1 << 62;
+}
 
 /* A cost estimate for kernels that pass over their operands: so many nanoseconds for each element of every tensor of the call. */
 uint64_t kernel_cost_pass(const opd_call *call, uint64_t element_ns);
