@@ -7,8 +7,8 @@
         result = client.run("rms_norm", x, numpy.ones(4096, "float32"), epsilon=1e-5, priority=["cuda", "cpu"])
         print(result.provider, result[0])
 
-Written from proto/README.md and proto/opd.proto alone. Needs Python's protobuf and an opd_pb2.py made by `protoc --python_out` from opd.proto:
-beside this file, or in the folder that OPD_PB2 names. NumPy is used where it is installed.
+Written from proto/README.md and proto/opd.proto alone. Needs Python's protobuf and an opd_pb2.py, made by `protoc --python_out` from
+opd.proto, beside this file or in the folder that OPD_PB2 names. NumPy is used where it is installed.
 
 A client is one connection and one session; it belongs to one thread at a time. See README.md here.
 """
@@ -31,7 +31,8 @@ if os.environ.get("OPD_PB2"):
 try:
     import opd_pb2 as pb
 except ImportError as error:
-    raise ImportError(f"opd needs opd_pb2.py, made by `protoc --python_out=FOLDER opd.proto`, beside opd.py or in $OPD_PB2 ({error})") from error
+    raise ImportError(f"opd needs opd_pb2.py, made by `protoc --python_out=FOLDER opd.proto`, beside opd.py or in $OPD_PB2 ({error})") \
+        from error
 
 __all__ = ["Client", "Tensor", "Handle", "Future", "Result", "Error", "bf16_from_float32", "float32_from_bf16"]
 
@@ -73,14 +74,15 @@ def _fail(code, message, explain=None):
 # ---- Tensors -------------------------------------------------------------------------------------------------------------
 
 # name: (number, bytes, NumPy's name or None, struct's letter)
-DTYPES = {"bool": (pb.BOOL, 1, "bool", "?"), "u8": (pb.U8, 1, "uint8", "B"), "i8": (pb.I8, 1, "int8", "b"), "i16": (pb.I16, 2, "int16", "h"),
-          "i32": (pb.I32, 4, "int32", "i"), "i64": (pb.I64, 8, "int64", "q"), "f16": (pb.F16, 2, "float16", "e"),
+DTYPES = {"bool": (pb.BOOL, 1, "bool", "?"), "u8": (pb.U8, 1, "uint8", "B"), "i8": (pb.I8, 1, "int8", "b"),
+          "i16": (pb.I16, 2, "int16", "h"), "i32": (pb.I32, 4, "int32", "i"), "i64": (pb.I64, 8, "int64", "q"), "f16": (pb.F16, 2, "float16", "e"),
           "bf16": (pb.BF16, 2, None, "H"), "f32": (pb.F32, 4, "float32", "f"), "f64": (pb.F64, 8, "float64", "d"),
           "f8_e4m3fn": (pb.F8_E4M3FN, 1, None, "B"), "f8_e5m2": (pb.F8_E5M2, 1, None, "B")}
 _NAMES = {row[0]: name for name, row in DTYPES.items()}
 _FROM_NUMPY = {row[2]: name for name, row in DTYPES.items() if row[2]}
 # By what a buffer says of itself. `l` is 8 bytes where Python's array module is likely to run; itemsize decides.
-_FROM_FORMAT = {"?": "bool", "B": "u8", "b": "i8", "h": "i16", "i": "i32", "q": "i64", "l": "i64", "e": "f16", "f": "f32", "d": "f64"}
+_FROM_FORMAT = {"?": "bool", "B": "u8", "b": "i8", "h": "i16", "i": "i32", "q": "i64", "l": "i64", "e": "f16", "f": "f32",
+                "d": "f64"}
 
 
 def _elements(shape):
@@ -96,8 +98,8 @@ def _bytes_of(data):
 
 
 class Tensor:
-    """A dtype (its name in opd's catalogue), a shape, and bytes: for bf16 and f8, which NumPy lacks, for strided operands, and for
-    everything where NumPy isn't installed. `data` None: dtype and shape only, for fake and dry runs.
+    """A dtype (its name in opd's catalogue), a shape, and bytes: for bf16 and f8, which NumPy lacks, for strided operands, and
+    for everything where NumPy isn't installed. `data` None: dtype and shape only, for fake and dry runs.
 
     strides are in elements, byte_offset is where element 0 lies in data."""
 
@@ -342,8 +344,8 @@ def _write_args(run, args, attrs, payload, bare):
 
 
 class Result:
-    """What a run gave: `outputs` (NumPy arrays, or Tensors for bf16, f8 and without NumPy; None where nothing was sent), `tensors` (always
-    Tensors, also where nothing was sent), `handles` (None where an output isn't kept), `provider`, `uuid`, `explain`."""
+    """What a run gave: `outputs` (NumPy arrays, or Tensors for bf16, f8 and without NumPy; None where nothing was sent), `tensors`
+    (always Tensors, also where nothing was sent), `handles` (None where an output isn't kept), `provider`, `uuid`, `explain`."""
 
     def __init__(self, reply, payload):
         run = reply.run
@@ -413,8 +415,8 @@ def _allocate(count):
 
 
 class Future:
-    """A request in flight. `result(timeout)` waits and gives the Result or raises its error; `output(i)` is an operand for later requests, if
-    the request keeps that output."""
+    """A request in flight. `result(timeout)` waits and gives the Result or raises its error; `output(i)` is an operand for later
+    requests, if the request keeps that output."""
 
     def __init__(self, client, request, convert):
         self.client, self.request = client, request
@@ -591,8 +593,9 @@ class Client:
             self._link = _Connection(_dial(address, timeout))
         except (OSError, UnicodeError) as error:
             raise Unavailable(f"{address}: {error}") from error
-        hello = pb.Hello(version_min=1, version_max=1, client=name, chunk_bytes=chunk_bytes, no_chunks=no_chunks).SerializeToString()
-        self._link.send([memoryview(_header(_HELLO, 0, len(hello), 0) + hello)])
+        hello = pb.Hello(version_min=1, version_max=1, client=name, chunk_bytes=chunk_bytes, no_chunks=no_chunks)
+        envelope = hello.SerializeToString()
+        self._link.send([memoryview(_header(_HELLO, 0, len(envelope), 0) + envelope)])
         self._pump_until(lambda: self.hello is not None, self._deadline(timeout))
         if self.hello.status != 0:
             self.close()
@@ -612,12 +615,12 @@ class Client:
     # ---- Running
 
     def run(self, op, *args, **options):
-        """Runs an op and waits. Positional arguments and those that are no option go to the op; `attrs` is a dict of more of them, for
-        names that are taken here.
+        """Runs an op and waits. Positional arguments and those that are no option go to the op; `attrs` is a dict of more of them,
+        for names that are taken here.
 
-        priority: list of providers, for this request. strict: no fallback. explain, uuid: more in the result. keep: True, or the indices of outputs
-        that stay in the session. copy: False leaves kept outputs out of the reply. device: "cpu", "cuda:1". timeout: seconds, the server's.
-        retry, allow_tf32: as in the protocol."""
+        priority: list of providers, for this request. strict: no fallback. explain, uuid: more in the result. keep: True, or the
+        indices of outputs that stay in the session. copy: False leaves kept outputs out of the reply. device: "cpu", "cuda:1".
+        timeout: seconds, the server's. retry, allow_tf32, inline_results: as in the protocol."""
         return self.submit(op, *args, **options).result()
 
     def fake(self, op, *args, **options):
@@ -628,12 +631,12 @@ class Client:
         """What would run and why, without running it: the result has provider and explain, its tensors no data."""
         return self.submit(op, *args, mode=pb.DRY, explain=True, **options).result()
 
-    def submit(self, op, *args, priority=None, strict=False, explain=False, uuid=False, keep=False, copy=True, device="", timeout=None,
-               retry=False, allow_tf32=False, inline_results=False, mode=pb.RUN, attrs=None, **named):
+    def submit(self, op, *args, priority=None, strict=False, explain=False, uuid=False, keep=False, copy=True, device="",
+               timeout=None, retry=False, allow_tf32=False, inline_results=False, mode=pb.RUN, attrs=None, **named):
         """As run, without waiting: a Future."""
         payload, bare = _Payload(), mode != pb.RUN
-        run = pb.Run(op=op, strict=strict, mode=mode, explain=explain, uuid=uuid, device=device, retry=retry, allow_tf32=allow_tf32,
-                     inline_results=inline_results)
+        run = pb.Run(op=op, strict=strict, mode=mode, explain=explain, uuid=uuid, device=device, retry=retry,
+                     allow_tf32=allow_tf32, inline_results=inline_results)
         _write_args(run, args, {**named, **(attrs or {})}, payload, bare)
         if priority is not None:
             run.priority.SetInParent()

@@ -24,7 +24,9 @@ def hex_lines(data):
 
 
 def write(name, note, kind, message=None, request=0, payload=b"", flags=0, declared=None):
-    envelope = message if isinstance(message, bytes) else message.SerializeToString(deterministic=True) if message is not None else b""
+    envelope = message or b""
+    if not isinstance(envelope, bytes):
+        envelope = message.SerializeToString(deterministic=True)
     header = struct.pack("<4sBBHQIIQ", b"OPD1", 1, kind, flags, request, len(envelope), 0,
                          len(payload) if declared is None else declared)
     with open(os.path.join(HERE, name + ".hex"), "w", encoding="utf-8") as out:
@@ -68,7 +70,8 @@ def session():
     write("hello", "A client that speaks version 1 and takes the server's chunk size.", HELLO,
           pb.Hello(version_min=1, version_max=1, client="example 1.0"))
     write("every-hello", "Hello with every field that may be set.", HELLO,
-          pb.Hello(version_min=1, version_max=3, features=["shm", "cancel"], client="client 2.1", chunk_bytes=65536, no_chunks=True))
+          pb.Hello(version_min=1, version_max=3, features=["shm", "cancel"], client="client 2.1", chunk_bytes=65536,
+                   no_chunks=True))
     write("every-hello-reply", "HelloReply with every field.", HELLO_REPLY, pb.HelloReply(
         status=14, message="draining", version=1, features=["cancel", "x"], server="opd 0.1.0", chunk_bytes=1 << 20,
         limits=pb.Limits(envelope_bytes=1 << 20, payload_bytes=1 << 32, session_bytes=1 << 33, in_flight=1024),
@@ -119,8 +122,8 @@ def every_run():
         pb.Argument(name="str", str="grüße, 世界 \U0001f600"),
         pb.Argument(name="ints", ints=pb.IntList(items=[0, -1, 1 << 62])),
         none("none")]
-    write("every-run", "Run with every field, every kind of argument and every source of a tensor.", REQUEST, pb.Request(run=pb.Run(
-        op="some_op", args=args, priority=pb.ProviderList(names=["onednn", "cpu"]), strict=True, mode=pb.DRY, explain=True,
+    write("every-run", "Run with every field, every kind of argument and every source of a tensor.", REQUEST, pb.Request(
+        run=pb.Run(op="some_op", args=args, priority=pb.ProviderList(names=["onednn", "cpu"]), strict=True, mode=pb.DRY, explain=True,
         device="cuda:1", outputs=[pb.OutputOption(keep=True), pb.OutputOption(no_copy=True), pb.OutputOption()], retry=True,
         allow_tf32=True, timeout_us=1 << 63, uuid=True, inline_results=True)), (1 << 64) - 1)
     write("run-empty-list", "A priority list that is there and empty: native, with a warning.", REQUEST,
@@ -179,7 +182,8 @@ def replies():
             ("error", "A failure.", pb.Reply(status=3, message="rms_norm: weight has shape [4095], expected [4096]")),
             ("priority", "PriorityReply with every field.", pb.Reply(priority=pb.PriorityReply(
                 effective=["cpu", "native"], level=pb.CONFIGURATION, stored=["gone", "cpu"]))),
-            ("ops", "OpList.", pb.Reply(ops=pb.OpList(ops=[pb.OpDescription(name="relu", schema="s", doc="d"), op_description()]))),
+            ("ops", "OpList.", pb.Reply(ops=pb.OpList(ops=[
+                pb.OpDescription(name="relu", schema="s", doc="d"), op_description()]))),
             ("op", "OpDescription with every field.", pb.Reply(op=op_description())),
             ("providers", "Providers with every field.", pb.Reply(providers=pb.Providers(providers=[pb.Provider(
                 name="cuda", version="12.4", available=True, reason="libcuda.so.1 not found", source="/lib/opd/cuda.so",
