@@ -7,8 +7,8 @@
         result = client.run("rms_norm", x, numpy.ones(4096, "float32"), epsilon=1e-5, priority=["cuda", "cpu"])
         print(result.provider, result[0])
 
-Written from proto/README.md and proto/opd.proto alone. Needs Python's protobuf and an opd_pb2.py, made by `protoc --python_out` from
-opd.proto, beside this file or in the folder that OPD_PB2 names. NumPy is used where it is installed.
+Written from proto/README.md and proto/opd.proto alone. Needs Python's protobuf and an opd_pb2.py, made from opd.proto by
+`protoc --python_out`, beside this file or in the folder that OPD_PB2 names. NumPy is used where it is installed.
 
 A client is one connection and one session; it belongs to one thread at a time. See README.md here.
 """
@@ -31,8 +31,8 @@ if os.environ.get("OPD_PB2"):
 try:
     import opd_pb2 as pb
 except ImportError as error:
-    raise ImportError(f"opd needs opd_pb2.py, made by `protoc --python_out=FOLDER opd.proto`, beside opd.py or in $OPD_PB2 ({error})") \
-        from error
+    raise ImportError("opd needs opd_pb2.py, made by `protoc --python_out=FOLDER opd.proto`, beside opd.py or in $OPD_PB2: "
+                      f"{error}") from error
 
 __all__ = ["Client", "Tensor", "Handle", "Future", "Result", "Error", "bf16_from_float32", "float32_from_bf16"]
 
@@ -75,7 +75,8 @@ def _fail(code, message, explain=None):
 
 # name: (number, bytes, NumPy's name or None, struct's letter)
 DTYPES = {"bool": (pb.BOOL, 1, "bool", "?"), "u8": (pb.U8, 1, "uint8", "B"), "i8": (pb.I8, 1, "int8", "b"),
-          "i16": (pb.I16, 2, "int16", "h"), "i32": (pb.I32, 4, "int32", "i"), "i64": (pb.I64, 8, "int64", "q"), "f16": (pb.F16, 2, "float16", "e"),
+          "i16": (pb.I16, 2, "int16", "h"), "i32": (pb.I32, 4, "int32", "i"), "i64": (pb.I64, 8, "int64", "q"),
+          "f16": (pb.F16, 2, "float16", "e"),
           "bf16": (pb.BF16, 2, None, "H"), "f32": (pb.F32, 4, "float32", "f"), "f64": (pb.F64, 8, "float64", "d"),
           "f8_e4m3fn": (pb.F8_E4M3FN, 1, None, "B"), "f8_e5m2": (pb.F8_E5M2, 1, None, "B")}
 _NAMES = {row[0]: name for name, row in DTYPES.items()}
@@ -344,8 +345,8 @@ def _write_args(run, args, attrs, payload, bare):
 
 
 class Result:
-    """What a run gave: `outputs` (NumPy arrays, or Tensors for bf16, f8 and without NumPy; None where nothing was sent), `tensors`
-    (always Tensors, also where nothing was sent), `handles` (None where an output isn't kept), `provider`, `uuid`, `explain`."""
+    """What a run gave: `outputs` (NumPy arrays, or Tensors for bf16, f8 and without NumPy; None where nothing was sent),
+    `tensors` (always Tensors, also where nothing was sent), `handles` (None where an output isn't kept), `provider`, `uuid`, `explain`."""
 
     def __init__(self, reply, payload):
         run = reply.run
@@ -615,8 +616,8 @@ class Client:
     # ---- Running
 
     def run(self, op, *args, **options):
-        """Runs an op and waits. Positional arguments and those that are no option go to the op; `attrs` is a dict of more of them,
-        for names that are taken here.
+        """Runs an op and waits. Positional arguments and those that are no option go to the op; `attrs` is a dict of more of
+        them, for names that are taken here.
 
         priority: list of providers, for this request. strict: no fallback. explain, uuid: more in the result. keep: True, or the
         indices of outputs that stay in the session. copy: False leaves kept outputs out of the reply. device: "cpu", "cuda:1".

@@ -248,7 +248,8 @@ class AgainstAPlayedServer(unittest.TestCase):
         client = self.connect(script)
         client.run("op", np.zeros((2, 3), ">f4"), array.array("d", [1.0]), None, True, 3, 2.5, "s", [1, 2],
                    [np.zeros(2), np.zeros(0, "int64")], np.float32(0.5), opd.Tensor(bytes(10), "bf16", [2], [2], 2),
-                   priority=["cpu"], strict=True, device="cpu", timeout=1.5, keep=[1], copy=False, attrs={"priority": np.int64(4)})
+                   priority=["cpu"], strict=True, device="cpu", timeout=1.5, keep=[1], copy=False,
+                   attrs={"priority": np.int64(4)})
         run = seen[0]
         kinds = [arg.WhichOneof("value") for arg in run.args]
         self.assertEqual(kinds, ["tensor", "tensor", "none", "bool", "int", "float", "str", "ints", "tensors", "float", "tensor",

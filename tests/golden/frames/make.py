@@ -123,7 +123,8 @@ def every_run():
         pb.Argument(name="ints", ints=pb.IntList(items=[0, -1, 1 << 62])),
         none("none")]
     write("every-run", "Run with every field, every kind of argument and every source of a tensor.", REQUEST, pb.Request(
-        run=pb.Run(op="some_op", args=args, priority=pb.ProviderList(names=["onednn", "cpu"]), strict=True, mode=pb.DRY, explain=True,
+        run=pb.Run(op="some_op", args=args, priority=pb.ProviderList(names=["onednn", "cpu"]), strict=True, mode=pb.DRY,
+        explain=True,
         device="cuda:1", outputs=[pb.OutputOption(keep=True), pb.OutputOption(no_copy=True), pb.OutputOption()], retry=True,
         allow_tf32=True, timeout_us=1 << 63, uuid=True, inline_results=True)), (1 << 64) - 1)
     write("run-empty-list", "A priority list that is there and empty: native, with a warning.", REQUEST,
