@@ -346,7 +346,8 @@ def _write_args(run, args, attrs, payload, bare):
 
 class Result:
     """What a run gave: `outputs` (NumPy arrays, or Tensors for bf16, f8 and without NumPy; None where nothing was sent),
-    `tensors` (always Tensors, also where nothing was sent), `handles` (None where an output isn't kept), `provider`, `uuid`, `explain`."""
+    `tensors` (always Tensors, also where nothing was sent), `handles` (None where an output isn't kept), `provider`, `uuid`,
+    `explain`."""
 
     def __init__(self, reply, payload):
         run = reply.run
