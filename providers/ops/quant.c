@@ -88,7 +88,7 @@ static void quant_all_item(const struct kernel_job *job, uint64_t item, void *sc
 }
 
 /* Nanoseconds an element: a conversion, a multiplication, an f8 rounded by the slow and obvious way. */
-enum { QUANT_NS = 30 };
+enum { QUANT_NS = 16 };
 
 static uint64_t quant_cost(const opd_impl *impl, const opd_call *call)
 {
