@@ -306,8 +306,7 @@ struct kernel_line kernel_line(const opd_tensor *tensor, uint32_t dim, uint64_t 
 		if (i == dim)
 			continue;
 		uint64_t extent = (uint64_t)tensor->shape[i];
-		if (extent > 1) /* a dimension of 1 may have any stride */
-			offset += (int64_t)(line % extent) * tensor->strides[i];
+		offset += (int64_t)(line % extent) * tensor->strides[i];
 		line /= extent;
 	}
 	return (struct kernel_line){
