@@ -251,7 +251,8 @@ static void loop_range(void *argument, uint64_t begin, uint64_t end, uint32_t th
 		else
 			loop->item(job, i, scratch);
 	}
-	job->exec->host->free(job->exec->host, scratch);
+	if (scratch != NULL)
+		job->exec->host->free(job->exec->host, scratch);
 }
 
 opd_status kernel_for(const struct kernel_job *job, uint64_t items, uint64_t item_ns, kernel_item_fn item, opd_error *error)

@@ -310,6 +310,20 @@ START_TEST(a_row_repeated_by_stride_0_is_computed_as_often)
 }
 END_TEST
 
+START_TEST(a_line_longer_than_its_memory_costs_no_more_than_that)
+{
+	uint8_t one[] = {7};
+	const int64_t shape[2] = {1, 1ll << 40}, strides[2] = {0, 0};
+	struct operand x;
+	operand_init(&x, OPD_u8, one, 2, shape, strides);
+	ck_assert_int_eq(CALL("argmax", tensor_arg(&x.tensor), int_arg(1), bool_arg(false)), OPD_OK);
+	ck_assert_int_eq(integers(0)[0], 0);
+	ck_assert_int_eq(CALL("topk", tensor_arg(&x.tensor), int_arg(3)), OPD_OK);
+	ck_assert_mem_eq(outcome.data[0], "\7\7\7", 3);
+	ck_assert_int_eq(integers(1)[2], 2);
+}
+END_TEST
+
 START_TEST(a_stride_of_a_dimension_of_1_is_never_followed)
 {
 	float one[] = {1, 2};
@@ -658,6 +672,7 @@ static Suite *suite(void)
 	tcase_add_checked_fixture(t, setup, teardown);
 	tcase_add_loop_test(t, an_operands_layout_does_not_show_in_the_result, 0, ops);
 	tcase_add_test(t, a_row_repeated_by_stride_0_is_computed_as_often);
+	tcase_add_test(t, a_line_longer_than_its_memory_costs_no_more_than_that);
 	tcase_add_test(t, a_stride_of_a_dimension_of_1_is_never_followed);
 	tcase_add_test(t, a_row_longer_than_a_chunk_is_normalised_as_one);
 	tcase_add_test(t, layer_norm_of_a_large_mean_loses_nothing);
