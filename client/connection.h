@@ -28,6 +28,7 @@ struct batch {
 	size_t count;
 	size_t index; /* first that isn't out */
 	size_t bytes; /* of those added */
+	uint64_t number; /* of batches made so far */
 };
 
 struct writer {

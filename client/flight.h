@@ -45,6 +45,7 @@ struct flight {
 	size_t frame_bytes;
 	size_t frame_capacity;
 	uint8_t data_header[FRAME_HEADER_BYTES + FRAME_DATA_OFFSET_BYTES]; /* of the DATA or ABORT frame in the batch */
+	uint64_t data_batch; /* the last batch that has a DATA frame of it */
 	bool chunked;
 	struct iovec inline_pieces[FLIGHT_PIECES];
 	struct iovec *pieces;

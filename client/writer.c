@@ -158,6 +158,7 @@ static bool batch_add_data(opd_client *client, struct flight *flight)
 		limit = client->session.chunk_bytes;
 	if (limit > BATCH_BYTES)
 		limit = BATCH_BYTES;
+	flight->data_batch = batch->number;
 	batch_add(batch, flight, flight->data_header, sizeof flight->data_header);
 	uint64_t bytes = 0;
 	while (bytes < limit && batch->count < batch->capacity) {
@@ -194,6 +195,7 @@ static bool batch_fill(opd_client *client)
 	batch->count = 0;
 	batch->index = 0;
 	batch->bytes = 0;
+	batch->number++;
 	while (!list_empty(&writer->ready) && batch->bytes < BATCH_BYTES) {
 		struct flight *flight = LIST_ENTRY(writer->ready.next, struct flight, send);
 		if (!(flight->state == FLIGHT_ABORT ? batch_add_abort(client, flight) : batch_add_request(client, flight)))
@@ -201,13 +203,10 @@ static bool batch_fill(opd_client *client)
 	}
 	if (list_empty(&writer->ready))
 		writer->ready_bytes = 0;
-	const struct flight *first = NULL;
 	while (!list_empty(&writer->bulk) && batch->bytes < BATCH_BYTES) {
 		struct flight *flight = LIST_ENTRY(writer->bulk.next, struct flight, send);
-		if (flight == first || !batch_add_data(client, flight))
+		if (flight->data_batch == batch->number || !batch_add_data(client, flight))
 			break;
-		if (first == NULL)
-			first = flight;
 	}
 	return batch->count != 0;
 }
