@@ -8,22 +8,24 @@
 
 static opd_status connect_to(struct opctl *ctl, const char *address, opd_error *error)
 {
-	opd_connect_options options = {.struct_bytes = sizeof options, .timeout_us = ctl->timeout_us, .client = "opctl " OPD_VERSION};
+	/* The daemon gets the time that was asked for, and a second to say that it is over: its words are better than "no answer yet". */
+	const uint64_t timeout_us = ctl->timeout_us == 0 ? 0 : ctl->timeout_us + 1000000;
+	opd_connect_options options = {.struct_bytes = sizeof options, .timeout_us = timeout_us, .client = "opctl " OPD_VERSION};
 	return opd_connect(address, &options, &ctl->client, error);
 }
 
-static opd_status connect_embedded(struct opctl *ctl, const char *address, const opd_error *why, opd_error *error)
+static opd_status connect_embedded(struct opctl *ctl, const opd_error *why, opd_error *error)
 {
 #ifdef OPCTL_EMBEDDED
 	const opd_status status = connect_to(ctl, "embedded:", error);
 	if (status == OPD_OK) {
 		ctl->embedded = true;
-		print_note("no daemon answers at %s (%s): running in this process", shown(address), shown(why->text));
+		print_note("no daemon answers (%s): running in this process", shown(why->text));
 	}
 	return status;
 #else
 	(void)ctl;
-	return opd_fail(error, OPD_UNAVAILABLE, "no daemon answers at %s: %s", address, why->text);
+	return opd_fail(error, OPD_UNAVAILABLE, "no daemon answers: %s", why->text);
 #endif
 }
 
@@ -48,8 +50,8 @@ opd_status opctl_connect(struct opctl *ctl, connect_need need, opd_error *error)
 		return status;
 	}
 	if (need == CONNECT_DAEMON)
-		return opd_fail(error, OPD_UNAVAILABLE, "%s needs a daemon, and none answers at %s: %s", ctl->options.positional[0], address, why.text);
-	return connect_embedded(ctl, address, &why, error);
+		return opd_fail(error, OPD_UNAVAILABLE, "%s needs a daemon, and none answers: %s", ctl->options.positional[0], why.text);
+	return connect_embedded(ctl, &why, error);
 }
 
 opd_status opctl_load_modules(struct opctl *ctl, opd_error *error)
