@@ -257,7 +257,7 @@ class Run(Case):
         self.assertEqual(read_safetensors(self.path("q.safetensors"))[1]["out.0"], ("F8_E4M3", [2], b"\x38\xfe"))
         self.opctl("run", "topk", "arange:f32[4]", "2", "-o", self.path("two.npy"))
         self.assertTrue(os.path.exists(self.path("two.0.npy")) and os.path.exists(self.path("two.1.npy")))
-        self.assertEqual([n for n in os.listdir(self.folder) if re.search(r"\.\w{6}$", n) and not n.endswith(".npy") and "safetensors" not in n], [])
+        self.assertEqual([n for n in os.listdir(self.folder) if re.search(r"\.(npy|safetensors)\.", n)], [], "no temporary file stays")
 
     def test_files_that_arent_there_or_arent_right(self):
         self.assertIn("No such file", self.fails(1, "NOT_FOUND", "run", "relu", "@" + self.path("absent.npy")))
