@@ -1,8 +1,9 @@
 /* Where a client looks for a daemon when nobody says.
  *
  * Layer: client, internal. Threads: pure but for the environment.
- * The rule is the daemon's own (server/config.h, config_default_socket): $XDG_RUNTIME_DIR/opd.sock, as root /run/opd/opd.sock, else
- * /tmp/opd-<uid>/opd.sock. The two stand apart because client and server include nothing of each other; README.md documents them once. */
+ * The rule is the daemon's own (server/config.h, config_default_socket): $XDG_RUNTIME_DIR/opd.sock, as root /run/opd/opd.sock,
+ * else /tmp/opd-<uid>/opd.sock. The two stand apart because client and server include nothing of each other; README.md documents
+ * them once. */
 #ifndef OPD_CLIENT_ADDRESS_H
 #define OPD_CLIENT_ADDRESS_H
 

@@ -26,10 +26,10 @@ void *file_tensor_alloc(uint64_t bytes)
 
 static opd_status fail_errno(opd_error *error, const char *what, const char *path, int number)
 {
-	const opd_status status = number == ENOENT || number == ENOTDIR   ? OPD_NOT_FOUND
-	                          : number == EACCES || number == EPERM   ? OPD_PERMISSION_DENIED
-	                          : number == ENOSPC || number == EDQUOT  ? OPD_RESOURCE_EXHAUSTED
-	                                                                  : OPD_INVALID_ARGUMENT;
+	const opd_status status = number == ENOENT || number == ENOTDIR  ? OPD_NOT_FOUND
+	                          : number == EACCES || number == EPERM  ? OPD_PERMISSION_DENIED
+	                          : number == ENOSPC || number == EDQUOT ? OPD_RESOURCE_EXHAUSTED
+	                                                                 : OPD_INVALID_ARGUMENT;
 	return opd_fail(error, status, "%s: cannot %s: %s", path, what, strerror(number));
 }
 

@@ -33,7 +33,8 @@ static opd_status fail_at(const struct npy_cursor *cursor, const char *expected)
 {
 	if (cursor->at == cursor->end)
 		return opd_fail(cursor->error, OPD_INVALID_ARGUMENT, "%s: .npy header ends, expected %s", cursor->path, expected);
-	return opd_fail(cursor->error, OPD_INVALID_ARGUMENT, "%s: .npy header has '%.8s', expected %s", cursor->path, cursor->at, expected);
+	return opd_fail(cursor->error, OPD_INVALID_ARGUMENT, "%s: .npy header has '%.8s', expected %s", cursor->path, cursor->at,
+	                expected);
 }
 
 static void skip_space(struct npy_cursor *cursor)
@@ -97,7 +98,8 @@ static opd_status take_shape(struct npy_cursor *cursor, struct npy_header *heade
 		return fail_at(cursor, "a shape such as (2, 3)");
 	while (!take(cursor, ')')) {
 		if (header->rank == OPD_RANK_MAX)
-			return opd_fail(cursor->error, OPD_INVALID_ARGUMENT, "%s: array has more than %d dimensions", cursor->path, OPD_RANK_MAX);
+			return opd_fail(cursor->error, OPD_INVALID_ARGUMENT, "%s: array has more than %d dimensions", cursor->path,
+			                OPD_RANK_MAX);
 		if (!take_extent(cursor, &header->shape[header->rank]))
 			return fail_at(cursor, "an extent from 0 to 2^63 - 1");
 		header->rank++;
@@ -127,7 +129,8 @@ static opd_status take_entry(struct npy_cursor *cursor, struct npy_header *heade
 		header->has_fortran = header->fortran || take_word(cursor, "False");
 		return header->has_fortran ? OPD_OK : fail_at(cursor, "True or False");
 	}
-	return opd_fail(cursor->error, OPD_INVALID_ARGUMENT, "%s: .npy header has the key '%s' unexpectedly or twice", cursor->path, key);
+	return opd_fail(cursor->error, OPD_INVALID_ARGUMENT, "%s: .npy header has the key '%s' unexpectedly or twice", cursor->path,
+	                key);
 }
 
 static opd_status parse_header(struct npy_cursor *cursor, struct npy_header *header)
@@ -149,7 +152,9 @@ static opd_status parse_header(struct npy_cursor *cursor, struct npy_header *hea
 		return fail_at(cursor, "nothing after '}'");
 	if (!header->has_descr || !header->has_fortran || !header->has_shape)
 		return opd_fail(cursor->error, OPD_INVALID_ARGUMENT, "%s: .npy header lacks %s", cursor->path,
-		                !header->has_descr ? "'descr'" : !header->has_fortran ? "'fortran_order'" : "'shape'");
+		                !header->has_descr     ? "'descr'"
+		                : !header->has_fortran ? "'fortran_order'"
+		                                       : "'shape'");
 	return OPD_OK;
 }
 
@@ -157,8 +162,8 @@ static const struct {
 	const char *code;
 	opd_dtype dtype;
 } npy_codes[] = {
-	{"b1", OPD_bool}, {"u1", OPD_u8},  {"i1", OPD_i8},  {"i2", OPD_i16}, {"i4", OPD_i32},
-	{"i8", OPD_i64},  {"f2", OPD_f16}, {"f4", OPD_f32}, {"f8", OPD_f64},
+    {"b1", OPD_bool}, {"u1", OPD_u8},  {"i1", OPD_i8},  {"i2", OPD_i16}, {"i4", OPD_i32},
+    {"i8", OPD_i64},  {"f2", OPD_f16}, {"f4", OPD_f32}, {"f8", OPD_f64},
 };
 
 bool npy_is_raw(opd_dtype dtype)
@@ -177,16 +182,19 @@ static opd_dtype dtype_of(const char *code, opd_dtype raw_as)
 	return OPD_DTYPE_NONE;
 }
 
-static opd_status resolve_dtype(const char *path, const char *descr, opd_dtype raw_as, opd_dtype *dtype_out, bool *swap_out, opd_error *error)
+static opd_status resolve_dtype(const char *path, const char *descr, opd_dtype raw_as, opd_dtype *dtype_out, bool *swap_out,
+                                opd_error *error)
 {
 	const bool ordered = descr[0] != '\0' && strchr("<>|=", descr[0]) != NULL;
 	const opd_dtype dtype = dtype_of(descr + ordered, raw_as);
 	if (dtype == OPD_DTYPE_NONE && raw_as != OPD_DTYPE_NONE)
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: elements are '%s', which can't be taken as %s", path, descr, opd_dtype_name(raw_as));
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: elements are '%s', which can't be taken as %s", path, descr,
+		                opd_dtype_name(raw_as));
 	if (dtype == OPD_DTYPE_NONE)
-		return opd_fail(error, OPD_INVALID_ARGUMENT,
-		                "%s: elements are '%s', expected bool, u1, i1, i2, i4, i8, f2, f4 or f8 (say %s:bf16 to read 16-bit words as bf16)", path, descr,
-		                path);
+		return opd_fail(
+		    error, OPD_INVALID_ARGUMENT,
+		    "%s: elements are '%s', expected bool, u1, i1, i2, i4, i8, f2, f4 or f8 (say %s:bf16 to read 16-bit words as bf16)",
+		    path, descr, path);
 	*dtype_out = dtype;
 	*swap_out = descr[0] == '>' && opd_dtype_bytes(dtype) > 1;
 	return OPD_OK;
@@ -215,16 +223,16 @@ static void column_major(uint32_t rank, const int64_t *shape, int64_t *strides_o
 }
 
 /* Fills tensor_out but for its data; nothing is allocated. */
-static opd_status describe(const char *path, const struct npy_header *header, opd_dtype dtype, uint64_t data_bytes, struct file_tensor *tensor_out,
-                           opd_error *error)
+static opd_status describe(const char *path, const struct npy_header *header, opd_dtype dtype, uint64_t data_bytes,
+                           struct file_tensor *tensor_out, opd_error *error)
 {
 	struct file_tensor tensor = {.dtype = dtype, .rank = header->rank};
 	memcpy(tensor.shape, header->shape, sizeof tensor.shape);
 	if (!tensor_bytes(dtype, tensor.rank, tensor.shape, &tensor.bytes))
 		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: the shape's size doesn't fit 63 bits", path);
 	if (tensor.bytes != data_bytes)
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: has %llu bytes after its header, expected %llu (by dtype and shape)", path,
-		                (unsigned long long)data_bytes, (unsigned long long)tensor.bytes);
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: has %llu bytes after its header, expected %llu (by dtype and shape)",
+		                path, (unsigned long long)data_bytes, (unsigned long long)tensor.bytes);
 	if (header->fortran)
 		column_major(tensor.rank, tensor.shape, tensor.strides);
 	else
@@ -234,11 +242,13 @@ static opd_status describe(const char *path, const struct npy_header *header, op
 }
 
 /* Offset and length of the header's text. */
-static opd_status locate_header(int fd, const char *path, uint64_t file_bytes, uint64_t *offset_out, uint64_t *bytes_out, opd_error *error)
+static opd_status locate_header(int fd, const char *path, uint64_t file_bytes, uint64_t *offset_out, uint64_t *bytes_out,
+                                opd_error *error)
 {
 	unsigned char start[12];
 	if (file_bytes < sizeof start)
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: has %llu bytes, too few for an .npy file", path, (unsigned long long)file_bytes);
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: has %llu bytes, too few for an .npy file", path,
+		                (unsigned long long)file_bytes);
 	const opd_status status = file_read_at(fd, path, 0, start, sizeof start, error);
 	if (status != OPD_OK)
 		return status;
@@ -248,7 +258,8 @@ static opd_status locate_header(int fd, const char *path, uint64_t file_bytes, u
 		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: .npy version %u.%u, expected 1 to 3", path, start[6], start[7]);
 	const bool wide = start[6] > 1;
 	const uint64_t offset = wide ? 12 : 10;
-	const uint64_t bytes = start[8] | (uint64_t)start[9] << 8 | (wide ? (uint64_t)start[10] << 16 | (uint64_t)start[11] << 24 : 0);
+	const uint64_t bytes =
+	    start[8] | (uint64_t)start[9] << 8 | (wide ? (uint64_t)start[10] << 16 | (uint64_t)start[11] << 24 : 0);
 	if (bytes > NPY_HEADER_MAX || bytes > file_bytes - offset)
 		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: .npy header of %llu bytes, the file has %llu and the limit is %u", path,
 		                (unsigned long long)bytes, (unsigned long long)(file_bytes - offset), NPY_HEADER_MAX);
@@ -257,7 +268,8 @@ static opd_status locate_header(int fd, const char *path, uint64_t file_bytes, u
 	return OPD_OK;
 }
 
-static opd_status read_header(int fd, const char *path, uint64_t file_bytes, struct npy_header *header, uint64_t *data_offset_out, opd_error *error)
+static opd_status read_header(int fd, const char *path, uint64_t file_bytes, struct npy_header *header, uint64_t *data_offset_out,
+                              opd_error *error)
 {
 	uint64_t offset = 0, bytes = 0;
 	opd_status status = locate_header(fd, path, file_bytes, &offset, &bytes, error);
@@ -277,7 +289,8 @@ static opd_status read_header(int fd, const char *path, uint64_t file_bytes, str
 	return status;
 }
 
-static opd_status read_array(int fd, const char *path, uint64_t file_bytes, opd_dtype raw_as, struct file_tensor *tensor_out, opd_error *error)
+static opd_status read_array(int fd, const char *path, uint64_t file_bytes, opd_dtype raw_as, struct file_tensor *tensor_out,
+                             opd_error *error)
 {
 	struct npy_header header = {0};
 	uint64_t offset = 0;
@@ -333,11 +346,13 @@ static size_t format_header(const opd_tensor *tensor, const char *code, char out
 	char shape[OPD_RANK_MAX * 24 + 1] = "";
 	size_t length = 0;
 	for (uint32_t i = 0; i < tensor->rank; i++)
-		length += (size_t)snprintf(shape + length, sizeof shape - length, i == 0 ? "%lld," : " %lld,", (long long)tensor->shape[i]);
+		length +=
+		    (size_t)snprintf(shape + length, sizeof shape - length, i == 0 ? "%lld," : " %lld,", (long long)tensor->shape[i]);
 	if (tensor->rank > 1)
 		shape[length - 1] = '\0';
 	const char order = opd_dtype_bytes(tensor->dtype) == 1 ? '|' : '<';
-	size_t bytes = 10 + (size_t)snprintf(out + 10, 512 - 10, "{'descr': '%c%s', 'fortran_order': False, 'shape': (%s), }", order, code, shape);
+	size_t bytes = 10 + (size_t)snprintf(out + 10, 512 - 10, "{'descr': '%c%s', 'fortran_order': False, 'shape': (%s), }", order,
+	                                     code, shape);
 	while ((bytes + 1) % 64 != 0)
 		out[bytes++] = ' ';
 	out[bytes++] = '\n';

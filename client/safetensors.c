@@ -25,7 +25,7 @@ static const struct {
 	opd_dtype dtype;
 } safetensors_dtypes[] = {
 #define X(dtype, number, bytes, text) {text, OPD_##dtype},
-	OPD_DTYPE_MAP(X)
+    OPD_DTYPE_MAP(X)
 #undef X
 };
 
@@ -66,8 +66,8 @@ static opd_status read_shape(const char *path, const cJSON *shape, struct safete
 	{
 		uint64_t extent;
 		if (!whole(item, &extent))
-			return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: tensor '%s' has a dimension that is no whole number from 0 to 2^53", path,
-			                entry->name);
+			return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: tensor '%s' has a dimension that is no whole number from 0 to 2^53",
+			                path, entry->name);
 		if (entry->rank < OPD_RANK_MAX)
 			entry->shape[entry->rank] = (int64_t)extent;
 		entry->rank++;
@@ -77,26 +77,29 @@ static opd_status read_shape(const char *path, const cJSON *shape, struct safete
 	return OPD_OK;
 }
 
-static opd_status read_range(const char *path, const cJSON *range, uint64_t base, uint64_t file_bytes, struct safetensors_entry *entry,
-                             opd_error *error)
+static opd_status read_range(const char *path, const cJSON *range, uint64_t base, uint64_t file_bytes,
+                             struct safetensors_entry *entry, opd_error *error)
 {
 	uint64_t begin, end, bytes;
-	if (!cJSON_IsArray(range) || cJSON_GetArraySize(range) != 2 || !whole(range->child, &begin) || !whole(range->child->next, &end))
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: tensor '%s' has no data_offsets of two whole numbers", path, entry->name);
+	if (!cJSON_IsArray(range) || cJSON_GetArraySize(range) != 2 || !whole(range->child, &begin) ||
+	    !whole(range->child->next, &end))
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: tensor '%s' has no data_offsets of two whole numbers", path,
+		                entry->name);
 	if (begin > end || end > file_bytes - base)
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: tensor '%s' has data_offsets [%llu, %llu], the data has %llu bytes", path, entry->name,
-		                (unsigned long long)begin, (unsigned long long)end, (unsigned long long)(file_bytes - base));
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: tensor '%s' has data_offsets [%llu, %llu], the data has %llu bytes",
+		                path, entry->name, (unsigned long long)begin, (unsigned long long)end,
+		                (unsigned long long)(file_bytes - base));
 	if (entry->dtype != OPD_DTYPE_NONE &&
 	    (!tensor_bytes(entry->dtype, entry->rank, entry->shape, &bytes) || bytes != end - begin))
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: tensor '%s' has %llu bytes, its dtype %s and shape need another number", path, entry->name,
-		                (unsigned long long)(end - begin), entry->dtype_name);
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: tensor '%s' has %llu bytes, its dtype %s and shape need another number",
+		                path, entry->name, (unsigned long long)(end - begin), entry->dtype_name);
 	entry->offset = base + begin;
 	entry->bytes = end - begin;
 	return OPD_OK;
 }
 
-static opd_status read_entry(const char *path, const cJSON *item, uint64_t base, uint64_t file_bytes, struct safetensors_entry *entry,
-                             opd_error *error)
+static opd_status read_entry(const char *path, const cJSON *item, uint64_t base, uint64_t file_bytes,
+                             struct safetensors_entry *entry, opd_error *error)
 {
 	entry->name = item->string;
 	entry->dtype_name = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(item, "dtype"));
@@ -131,8 +134,8 @@ static opd_status check_ranges(struct safetensors *file, uint64_t base, uint64_t
 	for (size_t i = 0; i < file->count; i++) {
 		const struct safetensors_entry *entry = &file->entries[i];
 		if (entry->offset != at)
-			return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: tensor '%s' starts at byte %llu of the data, expected %llu (%s)", file->path, entry->name,
-			                (unsigned long long)(entry->offset - base), (unsigned long long)(at - base),
+			return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: tensor '%s' starts at byte %llu of the data, expected %llu (%s)",
+			                file->path, entry->name, (unsigned long long)(entry->offset - base), (unsigned long long)(at - base),
 			                entry->offset < at ? "it overlaps the one before" : "there is a gap before it");
 		at += entry->bytes;
 	}
@@ -204,7 +207,8 @@ static opd_status read_header(struct safetensors *file, uint64_t file_bytes, opd
 {
 	unsigned char length[8];
 	if (file_bytes < sizeof length)
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: has %llu bytes, too few for a .safetensors file", file->path, (unsigned long long)file_bytes);
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: has %llu bytes, too few for a .safetensors file", file->path,
+		                (unsigned long long)file_bytes);
 	opd_status status = file_read_at(file->fd, file->path, 0, length, sizeof length, error);
 	if (status != OPD_OK)
 		return status;
@@ -212,7 +216,8 @@ static opd_status read_header(struct safetensors *file, uint64_t file_bytes, opd
 	for (unsigned i = 0; i < 8; i++)
 		bytes |= (uint64_t)length[i] << (8 * i);
 	if (bytes > HEADER_MAX || bytes > file_bytes - 8)
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: header of %llu bytes, the file has %llu after its length and the limit is %u", file->path,
+		return opd_fail(error, OPD_INVALID_ARGUMENT,
+		                "%s: header of %llu bytes, the file has %llu after its length and the limit is %u", file->path,
 		                (unsigned long long)bytes, (unsigned long long)(file_bytes - 8), HEADER_MAX);
 	char *text = malloc((size_t)bytes + 1);
 	if (text == NULL)
@@ -282,11 +287,12 @@ const char *safetensors_metadata(const struct safetensors *file, const char *key
 	return cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(file->metadata, key));
 }
 
-opd_status safetensors_read(const struct safetensors *file, const struct safetensors_entry *entry, struct file_tensor *tensor_out, opd_error *error)
+opd_status safetensors_read(const struct safetensors *file, const struct safetensors_entry *entry, struct file_tensor *tensor_out,
+                            opd_error *error)
 {
 	if (entry->dtype == OPD_DTYPE_NONE)
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: tensor '%s' has dtype %s and rank %u, which opd doesn't have", file->path, entry->name,
-		                entry->dtype_name, entry->rank);
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: tensor '%s' has dtype %s and rank %u, which opd doesn't have",
+		                file->path, entry->name, entry->dtype_name, entry->rank);
 	struct file_tensor tensor = {.dtype = entry->dtype, .rank = entry->rank, .bytes = entry->bytes};
 	memcpy(tensor.shape, entry->shape, sizeof tensor.shape);
 	tensor_row_major(tensor.rank, tensor.shape, tensor.strides);
@@ -334,16 +340,17 @@ static bool add_metadata(cJSON *header, const struct safetensors_text *texts, si
 }
 
 /* Fills the header and, from pieces[0] on, the tensors' bytes. */
-static opd_status add_items(const char *path, const struct safetensors_item *items, size_t count, cJSON *header, struct iovec *pieces,
-                            opd_error *error)
+static opd_status add_items(const char *path, const struct safetensors_item *items, size_t count, cJSON *header,
+                            struct iovec *pieces, opd_error *error)
 {
 	uint64_t at = 0;
 	for (size_t i = 0; i < count; i++) {
 		const opd_tensor *tensor = items[i].tensor;
 		uint64_t bytes, end;
-		if (dtype_text(tensor->dtype) == NULL || !opd_tensor_contiguous(tensor) || !tensor_bytes(tensor->dtype, tensor->rank, tensor->shape, &bytes) ||
-		    !size_add(at, bytes, &end))
-			return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: can't write tensor '%s': it isn't row-major, or too large", path, items[i].name);
+		if (dtype_text(tensor->dtype) == NULL || !opd_tensor_contiguous(tensor) ||
+		    !tensor_bytes(tensor->dtype, tensor->rank, tensor->shape, &bytes) || !size_add(at, bytes, &end))
+			return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: can't write tensor '%s': it isn't row-major, or too large", path,
+			                items[i].name);
 		if (cJSON_GetObjectItemCaseSensitive(header, items[i].name) != NULL)
 			return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: tensor '%s' is given twice", path, items[i].name);
 		if (!cJSON_AddItemToObject(header, items[i].name, make_entry(tensor, at, end)))
@@ -374,8 +381,8 @@ static opd_status write_file(const char *path, const cJSON *header, struct iovec
 	return status;
 }
 
-opd_status safetensors_write(const char *path, const struct safetensors_item *items, size_t count, const struct safetensors_text *texts,
-                             size_t text_count, opd_error *error)
+opd_status safetensors_write(const char *path, const struct safetensors_item *items, size_t count,
+                             const struct safetensors_text *texts, size_t text_count, opd_error *error)
 {
 	cJSON *header = cJSON_CreateObject();
 	struct iovec *pieces = calloc(count + 3, sizeof *pieces);

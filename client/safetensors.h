@@ -2,9 +2,9 @@
  *
  * Layer: client, internal. Threads: a file belongs to one thread at a time.
  * Life: safetensors_open (reads and checks the header, keeps the file open) → find, read → safetensors_close.
- * Checked on opening: the header's length (at most 16 MiB, and the file's), its JSON, names given twice, every range against dtype, shape and file; ranges
- * that overlap, leave a gap or a tail are refused, as the format demands. A tensor of a dtype or rank that opd doesn't have leaves the others readable.
- * Not here: sharded files and their index. */
+ * Checked on opening: the header's length (at most 16 MiB, and the file's), its JSON, names given twice, every range against
+ * dtype, shape and file; ranges that overlap, leave a gap or a tail are refused, as the format demands. A tensor of a dtype or
+ * rank that opd doesn't have leaves the others readable. Not here: sharded files and their index. */
 #ifndef OPD_CLIENT_SAFETENSORS_H
 #define OPD_CLIENT_SAFETENSORS_H
 
@@ -35,8 +35,8 @@ const struct safetensors_entry *safetensors_find(const struct safetensors *file,
 const char *safetensors_metadata(const struct safetensors *file, const char *key);
 
 /* Reads one tensor; fini it. */
-OPD_MUST_USE opd_status safetensors_read(const struct safetensors *file, const struct safetensors_entry *entry, struct file_tensor *tensor_out,
-                                         opd_error *error);
+OPD_MUST_USE opd_status safetensors_read(const struct safetensors *file, const struct safetensors_entry *entry,
+                                         struct file_tensor *tensor_out, opd_error *error);
 
 struct safetensors_item {
 	const char *name;
@@ -49,7 +49,7 @@ struct safetensors_text {
 };
 
 /* Writes a file, atomically. Names must differ; count may be 0. */
-OPD_MUST_USE opd_status safetensors_write(const char *path, const struct safetensors_item *items, size_t count, const struct safetensors_text *texts,
-                                          size_t text_count, opd_error *error);
+OPD_MUST_USE opd_status safetensors_write(const char *path, const struct safetensors_item *items, size_t count,
+                                          const struct safetensors_text *texts, size_t text_count, opd_error *error);
 
 #endif

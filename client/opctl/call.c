@@ -87,8 +87,10 @@ static opd_status read_spec(struct call *call, const char *what, const char *tex
 	if (status != OPD_OK)
 		return opd_error_prefix(error, status, "%s", call->op);
 	if (tensor->data == NULL && !call->bare)
-		return opd_fail(error, OPD_INVALID_ARGUMENT,
-		                "%s: %s is %s without values, which only fake and explain take (zeros:, ones:, arange:, randn: make some)", call->op, what, text);
+		return opd_fail(
+		    error, OPD_INVALID_ARGUMENT,
+		    "%s: %s is %s without values, which only fake and explain take (zeros:, ones:, arange:, randn: make some)", call->op,
+		    what, text);
 	return OPD_OK;
 }
 
@@ -178,7 +180,9 @@ static opd_status add_float(struct call *call, const char *name, const char *wha
 
 static int parse_bool(const char *text)
 {
-	return strcmp(text, "true") == 0 || strcmp(text, "True") == 0 ? 1 : strcmp(text, "false") == 0 || strcmp(text, "False") == 0 ? 0 : -1;
+	return strcmp(text, "true") == 0 || strcmp(text, "True") == 0     ? 1
+	       : strcmp(text, "false") == 0 || strcmp(text, "False") == 0 ? 0
+	                                                                  : -1;
 }
 
 static opd_status add_bool(struct call *call, const char *name, const char *what, const char *text, opd_error *error)
@@ -209,7 +213,8 @@ static param_type guess_type(const char *text)
 	return parse_float("", text, &f, NULL) == OPD_OK ? PARAM_FLOAT : PARAM_STR;
 }
 
-static opd_status add_value(struct call *call, const char *name, const char *what, const struct schema_param *param, const char *text, opd_error *error)
+static opd_status add_value(struct call *call, const char *name, const char *what, const struct schema_param *param,
+                            const char *text, opd_error *error)
 {
 	param_type type = param == NULL ? PARAM_UNKNOWN : param->type;
 	if (type != PARAM_STR && is_none(text)) {
@@ -282,7 +287,8 @@ static opd_status add_json_ints(struct call *call, const char *name, const cJSON
 	cJSON_ArrayForEach(item, value)
 	{
 		if (!json_int(item, &ints[count++]))
-			status = opd_fail(error, OPD_INVALID_ARGUMENT, "%s: attrs: %s has an item that is no whole number up to 2^53", call->op, name);
+			status = opd_fail(error, OPD_INVALID_ARGUMENT, "%s: attrs: %s has an item that is no whole number up to 2^53",
+			                  call->op, name);
 	}
 	if (status == OPD_OK)
 		opd_request_ints(call->request, name, ints, count);
@@ -309,6 +315,7 @@ opd_status call_add_json(struct call *call, const char *name, const cJSON *value
 	else if (cJSON_IsNumber(value))
 		opd_request_float(call->request, name, value->valuedouble);
 	else
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: attrs: %s is neither a number, text, bool, list nor null", call->op, name);
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: attrs: %s is neither a number, text, bool, list nor null", call->op,
+		                name);
 	return OPD_OK;
 }

@@ -1,8 +1,9 @@
 /* A request built from a command line or a case file, with the tensors that it reads.
  *
  * Layer: client/opctl. Threads: one.
- * Life: call_init (asks the daemon for the op's schema) → call_add_text or call_add_json and call_add_tensor → the request is submitted → call_fini.
- * The schema types the values; what it doesn't know is typed by its looks and left to the daemon to refuse. */
+ * Life: call_init (asks the daemon for the op's schema) → call_add_text or call_add_json and call_add_tensor → the request is
+ * submitted → call_fini. The schema types the values; what it doesn't know is typed by its looks and left to the daemon to
+ * refuse. */
 #ifndef OPCTL_CALL_H
 #define OPCTL_CALL_H
 
@@ -13,12 +14,12 @@
 #include "opd/client.h"
 
 struct call {
-	const char *op;         /* borrowed */
+	const char *op; /* borrowed */
 	opd_request *request;
 	struct schema schema;
-	bool bare;              /* tensors go as dtype and shape alone */
-	uint64_t seed;          /* of the next randn */
-	size_t positional;      /* arguments without a name so far */
+	bool bare;         /* tensors go as dtype and shape alone */
+	uint64_t seed;     /* of the next randn */
+	size_t positional; /* arguments without a name so far */
 	size_t tensor_count;
 	struct file_tensor *tensors; /* owned; their data is read by the request */
 };

@@ -102,7 +102,8 @@ static opd_status tolerance(const struct case_file *test, const char *name, uint
 	return status;
 }
 
-static opd_status check_output(const struct case_file *test, const opd_result *result, uint32_t output, struct case_outcome *out, opd_error *error)
+static opd_status check_output(const struct case_file *test, const opd_result *result, uint32_t output, struct case_outcome *out,
+                               opd_error *error)
 {
 	char name[32];
 	(void)snprintf(name, sizeof name, "out.%u", output);
@@ -156,7 +157,8 @@ static void check_results(const struct case_file *test, const opd_result *result
 		(void)snprintf(out->why, sizeof out->why, "%s", error.text);
 }
 
-void case_check(const struct case_file *test, opd_status status, const opd_error *error, const opd_result *result, struct case_outcome *out)
+void case_check(const struct case_file *test, opd_status status, const opd_error *error, const opd_result *result,
+                struct case_outcome *out)
 {
 	*out = (struct case_outcome){0};
 	if (test->error_name == NULL && status == OPD_OK) {

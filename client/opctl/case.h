@@ -31,6 +31,7 @@ void case_close(struct case_file *test);
 OPD_MUST_USE opd_status case_add_arguments(const struct case_file *test, struct call *call, opd_error *error);
 
 /* Compares what came with what the case wants. `result` may be NULL; `error` is the text of a status other than OK. */
-void case_check(const struct case_file *test, opd_status status, const opd_error *error, const opd_result *result, struct case_outcome *out);
+void case_check(const struct case_file *test, opd_status status, const opd_error *error, const opd_result *result,
+                struct case_outcome *out);
 
 #endif

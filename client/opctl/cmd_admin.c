@@ -6,7 +6,8 @@
 #include "client/opctl/print.h"
 
 const struct option_use ping_options[] = {{OPTION_COUNT, "round trips (default 10)"}, {OPTION_END, NULL}};
-const struct option_use drain_options[] = {{OPTION_TIMEOUT, "time that work under way has (default: the daemon's configuration)"}, {OPTION_END, NULL}};
+const struct option_use drain_options[] = {{OPTION_TIMEOUT, "time that work under way has (default: the daemon's configuration)"},
+                                           {OPTION_END, NULL}};
 
 /* Checks the number of arguments and connects; EXIT_DONE to go on. */
 static int begin(struct opctl *ctl, bool right, const char *usage)
@@ -72,8 +73,8 @@ static int print_ping(const struct opctl *ctl, const struct ping_times *times)
 	const opd_session *session = opd_client_session(ctl->client);
 	const double mean_ns = (double)times->sum_ns / (double)times->count;
 	if (!ctl->json) {
-		(void)printf("%s: %" PRIu64 " round trips, min %s, mean %s, max %s\n", shown(session->server), times->count, duration_text((double)times->min_ns),
-		             duration_text(mean_ns), duration_text((double)times->max_ns));
+		(void)printf("%s: %" PRIu64 " round trips, min %s, mean %s, max %s\n", shown(session->server), times->count,
+		             duration_text((double)times->min_ns), duration_text(mean_ns), duration_text((double)times->max_ns));
 		return EXIT_DONE;
 	}
 	cJSON *document = cJSON_CreateObject();
@@ -128,15 +129,17 @@ static int print_info_json(const opd_server_info *info, const opd_session *sessi
 
 static void print_info(const opd_server_info *info, const opd_session *session)
 {
-	(void)printf("server     %s (opd %s), pid %" PRIu64 "%s\n", shown(session->server), shown(info->version), info->pid, info->draining ? ", draining" : "");
+	(void)printf("server     %s (opd %s), pid %" PRIu64 "%s\n", shown(session->server), shown(info->version), info->pid,
+	             info->draining ? ", draining" : "");
 	(void)printf("uptime     %s\n", duration_text((double)info->uptime_us * 1e3));
 	print_list("listeners  ", info->listeners, info->listener_count);
 	print_list("devices    ", info->devices, info->device_count);
 	(void)printf("threads    %u kernel, %u I/O\n", info->threads, info->loops);
 	(void)printf("sessions   %" PRIu64 "\nrequests   %" PRIu64 "\n", info->sessions, info->requests);
 	(void)printf("memory     %s of %s\n", bytes_text(info->memory_bytes), bytes_text(info->memory_limit_bytes));
-	(void)printf("session    %" PRIu64 ", tenant %s%s, %s of %s, %u requests in flight at most\n", session->session, shown(session->tenant),
-	             session->admin ? ", administrator" : "", bytes_text(info->session_memory_bytes), bytes_text(session->session_bytes), session->in_flight);
+	(void)printf("session    %" PRIu64 ", tenant %s%s, %s of %s, %u requests in flight at most\n", session->session,
+	             shown(session->tenant), session->admin ? ", administrator" : "", bytes_text(info->session_memory_bytes),
+	             bytes_text(session->session_bytes), session->in_flight);
 }
 
 int cmd_info(struct opctl *ctl)

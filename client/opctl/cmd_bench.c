@@ -1,7 +1,8 @@
 /* bench: one op again and again, a number of requests in flight, inputs made by the daemon.
  *
- * Every 16th request asks for an explain record, under the same load as the others; the split is the mean over those: what the daemon says (decode, dispatch,
- * moves, pack: server; queue; kernel), the time in opd_submit (client), and the rest of the round trip (wire: sockets, wake-ups, decoding the reply). */
+ * Every 16th request asks for an explain record, under the same load as the others; the split is the mean over those: what the
+ * daemon says (decode, dispatch, moves, pack: server; queue; kernel), the time in opd_submit (client), and the rest of the round
+ * trip (wire: sockets, wake-ups, decoding the reply). */
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
@@ -18,17 +19,17 @@ enum {
 };
 
 const struct option_use bench_options[] = {
-	{OPTION_SHAPE, "the op's sizes, as 32x4096 (describe names them; default: the op's)"},
-	{OPTION_DTYPE, "of the float inputs (default f32)"},
-	{OPTION_PROVIDER, "run on this provider alone (default: dispatch picks)"},
-	{OPTION_IN_FLIGHT, "requests in flight (default 1)"},
-	{OPTION_DURATION, "time to measure (default 3)"},
-	{OPTION_WARMUP, "time before (default 0.5)"},
-	{OPTION_VARIANT, "of the op's input generator (default 0: the typical call)"},
-	{OPTION_SEED, "of the input generator (default 0)"},
-	{OPTION_RESIDENT, "inputs stay in the daemon, results aren't sent back"},
-	{OPTION_MODULE, "load this provider module first (administrators; it stays loaded)"},
-	{OPTION_END, NULL},
+    {OPTION_SHAPE, "the op's sizes, as 32x4096 (describe names them; default: the op's)"},
+    {OPTION_DTYPE, "of the float inputs (default f32)"},
+    {OPTION_PROVIDER, "run on this provider alone (default: dispatch picks)"},
+    {OPTION_IN_FLIGHT, "requests in flight (default 1)"},
+    {OPTION_DURATION, "time to measure (default 3)"},
+    {OPTION_WARMUP, "time before (default 0.5)"},
+    {OPTION_VARIANT, "of the op's input generator (default 0: the typical call)"},
+    {OPTION_SEED, "of the input generator (default 0)"},
+    {OPTION_RESIDENT, "inputs stay in the daemon, results aren't sent back"},
+    {OPTION_MODULE, "load this provider module first (administrators; it stays loaded)"},
+    {OPTION_END, NULL},
 };
 
 struct split {
@@ -94,7 +95,8 @@ static opd_status read_dims(const char *text, struct bench *bench, opd_error *er
 static opd_status read_options(const struct options *options, struct bench *bench, opd_error *error)
 {
 	int64_t variant, seed;
-	bench->generate = (opd_generate_options){.struct_bytes = sizeof bench->generate, .dtype = OPD_f32, .keep = options_has(options, OPTION_RESIDENT)};
+	bench->generate = (opd_generate_options){
+	    .struct_bytes = sizeof bench->generate, .dtype = OPD_f32, .keep = options_has(options, OPTION_RESIDENT)};
 	if (options->count != 2)
 		return opd_fail(error, OPD_INVALID_ARGUMENT, "bench has %zu arguments, expected one: the op", options->count - 1);
 	bench->op = options->positional[1];
@@ -248,14 +250,17 @@ static void print_bench(const struct bench *bench)
 	const struct latency *latency = &bench->latency;
 	const struct split *split = &bench->split;
 	const double samples = split->samples == 0 ? 1 : (double)split->samples;
-	(void)printf("%s on %s, %s, %" PRId64 " in flight%s\n", shown(bench->op), shown(bench->provider), opd_dtype_name(bench->generate.dtype), bench->in_flight,
-	             bench->generate.keep ? ", resident" : "");
-	(void)printf("requests   %" PRIu64 " in %s: %.0f a second\n", latency->count, duration_text((double)bench->elapsed_ns), rate_of(bench));
-	(void)printf("latency    mean %s, p50 %s, p90 %s, p99 %s, max %s\n", duration_text((double)latency->sum_ns / (double)latency->count),
-	             duration_text((double)latency_at(latency, 0.5)), duration_text((double)latency_at(latency, 0.9)),
-	             duration_text((double)latency_at(latency, 0.99)), duration_text((double)latency->max_ns));
-	(void)printf("split      client %s, wire %s, server %s, queue %s, kernel %s (means of %" PRIu64 " samples)\n", duration_text(split->client / samples),
-	             duration_text(split->wire / samples), duration_text(split->server / samples), duration_text(split->queue / samples),
+	(void)printf("%s on %s, %s, %" PRId64 " in flight%s\n", shown(bench->op), shown(bench->provider),
+	             opd_dtype_name(bench->generate.dtype), bench->in_flight, bench->generate.keep ? ", resident" : "");
+	(void)printf("requests   %" PRIu64 " in %s: %.0f a second\n", latency->count, duration_text((double)bench->elapsed_ns),
+	             rate_of(bench));
+	(void)printf("latency    mean %s, p50 %s, p90 %s, p99 %s, max %s\n",
+	             duration_text((double)latency->sum_ns / (double)latency->count), duration_text((double)latency_at(latency, 0.5)),
+	             duration_text((double)latency_at(latency, 0.9)), duration_text((double)latency_at(latency, 0.99)),
+	             duration_text((double)latency->max_ns));
+	(void)printf("split      client %s, wire %s, server %s, queue %s, kernel %s (means of %" PRIu64 " samples)\n",
+	             duration_text(split->client / samples), duration_text(split->wire / samples),
+	             duration_text(split->server / samples), duration_text(split->queue / samples),
 	             duration_text(split->kernel / samples), split->samples);
 }
 

@@ -7,7 +7,8 @@ static int connect_or_report(struct opctl *ctl, size_t arguments, const char *ex
 {
 	opd_error error;
 	if (ctl->options.count != arguments + 1) {
-		(void)opd_fail(&error, OPD_INVALID_ARGUMENT, "%s has %zu arguments, expected %s", ctl->options.positional[0], ctl->options.count - 1, expected);
+		(void)opd_fail(&error, OPD_INVALID_ARGUMENT, "%s has %zu arguments, expected %s", ctl->options.positional[0],
+		               ctl->options.count - 1, expected);
 		return report_usage(ctl, &error);
 	}
 	const opd_status status = opctl_connect(ctl, CONNECT_ANY, &error);
@@ -52,11 +53,13 @@ int cmd_ops(struct opctl *ctl)
 
 static void print_implementation(const opd_implementation *impl)
 {
-	(void)printf("  %-12s %-8s %s", shown(impl->provider), shown(impl->device), impl->supported ? "supported" : "not supported: ");
+	(void)printf("  %-12s %-8s %s", shown(impl->provider), shown(impl->device),
+	             impl->supported ? "supported" : "not supported: ");
 	if (!impl->supported)
 		(void)printf("%s", shown(impl->reason));
-	(void)printf("%s%s%s%s%s\n", impl->predicate ? ", has a predicate" : ", takes all arguments", impl->plan_may_refuse ? ", its plan may refuse" : "",
-	             impl->in_place ? ", in place" : "", impl->thread_invariant ? ", thread-invariant" : "", impl->batch_invariant ? ", batch-invariant" : "");
+	(void)printf("%s%s%s%s%s\n", impl->predicate ? ", has a predicate" : ", takes all arguments",
+	             impl->plan_may_refuse ? ", its plan may refuse" : "", impl->in_place ? ", in place" : "",
+	             impl->thread_invariant ? ", thread-invariant" : "", impl->batch_invariant ? ", batch-invariant" : "");
 	(void)printf("  %-12s uuid %s\n", "", shown(impl->uuid));
 }
 
@@ -143,7 +146,8 @@ int cmd_describe(struct opctl *ctl)
 
 static void print_provider(const opd_provider_description *provider)
 {
-	(void)printf("%-12s %-10s %s", shown(provider->name), shown(provider->version), provider->available ? "available" : "not available: ");
+	(void)printf("%-12s %-10s %s", shown(provider->name), shown(provider->version),
+	             provider->available ? "available" : "not available: ");
 	if (!provider->available)
 		(void)printf("%s", shown(provider->reason));
 	(void)printf("\n    source   %s\n", shown(provider->source));

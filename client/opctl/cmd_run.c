@@ -9,22 +9,24 @@
 #include "client/opctl/summary.h"
 #include "client/safetensors.h"
 
-#define DISPATCH_OPTIONS                                                                                  \
-	{OPTION_PRIORITY, "providers of this run, as a,b; '' is an empty list"},                              \
-	{OPTION_STRICT, "no fallback: fail when none of the list accepts"},                                   \
-	{OPTION_DEVICE, "run only there: cpu, cuda, cuda:1"},                                                 \
-	{OPTION_MODULE, "load this provider module first (administrators; it stays loaded)"}
+#define DISPATCH_OPTIONS                                                                                                         \
+	{OPTION_PRIORITY, "providers of this run, as a,b; '' is an empty list"},                                                     \
+	    {OPTION_STRICT, "no fallback: fail when none of the list accepts"},                                                      \
+	    {OPTION_DEVICE, "run only there: cpu, cuda, cuda:1"},                                                                    \
+	{                                                                                                                            \
+		OPTION_MODULE, "load this provider module first (administrators; it stays loaded)"                                       \
+	}
 
 const struct option_use run_options[] = {
-	{OPTION_OUTPUT, "write the results: .safetensors (all, as out.0, out.1) or .npy (one; several as FILE.0.npy …)"},
-	DISPATCH_OPTIONS,
-	{OPTION_EXPLAIN, "also what was skipped and why, and the times"},
-	{OPTION_UUID, "also the id of the source that ran"},
-	{OPTION_RETRY, "a failed kernel lets the next provider try"},
-	{OPTION_TF32, "f32 products may be rounded to TF32"},
-	{OPTION_TIMEOUT, "give up after this long"},
-	{OPTION_SEED, "of randn: (default 0)"},
-	{OPTION_END, NULL},
+    {OPTION_OUTPUT, "write the results: .safetensors (all, as out.0, out.1) or .npy (one; several as FILE.0.npy …)"},
+    DISPATCH_OPTIONS,
+    {OPTION_EXPLAIN, "also what was skipped and why, and the times"},
+    {OPTION_UUID, "also the id of the source that ran"},
+    {OPTION_RETRY, "a failed kernel lets the next provider try"},
+    {OPTION_TF32, "f32 products may be rounded to TF32"},
+    {OPTION_TIMEOUT, "give up after this long"},
+    {OPTION_SEED, "of randn: (default 0)"},
+    {OPTION_END, NULL},
 };
 const struct option_use fake_options[] = {{OPTION_TIMEOUT, "give up after this long"}, {OPTION_END, NULL}};
 const struct option_use explain_options[] = {DISPATCH_OPTIONS, {OPTION_TIMEOUT, "give up after this long"}, {OPTION_END, NULL}};
@@ -71,8 +73,8 @@ static opd_status write_npy(const char *path, const opd_tensor *tensor, opd_erro
 {
 	const opd_status status = npy_write(path, tensor, error);
 	if (status == OPD_OK && npy_is_raw(tensor->dtype))
-		print_note("%s: .npy has no %s: its words are written raw, as u%zu; read them with @%s:%s", shown(path), opd_dtype_name(tensor->dtype),
-		           opd_dtype_bytes(tensor->dtype), shown(path), opd_dtype_name(tensor->dtype));
+		print_note("%s: .npy has no %s: its words are written raw, as u%zu; read them with @%s:%s", shown(path),
+		           opd_dtype_name(tensor->dtype), opd_dtype_bytes(tensor->dtype), shown(path), opd_dtype_name(tensor->dtype));
 	return status;
 }
 

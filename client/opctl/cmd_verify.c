@@ -8,11 +8,11 @@
 #include "client/opctl/print.h"
 
 const struct option_use verify_options[] = {
-	{OPTION_PROVIDER, "run on this provider alone (strict); a case that it refuses is skipped"},
-	{OPTION_ALL, "run each case on every provider that has its op"},
-	{OPTION_MODULE, "load this provider module first (administrators; it stays loaded)"},
-	{OPTION_TIMEOUT, "of each call"},
-	{OPTION_END, NULL},
+    {OPTION_PROVIDER, "run on this provider alone (strict); a case that it refuses is skipped"},
+    {OPTION_ALL, "run each case on every provider that has its op"},
+    {OPTION_MODULE, "load this provider module first (administrators; it stays loaded)"},
+    {OPTION_TIMEOUT, "of each call"},
+    {OPTION_END, NULL},
 };
 
 /* What the daemon says of an op, asked once a row of cases of the same op. */
@@ -68,7 +68,8 @@ static opd_status cache_fill(struct verify *verify, const char *op, opd_error *e
 
 /* ---- Lines ---- */
 
-static void add_json(struct verify *verify, const char *name, const char *provider, verdict what, const struct case_outcome *outcome)
+static void add_json(struct verify *verify, const char *name, const char *provider, verdict what,
+                     const struct case_outcome *outcome)
 {
 	static const char *const verdicts[] = {"passed", "failed", "skipped"};
 	cJSON *item = cJSON_CreateObject();
@@ -92,7 +93,8 @@ static void print_line(const char *name, const char *provider, verdict what, con
 	(void)printf("%s%s\n", outcome->why[0] == '\0' ? "" : "  ", shown(outcome->why));
 }
 
-static void add_verdict(struct verify *verify, const char *name, const char *provider, verdict what, const struct case_outcome *outcome)
+static void add_verdict(struct verify *verify, const char *name, const char *provider, verdict what,
+                        const struct case_outcome *outcome)
 {
 	uint64_t *counts[] = {&verify->passed, &verify->failed, &verify->skipped};
 	(*counts[what])++;
@@ -111,7 +113,8 @@ static void add_plain(struct verify *verify, const char *name, const char *provi
 
 /* ---- One case ---- */
 
-static opd_status build_call(struct verify *verify, const struct case_file *test, const char *provider, struct call *call, opd_error *error)
+static opd_status build_call(struct verify *verify, const struct case_file *test, const char *provider, struct call *call,
+                             opd_error *error)
 {
 	const struct schema *schema = verify->cache.description == NULL ? NULL : &verify->cache.schema;
 	opd_status status = call_init_schema(call, test->op, schema, error);
@@ -143,7 +146,11 @@ static void judge(struct verify *verify, const struct case_file *test, const cha
 		outcome.passed = false;
 		(void)snprintf(outcome.why, sizeof outcome.why, "%.100s ran instead", ran);
 	}
-	add_verdict(verify, name, status == OPD_OK ? ran : provider == NULL ? "" : provider, outcome.passed ? VERDICT_PASS : VERDICT_FAIL, &outcome);
+	add_verdict(verify, name,
+	            status == OPD_OK   ? ran
+	            : provider == NULL ? ""
+	                               : provider,
+	            outcome.passed ? VERDICT_PASS : VERDICT_FAIL, &outcome);
 }
 
 static void run_case(struct verify *verify, const struct case_file *test, const char *name, const char *provider)

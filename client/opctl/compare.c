@@ -32,7 +32,8 @@ static void say_form(const opd_tensor *got, const struct file_tensor *want, stru
 }
 
 /* Loads a pair and notes its errors; false: it is out of tolerance. */
-static bool compare_floats(opd_dtype dtype, const void *got, const void *want, double atol, double rtol, struct pair *pair, struct comparison *out)
+static bool compare_floats(opd_dtype dtype, const void *got, const void *want, double atol, double rtol, struct pair *pair,
+                           struct comparison *out)
 {
 	*pair = (struct pair){element_load_f64(dtype, got), element_load_f64(dtype, want), 0};
 	if (!isfinite(pair->got) || !isfinite(pair->want))
@@ -71,8 +72,8 @@ static void say_pair(const opd_tensor *got, uint64_t index, const struct pair *p
 {
 	char where[200];
 	index_text(got, index, where, sizeof where);
-	(void)snprintf(out->why, sizeof out->why, "at %.100s got %.9g, want %.9g, off by %.3g, allowed %.3g", where, pair->got, pair->want,
-	               fabs(pair->got - pair->want), pair->allowed);
+	(void)snprintf(out->why, sizeof out->why, "at %.100s got %.9g, want %.9g, off by %.3g, allowed %.3g", where, pair->got,
+	               pair->want, fabs(pair->got - pair->want), pair->allowed);
 }
 
 void compare_tensors(const opd_tensor *got, const struct file_tensor *want, double atol, double rtol, struct comparison *out)
@@ -96,5 +97,6 @@ void compare_tensors(const opd_tensor *got, const struct file_tensor *want, doub
 	out->equal = wrong == 0;
 	const size_t length = strlen(out->why);
 	if (wrong > 0)
-		(void)snprintf(out->why + length, sizeof out->why - length, " (%" PRIu64 " of %" PRIu64 " elements)", wrong, got->elements);
+		(void)snprintf(out->why + length, sizeof out->why - length, " (%" PRIu64 " of %" PRIu64 " elements)", wrong,
+		               got->elements);
 }

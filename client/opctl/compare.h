@@ -1,7 +1,8 @@
 /* A result against what a case wants.
  *
  * Layer: client/opctl. Threads: pure.
- * As real numbers (f8 decoded): |got - want| <= atol + rtol*|want|; NaN equals NaN, an infinity only itself. bool and integers are exact, whatever the tolerances. */
+ * As real numbers (f8 decoded): |got - want| <= atol + rtol*|want|; NaN equals NaN, an infinity only itself. bool and integers
+ * are exact, whatever the tolerances. */
 #ifndef OPCTL_COMPARE_H
 #define OPCTL_COMPARE_H
 

@@ -23,8 +23,8 @@ void explain_print(const opd_explain *explain, bool ran)
 	for (uint32_t i = 0; i < explain->skip_count; i++)
 		(void)printf("skipped    %s: %s\n", shown(explain->skipped[i].provider), shown(explain->skipped[i].reason));
 	for (uint32_t i = 0; i < explain->move_count; i++)
-		(void)printf("move       %s: %s to %s, %s\n", shown(explain->moves[i].operand), shown(explain->moves[i].from), shown(explain->moves[i].to),
-		             bytes_text(explain->moves[i].bytes));
+		(void)printf("move       %s: %s to %s, %s\n", shown(explain->moves[i].operand), shown(explain->moves[i].from),
+		             shown(explain->moves[i].to), bytes_text(explain->moves[i].bytes));
 	if (ran)
 		print_times(explain);
 }

@@ -9,42 +9,48 @@
 const struct option_use no_options[] = {{OPTION_END, NULL}};
 
 static const struct option_use common_options[] = {
-	{OPTION_CONNECT, "unix:/path, tcp://host:port or embedded: (default: $OPD_ADDRESS, else the default socket, else this process)"},
-	{OPTION_JSON, "one JSON document on stdout instead of text"},
-	{OPTION_HELP, "this text"},
-	{OPTION_END, NULL},
+    {OPTION_CONNECT,
+     "unix:/path, tcp://host:port or embedded: (default: $OPD_ADDRESS, else the default socket, else this process)"},
+    {OPTION_JSON, "one JSON document on stdout instead of text"},
+    {OPTION_HELP, "this text"},
+    {OPTION_END, NULL},
 };
 
 static const char values_help[] =
-	"VALUE is a number, true, false, none, a word, [1,2], or for tensors\n"
-	"  @file.npy, @file.npy:bf16 (raw words taken as bf16), @file.safetensors:key\n"
-	"  zeros:f32[2,4], ones:…, arange:…, randn:… (see --seed)\n"
-	"  i64[3]=0,1,2 (one value fills)\n"
-	"  f32[2,4] (no values: fake and explain only)\n"
-	"The op's schema says which type a value has; values without a name are positional and come first.\n";
+    "VALUE is a number, true, false, none, a word, [1,2], or for tensors\n"
+    "  @file.npy, @file.npy:bf16 (raw words taken as bf16), @file.safetensors:key\n"
+    "  zeros:f32[2,4], ones:…, arange:…, randn:… (see --seed)\n"
+    "  i64[3]=0,1,2 (one value fills)\n"
+    "  f32[2,4] (no values: fake and explain only)\n"
+    "The op's schema says which type a value has; values without a name are positional and come first.\n";
 
 const struct command opctl_commands[] = {
-	{"run", "OP [NAME=]VALUE…", "run an op; print or write its results", values_help, run_options, cmd_run},
-	{"fake", "OP [NAME=]VALUE…", "the results' dtypes and shapes, without computing", values_help, fake_options, cmd_fake},
-	{"explain", "OP [NAME=]VALUE…", "what would run and why, without running", values_help, explain_options, cmd_explain},
-	{"ops", "", "list the ops", NULL, no_options, cmd_ops},
-	{"describe", "OP", "one op: schema, implementations, effective list", NULL, no_options, cmd_describe},
-	{"providers", "", "list the providers", NULL, no_options, cmd_providers},
-	{"priority", "get OP | set OP LIST | clear OP", "the server's default list of an op, or of '*'",
-     "LIST is comma-separated; '' is an empty list: native runs, with a warning. set and clear hold until the daemon ends and need an administrator.\n",
+    {"run", "OP [NAME=]VALUE…", "run an op; print or write its results", values_help, run_options, cmd_run},
+    {"fake", "OP [NAME=]VALUE…", "the results' dtypes and shapes, without computing", values_help, fake_options, cmd_fake},
+    {"explain", "OP [NAME=]VALUE…", "what would run and why, without running", values_help, explain_options, cmd_explain},
+    {"ops", "", "list the ops", NULL, no_options, cmd_ops},
+    {"describe", "OP", "one op: schema, implementations, effective list", NULL, no_options, cmd_describe},
+    {"providers", "", "list the providers", NULL, no_options, cmd_providers},
+    {"priority", "get OP | set OP LIST | clear OP", "the server's default list of an op, or of '*'",
+     "LIST is comma-separated; '' is an empty list: native runs, with a warning. set and clear hold until the daemon ends and "
+     "need an administrator.\n",
      no_options, cmd_priority},
-	{"verify", "CASE…", "run case files, or folders of them, and compare",
-     "A line a case, then `N passed, N failed` (with --provider or --all `…, N skipped`). A case that the provider refuses is skipped.\n", verify_options,
-     cmd_verify},
-	{"bench", "OP", "throughput and latency of one op, on inputs that the daemon makes",
-     "Prints requests per second, p50, p90, p99, and from the explain record of every 16th request where the time goes.\n", bench_options, cmd_bench},
-	{"ping", "", "round trips to the daemon", NULL, ping_options, cmd_ping},
-	{"info", "", "the daemon: version, listeners, memory, devices", NULL, no_options, cmd_info},
-	{"module", "load PATH", "load a provider module into the daemon (administrators)", "PATH is the daemon's, not yours.\n", no_options, cmd_module},
-	{"log-level", "LEVEL", "set the daemon's log level: error, warn, info, debug (administrators)", NULL, no_options, cmd_log_level},
-	{"drain", "", "let the daemon finish its work and end (administrators)", NULL, drain_options, cmd_drain},
-	{"help", "[COMMAND]", "this text, or a command's", NULL, no_options, cmd_help},
-	{NULL, NULL, NULL, NULL, NULL, NULL},
+    {"verify", "CASE…", "run case files, or folders of them, and compare",
+     "A line a case, then `N passed, N failed` (with --provider or --all `…, N skipped`). A case that the provider refuses is "
+     "skipped.\n",
+     verify_options, cmd_verify},
+    {"bench", "OP", "throughput and latency of one op, on inputs that the daemon makes",
+     "Prints requests per second, p50, p90, p99, and from the explain record of every 16th request where the time goes.\n",
+     bench_options, cmd_bench},
+    {"ping", "", "round trips to the daemon", NULL, ping_options, cmd_ping},
+    {"info", "", "the daemon: version, listeners, memory, devices", NULL, no_options, cmd_info},
+    {"module", "load PATH", "load a provider module into the daemon (administrators)", "PATH is the daemon's, not yours.\n",
+     no_options, cmd_module},
+    {"log-level", "LEVEL", "set the daemon's log level: error, warn, info, debug (administrators)", NULL, no_options,
+     cmd_log_level},
+    {"drain", "", "let the daemon finish its work and end (administrators)", NULL, drain_options, cmd_drain},
+    {"help", "[COMMAND]", "this text, or a command's", NULL, no_options, cmd_help},
+    {NULL, NULL, NULL, NULL, NULL, NULL},
 };
 
 static const struct command *find_command(const char *name)
@@ -78,7 +84,8 @@ static void print_usage(void)
 
 static void print_command(const struct command *command)
 {
-	(void)printf("usage: opctl %s%s%s [OPTION…]\n\n%s\n", command->name, command->arguments[0] == '\0' ? "" : " ", command->arguments, command->summary);
+	(void)printf("usage: opctl %s%s%s [OPTION…]\n\n%s\n", command->name, command->arguments[0] == '\0' ? "" : " ",
+	             command->arguments, command->summary);
 	if (command->help != NULL)
 		(void)printf("\n%s", command->help);
 	(void)puts("\noptions");

@@ -27,9 +27,9 @@ struct opctl {
 
 struct command {
 	const char *name;
-	const char *arguments; /* for the usage line */
-	const char *summary;   /* one line */
-	const char *help;      /* the rest, in lines */
+	const char *arguments;            /* for the usage line */
+	const char *summary;              /* one line */
+	const char *help;                 /* the rest, in lines */
 	const struct option_use *options; /* besides those that every command takes; ends with OPTION_END */
 	int (*run)(struct opctl *ctl);    /* returns an exit code */
 };
@@ -64,7 +64,7 @@ int cmd_log_level(struct opctl *ctl);
 int cmd_drain(struct opctl *ctl);
 int cmd_help(struct opctl *ctl);
 
-extern const struct option_use run_options[], fake_options[], explain_options[], verify_options[], bench_options[], ping_options[], drain_options[],
-	no_options[];
+extern const struct option_use run_options[], fake_options[], explain_options[], verify_options[], bench_options[],
+    ping_options[], drain_options[], no_options[];
 
 #endif

@@ -13,7 +13,7 @@ static const struct {
 	const char *value;
 } option_table[] = {
 #define X(id, name, letter, value) {name, letter, value},
-	OPTION_MAP(X)
+    OPTION_MAP(X)
 #undef X
 };
 
@@ -121,7 +121,8 @@ void options_describe(option_id id, char *out, size_t out_bytes)
 	char letter[8] = "";
 	if (option_table[id].letter != 0)
 		(void)snprintf(letter, sizeof letter, "-%c, ", option_table[id].letter);
-	(void)snprintf(out, out_bytes, "%s--%s%s%s", letter, option_table[id].name, value == NULL ? "" : " ", value == NULL ? "" : value);
+	(void)snprintf(out, out_bytes, "%s--%s%s%s", letter, option_table[id].name, value == NULL ? "" : " ",
+	               value == NULL ? "" : value);
 }
 
 static bool starts_number(const char *text)
@@ -139,7 +140,8 @@ opd_status parse_int(const char *what, const char *text, int64_t low, int64_t hi
 	if (errno == ERANGE && low == INT64_MIN && high == INT64_MAX)
 		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s is %s, which doesn't fit an int of 64 bits", what, text);
 	if (errno == ERANGE || value < low || value > high)
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s is %s, expected %lld to %lld", what, text, (long long)low, (long long)high);
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s is %s, expected %lld to %lld", what, text, (long long)low,
+		                (long long)high);
 	*value_out = value;
 	return OPD_OK;
 }
@@ -174,13 +176,14 @@ opd_status parse_dtype(const char *what, const char *text, opd_dtype *dtype_out,
 	const opd_dtype dtype = opd_dtype_parse(text);
 	if (dtype == OPD_DTYPE_NONE)
 		return opd_fail(error, OPD_INVALID_ARGUMENT,
-		                "%s is '%s', expected bool, u8, i8, i16, i32, i64, f16, bf16, f32, f64, f8_e4m3fn or f8_e5m2", what, text);
+		                "%s is '%s', expected bool, u8, i8, i16, i32, i64, f16, bf16, f32, f64, f8_e4m3fn or f8_e5m2", what,
+		                text);
 	*dtype_out = dtype;
 	return OPD_OK;
 }
 
-opd_status options_int(const struct options *options, option_id id, int64_t low, int64_t high, int64_t otherwise, int64_t *value_out,
-                       opd_error *error)
+opd_status options_int(const struct options *options, option_id id, int64_t low, int64_t high, int64_t otherwise,
+                       int64_t *value_out, opd_error *error)
 {
 	char what[32];
 	*value_out = otherwise;

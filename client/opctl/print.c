@@ -71,7 +71,10 @@ static size_t decode(const unsigned char *at, uint32_t *code_out)
 			return 1;
 		code = code << 6 | (at[i] & 63u);
 	}
-	if (bytes == 0 || code > 0x10ffff || (code >= 0xd800 && code < 0xe000) || code < (bytes == 4 ? 0x10000u : bytes == 3 ? 0x800u : 0x80u))
+	if (bytes == 0 || code > 0x10ffff || (code >= 0xd800 && code < 0xe000) ||
+	    code < (bytes == 4   ? 0x10000u
+	            : bytes == 3 ? 0x800u
+	                         : 0x80u))
 		return 1;
 	*code_out = code;
 	return bytes;

@@ -1,7 +1,8 @@
 /* What opctl writes: tables and lines for people, one JSON document for programs, errors.
  *
  * Layer: client/opctl. Threads: one.
- * Nothing that came from a peer, a file or the command line reaches the terminal raw: texts go through shown(), JSON is written in printable ASCII. */
+ * Nothing that came from a peer, a file or the command line reaches the terminal raw: texts go through shown(), JSON is written
+ * in printable ASCII. */
 #ifndef OPCTL_PRINT_H
 #define OPCTL_PRINT_H
 
@@ -12,8 +13,8 @@
 /* The text with control and other unprintable characters escaped. Valid until the eighth call after it; "" for NULL. */
 const char *shown(const char *text);
 
-/* Prints "opctl: STATUS: text" on stderr (and with --json {"status", "message"} on stdout) and returns the exit code: EXIT_UNREACHABLE for UNAVAILABLE, else
- * EXIT_REQUEST. */
+/* Prints "opctl: STATUS: text" on stderr (and with --json {"status", "message"} on stdout) and returns the exit code:
+ * EXIT_UNREACHABLE for UNAVAILABLE, else EXIT_REQUEST. */
 int report_failure(const struct opctl *ctl, opd_status status, const opd_error *error);
 /* The same, for a command line that can't be understood: returns EXIT_USAGE. */
 int report_usage(const struct opctl *ctl, const opd_error *error);

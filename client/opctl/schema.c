@@ -7,9 +7,10 @@ static const struct {
 	param_type type;
 	bool optional;
 } types[] = {
-	{"Tensor", PARAM_TENSOR, false}, {"Tensor?", PARAM_TENSOR, true}, {"Tensor[]", PARAM_TENSORS, false}, {"int", PARAM_INT, false},
-	{"int?", PARAM_INT, true},       {"int[]", PARAM_INTS, false},    {"float", PARAM_FLOAT, false},      {"float?", PARAM_FLOAT, true},
-	{"bool", PARAM_BOOL, false},     {"str", PARAM_STR, false},
+    {"Tensor", PARAM_TENSOR, false}, {"Tensor?", PARAM_TENSOR, true}, {"Tensor[]", PARAM_TENSORS, false},
+    {"int", PARAM_INT, false},       {"int?", PARAM_INT, true},       {"int[]", PARAM_INTS, false},
+    {"float", PARAM_FLOAT, false},   {"float?", PARAM_FLOAT, true},   {"bool", PARAM_BOOL, false},
+    {"str", PARAM_STR, false},
 };
 
 static opd_status fail_schema(opd_error *error, const char *at)

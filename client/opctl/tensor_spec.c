@@ -69,7 +69,8 @@ static opd_status read_key(const char *path, const char *key, struct file_tensor
 	} else if (safetensors_count(file) == 1) {
 		entry = safetensors_at(file, 0);
 	} else {
-		status = opd_fail(error, OPD_INVALID_ARGUMENT, "%s: has %zu tensors, say which: @%s:NAME", path, safetensors_count(file), path);
+		status = opd_fail(error, OPD_INVALID_ARGUMENT, "%s: has %zu tensors, say which: @%s:NAME", path, safetensors_count(file),
+		                  path);
 	}
 	if (entry != NULL)
 		status = safetensors_read(file, entry, tensor_out, error);
@@ -77,7 +78,8 @@ static opd_status read_key(const char *path, const char *key, struct file_tensor
 	return status;
 }
 
-/* Cuts "path<extension>" or "path<extension>:rest" in two; NULL where the extension isn't there. The last occurrence counts, as folders may be called anything. */
+/* Cuts "path<extension>" or "path<extension>:rest" in two; NULL where the extension isn't there. The last occurrence counts, as
+ * folders may be called anything. */
 static char *split_path(char *text, const char *extension)
 {
 	char *found = NULL;
@@ -107,7 +109,8 @@ static opd_status read_file(const char *what, const char *text, struct file_tens
 		if (status == OPD_OK)
 			status = npy_read(path, raw_as, tensor_out, error);
 	} else {
-		status = opd_fail(error, OPD_INVALID_ARGUMENT, "%s is @%s, expected a name that ends in .npy or .safetensors:KEY", what, text);
+		status =
+		    opd_fail(error, OPD_INVALID_ARGUMENT, "%s is @%s, expected a name that ends in .npy or .safetensors:KEY", what, text);
 	}
 	free(path);
 	return status;
@@ -116,14 +119,16 @@ static opd_status read_file(const char *what, const char *text, struct file_tens
 /* ---- Shapes and values ---- */
 
 /* "[2,4]", "[]"; *rest_out is behind it. */
-static opd_status read_shape(const char *what, const char *text, struct file_tensor *tensor, const char **rest_out, opd_error *error)
+static opd_status read_shape(const char *what, const char *text, struct file_tensor *tensor, const char **rest_out,
+                             opd_error *error)
 {
 	const char *at = text + 1;
 	while (*at != ']') {
 		char extent[24];
 		const size_t bytes = strcspn(at, ",]");
 		if (at[bytes] == '\0' || bytes >= sizeof extent || tensor->rank == OPD_RANK_MAX)
-			return opd_fail(error, OPD_INVALID_ARGUMENT, "%s has the shape '%.60s', expected at most %d extents such as [2,4]", what, text, OPD_RANK_MAX);
+			return opd_fail(error, OPD_INVALID_ARGUMENT, "%s has the shape '%.60s', expected at most %d extents such as [2,4]",
+			                what, text, OPD_RANK_MAX);
 		memcpy(extent, at, bytes);
 		extent[bytes] = '\0';
 		const opd_status status = parse_int(what, extent, 0, INT64_MAX, &tensor->shape[tensor->rank], error);
@@ -138,12 +143,14 @@ static opd_status read_shape(const char *what, const char *text, struct file_ten
 	return OPD_OK;
 }
 
-static opd_status describe(const char *what, const char *text, struct file_tensor *tensor, const char **rest_out, opd_error *error)
+static opd_status describe(const char *what, const char *text, struct file_tensor *tensor, const char **rest_out,
+                           opd_error *error)
 {
 	const char *shape = text;
 	tensor->dtype = leading_dtype(text, &shape);
 	if (tensor->dtype == OPD_DTYPE_NONE)
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s is '%.80s', expected a tensor: @file, DTYPE[SHAPE], randn:DTYPE[SHAPE] and the like", what, text);
+		return opd_fail(error, OPD_INVALID_ARGUMENT,
+		                "%s is '%.80s', expected a tensor: @file, DTYPE[SHAPE], randn:DTYPE[SHAPE] and the like", what, text);
 	const opd_status status = read_shape(what, shape, tensor, rest_out, error);
 	if (status != OPD_OK)
 		return status;
@@ -192,8 +199,9 @@ static void fill(filler how, uint64_t *seed, struct file_tensor *tensor)
 
 static opd_status store_value(const char *what, const char *text, opd_dtype dtype, void *at, opd_error *error)
 {
-	static const int64_t low[OPD_DTYPE_COUNT] = {[OPD_i8] = INT8_MIN, [OPD_i16] = INT16_MIN, [OPD_i32] = INT32_MIN, [OPD_i64] = INT64_MIN};
-	static const int64_t high[OPD_DTYPE_COUNT] = {[OPD_bool] = 1,        [OPD_u8] = UINT8_MAX, [OPD_i8] = INT8_MAX,
+	static const int64_t low[OPD_DTYPE_COUNT] = {
+	    [OPD_i8] = INT8_MIN, [OPD_i16] = INT16_MIN, [OPD_i32] = INT32_MIN, [OPD_i64] = INT64_MIN};
+	static const int64_t high[OPD_DTYPE_COUNT] = {[OPD_bool] = 1,        [OPD_u8] = UINT8_MAX,  [OPD_i8] = INT8_MAX,
 	                                              [OPD_i16] = INT16_MAX, [OPD_i32] = INT32_MAX, [OPD_i64] = INT64_MAX};
 	if (dtype == OPD_bool || opd_dtype_is_integer(dtype)) {
 		int64_t value;
@@ -217,13 +225,14 @@ static opd_status store_values(const char *what, char *list, struct file_tensor 
 	char *rest = list[0] == '\0' ? NULL : list;
 	for (char *word; (word = strsep(&rest, ",")) != NULL; given++) {
 		unsigned char spare[8];
-		const opd_status status = store_value(what, word, tensor->dtype, given < wanted ? (char *)tensor->data + given * element : (void *)spare, error);
+		const opd_status status = store_value(what, word, tensor->dtype,
+		                                      given < wanted ? (char *)tensor->data + given * element : (void *)spare, error);
 		if (status != OPD_OK)
 			return status;
 	}
 	if (given != wanted && given != 1)
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s has %llu values, its shape needs %llu (or one for all)", what, (unsigned long long)given,
-		                (unsigned long long)wanted);
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s has %llu values, its shape needs %llu (or one for all)", what,
+		                (unsigned long long)given, (unsigned long long)wanted);
 	for (uint64_t i = given; i < wanted; i++)
 		memcpy((char *)tensor->data + i * element, tensor->data, element);
 	return OPD_OK;
@@ -232,19 +241,22 @@ static opd_status store_values(const char *what, char *list, struct file_tensor 
 static opd_status read_values(const char *what, const char *text, struct file_tensor *tensor, opd_error *error)
 {
 	char *copy = strdup(text);
-	const opd_status status = copy == NULL ? opd_fail(error, OPD_RESOURCE_EXHAUSTED, "out of memory") : store_values(what, copy, tensor, error);
+	const opd_status status =
+	    copy == NULL ? opd_fail(error, OPD_RESOURCE_EXHAUSTED, "out of memory") : store_values(what, copy, tensor, error);
 	free(copy);
 	return status;
 }
 
 /* After DTYPE[SHAPE]: nothing, or =values; with a filler nothing. */
-static opd_status finish(const char *what, filler how, const char *rest, uint64_t *seed, struct file_tensor *tensor, opd_error *error)
+static opd_status finish(const char *what, filler how, const char *rest, uint64_t *seed, struct file_tensor *tensor,
+                         opd_error *error)
 {
 	if ((how != FILL_END || rest[0] != '=') && rest[0] != '\0')
 		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s goes on with '%.40s' after its shape, expected %s", what, rest,
 		                how == FILL_END ? "=VALUE,… or nothing" : "nothing");
 	if (how == FILL_RANDN && !opd_dtype_is_float(tensor->dtype) && !opd_dtype_is_f8(tensor->dtype))
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s is randn of %s, expected a float dtype", what, opd_dtype_name(tensor->dtype));
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s is randn of %s, expected a float dtype", what,
+		                opd_dtype_name(tensor->dtype));
 	if (how == FILL_END && rest[0] == '\0')
 		return OPD_OK;
 	const opd_status status = allocate(what, tensor, error);

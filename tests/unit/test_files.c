@@ -1,6 +1,7 @@
 /* The readers and writers of .npy and .safetensors: round trips, the golden cases, truncation at every byte, hostile headers.
  *
- * Run as `test_files [GOLDEN_DIRECTORY]`; prints each broken promise and exits 1 if there is one. Files are made in a fresh directory under TMPDIR. */
+ * Run as `test_files [GOLDEN_DIRECTORY]`; prints each broken promise and exits 1 if there is one. Files are made in a fresh
+ * directory under TMPDIR. */
 #include <dirent.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -66,7 +67,8 @@ static void make_tensor(opd_tensor *tensor, opd_dtype dtype, uint32_t rank, cons
 static bool same(const struct file_tensor *got, const opd_tensor *want)
 {
 	uint64_t bytes;
-	if (!tensor_bytes(want->dtype, want->rank, want->shape, &bytes) || got->dtype != want->dtype || got->rank != want->rank || got->bytes != bytes)
+	if (!tensor_bytes(want->dtype, want->rank, want->shape, &bytes) || got->dtype != want->dtype || got->rank != want->rank ||
+	    got->bytes != bytes)
 		return false;
 	for (uint32_t i = 0; i < want->rank; i++)
 		if (got->shape[i] != want->shape[i] || got->strides[i] != want->strides[i])
@@ -87,7 +89,8 @@ static void round_trip(opd_dtype dtype, const opd_tensor *tensor)
 	opd_error error = {0};
 	const char *npy = path_of("t.npy");
 	if (check(npy_write(npy, tensor, &error) == OPD_OK, "an .npy can be written", error.text) &&
-	    check(npy_read(npy, npy_is_raw(dtype) ? dtype : OPD_DTYPE_NONE, &read, &error) == OPD_OK, "a written .npy can be read", error.text))
+	    check(npy_read(npy, npy_is_raw(dtype) ? dtype : OPD_DTYPE_NONE, &read, &error) == OPD_OK, "a written .npy can be read",
+	          error.text))
 		check(same(&read, tensor), "an .npy comes back bit for bit", opd_dtype_name(dtype));
 	file_tensor_fini(&read);
 
@@ -98,10 +101,13 @@ static void round_trip(opd_dtype dtype, const opd_tensor *tensor)
 	if (!check(safetensors_write(path, items, 2, texts, 1, &error) == OPD_OK, "a .safetensors can be written", error.text) ||
 	    !check(safetensors_open(path, &file, &error) == OPD_OK, "a written .safetensors opens", error.text))
 		return;
-	check(safetensors_count(file) == 2 && strcmp(safetensors_metadata(file, "note"), texts[0].value) == 0, "metadata comes back", "note");
-	check(safetensors_metadata(file, "op") == NULL && safetensors_find(file, "out.1") == NULL, "what isn't there is NULL", "op, out.1");
+	check(safetensors_count(file) == 2 && strcmp(safetensors_metadata(file, "note"), texts[0].value) == 0, "metadata comes back",
+	      "note");
+	check(safetensors_metadata(file, "op") == NULL && safetensors_find(file, "out.1") == NULL, "what isn't there is NULL",
+	      "op, out.1");
 	const struct safetensors_entry *entry = safetensors_find(file, "in.x");
-	if (check(entry != NULL && safetensors_read(file, entry, &read, &error) == OPD_OK, "a written tensor can be read", error.text))
+	if (check(entry != NULL && safetensors_read(file, entry, &read, &error) == OPD_OK, "a written tensor can be read",
+	          error.text))
 		check(same(&read, tensor), "a .safetensors comes back bit for bit", opd_dtype_name(dtype));
 	file_tensor_fini(&read);
 	safetensors_close(file);
@@ -143,11 +149,13 @@ static bool opens(const char *path, bool npy)
 		safetensors_close(file);
 	}
 	if (!good)
-		check(strstr(error.text, "bad") != NULL && strlen(error.text) > strlen(path) + 8, "an error names the file and what is wrong", error.text);
+		check(strstr(error.text, "bad") != NULL && strlen(error.text) > strlen(path) + 8,
+		      "an error names the file and what is wrong", error.text);
 	return good;
 }
 
-/* Every prefix is refused; every file with one byte more is refused; every changed byte is answered, one way or the other, without a fault. */
+/* Every prefix is refused; every file with one byte more is refused; every changed byte is answered, one way or the other,
+ * without a fault. */
 static void damage(const char *source, bool npy)
 {
 	size_t bytes;
@@ -213,45 +221,57 @@ static const struct {
 	size_t data_bytes;
 	bool good;
 } headers[] = {
-	{"{}", 0, true},
-	{"{}   ", 0, true},
-	{"{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]}}", 8, true},
-	{"{\"a\":{\"dtype\":\"F32\",\"shape\":[0],\"data_offsets\":[0,0]},\"b\":{\"dtype\":\"U8\",\"shape\":[],\"data_offsets\":[0,1]}}", 1, true},
-	{"{\"a\":{\"dtype\":\"F4_X\",\"shape\":[2],\"data_offsets\":[0,8]}}", 8, true}, /* opens; that tensor can't be read */
-	{"{\"a\":{\"dtype\":\"U8\",\"shape\":[1,1,1,1,1,1,1,1,1],\"data_offsets\":[0,1]}}", 1, true},
-	{"", 0, false},
-	{"[]", 0, false},
-	{"null", 0, false},
-	{"{", 0, false},
-	{"{}x", 0, false},
-	{"{} {}", 0, false},
-	{"{}", 1, false},
-	{"{\"a\":1}", 0, false},
-	{"{\"a\":{}}", 0, false},
-	{"{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]}}", 4, false},
-	{"{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,4]}}", 4, false},
-	{"{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[8,0]}}", 8, false},
-	{"{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0]}}", 8, false},
-	{"{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8,8]}}", 8, false},
-	{"{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8.5]}}", 8, false},
-	{"{\"a\":{\"dtype\":\"F32\",\"shape\":[-2],\"data_offsets\":[0,8]}}", 8, false},
-	{"{\"a\":{\"dtype\":\"F32\",\"shape\":[1.5],\"data_offsets\":[0,8]}}", 8, false},
-	{"{\"a\":{\"dtype\":\"F32\",\"shape\":[1e300],\"data_offsets\":[0,8]}}", 8, false},
-	{"{\"a\":{\"dtype\":\"F32\",\"shape\":[4294967296,4294967296],\"data_offsets\":[0,0]}}", 0, false},
-	{"{\"a\":{\"dtype\":\"F32\",\"shape\":[2147483648,2147483648,4,0],\"data_offsets\":[0,8]}}", 8, false},
-	{"{\"a\":{\"dtype\":\"F32\",\"shape\":\"2\",\"data_offsets\":[0,8]}}", 8, false},
-	{"{\"a\":{\"dtype\":7,\"shape\":[2],\"data_offsets\":[0,8]}}", 8, false},
-	{"{\"a\":{\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[0,4]},\"b\":{\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[2,6]}}", 6, false},
-	{"{\"a\":{\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[0,4]},\"b\":{\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[0,4]}}", 4, false},
-	{"{\"a\":{\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[0,4]},\"b\":{\"dtype\":\"U8\",\"shape\":[2],\"data_offsets\":[6,8]}}", 8, false},
-	{"{\"a\":{\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[0,4]},\"a\":{\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[4,8]}}", 8, false},
-	{"{\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]},\"a\\u0000b\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[1,2]}}", 2, false},
-	{"{\"a\":{\"dtype\":\"U8\",\"shape\":[9223372036854775808],\"data_offsets\":[0,9223372036854775808]}}", 0, false},
-	{"{\"a\":{\"dtype\":\"Z\",\"shape\":[1],\"data_offsets\":[0,18446744073709551615]}}", 0, false},
-	{"{\"__metadata__\":{\"op\":\"add\"}}", 0, true},
-	{"{\"__metadata__\":[]}", 0, false},
-	{"{\"__metadata__\":{\"op\":1}}", 0, false},
-	{"{\"__metadata__\":{},\"__metadata__\":{}}", 0, false},
+    {"{}", 0, true},
+    {"{}   ", 0, true},
+    {"{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]}}", 8, true},
+    {"{\"a\":{\"dtype\":\"F32\",\"shape\":[0],\"data_offsets\":[0,0]},\"b\":{\"dtype\":\"U8\",\"shape\":[],\"data_offsets\":[0,1]"
+     "}}",
+     1, true},
+    {"{\"a\":{\"dtype\":\"F4_X\",\"shape\":[2],\"data_offsets\":[0,8]}}", 8, true}, /* opens; that tensor can't be read */
+    {"{\"a\":{\"dtype\":\"U8\",\"shape\":[1,1,1,1,1,1,1,1,1],\"data_offsets\":[0,1]}}", 1, true},
+    {"", 0, false},
+    {"[]", 0, false},
+    {"null", 0, false},
+    {"{", 0, false},
+    {"{}x", 0, false},
+    {"{} {}", 0, false},
+    {"{}", 1, false},
+    {"{\"a\":1}", 0, false},
+    {"{\"a\":{}}", 0, false},
+    {"{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]}}", 4, false},
+    {"{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,4]}}", 4, false},
+    {"{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[8,0]}}", 8, false},
+    {"{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0]}}", 8, false},
+    {"{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8,8]}}", 8, false},
+    {"{\"a\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8.5]}}", 8, false},
+    {"{\"a\":{\"dtype\":\"F32\",\"shape\":[-2],\"data_offsets\":[0,8]}}", 8, false},
+    {"{\"a\":{\"dtype\":\"F32\",\"shape\":[1.5],\"data_offsets\":[0,8]}}", 8, false},
+    {"{\"a\":{\"dtype\":\"F32\",\"shape\":[1e300],\"data_offsets\":[0,8]}}", 8, false},
+    {"{\"a\":{\"dtype\":\"F32\",\"shape\":[4294967296,4294967296],\"data_offsets\":[0,0]}}", 0, false},
+    {"{\"a\":{\"dtype\":\"F32\",\"shape\":[2147483648,2147483648,4,0],\"data_offsets\":[0,8]}}", 8, false},
+    {"{\"a\":{\"dtype\":\"F32\",\"shape\":\"2\",\"data_offsets\":[0,8]}}", 8, false},
+    {"{\"a\":{\"dtype\":7,\"shape\":[2],\"data_offsets\":[0,8]}}", 8, false},
+    {"{\"a\":{\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[0,4]},\"b\":{\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[2,6]"
+     "}}",
+     6, false},
+    {"{\"a\":{\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[0,4]},\"b\":{\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[0,4]"
+     "}}",
+     4, false},
+    {"{\"a\":{\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[0,4]},\"b\":{\"dtype\":\"U8\",\"shape\":[2],\"data_offsets\":[6,8]"
+     "}}",
+     8, false},
+    {"{\"a\":{\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[0,4]},\"a\":{\"dtype\":\"U8\",\"shape\":[4],\"data_offsets\":[4,8]"
+     "}}",
+     8, false},
+    {"{\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]},\"a\\u0000b\":{\"dtype\":\"U8\",\"shape\":[1],\"data_"
+     "offsets\":[1,2]}}",
+     2, false},
+    {"{\"a\":{\"dtype\":\"U8\",\"shape\":[9223372036854775808],\"data_offsets\":[0,9223372036854775808]}}", 0, false},
+    {"{\"a\":{\"dtype\":\"Z\",\"shape\":[1],\"data_offsets\":[0,18446744073709551615]}}", 0, false},
+    {"{\"__metadata__\":{\"op\":\"add\"}}", 0, true},
+    {"{\"__metadata__\":[]}", 0, false},
+    {"{\"__metadata__\":{\"op\":1}}", 0, false},
+    {"{\"__metadata__\":{},\"__metadata__\":{}}", 0, false},
 };
 
 static void test_hostile_safetensors(void)
@@ -260,9 +280,11 @@ static void test_hostile_safetensors(void)
 	(void)snprintf(path, sizeof path, "%s/bad", directory);
 	for (size_t i = 0; i < sizeof headers / sizeof headers[0]; i++) {
 		put_safetensors(path, headers[i].json, 0, headers[i].data_bytes);
-		check(opens(path, false) == headers[i].good, headers[i].good ? "a good header is taken" : "a bad header is refused", headers[i].json);
+		check(opens(path, false) == headers[i].good, headers[i].good ? "a good header is taken" : "a bad header is refused",
+		      headers[i].json);
 	}
-	static const uint64_t lengths[] = {3, 1u << 24, (1u << 24) + 1, 0x7fffffff, 0xffffffff, 1ull << 32, 1ull << 63, UINT64_MAX, UINT64_MAX - 7};
+	static const uint64_t lengths[] = {3,          1u << 24,   (1u << 24) + 1, 0x7fffffff,    0xffffffff,
+	                                   1ull << 32, 1ull << 63, UINT64_MAX,     UINT64_MAX - 7};
 	for (size_t i = 0; i < sizeof lengths / sizeof lengths[0]; i++) {
 		put_safetensors(path, "{}", lengths[i], 0);
 		check(!opens(path, false), "a header length past the file is refused", "{}");
@@ -295,32 +317,32 @@ static const struct {
 	size_t data_bytes;
 	bool good;
 } dictionaries[] = {
-	{"{'descr': '<f4', 'fortran_order': False, 'shape': (2,), }\n", 8, true},
-	{"{\"shape\":(2 , 1),\"descr\":\"<i4\",\"fortran_order\":True}", 8, true},
-	{"{'descr': '|b1', 'fortran_order': False, 'shape': ()}", 1, true},
-	{"{'descr': '>f8', 'fortran_order': False, 'shape': (1L,)}", 8, true},
-	{"{'descr': '<f4', 'fortran_order': False, 'shape': (0, 5)}", 0, true},
-	{"", 0, false},
-	{"{}", 0, false},
-	{"{'descr': '<f4', 'fortran_order': False, 'shape': (2,)", 8, false},
-	{"{'descr': '<f4', 'fortran_order': False, 'shape': (3,)}", 8, false},
-	{"{'descr': '<f4', 'fortran_order': False, 'shape': (1,)}", 8, false},
-	{"{'descr': '<f4', 'fortran_order': False, 'shape': (-2,)}", 8, false},
-	{"{'descr': '<f4', 'fortran_order': False, 'shape': 2}", 8, false},
-	{"{'descr': '<f4', 'fortran_order': False, 'shape': (9223372036854775808,)}", 8, false},
-	{"{'descr': '<f4', 'fortran_order': False, 'shape': (4611686018427387904, 4)}", 0, false},
-	{"{'descr': '<f4', 'fortran_order': False, 'shape': (1,1,1,1,1,1,1,1,2)}", 8, false},
-	{"{'descr': '<f4', 'fortran_order': 0, 'shape': (2,)}", 8, false},
-	{"{'descr': '<f4', 'fortran_order': False}", 8, false},
-	{"{'descr': '<f4', 'descr': '<f4', 'fortran_order': False, 'shape': (2,)}", 8, false},
-	{"{'descr': '<f4', 'fortran_order': False, 'shape': (2,), 'more': 1}", 8, false},
-	{"{'descr': '|O', 'fortran_order': False, 'shape': (1,)}", 8, false},
-	{"{'descr': '<u2', 'fortran_order': False, 'shape': (4,)}", 8, false},
-	{"{'descr': '<c8', 'fortran_order': False, 'shape': (1,)}", 8, false},
-	{"{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (2,)}", 8, false},
-	{"{'descr': '', 'fortran_order': False, 'shape': (2,)}", 8, false},
-	{"{'descr': '<f4', 'fortran_order': False, 'shape': (2,)} x", 8, false},
-	{"{'descr': '<fffffffffffffffffffffffffffffffff4', 'fortran_order': False, 'shape': (2,)}", 8, false},
+    {"{'descr': '<f4', 'fortran_order': False, 'shape': (2,), }\n", 8, true},
+    {"{\"shape\":(2 , 1),\"descr\":\"<i4\",\"fortran_order\":True}", 8, true},
+    {"{'descr': '|b1', 'fortran_order': False, 'shape': ()}", 1, true},
+    {"{'descr': '>f8', 'fortran_order': False, 'shape': (1L,)}", 8, true},
+    {"{'descr': '<f4', 'fortran_order': False, 'shape': (0, 5)}", 0, true},
+    {"", 0, false},
+    {"{}", 0, false},
+    {"{'descr': '<f4', 'fortran_order': False, 'shape': (2,)", 8, false},
+    {"{'descr': '<f4', 'fortran_order': False, 'shape': (3,)}", 8, false},
+    {"{'descr': '<f4', 'fortran_order': False, 'shape': (1,)}", 8, false},
+    {"{'descr': '<f4', 'fortran_order': False, 'shape': (-2,)}", 8, false},
+    {"{'descr': '<f4', 'fortran_order': False, 'shape': 2}", 8, false},
+    {"{'descr': '<f4', 'fortran_order': False, 'shape': (9223372036854775808,)}", 8, false},
+    {"{'descr': '<f4', 'fortran_order': False, 'shape': (4611686018427387904, 4)}", 0, false},
+    {"{'descr': '<f4', 'fortran_order': False, 'shape': (1,1,1,1,1,1,1,1,2)}", 8, false},
+    {"{'descr': '<f4', 'fortran_order': 0, 'shape': (2,)}", 8, false},
+    {"{'descr': '<f4', 'fortran_order': False}", 8, false},
+    {"{'descr': '<f4', 'descr': '<f4', 'fortran_order': False, 'shape': (2,)}", 8, false},
+    {"{'descr': '<f4', 'fortran_order': False, 'shape': (2,), 'more': 1}", 8, false},
+    {"{'descr': '|O', 'fortran_order': False, 'shape': (1,)}", 8, false},
+    {"{'descr': '<u2', 'fortran_order': False, 'shape': (4,)}", 8, false},
+    {"{'descr': '<c8', 'fortran_order': False, 'shape': (1,)}", 8, false},
+    {"{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (2,)}", 8, false},
+    {"{'descr': '', 'fortran_order': False, 'shape': (2,)}", 8, false},
+    {"{'descr': '<f4', 'fortran_order': False, 'shape': (2,)} x", 8, false},
+    {"{'descr': '<fffffffffffffffffffffffffffffffff4', 'fortran_order': False, 'shape': (2,)}", 8, false},
 };
 
 static void test_hostile_npy(void)
@@ -331,8 +353,8 @@ static void test_hostile_npy(void)
 	for (size_t i = 0; i < sizeof dictionaries / sizeof dictionaries[0]; i++)
 		for (int version = 1; version <= 3; version++) {
 			put_npy(path, version, dictionaries[i].dictionary, data, dictionaries[i].data_bytes);
-			check(opens(path, true) == dictionaries[i].good, dictionaries[i].good ? "a good .npy is taken" : "a bad .npy is refused",
-			      dictionaries[i].dictionary);
+			check(opens(path, true) == dictionaries[i].good,
+			      dictionaries[i].good ? "a good .npy is taken" : "a bad .npy is refused", dictionaries[i].dictionary);
 		}
 	put_npy(path, 4, dictionaries[0].dictionary, data, 8);
 	check(!opens(path, true), "an unknown version is refused", "4");
@@ -354,7 +376,8 @@ static void test_npy_orders(void)
 		check(tensor.strides[0] == 1 && tensor.strides[1] == 2, "Fortran order is strides", "1, 2");
 	file_tensor_fini(&tensor);
 	put_npy(path, 1, "{'descr': '<V2', 'fortran_order': False, 'shape': (4,)}", big, sizeof big);
-	check(npy_read(path, OPD_bf16, &tensor, &error) == OPD_OK && tensor.dtype == OPD_bf16, "raw words are bf16 when asked for", error.text);
+	check(npy_read(path, OPD_bf16, &tensor, &error) == OPD_OK && tensor.dtype == OPD_bf16, "raw words are bf16 when asked for",
+	      error.text);
 	file_tensor_fini(&tensor);
 	check(npy_read(path, OPD_f32, &tensor, &error) == OPD_INVALID_ARGUMENT, "raw words of another size are refused", "f32");
 }
@@ -365,13 +388,15 @@ static void test_odd_paths(void)
 {
 	struct file_tensor tensor = {0};
 	opd_error error = {0};
-	check(npy_read(path_of("nothing"), OPD_DTYPE_NONE, &tensor, &error) == OPD_NOT_FOUND, "a missing file is NOT_FOUND", error.text);
+	check(npy_read(path_of("nothing"), OPD_DTYPE_NONE, &tensor, &error) == OPD_NOT_FOUND, "a missing file is NOT_FOUND",
+	      error.text);
 	check(npy_read(directory, OPD_DTYPE_NONE, &tensor, &error) == OPD_INVALID_ARGUMENT, "a directory is refused", error.text);
 	check(npy_read("/dev/zero", OPD_DTYPE_NONE, &tensor, &error) == OPD_INVALID_ARGUMENT, "a device is refused", error.text);
 	char fifo[4200];
 	(void)snprintf(fifo, sizeof fifo, "%s/fifo", directory);
 	if (mkfifo(fifo, 0600) == 0)
-		check(npy_read(fifo, OPD_DTYPE_NONE, &tensor, &error) == OPD_INVALID_ARGUMENT, "a FIFO is refused without waiting", error.text);
+		check(npy_read(fifo, OPD_DTYPE_NONE, &tensor, &error) == OPD_INVALID_ARGUMENT, "a FIFO is refused without waiting",
+		      error.text);
 	float one = 1;
 	int64_t shape[1] = {1}, strides[1];
 	opd_tensor tensor1;
@@ -380,7 +405,8 @@ static void test_odd_paths(void)
 	check(npy_write(directory, &tensor1, &error) == OPD_INVALID_ARGUMENT, "a directory isn't replaced", error.text);
 	check(npy_write(path_of("no/such/y.npy"), &tensor1, &error) == OPD_NOT_FOUND, "a missing folder is NOT_FOUND", error.text);
 	const struct safetensors_item twice[2] = {{"a", &tensor1}, {"a", &tensor1}};
-	check(safetensors_write(path_of("twice"), twice, 2, NULL, 0, &error) == OPD_INVALID_ARGUMENT, "a name given twice isn't written", error.text);
+	check(safetensors_write(path_of("twice"), twice, 2, NULL, 0, &error) == OPD_INVALID_ARGUMENT,
+	      "a name given twice isn't written", error.text);
 	check(access(path_of("twice"), F_OK) != 0, "a refused write leaves no file", "twice");
 }
 
@@ -400,10 +426,12 @@ static void test_golden(const char *golden)
 		count++;
 		if (!check(safetensors_open(path, &file, &error) == OPD_OK, "every golden case opens", error.text))
 			continue;
-		check(safetensors_metadata(file, "op") != NULL && safetensors_metadata(file, "attrs") != NULL, "a case names op and attrs", item->d_name);
+		check(safetensors_metadata(file, "op") != NULL && safetensors_metadata(file, "attrs") != NULL,
+		      "a case names op and attrs", item->d_name);
 		for (size_t i = 0; i < safetensors_count(file); i++) {
 			struct file_tensor tensor = {0};
-			check(safetensors_read(file, safetensors_at(file, i), &tensor, &error) == OPD_OK, "every golden tensor can be read", error.text);
+			check(safetensors_read(file, safetensors_at(file, i), &tensor, &error) == OPD_OK, "every golden tensor can be read",
+			      error.text);
 			file_tensor_fini(&tensor);
 		}
 		safetensors_close(file);

@@ -36,14 +36,15 @@ static void test_options(void)
 	check(options.count == 5 && strcmp(options.positional[0], "run") == 0 && strcmp(options.positional[1], "-1") == 0 &&
 	          strcmp(options.positional[2], "-.5") == 0 && strcmp(options.positional[4], "--strict") == 0,
 	      "negative numbers and what follows -- are values", "count");
-	check(options_has(&options, OPTION_JSON) && !options_has(&options, OPTION_STRICT) && strcmp(options.values[OPTION_DEVICE], "cpu") == 0 &&
-	          strcmp(options.values[OPTION_OUTPUT], "y.npy") == 0,
+	check(options_has(&options, OPTION_JSON) && !options_has(&options, OPTION_STRICT) &&
+	          strcmp(options.values[OPTION_DEVICE], "cpu") == 0 && strcmp(options.values[OPTION_OUTPUT], "y.npy") == 0,
 	      "options are found anywhere, with = or without", "json, device, o");
 	options_fini(&options);
 	static char *const bad[][3] = {{"opctl", "--nonsense", NULL}, {"opctl", "-q", NULL},         {"opctl", "--device", NULL},
 	                               {"opctl", "--jso", NULL},      {"opctl", "--json=yes", NULL}, {"opctl", "--json", "--json"}};
 	for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
-		check(options_parse(&options, bad[i][2] == NULL ? 2 : 3, (char **)bad[i], &error) == OPD_INVALID_ARGUMENT, "a bad option is refused", bad[i][1]);
+		check(options_parse(&options, bad[i][2] == NULL ? 2 : 3, (char **)bad[i], &error) == OPD_INVALID_ARGUMENT,
+		      "a bad option is refused", bad[i][1]);
 		options_fini(&options);
 	}
 }
@@ -54,18 +55,23 @@ static void test_numbers(void)
 	double f = 7;
 	uint64_t us = 7;
 	opd_error error;
-	check(parse_int("n", "-9223372036854775808", INT64_MIN, INT64_MAX, &i, &error) == OPD_OK && i == INT64_MIN, "the least int fits", "n");
+	check(parse_int("n", "-9223372036854775808", INT64_MIN, INT64_MAX, &i, &error) == OPD_OK && i == INT64_MIN,
+	      "the least int fits", "n");
 	check(parse_float("f", "-1.5e-3", &f, &error) == OPD_OK && f == -1.5e-3, "a float is read", "f");
 	check(parse_seconds("s", "0.25", &us, &error) == OPD_OK && us == 250000, "seconds are read", "s");
-	static const char *const bad[] = {"", " 1", "1 ", "x", "1x", "9223372036854775808", "-9223372036854775809", "1.0", "0x10", "\t1"};
+	static const char *const bad[] = {"",    " 1",   "1 ", "x", "1x", "9223372036854775808", "-9223372036854775809",
+	                                  "1.0", "0x10", "\t1"};
 	for (size_t k = 0; k < sizeof bad / sizeof bad[0]; k++)
-		check(parse_int("n", bad[k], INT64_MIN, INT64_MAX, &i, &error) == OPD_INVALID_ARGUMENT && i == INT64_MIN, "a bad int is refused", bad[k]);
-	check(parse_int("n", "300", 0, 255, &i, &error) == OPD_INVALID_ARGUMENT && strstr(error.text, "n is 300, expected 0 to 255") != NULL,
+		check(parse_int("n", bad[k], INT64_MIN, INT64_MAX, &i, &error) == OPD_INVALID_ARGUMENT && i == INT64_MIN,
+		      "a bad int is refused", bad[k]);
+	check(parse_int("n", "300", 0, 255, &i, &error) == OPD_INVALID_ARGUMENT &&
+	          strstr(error.text, "n is 300, expected 0 to 255") != NULL,
 	      "an int out of range is named", error.text);
 	static const char *const bad_floats[] = {"", " 1", "1e999", "1e5x", "--1"};
 	for (size_t k = 0; k < sizeof bad_floats / sizeof bad_floats[0]; k++)
 		check(parse_float("f", bad_floats[k], &f, &error) == OPD_INVALID_ARGUMENT, "a bad float is refused", bad_floats[k]);
-	check(parse_seconds("s", "-1", &us, &error) == OPD_INVALID_ARGUMENT && parse_seconds("s", "nan", &us, &error) == OPD_INVALID_ARGUMENT,
+	check(parse_seconds("s", "-1", &us, &error) == OPD_INVALID_ARGUMENT &&
+	          parse_seconds("s", "nan", &us, &error) == OPD_INVALID_ARGUMENT,
 	      "bad seconds are refused", "s");
 }
 
@@ -73,7 +79,8 @@ static void test_lists(void)
 {
 	struct name_list list;
 	opd_error error;
-	check(name_list_parse("l", "a,b", &list, &error) == OPD_OK && list.count == 2 && strcmp(list.names[1], "b") == 0, "a list is cut at commas", "a,b");
+	check(name_list_parse("l", "a,b", &list, &error) == OPD_OK && list.count == 2 && strcmp(list.names[1], "b") == 0,
+	      "a list is cut at commas", "a,b");
 	name_list_fini(&list);
 	check(name_list_parse("l", "", &list, &error) == OPD_OK && list.count == 0, "an empty text is an empty list", "");
 	name_list_fini(&list);
@@ -89,18 +96,24 @@ static void test_schemas(void)
 {
 	struct schema schema;
 	opd_error error;
-	check(schema_parse("f(Tensor x, Tensor? w, float e, int? n=None, int[] k=[1, 2], str s=\"a,)\", bool b=True, Tensor[] ts) -> (Tensor, Tensor)", &schema,
-	                   &error) == OPD_OK,
+	check(schema_parse("f(Tensor x, Tensor? w, float e, int? n=None, int[] k=[1, 2], str s=\"a,)\", bool b=True, Tensor[] ts) -> "
+	                   "(Tensor, Tensor)",
+	                   &schema, &error) == OPD_OK,
 	      "a schema is read", error.text);
-	static const param_type types[] = {PARAM_TENSOR, PARAM_TENSOR, PARAM_FLOAT, PARAM_INT, PARAM_INTS, PARAM_STR, PARAM_BOOL, PARAM_TENSORS};
+	static const param_type types[] = {PARAM_TENSOR, PARAM_TENSOR, PARAM_FLOAT, PARAM_INT,
+	                                   PARAM_INTS,   PARAM_STR,    PARAM_BOOL,  PARAM_TENSORS};
 	check(schema.count == 8 && schema.results == 2, "its parameters and results are counted", "8, 2");
 	for (size_t i = 0; i < 8 && i < schema.count; i++)
 		check(schema.params[i].type == types[i], "its types are known", schema.params[i].name);
 	check(schema.params[1].optional && schema.params[3].optional && !schema.params[0].optional, "? is optional", "w, n");
-	check(schema_find(&schema, "ts", 2) == &schema.params[7] && schema_find(&schema, "t", 1) == NULL, "names are found whole", "ts");
-	check(schema_parse("f() -> Tensor", &schema, &error) == OPD_OK && schema.count == 0 && schema.results == 1, "no parameter is fine", "f()");
-	check(schema_parse("f(complex z) -> Tensor", &schema, &error) == OPD_OK && schema.params[0].type == PARAM_UNKNOWN, "a new type is unknown", "complex");
-	static const char *const bad[] = {"", "f", "f(", "f(Tensor", "f(Tensor x", "f(Tensor x, ", "f(x) -> Tensor", "f(,)", "f(Tensor x=\"", "f(int[] k=[1"};
+	check(schema_find(&schema, "ts", 2) == &schema.params[7] && schema_find(&schema, "t", 1) == NULL, "names are found whole",
+	      "ts");
+	check(schema_parse("f() -> Tensor", &schema, &error) == OPD_OK && schema.count == 0 && schema.results == 1,
+	      "no parameter is fine", "f()");
+	check(schema_parse("f(complex z) -> Tensor", &schema, &error) == OPD_OK && schema.params[0].type == PARAM_UNKNOWN,
+	      "a new type is unknown", "complex");
+	static const char *const bad[] = {
+	    "", "f", "f(", "f(Tensor", "f(Tensor x", "f(Tensor x, ", "f(x) -> Tensor", "f(,)", "f(Tensor x=\"", "f(int[] k=[1"};
 	for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++)
 		check(schema_parse(bad[i], &schema, &error) == OPD_INVALID_ARGUMENT, "a broken schema is refused", bad[i]);
 	char *wide = malloc(4096);
@@ -130,7 +143,8 @@ static void test_tensor_specs(void)
 	opd_error error = {0};
 	if (check(read_spec("i32[2,2]=1,-2,3,4", &tensor, &error) == OPD_OK, "values are read", error.text)) {
 		const int32_t *data = tensor.data;
-		check(tensor.rank == 2 && tensor.shape[1] == 2 && tensor.strides[0] == 2 && data[1] == -2 && data[3] == 4, "values lie row-major", "1,-2,3,4");
+		check(tensor.rank == 2 && tensor.shape[1] == 2 && tensor.strides[0] == 2 && data[1] == -2 && data[3] == 4,
+		      "values lie row-major", "1,-2,3,4");
 	}
 	file_tensor_fini(&tensor);
 	if (check(read_spec("f32[3]=0.5", &tensor, &error) == OPD_OK, "one value fills", error.text))
@@ -148,18 +162,40 @@ static void test_tensor_specs(void)
 		check(fabs(sum / 1000) < 0.15 && fabs(squares / 1000 - 1) < 0.2, "randn is normal", "mean 0, variance 1");
 	}
 	file_tensor_fini(&tensor);
-	check(read_spec("bf16[]", &tensor, &error) == OPD_OK && tensor.data == NULL && tensor.rank == 0, "a bare shape has no data", error.text);
+	check(read_spec("bf16[]", &tensor, &error) == OPD_OK && tensor.data == NULL && tensor.rank == 0, "a bare shape has no data",
+	      error.text);
 	check(read_spec("zeros:f32[0,4]", &tensor, &error) == OPD_OK && tensor.bytes == 0, "an empty tensor is made", error.text);
 	file_tensor_fini(&tensor);
-	static const char *const bad[] = {"",          "f32",         "f32[",       "f32[2",     "f32[2]x",    "f32[-1]", "f32[x]", "f32[1,1,1,1,1,1,1,1,1]", "f33[2]",
-	                                  "f32[2]=",   "f32[2]=1,2,", "f32[0]=1,2", "u8[1]=-1",  "bool[1]=2",  "i64[1]=1.5", "randn:i8[1]", "ones:f32[2]=1",
-	                                  "zeros:f32", "ones:@x.npy", "@",          "@x",        "@x.npy.txt", "f32[9223372036854775807]", "f32[4294967296,4294967296,0]"};
+	static const char *const bad[] = {"",
+	                                  "f32",
+	                                  "f32[",
+	                                  "f32[2",
+	                                  "f32[2]x",
+	                                  "f32[-1]",
+	                                  "f32[x]",
+	                                  "f32[1,1,1,1,1,1,1,1,1]",
+	                                  "f33[2]",
+	                                  "f32[2]=",
+	                                  "f32[2]=1,2,",
+	                                  "f32[0]=1,2",
+	                                  "u8[1]=-1",
+	                                  "bool[1]=2",
+	                                  "i64[1]=1.5",
+	                                  "randn:i8[1]",
+	                                  "ones:f32[2]=1",
+	                                  "zeros:f32",
+	                                  "ones:@x.npy",
+	                                  "@",
+	                                  "@x",
+	                                  "@x.npy.txt",
+	                                  "f32[9223372036854775807]",
+	                                  "f32[4294967296,4294967296,0]"};
 	for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
 		check(read_spec(bad[i], &tensor, &error) == OPD_INVALID_ARGUMENT, "a bad tensor is refused", bad[i]);
 		file_tensor_fini(&tensor);
 	}
-	check(tensor_spec_looks_like("@x") && tensor_spec_looks_like("f32[2]") && tensor_spec_looks_like("ones:") && !tensor_spec_looks_like("[1,2]") &&
-	          !tensor_spec_looks_like("tanh"),
+	check(tensor_spec_looks_like("@x") && tensor_spec_looks_like("f32[2]") && tensor_spec_looks_like("ones:") &&
+	          !tensor_spec_looks_like("[1,2]") && !tensor_spec_looks_like("tanh"),
 	      "a tensor is told from a word", "looks");
 }
 
@@ -187,19 +223,23 @@ static void test_compare(void)
 {
 	struct comparison out;
 	float one[3] = {1, NAN, INFINITY}, two[3] = {1.5f, NAN, INFINITY};
-	check(equal(OPD_f32, 3, one, one, 0, 0, &out) && out.max_abs == 0 && out.why[0] == '\0', "NaN equals NaN, an infinity itself", out.why);
+	check(equal(OPD_f32, 3, one, one, 0, 0, &out) && out.max_abs == 0 && out.why[0] == '\0', "NaN equals NaN, an infinity itself",
+	      out.why);
 	check(equal(OPD_f32, 3, two, one, 0.5, 0, &out) && out.max_abs == 0.5 && out.max_rel == 0.5, "atol is allowed", out.why);
 	check(equal(OPD_f32, 3, two, one, 0, 0.5, &out), "rtol counts from what is wanted", out.why);
-	check(!equal(OPD_f32, 3, two, one, 0.25, 0.2, &out) && strstr(out.why, "at [0] got 1.5, want 1") != NULL, "past both it fails and says where", out.why);
+	check(!equal(OPD_f32, 3, two, one, 0.25, 0.2, &out) && strstr(out.why, "at [0] got 1.5, want 1") != NULL,
+	      "past both it fails and says where", out.why);
 	float nan = NAN, zero = 0, inf = INFINITY, minus = -INFINITY;
-	check(!equal(OPD_f32, 1, &nan, &zero, 1e9, 1e9, &out) && !equal(OPD_f32, 1, &zero, &nan, 1e9, 1e9, &out), "NaN equals no number", out.why);
-	check(!equal(OPD_f32, 1, &inf, &minus, 1e9, 1e9, &out) && !equal(OPD_f32, 1, &zero, &inf, 1e9, 1e9, &out), "no tolerance reaches infinity", out.why);
+	check(!equal(OPD_f32, 1, &nan, &zero, 1e9, 1e9, &out) && !equal(OPD_f32, 1, &zero, &nan, 1e9, 1e9, &out),
+	      "NaN equals no number", out.why);
+	check(!equal(OPD_f32, 1, &inf, &minus, 1e9, 1e9, &out) && !equal(OPD_f32, 1, &zero, &inf, 1e9, 1e9, &out),
+	      "no tolerance reaches infinity", out.why);
 	int64_t big = INT64_MAX, less = INT64_MAX - 1;
 	check(!equal(OPD_i64, 1, &big, &less, 100, 100, &out), "integers are exact, past 2^53 too", out.why);
 	uint8_t yes = 1, no = 0, fp8 = 0x38, fp8_near = 0x39;
 	check(!equal(OPD_bool, 1, &yes, &no, 9, 9, &out), "bools are exact", out.why);
-	check(equal(OPD_f8_e4m3fn, 1, &fp8_near, &fp8, 0.125, 0, &out) && !equal(OPD_f8_e4m3fn, 1, &fp8_near, &fp8, 0.12, 0, &out), "f8 is compared decoded",
-	      out.why);
+	check(equal(OPD_f8_e4m3fn, 1, &fp8_near, &fp8, 0.125, 0, &out) && !equal(OPD_f8_e4m3fn, 1, &fp8_near, &fp8, 0.12, 0, &out),
+	      "f8 is compared decoded", out.why);
 	check(!equal(OPD_f32, 1, &one[0], &zero, NAN, 0, &out), "a NaN tolerance allows nothing", out.why);
 }
 
@@ -211,7 +251,8 @@ static void test_summary(void)
 	struct summary summary;
 	make(&tensor, OPD_f32, shape, data);
 	summary_of(&tensor, &summary);
-	check(summary.nan == 1 && summary.inf == 1 && summary.min == -1 && summary.max == 5 && summary.mean == 2, "a summary is of the finite", "f32");
+	check(summary.nan == 1 && summary.inf == 1 && summary.min == -1 && summary.max == 5 && summary.mean == 2,
+	      "a summary is of the finite", "f32");
 	int64_t ints[5] = {INT64_MIN, 0, 1, 2, INT64_MAX};
 	make(&tensor, OPD_i64, shape, ints);
 	summary_of(&tensor, &summary);
