@@ -310,6 +310,9 @@ static int run_bench(struct opctl *ctl, struct bench *bench)
 		status = prepare(ctl, bench, &error);
 	if (status == OPD_OK)
 		status = measure(bench, &error);
+	/* After a failure others may be in flight still, which read the request's tensors until the client is closed. */
+	opd_close(ctl->client);
+	ctl->client = NULL;
 	opd_request_destroy(bench->request);
 	if (status != OPD_OK)
 		return report_failure(ctl, status, &error);

@@ -89,7 +89,7 @@ static void print_line(const char *name, const char *provider, verdict what, con
 	static const char *const verdicts[] = {"PASS", "FAIL", "SKIP"};
 	(void)printf("%s  %-26s %-10s", verdicts[what], shown(name), provider[0] == '\0' ? "-" : shown(provider));
 	if (outcome->compared)
-		(void)printf("  abs %-9.3g rel %-9.3g", outcome->max_abs, outcome->max_rel);
+		(void)printf("  abs %-9.3g rel %.3g", outcome->max_abs, outcome->max_rel);
 	(void)printf("%s%s\n", outcome->why[0] == '\0' ? "" : "  ", shown(outcome->why));
 }
 
