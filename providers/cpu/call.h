@@ -1,0 +1,98 @@
+/* What the implementations of provider `cpu` share: reading a call, refusing it, finding rows, spreading them over threads.
+ *
+ * Layer: providers/cpu. Threads: pure functions of their arguments; cpu_for runs its function on the lane's threads.
+ * A row is the last dimension: its elements must be next to each other. Rows themselves may lie anywhere (strides, also 0).
+ * Not here: kernels (kernels.h). */
+#ifndef OPD_CPU_CALL_H
+#define OPD_CPU_CALL_H
+
+#include "providers/cpu/kernels.h"
+#include "providers/provider.h"
+
+/* The implementations, in the order in which `open` registers them. Templates: each copy's `user` is the struct cpu_kernels to use. */
+extern const opd_impl cpu_rms_norm;
+extern const opd_impl cpu_fused_add_rms_norm;
+extern const opd_impl cpu_silu_and_mul;
+extern const opd_impl cpu_softmax;
+extern const opd_impl cpu_linear;
+
+static inline const struct cpu_kernels *cpu_kernels_of(const opd_impl *impl)
+{
+	return impl->user;
+}
+
+/* The tensor of argument `index`; NULL when it is None. */
+static inline const opd_tensor *cpu_tensor(const opd_call *call, uint32_t index)
+{
+	return call->args[index].kind == OPD_ARG_TENSOR ? call->args[index].tensor : NULL;
+}
+
+/* f32, bf16 or f16. Its other operands' dtypes follow from x's by the op's own rules, which the host has checked. */
+static inline bool cpu_accept_dtype(const opd_tensor *x, opd_reason *reason)
+{
+	if (cpu_dtype_index(x->dtype) == CPU_DTYPES)
+		return OPD_REFUSE(reason, OPD_REASON_DTYPE, "x %s, only f32, bf16, f16", opd_dtype_name(x->dtype));
+	return true;
+}
+
+/* Elements of the last dimension lie next to each other. NULL passes. */
+static inline bool cpu_accept_rows(const char *name, const opd_tensor *tensor, opd_reason *reason)
+{
+	if (tensor == NULL || opd_tensor_contiguous(tensor) || opd_tensor_last(tensor) <= 1)
+		return true;
+	int64_t stride = tensor->strides[tensor->rank - 1];
+	if (stride != 1)
+		return OPD_REFUSE(reason, OPD_REASON_LAYOUT, "%s has stride %lld in its last dimension, only 1", name, (long long)stride);
+	return true;
+}
+
+/* Index of a norm's weight into its kernels. */
+static inline unsigned cpu_weight_index(const opd_tensor *x, const opd_tensor *weight)
+{
+	if (weight == NULL)
+		return CPU_WEIGHT_NONE;
+	return weight->dtype == x->dtype ? CPU_WEIGHT_SAME : CPU_WEIGHT_F32;
+}
+
+/* A tensor as rows. */
+struct cpu_rows {
+	unsigned char *base;
+	uint64_t row_bytes;          /* of a contiguous row */
+	const opd_tensor *scattered; /* NULL: row r lies at base + r·row_bytes */
+};
+
+/* Only for a tensor with elements, in run. */
+struct cpu_rows cpu_rows_of(const opd_tensor *tensor);
+
+/* Address of row `index` of a scattered tensor, counted in row-major order of the leading dimensions. */
+void *cpu_rows_scattered(const struct cpu_rows *rows, uint64_t index);
+
+static inline void *cpu_row(const struct cpu_rows *rows, uint64_t index)
+{
+	return rows->scattered == NULL ? rows->base + index * rows->row_bytes : cpu_rows_scattered(rows, index);
+}
+
+/* OPD_INTERNAL unless result `index` is contiguous, has x's dtype, and x's shape but for its last extent, which is `last`. A rank-0 x has
+ * a rank-0 result. */
+OPD_MUST_USE opd_status cpu_expect_output(const opd_impl *impl, const opd_call *call, uint32_t index, const opd_tensor *x, int64_t last,
+                                          opd_error *error);
+
+/* Nanoseconds of a call on so many elements. */
+static inline uint64_t cpu_cost_ns(const struct cpu_cost *cost, opd_dtype dtype, uint64_t elements)
+{
+	unsigned index = cpu_dtype_index(dtype);
+	return index == CPU_DTYPES ? 0 : cost->call_ns + elements * cost->element_ps[index] / 1000;
+}
+
+/* Items [begin, end) on the lane's thread `thread`. */
+typedef void (*cpu_items_fn)(const void *context, uint64_t begin, uint64_t end, uint32_t thread);
+
+/* Threads that cpu_for may use for so much work: exec's, or 1 when waking a second one would cost more than it saves. */
+uint32_t cpu_threads(const opd_exec *exec, uint64_t items, uint64_t cost_ns);
+
+/* Runs `run` over [0, items), which take cost_ns in all on one thread; in steps, so that a cancelled call ends soon. OPD_OK or
+ * OPD_CANCELLED. How items are split varies: results must not depend on it. */
+OPD_MUST_USE opd_status cpu_for(const opd_exec *exec, uint64_t items, uint64_t cost_ns, cpu_items_fn run, const void *context,
+                                opd_error *error);
+
+#endif

@@ -1,0 +1,120 @@
+/* The kernels of provider `cpu`, one table for each instruction set.
+ *
+ * Layer: providers/cpu. Threads: constants and pure functions; any number of threads at once.
+ * A kernel does one row (or one tile); who calls it for which rows is rows.h's business, which is why results can't depend on how
+ * work is split. Rows are contiguous, of any alignment. Dtypes are indexed by cpu_dtype_index.
+ * Not here: predicates, checks, strides (norm.c, activation.c, softmax.c, linear.c). */
+#ifndef OPD_CPU_KERNELS_H
+#define OPD_CPU_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "opd/dtype.h"
+
+enum { CPU_F32, CPU_BF16, CPU_F16, CPU_DTYPES };
+
+/* Index into the tables below; CPU_DTYPES for a dtype that has no kernels. */
+static inline unsigned cpu_dtype_index(opd_dtype dtype)
+{
+	return dtype == OPD_f32 ? CPU_F32 : dtype == OPD_bf16 ? CPU_BF16 : dtype == OPD_f16 ? CPU_F16 : CPU_DTYPES;
+}
+
+/* Weights of a norm: none, of x's dtype, f32. */
+enum { CPU_WEIGHT_NONE, CPU_WEIGHT_SAME, CPU_WEIGHT_F32, CPU_WEIGHTS };
+
+/* x [count] · rsqrt(mean of squares + epsilon), times weight [count], to y [count]. */
+typedef void (*cpu_rms_norm_fn)(const void *x, const void *weight, void *y, size_t count, float epsilon);
+
+/* sum = x + residual, y = the norm of the unrounded sum. y may be x, sum may be residual. */
+typedef void (*cpu_fused_add_rms_norm_fn)(const void *x, const void *residual, const void *weight, void *y, void *sum, size_t count,
+                                          float epsilon);
+
+/* y = gate / (1 + e^-gate) · up, [count] each. */
+typedef void (*cpu_silu_and_mul_fn)(const void *gate, const void *up, void *y, size_t count);
+
+typedef void (*cpu_softmax_fn)(const void *x, void *y, size_t count);
+
+/* linear adds products in blocks of so many k: inside a block in VEC_LANES chains, the blocks' sums one after another. That order is
+ * the same on every way through linear.c. */
+#define CPU_LINEAR_BLOCK 1024
+
+/* sums[n] = x [k] · row n of weight, for n < columns; stride in elements between rows of weight. */
+typedef void (*cpu_linear_dots_fn)(const void *x, const void *weight, int64_t stride, size_t k, size_t columns, float *sums);
+
+/* `count` elements (at most CPU_LINEAR_BLOCK) to f32, followed by zeros up to `padded`, a multiple of 16. */
+typedef void (*cpu_linear_pack_fn)(const void *source, size_t count, size_t padded, float *packed);
+
+/* y[n] = sums[n] + bias[n], rounded; bias may be NULL. */
+typedef void (*cpu_linear_finish_fn)(const float *sums, const void *bias, void *y, size_t count);
+
+struct cpu_norm_kernels {
+	cpu_rms_norm_fn rms_norm[CPU_DTYPES][CPU_WEIGHTS];
+	cpu_fused_add_rms_norm_fn fused_add_rms_norm[CPU_DTYPES][CPU_WEIGHTS];
+};
+
+struct cpu_activation_kernels {
+	cpu_silu_and_mul_fn silu_and_mul[CPU_DTYPES];
+};
+
+struct cpu_softmax_kernels {
+	cpu_softmax_fn softmax[CPU_DTYPES];
+};
+
+struct cpu_linear_kernels {
+	size_t tile_rows;
+	size_t tile_columns;
+	cpu_linear_dots_fn dots[CPU_DTYPES];
+	cpu_linear_pack_fn pack[CPU_DTYPES];
+	cpu_linear_finish_fn finish[CPU_DTYPES];
+	/* sums[m·stride + n] += x row m · weight row n over one packed block, for the whole tile. Rows are `padded` floats apart. */
+	void (*tile)(const float *x, const float *weight, size_t padded, float *sums, size_t stride);
+};
+
+/* Thousandths of a nanosecond an element of the work's longer operand, and nanoseconds a call, on one thread. */
+struct cpu_cost {
+	uint32_t call_ns;
+	uint32_t element_ps[CPU_DTYPES];
+};
+
+struct cpu_costs {
+	struct cpu_cost rms_norm;           /* elements of x */
+	struct cpu_cost fused_add_rms_norm; /* elements of x */
+	struct cpu_cost silu_and_mul;       /* elements of y */
+	struct cpu_cost softmax;            /* elements of x */
+	struct cpu_cost linear_weight;      /* elements of weight, read once */
+	uint32_t linear_product_fs;         /* femtoseconds a product */
+};
+
+struct cpu_kernels {
+	const char *isa; /* "baseline", "avx2", "avx512" */
+	const struct cpu_norm_kernels *norm;
+	const struct cpu_activation_kernels *activation;
+	const struct cpu_softmax_kernels *softmax;
+	const struct cpu_linear_kernels *linear;
+	struct cpu_costs costs;
+};
+
+/* In a kernel file: the name of what it exports, with its instruction set's at the end. */
+#ifdef CPU_ISA
+#define CPU_JOIN(name, isa) name##_##isa
+#define CPU_JOIN_EXPANDED(name, isa) CPU_JOIN(name, isa)
+#define CPU_SYMBOL(name) CPU_JOIN_EXPANDED(name, CPU_ISA)
+#endif
+
+/* X(isa): what this build has, slowest first. */
+#if defined(__x86_64__)
+#define CPU_ISA_MAP(X) X(baseline) X(avx2) X(avx512)
+#else
+#define CPU_ISA_MAP(X) X(baseline)
+#endif
+
+#define X(isa)                                                    \
+	extern const struct cpu_norm_kernels cpu_norm_##isa;             \
+	extern const struct cpu_activation_kernels cpu_activation_##isa; \
+	extern const struct cpu_softmax_kernels cpu_softmax_##isa;       \
+	extern const struct cpu_linear_kernels cpu_linear_##isa;
+CPU_ISA_MAP(X)
+#undef X
+
+#endif

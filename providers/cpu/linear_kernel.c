@@ -1,0 +1,139 @@
+/* linear: dot products of one row, and register tiles over packed blocks: compiled once for each instruction set (kernels.h).
+ *
+ * Every sum is made in the same order on both ways: per block of CPU_LINEAR_BLOCK k, lane l takes k = l, l + VEC_LANES, … by FMA; the lanes
+ * are folded by vec_sum; the blocks' sums are added in order. Zeros that pad a block change nothing: a chain that starts at +0 never
+ * becomes −0, so +0 may be added to it. */
+#include "providers/cpu/kernels.h"
+#include "providers/cpu/vec_dtype.h"
+
+/* Rows of weight that one pass over x reads side by side: enough chains to hide FMA's latency, few enough streams for the prefetcher. */
+#define DOTS 8
+
+#if defined(VEC_AVX512)
+#define TILE_ROWS 4 /* 24 sums, 4 of x, 1 to 2 of weight: of 32 registers */
+#define TILE_COLUMNS 6
+#elif defined(VEC_AVX2)
+#define TILE_ROWS 3 /* 12 + 3 + 1: of 16 */
+#define TILE_COLUMNS 4
+#else
+#define TILE_ROWS 2 /* 8 + 2 + 1 and what a product needs without FMA: of 16 */
+#define TILE_COLUMNS 4
+#endif
+
+/* sums[j] += x [count] · row j of weight, one block, j < columns (a constant of the caller). */
+VEC_INLINE void linear_block(opd_dtype dtype, const void *x, const void *const *rows, size_t columns, size_t from, size_t count,
+                             float *sums)
+{
+	vec_f32 chains[DOTS];
+	for (size_t j = 0; j < columns; j++)
+		chains[j] = vec_splat(0.0f);
+	size_t k = 0;
+	for (; k + VEC_LANES <= count; k += VEC_LANES) {
+		vec_f32 v = vec_load(dtype, x, from + k);
+		for (size_t j = 0; j < columns; j++)
+			chains[j] = vec_fma(v, vec_load(dtype, rows[j], from + k), chains[j]);
+	}
+	if (k < count) {
+		vec_f32 v = vec_load_part(dtype, x, from + k, count - k, 0.0f);
+		for (size_t j = 0; j < columns; j++)
+			chains[j] = vec_fma(v, vec_load_part(dtype, rows[j], from + k, count - k, 0.0f), chains[j]);
+	}
+	for (size_t j = 0; j < columns; j++)
+		sums[j] += vec_sum(chains[j]);
+}
+
+VEC_INLINE void linear_dots_some(opd_dtype dtype, const void *x, const void *weight, int64_t stride, size_t k, size_t columns,
+                                 float *sums)
+{
+	const void *rows[DOTS];
+	for (size_t j = 0; j < columns; j++) {
+		rows[j] = (const unsigned char *)weight + (int64_t)j * stride * (int64_t)opd_dtype_bytes(dtype);
+		sums[j] = 0.0f;
+	}
+	for (size_t from = 0; from < k; from += CPU_LINEAR_BLOCK)
+		linear_block(dtype, x, rows, columns, from, k - from < CPU_LINEAR_BLOCK ? k - from : CPU_LINEAR_BLOCK, sums);
+}
+
+VEC_INLINE void linear_dots(opd_dtype dtype, const void *x, const void *weight, int64_t stride, size_t k, size_t columns, float *sums)
+{
+	const unsigned char *row = weight;
+	int64_t step = stride * (int64_t)opd_dtype_bytes(dtype);
+	size_t n = 0;
+	for (; n + DOTS <= columns; n += DOTS)
+		linear_dots_some(dtype, x, row + (int64_t)n * step, stride, k, DOTS, sums + n);
+	for (; n < columns; n++)
+		linear_dots_some(dtype, x, row + (int64_t)n * step, stride, k, 1, sums + n);
+}
+
+VEC_INLINE void linear_pack(opd_dtype dtype, const void *source, size_t count, size_t padded, float *packed)
+{
+	size_t k = 0;
+	for (; k + VEC_LANES <= count; k += VEC_LANES)
+		vec_store(OPD_f32, packed, k, vec_load(dtype, source, k));
+	if (k < count) {
+		vec_store(OPD_f32, packed, k, vec_load_part(dtype, source, k, count - k, 0.0f));
+		k += VEC_LANES;
+	}
+	for (; k < padded; k += VEC_LANES)
+		vec_store(OPD_f32, packed, k, vec_splat(0.0f));
+}
+
+VEC_INLINE void linear_finish(opd_dtype dtype, const float *sums, const void *bias, void *y, size_t count)
+{
+	size_t n = 0;
+	for (; n < count; n += VEC_LANES) {
+		size_t here = count - n < VEC_LANES ? count - n : VEC_LANES;
+		vec_f32 v = vec_load_part(OPD_f32, sums, n, here, 0.0f);
+		if (bias != NULL)
+			v = v + vec_load_part(dtype, bias, n, here, 0.0f);
+		vec_store_part(dtype, y, n, here, v);
+	}
+}
+
+static void linear_tile(const float *x, const float *weight, size_t padded, float *sums, size_t stride)
+{
+	vec_f32 chains[TILE_ROWS][TILE_COLUMNS];
+	for (size_t m = 0; m < TILE_ROWS; m++)
+		for (size_t n = 0; n < TILE_COLUMNS; n++)
+			chains[m][n] = vec_splat(0.0f);
+	for (size_t k = 0; k < padded; k += VEC_LANES) {
+		vec_f32 v[TILE_ROWS];
+		for (size_t m = 0; m < TILE_ROWS; m++)
+			v[m] = vec_load(OPD_f32, x, m * padded + k);
+		for (size_t n = 0; n < TILE_COLUMNS; n++) {
+			vec_f32 w = vec_load(OPD_f32, weight, n * padded + k);
+			for (size_t m = 0; m < TILE_ROWS; m++)
+				chains[m][n] = vec_fma(v[m], w, chains[m][n]);
+		}
+	}
+	for (size_t m = 0; m < TILE_ROWS; m++)
+		for (size_t n = 0; n < TILE_COLUMNS; n++)
+			sums[m * stride + n] += vec_sum(chains[m][n]);
+}
+
+#define LINEAR_MAP(X) X(f32) X(bf16) X(f16)
+
+#define X(name)                                                                                                               \
+	static void linear_dots_##name(const void *x, const void *weight, int64_t stride, size_t k, size_t columns, float *sums)  \
+	{                                                                                                                         \
+		linear_dots(OPD_##name, x, weight, stride, k, columns, sums);                                                         \
+	}                                                                                                                         \
+	static void linear_pack_##name(const void *source, size_t count, size_t padded, float *packed)                            \
+	{                                                                                                                         \
+		linear_pack(OPD_##name, source, count, padded, packed);                                                               \
+	}                                                                                                                         \
+	static void linear_finish_##name(const float *sums, const void *bias, void *y, size_t count)                              \
+	{                                                                                                                         \
+		linear_finish(OPD_##name, sums, bias, y, count);                                                                      \
+	}
+LINEAR_MAP(X)
+#undef X
+
+const struct cpu_linear_kernels CPU_SYMBOL(cpu_linear) = {
+	.tile_rows = TILE_ROWS,
+	.tile_columns = TILE_COLUMNS,
+	.dots = {linear_dots_f32, linear_dots_bf16, linear_dots_f16},
+	.pack = {linear_pack_f32, linear_pack_bf16, linear_pack_f16},
+	.finish = {linear_finish_f32, linear_finish_bf16, linear_finish_f16},
+	.tile = linear_tile,
+};

@@ -1,0 +1,133 @@
+/* rms_norm and fused_add_rms_norm: what is taken, what it costs, rows to kernels. */
+#include "providers/cpu/call.h"
+#include "uuid/cpu_norm.h"
+
+static bool norm_accepts_attributes(const opd_call *call, uint32_t variance_size, opd_reason *reason)
+{
+	if (call->args[variance_size].kind != OPD_ARG_NONE)
+		return OPD_REFUSE(reason, OPD_REASON_ATTRIBUTE, "variance_size %lld is left to native", (long long)call->args[variance_size].i);
+	return true;
+}
+
+static bool rms_norm_predicate(const opd_impl *impl, void *state, const opd_call *call, opd_reason *reason)
+{
+	(void)impl, (void)state;
+	const opd_tensor *x = cpu_tensor(call, 0);
+	return cpu_accept_dtype(x, reason) && cpu_accept_rows("x", x, reason) &&
+	       cpu_accept_rows("weight", cpu_tensor(call, 1), reason) && norm_accepts_attributes(call, 3, reason);
+}
+
+static bool fused_predicate(const opd_impl *impl, void *state, const opd_call *call, opd_reason *reason)
+{
+	(void)impl, (void)state;
+	const opd_tensor *x = cpu_tensor(call, 0);
+	return cpu_accept_dtype(x, reason) && cpu_accept_rows("x", x, reason) &&
+	       cpu_accept_rows("x_residual", cpu_tensor(call, 1), reason) && cpu_accept_rows("weight", cpu_tensor(call, 2), reason) &&
+	       norm_accepts_attributes(call, 4, reason);
+}
+
+static uint64_t rms_norm_cost(const opd_impl *impl, const opd_call *call)
+{
+	const opd_tensor *x = cpu_tensor(call, 0);
+	return cpu_cost_ns(&cpu_kernels_of(impl)->costs.rms_norm, x->dtype, x->elements);
+}
+
+static uint64_t fused_cost(const opd_impl *impl, const opd_call *call)
+{
+	const opd_tensor *x = cpu_tensor(call, 0);
+	return cpu_cost_ns(&cpu_kernels_of(impl)->costs.fused_add_rms_norm, x->dtype, x->elements);
+}
+
+/* One call of either op; `residual` and `sum` are the fused one's. */
+struct norm_work {
+	cpu_rms_norm_fn rms_norm;
+	cpu_fused_add_rms_norm_fn fused;
+	struct cpu_rows x, residual, y, sum;
+	const void *weight;
+	size_t count;
+	float epsilon;
+};
+
+static void rms_norm_rows(const void *context, uint64_t begin, uint64_t end, uint32_t thread)
+{
+	(void)thread;
+	const struct norm_work *work = context;
+	for (uint64_t r = begin; r < end; r++)
+		work->rms_norm(cpu_row(&work->x, r), work->weight, cpu_row(&work->y, r), work->count, work->epsilon);
+}
+
+static void fused_rows(const void *context, uint64_t begin, uint64_t end, uint32_t thread)
+{
+	(void)thread;
+	const struct norm_work *work = context;
+	for (uint64_t r = begin; r < end; r++)
+		work->fused(cpu_row(&work->x, r), cpu_row(&work->residual, r), work->weight, cpu_row(&work->y, r), cpu_row(&work->sum, r),
+		            work->count, work->epsilon);
+}
+
+static opd_status rms_norm_run(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error)
+{
+	(void)state;
+	const opd_tensor *x = cpu_tensor(call, 0);
+	const opd_tensor *weight = cpu_tensor(call, 1);
+	opd_status status = cpu_expect_output(impl, call, 0, x, opd_tensor_last(x), error);
+	if (status != OPD_OK || x->elements == 0)
+		return status;
+	struct norm_work work = {
+		.rms_norm = cpu_kernels_of(impl)->norm->rms_norm[cpu_dtype_index(x->dtype)][cpu_weight_index(x, weight)],
+		.x = cpu_rows_of(x),
+		.y = cpu_rows_of(call->outputs[0]),
+		.weight = weight == NULL ? NULL : opd_tensor_data(weight),
+		.count = (size_t)opd_tensor_last(x),
+		.epsilon = (float)call->args[2].f,
+	};
+	return cpu_for(exec, x->elements / work.count, rms_norm_cost(impl, call), rms_norm_rows, &work, error);
+}
+
+static opd_status fused_run(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error)
+{
+	(void)state;
+	const opd_tensor *x = cpu_tensor(call, 0);
+	const opd_tensor *weight = cpu_tensor(call, 2);
+	opd_status status = cpu_expect_output(impl, call, 0, x, opd_tensor_last(x), error);
+	if (status == OPD_OK)
+		status = cpu_expect_output(impl, call, 1, x, opd_tensor_last(x), error);
+	if (status != OPD_OK || x->elements == 0)
+		return status;
+	struct norm_work work = {
+		.fused = cpu_kernels_of(impl)->norm->fused_add_rms_norm[cpu_dtype_index(x->dtype)][cpu_weight_index(x, weight)],
+		.x = cpu_rows_of(x),
+		.residual = cpu_rows_of(cpu_tensor(call, 1)),
+		.y = cpu_rows_of(call->outputs[0]),
+		.sum = cpu_rows_of(call->outputs[1]),
+		.weight = weight == NULL ? NULL : opd_tensor_data(weight),
+		.count = (size_t)opd_tensor_last(x),
+		.epsilon = (float)call->args[3].f,
+	};
+	return cpu_for(exec, x->elements / work.count, fused_cost(impl, call), fused_rows, &work, error);
+}
+
+const opd_impl cpu_rms_norm = {
+	.struct_bytes = sizeof(opd_impl),
+	.flags = OPD_IMPL_THREAD_INVARIANT | OPD_IMPL_BATCH_INVARIANT,
+	.op = "rms_norm",
+	.schema = "rms_norm(Tensor x, Tensor? weight, float epsilon, int? variance_size=None) -> Tensor",
+	.device = "cpu",
+	.uuid = OPD_UUID_cpu_norm,
+	.predicate = rms_norm_predicate,
+	.cost_ns = rms_norm_cost,
+	.run = rms_norm_run,
+};
+
+const opd_impl cpu_fused_add_rms_norm = {
+	.struct_bytes = sizeof(opd_impl),
+	.flags = OPD_IMPL_THREAD_INVARIANT | OPD_IMPL_BATCH_INVARIANT | OPD_IMPL_IN_PLACE,
+	.op = "fused_add_rms_norm",
+	.schema = "fused_add_rms_norm(Tensor x, Tensor x_residual, Tensor? weight, float epsilon, int? variance_size=None) -> "
+			  "(Tensor, Tensor)",
+	.device = "cpu",
+	.uuid = OPD_UUID_cpu_norm,
+	.predicate = fused_predicate,
+	.cost_ns = fused_cost,
+	.run = fused_run,
+};

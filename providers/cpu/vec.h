@@ -1,0 +1,160 @@
+/* Vectors of f32 for kernels that are compiled once for each instruction set: arithmetic, reductions, exp.
+ *
+ * Layer: providers/cpu, internal to *_kernel.c. Threads: pure.
+ * The width is the translation unit's: 16 lanes with AVX-512 (F, BW, DQ, VL), 8 with AVX2 + FMA + F16C, else 4 (any processor: GCC vector
+ * types, which become SSE2 or NEON). Everything is static inline, so that code of one instruction set can't be linked into another's.
+ * Reductions have one fixed order for a width: what makes a row's bits independent of threads, of other rows and of alignment.
+ * Not here: element types in memory (vec_dtype.h). */
+#ifndef OPD_CPU_VEC_H
+#define OPD_CPU_VEC_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define VEC_AVX512 1
+#define VEC_LANES 16
+#include <immintrin.h>
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define VEC_AVX2 1
+#define VEC_LANES 8
+#include <immintrin.h>
+#else
+#define VEC_PORTABLE 1
+#define VEC_LANES 4
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+#endif
+
+#define VEC_INLINE static inline __attribute__((always_inline, unused))
+
+typedef float vec_f32 __attribute__((vector_size(4 * VEC_LANES)));
+typedef uint32_t vec_u32 __attribute__((vector_size(4 * VEC_LANES)));
+typedef uint16_t vec_u16 __attribute__((vector_size(2 * VEC_LANES)));
+
+VEC_INLINE vec_f32 vec_splat(float value)
+{
+#if defined(VEC_AVX512)
+	return _mm512_set1_ps(value);
+#elif defined(VEC_AVX2)
+	return _mm256_set1_ps(value);
+#else
+	return (vec_f32){value, value, value, value};
+#endif
+}
+
+VEC_INLINE vec_u32 vec_splat_u32(uint32_t value)
+{
+#if defined(VEC_AVX512)
+	return (vec_u32)_mm512_set1_epi32((int)value);
+#elif defined(VEC_AVX2)
+	return (vec_u32)_mm256_set1_epi32((int)value);
+#else
+	return (vec_u32){value, value, value, value};
+#endif
+}
+
+/* Lanes of `yes` where `mask` is all ones, of `no` where it is 0. */
+VEC_INLINE vec_u32 vec_select(vec_u32 mask, vec_u32 yes, vec_u32 no)
+{
+	return (mask & yes) | (~mask & no);
+}
+
+/* a·b + c: one rounding where the machine has FMA, two in the portable form. */
+VEC_INLINE vec_f32 vec_fma(vec_f32 a, vec_f32 b, vec_f32 c)
+{
+#if defined(VEC_AVX512)
+	return _mm512_fmadd_ps(a, b, c);
+#elif defined(VEC_AVX2)
+	return _mm256_fmadd_ps(a, b, c);
+#else
+	return a * b + c;
+#endif
+}
+
+/* The greater; `b` where either is NaN (so is it below for the lesser). */
+VEC_INLINE vec_f32 vec_max(vec_f32 a, vec_f32 b)
+{
+#if defined(VEC_AVX512)
+	return _mm512_max_ps(a, b);
+#elif defined(VEC_AVX2)
+	return _mm256_max_ps(a, b);
+#else
+	return (vec_f32)vec_select((vec_u32)(a > b), (vec_u32)a, (vec_u32)b);
+#endif
+}
+
+VEC_INLINE vec_f32 vec_min(vec_f32 a, vec_f32 b)
+{
+#if defined(VEC_AVX512)
+	return _mm512_min_ps(a, b);
+#elif defined(VEC_AVX2)
+	return _mm256_min_ps(a, b);
+#else
+	return (vec_f32)vec_select((vec_u32)(a < b), (vec_u32)a, (vec_u32)b);
+#endif
+}
+
+/* Lane i and lane i + n/2, again and again: the order is part of every kernel's bits. */
+VEC_INLINE float vec_sum(vec_f32 v)
+{
+#if defined(VEC_AVX512)
+	__m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+	__m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+#elif defined(VEC_AVX2)
+	__m128 quarter = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+#else
+	vec_f32 quarter = v;
+#endif
+	return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+}
+
+/* NaN lanes may or may not show: callers must meet them elsewhere. */
+VEC_INLINE float vec_highest(vec_f32 v)
+{
+	float highest = v[0];
+	for (size_t i = 1; i < VEC_LANES; i++)
+		highest = v[i] > highest ? v[i] : highest;
+	return highest;
+}
+
+/* p·2^n for whole n of [-152, 128]; `biased` is n + 254. */
+VEC_INLINE vec_f32 vec_scale(vec_f32 p, vec_f32 n, vec_u32 biased)
+{
+#if defined(VEC_AVX512)
+	(void)biased;
+	return _mm512_scalef_ps(p, n);
+#else
+	/* In two steps: 2^n itself is no normal float where the result is denormal or near the largest. */
+	(void)n;
+	vec_u32 first = biased >> 1;
+	vec_u32 second = biased - first;
+	return p * (vec_f32)(first << 23) * (vec_f32)(second << 23);
+#endif
+}
+
+/* e^x: relative error under 2 ulp, denormal results included; e^-inf is 0, overflow is +inf, NaN stays.
+ * x = n·ln 2 + r with |r| ≤ ln 2 / 2; e^r = 1 + r + r²·q(r), q of degree 4 fitted for the least relative error (3.1e-9). ln 2 is split in
+ * two, the first part short, so that n·first is exact also without FMA. */
+VEC_INLINE vec_f32 vec_exp(vec_f32 x)
+{
+	const vec_f32 magic = vec_splat(12582912.0f); /* 1.5·2^23: adding it rounds to a whole number, which ends up in the low bits */
+	x = vec_max(vec_splat(-105.0f), x);
+	x = vec_min(vec_splat(89.0f), x);
+	vec_f32 shifted = vec_fma(x, vec_splat(1.44269504f), magic);
+	vec_f32 n = shifted - magic;
+	vec_u32 biased = (vec_u32)shifted - (vec_u32)magic + 254;
+	vec_f32 r = vec_fma(n, vec_splat(-0.693359375f), x);
+	r = vec_fma(n, vec_splat(2.12194440e-4f), r);
+	vec_f32 p = vec_splat(0.0013814540579915047f);
+	p = vec_fma(p, r, vec_splat(0.00836874544620514f));
+	p = vec_fma(p, r, vec_splat(0.04166838899254799f));
+	p = vec_fma(p, r, vec_splat(0.1666652113199234f));
+	p = vec_fma(p, r, vec_splat(0.4999999403953552f));
+	p = vec_fma(p * r, r, r) + vec_splat(1.0f);
+	return vec_scale(p, n, biased);
+}
+
+#endif

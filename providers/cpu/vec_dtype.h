@@ -1,0 +1,194 @@
+/* f32, bf16 and f16 in memory to and from vectors of f32.
+ *
+ * Layer: providers/cpu, internal to *_kernel.c; each function takes its dtype as a constant of the caller, so that the choice is made by the
+ * compiler. Threads: pure.
+ * Loads convert exactly; stores round to nearest even, overflow to infinity, keep NaN. No alignment is needed. The _part forms touch `count`
+ * elements (1 to VEC_LANES) of memory and not one more; the other lanes of a load are `fill`.
+ * bf16 is rounded by integer arithmetic at every level: AVX-512's own conversion takes denormals for zero. */
+#ifndef OPD_CPU_VEC_DTYPE_H
+#define OPD_CPU_VEC_DTYPE_H
+
+#include "opd/dtype.h"
+#include "providers/cpu/vec.h"
+
+VEC_INLINE vec_u32 vec_widen(vec_u16 bits)
+{
+#if defined(VEC_AVX512)
+	return (vec_u32)_mm512_cvtepu16_epi32((__m256i)bits);
+#elif defined(VEC_AVX2)
+	return (vec_u32)_mm256_cvtepu16_epi32((__m128i)bits);
+#else
+	return __builtin_convertvector(bits, vec_u32);
+#endif
+}
+
+/* The low halves. */
+VEC_INLINE vec_u16 vec_narrow(vec_u32 words)
+{
+#if defined(VEC_AVX512)
+	return (vec_u16)_mm512_cvtepi32_epi16((__m512i)words);
+#elif defined(VEC_AVX2)
+	__m256i packed = _mm256_packus_epi32((__m256i)words, (__m256i)words);
+	return (vec_u16)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+#elif defined(__SSE2__)
+	/* SSE2 packs with signed saturation only: sign-extended halves pass through it unchanged. */
+	__m128i halves = _mm_srai_epi32(_mm_slli_epi32((__m128i)words, 16), 16);
+	__m128i packed = _mm_packs_epi32(halves, halves);
+	vec_u16 low;
+	memcpy(&low, &packed, sizeof low);
+	return low;
+#else
+	return __builtin_convertvector(words, vec_u16);
+#endif
+}
+
+VEC_INLINE vec_f32 vec_from_bf16(vec_u16 bits)
+{
+	return (vec_f32)(vec_widen(bits) << 16);
+}
+
+/* The result's bits in the high half of each lane; the low half is rubbish. */
+VEC_INLINE vec_u32 vec_round_bf16(vec_f32 v)
+{
+	vec_u32 bits = (vec_u32)v;
+	vec_u32 rounded = bits + 0x7fff + ((bits >> 16) & 1);
+#if defined(VEC_AVX512)
+	__mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+	return (vec_u32)_mm512_mask_mov_epi32((__m512i)rounded, nan, _mm512_set1_epi32(0x7fc00000));
+#else
+	return vec_select((vec_u32)(v != v), vec_splat_u32(0x7fc00000), rounded);
+#endif
+}
+
+VEC_INLINE vec_f32 vec_from_f16(vec_u16 bits)
+{
+#if defined(VEC_AVX512)
+	return _mm512_cvtph_ps((__m256i)bits);
+#elif defined(VEC_AVX2)
+	return _mm256_cvtph_ps((__m128i)bits);
+#else
+	/* Exponent and fraction moved into a float's place are 2^112 too small, denormals too. */
+	vec_u32 wide = vec_widen(bits);
+	vec_u32 magnitude = (wide & 0x7fff) << 13;
+	vec_u32 scaled = (vec_u32)((vec_f32)magnitude * vec_splat(0x1p112f));
+	vec_u32 special = (vec_u32)(magnitude >= vec_splat_u32(0x7c00u << 13));
+	return (vec_f32)(scaled | (special & 0x7f800000) | ((wide & 0x8000) << 16));
+#endif
+}
+
+VEC_INLINE vec_u16 vec_to_f16(vec_f32 v)
+{
+#if defined(VEC_AVX512)
+	return (vec_u16)_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(VEC_AVX2)
+	return (vec_u16)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+#else
+	vec_u32 bits = (vec_u32)v;
+	vec_u32 magnitude = bits & 0x7fffffff;
+	vec_u32 normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+	/* Below 2^-14 the sum with 1/2 has f16's denormal unit as its last bit: the addition rounds. */
+	vec_u32 denormal = (vec_u32)((vec_f32)magnitude + vec_splat(0.5f)) - 0x3f000000;
+	vec_u32 result = vec_select((vec_u32)(magnitude < vec_splat_u32(0x38800000)), denormal, normal);
+	result = vec_select((vec_u32)(magnitude >= vec_splat_u32(0x47800000)), vec_splat_u32(0x7c00), result);
+	result = vec_select((vec_u32)(magnitude > vec_splat_u32(0x7f800000)), vec_splat_u32(0x7e00), result);
+	return vec_narrow(result | ((bits >> 16) & 0x8000));
+#endif
+}
+
+VEC_INLINE vec_f32 vec_from_16(opd_dtype dtype, vec_u16 bits)
+{
+	return dtype == OPD_bf16 ? vec_from_bf16(bits) : vec_from_f16(bits);
+}
+
+VEC_INLINE vec_u16 vec_to_16(opd_dtype dtype, vec_f32 v)
+{
+	return dtype == OPD_bf16 ? vec_narrow(vec_round_bf16(v) >> 16) : vec_to_f16(v);
+}
+
+/* Elements [at, at + VEC_LANES) of `memory`. */
+VEC_INLINE vec_f32 vec_load(opd_dtype dtype, const void *memory, size_t at)
+{
+	if (dtype == OPD_f32) {
+		vec_f32 v;
+		memcpy(&v, (const float *)memory + at, sizeof v);
+		return v;
+	}
+	vec_u16 bits;
+	memcpy(&bits, (const uint16_t *)memory + at, sizeof bits);
+	return vec_from_16(dtype, bits);
+}
+
+VEC_INLINE void vec_store(opd_dtype dtype, void *memory, size_t at, vec_f32 v)
+{
+	if (dtype == OPD_f32) {
+		memcpy((float *)memory + at, &v, sizeof v);
+		return;
+	}
+	vec_u16 bits = vec_to_16(dtype, v);
+	memcpy((uint16_t *)memory + at, &bits, sizeof bits);
+}
+
+#if defined(VEC_AVX512)
+
+VEC_INLINE __mmask16 vec_mask(size_t count)
+{
+	return (__mmask16)((1u << count) - 1);
+}
+
+VEC_INLINE vec_f32 vec_load_part(opd_dtype dtype, const void *memory, size_t at, size_t count, float fill)
+{
+	__mmask16 mask = vec_mask(count);
+	if (dtype == OPD_f32)
+		return _mm512_mask_loadu_ps(_mm512_set1_ps(fill), mask, (const float *)memory + at);
+	vec_f32 v = vec_from_16(dtype, (vec_u16)_mm256_maskz_loadu_epi16(mask, (const uint16_t *)memory + at));
+	return _mm512_mask_mov_ps(_mm512_set1_ps(fill), mask, v);
+}
+
+VEC_INLINE void vec_store_part(opd_dtype dtype, void *memory, size_t at, size_t count, vec_f32 v)
+{
+	if (dtype == OPD_f32)
+		_mm512_mask_storeu_ps((float *)memory + at, vec_mask(count), v);
+	else
+		_mm256_mask_storeu_epi16((uint16_t *)memory + at, vec_mask(count), (__m256i)vec_to_16(dtype, v));
+}
+
+#else
+
+/* Through a buffer on the stack: once a row, and the same for every processor without masks. */
+VEC_INLINE vec_f32 vec_load_part(opd_dtype dtype, const void *memory, size_t at, size_t count, float fill)
+{
+	vec_f32 v = vec_splat(fill);
+	if (dtype == OPD_f32) {
+		memcpy(&v, (const float *)memory + at, count * sizeof(float));
+		return v;
+	}
+	vec_u16 bits = {0};
+	memcpy(&bits, (const uint16_t *)memory + at, count * sizeof(uint16_t));
+	vec_f32 part = vec_from_16(dtype, bits);
+	memcpy(&v, &part, count * sizeof(float));
+	return v;
+}
+
+VEC_INLINE void vec_store_part(opd_dtype dtype, void *memory, size_t at, size_t count, vec_f32 v)
+{
+	if (dtype == OPD_f32) {
+		memcpy((float *)memory + at, &v, count * sizeof(float));
+		return;
+	}
+	vec_u16 bits = vec_to_16(dtype, v);
+	memcpy((uint16_t *)memory + at, &bits, count * sizeof(uint16_t));
+}
+
+#endif
+
+/* `v` as it would read after a store as `dtype`. */
+VEC_INLINE vec_f32 vec_rounded(opd_dtype dtype, vec_f32 v)
+{
+	if (dtype == OPD_f32)
+		return v;
+	if (dtype == OPD_bf16)
+		return (vec_f32)(vec_round_bf16(v) & 0xffff0000u);
+	return vec_from_f16(vec_to_f16(v));
+}
+
+#endif

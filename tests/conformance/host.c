@@ -1,0 +1,283 @@
+#include "tests/conformance/host.h"
+
+#include <dlfcn.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { THREADS_MAX = 64 };
+
+/* Length of the op's name at the start of a schema. */
+static size_t schema_name_length(const char *schema)
+{
+	return strcspn(schema, "(");
+}
+
+static bool op_is_called(const opd_op *op, const char *name)
+{
+	size_t length = schema_name_length(op->schema);
+	return strlen(name) == length && strncmp(op->schema, name, length) == 0;
+}
+
+const opd_op *host_find_op(const struct host *host, const char *name)
+{
+	for (size_t i = 0; i < host->op_count; i++)
+		if (op_is_called(host->ops[i], name))
+			return host->ops[i];
+	return NULL;
+}
+
+const struct host_impl *host_find_impl(const struct host *host, const char *provider, const char *op)
+{
+	for (size_t i = 0; i < host->impl_count; i++)
+		if (strcmp(host->impls[i].provider, provider) == 0 && strcmp(host->impls[i].impl->op, op) == 0)
+			return &host->impls[i];
+	return NULL;
+}
+
+static struct host_module *host_opening(struct host *host)
+{
+	return &host->modules[host->module_count];
+}
+
+static opd_status host_add_impl(struct host *host, const opd_impl *impl, const char *provider, opd_error *error)
+{
+	if (host->impl_count == HOST_IMPLS)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "%s: more than %d implementations", impl->op, HOST_IMPLS);
+	if (host_find_impl(host, provider, impl->op) != NULL)
+		return opd_fail(error, OPD_ALREADY_EXISTS, "%s: provider %s has an implementation already", impl->op, provider);
+	host->impls[host->impl_count++] = (struct host_impl){impl, provider, host_opening(host)->state};
+	return OPD_OK;
+}
+
+static opd_status host_register_op(const opd_host *table, const opd_op *op, opd_error *error)
+{
+	struct host *host = table->context;
+	char name[64];
+	(void)snprintf(name, sizeof name, "%.*s", (int)schema_name_length(op->schema), op->schema);
+	if (host_find_op(host, name) != NULL)
+		return opd_fail(error, OPD_ALREADY_EXISTS, "op %s is taken", name);
+	if (host->op_count == HOST_OPS)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "op %s: more than %d ops", name, HOST_OPS);
+	host->ops[host->op_count++] = op;
+	return op->native == NULL ? OPD_OK : host_add_impl(host, op->native, "native", error);
+}
+
+static opd_status host_register_impl(const opd_host *table, const opd_impl *impl, opd_error *error)
+{
+	struct host *host = table->context;
+	if (host->op_count > 0 && host_find_op(host, impl->op) == NULL)
+		return opd_fail(error, OPD_NOT_FOUND, "implementation of %s: no such op", impl->op);
+	return host_add_impl(host, impl, host_opening(host)->module->name, error);
+}
+
+static opd_status host_register_backend(const opd_host *table, const opd_backend *backend, opd_error *error)
+{
+	(void)table, (void)backend, (void)error;
+	return OPD_OK;
+}
+
+static opd_status host_set_shape(const opd_host *table, const char *op, opd_shape_fn shape, opd_error *error)
+{
+	(void)table, (void)shape;
+	return opd_fail(error, OPD_UNIMPLEMENTED, "%s: this host sets no shape functions", op);
+}
+
+static bool host_find_backend(const opd_host *table, const char *kind, const opd_backend **backend_out, void **state_out)
+{
+	(void)table, (void)kind, (void)backend_out, (void)state_out;
+	return false;
+}
+
+static void *host_alloc(const opd_host *table, uint64_t bytes)
+{
+	(void)table;
+	void *memory = NULL;
+	return posix_memalign(&memory, 64, bytes == 0 ? 64 : bytes) == 0 ? memory : NULL;
+}
+
+static void host_free(const opd_host *table, void *memory)
+{
+	(void)table;
+	free(memory);
+}
+
+static bool host_log_enabled(const opd_host *table, opd_log_level level)
+{
+	(void)table;
+	return level <= OPD_LOG_WARN;
+}
+
+static void host_log(const opd_host *table, opd_log_level level, const char *text)
+{
+	struct host *host = table->context;
+	if (level != OPD_LOG_WARN)
+		return;
+	host->warnings++;
+	(void)snprintf(host->last_warning, sizeof host->last_warning, "%s", text);
+}
+
+static bool host_cancelled(const opd_exec *exec)
+{
+	const struct host *host = exec->host->context;
+	return host->cancel;
+}
+
+/* ---- parallel_for: shares of `grain` items, taken by whichever thread is free -------------------------------------------- */
+
+struct loop {
+	uint64_t items;
+	uint64_t grain;
+	opd_range_fn range;
+	void *argument;
+	_Atomic uint64_t next;
+};
+
+struct loop_thread {
+	struct loop *loop;
+	uint32_t number;
+	pthread_t thread;
+};
+
+static void *loop_work(void *argument)
+{
+	struct loop_thread *self = argument;
+	struct loop *loop = self->loop;
+	for (;;) {
+		uint64_t begin = atomic_fetch_add(&loop->next, loop->grain);
+		if (begin >= loop->items)
+			return NULL;
+		uint64_t end = loop->items - begin > loop->grain ? begin + loop->grain : loop->items;
+		loop->range(loop->argument, begin, end, self->number);
+	}
+}
+
+static void host_parallel_for(const opd_exec *exec, uint64_t items, uint64_t grain, opd_range_fn range, void *argument)
+{
+	struct loop loop = {.items = items, .grain = grain == 0 ? 1 : grain, .range = range, .argument = argument};
+	struct loop_thread threads[THREADS_MAX];
+	uint32_t count = exec->threads < THREADS_MAX ? exec->threads : THREADS_MAX;
+	atomic_init(&loop.next, 0);
+	uint32_t started = 1;
+	for (; started < count; started++) {
+		threads[started] = (struct loop_thread){.loop = &loop, .number = started};
+		if (pthread_create(&threads[started].thread, NULL, loop_work, &threads[started]) != 0)
+			break;
+	}
+	threads[0] = (struct loop_thread){.loop = &loop, .number = 0};
+	(void)loop_work(&threads[0]);
+	for (uint32_t i = 1; i < started; i++)
+		(void)pthread_join(threads[i].thread, NULL);
+}
+
+/* ---- Life ------------------------------------------------------------------------------------------------------------- */
+
+void host_init(struct host *host)
+{
+	memset(host, 0, sizeof *host);
+	host->table = (opd_host){
+		.abi = OPD_PROVIDER_ABI,
+		.struct_bytes = sizeof(opd_host),
+		.context = host,
+		.register_op = host_register_op,
+		.register_impl = host_register_impl,
+		.register_backend = host_register_backend,
+		.set_shape = host_set_shape,
+		.find_backend = host_find_backend,
+		.alloc = host_alloc,
+		.free = host_free,
+		.log_enabled = host_log_enabled,
+		.log = host_log,
+		.parallel_for = host_parallel_for,
+		.cancelled = host_cancelled,
+	};
+}
+
+static void module_close(struct host *host, struct host_module *module)
+{
+	if (module->module != NULL && module->module->close != NULL)
+		module->module->close(&host->table, module->state);
+	free(module->state);
+	if (module->library != NULL)
+		(void)dlclose(module->library);
+	*module = (struct host_module){0};
+}
+
+/* The library is the module's from here on, also after a failure. */
+static opd_status host_open_library(struct host *host, const opd_module *module, void *library, opd_error *error)
+{
+	if (host->module_count == HOST_MODULES || module->abi != OPD_PROVIDER_ABI) {
+		if (library != NULL)
+			(void)dlclose(library);
+		return opd_fail(error, OPD_FAILED_PRECONDITION, "module with ABI %u, expected %d (and at most %d modules)", module->abi,
+		                OPD_PROVIDER_ABI, HOST_MODULES);
+	}
+	struct host_module *slot = host_opening(host);
+	*slot = (struct host_module){.module = module, .library = library};
+	slot->state = calloc(1, module->state_bytes == 0 ? 1 : module->state_bytes);
+	if (slot->state == NULL) {
+		slot->module = NULL;
+		module_close(host, slot);
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "%s: no %llu bytes of state", module->name,
+		                (unsigned long long)module->state_bytes);
+	}
+	size_t ops = host->op_count, impls = host->impl_count;
+	opd_status status = module->open(&host->table, slot->state, error);
+	if (status != OPD_OK) {
+		host->op_count = ops;
+		host->impl_count = impls;
+		module_close(host, slot);
+		return status;
+	}
+	host->module_count++;
+	return OPD_OK;
+}
+
+opd_status host_open(struct host *host, const opd_module *module, opd_error *error)
+{
+	return host_open_library(host, module, NULL, error);
+}
+
+opd_status host_load(struct host *host, const char *path, opd_error *error)
+{
+	void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+	if (library == NULL)
+		return opd_fail(error, OPD_NOT_FOUND, "%s", dlerror());
+	opd_module_get_fn get = NULL;
+	void *symbol = dlsym(library, OPD_MODULE_SYMBOL);
+	memcpy(&get, &symbol, sizeof get);
+	if (get == NULL) {
+		(void)dlclose(library);
+		return opd_fail(error, OPD_NOT_FOUND, "%s: exports no %s", path, OPD_MODULE_SYMBOL);
+	}
+	return host_open_library(host, get(), library, error);
+}
+
+opd_status host_run(const struct host *host, const struct host_impl *impl, const opd_call *call, uint32_t threads, opd_error *error)
+{
+	opd_plan plan = {.struct_bytes = sizeof plan};
+	opd_exec exec = {.struct_bytes = sizeof exec, .threads = threads, .host = &host->table};
+	void *scratch = NULL;
+	if (impl->impl->plan != NULL) {
+		opd_reason reason;
+		opd_status planned = impl->impl->plan(impl->impl, impl->state, call, &plan, &reason, error);
+		if (planned != OPD_OK)
+			return planned;
+		exec.plan = &plan;
+		if (plan.scratch_bytes > 0 && posix_memalign(&scratch, 64, plan.scratch_bytes) != 0)
+			return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "%s: no scratch", impl->impl->op);
+		exec.scratch = scratch;
+	}
+	opd_status status = impl->impl->run(impl->impl, impl->state, call, &exec, error);
+	if (plan.destroy != NULL)
+		plan.destroy(plan.data);
+	free(scratch);
+	return status;
+}
+
+void host_fini(struct host *host)
+{
+	while (host->module_count > 0)
+		module_close(host, &host->modules[--host->module_count]);
+}

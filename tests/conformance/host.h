@@ -1,0 +1,59 @@
+/* A small host for provider modules, without a daemon: registration into arrays, malloc, real threads.
+ *
+ * Layer: tests. Threads: host_init to host_fini on one thread; parallel_for starts its own threads and joins them.
+ * It checks what a host must (names, one implementation an op and provider, known ops), loosely: the daemon's registry is the real one.
+ * Not here: schemas and generated calls (cases.h). */
+#ifndef OPD_TESTS_CONFORMANCE_HOST_H
+#define OPD_TESTS_CONFORMANCE_HOST_H
+
+#include "providers/provider.h"
+
+enum { HOST_OPS = 256, HOST_IMPLS = 1024, HOST_MODULES = 32 };
+
+struct host_impl {
+	const opd_impl *impl;
+	const char *provider;
+	void *state; /* the module's */
+};
+
+struct host_module {
+	const opd_module *module;
+	void *state;
+	void *library; /* dlopen's; NULL for a module that is linked in */
+};
+
+struct host {
+	opd_host table;
+	const opd_op *ops[HOST_OPS];
+	size_t op_count;
+	struct host_impl impls[HOST_IMPLS];
+	size_t impl_count;
+	struct host_module modules[HOST_MODULES];
+	size_t module_count;
+	size_t warnings;       /* lines logged at OPD_LOG_WARN */
+	char last_warning[256];
+	bool cancel;           /* what `cancelled` answers */
+};
+
+void host_init(struct host *host);
+
+/* Opens a module that is linked in. */
+OPD_MUST_USE opd_status host_open(struct host *host, const opd_module *module, opd_error *error);
+
+/* Loads and opens a module's .so; its library stays loaded until host_fini. */
+OPD_MUST_USE opd_status host_load(struct host *host, const char *path, opd_error *error);
+
+/* The op of this name, NULL when there is none. */
+const opd_op *host_find_op(const struct host *host, const char *name);
+
+/* The implementation of an op by a provider, NULL when there is none. */
+const struct host_impl *host_find_impl(const struct host *host, const char *provider, const char *op);
+
+/* Runs an implementation (its plan too) on so many threads; the call's outputs have memory. */
+OPD_MUST_USE opd_status host_run(const struct host *host, const struct host_impl *impl, const opd_call *call, uint32_t threads,
+                                 opd_error *error);
+
+/* Closes the modules, in reverse. */
+void host_fini(struct host *host);
+
+#endif
