@@ -2,6 +2,7 @@
  *
  * Layer: server. Threads: built by one, then constant.
  * Life: config_create (defaults) → config_load (file) → changes by flags → config_check → config_destroy. A reload makes a new one and swaps.
+ * In three files: config.c (the object, listeners, lists, checks), config_key.c (keys with one value), config_file.c (YAML).
  * README.md documents every key; errors name file, line, key, value and what was expected. Unknown keys and repeated keys are errors.
  * Not here: whether the named ops and providers exist (server/registry.h checks that when the server starts or reloads). */
 #ifndef OPD_SERVER_CONFIG_H
@@ -70,6 +71,7 @@ struct config {
 	log_level level;
 	log_format format;
 	char *log_path; /* NULL: stderr */
+	uint32_t given; /* limits that somebody set (config_key.c's bits); the others follow memory_bytes */
 };
 
 /* Defaults. NULL: out of memory. */
@@ -79,6 +81,10 @@ void config_destroy(struct config *config);
 /* Reads the YAML file over `config`. On failure `config` is to be destroyed. */
 OPD_MUST_USE opd_status config_load(struct config *config, const char *path, opd_error *error);
 
+/* Sets a key that has one value, as the file would: config_set(config, "limits.memory", "64 GiB", error). */
+OPD_MUST_USE opd_status config_set(struct config *config, const char *key, const char *value, opd_error *error);
+/* Forgets the listeners so far: --listen replaces the file's. */
+void config_clear_listeners(struct config *config);
 /* "unix:/path" or "tcp://host:port"; appends. */
 OPD_MUST_USE opd_status config_add_listener(struct config *config, const char *address, opd_error *error);
 /* "op=provider,provider" or "*=…"; replaces an entry of that op. */
@@ -87,6 +93,8 @@ OPD_MUST_USE opd_status config_add_priority(struct config *config, const char *t
 OPD_MUST_USE opd_status config_add_module(struct config *config, const char *text, opd_error *error);
 /* "64 MiB", "1GiB", "4096": binary units. */
 OPD_MUST_USE opd_status config_parse_bytes(const char *text, uint64_t *bytes_out, opd_error *error);
+/* "500ms", "10 s", "2min": units ns, us, ms, s, min, h; a bare 0 needs none. */
+OPD_MUST_USE opd_status config_parse_duration(const char *text, uint64_t *ns_out, opd_error *error);
 
 /* What one key alone can't tell: limits that contradict each other, listeners twice, a TCP listener that is not loopback (refused until identities exist,
  * unless its host is given with the flag that asks for it). Adds the default listener where there is none. */

@@ -34,6 +34,7 @@ struct log {
 	char *path; /* NULL: stderr */
 	int fd;
 	uint64_t lost; /* lines that could not be written since the last one that was */
+	bool torn;     /* the last one that was begun is not whole: the next starts a new line */
 };
 
 OPD_MUST_USE opd_status log_init(struct log *log, log_level level, log_format format, const char *path, opd_error *error);
