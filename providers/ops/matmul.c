@@ -467,7 +467,7 @@ static opd_status scaled_mm_shape(const opd_op *op, const opd_call *call, opd_ou
 	const opd_tensor *a = kernel_tensor(call, 0);
 	const opd_tensor *b = kernel_tensor(call, 1);
 	const opd_tensor *bias = kernel_tensor(call, 4);
-	opd_dtype dtype;
+	opd_dtype dtype = OPD_DTYPE_NONE;
 	opd_status status = scaled_mm_out_dtype(op, kernel_str(call, 5), &dtype, error);
 	if (status == OPD_OK)
 		status = scaled_mm_expect_factors(op, a, b, error);
