@@ -11,8 +11,8 @@
 #include "tests/lib/clock.h"
 #include "tests/lib/pin.h"
 
-#define ROUNDS 15
-#define CALLS 20000
+#define ROUNDS 151
+#define CALLS 1000 /* a block of a fraction of a millisecond is seldom interrupted */
 #define PROVIDERS 4
 #define HIDDEN 4096
 
@@ -242,68 +242,76 @@ static double allocations(void)
 	return counter_own == NULL ? 0 : (double)atomic_load(&counter_own()->counts[COUNTER_ALLOCATIONS]);
 }
 
-struct cost {
-	double ns;
+/* One thing that is measured: a call's steps up to one, behind some refusals, or a conversion of envelopes. */
+struct lap {
+	const char *what;
+	unsigned refusals;
+	int last; /* a step, or DECODE or ENCODE */
+	report_bound bound;
+	double limit;
+	double ns[ROUNDS];
 	double allocations; /* a call */
 };
+enum { DECODE = -1, ENCODE = -2 };
 
-/* Median over rounds; `last` below 0: decoding, below that: encoding. */
-static struct cost cost_measure(struct parts *parts, int last)
-{
-	double ns[ROUNDS], before = 0;
-	for (int round = -1; round < ROUNDS; round++) { /* one to warm up */
-		uint64_t begin = clock_ns();
-		if (round == 0)
-			before = allocations();
-		for (int i = 0; i < CALLS; i++) {
-			if (last == -1)
-				call_decode(parts);
-			else if (last == -2)
-				call_encode(parts);
-			else if (call_steps(parts, (step)last) == NULL)
-				bench_fail("no implementation");
-		}
-		if (round >= 0)
-			ns[round] = (double)(clock_ns() - begin) / CALLS;
-	}
-	double counted = allocations() - before;
-	return (struct cost){report_median(ns, ROUNDS), counted / ((double)ROUNDS * CALLS)};
-}
+static struct lap laps[] = {
+	{.what = "op and its list found by name", .last = STEP_FIND},
+	{.what = "... and arguments bound (3 positional, 1 default)", .last = STEP_BIND},
+	{.what = "... and 2 operands checked and placed", .last = STEP_PLACE},
+	{.what = "... and result shapes", .last = STEP_SHAPES},
+	{.what = "decoded rms_norm to chosen implementation, 1 provider", .last = STEP_CHOOSE, .bound = REPORT_VALUE_MAX, .limit = 150},
+	{.what = "2 providers, one refuses", .last = STEP_CHOOSE, .refusals = 1},
+	{.what = "4 providers, three refuse", .last = STEP_CHOOSE, .refusals = 3},
+	{.what = "request envelope decoded", .last = DECODE},
+	{.what = "reply envelope encoded", .last = ENCODE},
+};
+#define LAPS (sizeof laps / sizeof laps[0])
+#define LAP_ONE 4   /* a single provider */
+#define LAP_FOUR 6
 
-static void cost_row(const char *what, double ns, double allocated, report_bound bound, double limit)
+static void lap_calls(struct parts *parts, const struct lap *lap)
 {
-	char note[64];
-	(void)snprintf(note, sizeof note, counter_own == NULL ? "allocations not counted" : "%.3f allocations", allocated);
-	report_row(&(struct report_row){.what = what, .unit = "ns", .floor = REPORT_NONE, .value = ns, .kernel = REPORT_NONE,
-	                                .ratio = REPORT_NONE, .bound = bound, .limit = limit, .note = note});
-}
-
-static void print_steps(struct parts *parts)
-{
-	static const char *const names[STEPS] = {"  of it: op and its list found by name", "  of it: arguments bound (3 positional, 1 default)",
-	                                         "  of it: 2 operands checked and placed", "  of it: result shapes",
-	                                         "  of it: implementation chosen"};
-	double before = 0;
-	for (int i = 0; i < STEPS; i++) {
-		struct cost cost = cost_measure(parts, i);
-		cost_row(names[i], cost.ns > before ? cost.ns - before : 0, cost.allocations, REPORT_NO_TARGET, 0);
-		before = cost.ns;
+	for (int i = 0; i < CALLS; i++) {
+		if (lap->last == DECODE)
+			call_decode(parts);
+		else if (lap->last == ENCODE)
+			call_encode(parts);
+		else if (call_steps(parts, (step)lap->last) == NULL)
+			bench_fail("no implementation");
 	}
 }
 
-static void print_providers(struct parts *parts)
+static void lap_run(struct parts *parts, struct lap *lap, unsigned round)
 {
-	parts_priority(parts, 0);
-	struct cost one = cost_measure(parts, STEP_CHOOSE);
-	cost_row("decoded rms_norm to chosen implementation, 1 provider", one.ns, one.allocations, REPORT_VALUE_MAX, 150);
-	print_steps(parts);
-	parts_priority(parts, 1);
-	struct cost two = cost_measure(parts, STEP_CHOOSE);
-	cost_row("2 providers, one refuses", two.ns, two.allocations, REPORT_NO_TARGET, 0);
-	parts_priority(parts, 3);
-	struct cost four = cost_measure(parts, STEP_CHOOSE);
-	cost_row("4 providers, three refuse", four.ns, four.allocations, REPORT_NO_TARGET, 0);
-	cost_row("a refusal (of three)", four.ns > one.ns ? (four.ns - one.ns) / 3 : 0, four.allocations, REPORT_VALUE_MAX, 25);
+	parts_priority(parts, lap->refusals);
+	lap_calls(parts, lap); /* warm */
+	double counted = allocations();
+	uint64_t begin = clock_ns();
+	lap_calls(parts, lap);
+	lap->ns[round] = (double)(clock_ns() - begin) / CALLS;
+	lap->allocations = (allocations() - counted) / CALLS;
+}
+
+static void lap_print(struct lap *lap)
+{
+	char note[96], counted[48] = "allocations not counted";
+	if (counter_own != NULL)
+		(void)snprintf(counted, sizeof counted, "%.3f allocations", lap->allocations);
+	double median = report_median(lap->ns, ROUNDS);
+	(void)snprintf(note, sizeof note, "%s; best %.0f", counted, lap->ns[0]);
+	report_row(&(struct report_row){.what = lap->what, .unit = "ns", .floor = REPORT_NONE, .value = median, .kernel = REPORT_NONE,
+	                                .ratio = REPORT_NONE, .bound = lap->bound, .limit = lap->limit, .note = note});
+}
+
+/* What one refusal adds: from three more, round by round, since rounds differ more than refusals do. Before the laps are printed, which sorts them. */
+static double refusal_ns(void)
+{
+	double each[ROUNDS];
+	for (int i = 0; i < ROUNDS; i++) {
+		double ns = (laps[LAP_FOUR].ns[i] - laps[LAP_ONE].ns[i]) / 3;
+		each[i] = ns > 0 ? ns : 0;
+	}
+	return report_median(each, ROUNDS);
 }
 
 int main(void)
@@ -313,12 +321,14 @@ int main(void)
 	parts_open(&parts);
 	parts_request(&parts);
 	report_section("Dispatch, in one process");
-	print_providers(&parts);
-	char what[64];
-	struct cost decode = cost_measure(&parts, -1), encode = cost_measure(&parts, -2);
-	(void)snprintf(what, sizeof what, "request envelope decoded (%zu bytes)", parts.encoded.envelope_bytes);
-	cost_row(what, decode.ns, decode.allocations, REPORT_NO_TARGET, 0);
-	cost_row("reply envelope encoded", encode.ns, encode.allocations, REPORT_NO_TARGET, 0);
+	for (unsigned round = 0; round < ROUNDS; round++)
+		for (size_t i = 0; i < LAPS; i++)
+			lap_run(&parts, &laps[i], round);
+	double refusal = refusal_ns();
+	for (size_t i = 0; i < LAPS; i++)
+		lap_print(&laps[i]);
+	report_row(&(struct report_row){.what = "a refusal (of three)", .unit = "ns", .floor = REPORT_NONE, .value = refusal,
+	                                .kernel = REPORT_NONE, .ratio = REPORT_NONE, .bound = REPORT_VALUE_MAX, .limit = 25});
 	parts_close(&parts);
 	return 0;
 }
