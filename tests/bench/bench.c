@@ -17,8 +17,8 @@ static const struct {
 	const char *name;
 	void (*run)(struct bench *bench);
 } benchmarks[] = {
-	{"latency", bench_latency}, {"rate", bench_rate},     {"bulk", bench_bulk},
-	{"connections", bench_connections}, {"counts", bench_counts},
+    {"latency", bench_latency},         {"rate", bench_rate},     {"bulk", bench_bulk},
+    {"connections", bench_connections}, {"counts", bench_counts},
 };
 #define BENCHMARKS (sizeof benchmarks / sizeof benchmarks[0])
 
@@ -38,9 +38,11 @@ static _Noreturn void usage(FILE *to, int code)
 static void options_parse(struct bench *bench, int argc, char **argv)
 {
 	static const struct option options[] = {
-		{"daemon", required_argument, NULL, 'd'}, {"counter", required_argument, NULL, 'c'},
-		{"quick", no_argument, NULL, 'q'},        {"help", no_argument, NULL, 'h'},
-		{NULL, 0, NULL, 0},
+	    {"daemon", required_argument, NULL, 'd'},
+	    {"counter", required_argument, NULL, 'c'},
+	    {"quick", no_argument, NULL, 'q'},
+	    {"help", no_argument, NULL, 'h'},
+	    {NULL, 0, NULL, 0},
 	};
 	for (int option; (option = getopt_long(argc, argv, "", options, NULL)) != -1;) {
 		if (option == 'd')

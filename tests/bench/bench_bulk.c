@@ -1,4 +1,5 @@
-/* Large tensors: how fast they go up and down against libuv's direct rate, what memory they take, and how long they hold up others. */
+/* Large tensors: how fast they go up and down against libuv's direct rate, what memory they take, and how long they hold up
+ * others. */
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -52,8 +53,14 @@ static opd_request *bulk_relu(const opd_operand *operand, bool keep)
 static opd_request *request_probe(opd_client *client, const float *data)
 {
 	(void)client;
-	return bulk_relu(&(opd_operand){.struct_bytes = sizeof(opd_operand), .dtype = OPD_f32, .rank = 1, .shape = (int64_t[]){2},
-	                                .strides = (int64_t[]){BULK_ELEMENTS - 1}, .data = data, .data_bytes = BULK_BYTES}, false);
+	return bulk_relu(&(opd_operand){.struct_bytes = sizeof(opd_operand),
+	                                .dtype = OPD_f32,
+	                                .rank = 1,
+	                                .shape = (int64_t[]){2},
+	                                .strides = (int64_t[]){BULK_ELEMENTS - 1},
+	                                .data = data,
+	                                .data_bytes = BULK_BYTES},
+	                 false);
 }
 
 /* The bytes go up and a result as large stays there. */
@@ -78,9 +85,9 @@ struct bulk_case {
 };
 
 static const struct bulk_case cases[] = {
-	{"64 MiB up (two elements read)", request_probe, {BULK_BYTES, SMALL_BYTES, 1}, REPORT_RATIO_MIN},
-	{"64 MiB up, relu, result kept", request_upload, {BULK_BYTES, SMALL_BYTES, 1}, REPORT_NO_TARGET},
-	{"64 MiB down (relu of a kept one)", request_download, {SMALL_BYTES, BULK_BYTES, 1}, REPORT_RATIO_MIN},
+    {"64 MiB up (two elements read)", request_probe, {BULK_BYTES, SMALL_BYTES, 1}, REPORT_RATIO_MIN},
+    {"64 MiB up, relu, result kept", request_upload, {BULK_BYTES, SMALL_BYTES, 1}, REPORT_NO_TARGET},
+    {"64 MiB down (relu of a kept one)", request_download, {SMALL_BYTES, BULK_BYTES, 1}, REPORT_RATIO_MIN},
 };
 
 static double rate_gib(uint64_t bytes, uint64_t ns)
@@ -104,7 +111,8 @@ static uint64_t opd_transfers(opd_client *client, const opd_request *request)
 	return ns;
 }
 
-static void bulk_run(struct bench *bench, const struct daemon *daemon, bool tcp, const struct bulk_case *bulk, float *data, void *room)
+static void bulk_run(struct bench *bench, const struct daemon *daemon, bool tcp, const struct bulk_case *bulk, float *data,
+                     void *room)
 {
 	unsigned rounds = bench->quick ? 3 : ROUNDS_MAX;
 	double floor[ROUNDS_MAX], opd[ROUNDS_MAX], ratio[ROUNDS_MAX];
@@ -121,10 +129,17 @@ static void bulk_run(struct bench *bench, const struct daemon *daemon, bool tcp,
 		ratio[i] = opd[i] / floor[i];
 	}
 	(void)snprintf(what, sizeof what, "%s, %s, %s", bulk->name, tcp ? "TCP" : "Unix", placement_two.name);
-	(void)snprintf(note, sizeof note, "ratios %.2f to %.2f", report_quantile(ratio, rounds, 0.1), report_quantile(ratio, rounds, 0.9));
-	report_row(&(struct report_row){.what = what, .unit = "GiB/s", .floor = report_median(floor, rounds),
-	                                .value = report_median(opd, rounds), .kernel = REPORT_NONE, .ratio = report_median(ratio, rounds),
-	                                .bound = bulk->bound, .limit = 0.9, .note = note});
+	(void)snprintf(note, sizeof note, "ratios %.2f to %.2f", report_quantile(ratio, rounds, 0.1),
+	               report_quantile(ratio, rounds, 0.9));
+	report_row(&(struct report_row){.what = what,
+	                                .unit = "GiB/s",
+	                                .floor = report_median(floor, rounds),
+	                                .value = report_median(opd, rounds),
+	                                .kernel = REPORT_NONE,
+	                                .ratio = report_median(ratio, rounds),
+	                                .bound = bulk->bound,
+	                                .limit = 0.9,
+	                                .note = note});
 	(void)close(fd);
 	opd_request_destroy(request);
 	opd_close(client);
@@ -145,8 +160,15 @@ static void peak_run(struct bench *bench)
 	double peak = (double)daemon_peak_bytes(&daemon) / (double)MIB;
 	char note[64];
 	(void)snprintf(note, sizeof note, "%.1f MiB when idle, before", (double)idle / (double)MIB);
-	report_row(&(struct report_row){.what = "peak resident memory, 256 MiB in and out", .unit = "MiB", .floor = 512, .value = peak,
-	                                .kernel = REPORT_NONE, .ratio = peak / 512, .bound = REPORT_VALUE_MAX, .limit = 528, .note = note});
+	report_row(&(struct report_row){.what = "peak resident memory, 256 MiB in and out",
+	                                .unit = "MiB",
+	                                .floor = 512,
+	                                .value = peak,
+	                                .kernel = REPORT_NONE,
+	                                .ratio = peak / 512,
+	                                .bound = REPORT_VALUE_MAX,
+	                                .limit = 528,
+	                                .note = note});
 	opd_request_destroy(request);
 	opd_close(client);
 	floor_memory_free(data, PEAK_BYTES);
@@ -239,8 +261,14 @@ static void beside_run(struct bench *bench, const struct daemon *daemon, const f
 	for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
 		double base = (double)histogram_quantile(&floor, rows[i].fraction) / 1e3;
 		double value = (double)histogram_quantile(&opd, rows[i].fraction) / 1e3;
-		report_row(&(struct report_row){.what = rows[i].what, .unit = "us", .floor = base, .value = value, .kernel = REPORT_NONE,
-		                                .ratio = value / base, .bound = rows[i].bound, .limit = 1000});
+		report_row(&(struct report_row){.what = rows[i].what,
+		                                .unit = "us",
+		                                .floor = base,
+		                                .value = value,
+		                                .kernel = REPORT_NONE,
+		                                .ratio = value / base,
+		                                .bound = rows[i].bound,
+		                                .limit = 1000});
 	}
 }
 
@@ -251,8 +279,11 @@ void bench_bulk(struct bench *bench)
 	float *data = floor_memory(BULK_BYTES);
 	void *room = floor_memory(BULK_BYTES);
 	report_section("Bulk, against libuv straight between socket and one reused buffer; kernels subtracted");
-	report_row(&(struct report_row){.what = "memcpy of 64 MiB, one core", .unit = "GiB/s",
-	                                .floor = floor_memcpy_rate(BULK_BYTES, 5) / GIB, .value = REPORT_NONE, .kernel = REPORT_NONE,
+	report_row(&(struct report_row){.what = "memcpy of 64 MiB, one core",
+	                                .unit = "GiB/s",
+	                                .floor = floor_memcpy_rate(BULK_BYTES, 5) / GIB,
+	                                .value = REPORT_NONE,
+	                                .kernel = REPORT_NONE,
 	                                .ratio = REPORT_NONE});
 	for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++)
 		for (int tcp = 0; tcp < 2; tcp++)

@@ -42,7 +42,13 @@ void bench_connections(struct bench *bench)
 		double kib[ROUNDS];
 		for (unsigned i = 0; i < rounds; i++)
 			kib[i] = session_kib(bench, variant == 2, SESSIONS, variant != 0);
-		report_row(&(struct report_row){.what = names[variant], .unit = "KiB", .floor = REPORT_NONE, .value = report_median(kib, rounds),
-		                                .kernel = REPORT_NONE, .ratio = REPORT_NONE, .bound = REPORT_VALUE_MAX, .limit = 16});
+		report_row(&(struct report_row){.what = names[variant],
+		                                .unit = "KiB",
+		                                .floor = REPORT_NONE,
+		                                .value = report_median(kib, rounds),
+		                                .kernel = REPORT_NONE,
+		                                .ratio = REPORT_NONE,
+		                                .bound = REPORT_VALUE_MAX,
+		                                .limit = 16});
 	}
 }

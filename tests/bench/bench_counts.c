@@ -38,7 +38,8 @@ static void counts_print(const char *what, const double before[COUNTER_COUNT], c
 	for (int i = 0; i < COUNTER_COUNT; i++)
 		each[i] = (after[i] - before[i]) / calls;
 	report_note("%-46s %11.2f %7.2f %7.2f %7.2f %7.2f %10.0f %10.0f", what, each[COUNTER_ALLOCATIONS], each[COUNTER_READS],
-	            each[COUNTER_WRITES], each[COUNTER_WAITS], each[COUNTER_OTHER], each[COUNTER_READ_BYTES], each[COUNTER_WRITTEN_BYTES]);
+	            each[COUNTER_WRITES], each[COUNTER_WAITS], each[COUNTER_OTHER], each[COUNTER_READ_BYTES],
+	            each[COUNTER_WRITTEN_BYTES]);
 }
 
 static void pipeline_run(opd_client *client, const opd_request *request, unsigned calls, unsigned window)
@@ -56,7 +57,8 @@ static void pipeline_run(opd_client *client, const opd_request *request, unsigne
 	}
 }
 
-static void counts_run(const struct counter_page *page, const char *address, call_build_fn build, unsigned window, const char *what)
+static void counts_run(const struct counter_page *page, const char *address, call_build_fn build, unsigned window,
+                       const char *what)
 {
 	double before[COUNTER_COUNT], after[COUNTER_COUNT];
 	opd_client *client = call_connect(address);
@@ -83,7 +85,8 @@ void bench_counts(struct bench *bench)
 	daemon_start(&daemon, bench->binary, bench->directory, bench->counter);
 	(void)unsetenv(COUNTER_ENVIRONMENT);
 	report_note("\nInside the daemon, for each call, steady state");
-	report_note("%-46s %11s %7s %7s %7s %7s %10s %10s", "", "allocations", "reads", "writes", "waits", "mmaps", "bytes in", "bytes out");
+	report_note("%-46s %11s %7s %7s %7s %7s %10s %10s", "", "allocations", "reads", "writes", "waits", "mmaps", "bytes in",
+	            "bytes out");
 	placement_apply(&placement_two, bench, &daemon);
 	counts_run(page, daemon.unix_address, call_norm, 1, "rms_norm 1x4096 f32, Unix, one at a time");
 	counts_run(page, daemon.tcp_address, call_norm, 1, "rms_norm 1x4096 f32, TCP, one at a time");

@@ -1,4 +1,5 @@
-/* opd-bench-dispatch: nanoseconds and allocations from a decoded envelope to the chosen implementation, inside one process, on the server's own functions. */
+/* opd-bench-dispatch: nanoseconds and allocations from a decoded envelope to the chosen implementation, inside one process, on
+ * the server's own functions. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -42,9 +43,14 @@ static opd_status run_nothing(const opd_impl *impl, void *state, const opd_call 
 
 #define UUID "0000000000000000000000000000000000000000000000000000000000000000"
 #define IMPL(name, accepts)                                                                                                      \
-	static const opd_impl name = {.struct_bytes = sizeof name, .op = "rms_norm", .device = "cpu", .uuid = UUID, .run = run_nothing, \
+	static const opd_impl name = {.struct_bytes = sizeof name,                                                                   \
+	                              .op = "rms_norm",                                                                              \
+	                              .device = "cpu",                                                                               \
+	                              .uuid = UUID,                                                                                  \
+	                              .run = run_nothing,                                                                            \
 	                              .predicate = (accepts),                                                                        \
-	                              .schema = "rms_norm(Tensor x, Tensor? weight, float epsilon, int? variance_size=None) -> Tensor"}
+	                              .schema =                                                                                      \
+	                                  "rms_norm(Tensor x, Tensor? weight, float epsilon, int? variance_size=None) -> Tensor"}
 IMPL(taking, NULL);
 IMPL(refusing, refuse_float32);
 
@@ -60,9 +66,15 @@ static opd_status open_refusing(const opd_host *host, void *state, opd_error *er
 	return host->register_impl(host, &refusing, error);
 }
 
-#define MODULE(text, opens) {.abi = OPD_PROVIDER_ABI, .struct_bytes = sizeof(opd_module), .name = (text), .version = "1", .open = (opens)}
+#define MODULE(text, opens)                                                                                                      \
+	{                                                                                                                            \
+		.abi = OPD_PROVIDER_ABI, .struct_bytes = sizeof(opd_module), .name = (text), .version = "1", .open = (opens)             \
+	}
 static const opd_module modules[PROVIDERS] = {
-	MODULE("refuses_a", open_refusing), MODULE("refuses_b", open_refusing), MODULE("refuses_c", open_refusing), MODULE("takes", open_taking),
+    MODULE("refuses_a", open_refusing),
+    MODULE("refuses_b", open_refusing),
+    MODULE("refuses_c", open_refusing),
+    MODULE("takes", open_taking),
 };
 
 /* ---- The server's parts ---- */
@@ -149,7 +161,8 @@ static void parts_request(struct parts *parts)
 	arena_init(&parts->arena, 1 << 20);
 	check(codec_encode_request(&parts->envelope_arena, &request, &parts->encoded, &error), &error, "encode");
 	check(codec_decode_request(&parts->envelope_arena, parts->encoded.frame + FRAME_HEADER_BYTES, parts->encoded.envelope_bytes,
-	                           &parts->request, &error), &error, "decode");
+	                           &parts->request, &error),
+	      &error, "decode");
 	parts->x = host_alloc(NULL, HIDDEN * sizeof(float));
 	parts->weight = host_alloc(NULL, HIDDEN * sizeof(float));
 }
@@ -162,7 +175,8 @@ static void parts_priority(struct parts *parts, unsigned refusals)
 	for (unsigned i = 0; i < refusals; i++)
 		names[i] = modules[i].name;
 	names[refusals] = "takes";
-	check(registry_set_priority(parts->registry, MSG_LEVEL_CONFIGURATION, "rms_norm", names, refusals + 1, &error), &error, "priority");
+	check(registry_set_priority(parts->registry, MSG_LEVEL_CONFIGURATION, "rms_norm", names, refusals + 1, &error), &error,
+	      "priority");
 	snapshot_unref(parts->snapshot);
 	parts->snapshot = registry_snapshot(parts->registry);
 }
@@ -223,7 +237,8 @@ static void call_decode(struct parts *parts)
 {
 	struct msg_request request;
 	arena_reset(&parts->arena);
-	if (codec_decode_request(&parts->arena, parts->encoded.frame + FRAME_HEADER_BYTES, parts->encoded.envelope_bytes, &request, NULL) != OPD_OK)
+	if (codec_decode_request(&parts->arena, parts->encoded.frame + FRAME_HEADER_BYTES, parts->encoded.envelope_bytes, &request,
+	                         NULL) != OPD_OK)
 		bench_fail("the envelope doesn't decode");
 }
 
@@ -255,18 +270,21 @@ struct lap {
 enum { DECODE = -1, ENCODE = -2 };
 
 static struct lap laps[] = {
-	{.what = "op and its list found by name", .last = STEP_FIND},
-	{.what = "... and arguments bound (3 positional, 1 default)", .last = STEP_BIND},
-	{.what = "... and 2 operands checked and placed", .last = STEP_PLACE},
-	{.what = "... and result shapes", .last = STEP_SHAPES},
-	{.what = "decoded rms_norm to chosen implementation, 1 provider", .last = STEP_CHOOSE, .bound = REPORT_VALUE_MAX, .limit = 150},
-	{.what = "2 providers, one refuses", .last = STEP_CHOOSE, .refusals = 1},
-	{.what = "4 providers, three refuse", .last = STEP_CHOOSE, .refusals = 3},
-	{.what = "request envelope decoded", .last = DECODE},
-	{.what = "reply envelope encoded", .last = ENCODE},
+    {.what = "op and its list found by name", .last = STEP_FIND},
+    {.what = "... and arguments bound (3 positional, 1 default)", .last = STEP_BIND},
+    {.what = "... and 2 operands checked and placed", .last = STEP_PLACE},
+    {.what = "... and result shapes", .last = STEP_SHAPES},
+    {.what = "decoded rms_norm to chosen implementation, 1 provider",
+     .last = STEP_CHOOSE,
+     .bound = REPORT_VALUE_MAX,
+     .limit = 150},
+    {.what = "2 providers, one refuses", .last = STEP_CHOOSE, .refusals = 1},
+    {.what = "4 providers, three refuse", .last = STEP_CHOOSE, .refusals = 3},
+    {.what = "request envelope decoded", .last = DECODE},
+    {.what = "reply envelope encoded", .last = ENCODE},
 };
 #define LAPS (sizeof laps / sizeof laps[0])
-#define LAP_ONE 4   /* a single provider */
+#define LAP_ONE 4 /* a single provider */
 #define LAP_FOUR 6
 
 static void lap_calls(struct parts *parts, const struct lap *lap)
@@ -299,11 +317,19 @@ static void lap_print(struct lap *lap)
 		(void)snprintf(counted, sizeof counted, "%.3f allocations", lap->allocations);
 	double median = report_median(lap->ns, ROUNDS);
 	(void)snprintf(note, sizeof note, "%s; best %.0f", counted, lap->ns[0]);
-	report_row(&(struct report_row){.what = lap->what, .unit = "ns", .floor = REPORT_NONE, .value = median, .kernel = REPORT_NONE,
-	                                .ratio = REPORT_NONE, .bound = lap->bound, .limit = lap->limit, .note = note});
+	report_row(&(struct report_row){.what = lap->what,
+	                                .unit = "ns",
+	                                .floor = REPORT_NONE,
+	                                .value = median,
+	                                .kernel = REPORT_NONE,
+	                                .ratio = REPORT_NONE,
+	                                .bound = lap->bound,
+	                                .limit = lap->limit,
+	                                .note = note});
 }
 
-/* What one refusal adds: from three more, round by round, since rounds differ more than refusals do. Before the laps are printed, which sorts them. */
+/* What one refusal adds: from three more, round by round, since rounds differ more than refusals do. Before the laps are printed,
+ * which sorts them. */
 static double refusal_ns(void)
 {
 	double each[ROUNDS];
@@ -327,8 +353,14 @@ int main(void)
 	double refusal = refusal_ns();
 	for (size_t i = 0; i < LAPS; i++)
 		lap_print(&laps[i]);
-	report_row(&(struct report_row){.what = "a refusal (of three)", .unit = "ns", .floor = REPORT_NONE, .value = refusal,
-	                                .kernel = REPORT_NONE, .ratio = REPORT_NONE, .bound = REPORT_VALUE_MAX, .limit = 25});
+	report_row(&(struct report_row){.what = "a refusal (of three)",
+	                                .unit = "ns",
+	                                .floor = REPORT_NONE,
+	                                .value = refusal,
+	                                .kernel = REPORT_NONE,
+	                                .ratio = REPORT_NONE,
+	                                .bound = REPORT_VALUE_MAX,
+	                                .limit = 25});
 	parts_close(&parts);
 	return 0;
 }

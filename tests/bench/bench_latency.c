@@ -90,16 +90,21 @@ static void figures_print(struct figures *figures, unsigned rounds, const char *
 		(void)snprintf(note, sizeof note, "ratios %.2f to %.2f", report_quantile(figures->ratio[q], rounds, 0.1),
 		               report_quantile(figures->ratio[q], rounds, 0.9));
 		report_row(&(struct report_row){
-			.what = what, .unit = "us",
-			.floor = report_median(figures->floor[q], rounds), .value = report_median(figures->opd[q], rounds),
-			.kernel = report_median(figures->kernel, rounds), .ratio = report_median(figures->ratio[q], rounds),
-			.bound = q == 0 ? bound : REPORT_NO_TARGET, .limit = limit, .note = note,
+		    .what = what,
+		    .unit = "us",
+		    .floor = report_median(figures->floor[q], rounds),
+		    .value = report_median(figures->opd[q], rounds),
+		    .kernel = report_median(figures->kernel, rounds),
+		    .ratio = report_median(figures->ratio[q], rounds),
+		    .bound = q == 0 ? bound : REPORT_NO_TARGET,
+		    .limit = limit,
+		    .note = note,
 		});
 	}
 }
 
-static void latency_run(struct bench *bench, const struct daemon *daemon, const struct placement *placement, bool tcp, call_build_fn build,
-                        const char *name, bool target)
+static void latency_run(struct bench *bench, const struct daemon *daemon, const struct placement *placement, bool tcp,
+                        call_build_fn build, const char *name, bool target)
 {
 	unsigned rounds = bench->quick ? 5 : ROUNDS_MAX, calls = bench->quick ? 500 : 2000;
 	static struct figures figures;

@@ -1,5 +1,5 @@
-/* How many small ops a second get through with many in flight, against a libuv echo that coalesces its replies; and whether several clients together
- * get as much as one, in equal shares. */
+/* How many small ops a second get through with many in flight, against a libuv echo that coalesces its replies; and whether
+ * several clients together get as much as one, in equal shares. */
 #include <pthread.h>
 #include <stdio.h>
 #include <unistd.h>
@@ -60,13 +60,19 @@ static void rates_print(struct rates *rates, unsigned rounds, const char *what, 
 	char note[64];
 	(void)snprintf(note, sizeof note, "ratios %.2f to %.2f", report_quantile(rates->ratio, rounds, 0.1),
 	               report_quantile(rates->ratio, rounds, 0.9));
-	report_row(&(struct report_row){.what = what, .unit = "ops/s", .floor = report_median(rates->floor, rounds),
-	                                .value = report_median(rates->opd, rounds), .kernel = REPORT_NONE,
-	                                .ratio = report_median(rates->ratio, rounds), .bound = bound, .limit = limit, .note = note});
+	report_row(&(struct report_row){.what = what,
+	                                .unit = "ops/s",
+	                                .floor = report_median(rates->floor, rounds),
+	                                .value = report_median(rates->opd, rounds),
+	                                .kernel = REPORT_NONE,
+	                                .ratio = report_median(rates->ratio, rounds),
+	                                .bound = bound,
+	                                .limit = limit,
+	                                .note = note});
 }
 
-static void rate_single(struct bench *bench, const struct daemon *daemon, const struct placement *placement, bool tcp, call_build_fn build,
-                        const char *name, uint64_t total, double limit)
+static void rate_single(struct bench *bench, const struct daemon *daemon, const struct placement *placement, bool tcp,
+                        call_build_fn build, const char *name, uint64_t total, double limit)
 {
 	unsigned rounds = bench->quick ? 3 : ROUNDS_MAX;
 	uint64_t calls = bench->quick ? total / 4 : total;
@@ -95,7 +101,8 @@ static void rate_single(struct bench *bench, const struct daemon *daemon, const 
 
 /* ---- Eight clients ---- */
 
-/* One of several clients, on a thread of its own. All start at a barrier and run for the same time, since equal shares show in what each got done. */
+/* One of several clients, on a thread of its own. All start at a barrier and run for the same time, since equal shares show in
+ * what each got done. */
 struct worker {
 	pthread_t thread;
 	pthread_barrier_t *barrier;
@@ -129,13 +136,17 @@ static void *worker_main(void *argument)
 }
 
 /* Ops a second of `count` clients with IN_FLIGHT in all; *uneven_out: how far the extremes lie from their mean. */
-static double rate_shared(const struct bench *bench, const struct daemon *daemon, call_build_fn build, unsigned count, double *uneven_out)
+static double rate_shared(const struct bench *bench, const struct daemon *daemon, call_build_fn build, unsigned count,
+                          double *uneven_out)
 {
 	struct worker workers[CLIENTS] = {0};
 	pthread_barrier_t barrier;
 	(void)pthread_barrier_init(&barrier, NULL, count);
 	for (unsigned i = 0; i < count; i++) {
-		workers[i] = (struct worker){.barrier = &barrier, .address = daemon->unix_address, .build = build, .window = IN_FLIGHT / count,
+		workers[i] = (struct worker){.barrier = &barrier,
+		                             .address = daemon->unix_address,
+		                             .build = build,
+		                             .window = IN_FLIGHT / count,
 		                             .duration_ns = bench->quick ? 200000000u : 500000000u};
 		if (pthread_create(&workers[i].thread, NULL, worker_main, &workers[i]) != 0)
 			bench_fail("can't start a thread");
@@ -168,10 +179,17 @@ static void rate_clients(struct bench *bench, const struct daemon *daemon, const
 		rates.ratio[i] = rates.opd[i] / rates.floor[i];
 	}
 	(void)snprintf(what, sizeof what, "%s, Unix, %s, 8 clients (floor: 1)", name, placement->name);
-	(void)snprintf(note, sizeof note, "a client is at most %.1f %% off the mean (target 10)", 100 * report_median(uneven, rounds));
-	report_row(&(struct report_row){.what = what, .unit = "ops/s", .floor = report_median(rates.floor, rounds),
-	                                .value = report_median(rates.opd, rounds), .kernel = REPORT_NONE,
-	                                .ratio = report_median(rates.ratio, rounds), .bound = REPORT_RATIO_MIN, .limit = 1.0, .note = note});
+	(void)snprintf(note, sizeof note, "a client is at most %.1f %% off the mean (target 10)",
+	               100 * report_median(uneven, rounds));
+	report_row(&(struct report_row){.what = what,
+	                                .unit = "ops/s",
+	                                .floor = report_median(rates.floor, rounds),
+	                                .value = report_median(rates.opd, rounds),
+	                                .kernel = REPORT_NONE,
+	                                .ratio = report_median(rates.ratio, rounds),
+	                                .bound = REPORT_RATIO_MIN,
+	                                .limit = 1.0,
+	                                .note = note});
 }
 
 void bench_rate(struct bench *bench)

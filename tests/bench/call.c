@@ -70,7 +70,8 @@ opd_request *call_norm(opd_client *client)
 	opd_handle handle = call_keep(client, weight, NORM_ELEMENTS);
 	opd_request *request = request_create("rms_norm");
 	opd_request_tensor(request, NULL, &(opd_operand)OPD_OPERAND(OPD_f32, x, 1, NORM_ELEMENTS));
-	opd_request_tensor(request, NULL, &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_HANDLE, .handle = handle});
+	opd_request_tensor(request, NULL,
+	                   &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_HANDLE, .handle = handle});
 	opd_request_float(request, NULL, 1e-5);
 	return request;
 }
@@ -131,8 +132,8 @@ struct floor_shape call_shape(const struct daemon *daemon, call_build_fn build, 
 	opd_request_destroy(request);
 	opd_close(client);
 	return (struct floor_shape){
-		.request_bytes = (after.tcpi_bytes_sent - before.tcpi_bytes_sent) / CALLS,
-		.reply_bytes = (after.tcpi_bytes_received - before.tcpi_bytes_received) / CALLS,
-		.window = window,
+	    .request_bytes = (after.tcpi_bytes_sent - before.tcpi_bytes_sent) / CALLS,
+	    .reply_bytes = (after.tcpi_bytes_received - before.tcpi_bytes_received) / CALLS,
+	    .window = window,
 	};
 }

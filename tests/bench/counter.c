@@ -1,5 +1,5 @@
-/* A library for LD_PRELOAD that counts allocations and system calls (counter.h). glibc alone: it offers the allocator under a second name, so that
- * counting needs no dlsym while the allocator is still being set up. */
+/* A library for LD_PRELOAD that counts allocations and system calls (counter.h). glibc alone: it offers the allocator under a
+ * second name, so that counting needs no dlsym while the allocator is still being set up. */
 #include "tests/bench/counter.h"
 
 #include <dlfcn.h>
@@ -93,12 +93,12 @@ EXPORT int posix_memalign(void **memory_out, size_t alignment, size_t bytes)
 /* ---- System calls ---- */
 
 /* NEXT(read): libc's own, looked up once; two threads may do so at once and find the same. */
-#define NEXT(name)                                           \
-	({                                                       \
-		static __typeof__(&name) next_##name;                \
-		if (next_##name == NULL)                             \
-			*(void **)&next_##name = dlsym(RTLD_NEXT, #name); \
-		next_##name;                                         \
+#define NEXT(name)                                                                                                               \
+	({                                                                                                                           \
+		static __typeof__(&name) next_##name;                                                                                    \
+		if (next_##name == NULL)                                                                                                 \
+			*(void **)&next_##name = dlsym(RTLD_NEXT, #name);                                                                    \
+		next_##name;                                                                                                             \
 	})
 
 EXPORT ssize_t read(int fd, void *bytes, size_t room)

@@ -1,8 +1,8 @@
 /* What the preloaded counter (counter.c) counts in a process, in a page that the benchmark reads while the process runs.
  *
  * Layer: bench, shared by the library and its reader. Threads: counters are relaxed atomics.
- * The library maps the file that OPD_BENCH_COUNTS names, which must have sizeof(struct counter_page) bytes. Calls made with raw system calls, or inside
- * libc (a mutex's futex, a condition's wake-up), are not seen. */
+ * The library maps the file that OPD_BENCH_COUNTS names, which must have sizeof(struct counter_page) bytes. Calls made with raw
+ * system calls, or inside libc (a mutex's futex, a condition's wake-up), are not seen. */
 #ifndef OPD_BENCH_COUNTER_H
 #define OPD_BENCH_COUNTER_H
 

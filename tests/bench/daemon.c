@@ -37,7 +37,8 @@ static _Noreturn void daemon_exec(const struct daemon *daemon, const char *binar
 	(void)prctl(PR_SET_PDEATHSIG, SIGKILL);
 	if (preload != NULL)
 		(void)setenv("LD_PRELOAD", preload, 1);
-	(void)execl(binary, binary, "--listen", daemon->unix_address, "--listen", daemon->tcp_address, "--log-level", "error", (char *)NULL);
+	(void)execl(binary, binary, "--listen", daemon->unix_address, "--listen", daemon->tcp_address, "--log-level", "error",
+	            (char *)NULL);
 	(void)fprintf(stderr, "bench: %s: %s\n", binary, strerror(errno));
 	_exit(127);
 }
@@ -62,7 +63,8 @@ static void daemon_await(const struct daemon *daemon, const char *binary)
 		if (waitpid(daemon->pid, &status, WNOHANG) == daemon->pid)
 			bench_fail("%s ended at its start (wait status %#x)", binary, (unsigned)status);
 		if (clock_ns() - begin > START_LIMIT_NS)
-			bench_fail("%s doesn't listen on %s after %u s", binary, daemon->unix_address, (unsigned)(START_LIMIT_NS / 1000000000u));
+			bench_fail("%s doesn't listen on %s after %u s", binary, daemon->unix_address,
+			           (unsigned)(START_LIMIT_NS / 1000000000u));
 		(void)usleep(2000);
 	}
 }

@@ -1,8 +1,8 @@
 /* A daemon of its own for one benchmark: started, pinned, looked at from outside, ended.
  *
  * Layer: bench. Threads: one at a time.
- * Life: daemon_start → … → daemon_stop. It listens on a Unix socket in `directory` and on a free loopback port; it dies with the benchmark.
- * Errors: as everywhere in the benchmarks, bench_fail. */
+ * Life: daemon_start → … → daemon_stop. It listens on a Unix socket in `directory` and on a free loopback port; it dies with the
+ * benchmark. Errors: as everywhere in the benchmarks, bench_fail. */
 #ifndef OPD_BENCH_DAEMON_H
 #define OPD_BENCH_DAEMON_H
 

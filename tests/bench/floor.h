@@ -2,10 +2,10 @@
  *
  * Layer: bench; knows nothing of opd. Threads: floor_start and floor_stop by one; clients by one each.
  * Life: floor_start (forks) → floor_connect → floor_exchange or floor_pipeline… → close(fd) → floor_stop.
- * The protocol: a connection begins with a struct floor_shape; from then on every request is request_bytes and is answered by reply_bytes. The
- * server reads straight into one reused buffer and replies out of it; the replies of a loop turn leave in one write. So one shape serves as echo
- * (equal sizes), bulk upload (tiny reply) and bulk download (tiny request).
- * Errors: a benchmark can't go on without its floor; every failure ends the process with a text (report.h, bench_fail). */
+ * The protocol: a connection begins with a struct floor_shape; from then on every request is request_bytes and is answered by
+ * reply_bytes. The server reads straight into one reused buffer and replies out of it; the replies of a loop turn leave in one
+ * write. So one shape serves as echo (equal sizes), bulk upload (tiny reply) and bulk download (tiny request). Errors: a
+ * benchmark can't go on without its floor; every failure ends the process with a text (report.h, bench_fail). */
 #ifndef OPD_BENCH_FLOOR_H
 #define OPD_BENCH_FLOOR_H
 
@@ -22,7 +22,7 @@ struct floor_shape {
 
 struct floor_server {
 	pid_t pid;
-	uint16_t port; /* TCP, loopback */
+	uint16_t port;  /* TCP, loopback */
 	char path[100]; /* of the Unix socket */
 };
 

@@ -7,9 +7,9 @@
 #include "tests/bench/floor.h"
 #include "tests/bench/report.h"
 
-/* One connection. Requests gather in `in`; whole ones are answered by as many reply bytes out of the same memory, which is `out` from then on until written, while
- * further requests gather in the other half. With one request in flight nothing can arrive before the reply is read: one half serves, as warm as
- * can be. */
+/* One connection. Requests gather in `in`; whole ones are answered by as many reply bytes out of the same memory, which is `out`
+ * from then on until written, while further requests gather in the other half. With one request in flight nothing can arrive
+ * before the reply is read: one half serves, as warm as can be. */
 struct floor_conn {
 	union {
 		uv_stream_t stream;

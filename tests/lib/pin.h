@@ -1,8 +1,8 @@
 /* Where threads run: pins a thread or all threads of a process to one core.
  *
  * Layer: tests, header only, Linux. Threads: any.
- * Cores are counted among those that the caller may use: core 0 is the first of them. PIN_ANY lifts a pin. All return false with errno set
- * when the kernel refuses. */
+ * Cores are counted among those that the caller may use: core 0 is the first of them. PIN_ANY lifts a pin. All return false with
+ * errno set when the kernel refuses. */
 #ifndef OPD_TESTS_LIB_PIN_H
 #define OPD_TESTS_LIB_PIN_H
 
