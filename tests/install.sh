@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# Installs what opd needs, from Debian's packages, where it is missing: tests/install.sh [build] [test] [full]
+#
+#   build  to build the daemon, opctl and libopd
+#   test   to run the tests as well
+#   full   clang, for tests/run --full
+#
+# Without a word: build and test. It says what it does, and does nothing when all is there. As another user than root it uses sudo.
+# Packages of optional providers are tried, and named when they can't be had: their tests then say that they were skipped.
+set -euo pipefail
+
+build=(gcc libc6-dev cmake ninja-build pkg-config libuv1-dev libprotobuf-c-dev protobuf-c-compiler protobuf-compiler libyaml-dev
+	libcjson-dev libssl-dev)
+test=(check libsubunit-dev python3 python3-protobuf python3-numpy binutils procps)
+full=(clang)
+optional=(libopenblas-dev libdnnl-dev)
+
+is_installed() {
+	[ "$(dpkg-query -W -f '${db:Status-Abbrev}' "$1" 2>/dev/null)" = 'ii ' ]
+}
+
+as_root() {
+	if [ "$(id -u)" -eq 0 ]; then
+		"$@"
+	else
+		sudo "$@"
+	fi
+}
+
+apt_install() {
+	as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "$@"
+}
+
+# The names that aren't installed yet, one a line.
+missing() {
+	local name
+	for name in "$@"; do
+		is_installed "$name" || echo "$name"
+	done
+}
+
+install_needed() {
+	echo "install: ${*}"
+	apt_install "$@"
+}
+
+install_optional() {
+	local name
+	for name in "$@"; do
+		if apt_install "$name" >/dev/null 2>&1; then
+			echo "install: $name (optional)"
+		else
+			echo "install: $name can't be had: what needs it is skipped"
+		fi
+	done
+}
+
+wanted=()
+[ $# -gt 0 ] || set -- build test
+for word in "$@"; do
+	case $word in
+	build) wanted+=("${build[@]}") ;;
+	test) wanted+=("${test[@]}") ;;
+	full) wanted+=("${full[@]}") ;;
+	*)
+		echo "install: no such word: $word (build, test, full)" >&2
+		exit 2
+		;;
+	esac
+done
+
+if ! command -v dpkg-query >/dev/null || ! command -v apt-get >/dev/null; then
+	echo "install: this is no Debian. Install what these packages hold, in your system's names: ${wanted[*]}"
+	exit 0
+fi
+mapfile -t needed < <(missing "${wanted[@]}")
+mapfile -t extra < <(missing "${optional[@]}")
+[ $((${#needed[@]} + ${#extra[@]})) -eq 0 ] || as_root apt-get update -q
+[ ${#needed[@]} -eq 0 ] || install_needed "${needed[@]}"
+[ ${#extra[@]} -eq 0 ] || install_optional "${extra[@]}"
