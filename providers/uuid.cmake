@@ -17,6 +17,8 @@ function(opd_uuid target name)
   add_custom_command(OUTPUT ${out}
     COMMAND ${CMAKE_COMMAND} "-DSOURCES=${sources}" -DNAME=${name} -DOUT=${out} -P ${OPD_UUID_SCRIPT}
     DEPENDS ${sources} ${OPD_UUID_SCRIPT} VERBATIM)
-  target_sources(${target} PRIVATE ${out})
+  # A target of its own: a rule for a file serves only targets of the folder that it stands in, and ours may be the parent's.
+  add_custom_target(${target}_uuid_${name} DEPENDS ${out})
+  add_dependencies(${target} ${target}_uuid_${name})
   target_include_directories(${target} PRIVATE ${CMAKE_CURRENT_BINARY_DIR})
 endfunction()

@@ -251,7 +251,8 @@ static void loop_range(void *argument, uint64_t begin, uint64_t end, uint32_t th
 		else
 			loop->item(job, i, scratch);
 	}
-	job->exec->host->free(job->exec->host, scratch);
+	if (scratch != NULL)
+		job->exec->host->free(job->exec->host, scratch);
 }
 
 opd_status kernel_for(const struct kernel_job *job, uint64_t items, uint64_t item_ns, kernel_item_fn item, opd_error *error)
@@ -306,8 +307,7 @@ struct kernel_line kernel_line(const opd_tensor *tensor, uint32_t dim, uint64_t 
 		if (i == dim)
 			continue;
 		uint64_t extent = (uint64_t)tensor->shape[i];
-		if (extent > 1) /* a dimension of 1 may have any stride */
-			offset += (int64_t)(line % extent) * tensor->strides[i];
+		offset += (int64_t)(line % extent) * tensor->strides[i];
 		line /= extent;
 	}
 	return (struct kernel_line){

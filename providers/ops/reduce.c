@@ -154,6 +154,13 @@ static bool comes_before(const struct kernel_line *line, int64_t i, int64_t j)
 	return ranks_above(line, i, j) || (i < j && !ranks_above(line, j, i));
 }
 
+/* How many elements of a line need a look when the first of equals win: all, or of one element repeated by stride 0 only
+ * `wanted`. A client may call a single byte a line of 2^40. */
+static int64_t distinct(const struct kernel_line *line, int64_t wanted)
+{
+	return line->stride == 0 ? wanted : line->extent;
+}
+
 /* ---- argmax ------------------------------------------------------------------------------------------------------------ */
 
 static opd_status argmax_shape(const opd_op *op, const opd_call *call, opd_output *const *outputs, opd_error *error)
@@ -185,9 +192,10 @@ static void argmax_line(const struct kernel_job *job, uint64_t item, void *scrat
 	const struct line_context *context = job->context;
 	struct kernel_line x = kernel_line(kernel_tensor(job->call, 0), context->dim, item);
 	struct kernel_line out = kernel_flat(job->call->outputs[0]);
+	const int64_t extent = distinct(&x, 1);
 	int64_t best = 0;
 	(void)scratch;
-	for (int64_t i = 1; i < x.extent; i++)
+	for (int64_t i = 1; i < extent; i++)
 		if (ranks_above(&x, i, best))
 			best = i;
 	kernel_store_i64(&out, (int64_t)item, 1, &best);
@@ -290,7 +298,8 @@ static void topk_select(const struct kernel_line *x, int64_t *heap, int64_t k)
 		heap[i] = i;
 	for (int64_t i = k / 2; i-- > 0;)
 		heap_sink(x, heap, k, i);
-	for (int64_t i = k; i < x->extent; i++) {
+	const int64_t extent = distinct(x, k);
+	for (int64_t i = k; i < extent; i++) {
 		if (!comes_before(x, i, heap[0]))
 			continue;
 		heap[0] = i;

@@ -1,0 +1,401 @@
+/* libopd: run tensor ops on an opd daemon, or in this process, and know what really ran.
+ *
+ * Layer: client, public (installed as opd/client.h with opd/status.h, opd/dtype.h, opd/tensor.h, opd/reason.h).
+ * Life: opd_connect → requests → opd_close. A client is one connection and one session: its priorities and its kept tensors end with it.
+ * Threads: a client, its requests and its results belong to one thread at a time (hand them over as you like, with your own ordering); different
+ * clients in different threads share nothing. No function starts a thread, installs a signal handler or prints. SIGPIPE isn't raised.
+ * Blocking: opd_submit, opd_process, opd_cancel and the request_ and result_ functions never block for the server (opd_submit keeps what the socket
+ * won't take); the others wait for their answer, at most the client's timeout_us.
+ * Errors: every function that can fail returns an opd_status and writes a text into `error` (NULL: not wanted). A failed request leaves the client usable;
+ * OPD_UNAVAILABLE means that the connection is gone: close the client. Outputs are written only on success, unless said otherwise.
+ * Not here: providers (opd/provider.h); the daemon in this process (opd/embedded.h).
+ *
+ *     opd_client *client;
+ *     opd_error error;
+ *     if (opd_connect("unix:/run/opd/opd.sock", NULL, &client, &error) != OPD_OK)
+ *         die(error.text);
+ *     float x[2 * 4] = {…}, weight[4] = {…};
+ *     opd_request *request = opd_request_create("rms_norm");
+ *     opd_request_tensor(request, NULL, &(opd_operand)OPD_OPERAND(OPD_f32, x, 2, 4));
+ *     opd_request_tensor(request, NULL, &(opd_operand)OPD_OPERAND(OPD_f32, weight, 4));
+ *     opd_request_float(request, "epsilon", 1e-5);
+ *     opd_request_priority(request, (const char *[]){"cuda", "cpu"}, 2);
+ *     opd_result *result;
+ *     if (opd_run(client, request, &result, &error) != OPD_OK)
+ *         die(error.text);
+ *     printf("%s ran it\n", opd_result_provider(result));
+ *     const float *y = opd_tensor_data(opd_result_tensor(result, 0));
+ *     …
+ *     opd_result_destroy(result);
+ *     opd_request_destroy(request);
+ *     opd_close(client);
+ */
+#ifndef OPD_CLIENT_H
+#define OPD_CLIENT_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "opd/dtype.h"
+#include "opd/reason.h"
+#include "opd/status.h"
+#include "opd/tensor.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define OPD_API __attribute__((visibility("default")))
+
+typedef struct opd_client opd_client;
+typedef struct opd_request opd_request;
+typedef struct opd_result opd_result;
+
+/* Names a request in flight on its client: the request id of the wire; they rise. 0 names none. */
+typedef uint64_t opd_ticket;
+
+/* The library's version, as "0.1.0". */
+OPD_API const char *opd_version(void);
+
+/* ---- Connecting -------------------------------------------------------------------------------------------------------- */
+
+typedef struct opd_connect_options {
+	uint32_t struct_bytes;  /* sizeof; fields are added at the end, zeroed ones mean the default */
+	bool no_chunks;         /* don't cut payloads into DATA frames: for a client that never pipelines */
+	uint64_t timeout_us;    /* of connecting and of every blocking call; 0: 30 s to connect, none for calls */
+	uint64_t chunk_bytes;   /* 0: the server's default */
+	const char *client;     /* name for the daemon's log; NULL: "libopd" */
+} opd_connect_options;
+
+/* Addresses: "unix:/path", "tcp://host:port" (IPv6 in brackets: "tcp://[::1]:7777"), "embedded:" once libopd-embedded has registered it (else OPD_UNIMPLEMENTED
+ * says what to link). OPD_INVALID_ARGUMENT: not an address; OPD_UNAVAILABLE: nobody answers, or the server refused the session (its words in the text). */
+OPD_API OPD_MUST_USE opd_status opd_connect(const char *address, const opd_connect_options *options, opd_client **client_out, opd_error *error);
+
+/* Ends the session; requests in flight are dropped, results already taken stay valid. NULL is allowed. */
+OPD_API void opd_close(opd_client *client);
+
+/* What the server said of itself and of this session, valid until close. */
+typedef struct opd_session {
+	uint32_t struct_bytes;
+	bool admin;             /* administrative calls are accepted */
+	uint64_t session;       /* what the daemon's log calls it */
+	const char *server;     /* "opd 0.1.0" */
+	const char *tenant;
+	uint64_t chunk_bytes;   /* 0: payloads aren't cut */
+	uint64_t payload_bytes; /* limit of one request */
+	uint64_t session_bytes; /* limit of the session */
+	uint32_t in_flight;     /* limit of requests not yet answered */
+} opd_session;
+OPD_API const opd_session *opd_client_session(const opd_client *client);
+
+/* ---- Building a request ------------------------------------------------------------------------------------------------ */
+
+/* A kept tensor of this session. */
+typedef struct opd_handle {
+	uint32_t index;
+	uint32_t reserved;
+	uint64_t generation; /* 0: none */
+} opd_handle;
+
+typedef enum opd_operand_source {
+	OPD_FROM_HOST = 0,   /* `data`, sent with the request */
+	OPD_FROM_HANDLE = 1, /* a kept tensor */
+	OPD_FROM_RESULT = 2, /* output `output` of the request `ticket`, submitted earlier on this client with keep, answered or not */
+	OPD_FROM_NOTHING = 3 /* dtype and shape only: for fake and dry runs */
+} opd_operand_source;
+
+/* An operand. With a handle or a ticket, dtype OPD_DTYPE_NONE takes the tensor whole; otherwise dtype, shape, strides and byte_offset are a view of it. */
+typedef struct opd_operand {
+	uint32_t struct_bytes;
+	opd_dtype dtype;
+	uint32_t rank;
+	opd_operand_source source;
+	const int64_t *shape;
+	const int64_t *strides; /* in elements; NULL: row-major */
+	uint64_t byte_offset;   /* of element 0, from `data` or from the start of the kept tensor */
+	const void *data;
+	uint64_t data_bytes; /* readable from `data`; 0: as many as shape, strides and byte_offset reach */
+	opd_handle handle;
+	opd_ticket ticket;
+	uint32_t output;
+} opd_operand;
+
+/* OPD_OPERAND(OPD_f32, pointer, 2, 4096): an initialiser for a row-major host tensor, shape given by its extents. */
+#define OPD_OPERAND(type, pointer, ...)                                                              \
+	{                                                                                                \
+		.struct_bytes = sizeof(opd_operand), .dtype = (type),                                        \
+		.rank = sizeof((int64_t[]){__VA_ARGS__}) / sizeof(int64_t), .shape = (int64_t[]){__VA_ARGS__}, \
+		.data = (pointer)                                                                            \
+	}
+
+/* NULL: out of memory. A builder never fails half-way: a bad or unaffordable argument is remembered and comes out of submit. */
+OPD_API opd_request *opd_request_create(const char *op);
+OPD_API void opd_request_destroy(opd_request *request);
+
+/* Arguments: name NULL is positional, and positional ones come first. Everything is copied but the tensors' `data`, which is kept by reference until
+ * the request's result was taken (opd_run, opd_wait…), or it was cancelled, or the client closed. A request may be submitted many times. */
+OPD_API void opd_request_tensor(opd_request *request, const char *name, const opd_operand *operand);
+OPD_API void opd_request_tensors(opd_request *request, const char *name, const opd_operand *operands, size_t count);
+OPD_API void opd_request_int(opd_request *request, const char *name, int64_t value);
+OPD_API void opd_request_ints(opd_request *request, const char *name, const int64_t *values, size_t count);
+OPD_API void opd_request_float(opd_request *request, const char *name, double value);
+OPD_API void opd_request_bool(opd_request *request, const char *name, bool value);
+OPD_API void opd_request_str(opd_request *request, const char *name, const char *value);
+OPD_API void opd_request_none(opd_request *request, const char *name);
+
+/* How to run. The list of this request alone; count 0 is an empty list (native, with a warning), which differs from no list. */
+OPD_API void opd_request_priority(opd_request *request, const char *const *providers, size_t count);
+OPD_API void opd_request_strict(opd_request *request, bool strict);   /* no fallback: FAILED_PRECONDITION when none of the list accepts */
+OPD_API void opd_request_explain(opd_request *request, bool explain); /* the result carries an opd_explain */
+OPD_API void opd_request_uuid(opd_request *request, bool uuid);
+OPD_API void opd_request_retry(opd_request *request, bool retry);     /* a failed kernel lets the next in the list try */
+OPD_API void opd_request_allow_tf32(opd_request *request, bool allow);
+OPD_API void opd_request_device(opd_request *request, const char *device); /* "cpu", "cuda:1"; NULL: any */
+OPD_API void opd_request_timeout(opd_request *request, uint64_t timeout_us); /* of the server's, from receipt; 0: none */
+
+typedef enum opd_mode {
+	OPD_MODE_RUN = 0,
+	OPD_MODE_FAKE = 1, /* results' dtypes and shapes only; no tensor data moves */
+	OPD_MODE_DRY = 2,  /* what would run, and why; no tensor data moves */
+} opd_mode;
+OPD_API void opd_request_mode(opd_request *request, opd_mode mode);
+
+/* keep: the output stays in the session and can be named by later operands. copy: it is sent back too. Default: not kept, copied. */
+OPD_API void opd_request_output(opd_request *request, uint32_t output, bool keep, bool copy);
+
+/* ---- Running ----------------------------------------------------------------------------------------------------------- */
+
+/* Submits and waits. Returns the reply's status; *result_out is set whenever a reply came, also a failed one (it may carry an explain), else NULL. */
+OPD_API OPD_MUST_USE opd_status opd_run(opd_client *client, const opd_request *request, opd_result **result_out, opd_error *error);
+
+/* Queues the request and writes what the socket takes. Any number may be in flight; the server answers as they finish. */
+OPD_API OPD_MUST_USE opd_status opd_submit(opd_client *client, const opd_request *request, opd_ticket *ticket_out, opd_error *error);
+
+/* Waits for one. Returns the reply's status, with *result_out as in opd_run. OPD_DEADLINE_EXCEEDED with no result: not yet, it is still in flight;
+ * timeout_us 0 looks and doesn't wait, UINT64_MAX waits without limit. OPD_NOT_FOUND: no such ticket in flight. */
+OPD_API OPD_MUST_USE opd_status opd_wait(opd_client *client, opd_ticket ticket, uint64_t timeout_us, opd_result **result_out, opd_error *error);
+
+/* Waits for whichever finishes first. OPD_NOT_FOUND: none is in flight. Otherwise as opd_wait. */
+OPD_API OPD_MUST_USE opd_status opd_wait_any(opd_client *client, uint64_t timeout_us, opd_ticket *ticket_out, opd_result **result_out,
+                                             opd_error *error);
+
+/* Forgets a request: its reply is dropped when it comes. Its operands' data may be freed on return. No-op for an unknown ticket. */
+OPD_API void opd_cancel(opd_client *client, opd_ticket ticket);
+
+/* For your own event loop: poll opd_client_fd for opd_client_events (POLLIN, with POLLOUT while something waits to be written), call opd_process, then take
+ * what is done with opd_wait_any(client, 0, …). The descriptor is the client's. */
+OPD_API int opd_client_fd(const opd_client *client);
+OPD_API short opd_client_events(const opd_client *client);
+OPD_API OPD_MUST_USE opd_status opd_process(opd_client *client, opd_error *error);
+
+/* Requests in flight, and those of them whose reply is here. */
+OPD_API size_t opd_in_flight(const opd_client *client);
+OPD_API size_t opd_finished(const opd_client *client);
+
+/* ---- Results ----------------------------------------------------------------------------------------------------------- */
+
+/* All are borrowed from the result and valid until it is destroyed; a result may outlive its client. NULL is allowed in destroy. */
+OPD_API void opd_result_destroy(opd_result *result);
+OPD_API opd_status opd_result_status(const opd_result *result);
+OPD_API const char *opd_result_message(const opd_result *result);  /* "" for OPD_OK. Escape it before a terminal sees it */
+OPD_API const char *opd_result_provider(const opd_result *result); /* that ran; "" for a fake run */
+OPD_API const char *opd_result_uuid(const opd_result *result);     /* "" unless asked for */
+OPD_API uint32_t opd_result_count(const opd_result *result);       /* of outputs */
+/* Row-major, in host memory, 64-byte aligned; data is NULL where nothing was sent (fake, dry, not copied). NULL past the count. */
+OPD_API const opd_tensor *opd_result_tensor(const opd_result *result, uint32_t output);
+/* generation 0: not kept */
+OPD_API opd_handle opd_result_handle(const opd_result *result, uint32_t output);
+
+typedef struct opd_skip {
+	const char *provider;
+	opd_reason_code code;
+	uint32_t reserved;
+	const char *reason; /* "dtype: weight bf16, x f32" */
+} opd_skip;
+
+typedef struct opd_explain {
+	uint32_t struct_bytes;
+	bool on_loop;      /* ran without a hand-off to a lane */
+	const char *level; /* where the list comes from: "request", "session", "server", "configuration", "none" */
+	const char *device;
+	uint32_t skip_count;
+	uint32_t effective_count;
+	const opd_skip *skipped;
+	const char *const *effective; /* the effective list */
+	/* nanoseconds in the server */
+	uint64_t decode_ns;
+	uint64_t dispatch_ns;
+	uint64_t queue_ns;
+	uint64_t kernel_ns;
+	uint64_t moves_ns;
+	uint64_t pack_ns;
+	uint32_t move_count;
+	uint32_t reserved;
+	const struct opd_move *moves;
+} opd_explain;
+
+typedef struct opd_move {
+	const char *operand;
+	const char *from;
+	const char *to;
+	uint64_t bytes;
+} opd_move;
+
+/* NULL unless asked for. */
+OPD_API const opd_explain *opd_result_explain(const opd_result *result);
+
+/* ---- Kept tensors ------------------------------------------------------------------------------------------------------ */
+
+/* Frees kept tensors; requests submitted before it read them first. OPD_NOT_FOUND names the first that isn't there; the others are freed. */
+OPD_API OPD_MUST_USE opd_status opd_free(opd_client *client, const opd_handle *handles, size_t count, opd_error *error);
+
+/* ---- Priorities -------------------------------------------------------------------------------------------------------- */
+
+typedef struct opd_priority_entry {
+	const char *op; /* or "*" */
+	const char *const *providers;
+	size_t count;
+} opd_priority_entry;
+
+typedef enum opd_scope {
+	OPD_SCOPE_SESSION = 0, /* the newest pushed map, or the session's base */
+	OPD_SCOPE_SERVER = 1,  /* every session's default until the daemon ends: administrators */
+} opd_scope;
+
+/* A map that holds for this session until popped. A bad entry changes nothing. They apply to requests submitted later. */
+OPD_API OPD_MUST_USE opd_status opd_priority_push(opd_client *client, const opd_priority_entry *entries, size_t count, opd_error *error);
+OPD_API OPD_MUST_USE opd_status opd_priority_pop(opd_client *client, opd_error *error);
+OPD_API OPD_MUST_USE opd_status opd_priority_set(opd_client *client, opd_scope scope, const opd_priority_entry *entry, opd_error *error);
+OPD_API OPD_MUST_USE opd_status opd_priority_clear(opd_client *client, opd_scope scope, const char *op, opd_error *error);
+
+/* Every document below is one block of memory: free it with opd_document_free (NULL is allowed). Texts in it come from the server. */
+OPD_API void opd_document_free(const void *document);
+
+typedef struct opd_priority {
+	const char *level; /* "session", "server", "configuration", "none" */
+	uint32_t effective_count;
+	uint32_t stored_count;
+	const char *const *effective; /* what dispatch walks */
+	const char *const *stored;    /* the list as it was given */
+} opd_priority;
+OPD_API OPD_MUST_USE opd_status opd_priority_get(opd_client *client, const char *op, const opd_priority **priority_out, opd_error *error);
+
+/* ---- Inspecting -------------------------------------------------------------------------------------------------------- */
+
+typedef struct opd_implementation {
+	const char *provider;
+	const char *reason; /* why it isn't supported; "" when it is */
+	const char *device;
+	const char *schema;
+	const char *uuid;
+	bool supported;
+	bool predicate;
+	bool plan_may_refuse;
+	bool in_place;
+	bool thread_invariant;
+	bool batch_invariant;
+} opd_implementation;
+
+typedef struct opd_op_description {
+	const char *name;
+	const char *schema;
+	const char *doc;
+	const char *activations;
+	const char *level;
+	uint32_t implementation_count;
+	uint32_t effective_count;
+	uint32_t dim_count;
+	uint32_t in_place_count;
+	const opd_implementation *implementations;
+	const char *const *effective;
+	const char *const *dims;
+	const int64_t *default_dims;            /* [dim_count] */
+	const char *const *in_place_params;     /* [in_place_count] */
+	const uint32_t *in_place_results;       /* [in_place_count] */
+} opd_op_description;
+
+typedef struct opd_op_list {
+	uint32_t count;
+	uint32_t reserved;
+	const opd_op_description *ops; /* name, schema and doc only */
+} opd_op_list;
+
+typedef struct opd_provider_description {
+	const char *name;
+	const char *version;
+	const char *reason; /* why it isn't available; "" when it is */
+	const char *source; /* "built in" or a path */
+	bool available;
+	uint32_t op_count;
+	uint32_t device_count;
+	const char *const *ops;
+	const char *const *devices;
+} opd_provider_description;
+
+typedef struct opd_provider_list {
+	uint32_t count;
+	uint32_t reserved;
+	const opd_provider_description *providers;
+} opd_provider_list;
+
+typedef struct opd_server_info {
+	const char *version;
+	uint64_t uptime_us;
+	uint64_t pid;
+	uint64_t sessions;
+	uint64_t requests;
+	uint64_t memory_bytes;
+	uint64_t memory_limit_bytes;
+	uint64_t session_memory_bytes;
+	uint32_t loops;
+	uint32_t threads;
+	bool draining;
+	uint32_t listener_count;
+	uint32_t device_count;
+	const char *const *listeners;
+	const char *const *devices;
+} opd_server_info;
+
+OPD_API OPD_MUST_USE opd_status opd_ops(opd_client *client, const opd_op_list **list_out, opd_error *error);
+OPD_API OPD_MUST_USE opd_status opd_describe(opd_client *client, const char *op, const opd_op_description **description_out, opd_error *error);
+OPD_API OPD_MUST_USE opd_status opd_providers(opd_client *client, const opd_provider_list **list_out, opd_error *error);
+OPD_API OPD_MUST_USE opd_status opd_info(opd_client *client, const opd_server_info **info_out, opd_error *error);
+OPD_API OPD_MUST_USE opd_status opd_ping(opd_client *client, opd_error *error);
+
+/* ---- Inputs made by the daemon ----------------------------------------------------------------------------------------- */
+
+typedef struct opd_generate_options {
+	uint32_t struct_bytes;
+	opd_dtype dtype;
+	uint32_t variant; /* 0: the typical call */
+	uint32_t values;  /* 0 random, 1 extreme, 2 small integers */
+	uint64_t seed;
+	uint32_t dim_count; /* 0: the op's default_dims */
+	bool keep;          /* leave the tensors in the session: the request then names them by handle */
+	const int64_t *dims;
+} opd_generate_options;
+
+/* A request of that op with made-up arguments, ready to run; it owns its tensors' data. */
+OPD_API OPD_MUST_USE opd_status opd_generate(opd_client *client, const char *op, const opd_generate_options *options, opd_request **request_out,
+                                             opd_error *error);
+
+/* ---- Administration (PERMISSION_DENIED unless opd_session.admin) ------------------------------------------------------------ */
+
+OPD_API OPD_MUST_USE opd_status opd_load_module(opd_client *client, const char *path, opd_error *error);
+OPD_API OPD_MUST_USE opd_status opd_set_log_level(opd_client *client, const char *level, opd_error *error);
+/* Stop accepting, finish what is under way within timeout_us (0: the configuration's), end. */
+OPD_API OPD_MUST_USE opd_status opd_drain(opd_client *client, uint64_t timeout_us, opd_error *error);
+
+/* ---- In this process ------------------------------------------------------------------------------------------------------- */
+
+/* Only with "embedded:" addresses, else FAILED_PRECONDITION. Between begin and end the client calls the dispatcher directly, on the caller's thread,
+ * instead of through encoded frames; results, provider choice and errors are the same. Scopes nest; only this client is affected. begin wants no request in
+ * flight (FAILED_PRECONDITION); opd_submit runs at once inside. */
+OPD_API OPD_MUST_USE opd_status opd_direct_begin(opd_client *client, opd_error *error);
+OPD_API void opd_direct_end(opd_client *client);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,72 @@
+/* What the parts of the codec share: readers check protobuf's structs and turn them into messages, writers do the way back.
+ *
+ * Layer: proto, private to codec*.c. Threads: pure but for the arena.
+ * Not here: anything for callers (proto/codec.h). */
+#ifndef OPD_PROTO_CODEC_INTERNAL_H
+#define OPD_PROTO_CODEC_INTERNAL_H
+
+#include "opd.pb-c.h"
+
+#include "proto/bounds.h"
+#include "proto/codec.h"
+
+/* Decoding one envelope. */
+struct reader {
+	struct arena *arena;
+	opd_error *error;
+};
+
+/* The arena ran out. */
+opd_status read_full(struct reader *reader);
+
+/* A text of at most `bound` bytes, UTF-8 without NUL; `field` names it in errors. What protobuf-c unpacked has a NUL behind its
+ * last byte (the codec's allocator puts it there), so nothing is copied. */
+OPD_MUST_USE opd_status read_text(struct reader *reader, const char *field, ProtobufCBinaryData in, size_t bound,
+                                  struct msg_text *out);
+
+/* At most `count_bound` of them. */
+OPD_MUST_USE opd_status read_texts(struct reader *reader, const char *field, size_t count, const ProtobufCBinaryData *in,
+                                   size_t count_bound, size_t bound, uint32_t *count_out, const struct msg_text **out);
+
+/* count is at most bound; "run: 100000 args, at most 256". */
+OPD_MUST_USE opd_status read_count(struct reader *reader, const char *field, size_t count, size_t bound);
+
+OPD_MUST_USE opd_status read_ints(struct reader *reader, const char *field, size_t count, const int64_t *in, size_t bound,
+                                  uint32_t *count_out, const int64_t **out);
+
+OPD_MUST_USE opd_status read_dtype(struct reader *reader, const char *field, int32_t number, opd_dtype *out);
+OPD_MUST_USE opd_status read_tensor(struct reader *reader, const Opd__V1__Tensor *in, struct msg_tensor *out);
+OPD_MUST_USE opd_status read_tensors(struct reader *reader, const char *field, size_t count, Opd__V1__Tensor *const *in,
+                                     uint32_t *count_out, struct msg_tensor **out);
+OPD_MUST_USE opd_status read_args(struct reader *reader, size_t count, Opd__V1__Argument *const *in, uint32_t *count_out,
+                                  struct msg_arg **out);
+
+/* A number that no status has is UNKNOWN, as gRPC has it. */
+opd_status read_status(uint32_t number);
+
+/* Unpacks with memory from the arena; NULL with the error filled in (and its status in *status_out). */
+void *codec_unpack(struct reader *reader, const ProtobufCMessageDescriptor *descriptor, const char *name, const uint8_t *envelope,
+                   size_t bytes, opd_status *status_out);
+
+/* Writers return NULL (or false) when the arena is full; codec_pack turns that into the error. */
+void *write_new(struct arena *arena, const ProtobufCMessageDescriptor *descriptor);
+OPD_MUST_USE bool write_texts(struct arena *arena, uint32_t count, const struct msg_text *in, size_t *count_out,
+                              ProtobufCBinaryData **out);
+Opd__V1__Tensor *write_tensor(struct arena *arena, const struct msg_tensor *in);
+OPD_MUST_USE bool write_tensors(struct arena *arena, uint32_t count, const struct msg_tensor *in, size_t *count_out,
+                                Opd__V1__Tensor ***out);
+OPD_MUST_USE bool write_args(struct arena *arena, uint32_t count, const struct msg_arg *in, size_t *count_out,
+                             Opd__V1__Argument ***out);
+Opd__V1__Handle *write_handle(struct arena *arena, struct msg_handle in);
+
+/* Borrows: protobuf-c writes nothing through it. */
+static inline ProtobufCBinaryData write_text(struct msg_text in)
+{
+	return (ProtobufCBinaryData){in.bytes, (uint8_t *)(uintptr_t)in.data};
+}
+
+/* Packs `message` (NULL: a writer found the arena full) behind FRAME_HEADER_BYTES of room. */
+OPD_MUST_USE opd_status codec_pack(struct arena *arena, const ProtobufCMessage *message, const char *name,
+                                   struct codec_buffer *out, opd_error *error);
+
+#endif

@@ -1,0 +1,425 @@
+/* The messages of the wire as plain C structs: what client and server build and read. proto/codec.h turns them into envelopes and back.
+ *
+ * Layer: proto, internal. Threads: values.
+ * Ownership: a decoded message and all it points to live in the arena it was decoded into (inline tensor bytes too). A message to be encoded
+ * borrows everything.
+ * Text: `struct msg_text` is NUL-terminated and, once decoded, valid UTF-8 without an inner NUL; its length is bounded (proto/bounds.h).
+ * An absent text is {NULL, 0} or "". When encoding, `data` need not be NUL-terminated. */
+#ifndef OPD_PROTO_MESSAGE_H
+#define OPD_PROTO_MESSAGE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "opd/reason.h"
+#include "opd/status.h"
+#include "opd/tensor.h"
+
+struct msg_text {
+	const char *data;
+	size_t bytes;
+};
+
+static inline struct msg_text msg_text(const char *text)
+{
+	return (struct msg_text){text, text == NULL ? 0 : strlen(text)};
+}
+
+/* ---- Session ---- */
+
+struct msg_hello {
+	uint32_t version_min;
+	uint32_t version_max;
+	uint32_t feature_count;
+	const struct msg_text *features;
+	struct msg_text client;
+	uint64_t chunk_bytes;
+	bool no_chunks;
+	size_t reattach_bytes;
+};
+
+struct msg_limits {
+	uint64_t envelope_bytes;
+	uint64_t payload_bytes;
+	uint64_t session_bytes;
+	uint32_t in_flight;
+};
+
+struct msg_hello_reply {
+	opd_status status;
+	struct msg_text message;
+	uint32_t version;
+	uint32_t feature_count;
+	const struct msg_text *features;
+	struct msg_text server;
+	uint64_t chunk_bytes;
+	struct msg_limits limits;
+	uint64_t session;
+	struct msg_text tenant;
+	bool admin;
+};
+
+struct msg_goaway {
+	opd_status status;
+	struct msg_text message;
+};
+
+/* ---- Tensors ---- */
+
+typedef enum msg_source {
+	MSG_SOURCE_NONE = 0,
+	MSG_SOURCE_INLINE,
+	MSG_SOURCE_PAYLOAD,
+	MSG_SOURCE_HANDLE,
+	MSG_SOURCE_RESULT,
+	MSG_SOURCE_SHARED,
+} msg_source;
+
+struct msg_handle {
+	uint32_t index;
+	uint64_t generation; /* 0: no handle */
+};
+
+struct msg_tensor {
+	opd_dtype dtype; /* decoded: a valid dtype or OPD_DTYPE_NONE; the shape and strides are not yet checked */
+	uint32_t rank;   /* decoded: at most OPD_RANK_MAX */
+	bool strided;    /* `strides` are given */
+	bool donate;
+	msg_source source;
+	int64_t shape[OPD_RANK_MAX];
+	int64_t strides[OPD_RANK_MAX];
+	uint64_t byte_offset;
+	union {
+		struct {
+			const uint8_t *data;
+			size_t bytes;
+		} inlined;
+		struct {
+			uint64_t offset;
+			uint64_t bytes;
+		} payload;
+		struct msg_handle handle;
+		struct {
+			uint64_t request;
+			uint32_t output;
+		} result;
+		struct {
+			uint32_t region;
+			uint64_t offset;
+			uint64_t bytes;
+		} shared;
+	};
+};
+
+/* One argument; kinds are opd_arg_kind's of opd/provider.h, which proto can't include. */
+typedef enum msg_arg_kind {
+	MSG_ARG_NONE = 0,
+	MSG_ARG_TENSOR = 1,
+	MSG_ARG_TENSORS = 2,
+	MSG_ARG_INT = 3,
+	MSG_ARG_INTS = 4,
+	MSG_ARG_FLOAT = 5,
+	MSG_ARG_BOOL = 6,
+	MSG_ARG_STR = 7,
+} msg_arg_kind;
+
+struct msg_arg {
+	struct msg_text name; /* empty: positional */
+	msg_arg_kind kind;
+	uint32_t count; /* of tensors and ints */
+	union {
+		struct msg_tensor *tensor;  /* [1], or [count] for TENSORS */
+		const int64_t *ints;
+		int64_t i;
+		double f;
+		bool b;
+		struct msg_text str;
+	};
+};
+
+/* ---- Running ---- */
+
+struct msg_list {
+	bool present; /* an empty list differs from none */
+	uint32_t count;
+	const struct msg_text *names;
+};
+
+typedef enum msg_mode {
+	MSG_RUN = 0,
+	MSG_FAKE = 1,
+	MSG_DRY = 2,
+} msg_mode;
+
+struct msg_output_option {
+	bool keep;
+	bool no_copy;
+};
+
+struct msg_run {
+	struct msg_text op;
+	uint32_t arg_count;
+	struct msg_arg *args;
+	struct msg_list priority;
+	bool strict;
+	bool explain;
+	bool retry;
+	bool allow_tf32;
+	bool uuid;
+	bool inline_results;
+	msg_mode mode;
+	struct msg_text device;
+	uint32_t output_count;
+	const struct msg_output_option *outputs;
+	uint64_t timeout_us;
+};
+
+struct msg_result {
+	struct msg_tensor tensor;
+	struct msg_handle kept;
+};
+
+typedef enum msg_level {
+	MSG_LEVEL_NONE = 0,
+	MSG_LEVEL_NODE = 1,
+	MSG_LEVEL_REQUEST = 2,
+	MSG_LEVEL_SESSION = 3,
+	MSG_LEVEL_SERVER = 4,
+	MSG_LEVEL_CONFIGURATION = 5,
+} msg_level;
+
+/* "request", "session", …, "none" */
+const char *msg_level_name(msg_level level);
+
+struct msg_skip {
+	struct msg_text provider;
+	opd_reason_code code;
+	struct msg_text reason;
+};
+
+struct msg_move {
+	struct msg_text operand;
+	struct msg_text from;
+	struct msg_text to;
+	uint64_t bytes;
+};
+
+struct msg_times { /* nanoseconds */
+	uint64_t decode;
+	uint64_t dispatch;
+	uint64_t queue;
+	uint64_t kernel;
+	uint64_t moves;
+	uint64_t pack;
+};
+
+struct msg_explain {
+	uint32_t skip_count;
+	const struct msg_skip *skipped;
+	uint32_t effective_count;
+	const struct msg_text *effective;
+	msg_level level;
+	struct msg_times times;
+	uint32_t move_count;
+	const struct msg_move *moves;
+	struct msg_text device;
+	bool on_loop;
+};
+
+struct msg_run_reply {
+	struct msg_text provider;
+	uint32_t output_count;
+	struct msg_result *outputs;
+	const struct msg_explain *explain; /* NULL: not asked for */
+	struct msg_text uuid;
+};
+
+/* ---- Inspecting ---- */
+
+struct msg_impl {
+	struct msg_text provider;
+	bool supported;
+	bool predicate;
+	bool plan_may_refuse;
+	bool in_place;
+	bool thread_invariant;
+	bool batch_invariant;
+	struct msg_text reason;
+	struct msg_text device;
+	struct msg_text schema;
+	struct msg_text uuid;
+};
+
+struct msg_in_place {
+	struct msg_text param;
+	uint32_t result;
+};
+
+struct msg_op {
+	struct msg_text name;
+	struct msg_text schema;
+	struct msg_text doc;
+	uint32_t impl_count;
+	const struct msg_impl *impls;
+	uint32_t effective_count;
+	const struct msg_text *effective;
+	msg_level level;
+	struct msg_text activations;
+	uint32_t in_place_count;
+	const struct msg_in_place *in_place;
+	uint32_t dim_count;
+	const struct msg_text *dims;
+	uint32_t default_dim_count;
+	const int64_t *default_dims;
+};
+
+struct msg_provider {
+	struct msg_text name;
+	struct msg_text version;
+	bool available;
+	struct msg_text reason;
+	struct msg_text source;
+	uint32_t op_count;
+	const struct msg_text *ops;
+	uint32_t device_count;
+	const struct msg_text *devices;
+};
+
+struct msg_info {
+	struct msg_text version;
+	uint64_t uptime_us;
+	uint32_t listener_count;
+	const struct msg_text *listeners;
+	uint32_t loops;
+	uint32_t threads;
+	uint32_t device_count;
+	const struct msg_text *devices;
+	uint64_t sessions;
+	uint64_t requests;
+	uint64_t memory_bytes;
+	uint64_t memory_limit_bytes;
+	uint64_t session_memory_bytes;
+	uint64_t pid;
+	bool draining;
+};
+
+/* ---- Requests ---- */
+
+struct msg_free {
+	uint32_t count;
+	struct msg_tensor *tensors;
+};
+
+struct msg_priority_entry {
+	struct msg_text op;
+	struct msg_list list;
+};
+
+struct msg_priority_map {
+	uint32_t count;
+	const struct msg_priority_entry *entries;
+};
+
+typedef enum msg_scope {
+	MSG_SCOPE_SESSION = 0,
+	MSG_SCOPE_SERVER = 1,
+} msg_scope;
+
+struct msg_set_priority {
+	msg_scope scope;
+	struct msg_text op;
+	struct msg_list list; /* not present: clear */
+};
+
+struct msg_generate {
+	struct msg_text op;
+	opd_dtype dtype;
+	uint32_t dim_count;
+	const int64_t *dims;
+	uint32_t variant;
+	uint64_t seed;
+	uint32_t values;
+	bool keep;
+};
+
+typedef enum msg_request_kind {
+	MSG_REQUEST_NONE = 0, /* no body, or one that this build doesn't know */
+	MSG_REQUEST_RUN,
+	MSG_REQUEST_FREE,
+	MSG_REQUEST_PUSH_PRIORITY,
+	MSG_REQUEST_POP_PRIORITY,
+	MSG_REQUEST_SET_PRIORITY,
+	MSG_REQUEST_GET_PRIORITY,
+	MSG_REQUEST_LIST_OPS,
+	MSG_REQUEST_DESCRIBE,
+	MSG_REQUEST_LIST_PROVIDERS,
+	MSG_REQUEST_PING,
+	MSG_REQUEST_INFO,
+	MSG_REQUEST_GENERATE,
+	MSG_REQUEST_LOAD_MODULE,
+	MSG_REQUEST_SET_LOG_LEVEL,
+	MSG_REQUEST_DRAIN,
+} msg_request_kind;
+
+struct msg_request {
+	msg_request_kind kind;
+	union {
+		struct msg_run run;
+		struct msg_free free;
+		struct msg_priority_map push;
+		struct msg_set_priority set;
+		struct msg_text op; /* GET_PRIORITY, DESCRIBE */
+		struct msg_generate generate;
+		struct msg_text path;      /* LOAD_MODULE */
+		struct msg_text log_level; /* SET_LOG_LEVEL */
+		uint64_t timeout_us;       /* DRAIN */
+	};
+};
+
+struct msg_priority_reply {
+	uint32_t effective_count;
+	const struct msg_text *effective;
+	msg_level level;
+	uint32_t stored_count;
+	const struct msg_text *stored;
+};
+
+typedef enum msg_reply_kind {
+	MSG_REPLY_NONE = 0,
+	MSG_REPLY_RUN,
+	MSG_REPLY_PRIORITY,
+	MSG_REPLY_OPS,
+	MSG_REPLY_OP,
+	MSG_REPLY_PROVIDERS,
+	MSG_REPLY_INFO,
+	MSG_REPLY_GENERATED,
+	MSG_REPLY_EMPTY,
+} msg_reply_kind;
+
+struct msg_reply {
+	opd_status status;
+	struct msg_text message;
+	msg_reply_kind kind;
+	union {
+		struct msg_run_reply run;
+		struct msg_priority_reply priority;
+		struct {
+			uint32_t count;
+			const struct msg_op *items;
+		} ops;
+		struct msg_op op;
+		struct {
+			uint32_t count;
+			const struct msg_provider *items;
+		} providers;
+		struct msg_info info;
+		struct {
+			uint32_t count;
+			struct msg_arg *args;
+		} generated;
+	};
+};
+
+#endif

@@ -1,0 +1,422 @@
+#include "server/config.h"
+
+#include <arpa/inet.h>
+#include <errno.h>
+#include <inttypes.h>
+#include <netinet/in.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include "proto/bounds.h"
+#include "proto/text.h"
+#include "server/config_internal.h"
+
+#define NAME_RULE "[a-z_][a-z_0-9]*"
+
+static opd_status out_of_memory(opd_error *error)
+{
+	return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "out of memory");
+}
+
+/* What the kernel lets this container have; UINT64_MAX: no such limit. */
+static uint64_t cgroup_memory(void)
+{
+	static const char *const files[] = {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"};
+	for (size_t i = 0; i < sizeof files / sizeof *files; i++) {
+		FILE *file = fopen(files[i], "re");
+		if (file == NULL)
+			continue;
+		uint64_t bytes;
+		int count = fscanf(file, "%" SCNu64, &bytes);
+		(void)fclose(file);
+		if (count == 1 && bytes > 0)
+			return bytes;
+	}
+	return UINT64_MAX;
+}
+
+static uint64_t machine_memory(void)
+{
+	long pages = sysconf(_SC_PHYS_PAGES);
+	long page_bytes = sysconf(_SC_PAGESIZE);
+	uint64_t bytes = pages > 0 && page_bytes > 0 ? (uint64_t)pages * (uint64_t)page_bytes : 1ull << 30;
+	uint64_t limit = cgroup_memory();
+	return bytes < limit ? bytes : limit;
+}
+
+struct config *config_create(void)
+{
+	struct config *config = calloc(1, sizeof *config);
+	if (config == NULL)
+		return NULL;
+	config->limits = (struct config_limits){
+		.memory_bytes = machine_memory() / 2,
+		.envelope_bytes = 1u << 20,
+		.sessions = 4096,
+		.in_flight = 1024,
+		.kept = 65536,
+		.handshake_us = 10 * 1000000,
+		.stall_us = 60 * 1000000,
+		.drain_us = 30 * 1000000,
+	};
+	config->inline_ns = 5000;
+	config->level = LOG_INFO;
+	config->format = LOG_TEXT;
+	config_derive_limits(config);
+	return config;
+}
+
+static void free_providers(struct config_priority *priority)
+{
+	for (size_t i = 0; i < priority->count; i++)
+		free(priority->providers[i]);
+	free(priority->providers);
+	priority->providers = NULL;
+	priority->count = 0;
+}
+
+static void listener_fini(struct config_listener *listener)
+{
+	free(listener->address);
+	free(listener->path);
+	free(listener->host);
+}
+
+void config_clear_listeners(struct config *config)
+{
+	for (size_t i = 0; i < config->listener_count; i++)
+		listener_fini(&config->listeners[i]);
+	free(config->listeners);
+	config->listeners = NULL;
+	config->listener_count = 0;
+}
+
+void config_destroy(struct config *config)
+{
+	if (config == NULL)
+		return;
+	config_clear_listeners(config);
+	for (size_t i = 0; i < config->priority_count; i++) {
+		free(config->priorities[i].op);
+		free_providers(&config->priorities[i]);
+	}
+	for (size_t i = 0; i < config->module_count; i++) {
+		free(config->modules[i].name);
+		free(config->modules[i].path);
+	}
+	free(config->priorities);
+	free(config->modules);
+	free(config->path);
+	free(config->log_path);
+	free(config);
+}
+
+/* ---- Listeners --------------------------------------------------------------------------------------------------------- */
+
+static opd_status parse_unix(const char *path, struct config_listener *listener, opd_error *error)
+{
+	size_t room = sizeof ((struct sockaddr_un *)NULL)->sun_path;
+	if (path[0] != '/')
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "\"unix:%.200s\": the path isn't absolute, expected unix:/path", path);
+	if (strlen(path) >= room)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "\"unix:%.200s\": the path has %zu bytes, expected at most %zu", path,
+		                strlen(path), room - 1);
+	listener->kind = LISTEN_UNIX;
+	listener->path = strdup(path);
+	return listener->path != NULL ? OPD_OK : out_of_memory(error);
+}
+
+/* "host:port" or "[literal]:port"; *host_out points into text. */
+static bool split_host(const char *text, const char **host_out, size_t *host_bytes_out, const char **port_out)
+{
+	const char *colon = strrchr(text, ':');
+	if (colon == NULL)
+		return false;
+	const char *host = text;
+	const char *end = colon;
+	if (host[0] == '[') {
+		host++;
+		end--;
+		if (end <= host || *end != ']')
+			return false;
+	} else if (memchr(host, ':', (size_t)(end - host)) != NULL) {
+		return false; /* IPv6 without brackets: which colon is the port's? */
+	}
+	*host_out = host;
+	*host_bytes_out = (size_t)(end - host);
+	*port_out = colon + 1;
+	return end > host;
+}
+
+static bool parse_port(const char *text, uint16_t *port_out)
+{
+	uint32_t port = 0;
+	size_t digits = strspn(text, "0123456789");
+	if (digits == 0 || digits > 5 || text[digits] != '\0')
+		return false;
+	for (size_t i = 0; i < digits; i++)
+		port = port * 10 + (uint32_t)(text[i] - '0');
+	*port_out = (uint16_t)port;
+	return port <= UINT16_MAX;
+}
+
+static opd_status parse_tcp(const char *text, struct config_listener *listener, opd_error *error)
+{
+	const char *host, *port;
+	size_t host_bytes;
+	if (!split_host(text, &host, &host_bytes, &port))
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "\"tcp://%.200s\": expected tcp://host:port (IPv6 in brackets)", text);
+	if (!parse_port(port, &listener->port))
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "\"tcp://%.200s\": port \"%.20s\", expected 0 to 65535", text, port);
+	listener->kind = LISTEN_TCP;
+	listener->host = strndup(host, host_bytes);
+	return listener->host != NULL ? OPD_OK : out_of_memory(error);
+}
+
+static opd_status parse_address(const char *address, struct config_listener *listener, opd_error *error)
+{
+	listener->address = strdup(address);
+	if (listener->address == NULL)
+		return out_of_memory(error);
+	if (strncmp(address, "unix:", 5) == 0)
+		return parse_unix(address + 5, listener, error);
+	if (strncmp(address, "tcp://", 6) == 0)
+		return parse_tcp(address + 6, listener, error);
+	return opd_fail(error, OPD_INVALID_ARGUMENT, "\"%.200s\" is not an address, expected unix:/path or tcp://host:port", address);
+}
+
+opd_status config_add_listener(struct config *config, const char *address, opd_error *error)
+{
+	struct config_listener listener = {0};
+	opd_status status = parse_address(address, &listener, error);
+	if (status != OPD_OK)
+		goto free_listener;
+	struct config_listener *grown =
+		reallocarray(config->listeners, config->listener_count + 1, sizeof *config->listeners);
+	if (grown == NULL) {
+		status = out_of_memory(error);
+		goto free_listener;
+	}
+	config->listeners = grown;
+	config->listeners[config->listener_count++] = listener;
+	return OPD_OK;
+free_listener:
+	listener_fini(&listener);
+	return status;
+}
+
+/* ---- Priorities -------------------------------------------------------------------------------------------------------- */
+
+static opd_status check_name(const char *what, const char *name, opd_error *error)
+{
+	if (text_is_name(name, strlen(name)))
+		return OPD_OK;
+	return opd_fail(error, OPD_INVALID_ARGUMENT, "%s \"%.64s\" is not a name, expected " NAME_RULE " of at most %u bytes", what, name,
+	                BOUND_NAME_BYTES);
+}
+
+static struct config_priority *find_priority(struct config *config, const char *op)
+{
+	for (size_t i = 0; i < config->priority_count; i++)
+		if (strcmp(config->priorities[i].op, op) == 0)
+			return &config->priorities[i];
+	return NULL;
+}
+
+opd_status config_begin_priority(struct config *config, const char *op, unsigned line, struct config_priority **priority_out,
+                                 opd_error *error)
+{
+	opd_status status = strcmp(op, "*") == 0 ? OPD_OK : check_name("op", op, error);
+	if (status != OPD_OK)
+		return status;
+	struct config_priority *priority = find_priority(config, op);
+	if (priority == NULL) {
+		struct config_priority *grown = reallocarray(config->priorities, config->priority_count + 1, sizeof *grown);
+		if (grown == NULL)
+			return out_of_memory(error);
+		config->priorities = grown;
+		priority = &grown[config->priority_count];
+		*priority = (struct config_priority){.op = strdup(op)};
+		if (priority->op == NULL)
+			return out_of_memory(error);
+		config->priority_count++;
+	}
+	free_providers(priority);
+	priority->line = line;
+	*priority_out = priority;
+	return OPD_OK;
+}
+
+opd_status config_append_provider(struct config_priority *priority, const char *name, opd_error *error)
+{
+	opd_status status = check_name("provider", name, error);
+	if (status != OPD_OK)
+		return status;
+	if (priority->count == BOUND_PROVIDERS)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "more than %u providers in one list", BOUND_PROVIDERS);
+	char **grown = reallocarray(priority->providers, priority->count + 1, sizeof *grown);
+	if (grown == NULL)
+		return out_of_memory(error);
+	priority->providers = grown;
+	grown[priority->count] = strdup(name);
+	if (grown[priority->count] == NULL)
+		return out_of_memory(error);
+	priority->count++;
+	return OPD_OK;
+}
+
+/* `names` is cut up. */
+static opd_status append_providers(struct config_priority *priority, char *names, opd_error *error)
+{
+	if (names[0] == '\0')
+		return OPD_OK; /* an empty list, which differs from none */
+	for (char *name; (name = strsep(&names, ",")) != NULL;) {
+		opd_status status = config_append_provider(priority, name, error);
+		if (status != OPD_OK)
+			return status;
+	}
+	return OPD_OK;
+}
+
+opd_status config_add_priority(struct config *config, const char *text, opd_error *error)
+{
+	char *copy = strdup(text);
+	if (copy == NULL)
+		return out_of_memory(error);
+	char *equals = strchr(copy, '=');
+	struct config_priority *priority;
+	opd_status status;
+	if (equals == NULL) {
+		status = opd_fail(error, OPD_INVALID_ARGUMENT, "priority \"%.200s\": expected op=provider,provider", text);
+	} else {
+		*equals = '\0';
+		status = config_begin_priority(config, copy, 0, &priority, error);
+		if (status == OPD_OK)
+			status = append_providers(priority, equals + 1, error);
+		if (status != OPD_OK)
+			status = opd_error_prefix(error, status, "priority \"%.200s\"", text);
+	}
+	free(copy);
+	return status;
+}
+
+/* ---- Modules ----------------------------------------------------------------------------------------------------------- */
+
+static opd_status check_module(const struct config *config, const char *name, const char *path, opd_error *error)
+{
+	opd_status status = name == NULL ? OPD_OK : check_name("module", name, error);
+	if (status != OPD_OK)
+		return status;
+	if (name != NULL && (strcmp(name, "native") == 0 || strcmp(name, "unfused") == 0))
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "module \"%s\": the name is reserved", name);
+	/* A bare name would be looked for in the library path: which file runs must not depend on the environment. */
+	if (path[0] != '/')
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "module \"%.200s\": expected an absolute path", path);
+	for (size_t i = 0; name != NULL && i < config->module_count; i++)
+		if (config->modules[i].name != NULL && strcmp(config->modules[i].name, name) == 0)
+			return opd_fail(error, OPD_INVALID_ARGUMENT, "module \"%s\" is named twice", name);
+	return OPD_OK;
+}
+
+opd_status config_append_module(struct config *config, const char *name, const char *path, unsigned line, opd_error *error)
+{
+	opd_status status = check_module(config, name, path, error);
+	if (status != OPD_OK)
+		return status;
+	struct config_module *grown = reallocarray(config->modules, config->module_count + 1, sizeof *grown);
+	if (grown == NULL)
+		return out_of_memory(error);
+	config->modules = grown;
+	struct config_module module = {.name = name != NULL ? strdup(name) : NULL, .path = strdup(path), .line = line};
+	if (module.path == NULL || (name != NULL && module.name == NULL)) {
+		free(module.name);
+		free(module.path);
+		return out_of_memory(error);
+	}
+	grown[config->module_count++] = module;
+	return OPD_OK;
+}
+
+opd_status config_add_module(struct config *config, const char *text, opd_error *error)
+{
+	const char *equals = strchr(text, '=');
+	if (text[0] == '/' || equals == NULL)
+		return config_append_module(config, NULL, text, 0, error);
+	char *name = strndup(text, (size_t)(equals - text));
+	if (name == NULL)
+		return out_of_memory(error);
+	opd_status status = config_append_module(config, name, equals + 1, 0, error);
+	free(name);
+	return status;
+}
+
+/* ---- What one key alone can't tell ------------------------------------------------------------------------------------- */
+
+/* A name other than localhost may resolve to anything, tomorrow to something else: it isn't loopback. */
+static bool is_loopback(const char *host)
+{
+	struct in_addr v4;
+	struct in6_addr v6;
+	if (strcmp(host, "localhost") == 0)
+		return true;
+	if (inet_pton(AF_INET, host, &v4) == 1)
+		return (ntohl(v4.s_addr) >> 24) == 127;
+	if (inet_pton(AF_INET6, host, &v6) != 1)
+		return false;
+	return IN6_IS_ADDR_LOOPBACK(&v6) || (IN6_IS_ADDR_V4MAPPED(&v6) && v6.s6_addr[12] == 127);
+}
+
+static bool same_listener(const struct config_listener *a, const struct config_listener *b)
+{
+	if (a->kind != b->kind)
+		return false;
+	if (a->kind == LISTEN_UNIX)
+		return strcmp(a->path, b->path) == 0;
+	return a->port == b->port && a->port != 0 && strcmp(a->host, b->host) == 0;
+}
+
+static opd_status check_listener(const struct config *config, size_t index, bool allow_remote, opd_error *error)
+{
+	const struct config_listener *listener = &config->listeners[index];
+	for (size_t i = 0; i < index; i++)
+		if (same_listener(&config->listeners[i], listener))
+			return opd_fail(error, OPD_INVALID_ARGUMENT, "listen: %s is there twice", listener->address);
+	if (listener->kind == LISTEN_TCP && !allow_remote && !is_loopback(listener->host))
+		return opd_fail(error, OPD_INVALID_ARGUMENT,
+		                "listen: %s is not a loopback address, and clients are not authenticated: anyone who reaches it could run "
+		                "ops. Use 127.0.0.1, [::1] or a Unix socket, or start with --allow-remote-without-auth",
+		                listener->address);
+	return OPD_OK;
+}
+
+static opd_status add_default_listener(struct config *config, opd_error *error)
+{
+	char address[512] = "unix:";
+	config_default_socket(address + 5, sizeof address - 5);
+	opd_status status = config_add_listener(config, address, error);
+	return status == OPD_OK ? OPD_OK : opd_error_prefix(error, status, "default socket");
+}
+
+opd_status config_check(struct config *config, bool allow_remote, opd_error *error)
+{
+	config_derive_limits(config);
+	opd_status status = config_check_limits(config, error);
+	for (size_t i = 0; status == OPD_OK && i < config->listener_count; i++)
+		status = check_listener(config, i, allow_remote, error);
+	if (status == OPD_OK && config->listener_count == 0)
+		status = add_default_listener(config, error);
+	return status;
+}
+
+void config_default_socket(char *out, size_t out_bytes)
+{
+	const char *runtime = getenv("XDG_RUNTIME_DIR");
+	if (runtime != NULL && runtime[0] == '/')
+		(void)snprintf(out, out_bytes, "%s/opd.sock", runtime);
+	else if (geteuid() == 0)
+		(void)snprintf(out, out_bytes, "/run/opd/opd.sock");
+	else
+		(void)snprintf(out, out_bytes, "/tmp/opd-%u/opd.sock", (unsigned)geteuid());
+}

@@ -1,0 +1,107 @@
+/* The daemon's configuration: defaults, the YAML file over them, flags over both.
+ *
+ * Layer: server. Threads: built by one, then constant.
+ * Life: config_create (defaults) → config_load (file) → changes by flags → config_check → config_destroy. A reload makes a new one and swaps.
+ * In three files: config.c (the object, listeners, lists, checks), config_key.c (keys with one value), config_file.c (YAML).
+ * README.md documents every key; errors name file, line, key, value and what was expected. Unknown keys and repeated keys are errors.
+ * Not here: whether the named ops and providers exist (server/registry.h checks that when the server starts or reloads). */
+#ifndef OPD_SERVER_CONFIG_H
+#define OPD_SERVER_CONFIG_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "opd/status.h"
+#include "server/log.h"
+
+typedef enum listen_kind {
+	LISTEN_UNIX = 0,
+	LISTEN_TCP = 1,
+} listen_kind;
+
+struct config_listener {
+	listen_kind kind;
+	char *address; /* as it was written: "unix:/path", "tcp://host:port" */
+	char *path;    /* UNIX */
+	char *host;    /* TCP: a name or a literal address without brackets */
+	uint16_t port; /* TCP; 0: any free one (printed when listening) */
+};
+
+/* One entry of `priorities`: an op or "*", and its list. */
+struct config_priority {
+	char *op;
+	size_t count;
+	char **providers;
+	unsigned line; /* in the file; 0: from a flag */
+};
+
+struct config_module {
+	char *name; /* the provider's, so that lists may name it also when it can't be loaded; NULL: whatever the module calls itself */
+	char *path;
+	unsigned line;
+};
+
+struct config_limits {
+	uint64_t memory_bytes;         /* tensor bytes of the daemon; default: half of the machine's memory */
+	uint64_t session_bytes;        /* … of a session; default: memory_bytes / 2 */
+	uint64_t request_bytes;        /* payload of one request; default 4 GiB, at most session_bytes */
+	uint64_t envelope_bytes;       /* default 1 MiB */
+	uint64_t cache_bytes;          /* freed tensor memory kept warm for reuse; default 256 MiB */
+	uint32_t sessions;             /* open connections; default 4096 */
+	uint32_t in_flight;            /* requests of a session not yet answered; default 1024 */
+	uint32_t kept;                 /* kept tensors of a session; default 65536 */
+	uint64_t handshake_us;         /* from accept to Hello; default 10 s */
+	uint64_t stall_us;             /* a frame begun and not finished, or a reply not read, without a byte of progress; default 60 s */
+	uint64_t drain_us;             /* default 30 s */
+};
+
+struct config {
+	char *path; /* of the file; NULL: none */
+	size_t listener_count;
+	struct config_listener *listeners; /* empty: the default Unix socket */
+	size_t priority_count;
+	struct config_priority *priorities;
+	size_t module_count;
+	struct config_module *modules;
+	struct config_limits limits;
+	uint32_t threads; /* of the CPU lane; 0: one a core that the process may use */
+	bool checked;     /* canaries behind every output, verified after each kernel */
+	uint64_t inline_ns; /* a kernel estimated under this runs on the loop; default 5000, 0: never */
+	log_level level;
+	log_format format;
+	char *log_path; /* NULL: stderr */
+	uint32_t given; /* limits that somebody set (config_key.c's bits); the others follow memory_bytes */
+};
+
+/* Defaults. NULL: out of memory. */
+struct config *config_create(void);
+void config_destroy(struct config *config);
+
+/* Reads the YAML file over `config`. On failure `config` is to be destroyed. */
+OPD_MUST_USE opd_status config_load(struct config *config, const char *path, opd_error *error);
+
+/* Sets a key that has one value, as the file would: config_set(config, "limits.memory", "64 GiB", error). */
+OPD_MUST_USE opd_status config_set(struct config *config, const char *key, const char *value, opd_error *error);
+/* Forgets the listeners so far: --listen replaces the file's. */
+void config_clear_listeners(struct config *config);
+/* "unix:/path" or "tcp://host:port"; appends. */
+OPD_MUST_USE opd_status config_add_listener(struct config *config, const char *address, opd_error *error);
+/* "op=provider,provider" or "*=…"; replaces an entry of that op. */
+OPD_MUST_USE opd_status config_add_priority(struct config *config, const char *text, opd_error *error);
+/* "name=/path.so" or "/path.so" */
+OPD_MUST_USE opd_status config_add_module(struct config *config, const char *text, opd_error *error);
+/* "64 MiB", "1GiB", "4096": binary units. */
+OPD_MUST_USE opd_status config_parse_bytes(const char *text, uint64_t *bytes_out, opd_error *error);
+/* "500ms", "10 s", "2min": units ns, us, ms, s, min, h; a bare 0 needs none. */
+OPD_MUST_USE opd_status config_parse_duration(const char *text, uint64_t *ns_out, opd_error *error);
+
+/* What one key alone can't tell: limits that contradict each other, listeners twice, a TCP listener that is not loopback (refused until identities exist,
+ * unless its host is given with the flag that asks for it). Adds the default listener where there is none. */
+OPD_MUST_USE opd_status config_check(struct config *config, bool allow_remote, opd_error *error);
+
+/* Where opd listens and opctl looks when nobody says: $XDG_RUNTIME_DIR/opd.sock, as root /run/opd/opd.sock, else /tmp/opd-<uid>/opd.sock. Written into out. The same rule stands in
+ * client/address.h: README.md documents it. */
+void config_default_socket(char *out, size_t out_bytes);
+
+#endif

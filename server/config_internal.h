@@ -1,0 +1,34 @@
+/* What the three files of the configuration share.
+ *
+ * Layer: server, private to config*.c. Threads: as config.h. */
+#ifndef OPD_SERVER_CONFIG_INTERNAL_H
+#define OPD_SERVER_CONFIG_INTERNAL_H
+
+#include "server/config.h"
+
+/* A key with one value: where it lies in struct config, and what it may be. */
+struct config_key {
+	const char *name; /* "limits.memory" */
+	opd_status (*set)(struct config *config, const struct config_key *key, const char *value, opd_error *error);
+	size_t offset;
+	uint64_t low, high; /* of numbers, in the field's unit */
+	uint32_t given;     /* bit of config->given */
+};
+
+/* NULL: no such key. */
+const struct config_key *config_key_find(const char *name);
+
+/* Fills the limits that nobody set from memory_bytes. */
+void config_derive_limits(struct config *config);
+/* Limits that were set and contradict each other. */
+OPD_MUST_USE opd_status config_check_limits(const struct config *config, opd_error *error);
+
+/* Append an entry; the texts are copied. Errors say what is wrong with a name, not where it stands. */
+OPD_MUST_USE opd_status config_append_module(struct config *config, const char *name, const char *path, unsigned line,
+                                             opd_error *error);
+/* An empty list for `op` ("*" or a name); replaces an entry of that op. */
+OPD_MUST_USE opd_status config_begin_priority(struct config *config, const char *op, unsigned line,
+                                              struct config_priority **priority_out, opd_error *error);
+OPD_MUST_USE opd_status config_append_provider(struct config_priority *priority, const char *name, opd_error *error);
+
+#endif

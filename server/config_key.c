@@ -1,0 +1,261 @@
+/* Keys with one value: what they are called, where they lie, what they may be. */
+#include <ctype.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "proto/bounds.h"
+#include "server/config_internal.h"
+
+enum {
+	GIVEN_SESSION = 1u << 0,
+	GIVEN_REQUEST = 1u << 1,
+	GIVEN_CACHE = 1u << 2,
+};
+
+struct unit {
+	const char *name;
+	uint64_t factor;
+};
+
+static const struct unit byte_units[] = {
+	{"", 1},
+	{"B", 1},
+	{"KiB", 1ull << 10},
+	{"MiB", 1ull << 20},
+	{"GiB", 1ull << 30},
+	{"TiB", 1ull << 40},
+	{NULL, 0},
+};
+
+static const struct unit time_units[] = {
+	{"ns", 1},
+	{"us", 1000},
+	{"ms", 1000000},
+	{"s", 1000000000},
+	{"min", 60000000000},
+	{"h", 3600000000000},
+	{NULL, 0},
+};
+
+/* Digits only: no sign, no blank, no octal. False: no digit, or more than 64 bits hold. */
+static bool parse_digits(const char **text, uint64_t *value_out)
+{
+	const char *at = *text;
+	uint64_t value = 0;
+	for (; *at >= '0' && *at <= '9'; at++)
+		if (__builtin_mul_overflow(value, 10u, &value) || __builtin_add_overflow(value, (uint64_t)(*at - '0'), &value))
+			return false;
+	if (at == *text)
+		return false;
+	*text = at;
+	*value_out = value;
+	return true;
+}
+
+static bool parse_scaled(const char *text, const struct unit *units, uint64_t *value_out)
+{
+	uint64_t number;
+	if (!parse_digits(&text, &number))
+		return false;
+	while (*text == ' ')
+		text++;
+	for (; units->name != NULL; units++)
+		if (strcmp(text, units->name) == 0)
+			return !__builtin_mul_overflow(number, units->factor, value_out);
+	*value_out = 0;
+	return number == 0 && *text == '\0'; /* nothing needs no unit */
+}
+
+opd_status config_parse_bytes(const char *text, uint64_t *bytes_out, opd_error *error)
+{
+	uint64_t bytes = 0;
+	if (!parse_scaled(text, byte_units, &bytes))
+		return opd_fail(error, OPD_INVALID_ARGUMENT,
+		                "\"%.64s\" is not a size, expected a whole number of bytes, KiB, MiB, GiB or TiB, such as 64 MiB", text);
+	*bytes_out = bytes;
+	return OPD_OK;
+}
+
+opd_status config_parse_duration(const char *text, uint64_t *ns_out, opd_error *error)
+{
+	uint64_t ns = 0;
+	if (!parse_scaled(text, time_units, &ns))
+		return opd_fail(error, OPD_INVALID_ARGUMENT,
+		                "\"%.64s\" is not a duration, expected a whole number of ns, us, ms, s, min or h, such as 500ms", text);
+	*ns_out = ns;
+	return OPD_OK;
+}
+
+static void *field(struct config *config, const struct config_key *key)
+{
+	return (char *)config + key->offset;
+}
+
+static opd_status set_bytes(struct config *config, const struct config_key *key, const char *value, opd_error *error)
+{
+	uint64_t bytes = 0;
+	opd_status status = config_parse_bytes(value, &bytes, error);
+	if (status != OPD_OK)
+		return status;
+	if (bytes < key->low || bytes > key->high)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "%" PRIu64 " bytes, expected %" PRIu64 " to %" PRIu64, bytes, key->low,
+		                key->high);
+	*(uint64_t *)field(config, key) = bytes;
+	return OPD_OK;
+}
+
+static opd_status set_count(struct config *config, const struct config_key *key, const char *value, opd_error *error)
+{
+	const char *end = value;
+	uint64_t number;
+	if (!parse_digits(&end, &number) || *end != '\0' || number < key->low || number > key->high)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "\"%.64s\", expected a whole number of %" PRIu64 " to %" PRIu64, value,
+		                key->low, key->high);
+	*(uint32_t *)field(config, key) = (uint32_t)number;
+	return OPD_OK;
+}
+
+/* `unit` nanoseconds are one of the field's. */
+static opd_status set_time(struct config *config, const struct config_key *key, uint64_t unit, const char *value, opd_error *error)
+{
+	uint64_t ns = 0;
+	opd_status status = config_parse_duration(value, &ns, error);
+	if (status != OPD_OK)
+		return status;
+	const char *name = unit == 1 ? "ns" : "us";
+	if (ns % unit != 0 || ns / unit < key->low || ns / unit > key->high)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "\"%.64s\", expected %" PRIu64 "%s to %" PRIu64 "%s", value, key->low, name,
+		                key->high, name);
+	*(uint64_t *)field(config, key) = ns / unit;
+	return OPD_OK;
+}
+
+static opd_status set_us(struct config *config, const struct config_key *key, const char *value, opd_error *error)
+{
+	return set_time(config, key, 1000, value, error);
+}
+
+static opd_status set_ns(struct config *config, const struct config_key *key, const char *value, opd_error *error)
+{
+	return set_time(config, key, 1, value, error);
+}
+
+static opd_status set_bool(struct config *config, const struct config_key *key, const char *value, opd_error *error)
+{
+	if (strcmp(value, "true") != 0 && strcmp(value, "false") != 0)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "\"%.64s\", expected true or false", value);
+	*(bool *)field(config, key) = value[0] == 't';
+	return OPD_OK;
+}
+
+static opd_status set_level(struct config *config, const struct config_key *key, const char *value, opd_error *error)
+{
+	int level = log_level_parse(value);
+	if (level < 0)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "\"%.64s\", expected error, warn, info or debug", value);
+	*(log_level *)field(config, key) = (log_level)level;
+	return OPD_OK;
+}
+
+static opd_status set_format(struct config *config, const struct config_key *key, const char *value, opd_error *error)
+{
+	bool json = strcmp(value, "json") == 0;
+	if (!json && strcmp(value, "text") != 0)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "\"%.64s\", expected text or json", value);
+	*(log_format *)field(config, key) = json ? LOG_JSON : LOG_TEXT;
+	return OPD_OK;
+}
+
+static opd_status set_log_file(struct config *config, const struct config_key *key, const char *value, opd_error *error)
+{
+	if (value[0] == '\0')
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "empty, expected a path or stderr");
+	char *copy = strcmp(value, "stderr") == 0 ? NULL : strdup(value);
+	if (copy == NULL && strcmp(value, "stderr") != 0)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "out of memory");
+	char **path = field(config, key);
+	free(*path);
+	*path = copy;
+	return OPD_OK;
+}
+
+#define MINUTE_US 60000000ull
+#define MEMORY_MAX (1ull << 50)
+#define AT(member) offsetof(struct config, member)
+
+static const struct config_key keys[] = {
+	{"limits.memory", set_bytes, AT(limits.memory_bytes), 1u << 20, MEMORY_MAX, 0},
+	{"limits.session", set_bytes, AT(limits.session_bytes), 64u << 10, MEMORY_MAX, GIVEN_SESSION},
+	{"limits.request", set_bytes, AT(limits.request_bytes), 64u << 10, BOUND_PAYLOAD_BYTES, GIVEN_REQUEST},
+	{"limits.envelope", set_bytes, AT(limits.envelope_bytes), BOUND_HELLO_BYTES, BOUND_ENVELOPE_BYTES, 0},
+	{"limits.cache", set_bytes, AT(limits.cache_bytes), 0, MEMORY_MAX, GIVEN_CACHE},
+	{"limits.sessions", set_count, AT(limits.sessions), 1, 1000000, 0},
+	{"limits.in_flight", set_count, AT(limits.in_flight), 1, 65536, 0},
+	{"limits.kept", set_count, AT(limits.kept), 0, 1u << 24, 0},
+	{"limits.handshake", set_us, AT(limits.handshake_us), 10000, 60 * MINUTE_US, 0},
+	{"limits.stall", set_us, AT(limits.stall_us), 100000, 24 * 60 * MINUTE_US, 0},
+	{"limits.drain", set_us, AT(limits.drain_us), 1000, 24 * 60 * MINUTE_US, 0},
+	{"threads", set_count, AT(threads), 0, 1024, 0},
+	{"checked", set_bool, AT(checked), 0, 0, 0},
+	{"inline", set_ns, AT(inline_ns), 0, 1000000, 0},
+	{"log.level", set_level, AT(level), 0, 0, 0},
+	{"log.format", set_format, AT(format), 0, 0, 0},
+	{"log.file", set_log_file, AT(log_path), 0, 0, 0},
+};
+
+const struct config_key *config_key_find(const char *name)
+{
+	for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
+		if (strcmp(keys[i].name, name) == 0)
+			return &keys[i];
+	return NULL;
+}
+
+opd_status config_set(struct config *config, const char *name, const char *value, opd_error *error)
+{
+	const struct config_key *key = config_key_find(name);
+	if (key == NULL)
+		return opd_fail(error, OPD_NOT_FOUND, "%s: no such key with one value", name);
+	opd_status status = key->set(config, key, value, error);
+	if (status != OPD_OK)
+		return opd_error_prefix(error, status, "%s", name);
+	config->given |= key->given;
+	config_derive_limits(config);
+	return OPD_OK;
+}
+
+static uint64_t at_most(uint64_t value, uint64_t limit)
+{
+	return value < limit ? value : limit;
+}
+
+void config_derive_limits(struct config *config)
+{
+	struct config_limits *limits = &config->limits;
+	if ((config->given & GIVEN_SESSION) == 0)
+		limits->session_bytes = limits->memory_bytes / 2;
+	if ((config->given & GIVEN_REQUEST) == 0)
+		limits->request_bytes = at_most(4ull << 30, limits->session_bytes);
+	if ((config->given & GIVEN_CACHE) == 0)
+		limits->cache_bytes = at_most(256ull << 20, limits->memory_bytes);
+}
+
+static opd_status check_order(const char *name, uint64_t value, const char *of, uint64_t limit, opd_error *error)
+{
+	if (value <= limit)
+		return OPD_OK;
+	return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: %" PRIu64 " bytes, expected at most %s (%" PRIu64 ")", name, value, of, limit);
+}
+
+opd_status config_check_limits(const struct config *config, opd_error *error)
+{
+	const struct config_limits *limits = &config->limits;
+	opd_status status = check_order("limits.session", limits->session_bytes, "limits.memory", limits->memory_bytes, error);
+	if (status == OPD_OK)
+		status = check_order("limits.request", limits->request_bytes, "limits.session", limits->session_bytes, error);
+	if (status == OPD_OK)
+		status = check_order("limits.cache", limits->cache_bytes, "limits.memory", limits->memory_bytes, error);
+	return status;
+}

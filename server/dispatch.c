@@ -1,0 +1,187 @@
+#include "server/dispatch.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
+
+/* An older schema doesn't know the op's newest parameters: it takes the call only where those have their defaults. */
+static bool knows_arguments(const struct impl *impl, const struct op *op, const opd_call *call, opd_reason *reason)
+{
+	for (uint32_t i = impl->params; i < op->schema->param_count; i++)
+		if (!schema_arg_equal(&call->args[i], &op->schema->params[i].value))
+			return OPD_REFUSE(reason, OPD_REASON_SCHEMA, "%s not known", op->schema->params[i].name);
+	return true;
+}
+
+bool dispatch_accepts(const struct impl *impl, const struct op *op, const opd_call *call, opd_reason *reason)
+{
+	if (impl->params != op->schema->param_count && !knows_arguments(impl, op, call, reason))
+		return false;
+	return impl->def->predicate == NULL || impl->def->predicate(impl->def, impl->state, call, reason);
+}
+
+opd_status dispatch_init(struct dispatch *dispatch, const struct snapshot *snapshot, const struct effective *effective, struct plans *plans,
+                         struct log *log, const struct op *op, bool strict, opd_error *error)
+{
+	if (strict && effective->level == MSG_LEVEL_NONE)
+		return opd_fail(error, OPD_FAILED_PRECONDITION, "no priority is set for %s, and the request is strict", op->schema->name);
+	*dispatch = (struct dispatch){
+		.snapshot = snapshot,
+		.effective = effective,
+		.plans = plans,
+		.log = log,
+		.count = effective->count - (strict && effective->appended ? 1 : 0),
+	};
+	return OPD_OK;
+}
+
+void dispatch_fini(struct dispatch *dispatch)
+{
+	plan_unref(dispatch->plan);
+	dispatch->plan = NULL;
+}
+
+/* Arguments as dtype and shape, never contents. */
+static void describe_call(const struct op *op, const opd_call *call, char *out, size_t out_bytes)
+{
+	size_t at = 0;
+	out[0] = '\0';
+	for (uint32_t i = 0; i < call->arg_count && at < out_bytes; i++) {
+		if (call->args[i].kind != OPD_ARG_TENSOR)
+			continue;
+		const opd_tensor *tensor = call->args[i].tensor;
+		at += (size_t)snprintf(out + at, out_bytes - at, "%s%s %s[", at == 0 ? "" : ", ", op->schema->params[i].name,
+		                       opd_dtype_name(tensor->dtype));
+		for (uint32_t d = 0; d < tensor->rank && at < out_bytes; d++)
+			at += (size_t)snprintf(out + at, out_bytes - at, "%s%" PRId64, d == 0 ? "" : ",", tensor->shape[d]);
+		if (at < out_bytes)
+			at += (size_t)snprintf(out + at, out_bytes - at, "]");
+	}
+}
+
+static void log_refusal(const struct dispatch *dispatch, const struct impl *impl, const struct op *op, const opd_call *call,
+                        const opd_reason *known)
+{
+	static struct log_limit limit; /* a flood of skips must not drown the log */
+	uint32_t suppressed;
+	if (!log_limit_take(&limit, 600, &suppressed))
+		return;
+	opd_reason reason = {0};
+	if (known == NULL)
+		(void)dispatch_accepts(impl, op, call, &reason);
+	else
+		reason = *known;
+	char arguments[400];
+	describe_call(op, call, arguments, sizeof arguments);
+	LOG(dispatch->log, LOG_DEBUG, "provider skipped", LOG_STR("provider", impl->provider->name), LOG_STR("op", op->schema->name),
+	    LOG_STR("reason", opd_reason_code_text((opd_reason_code)reason.code)), LOG_STR("detail", reason.detail),
+	    LOG_STR("arguments", arguments), LOG_UINT("suppressed", suppressed));
+}
+
+/* Looks for the plan; false when it is known to refuse. */
+static bool check_plan(struct dispatch *dispatch, const struct impl *impl, const struct op *op, const opd_call *call)
+{
+	struct plan *plan = plans_find(dispatch->plans, dispatch->snapshot, impl, call);
+	if (plan != NULL && plan->refused) {
+		if (log_enabled(dispatch->log, LOG_DEBUG))
+			log_refusal(dispatch, impl, op, call, &plan->reason);
+		plan_unref(plan);
+		return false;
+	}
+	dispatch->plan = plan;
+	dispatch->plan_missing = plan == NULL;
+	return true;
+}
+
+bool dispatch_walk(struct dispatch *dispatch, const opd_call *call)
+{
+	const struct op *op = &dispatch->snapshot->ops[dispatch->effective->op_index];
+	plan_unref(dispatch->plan);
+	dispatch->plan = NULL;
+	dispatch->plan_missing = false;
+	for (; dispatch->index < dispatch->count; dispatch->index++) {
+		const struct impl *impl = dispatch->effective->impls[dispatch->index];
+		if (!dispatch_accepts(impl, op, call, NULL)) {
+			if (log_enabled(dispatch->log, LOG_DEBUG))
+				log_refusal(dispatch, impl, op, call, NULL);
+			continue;
+		}
+		if (impl->def->plan != NULL && !check_plan(dispatch, impl, op, call))
+			continue;
+		dispatch->impl = impl;
+		return true;
+	}
+	dispatch->impl = NULL;
+	return false;
+}
+
+bool dispatch_next(struct dispatch *dispatch, const opd_call *call)
+{
+	dispatch->index++;
+	return dispatch_walk(dispatch, call);
+}
+
+/* The reason of a walked implementation; false when there is none to give (it accepted, and failed later). */
+static bool walked_reason(const struct dispatch *dispatch, const struct impl *impl, const struct op *op, const opd_call *call,
+                          opd_reason *reason)
+{
+	if (!dispatch_accepts(impl, op, call, reason))
+		return true;
+	if (impl->def->plan == NULL)
+		return false;
+	struct plan *plan = plans_find(dispatch->plans, dispatch->snapshot, impl, call);
+	bool refused = plan != NULL && plan->refused;
+	if (refused)
+		*reason = plan->reason;
+	plan_unref(plan);
+	return refused;
+}
+
+static struct msg_text reason_text(struct arena *arena, opd_reason_code code, const char *detail)
+{
+	char text[400];
+	int bytes = snprintf(text, sizeof text, "%s: %s", opd_reason_code_text(code), detail);
+	size_t length = bytes < 0 ? 0 : (size_t)bytes < sizeof text ? (size_t)bytes : sizeof text - 1;
+	char *copy = arena_text(arena, text, length);
+	return (struct msg_text){copy, copy == NULL ? 0 : length};
+}
+
+const struct msg_skip *dispatch_skips(const struct dispatch *dispatch, const struct op *op, const opd_call *call, struct arena *arena,
+                                      uint32_t *count_out)
+{
+	const struct effective *effective = dispatch->effective;
+	struct msg_skip *skips = arena_array(arena, effective->skip_count + dispatch->index + 1, sizeof skips[0]);
+	if (skips == NULL)
+		return NULL;
+	uint32_t count = 0;
+	for (uint32_t i = 0; i < effective->skip_count; i++) {
+		const struct effective_skip *skip = &effective->skips[i];
+		skips[count++] = (struct msg_skip){msg_text(skip->provider), skip->code, reason_text(arena, skip->code, skip->reason)};
+	}
+	for (uint32_t i = 0; i < dispatch->index && i < dispatch->count; i++) {
+		const struct impl *impl = effective->impls[i];
+		opd_reason reason = {0};
+		if (!walked_reason(dispatch, impl, op, call, &reason))
+			opd_reason_set(&reason, OPD_REASON_NONE, "accepted, but its kernel failed");
+		opd_reason_code code = (opd_reason_code)reason.code;
+		skips[count++] = (struct msg_skip){msg_text(impl->provider->name), code, reason_text(arena, code, reason.detail)};
+	}
+	*count_out = count;
+	return skips;
+}
+
+opd_status dispatch_refused(const struct dispatch *dispatch, const struct op *op, const opd_call *call, struct arena *arena, opd_error *error)
+{
+	uint32_t count = 0;
+	const struct msg_skip *skips = dispatch_skips(dispatch, op, call, arena, &count);
+	char reasons[OPD_ERROR_TEXT_BYTES];
+	size_t at = 0;
+	reasons[0] = '\0';
+	for (uint32_t i = 0; skips != NULL && i < count && at < sizeof reasons; i++) {
+		int wrote = snprintf(reasons + at, sizeof reasons - at, "%s%s (%s)", i == 0 ? "" : ", ", skips[i].provider.data,
+		                     skips[i].reason.data == NULL ? "" : skips[i].reason.data);
+		at += wrote > 0 ? (size_t)wrote : 0;
+	}
+	return opd_fail(error, OPD_FAILED_PRECONDITION, "%s: no provider of the list takes this call: %s", op->schema->name,
+	                count == 0 ? "the list is empty" : reasons);
+}

@@ -1,0 +1,362 @@
+#include "server/kept.h"
+
+#include <assert.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/random.h>
+
+#define NO_SLOT UINT32_MAX
+#define FAILED_MAX 1024 /* remembered failures, so that late references say ABORTED */
+#define RESULT_BUCKETS_MIN 64
+
+typedef enum result_state {
+	RESULT_PENDING,
+	RESULT_SETTLED,
+	RESULT_FAILED,
+} result_state;
+
+struct kept_result {
+	uint64_t request;
+	result_state state;
+	uint32_t count;
+	uint32_t live; /* handles of it not yet freed */
+	struct kept_result *next;        /* in its bucket */
+	struct kept_result *failed_next; /* by age */
+	struct waiter *waiters;
+	struct waiter **waiters_end;
+	struct msg_handle handles[]; /* [count]; generation 0: not kept */
+};
+
+static _Atomic uint64_t next_tensor_id = 1;
+
+/* ---- Tensors ---- */
+
+struct kept_tensor *kept_tensor_create(opd_dtype dtype, uint32_t rank, const int64_t *shape, uint64_t bytes, struct buffer *buffer)
+{
+	struct kept_tensor *tensor = calloc(1, sizeof *tensor);
+	if (tensor == NULL)
+		return NULL;
+	tensor->refs = 1;
+	tensor->dtype = dtype;
+	tensor->rank = rank;
+	memcpy(tensor->shape, shape, rank * sizeof shape[0]);
+	tensor->bytes = bytes;
+	tensor->id = atomic_fetch_add_explicit(&next_tensor_id, 1, memory_order_relaxed);
+	tensor->version = 1;
+	tensor->buffer = buffer_ref(buffer);
+	return tensor;
+}
+
+struct kept_tensor *kept_tensor_ref(struct kept_tensor *tensor)
+{
+	(void)atomic_fetch_add_explicit(&tensor->refs, 1, memory_order_relaxed);
+	return tensor;
+}
+
+void kept_tensor_unref(struct kept_tensor *tensor)
+{
+	if (tensor == NULL || atomic_fetch_sub_explicit(&tensor->refs, 1, memory_order_acq_rel) != 1)
+		return;
+	buffer_unref(tensor->buffer);
+	free(tensor);
+}
+
+/* ---- Slots ---- */
+
+/* A guess must not find a live one: 64 random bits from the system, taken in batches. */
+static uint64_t random_generation(void)
+{
+	static _Thread_local uint64_t batch[32];
+	static _Thread_local unsigned left;
+	if (left == 0) {
+		if (getrandom(batch, sizeof batch, 0) != (ssize_t)sizeof batch)
+			abort(); /* never with 256 bytes or less once the system is up */
+		left = sizeof batch / sizeof batch[0];
+	}
+	uint64_t generation = batch[--left];
+	return generation == 0 ? 1 : generation;
+}
+
+static bool slots_grow(struct kept *kept)
+{
+	uint32_t room = kept->slot_room == 0 ? 16 : kept->slot_room * 2;
+	struct kept_slot *slots = realloc(kept->slots, room * sizeof slots[0]);
+	if (slots == NULL)
+		return false;
+	kept->slots = slots;
+	kept->slot_room = room;
+	return true;
+}
+
+/* Takes the reference. NO_SLOT: out of memory. */
+static uint32_t slot_take(struct kept *kept, struct kept_tensor *tensor, uint64_t request)
+{
+	uint32_t index = kept->first_free;
+	if (index != NO_SLOT) {
+		kept->first_free = kept->slots[index].next_free;
+	} else {
+		if (kept->slot_count == kept->slot_room && !slots_grow(kept))
+			return NO_SLOT;
+		index = kept->slot_count++;
+	}
+	kept->slots[index] = (struct kept_slot){.tensor = tensor, .generation = random_generation(), .request = request};
+	return index;
+}
+
+static struct kept_slot *slot_find(const struct kept *kept, struct msg_handle handle)
+{
+	if (handle.index >= kept->slot_count)
+		return NULL;
+	struct kept_slot *slot = &kept->slots[handle.index];
+	return slot->tensor != NULL && slot->generation == handle.generation ? slot : NULL;
+}
+
+/* ---- Results ---- */
+
+static struct kept_result **result_link(const struct kept *kept, uint64_t request)
+{
+	struct kept_result **link = &kept->results[(request * 0x9e3779b97f4a7c15u >> 32) & kept->result_mask];
+	while (*link != NULL && (*link)->request != request)
+		link = &(*link)->next;
+	return link;
+}
+
+static struct kept_result *result_find(const struct kept *kept, uint64_t request)
+{
+	return kept->results == NULL ? NULL : *result_link(kept, request);
+}
+
+static bool results_grow(struct kept *kept)
+{
+	uint32_t buckets = kept->results == NULL ? RESULT_BUCKETS_MIN : (kept->result_mask + 1) * 2;
+	struct kept_result **before = kept->results;
+	uint32_t before_buckets = before == NULL ? 0 : kept->result_mask + 1;
+	struct kept_result **table = calloc(buckets, sizeof table[0]);
+	if (table == NULL)
+		return before != NULL; /* a long chain is slow, not wrong */
+	kept->results = table;
+	kept->result_mask = buckets - 1;
+	for (uint32_t i = 0; i < before_buckets; i++) {
+		while (before[i] != NULL) {
+			struct kept_result *result = before[i];
+			before[i] = result->next;
+			result->next = NULL;
+			*result_link(kept, result->request) = result;
+		}
+	}
+	free(before);
+	return true;
+}
+
+static void result_remove(struct kept *kept, uint64_t request)
+{
+	struct kept_result **link = result_link(kept, request);
+	struct kept_result *result = *link;
+	*link = result->next;
+	kept->result_count--;
+	free(result);
+}
+
+static void forget_oldest_failure(struct kept *kept)
+{
+	struct kept_result *result = kept->failed_first;
+	kept->failed_first = result->failed_next;
+	if (kept->failed_first == NULL)
+		kept->failed_last = NULL;
+	kept->failed_count--;
+	result_remove(kept, result->request);
+}
+
+void kept_init(struct kept *kept, uint32_t limit)
+{
+	*kept = (struct kept){.first_free = NO_SLOT, .limit = limit};
+}
+
+void kept_fini(struct kept *kept)
+{
+	for (uint32_t i = 0; i < kept->slot_count; i++)
+		kept_tensor_unref(kept->slots[i].tensor);
+	for (uint32_t i = 0; kept->results != NULL && i <= kept->result_mask; i++) {
+		while (kept->results[i] != NULL) {
+			struct kept_result *result = kept->results[i];
+			kept->results[i] = result->next;
+			free(result);
+		}
+	}
+	free(kept->slots);
+	free(kept->results);
+	kept_init(kept, kept->limit);
+}
+
+static opd_status check_limit(const struct kept *kept, uint32_t count, opd_error *error)
+{
+	if (count > kept->limit - kept->live)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "kept tensors: %u more wanted, %u of at most %u there", (unsigned)count,
+		                (unsigned)kept->live, (unsigned)kept->limit);
+	return OPD_OK;
+}
+
+opd_status kept_expect(struct kept *kept, uint64_t request, uint32_t count, opd_error *error)
+{
+	opd_status status = check_limit(kept, count, error);
+	if (status != OPD_OK)
+		return status;
+	if ((kept->results == NULL || kept->result_count > 2 * kept->result_mask) && !results_grow(kept))
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "kept tensors: out of memory");
+	struct kept_result *result = calloc(1, sizeof *result + count * sizeof result->handles[0]);
+	if (result == NULL)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "kept tensors: out of memory");
+	result->request = request;
+	result->count = count;
+	result->waiters_end = &result->waiters;
+	*result_link(kept, request) = result;
+	kept->result_count++;
+	kept->live += count; /* a promise: outputs not kept give theirs back when it is settled */
+	return OPD_OK;
+}
+
+static void call_waiters(struct kept *kept, struct waiter *waiters, const struct kept_result *result)
+{
+	while (waiters != NULL) {
+		struct waiter *waiter = waiters;
+		waiters = waiter->next;
+		opd_error error;
+		bool pending;
+		struct kept_tensor *tensor = kept_find_result(kept, result->request, waiter->output, &pending, &error);
+		waiter->on_settled(waiter, tensor, tensor == NULL ? &error : NULL);
+	}
+}
+
+void kept_settle(struct kept *kept, uint64_t request, struct kept_tensor *const *tensors, uint32_t count, struct msg_handle *handles_out)
+{
+	struct kept_result *result = result_find(kept, request);
+	assert(result != NULL && result->state == RESULT_PENDING && result->count == count);
+	for (uint32_t i = 0; i < count; i++) {
+		uint32_t index = tensors[i] == NULL ? NO_SLOT : slot_take(kept, tensors[i], request);
+		if (index == NO_SLOT) { /* not kept, or no memory for its slot: then it is gone, and says so when named */
+			kept_tensor_unref(tensors[i]);
+			kept->live--;
+		} else {
+			result->handles[i] = (struct msg_handle){index, kept->slots[index].generation};
+			result->live++;
+		}
+		handles_out[i] = result->handles[i];
+	}
+	result->state = RESULT_SETTLED;
+	struct waiter *waiters = result->waiters;
+	result->waiters = NULL;
+	/* A waiter may free the last handle, and the result with it: keep it until all were called. */
+	result->live++;
+	call_waiters(kept, waiters, result);
+	if (--result->live == 0)
+		result_remove(kept, request);
+}
+
+void kept_fail(struct kept *kept, uint64_t request)
+{
+	struct kept_result *result = result_find(kept, request);
+	assert(result != NULL && result->state == RESULT_PENDING);
+	kept->live -= result->count;
+	result->state = RESULT_FAILED;
+	*(kept->failed_last == NULL ? &kept->failed_first : &kept->failed_last->failed_next) = result;
+	kept->failed_last = result;
+	kept->failed_count++;
+	struct waiter *waiters = result->waiters;
+	result->waiters = NULL;
+	call_waiters(kept, waiters, result);
+	while (kept->failed_count > FAILED_MAX)
+		forget_oldest_failure(kept);
+}
+
+struct msg_handle kept_add(struct kept *kept, struct kept_tensor *tensor, opd_error *error)
+{
+	struct msg_handle none = {0, 0};
+	if (check_limit(kept, 1, error) != OPD_OK)
+		return none;
+	uint32_t index = slot_take(kept, tensor, 0);
+	if (index == NO_SLOT) {
+		(void)opd_fail(error, OPD_RESOURCE_EXHAUSTED, "kept tensors: out of memory");
+		return none;
+	}
+	kept->live++;
+	return (struct msg_handle){index, kept->slots[index].generation};
+}
+
+struct kept_tensor *kept_find(struct kept *kept, struct msg_handle handle, opd_error *error)
+{
+	struct kept_slot *slot = slot_find(kept, handle);
+	if (slot == NULL) {
+		(void)opd_fail(error, OPD_NOT_FOUND, "handle %u.%016" PRIx64 " is no tensor of this session", (unsigned)handle.index,
+		               handle.generation);
+		return NULL;
+	}
+	return kept_tensor_ref(slot->tensor);
+}
+
+/* The handle of a settled result; generation 0 with the error written, or pending. */
+static struct msg_handle result_handle(const struct kept *kept, uint64_t request, uint32_t output, bool *pending_out, opd_error *error)
+{
+	struct msg_handle none = {0, 0};
+	const struct kept_result *result = result_find(kept, request);
+	*pending_out = false;
+	if (result != NULL && result->state == RESULT_FAILED) {
+		(void)opd_fail(error, OPD_ABORTED, "request %" PRIu64 ", whose output %u is named, failed", request, (unsigned)output);
+		return none;
+	}
+	if (result != NULL && result->state == RESULT_PENDING && output < result->count) {
+		*pending_out = true;
+		return none;
+	}
+	if (result == NULL || output >= result->count || result->handles[output].generation == 0) {
+		(void)opd_fail(error, OPD_NOT_FOUND, "result %" PRIu64 ".%u was not kept, or was freed", request, (unsigned)output);
+		return none;
+	}
+	return result->handles[output];
+}
+
+struct kept_tensor *kept_find_result(struct kept *kept, uint64_t request, uint32_t output, bool *pending_out, opd_error *error)
+{
+	struct msg_handle handle = result_handle(kept, request, output, pending_out, error);
+	return handle.generation == 0 ? NULL : kept_find(kept, handle, error);
+}
+
+void kept_wait(struct kept *kept, uint64_t request, struct waiter *waiter)
+{
+	struct kept_result *result = result_find(kept, request);
+	assert(result != NULL && result->state == RESULT_PENDING);
+	waiter->next = NULL;
+	*result->waiters_end = waiter;
+	result->waiters_end = &waiter->next;
+}
+
+opd_status kept_free(struct kept *kept, struct msg_handle handle, opd_error *error)
+{
+	struct kept_slot *slot = slot_find(kept, handle);
+	if (slot == NULL)
+		return opd_fail(error, OPD_NOT_FOUND, "handle %u.%016" PRIx64 " is no tensor of this session", (unsigned)handle.index,
+		                handle.generation);
+	struct kept_result *result = slot->request == 0 ? NULL : result_find(kept, slot->request);
+	if (result != NULL) {
+		for (uint32_t i = 0; i < result->count; i++)
+			if (result->handles[i].index == handle.index && result->handles[i].generation == handle.generation)
+				result->handles[i].generation = 0;
+		if (--result->live == 0)
+			result_remove(kept, slot->request);
+	}
+	kept_tensor_unref(slot->tensor);
+	*slot = (struct kept_slot){.next_free = kept->first_free};
+	kept->first_free = handle.index;
+	kept->live--;
+	return OPD_OK;
+}
+
+opd_status kept_free_result(struct kept *kept, uint64_t request, uint32_t output, opd_error *error)
+{
+	bool pending;
+	struct msg_handle handle = result_handle(kept, request, output, &pending, error);
+	if (handle.generation == 0)
+		return pending ? opd_fail(error, OPD_INTERNAL, "result %" PRIu64 ".%u is still to come", request, (unsigned)output)
+		               : (opd_status)(error == NULL ? OPD_NOT_FOUND : error->status);
+	return kept_free(kept, handle, error);
+}

@@ -1,0 +1,87 @@
+/* A session's kept tensors: by handle, and by (request id, output) for later requests.
+ *
+ * Layer: server. Threads: the session's (its loop, or its direct caller); a kept_tensor's reference count is atomic.
+ * Life: kept_init → kept_expect (a request that keeps something was accepted) → kept_settle or kept_fail (it ended) → kept_free… → kept_fini.
+ * A handle is an index into the session's own table and a random generation: freed, forged and other sessions' handles all are NOT_FOUND.
+ * A request that names a result not yet there waits: kept_wait puts a waiter on it, called once when it is settled, in the order of waiting. */
+#ifndef OPD_SERVER_KEPT_H
+#define OPD_SERVER_KEPT_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "proto/message.h"
+#include "server/tensors.h"
+
+/* One tensor that stays; row-major from the start of its buffer. */
+struct kept_tensor {
+	_Atomic uint32_t refs;
+	opd_dtype dtype;
+	uint32_t rank;
+	int64_t shape[OPD_RANK_MAX];
+	uint64_t bytes;
+	uint64_t id; /* never reused in this daemon */
+	uint64_t version;
+	struct buffer *buffer;
+};
+
+struct waiter {
+	struct waiter *next;
+	uint32_t output;
+	/* tensor (referenced for the waiter) when it is there; NULL with error when the request failed. */
+	void (*on_settled)(struct waiter *waiter, struct kept_tensor *tensor, const opd_error *error);
+};
+
+struct kept_slot {
+	struct kept_tensor *tensor; /* NULL: free */
+	uint64_t generation;
+	uint32_t next_free;
+	uint64_t request; /* whose output it is, for kept_result's count */
+};
+
+struct kept_result;
+
+struct kept {
+	uint32_t slot_count;
+	uint32_t slot_room;
+	uint32_t first_free; /* UINT32_MAX: none */
+	uint32_t live;
+	uint32_t limit;
+	struct kept_slot *slots;
+	struct kept_result **results; /* hash table by request id */
+	uint32_t result_count;
+	uint32_t result_mask;
+	struct kept_result *failed_first; /* remembered failures, oldest first, bounded */
+	struct kept_result *failed_last;
+	uint32_t failed_count;
+};
+
+void kept_init(struct kept *kept, uint32_t limit);
+/* Drops everything; waiters must be gone. */
+void kept_fini(struct kept *kept);
+
+struct kept_tensor *kept_tensor_create(opd_dtype dtype, uint32_t rank, const int64_t *shape, uint64_t bytes, struct buffer *buffer);
+struct kept_tensor *kept_tensor_ref(struct kept_tensor *tensor);
+void kept_tensor_unref(struct kept_tensor *tensor);
+
+/* Room for `count` outputs of a request that keeps some; RESOURCE_EXHAUSTED at the limit. */
+OPD_MUST_USE opd_status kept_expect(struct kept *kept, uint64_t request, uint32_t count, opd_error *error);
+/* Its tensors (NULL: that output isn't kept), whose references pass to the table; handles_out[count] are written. Calls the waiters. */
+void kept_settle(struct kept *kept, uint64_t request, struct kept_tensor *const *tensors, uint32_t count, struct msg_handle *handles_out);
+/* It failed: waiters and later requests get ABORTED, naming it. */
+void kept_fail(struct kept *kept, uint64_t request);
+
+/* A tensor outside of any request's results (generated ones). generation 0: at the limit, error written. */
+struct msg_handle kept_add(struct kept *kept, struct kept_tensor *tensor, opd_error *error);
+
+/* Referenced; NULL with NOT_FOUND in error. */
+struct kept_tensor *kept_find(struct kept *kept, struct msg_handle handle, opd_error *error);
+/* The same by request id and output. A result that is still to come: NULL, and *pending_out is true. */
+struct kept_tensor *kept_find_result(struct kept *kept, uint64_t request, uint32_t output, bool *pending_out, opd_error *error);
+void kept_wait(struct kept *kept, uint64_t request, struct waiter *waiter);
+
+OPD_MUST_USE opd_status kept_free(struct kept *kept, struct msg_handle handle, opd_error *error);
+OPD_MUST_USE opd_status kept_free_result(struct kept *kept, uint64_t request, uint32_t output, opd_error *error);
+
+#endif

@@ -1,0 +1,105 @@
+#include "server/module.h"
+
+#include <dlfcn.h>
+#include <stdlib.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "proto/text.h"
+
+/* Code is loaded only from a file that nobody but root or the daemon's own user can have written. */
+static opd_status check_writers(const char *path, opd_error *error)
+{
+	struct stat file;
+	if (stat(path, &file) != 0)
+		return opd_fail(error, OPD_NOT_FOUND, "%s: no such file", path);
+	if (!S_ISREG(file.st_mode))
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: not a regular file", path);
+	if ((file.st_uid != 0 && file.st_uid != geteuid()) || (file.st_mode & (S_IWGRP | S_IWOTH)) != 0)
+		return opd_fail(error, OPD_PERMISSION_DENIED, "%s: owned by uid %u with mode %04o: others could have written it", path,
+		                (unsigned)file.st_uid, (unsigned)(file.st_mode & 07777));
+	return OPD_OK;
+}
+
+opd_status module_check(const opd_module *def, opd_error *error)
+{
+	if (def == NULL)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s returned NULL", OPD_MODULE_SYMBOL);
+	if (def->abi != OPD_PROVIDER_ABI)
+		return opd_fail(error, OPD_FAILED_PRECONDITION, "built for provider ABI %u, this opd has %u", (unsigned)def->abi,
+		                (unsigned)OPD_PROVIDER_ABI);
+	if (def->struct_bytes < offsetof(opd_module, close) + sizeof def->close)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "opd_module has %u bytes, expected at least %zu", (unsigned)def->struct_bytes,
+		                offsetof(opd_module, close) + sizeof def->close);
+	if (def->name == NULL || !text_is_name(def->name, strlen(def->name))) {
+		char shown[160];
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "provider name \"%s\": expected [a-z_][a-z_0-9]*",
+		                def->name == NULL ? "" : text_escape(def->name, strnlen(def->name, 256), shown, sizeof shown));
+	}
+	if (def->open == NULL)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "provider %s has no open function", def->name);
+	if (def->state_bytes > 1u << 30)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "provider %s: state_bytes %llu, at most 1 GiB", def->name,
+		                (unsigned long long)def->state_bytes);
+	return OPD_OK;
+}
+
+opd_status module_find(const char *path, void **library_out, const opd_module **def_out, opd_error *error)
+{
+	opd_status status = check_writers(path, error);
+	if (status != OPD_OK)
+		return status;
+	void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+	if (library == NULL)
+		return opd_fail(error, OPD_FAILED_PRECONDITION, "%s", dlerror());
+	/* POSIX promises that a function's address survives the trip through void *. */
+	union {
+		void *object;
+		opd_module_get_fn function;
+	} symbol = {.object = dlsym(library, OPD_MODULE_SYMBOL)};
+	if (symbol.object == NULL) {
+		status = opd_fail(error, OPD_INVALID_ARGUMENT, "%s: no symbol %s: not an opd provider module", path, OPD_MODULE_SYMBOL);
+	} else {
+		const opd_module *def = symbol.function();
+		status = module_check(def, error);
+		if (status == OPD_OK) {
+			*library_out = library;
+			*def_out = def;
+			return OPD_OK;
+		}
+		(void)opd_error_prefix(error, status, "%s", path);
+	}
+	(void)dlclose(library);
+	return status;
+}
+
+void module_unload(void *library)
+{
+	if (library != NULL)
+		(void)dlclose(library);
+}
+
+struct module *module_create(struct registry *registry, const opd_module *def, void *library)
+{
+	struct module *module = calloc(1, sizeof *module);
+	if (module == NULL)
+		return NULL;
+	module->registry = registry;
+	module->def = def;
+	module->library = library;
+	module->state = calloc(1, def->state_bytes > 0 ? def->state_bytes : 1);
+	if (module->state == NULL) {
+		free(module);
+		return NULL;
+	}
+	return module;
+}
+
+void module_destroy(struct module *module, bool opened)
+{
+	if (opened && module->def->close != NULL)
+		module->def->close(&module->host, module->state);
+	free(module->state);
+	module_unload(module->library);
+	free(module);
+}

@@ -1,0 +1,33 @@
+/* One provider module, linked in or loaded: its table of host services and what it registered.
+ *
+ * Layer: server, beside the registry (which alone uses it). Threads: under the registry's lock, but for host services marked "any thread" in opd/provider.h. */
+#ifndef OPD_SERVER_MODULE_H
+#define OPD_SERVER_MODULE_H
+
+#include "providers/provider.h"
+
+struct registry;
+struct provider;
+
+struct module {
+	opd_host host; /* first: host.context is the module */
+	struct registry *registry;
+	const opd_module *def;
+	void *library; /* dlopen's; NULL: linked in */
+	void *state;
+	struct provider *provider;
+	struct module *next;
+};
+
+/* Finds the module's table in the .so at path and checks what can be checked before `open`: the symbol, ABI, struct size, name. The reason is in the text. */
+OPD_MUST_USE opd_status module_find(const char *path, void **library_out, const opd_module **def_out, opd_error *error);
+OPD_MUST_USE opd_status module_check(const opd_module *def, opd_error *error);
+
+void module_unload(void *library); /* NULL is allowed */
+
+/* Zeroed state, not yet opened. NULL: out of memory. */
+struct module *module_create(struct registry *registry, const opd_module *def, void *library);
+/* Calls the module's close if `opened` was tried, and frees it. */
+void module_destroy(struct module *module, bool opened);
+
+#endif

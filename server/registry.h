@@ -1,0 +1,125 @@
+/* Ops, implementations, providers, devices: who can run what. The registry is written under a lock and read as immutable snapshots.
+ *
+ * Layer: server. Threads: registry_* from any (one writer at a time, a lock); a snapshot from any, while referenced.
+ * Life: registry_create → registry_open_builtin, registry_load… → registry_snapshot… → registry_destroy (after the last snapshot is gone; closes the modules).
+ * A change (a module loaded, another shape function, a server default set) publishes a new snapshot; requests keep the one they were bound with.
+ * Not here: which implementation runs (server/priority.h makes lists, server/dispatch.h walks them). */
+#ifndef OPD_SERVER_REGISTRY_H
+#define OPD_SERVER_REGISTRY_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "providers/provider.h"
+#include "server/log.h"
+#include "server/schema.h"
+
+#define REGISTRY_OPS_MAX 1024
+#define REGISTRY_PROVIDERS_MAX 256
+#define REGISTRY_DEVICES_MAX 64
+
+struct module;
+struct effective;
+struct plist;
+
+/* A provider: a module that is there, or the configured name of one that couldn't be loaded. */
+struct provider {
+	const char *name;
+	uint32_t name_hash; /* schema_hash */
+	uint32_t index;
+	const char *version;
+	const char *source; /* "built in" or the module's path */
+	const char *reason; /* why it couldn't be loaded; NULL: it is there */
+	struct module *module;
+	struct provider *replaced; /* the entry of this name that couldn't be loaded before */
+};
+
+/* One implementation; constant once registered, lives as long as the registry. */
+struct impl {
+	const opd_impl *def;
+	void *state; /* of its module */
+	const struct provider *provider;
+	uint32_t op_index;
+	uint32_t params; /* of its schema: fewer than the op's, and it refuses calls that use the others */
+	bool supported;  /* statically */
+	bool complete;   /* takes all arguments: no predicate, no plan that may refuse, the op's whole schema */
+	bool on_host;    /* device "cpu" */
+	const char *unsupported; /* why not; NULL when supported */
+	opd_reason_code unsupported_code;
+};
+
+struct op {
+	const opd_op *def;
+	struct schema *schema;
+	opd_shape_fn shape;
+	uint32_t index; /* the same in every snapshot */
+	uint32_t impl_count;
+	const struct impl **impls; /* native first, then in the order of registration */
+	struct effective *fallback; /* of the server's defaults, the configuration, or of no list at all */
+};
+
+struct device {
+	const char *name; /* "cpu", "cuda:0" */
+	const char *kind;
+	uint32_t ordinal;
+	const opd_backend *backend; /* NULL: the host */
+	void *state;
+};
+
+struct snapshot {
+	_Atomic uint32_t refs;
+	uint64_t version;
+	uint32_t op_count;
+	struct op *ops;
+	uint32_t op_mask; /* of op_table: index + 1, 0 is free; open addressing by schema_hash */
+	uint16_t *op_table;
+	uint32_t provider_count;
+	const struct provider *const *providers;
+	uint32_t device_count;
+	const struct device *devices; /* [0] is the host */
+};
+
+struct registry;
+
+/* What the registry needs of the lanes for the modules' host table. */
+struct registry_services {
+	void (*parallel_for)(const opd_exec *exec, uint64_t items, uint64_t grain, opd_range_fn range, void *argument);
+	bool (*cancelled)(const opd_exec *exec);
+	void *(*alloc)(void *context, uint64_t bytes); /* host memory, 64-byte aligned, charged; NULL: refused */
+	void (*free)(void *context, void *memory);
+	void *context;
+};
+
+OPD_MUST_USE opd_status registry_create(struct log *log, const struct registry_services *services, struct registry **registry_out,
+                                        opd_error *error);
+void registry_destroy(struct registry *registry);
+
+/* Opens one linked-in module, or one at `path` whose configured name is `name` (NULL: its own). A module that can't be loaded or opened is an error here; with `remember`, its name
+ * stays as a provider that isn't there, for priority lists. */
+OPD_MUST_USE opd_status registry_open_builtin(struct registry *registry, const opd_module *module, opd_error *error);
+OPD_MUST_USE opd_status registry_load(struct registry *registry, const char *path, const char *name, bool remember, opd_error *error);
+
+/* Another shape function for an op, by its owner. */
+OPD_MUST_USE opd_status registry_set_shape(struct registry *registry, const char *op, opd_shape_fn shape, opd_error *error);
+
+/* The newest snapshot, referenced. */
+struct snapshot *registry_snapshot(struct registry *registry);
+uint64_t registry_version(const struct registry *registry);
+struct snapshot *snapshot_ref(struct snapshot *snapshot);
+void snapshot_unref(struct snapshot *snapshot);
+
+/* NULL: no such op, provider, implementation. */
+const struct op *snapshot_op(const struct snapshot *snapshot, const char *name, size_t bytes);
+const struct provider *snapshot_provider(const struct snapshot *snapshot, const char *name, size_t bytes);
+const struct impl *op_impl(const struct op *op, const struct provider *provider);
+
+/* The lists below all sessions: the server's defaults and the configuration's. `op` NULL: `*`. names NULL: clear. INVALID_ARGUMENT or NOT_FOUND, and nothing changes, when a name isn't
+ * a provider of the op (SEMANTICS 16). level: MSG_LEVEL_SERVER or MSG_LEVEL_CONFIGURATION. */
+OPD_MUST_USE opd_status registry_set_priority(struct registry *registry, int level, const char *op, const char *const *names, uint32_t count,
+                                              opd_error *error);
+/* Drops all of the configuration's lists, before a reload sets the new ones. */
+void registry_clear_configuration(struct registry *registry);
+
+#endif

@@ -1,0 +1,203 @@
+#include "server/session.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "proto/bounds.h"
+#include "proto/text.h"
+
+#define STAR UINT32_MAX
+
+struct priority_entry {
+	uint32_t op_index; /* STAR: `*` */
+	struct plist *list;
+};
+
+struct priority_map {
+	struct priority_map *below;
+	bool base; /* not pushed: pop leaves it */
+	uint32_t count;
+	uint32_t room;
+	struct priority_entry *entries;
+};
+
+static void map_destroy(struct priority_map *map)
+{
+	for (uint32_t i = 0; i < map->count; i++)
+		plist_unref(map->entries[i].list);
+	free(map->entries);
+	free(map);
+}
+
+static struct priority_entry *map_find(const struct priority_map *map, uint32_t op_index)
+{
+	for (uint32_t i = 0; i < map->count; i++)
+		if (map->entries[i].op_index == op_index)
+			return &map->entries[i];
+	return NULL;
+}
+
+/* Takes `list`; false: out of memory, and it isn't taken. */
+static bool map_put(struct priority_map *map, uint32_t op_index, struct plist *list)
+{
+	struct priority_entry *entry = map_find(map, op_index);
+	if (entry != NULL) {
+		plist_unref(entry->list);
+		entry->list = list;
+		return true;
+	}
+	if (map->count == map->room) {
+		uint32_t room = map->room == 0 ? 4 : map->room * 2;
+		struct priority_entry *entries = realloc(map->entries, room * sizeof entries[0]);
+		if (entries == NULL)
+			return false;
+		map->entries = entries;
+		map->room = room;
+	}
+	map->entries[map->count++] = (struct priority_entry){op_index, list};
+	return true;
+}
+
+static void map_remove(struct priority_map *map, uint32_t op_index)
+{
+	struct priority_entry *entry = map_find(map, op_index);
+	if (entry == NULL)
+		return;
+	plist_unref(entry->list);
+	*entry = map->entries[--map->count];
+}
+
+struct session *session_create(struct server *server, struct memory *memory, uint64_t id, const char *tenant, bool admin,
+                               uint64_t limit_bytes, uint32_t kept_limit)
+{
+	struct session *session = calloc(1, sizeof *session);
+	if (session == NULL)
+		return NULL;
+	session->refs = 1;
+	session->id = id;
+	session->server = server;
+	session->admin = admin;
+	(void)snprintf(session->tenant, sizeof session->tenant, "%s", tenant);
+	session->account = account_create(memory, limit_bytes);
+	session->maps = calloc(1, sizeof *session->maps);
+	kept_init(&session->kept, kept_limit);
+	if (session->account == NULL || session->maps == NULL) {
+		session_unref(session);
+		return NULL;
+	}
+	session->maps->base = true;
+	return session;
+}
+
+struct session *session_ref(struct session *session)
+{
+	(void)atomic_fetch_add_explicit(&session->refs, 1, memory_order_relaxed);
+	return session;
+}
+
+void session_unref(struct session *session)
+{
+	if (session == NULL || atomic_fetch_sub_explicit(&session->refs, 1, memory_order_acq_rel) != 1)
+		return;
+	kept_fini(&session->kept);
+	while (session->maps != NULL) {
+		struct priority_map *map = session->maps;
+		session->maps = map->below;
+		map_destroy(map);
+	}
+	account_unref(session->account);
+	free(session);
+}
+
+/* The op that an entry is for, as index; STAR for `*`. */
+static opd_status entry_op(const struct snapshot *snapshot, struct msg_text name, const struct op **op_out, uint32_t *index_out,
+                           opd_error *error)
+{
+	*op_out = NULL;
+	*index_out = STAR;
+	if (name.bytes == 1 && name.data[0] == '*')
+		return OPD_OK;
+	const struct op *op = snapshot_op(snapshot, name.data == NULL ? "" : name.data, name.bytes);
+	if (op == NULL) {
+		char shown[160];
+		return opd_fail(error, OPD_NOT_FOUND, "no op \"%s\"", text_escape(name.data == NULL ? "" : name.data, name.bytes, shown, sizeof shown));
+	}
+	*op_out = op;
+	*index_out = op->index;
+	return OPD_OK;
+}
+
+static opd_status put_entry(struct priority_map *map, const struct snapshot *snapshot, struct msg_text name, const struct msg_list *list,
+                            opd_error *error)
+{
+	const struct op *op;
+	uint32_t index;
+	opd_status status = entry_op(snapshot, name, &op, &index, error);
+	if (status != OPD_OK)
+		return status;
+	if (!list->present) {
+		map_remove(map, index);
+		return OPD_OK;
+	}
+	status = plist_check(snapshot, op, list->names, list->count, error);
+	if (status != OPD_OK)
+		return status;
+	struct plist *stored = plist_create(MSG_LEVEL_SESSION, index == STAR, list->names, list->count);
+	if (stored != NULL && map_put(map, index, stored))
+		return OPD_OK;
+	plist_unref(stored);
+	return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "priority list: out of memory");
+}
+
+opd_status session_push_priority(struct session *session, const struct snapshot *snapshot, const struct msg_priority_map *message,
+                                 opd_error *error)
+{
+	if (session->map_depth == BOUND_PRIORITY_DEPTH)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "priorities: %u maps are pushed, no more may be", BOUND_PRIORITY_DEPTH);
+	struct priority_map *map = calloc(1, sizeof *map);
+	if (map == NULL)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "priorities: out of memory");
+	opd_status status = OPD_OK;
+	for (uint32_t i = 0; status == OPD_OK && i < message->count; i++) {
+		struct msg_list list = message->entries[i].list;
+		list.present = true; /* an entry without a list has an empty one */
+		status = put_entry(map, snapshot, message->entries[i].op, &list, error);
+	}
+	if (status != OPD_OK) {
+		map_destroy(map);
+		return status;
+	}
+	map->below = session->maps;
+	session->maps = map;
+	session->map_depth++;
+	return OPD_OK;
+}
+
+opd_status session_pop_priority(struct session *session, opd_error *error)
+{
+	struct priority_map *map = session->maps;
+	if (map->base)
+		return opd_fail(error, OPD_FAILED_PRECONDITION, "priorities: nothing is pushed, so nothing can be popped");
+	session->maps = map->below;
+	session->map_depth--;
+	map_destroy(map);
+	return OPD_OK;
+}
+
+opd_status session_set_priority(struct session *session, const struct snapshot *snapshot, struct msg_text op, const struct msg_list *list,
+                                opd_error *error)
+{
+	return put_entry(session->maps, snapshot, op, list, error);
+}
+
+struct plist *session_priority(const struct session *session, uint32_t op_index)
+{
+	for (const struct priority_map *map = session->maps; map != NULL; map = map->below) {
+		const struct priority_entry *entry = map_find(map, op_index);
+		if (entry == NULL)
+			entry = map_find(map, STAR);
+		if (entry != NULL)
+			return entry->list;
+	}
+	return NULL;
+}

@@ -1,0 +1,53 @@
+/* A session: what one connection has in the daemon. Its priorities, its kept tensors, its account, its requests in flight.
+ *
+ * Layer: server. Threads: its loop's, or its direct caller's between server_direct_begin and _end; references are atomic.
+ * Life: session_create → requests → session_close (the connection is gone) → destroyed when its last request has ended and the last reference is dropped.
+ * Not here: sockets and frames (server/conn.h), what a request does (server/request.h). */
+#ifndef OPD_SERVER_SESSION_H
+#define OPD_SERVER_SESSION_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "proto/message.h"
+#include "server/kept.h"
+#include "server/priority.h"
+
+struct server;
+struct conn;
+struct priority_map;
+
+struct session {
+	_Atomic uint32_t refs;
+	uint64_t id;
+	struct server *server;
+	struct conn *conn; /* NULL: closed, or not begun */
+	char tenant[64];   /* "uid:1000", "anonymous" */
+	bool admin;
+	bool direct; /* handed over to a direct caller: its loop keeps its hands off */
+	struct account *account;
+	struct kept kept;
+	struct priority_map *maps; /* newest first; the last one is the base */
+	uint32_t map_depth;
+	uint64_t last_request; /* highest id seen */
+	uint32_t in_flight;    /* accepted, reply not yet written */
+};
+
+/* NULL: out of memory. */
+struct session *session_create(struct server *server, struct memory *memory, uint64_t id, const char *tenant, bool admin, uint64_t limit_bytes,
+                               uint32_t kept_limit);
+struct session *session_ref(struct session *session);
+void session_unref(struct session *session);
+
+/* A pushed map; a bad entry changes nothing. FAILED_PRECONDITION: nothing to pop. */
+OPD_MUST_USE opd_status session_push_priority(struct session *session, const struct snapshot *snapshot, const struct msg_priority_map *map,
+                                              opd_error *error);
+OPD_MUST_USE opd_status session_pop_priority(struct session *session, opd_error *error);
+/* Into the newest map. list not present: clear there. */
+OPD_MUST_USE opd_status session_set_priority(struct session *session, const struct snapshot *snapshot, struct msg_text op,
+                                             const struct msg_list *list, opd_error *error);
+/* The session's list for an op, borrowed; NULL: it has none. */
+struct plist *session_priority(const struct session *session, uint32_t op_index);
+
+#endif

@@ -1,0 +1,501 @@
+/* server/config.h: defaults, the YAML file, flags over it, and every kind of file that isn't one. */
+#include <check.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "server/config.h"
+
+static char folder[64];
+static char path[96];
+static struct config *config;
+static opd_error error;
+
+static void set_up(void)
+{
+	(void)snprintf(folder, sizeof folder, "/tmp/opd-test-config-XXXXXX");
+	ck_assert_ptr_nonnull(mkdtemp(folder));
+	(void)snprintf(path, sizeof path, "%s/opd.yaml", folder);
+	config = config_create();
+	ck_assert_ptr_nonnull(config);
+}
+
+static void tear_down(void)
+{
+	config_destroy(config);
+	(void)unlink(path);
+	ck_assert_int_eq(rmdir(folder), 0);
+}
+
+static opd_status load_bytes(const char *bytes, size_t count)
+{
+	FILE *file = fopen(path, "w");
+	ck_assert_ptr_nonnull(file);
+	ck_assert_uint_eq(fwrite(bytes, 1, count, file), count);
+	ck_assert_int_eq(fclose(file), 0);
+	return config_load(config, path, &error);
+}
+
+static opd_status load(const char *text)
+{
+	return load_bytes(text, strlen(text));
+}
+
+static void load_ok(const char *text)
+{
+	opd_status status = load(text);
+	ck_assert_msg(status == OPD_OK, "%s", error.text);
+}
+
+/* The error is "<path><rest>". */
+static void expect_error(const char *rest)
+{
+	ck_assert_msg(strncmp(error.text, path, strlen(path)) == 0, "no path in: %s", error.text);
+	ck_assert_str_eq(error.text + strlen(path), rest);
+}
+
+START_TEST(defaults_are_those_of_the_header)
+{
+	const struct config_limits *limits = &config->limits;
+	ck_assert_uint_gt(limits->memory_bytes, 0);
+	ck_assert_uint_eq(limits->session_bytes, limits->memory_bytes / 2);
+	ck_assert_uint_le(limits->request_bytes, 4ull << 30);
+	ck_assert_uint_le(limits->request_bytes, limits->session_bytes);
+	ck_assert_uint_eq(limits->envelope_bytes, 1u << 20);
+	ck_assert_uint_eq(limits->sessions, 4096);
+	ck_assert_uint_eq(limits->in_flight, 1024);
+	ck_assert_uint_eq(limits->kept, 65536);
+	ck_assert_uint_eq(limits->handshake_us, 10000000);
+	ck_assert_uint_eq(limits->stall_us, 60000000);
+	ck_assert_uint_eq(limits->drain_us, 30000000);
+	ck_assert_uint_eq(config->inline_ns, 5000);
+	ck_assert_int_eq(config->level, LOG_INFO);
+	ck_assert_uint_eq(config->listener_count, 0);
+	ck_assert_int_eq(config_check(config, false, &error), OPD_OK);
+	ck_assert_uint_eq(config->listener_count, 1);
+	ck_assert_int_eq(config->listeners[0].kind, LISTEN_UNIX);
+}
+END_TEST
+
+START_TEST(a_whole_file_is_read)
+{
+	load_ok("# everything\n"
+	        "listen: [unix:/run/opd/a.sock, \"tcp://127.0.0.1:7777\", 'tcp://[::1]:0']\n"
+	        "priorities:\n"
+	        "  rms_norm: [cuda, cpu]\n"
+	        "  \"*\":\n"
+	        "    - cpu\n"
+	        "    - onednn\n"
+	        "  relu: []\n"
+	        "modules:\n"
+	        "  - /opt/a.so\n"
+	        "  - {name: mine, path: /opt/b.so}\n"
+	        "limits:\n"
+	        "  memory: 64 MiB\n"
+	        "  session: 16MiB\n"
+	        "  request: 8 MiB\n"
+	        "  envelope: 65536\n"
+	        "  cache: 0\n"
+	        "  sessions: 10\n"
+	        "  in_flight: 20\n"
+	        "  kept: 30\n"
+	        "  handshake: 500ms\n"
+	        "  stall: 2 s\n"
+	        "  drain: 1min\n"
+	        "threads: 3\n"
+	        "checked: true\n"
+	        "inline: 7us\n"
+	        "log:\n"
+	        "  level: debug\n"
+	        "  format: json\n"
+	        "  file: /var/log/opd.log\n");
+	ck_assert_uint_eq(config->listener_count, 3);
+	ck_assert_str_eq(config->listeners[0].path, "/run/opd/a.sock");
+	ck_assert_str_eq(config->listeners[1].host, "127.0.0.1");
+	ck_assert_uint_eq(config->listeners[1].port, 7777);
+	ck_assert_str_eq(config->listeners[2].host, "::1");
+	ck_assert_str_eq(config->listeners[2].address, "tcp://[::1]:0");
+	ck_assert_uint_eq(config->priority_count, 3);
+	ck_assert_str_eq(config->priorities[0].op, "rms_norm");
+	ck_assert_uint_eq(config->priorities[0].count, 2);
+	ck_assert_str_eq(config->priorities[0].providers[1], "cpu");
+	ck_assert_uint_eq(config->priorities[0].line, 4);
+	ck_assert_str_eq(config->priorities[1].op, "*");
+	ck_assert_str_eq(config->priorities[1].providers[1], "onednn");
+	ck_assert_uint_eq(config->priorities[2].count, 0);
+	ck_assert_uint_eq(config->module_count, 2);
+	ck_assert_ptr_null(config->modules[0].name);
+	ck_assert_str_eq(config->modules[0].path, "/opt/a.so");
+	ck_assert_str_eq(config->modules[1].name, "mine");
+	ck_assert_uint_eq(config->modules[1].line, 11);
+	ck_assert_uint_eq(config->limits.memory_bytes, 64u << 20);
+	ck_assert_uint_eq(config->limits.session_bytes, 16u << 20);
+	ck_assert_uint_eq(config->limits.request_bytes, 8u << 20);
+	ck_assert_uint_eq(config->limits.envelope_bytes, 65536);
+	ck_assert_uint_eq(config->limits.cache_bytes, 0);
+	ck_assert_uint_eq(config->limits.sessions, 10);
+	ck_assert_uint_eq(config->limits.in_flight, 20);
+	ck_assert_uint_eq(config->limits.kept, 30);
+	ck_assert_uint_eq(config->limits.handshake_us, 500000);
+	ck_assert_uint_eq(config->limits.stall_us, 2000000);
+	ck_assert_uint_eq(config->limits.drain_us, 60000000);
+	ck_assert_uint_eq(config->threads, 3);
+	ck_assert(config->checked);
+	ck_assert_uint_eq(config->inline_ns, 7000);
+	ck_assert_int_eq(config->level, LOG_DEBUG);
+	ck_assert_int_eq(config->format, LOG_JSON);
+	ck_assert_str_eq(config->log_path, "/var/log/opd.log");
+	ck_assert_int_eq(config_check(config, false, &error), OPD_OK);
+}
+END_TEST
+
+START_TEST(files_that_say_nothing_are_fine)
+{
+	static const char *const texts[] = {"", "\n", "# a comment\n", "---\n", "{}\n", "limits:\nlog:\nlisten:\npriorities:\nmodules:\n"};
+	load_ok(texts[_i]);
+	ck_assert_uint_eq(config->listener_count, 0);
+}
+END_TEST
+
+struct bad {
+	const char *text;
+	const char *rest; /* of the error, after the path */
+};
+
+static const struct bad bad_files[] = {
+	{"colour: red\n", ":1: colour: no such key"},
+	{"\nlimits:\n  memroy: 1\n", ":3: limits.memroy: no such key"},
+	{"threads: 1\nthreads: 2\n", ":2: key \"threads\" is there twice"},
+	{"log:\n  level: info\n  level: info\n", ":3: log: key \"level\" is there twice"},
+	{"limits.memory: 1 GiB\n", ":1: limits.memory: no such key (write the part before the dot as a map of its own)"},
+	{"threads: many\n", ":1: threads: \"many\", expected a whole number of 0 to 1024"},
+	{"threads: -1\n", ":1: threads: \"-1\", expected a whole number of 0 to 1024"},
+	{"threads: 1025\n", ":1: threads: \"1025\", expected a whole number of 0 to 1024"},
+	{"threads: 18446744073709551617\n", ":1: threads: \"18446744073709551617\", expected a whole number of 0 to 1024"},
+	{"threads: 1.5\n", ":1: threads: \"1.5\", expected a whole number of 0 to 1024"},
+	{"threads:\n", ":1: threads: nothing, expected a single value"},
+	{"threads: [1]\n", ":1: threads: a list, expected a single value"},
+	{"checked: yes\n", ":1: checked: \"yes\", expected true or false"},
+	{"limits: 7\n", ":1: limits: a single value, expected a map"},
+	{"limits:\n  memory: 64 MB\n", ":2: limits.memory: \"64 MB\" is not a size, expected a whole number of bytes, KiB, MiB, GiB or TiB, "
+	                               "such as 64 MiB"},
+	{"limits:\n  memory: 100 B\n", ":2: limits.memory: 100 bytes, expected 1048576 to 1125899906842624"},
+	{"limits:\n  envelope: 32 MiB\n", ":2: limits.envelope: 33554432 bytes, expected 4096 to 16777216"},
+	{"limits:\n  memory: 99999999999999 TiB\n", ":2: limits.memory: \"99999999999999 TiB\" is not a size, expected a whole number of "
+	                                            "bytes, KiB, MiB, GiB or TiB, such as 64 MiB"},
+	{"limits:\n  drain: 10\n", ":2: limits.drain: \"10\" is not a duration, expected a whole number of ns, us, ms, s, min or h, such "
+	                           "as 500ms"},
+	{"limits:\n  drain: 1500ns\n", ":2: limits.drain: \"1500ns\", expected 1000us to 86400000000us"},
+	{"limits:\n  stall: 0\n", ":2: limits.stall: \"0\", expected 100000us to 86400000000us"},
+	{"log:\n  level: loud\n", ":2: log.level: \"loud\", expected error, warn, info or debug"},
+	{"log:\n  format: xml\n", ":2: log.format: \"xml\", expected text or json"},
+	{"log:\n  file: \"\"\n", ":2: log.file: empty, expected a path or stderr"},
+	{"listen: unix:/a\n", ":1: listen: a single value, expected a list"},
+	{"listen:\n- unix:/a\n- http://x\n", ":3: listen: \"http://x\" is not an address, expected unix:/path or tcp://host:port"},
+	{"listen: [\"unix:a\"]\n", ":1: listen: \"unix:a\": the path isn't absolute, expected unix:/path"},
+	{"listen: [\"tcp://h\"]\n", ":1: listen: \"tcp://h\": expected tcp://host:port (IPv6 in brackets)"},
+	{"listen: [\"tcp://::1:7\"]\n", ":1: listen: \"tcp://::1:7\": expected tcp://host:port (IPv6 in brackets)"},
+	{"listen: [\"tcp://[]:7\"]\n", ":1: listen: \"tcp://[]:7\": expected tcp://host:port (IPv6 in brackets)"},
+	{"listen: [\"tcp://h:65536\"]\n", ":1: listen: \"tcp://h:65536\": port \"65536\", expected 0 to 65535"},
+	{"listen: [\"tcp://h:\"]\n", ":1: listen: \"tcp://h:\": port \"\", expected 0 to 65535"},
+	{"listen: [{a: b}]\n", ":1: listen: a map, expected an address such as unix:/run/opd/opd.sock"},
+	{"priorities: [cpu]\n", ":1: priorities: a list, expected a map"},
+	{"priorities:\n  relu: cpu\n", ":2: priorities.relu: a single value, expected a list"},
+	{"priorities:\n  relu:\n", ":2: priorities.relu: nothing, expected a list of providers ([] for an empty one)"},
+	{"priorities:\n  relu: [cpu]\n  add: [cpu]\n  relu: [native]\n", ":4: priorities.relu: there already, in line 2"},
+	{"priorities:\n  Relu: [cpu]\n", ":2: priorities.Relu: op \"Relu\" is not a name, expected [a-z_][a-z_0-9]* of at most 128 bytes"},
+	{"priorities:\n  relu: [cpu, \"a b\"]\n",
+     ":2: priorities.relu: provider \"a b\" is not a name, expected [a-z_][a-z_0-9]* of at most 128 bytes"},
+	{"priorities:\n  *: [cpu]\n",
+     ":2: did not find expected alphabetic or numeric character (a * must be quoted: \"*\")"},
+	{"modules:\n- {name: mine}\n", ":2: modules: a module without a path"},
+	{"modules:\n- {path: /a, file: b}\n", ":2: modules.file: no such key, expected name or path"},
+	{"modules:\n- {path: /a, path: /b}\n", ":2: modules: key \"path\" is there twice"},
+	{"modules:\n- a.so\n", ":2: modules: module \"a.so\": expected an absolute path"},
+	{"modules:\n- {name: native, path: /a}\n", ":2: modules: module \"native\": the name is reserved"},
+	{"modules:\n- {name: a, path: /a}\n- {name: a, path: /b}\n", ":3: modules: module \"a\" is named twice"},
+	{"threads: &a 1\n", ":1: anchors and aliases (\"a\") aren't understood here"},
+	{"log: {level: info, file: *a}\n", ":1: anchors and aliases (\"a\") aren't understood here"},
+	{"threads: !!int 1\n", ":1: tags (\"tag:yaml.org,2002:int\") aren't understood here"},
+	{"[1, 2]\n", ":1: a list, expected a map"},
+	{"hello\n", ":1: a single value, expected a map"},
+	{"? [a]\n: b\n", ":1: a list, expected a key"},
+	{"threads: 1\n---\nthreads: 2\n", ":2: a second document begins, expected one"},
+	{"limits:\n\tmemory: 1\n", ":2: found character that cannot start any token"},
+	{"log: {level: info\n", ":2: did not find expected ',' or '}'"},
+	{"log:\n  file: \"a\\0b\"\n", ":2: log.file: the value has a NUL or broken UTF-8 in it"},
+	{"log:\n  file: \"\xff\xfe\"\n", ": byte 14: invalid leading UTF-8 octet, expected printable UTF-8"},
+	{"log:\n  file: \"a\x1b[31m\"\n", ": byte 15: control characters are not allowed, expected printable UTF-8"},
+};
+
+START_TEST(a_bad_file_is_an_error_that_names_line_key_and_what_was_expected)
+{
+	const struct bad *bad = &bad_files[_i];
+	ck_assert_int_ne(load(bad->text), OPD_OK);
+	ck_assert_int_eq(error.status, OPD_INVALID_ARGUMENT);
+	expect_error(bad->rest);
+}
+END_TEST
+
+START_TEST(a_nul_is_refused_wherever_it_is)
+{
+	ck_assert_int_eq(load_bytes("threads: 1\n\0\n", 13), OPD_INVALID_ARGUMENT);
+	expect_error(": byte 11 is NUL, expected UTF-8 text");
+}
+END_TEST
+
+START_TEST(a_huge_file_is_refused_unread)
+{
+	ck_assert_int_eq(load("threads: 1\n"), OPD_OK);
+	ck_assert_int_eq(truncate(path, 100 << 20), 0);
+	ck_assert_int_eq(config_load(config, path, &error), OPD_INVALID_ARGUMENT);
+	expect_error(": has 104857600 bytes, expected at most 1048576");
+}
+END_TEST
+
+START_TEST(what_is_not_a_file_is_refused_and_hangs_nothing)
+{
+	(void)alarm(20);
+	ck_assert_int_eq(config_load(config, "/no/such/file", &error), OPD_NOT_FOUND);
+	ck_assert_str_eq(error.text, "/no/such/file: No such file or directory");
+	ck_assert_int_eq(config_load(config, folder, &error), OPD_INVALID_ARGUMENT);
+	ck_assert_int_eq(config_load(config, "/dev/zero", &error), OPD_INVALID_ARGUMENT);
+	ck_assert_int_eq(mkfifo(path, 0600), 0);
+	ck_assert_int_eq(config_load(config, path, &error), OPD_INVALID_ARGUMENT);
+	expect_error(": is not a regular file");
+}
+END_TEST
+
+/* 200,000 levels in each of the ways to nest. */
+START_TEST(deep_nesting_ends_where_it_begins)
+{
+	static const char *const openings[] = {"[", "{a: ", "- ", "? "};
+	static const char *const keys[] = {"listen: ", "threads: ", "", "priorities: "};
+	size_t step = strlen(openings[_i]);
+	size_t used = strlen(keys[_i]);
+	char *text = calloc(1, 900000);
+	memcpy(text, keys[_i], used);
+	for (int i = 0; i < 200000; i++, used += step)
+		memcpy(text + used, openings[_i], step);
+	(void)alarm(30);
+	ck_assert_int_eq(load_bytes(text, used), OPD_INVALID_ARGUMENT);
+	free(text);
+}
+END_TEST
+
+/* No file cut anywhere crashes, hangs or leaks; what is read either is right or an error. */
+START_TEST(a_file_cut_at_every_byte_is_read_or_refused)
+{
+	static const char text[] = "listen: ['unix:/a', \"tcp://[::1]:1\"]\npriorities: {\"*\": [cpu, native], relu: []}\n"
+	                           "modules:\n- {name: a, path: /b}\nlimits:\n  memory: 64 MiB\nlog: {level: warn}\n";
+	for (size_t count = 0; count < sizeof text; count++) {
+		config_destroy(config);
+		config = config_create();
+		error.status = 0;
+		if (load_bytes(text, count) != OPD_OK)
+			ck_assert_int_eq(error.status, OPD_INVALID_ARGUMENT);
+	}
+}
+END_TEST
+
+START_TEST(a_long_list_of_providers_is_refused)
+{
+	char text[1024] = "priorities: {relu: [p";
+	for (int i = 0; i < 64; i++)
+		strcat(text, ",p");
+	strcat(text, "]}\n");
+	ck_assert_int_eq(load(text), OPD_INVALID_ARGUMENT);
+	expect_error(":1: priorities.relu: more than 64 providers in one list");
+}
+END_TEST
+
+START_TEST(limits_that_contradict_each_other_are_refused)
+{
+	static const struct bad cases[] = {
+		{"limits: {memory: 1 GiB, session: 2 GiB}", "limits.session: 2147483648 bytes, expected at most limits.memory (1073741824)"},
+		{"limits: {memory: 1 GiB, request: 600 MiB}", "limits.request: 629145600 bytes, expected at most limits.session (536870912)"},
+		{"limits: {memory: 1 MiB, cache: 2 MiB}", "limits.cache: 2097152 bytes, expected at most limits.memory (1048576)"},
+	};
+	load_ok(cases[_i].text);
+	ck_assert_int_eq(config_check(config, false, &error), OPD_INVALID_ARGUMENT);
+	ck_assert_str_eq(error.text, cases[_i].rest);
+}
+END_TEST
+
+START_TEST(limits_that_nobody_set_follow_memory)
+{
+	load_ok("limits: {memory: 100 MiB}");
+	ck_assert_uint_eq(config->limits.session_bytes, 50u << 20);
+	ck_assert_uint_eq(config->limits.request_bytes, 50u << 20);
+	ck_assert_uint_eq(config->limits.cache_bytes, 100u << 20);
+	ck_assert_int_eq(config_set(config, "limits.session", "20 MiB", &error), OPD_OK);
+	ck_assert_uint_eq(config->limits.request_bytes, 20u << 20);
+}
+END_TEST
+
+START_TEST(tcp_beyond_loopback_needs_to_be_asked_for)
+{
+	static const char *const remote[] = {"tcp://0.0.0.0:1", "tcp://[::]:1", "tcp://10.0.0.1:1", "tcp://example.org:1", "tcp://127.1:1"};
+	ck_assert_int_eq(config_add_listener(config, remote[_i], &error), OPD_OK);
+	ck_assert_int_eq(config_check(config, false, &error), OPD_INVALID_ARGUMENT);
+	ck_assert_ptr_nonnull(strstr(error.text, "is not a loopback address"));
+	ck_assert_ptr_nonnull(strstr(error.text, remote[_i]));
+	ck_assert_int_eq(config_check(config, true, &error), OPD_OK);
+}
+END_TEST
+
+START_TEST(loopback_needs_nothing)
+{
+	static const char *const local[] = {"tcp://127.0.0.1:1", "tcp://127.9.9.9:1", "tcp://[::1]:1", "tcp://localhost:1",
+	                                    "tcp://[::ffff:127.0.0.1]:1"};
+	ck_assert_int_eq(config_add_listener(config, local[_i], &error), OPD_OK);
+	ck_assert_int_eq(config_check(config, false, &error), OPD_OK);
+}
+END_TEST
+
+START_TEST(a_listener_twice_is_refused_but_any_free_port_may_repeat)
+{
+	ck_assert_int_eq(config_add_listener(config, "tcp://127.0.0.1:0", &error), OPD_OK);
+	ck_assert_int_eq(config_add_listener(config, "tcp://127.0.0.1:0", &error), OPD_OK);
+	ck_assert_int_eq(config_check(config, false, &error), OPD_OK);
+	ck_assert_int_eq(config_add_listener(config, "unix:/a", &error), OPD_OK);
+	ck_assert_int_eq(config_add_listener(config, "unix:/a", &error), OPD_OK);
+	ck_assert_int_eq(config_check(config, false, &error), OPD_INVALID_ARGUMENT);
+	ck_assert_str_eq(error.text, "listen: unix:/a is there twice");
+	config_clear_listeners(config);
+	ck_assert_uint_eq(config->listener_count, 0);
+}
+END_TEST
+
+START_TEST(a_socket_path_that_does_not_fit_is_refused)
+{
+	char address[200] = "unix:/";
+	memset(address + 6, 'a', 107);
+	ck_assert_int_eq(config_add_listener(config, address, &error), OPD_INVALID_ARGUMENT);
+	ck_assert_ptr_nonnull(strstr(error.text, "the path has 108 bytes, expected at most 107"));
+	address[6 + 106] = '\0';
+	ck_assert_int_eq(config_add_listener(config, address, &error), OPD_OK);
+}
+END_TEST
+
+START_TEST(flags_go_over_the_file)
+{
+	load_ok("priorities: {relu: [cpu], add: [cpu]}\nthreads: 2\n");
+	ck_assert_int_eq(config_add_priority(config, "relu=native,cpu", &error), OPD_OK);
+	ck_assert_int_eq(config_add_priority(config, "*=cpu", &error), OPD_OK);
+	ck_assert_int_eq(config_add_priority(config, "add=", &error), OPD_OK);
+	ck_assert_int_eq(config_set(config, "threads", "5", &error), OPD_OK);
+	ck_assert_uint_eq(config->priority_count, 3);
+	ck_assert_uint_eq(config->priorities[0].count, 2);
+	ck_assert_str_eq(config->priorities[0].providers[0], "native");
+	ck_assert_uint_eq(config->priorities[0].line, 0);
+	ck_assert_uint_eq(config->priorities[1].count, 0);
+	ck_assert_uint_eq(config->threads, 5);
+}
+END_TEST
+
+START_TEST(bad_flags_are_refused)
+{
+	ck_assert_int_eq(config_add_priority(config, "relu", &error), OPD_INVALID_ARGUMENT);
+	ck_assert_str_eq(error.text, "priority \"relu\": expected op=provider,provider");
+	ck_assert_int_eq(config_add_priority(config, "relu=a,,b", &error), OPD_INVALID_ARGUMENT);
+	ck_assert_int_eq(config_add_priority(config, "=a", &error), OPD_INVALID_ARGUMENT);
+	ck_assert_int_eq(config_add_module(config, "mine=", &error), OPD_INVALID_ARGUMENT);
+	ck_assert_int_eq(config_add_module(config, "relative.so", &error), OPD_INVALID_ARGUMENT);
+	ck_assert_int_eq(config_set(config, "listen", "x", &error), OPD_NOT_FOUND);
+	ck_assert_int_eq(config_set(config, "threads", "", &error), OPD_INVALID_ARGUMENT);
+}
+END_TEST
+
+START_TEST(modules_come_with_and_without_a_name)
+{
+	ck_assert_int_eq(config_add_module(config, "mine=/a=b.so", &error), OPD_OK);
+	ck_assert_int_eq(config_add_module(config, "/a=b.so", &error), OPD_OK);
+	ck_assert_str_eq(config->modules[0].name, "mine");
+	ck_assert_str_eq(config->modules[0].path, "/a=b.so");
+	ck_assert_ptr_null(config->modules[1].name);
+	ck_assert_str_eq(config->modules[1].path, "/a=b.so");
+}
+END_TEST
+
+START_TEST(the_default_socket_follows_its_rule)
+{
+	char socket[200];
+	ck_assert_int_eq(setenv("XDG_RUNTIME_DIR", "/run/user/7", 1), 0);
+	config_default_socket(socket, sizeof socket);
+	ck_assert_str_eq(socket, "/run/user/7/opd.sock");
+	ck_assert_int_eq(setenv("XDG_RUNTIME_DIR", "relative", 1), 0);
+	config_default_socket(socket, sizeof socket);
+	char expected[200];
+	(void)snprintf(expected, sizeof expected, geteuid() == 0 ? "/run/opd/opd.sock" : "/tmp/opd-%u/opd.sock", (unsigned)geteuid());
+	ck_assert_str_eq(socket, expected);
+}
+END_TEST
+
+START_TEST(sizes_and_durations_have_units)
+{
+	uint64_t value;
+	ck_assert_int_eq(config_parse_bytes("1GiB", &value, &error), OPD_OK);
+	ck_assert_uint_eq(value, 1u << 30);
+	ck_assert_int_eq(config_parse_bytes("3 KiB", &value, &error), OPD_OK);
+	ck_assert_uint_eq(value, 3072);
+	ck_assert_int_eq(config_parse_bytes("18446744073709551615", &value, &error), OPD_OK);
+	ck_assert_uint_eq(value, UINT64_MAX);
+	ck_assert_int_eq(config_parse_duration("2h", &value, &error), OPD_OK);
+	ck_assert_uint_eq(value, 7200000000000);
+	ck_assert_int_eq(config_parse_duration("0", &value, &error), OPD_OK);
+	ck_assert_uint_eq(value, 0);
+	static const char *const bad[] = {"", " 1", "+1", "-1", "0x10", "1 gib", "1GiB ", "1 GiB x", "18446744073709551616", "16777216 TiB"};
+	for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+		ck_assert_msg(config_parse_bytes(bad[i], &value, &error) == OPD_INVALID_ARGUMENT, "%s", bad[i]);
+	ck_assert_int_eq(config_parse_duration("5", &value, &error), OPD_INVALID_ARGUMENT);
+}
+END_TEST
+
+static void add_file_tests(TCase *tests)
+{
+	tcase_add_test(tests, defaults_are_those_of_the_header);
+	tcase_add_test(tests, a_whole_file_is_read);
+	tcase_add_loop_test(tests, files_that_say_nothing_are_fine, 0, 6);
+	tcase_add_loop_test(tests, a_bad_file_is_an_error_that_names_line_key_and_what_was_expected, 0,
+	                    (int)(sizeof bad_files / sizeof *bad_files));
+	tcase_add_test(tests, a_nul_is_refused_wherever_it_is);
+	tcase_add_test(tests, a_huge_file_is_refused_unread);
+	tcase_add_test(tests, what_is_not_a_file_is_refused_and_hangs_nothing);
+	tcase_add_loop_test(tests, deep_nesting_ends_where_it_begins, 0, 4);
+	tcase_add_test(tests, a_file_cut_at_every_byte_is_read_or_refused);
+	tcase_add_test(tests, a_long_list_of_providers_is_refused);
+}
+
+static void add_check_tests(TCase *tests)
+{
+	tcase_add_loop_test(tests, limits_that_contradict_each_other_are_refused, 0, 3);
+	tcase_add_test(tests, limits_that_nobody_set_follow_memory);
+	tcase_add_loop_test(tests, tcp_beyond_loopback_needs_to_be_asked_for, 0, 5);
+	tcase_add_loop_test(tests, loopback_needs_nothing, 0, 5);
+	tcase_add_test(tests, a_listener_twice_is_refused_but_any_free_port_may_repeat);
+	tcase_add_test(tests, a_socket_path_that_does_not_fit_is_refused);
+	tcase_add_test(tests, flags_go_over_the_file);
+	tcase_add_test(tests, bad_flags_are_refused);
+	tcase_add_test(tests, modules_come_with_and_without_a_name);
+	tcase_add_test(tests, the_default_socket_follows_its_rule);
+	tcase_add_test(tests, sizes_and_durations_have_units);
+}
+
+int main(void)
+{
+	Suite *suite = suite_create("config");
+	TCase *tests = tcase_create("config");
+	tcase_set_timeout(tests, 60);
+	tcase_add_checked_fixture(tests, set_up, tear_down);
+	add_file_tests(tests);
+	add_check_tests(tests);
+	suite_add_tcase(suite, tests);
+	SRunner *runner = srunner_create(suite);
+	srunner_run_all(runner, CK_ENV);
+	int failed = srunner_ntests_failed(runner);
+	srunner_free(runner);
+	return failed == 0 ? 0 : 1;
+}
