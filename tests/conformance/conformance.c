@@ -1,6 +1,7 @@
 /* Runs every implementation of every op against native: opd's conformance suite, for its own providers and anybody's.
  *
  *     conformance [--provider NAME] [--op NAME] [--module PATH.so]... [--seed N] [--verbose]
+ *     conformance --time [--dtype NAME] [--dims N,N,...] [--threads N] [--provider NAME] [--op NAME] [--module PATH.so]...
  *
  * For each implementation: every dtype and variant that the op's generator knows, random, extreme and small values, several sizes (odd, one,
  * empty, large), contiguous, padded, strided and broadcast operands. Where the predicate accepts, results must be within compare.h's bounds of
@@ -16,6 +17,7 @@
 #include "tests/conformance/cases.h"
 #include "tests/conformance/compare.h"
 #include "tests/conformance/host.h"
+#include "tests/conformance/timing.h"
 
 /* `MANY` times the default rows are enough work for several threads; native is slow, and takes fewer. */
 enum { MANY = 20, MANY_NATIVE = 4 };
@@ -421,40 +423,107 @@ static bool load_module(const char *path)
 
 static int usage(const char *program)
 {
-	(void)fprintf(stderr, "usage: %s [--provider NAME] [--op NAME] [--module PATH.so]... [--seed N] [--verbose]\n", program);
+	(void)fprintf(stderr,
+	              "usage: %s [--provider NAME] [--op NAME] [--module PATH.so]... [--seed N] [--verbose]\n"
+	              "       %s --time [--dtype NAME] [--dims N,N,...] [--threads N] [--provider NAME] [--op NAME] [--module PATH.so]...\n",
+	              program, program);
 	return 2;
+}
+
+struct arguments {
+	struct timing timing; /* provider and op serve both modes */
+	bool time;
+	bool bad;
+};
+
+/* "32,4096" */
+static bool read_dims(const char *text, struct timing *timing)
+{
+	for (timing->dim_count = 0; timing->dim_count < TIMING_DIMS; text++) {
+		char *end;
+		long long dim = strtoll(text, &end, 10);
+		if (end == text || dim < 0)
+			return false;
+		timing->dims[timing->dim_count++] = dim;
+		if (*end == '\0')
+			return true;
+		text = end;
+		if (*text != ',')
+			return false;
+	}
+	return false;
+}
+
+/* False when a module can't be loaded. */
+static bool read_option(int option, struct arguments *arguments)
+{
+	struct timing *timing = &arguments->timing;
+	if (option == 'p')
+		timing->provider = optarg;
+	else if (option == 'o')
+		timing->op = optarg;
+	else if (option == 's')
+		base_seed = strtoull(optarg, NULL, 10);
+	else if (option == 'v')
+		verbose = true;
+	else if (option == 't')
+		arguments->time = true;
+	else if (option == 'y')
+		arguments->bad |= (timing->dtype = opd_dtype_parse(optarg)) == OPD_DTYPE_NONE;
+	else if (option == 'd')
+		arguments->bad |= !read_dims(optarg, timing);
+	else if (option == 'n')
+		arguments->bad |= (timing->threads = (uint32_t)strtoul(optarg, NULL, 10)) == 0;
+	else if (option == 'm')
+		return load_module(optarg);
+	else
+		arguments->bad = true;
+	return true;
+}
+
+static bool read_arguments(int argc, char **argv, struct arguments *arguments)
+{
+	static const struct option options[] = {
+		{"provider", required_argument, NULL, 'p'}, {"op", required_argument, NULL, 'o'},    {"module", required_argument, NULL, 'm'},
+		{"seed", required_argument, NULL, 's'},     {"verbose", no_argument, NULL, 'v'},     {"time", no_argument, NULL, 't'},
+		{"dtype", required_argument, NULL, 'y'},    {"dims", required_argument, NULL, 'd'},  {"threads", required_argument, NULL, 'n'},
+		{NULL, 0, NULL, 0}};
+	bool loaded = true;
+	for (int option; loaded && !arguments->bad && (option = getopt_long(argc, argv, "", options, NULL)) != -1;)
+		loaded = read_option(option, arguments);
+	arguments->bad |= loaded && !arguments->bad && optind < argc;
+	return loaded;
+}
+
+/* The instruction set that OPD_CPU_ISA asks for isn't this machine's. */
+static bool isa_is_missing(void)
+{
+	if (getenv("OPD_CPU_ISA") == NULL || host.warnings == 0)
+		return false;
+	(void)printf("skipped: %s\n", host.last_warning);
+	return true;
+}
+
+static int run(int argc, char **argv)
+{
+	struct arguments arguments = {.timing = {.dtype = OPD_f32, .threads = 1}};
+	if (!open_builtin())
+		return EXIT_FAILURE;
+	if (isa_is_missing())
+		return 77;
+	if (!read_arguments(argc, argv, &arguments))
+		return EXIT_FAILURE;
+	if (arguments.bad)
+		return usage(argv[0]);
+	if (arguments.time)
+		return timing_run(&host, &arguments.timing) > 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+	return check_all(arguments.timing.provider, arguments.timing.op);
 }
 
 int main(int argc, char **argv)
 {
-	static const struct option options[] = {{"provider", required_argument, NULL, 'p'}, {"op", required_argument, NULL, 'o'},
-	                                        {"module", required_argument, NULL, 'm'},   {"seed", required_argument, NULL, 's'},
-	                                        {"verbose", no_argument, NULL, 'v'},        {NULL, 0, NULL, 0}};
-	const char *provider = NULL, *op_name = NULL;
 	host_init(&host);
-	bool opened = open_builtin();
-	if (opened && getenv("OPD_CPU_ISA") != NULL && host.warnings > 0) {
-		(void)printf("skipped: %s\n", host.last_warning);
-		host_fini(&host);
-		return 77;
-	}
-	for (int option; opened && (option = getopt_long(argc, argv, "p:o:m:s:v", options, NULL)) != -1;) {
-		if (option == 'p')
-			provider = optarg;
-		else if (option == 'o')
-			op_name = optarg;
-		else if (option == 's')
-			base_seed = strtoull(optarg, NULL, 10);
-		else if (option == 'v')
-			verbose = true;
-		else if (option != 'm')
-			return usage(argv[0]);
-		else
-			opened = load_module(optarg);
-	}
-	if (opened && optind < argc)
-		return usage(argv[0]);
-	int result = opened ? check_all(provider, op_name) : EXIT_FAILURE;
+	int result = run(argc, argv);
 	host_fini(&host);
 	return result;
 }
