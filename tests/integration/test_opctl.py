@@ -90,12 +90,14 @@ class Case(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         cls.folder = tempfile.mkdtemp(prefix="opctl-")
+        cls.addClassCleanup(shutil.rmtree, cls.folder)
         cls.daemon, cls.address = start_daemon(cls.folder)
 
     @classmethod
     def tearDownClass(cls):
-        stop_daemon(cls.daemon)
-        shutil.rmtree(cls.folder)
+        code = stop_daemon(cls.daemon)
+        if code != 0:
+            raise AssertionError("the daemon ended with %d" % code)
 
     def path(self, name):
         return os.path.join(self.folder, name)
