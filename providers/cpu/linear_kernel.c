@@ -2,7 +2,7 @@
  *
  * Every sum is made in the same order on both ways: per block of CPU_LINEAR_BLOCK k, lane l takes k = l, l + VEC_LANES, … by FMA; the lanes
  * are folded by vec_sum; the blocks' sums are added in order. Zeros that pad a block change nothing: a chain that starts at +0 never
- * becomes −0, so +0 may be added to it. */
+ * becomes −0, so +0 may be added to it. NaN has one form in results, since its sign and payload would tell the ways apart. */
 #include "providers/cpu/kernels.h"
 #include "providers/cpu/vec_dtype.h"
 
@@ -86,7 +86,7 @@ VEC_INLINE void linear_finish(opd_dtype dtype, const float *sums, const void *bi
 		vec_f32 v = vec_load_part(OPD_f32, sums, n, here, 0.0f);
 		if (bias != NULL)
 			v = v + vec_load_part(dtype, bias, n, here, 0.0f);
-		vec_store_part(dtype, y, n, here, v);
+		vec_store_part(dtype, y, n, here, vec_one_nan(v));
 	}
 }
 

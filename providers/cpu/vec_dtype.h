@@ -181,6 +181,12 @@ VEC_INLINE void vec_store_part(opd_dtype dtype, void *memory, size_t at, size_t 
 
 #endif
 
+/* One NaN for all: which of two NaNs a sum hands on is the compiler's choice of operand order. */
+VEC_INLINE vec_f32 vec_one_nan(vec_f32 v)
+{
+	return (vec_f32)vec_select((vec_u32)(v != v), vec_splat_u32(0x7fc00000), (vec_u32)v);
+}
+
 /* `v` as it would read after a store as `dtype`. */
 VEC_INLINE vec_f32 vec_rounded(opd_dtype dtype, vec_f32 v)
 {

@@ -1,10 +1,10 @@
 /* The loop over keys that attention and paged_attention share: they differ in where the keys of a sequence lie.
  *
  * Layer: providers/ops, internal to the native module. Threads: pure functions of their arguments and the job.
- * It goes over a sequence's keys once, in order, for a few query rows at a time, with the largest score so far as the softmax's offset: a long
- * context needs no memory, and a row's bits depend on that row and its keys alone. All in double, rounded once to f32 and then to the
- * result's dtype. A row that sees no key is zeros; a row whose scores hold +inf, or are all −inf, is NaN, as a softmax is.
- * Not here: who may see what beyond causal, and checks of indices (paged_attention.c). */
+ * It goes over a sequence's keys once, in order, for a few query rows at a time, with the largest score so far as the softmax's
+ * offset: a long context needs no memory, and a row's bits depend on that row and its keys alone. All in double, rounded once to
+ * f32 and then to the result's dtype. A row that sees no key is zeros; a row whose scores hold +inf, or are all −inf, is NaN, as
+ * a softmax is. Not here: who may see what beyond causal, and checks of indices (paged_attention.c). */
 #ifndef OPD_PROVIDERS_OPS_ATTEND_H
 #define OPD_PROVIDERS_OPS_ATTEND_H
 
@@ -45,8 +45,8 @@ OPD_MUST_USE opd_status attend_expect_heads(const opd_op *op, int64_t heads, con
 /* Scratch that attend_part_run needs. */
 uint64_t attend_scratch_bytes(const struct attend *attend);
 
-/* Computes a part's rows of result 0. job->context is the struct attend; the output isn't empty. Returns early when the job is cancelled:
- * run it by kernel_for_long. */
+/* Computes a part's rows of result 0. job->context is the struct attend; the output isn't empty. Returns early when the job is
+ * cancelled: run it by kernel_for_long. */
 void attend_part_run(const struct kernel_job *job, const struct attend_part *part, double *scratch);
 
 /* Estimate for `rows` queries of one head over `keys` keys. */
@@ -57,7 +57,7 @@ double attend_generate_scale(int64_t head_size);
 OPD_MUST_USE opd_status attend_generate_expect_heads(const opd_op *op, int64_t heads, int64_t kv_heads, opd_error *error);
 
 /* The family's ops outside of attention.c. */
-extern const opd_op paged_attention; /* paged_attention.c */
+extern const opd_op paged_attention;   /* paged_attention.c */
 extern const opd_op reshape_and_cache; /* cache.c */
 
 #endif

@@ -99,7 +99,8 @@ static opd_status attention_run(const opd_impl *impl, void *state, const opd_cal
 	return kernel_for_long(&job, items, kernel_ns(attention_ns(&attend) / (double)items), attention_item, error);
 }
 
-/* Variants: 0 causal; 1 not; 2 a kv head a head; 3 one kv head, not causal; 4 one query; 5 more queries than keys, the first see none. */
+/* Variants: 0 causal; 1 not; 2 a kv head a head; 3 one kv head, not causal; 4 one query; 5 more queries than keys, the first see
+ * none. */
 static opd_status attention_generate(const opd_op *op, opd_generator *generator, opd_error *error)
 {
 	const int64_t *dims = generator->dims;

@@ -175,8 +175,9 @@ static const int64_t cache_dims[] = {9, 2, 64, 6, 8};
 const opd_op reshape_and_cache = {
 	.struct_bytes = sizeof reshape_and_cache,
 	.schema = "reshape_and_cache(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor slot_mapping) "
-			  "-> (Tensor, Tensor)",
-	.doc = "key, value [T, kv_heads, D] into caches [blocks, block_size, kv_heads, D] at slot_mapping [T]; negative slots are skipped",
+              "-> (Tensor, Tensor)",
+	.doc = "key, value [T, kv_heads, D] into caches [blocks, block_size, kv_heads, D] at slot_mapping [T]; negative slots are "
+           "skipped",
 	.activations = "key,value,slot_mapping",
 	.shape = cache_shape,
 	.check = cache_check,

@@ -5,7 +5,8 @@ opd_status index_invalid(const opd_op *op, const char *name, uint32_t rank, cons
 {
 	struct kernel_text at = rank == 0 ? (struct kernel_text){""} : kernel_extents_text(rank, position);
 	if (limit <= 0)
-		return kernel_invalid(op, error, "%s%s is %lld, expected none at all: there are 0 %s", name, at.text, (long long)value, why);
+		return kernel_invalid(op, error, "%s%s is %lld, expected none at all: there are 0 %s", name, at.text, (long long)value,
+		                      why);
 	if (low == INT64_MIN)
 		return kernel_invalid(op, error, "%s%s is %lld, expected at most %lld (%s)", name, at.text, (long long)value,
 		                      (long long)limit - 1, why);

@@ -1,17 +1,16 @@
 /* Index operands (ids, positions, slots, block tables): checks of their contents, and what generators of them need.
  *
  * Layer: providers/ops, internal to the native module. Threads: pure functions of their arguments.
- * A check costs no more time than the operand has memory: a dimension of stride 0 repeats its elements and is read once, however long a
- * client says it is.
- * Not here: dtypes and shapes of index operands (kernel.h). */
+ * A check costs no more time than the operand has memory: a dimension of stride 0 repeats its elements and is read once, however
+ * long a client says it is. Not here: dtypes and shapes of index operands (kernel.h). */
 #ifndef OPD_PROVIDERS_OPS_INDEX_H
 #define OPD_PROVIDERS_OPS_INDEX_H
 
 #include "providers/ops/kernel.h"
 
-/* OPD_OK when every element of `indices` (i32 or i64, any shape and strides, in host memory) lies in [low, limit); else OPD_INVALID_ARGUMENT,
- * naming the first that doesn't, as "embedding: ids[0, 3] is 50, expected 0 to 49 (rows of table)". `why`: what the limit is. low INT64_MIN:
- * any negative value is fine. */
+/* OPD_OK when every element of `indices` (i32 or i64, any shape and strides, in host memory) lies in [low, limit); else
+ * OPD_INVALID_ARGUMENT, naming the first that doesn't, as "embedding: ids[0, 3] is 50, expected 0 to 49 (rows of table)". `why`:
+ * what the limit is. low INT64_MIN: any negative value is fine. */
 OPD_MUST_USE opd_status index_check(const opd_op *op, const char *name, const opd_tensor *indices, int64_t low, int64_t limit,
                                     const char *why, opd_error *error);
 

@@ -132,8 +132,8 @@ typedef void (*kernel_item_fn)(const struct kernel_job *job, uint64_t item, void
 OPD_MUST_USE opd_status kernel_for(const struct kernel_job *job, uint64_t items, uint64_t item_ns, kernel_item_fn item,
                                    opd_error *error);
 
-/* The same for items so long that they look at host->cancelled in their middle and give up: also OPD_CANCELLED when somebody stopped wanting the
- * result before the last item was done. */
+/* The same for items so long that they look at host->cancelled in their middle and give up: also OPD_CANCELLED when the result
+ * stopped being wanted before the last item was done. */
 OPD_MUST_USE opd_status kernel_for_long(const struct kernel_job *job, uint64_t items, uint64_t item_ns, kernel_item_fn item,
                                         opd_error *error);
 

@@ -1,9 +1,9 @@
-/* Products of matrices: linear, matmul, scaled_mm. One loop over tiles serves the three: they differ in where a line of a factor lies, and
- * in what is done with a finished sum.
+/* Products of matrices: linear, matmul, scaled_mm. One loop over tiles serves the three: they differ in where a line of a factor
+ * lies, and in what is done with a finished sum.
  *
- * Sums are accumulated in double, in order of the summed dimension, and rounded to f32 and then to the result's dtype: at least as exact as
- * the catalogue's f32 accumulation (products of two floats of 24 bits are exact in a double), and a product of i8 is exact for
- * every length that fits into memory, where an i32 would wrap from 131072 on. */
+ * Sums are accumulated in double, in order of the summed dimension, and rounded to f32 and then to the result's dtype: at least
+ * as exact as the catalogue's f32 accumulation (products of two floats of 24 bits are exact in a double), and a product of i8 is
+ * exact for every length that fits into memory, where an i32 would wrap from 131072 on. */
 #include <math.h>
 
 #include "providers/ops/kernel.h"
@@ -12,8 +12,8 @@
 
 /* ---- The product ------------------------------------------------------------------------------------------------------- */
 
-/* Both packed factors of a tile take 48 KiB of stack: so a product needs no scratch, and each element is converted once for 8 rows or 16
- * columns of the result. */
+/* Both packed factors of a tile take 48 KiB of stack: so a product needs no scratch, and each element is converted once for 8
+ * rows or 16 columns of the result. */
 enum { TILE_ROWS = 8, TILE_COLUMNS = 16, TILE_DEPTH = 256 };
 
 /* output[…, row, column] = Σ left[line of row]·right[line of column] · row_scale · column_scale + bias */
@@ -443,8 +443,8 @@ static opd_status scaled_mm_expect_factors(const opd_op *op, const opd_tensor *a
 }
 
 /* f32, [1] or one for each of `lines`: [lines, 1] (rank 2) or [lines] (rank 1). */
-static opd_status scaled_mm_expect_scale(const opd_op *op, const char *name, const opd_tensor *scale, uint32_t rank, int64_t lines,
-                                         const char *why, opd_error *error)
+static opd_status scaled_mm_expect_scale(const opd_op *op, const char *name, const opd_tensor *scale, uint32_t rank,
+                                         int64_t lines, const char *why, opd_error *error)
 {
 	int64_t shape[2] = {lines, 1};
 	opd_status status = kernel_expect_dtype(op, name, scale, OPD_f32, error);
@@ -583,7 +583,8 @@ static const int64_t scaled_mm_dims[] = {8, 320, 72};
 static const opd_op scaled_mm = {
 	.struct_bytes = sizeof scaled_mm,
 	.sum = OPD_SUM_PRODUCTS,
-	.schema = "scaled_mm(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias=None, str out_dtype=\"bf16\") -> Tensor",
+	.schema =
+        "scaled_mm(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias=None, str out_dtype=\"bf16\") -> Tensor",
 	.doc = "a [M, K] times b [N, K] transposed, both f8_e4m3fn or i8, times scales per tensor or per row, plus bias",
 	.activations = "a,scale_a",
 	.shape = scaled_mm_shape,

@@ -48,7 +48,8 @@ static opd_status paged_expect_shapes(const opd_op *op, const opd_call *call, op
 	if (status == OPD_OK)
 		status = attend_expect_heads(op, query->shape[1], "key_cache", keys->shape[2], error);
 	if (status == OPD_OK)
-		status = kernel_expect_shape(op, "seq_lens", kernel_tensor(call, PAGED_LENGTHS), 1, &sequences, "rows of block_table", error);
+		status =
+			kernel_expect_shape(op, "seq_lens", kernel_tensor(call, PAGED_LENGTHS), 1, &sequences, "rows of block_table", error);
 	if (status == OPD_OK)
 		status = kernel_expect_shape(op, "query_start_loc", kernel_tensor(call, PAGED_STARTS), 1, &starts,
 		                             "rows of block_table and one", error);
@@ -99,7 +100,8 @@ static opd_status paged_check_starts(const opd_op *op, const opd_call *call, int
 	int64_t begin = kernel_index(starts, (uint64_t)b);
 	int64_t end = kernel_index(starts, (uint64_t)b + 1);
 	if (end < begin || end > tokens)
-		return kernel_invalid(op, error, "query_start_loc[%lld] is %lld, expected %lld (the entry before) to %lld (tokens of query)",
+		return kernel_invalid(op, error,
+		                      "query_start_loc[%lld] is %lld, expected %lld (the entry before) to %lld (tokens of query)",
 		                      (long long)b + 1, (long long)end, (long long)begin, (long long)tokens);
 	*queries_out = end - begin;
 	return OPD_OK;
@@ -115,8 +117,8 @@ static opd_status paged_check_sequence(const opd_op *op, const opd_call *call, i
 	if (status != OPD_OK)
 		return status;
 	if (length < 0 || length > room)
-		return kernel_invalid(op, error, "seq_lens[%lld] is %lld, expected 0 to %lld (slots of a row of block_table)", (long long)b,
-		                      (long long)length, (long long)room);
+		return kernel_invalid(op, error, "seq_lens[%lld] is %lld, expected 0 to %lld (slots of a row of block_table)",
+		                      (long long)b, (long long)length, (long long)room);
 	if (length < queries)
 		return kernel_invalid(op, error, "seq_lens[%lld] is %lld, expected at least %lld (its queries)", (long long)b,
 		                      (long long)length, (long long)queries);
@@ -258,8 +260,7 @@ static opd_status paged_generate_lengths(const opd_op *op, opd_generator *genera
 	int64_t tokens = 0;
 	void *starts;
 	void *lengths;
-	opd_status status =
-		kernel_generate_raw(op, generator, "query_start_loc", form->index, 1, &starts_shape, &starts, error);
+	opd_status status = kernel_generate_raw(op, generator, "query_start_loc", form->index, 1, &starts_shape, &starts, error);
 	if (status == OPD_OK)
 		status = kernel_generate_raw(op, generator, "seq_lens", form->index, 1, &sizes->sequences, &lengths, error);
 	if (status != OPD_OK)
@@ -359,7 +360,7 @@ const opd_op paged_attention = {
 	.struct_bytes = sizeof paged_attention,
 	.sum = OPD_SUM_ATTENTION,
 	.schema = "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens, "
-			  "Tensor query_start_loc, float scale, bool causal=True) -> Tensor",
+              "Tensor query_start_loc, float scale, bool causal=True) -> Tensor",
 	.doc = "query [T, heads, D], packed by query_start_loc [B+1], over caches [blocks, block_size, kv_heads, D] by block_table",
 	.activations = "query,block_table,seq_lens,query_start_loc",
 	.shape = paged_shape,

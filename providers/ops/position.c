@@ -103,16 +103,16 @@ static const opd_op embedding = {
 enum { ROTARY_POSITIONS, ROTARY_QUERY, ROTARY_KEY, ROTARY_HEAD_SIZE, ROTARY_CACHE, ROTARY_NEOX };
 
 /* query or key: [T, a multiple of head_size]. */
-static opd_status rotary_expect_heads(const opd_op *op, const char *name, const opd_tensor *heads, int64_t tokens, int64_t head_size,
-                                      opd_error *error)
+static opd_status rotary_expect_heads(const opd_op *op, const char *name, const opd_tensor *heads, int64_t tokens,
+                                      int64_t head_size, opd_error *error)
 {
 	opd_status status = kernel_expect_rank(op, name, heads, 2, error);
 	if (status != OPD_OK)
 		return status;
 	if (heads->shape[0] == tokens && heads->shape[1] % head_size == 0)
 		return OPD_OK;
-	return kernel_invalid(op, error, "%s has shape %s, expected [%lld (length of positions), a multiple of %lld (head_size)]", name,
-	                      kernel_shape_text(heads).text, (long long)tokens, (long long)head_size);
+	return kernel_invalid(op, error, "%s has shape %s, expected [%lld (length of positions), a multiple of %lld (head_size)]",
+	                      name, kernel_shape_text(heads).text, (long long)tokens, (long long)head_size);
 }
 
 static opd_status rotary_expect_cache(const opd_op *op, const opd_tensor *cache, int64_t head_size, opd_error *error)
@@ -273,7 +273,8 @@ struct rotary_form {
 	opd_dtype positions;
 };
 
-static opd_status rotary_generate_form(const opd_op *op, opd_generator *generator, const struct rotary_form *form, opd_error *error)
+static opd_status rotary_generate_form(const opd_op *op, opd_generator *generator, const struct rotary_form *form,
+                                       opd_error *error)
 {
 	const int64_t *dims = generator->dims;
 	int64_t tokens = dims[0], head_size = dims[3], max_position = dims[4];
@@ -315,8 +316,8 @@ static opd_status rotary_generate(const opd_op *op, opd_generator *generator, op
 	const int64_t *dims = generator->dims;
 	for (uint32_t i = 1; i < op->dim_count; i++)
 		if (dims[i] > INT32_MAX / 2 || (i > 2 && dims[i] < 1))
-			return kernel_invalid(op, error, "dim %u is %lld, expected %d to %d (%s)", i, (long long)dims[i], i > 2, INT32_MAX / 2,
-			                      op->dims);
+			return kernel_invalid(op, error, "dim %u is %lld, expected %d to %d (%s)", i, (long long)dims[i], i > 2,
+			                      INT32_MAX / 2, op->dims);
 	return rotary_generate_form(op, generator, &forms[generator->variant], error);
 }
 
@@ -337,7 +338,7 @@ static const int64_t rotary_dims[] = {8, 6, 2, 64, 512};
 static const opd_op rotary_embedding = {
 	.struct_bytes = sizeof rotary_embedding,
 	.schema = "rotary_embedding(Tensor positions, Tensor query, Tensor key, int head_size, Tensor cos_sin_cache, "
-			  "bool is_neox_style=True) -> (Tensor, Tensor)",
+              "bool is_neox_style=True) -> (Tensor, Tensor)",
 	.doc = "query [T, heads*head_size] and key turned by their positions; cos_sin_cache [max_pos, rot]: cos, then sin",
 	.activations = "positions,query,key",
 	.shape = rotary_shape,

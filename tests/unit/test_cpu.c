@@ -537,6 +537,39 @@ START_TEST(linear_splits_columns_without_changing_bits)
 }
 END_TEST
 
+/* Which NaN of two a product hands on differs between ways through the kernel: results have one form. */
+START_TEST(linear_gives_one_nan_on_every_way)
+{
+	if (!isa_open(_i))
+		return;
+	for (size_t d = 0; d < 3; d++) {
+		struct inputs in;
+		struct results many, one;
+		struct call call;
+		inputs_init(&in, OP_LINEAR, dtypes[d], 9, 50, 0, 0);
+		for (int64_t n = 0; n < 21; n++) {
+			box_set(&in.x, 0, n, -(double)NAN);
+			box_set(&in.weight, n, 20 - n, (double)NAN);
+			box_set(&in.bias, 0, n, n % 2 == 0 ? -(double)NAN : 1);
+		}
+		results_init(&many, OP_LINEAR, dtypes[d], 9, 50, 0);
+		results_init(&one, OP_LINEAR, dtypes[d], 1, 50, 0);
+		call_of(&call, OP_LINEAR, &in, &many);
+		run_on("linear", &call, 1);
+		in.x.shape[0] = 1, in.x.tensor.elements = 50;
+		call_of(&call, OP_LINEAR, &in, &one);
+		run_on("linear", &call, 1);
+		assert_same_rows(&one.first, &many.first, 0, "linear of NaN");
+		for (int64_t n = 0; n < 21; n++)
+			ck_assert(!signbit(box_get(&one.first, 0, n)) && isnan(box_get(&one.first, 0, n)));
+		inputs_fini(&in);
+		results_fini(&many);
+		results_fini(&one);
+	}
+	host_fini(&host);
+}
+END_TEST
+
 START_TEST(fused_add_in_place_gives_the_same_bits)
 {
 	if (!isa_open(_i))
@@ -873,6 +906,7 @@ static Suite *cpu_suite(void)
 	tcase_add_loop_test(each, strides_and_alignment_change_no_bit, 0, sets);
 	tcase_add_loop_test(each, threads_and_other_rows_change_no_bit, 0, sets);
 	tcase_add_loop_test(each, linear_splits_columns_without_changing_bits, 0, sets);
+	tcase_add_loop_test(each, linear_gives_one_nan_on_every_way, 0, sets);
 	tcase_add_loop_test(each, fused_add_in_place_gives_the_same_bits, 0, sets);
 	tcase_add_loop_test(each, nan_and_infinities_propagate, 0, sets);
 	tcase_add_loop_test(each, every_16_bit_value_survives_load_and_store, 0, sets);

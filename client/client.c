@@ -1,0 +1,161 @@
+/* Connecting, closing, and what a client says of itself. */
+#include <poll.h>
+#include <stdlib.h>
+#include <sys/socket.h>
+#include <sys/time.h>
+#include <unistd.h>
+
+#include "client/connection.h"
+#include "client/greeting.h"
+#include "proto/bounds.h"
+
+#define CONNECT_TIMEOUT_US ((uint64_t)30000000)
+#define SCRATCH_BYTES ((size_t)64 << 20)
+#define SESSION_ARENA_BYTES ((size_t)1 << 20)
+
+const char *opd_version(void)
+{
+	return OPD_VERSION;
+}
+
+static opd_client *client_create(uint64_t timeout_us)
+{
+	opd_client *client = calloc(1, sizeof *client);
+	if (client == NULL)
+		return NULL;
+	client->fd = -1;
+	client->timeout_us = timeout_us;
+	list_init(&client->done);
+	list_init(&client->writer.ready);
+	list_init(&client->writer.bulk);
+	list_init(&client->writer.waiting);
+	arena_init(&client->scratch, SCRATCH_BYTES);
+	arena_init(&client->session_arena, SESSION_ARENA_BYTES);
+	client->pool = pool_create();
+	if (client->pool == NULL || !writer_init(&client->writer) || !reader_init(&client->reader)) {
+		opd_close(client);
+		return NULL;
+	}
+	return client;
+}
+
+static void close_flights(opd_client *client)
+{
+	opd_error closed;
+	(void)opd_fail(&closed, OPD_UNAVAILABLE, "closed");
+	connection_break(client, &closed);
+	while (!list_empty(&client->done))
+		connection_forget(client, LIST_ENTRY(client->done.next, struct flight, done));
+	flights_fini(&client->flights);
+}
+
+void opd_close(opd_client *client)
+{
+	if (client == NULL)
+		return;
+	if (client->direct_depth != 0) {
+		client->direct_depth = 1;
+		opd_direct_end(client);
+	}
+	writer_clear(client); /* a connection that has failed already has nothing waiting */
+	close_flights(client);
+	if (client->fd >= 0)
+		(void)close(client->fd);
+	if (client->scheme != NULL)
+		client->scheme->disconnect(client->scheme_state);
+	writer_fini(&client->writer);
+	reader_fini(&client->reader);
+	arena_fini(&client->scratch);
+	arena_fini(&client->session_arena);
+	pool_unref(client->pool);
+	free(client);
+}
+
+/* The part of the caller's struct that it knows, zeroes for the rest. */
+static opd_status read_options(const opd_connect_options *options, opd_connect_options *out, opd_error *error)
+{
+	*out = (opd_connect_options){.struct_bytes = sizeof *out};
+	if (options == NULL)
+		return OPD_OK;
+	if (options->struct_bytes < sizeof options->struct_bytes)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "connect options: struct_bytes %u, expected %zu", options->struct_bytes, sizeof *options);
+	memcpy(out, options, options->struct_bytes < sizeof *out ? options->struct_bytes : sizeof *out);
+	if (out->chunk_bytes != 0 && (out->chunk_bytes < BOUND_CHUNK_BYTES_MIN || out->chunk_bytes > BOUND_CHUNK_BYTES_MAX))
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "connect options: chunk_bytes %llu, expected 0 or %u to %u",
+		                (unsigned long long)out->chunk_bytes, BOUND_CHUNK_BYTES_MIN, BOUND_CHUNK_BYTES_MAX);
+	return OPD_OK;
+}
+
+static opd_status client_dial(opd_client *client, const char *address, uint64_t timeout_us, opd_error *error)
+{
+	const char *rest;
+	const struct scheme *scheme = scheme_find(address, &rest);
+	if (scheme == NULL)
+		return dial(address, timeout_us, &client->fd, error);
+	opd_status status = scheme->connect(rest, &client->fd, &client->scheme_state, error);
+	if (status == OPD_OK)
+		client->scheme = scheme;
+	return status;
+}
+
+/* A blocking receive with the client's own timeout needs no poll before it. */
+static void set_receive_timeout(opd_client *client)
+{
+	const struct timeval value = {.tv_sec = (time_t)(client->timeout_us / 1000000u), .tv_usec = (suseconds_t)(client->timeout_us % 1000000u)};
+	client->receive_timeout = client->timeout_us != 0 && client->timeout_us < (uint64_t)1 << 50 &&
+	                          setsockopt(client->fd, SOL_SOCKET, SO_RCVTIMEO, &value, sizeof value) == 0;
+}
+
+opd_status opd_connect(const char *address, const opd_connect_options *options, opd_client **client_out, opd_error *error)
+{
+	opd_connect_options known;
+	opd_status status = read_options(options, &known, error);
+	if (status != OPD_OK)
+		return status;
+	opd_client *client = client_create(known.timeout_us);
+	if (client == NULL)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "out of memory for a client");
+	status = client_dial(client, address, known.timeout_us == 0 ? CONNECT_TIMEOUT_US : known.timeout_us, error);
+	if (status == OPD_OK) {
+		status = greeting_exchange(client, &known, error);
+		if (status != OPD_OK)
+			status = opd_error_prefix(error, status, "%.200s", address);
+	}
+	if (status != OPD_OK) {
+		opd_close(client);
+		return status;
+	}
+	set_receive_timeout(client);
+	*client_out = client;
+	return OPD_OK;
+}
+
+const opd_session *opd_client_session(const opd_client *client)
+{
+	return &client->session;
+}
+
+int opd_client_fd(const opd_client *client)
+{
+	return client->fd;
+}
+
+short opd_client_events(const opd_client *client)
+{
+	return writer_pending(client) ? POLLIN | POLLOUT : POLLIN;
+}
+
+opd_status opd_process(opd_client *client, opd_error *error)
+{
+	return connection_poll(client, error);
+}
+
+size_t opd_in_flight(const opd_client *client)
+{
+	return client->live;
+}
+
+size_t opd_finished(const opd_client *client)
+{
+	return client->done_count;
+}

@@ -1,0 +1,144 @@
+/* Addresses, and sockets connected to them. */
+#include <errno.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/time.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include "client/connection.h"
+
+#define HOST_BYTES 256u
+
+static opd_status dial_unavailable(opd_error *error, const char *address, int number)
+{
+	const char *why = strerrordesc_np(number);
+	return opd_fail(error, OPD_UNAVAILABLE, "%.300s: %s", address, why == NULL ? "can't connect" : why);
+}
+
+/* On Linux the send timeout bounds connect too. 0: none. */
+static void set_timeout(int fd, int option, uint64_t timeout_us)
+{
+	const struct timeval value = {.tv_sec = (time_t)(timeout_us / 1000000u), .tv_usec = (suseconds_t)(timeout_us % 1000000u)};
+	(void)setsockopt(fd, SOL_SOCKET, option, &value, sizeof value);
+}
+
+/* A connect that a signal interrupted goes on by itself: wait for its end. 0 or an errno. */
+static int finish_connect(int fd, uint64_t deadline_us)
+{
+	for (;;) {
+		const uint64_t now = clock_us();
+		if (now >= deadline_us)
+			return ETIMEDOUT;
+		const uint64_t left_ms = (deadline_us - now) / 1000 + 1;
+		struct pollfd entry = {.fd = fd, .events = POLLOUT};
+		if (poll(&entry, 1, left_ms > 1000 ? 1000 : (int)left_ms) <= 0)
+			continue;
+		int number = 0;
+		socklen_t bytes = sizeof number;
+		return getsockopt(fd, SOL_SOCKET, SO_ERROR, &number, &bytes) == 0 ? number : errno;
+	}
+}
+
+/* 0 or an errno. */
+static int connect_until(int fd, const struct sockaddr *address, socklen_t bytes, uint64_t deadline_us)
+{
+	const uint64_t now = clock_us();
+	if (now >= deadline_us)
+		return ETIMEDOUT;
+	set_timeout(fd, SO_SNDTIMEO, deadline_us == UINT64_MAX ? 0 : deadline_us - now);
+	int number = connect(fd, address, bytes) == 0 ? 0 : errno;
+	if (number == EINTR || (number == EINPROGRESS && clock_us() < deadline_us))
+		number = address->sa_family == AF_UNIX ? connect_until(fd, address, bytes, deadline_us) : finish_connect(fd, deadline_us);
+	set_timeout(fd, SO_SNDTIMEO, 0);
+	return number == EINPROGRESS || number == EAGAIN ? ETIMEDOUT : number;
+}
+
+static opd_status dial_unix(const char *address, const char *path, uint64_t deadline_us, int *fd_out, opd_error *error)
+{
+	struct sockaddr_un name = {.sun_family = AF_UNIX};
+	const size_t bytes = strlen(path);
+	if (bytes == 0 || bytes >= sizeof name.sun_path)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "address %.300s: path of %zu bytes, expected 1 to %zu", address, bytes,
+		                sizeof name.sun_path - 1);
+	memcpy(name.sun_path, path, bytes + 1);
+	const int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	if (fd < 0)
+		return dial_unavailable(error, address, errno);
+	const int number = connect_until(fd, (const struct sockaddr *)&name, sizeof name, deadline_us);
+	if (number != 0) {
+		(void)close(fd);
+		return dial_unavailable(error, address, number);
+	}
+	*fd_out = fd;
+	return OPD_OK;
+}
+
+/* "host:port" or "[v6]:port" */
+static opd_status split_host(const char *address, const char *rest, char host[HOST_BYTES], const char **port_out, opd_error *error)
+{
+	const bool bracket = rest[0] == '[';
+	const char *begin = bracket ? rest + 1 : rest;
+	const char *end = bracket ? strchr(begin, ']') : strrchr(begin, ':');
+	const char *colon = end == NULL || !bracket ? end : end + 1;
+	if (colon == NULL || *colon != ':' || end == begin || (size_t)(end - begin) >= HOST_BYTES)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "address %.300s: expected tcp://host:port", address);
+	if (!bracket && memchr(begin, ':', (size_t)(end - begin)) != NULL)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "address %.300s: an IPv6 host stands in brackets, as tcp://[::1]:7777", address);
+	memcpy(host, begin, (size_t)(end - begin));
+	host[end - begin] = '\0';
+	const char *port = colon + 1;
+	const size_t digits = strspn(port, "0123456789");
+	const unsigned long number = digits == 0 || digits > 5 || port[digits] != '\0' ? 0 : strtoul(port, NULL, 10);
+	if (number == 0 || number > 65535)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "address %.300s: port %.20s, expected 1 to 65535", address, port);
+	*port_out = port;
+	return OPD_OK;
+}
+
+static opd_status dial_tcp(const char *address, const char *rest, uint64_t deadline_us, int *fd_out, opd_error *error)
+{
+	char host[HOST_BYTES];
+	const char *port = NULL;
+	opd_status status = split_host(address, rest, host, &port, error);
+	if (status != OPD_OK)
+		return status;
+	const struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_NUMERICSERV};
+	struct addrinfo *found;
+	const int failed = getaddrinfo(host, port, &hints, &found);
+	if (failed != 0)
+		return opd_fail(error, OPD_UNAVAILABLE, "%.300s: %s", address, gai_strerror(failed));
+	int number = EHOSTUNREACH, fd = -1;
+	for (const struct addrinfo *at = found; at != NULL && number != 0; at = at->ai_next) {
+		fd = socket(at->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+		number = fd < 0 ? errno : connect_until(fd, at->ai_addr, at->ai_addrlen, deadline_us);
+		if (number != 0 && fd >= 0)
+			(void)close(fd);
+	}
+	freeaddrinfo(found);
+	if (number != 0)
+		return dial_unavailable(error, address, number);
+	const int on = 1; /* requests are whole frames in one call: waiting for more to send with them only costs time */
+	(void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+	*fd_out = fd;
+	return OPD_OK;
+}
+
+opd_status dial(const char *address, uint64_t timeout_us, int *fd_out, opd_error *error)
+{
+	const uint64_t deadline_us = deadline_after(timeout_us);
+	if (strncmp(address, "unix:", 5) == 0)
+		return dial_unix(address, address + 5, deadline_us, fd_out, error);
+	if (strncmp(address, "tcp://", 6) == 0)
+		return dial_tcp(address, address + 6, deadline_us, fd_out, error);
+	if (strncmp(address, "embedded:", 9) == 0)
+		return opd_fail(error, OPD_UNIMPLEMENTED,
+		                "address %.300s: the daemon in this process needs libopd-embedded: link it and call opd_embedded_register() first",
+		                address);
+	return opd_fail(error, OPD_INVALID_ARGUMENT, "address %.300s: expected unix:/path, tcp://host:port or embedded:", address);
+}

@@ -1,0 +1,187 @@
+#include "client/document.h"
+
+/* In front of every document. */
+struct document {
+	_Alignas(16) opd_result *result;
+};
+
+/* Zeroed, with the result's name in front of it. */
+static void *document_alloc(opd_result *result, size_t bytes)
+{
+	struct document *document = arena_zalloc(&result->arena, sizeof *document + bytes);
+	if (document == NULL)
+		return NULL;
+	document->result = result;
+	return document + 1;
+}
+
+opd_status document_create(opd_result *result, document_fn make, const void **document_out, opd_error *error)
+{
+	const void *document = make(result);
+	if (document == NULL) {
+		opd_result_destroy(result);
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "out of memory for the server's answer");
+	}
+	*document_out = document;
+	return OPD_OK;
+}
+
+void opd_document_free(const void *document)
+{
+	if (document != NULL)
+		opd_result_destroy(((const struct document *)document - 1)->result);
+}
+
+/* A list that couldn't be made is shown as empty. */
+static const char *const *texts(opd_result *result, uint32_t count, const struct msg_text *from, uint32_t *count_out)
+{
+	const char *const *list = result_texts(result, count, from);
+	*count_out = list == NULL ? 0 : count;
+	return list;
+}
+
+void *document_priority(opd_result *result)
+{
+	const struct msg_priority_reply *from = &result->reply.priority;
+	opd_priority *priority = document_alloc(result, sizeof *priority);
+	if (priority == NULL)
+		return NULL;
+	priority->level = msg_level_name(from->level);
+	priority->effective = texts(result, from->effective_count, from->effective, &priority->effective_count);
+	priority->stored = texts(result, from->stored_count, from->stored, &priority->stored_count);
+	return priority;
+}
+
+static void fill_implementation(opd_result *result, const struct msg_impl *from, opd_implementation *out)
+{
+	out->provider = result_text(result, from->provider);
+	out->reason = result_text(result, from->reason);
+	out->device = result_text(result, from->device);
+	out->schema = result_text(result, from->schema);
+	out->uuid = result_text(result, from->uuid);
+	out->supported = from->supported;
+	out->predicate = from->predicate;
+	out->plan_may_refuse = from->plan_may_refuse;
+	out->in_place = from->in_place;
+	out->thread_invariant = from->thread_invariant;
+	out->batch_invariant = from->batch_invariant;
+}
+
+static void fill_implementations(opd_result *result, const struct msg_op *from, opd_op_description *out)
+{
+	opd_implementation *list = from->impl_count == 0 ? NULL : arena_array(&result->arena, from->impl_count, sizeof *list);
+	for (uint32_t i = 0; list != NULL && i < from->impl_count; i++)
+		fill_implementation(result, &from->impls[i], &list[i]);
+	out->implementations = list;
+	out->implementation_count = list == NULL ? 0 : from->impl_count;
+}
+
+static void fill_in_place(opd_result *result, const struct msg_op *from, opd_op_description *out)
+{
+	const uint32_t count = from->in_place_count;
+	const char **params = count == 0 ? NULL : arena_array(&result->arena, count, sizeof *params);
+	uint32_t *results = count == 0 ? NULL : arena_array(&result->arena, count, sizeof *results);
+	if (params == NULL || results == NULL)
+		return;
+	for (uint32_t i = 0; i < count; i++) {
+		params[i] = result_text(result, from->in_place[i].param);
+		results[i] = from->in_place[i].result;
+	}
+	out->in_place_params = params;
+	out->in_place_results = results;
+	out->in_place_count = count;
+}
+
+/* Names and default sizes come as two lists: what has both is shown. */
+static void fill_dims(opd_result *result, const struct msg_op *from, opd_op_description *out)
+{
+	const uint32_t count = from->dim_count < from->default_dim_count ? from->dim_count : from->default_dim_count;
+	int64_t *sizes = count == 0 ? NULL : arena_array(&result->arena, count, sizeof *sizes);
+	if (sizes == NULL)
+		return;
+	memcpy(sizes, from->default_dims, count * sizeof *sizes);
+	out->default_dims = sizes;
+	out->dims = texts(result, count, from->dims, &out->dim_count);
+}
+
+static void fill_op(opd_result *result, const struct msg_op *from, opd_op_description *out)
+{
+	out->name = result_text(result, from->name);
+	out->schema = result_text(result, from->schema);
+	out->doc = result_text(result, from->doc);
+	out->activations = result_text(result, from->activations);
+	out->level = msg_level_name(from->level);
+	fill_implementations(result, from, out);
+	fill_in_place(result, from, out);
+	fill_dims(result, from, out);
+	out->effective = texts(result, from->effective_count, from->effective, &out->effective_count);
+}
+
+void *document_op(opd_result *result)
+{
+	opd_op_description *op = document_alloc(result, sizeof *op);
+	if (op != NULL)
+		fill_op(result, &result->reply.op, op);
+	return op;
+}
+
+void *document_ops(opd_result *result)
+{
+	const uint32_t count = result->reply.ops.count;
+	opd_op_list *list = document_alloc(result, sizeof *list);
+	opd_op_description *ops = arena_array(&result->arena, count, sizeof *ops);
+	if (list == NULL || ops == NULL)
+		return NULL;
+	for (uint32_t i = 0; i < count; i++)
+		fill_op(result, &result->reply.ops.items[i], &ops[i]);
+	list->count = count;
+	list->ops = ops;
+	return list;
+}
+
+static void fill_provider(opd_result *result, const struct msg_provider *from, opd_provider_description *out)
+{
+	out->name = result_text(result, from->name);
+	out->version = result_text(result, from->version);
+	out->reason = result_text(result, from->reason);
+	out->source = result_text(result, from->source);
+	out->available = from->available;
+	out->ops = texts(result, from->op_count, from->ops, &out->op_count);
+	out->devices = texts(result, from->device_count, from->devices, &out->device_count);
+}
+
+void *document_providers(opd_result *result)
+{
+	const uint32_t count = result->reply.providers.count;
+	opd_provider_list *list = document_alloc(result, sizeof *list);
+	opd_provider_description *providers = arena_array(&result->arena, count, sizeof *providers);
+	if (list == NULL || providers == NULL)
+		return NULL;
+	for (uint32_t i = 0; i < count; i++)
+		fill_provider(result, &result->reply.providers.items[i], &providers[i]);
+	list->count = count;
+	list->providers = providers;
+	return list;
+}
+
+void *document_info(opd_result *result)
+{
+	const struct msg_info *from = &result->reply.info;
+	opd_server_info *info = document_alloc(result, sizeof *info);
+	if (info == NULL)
+		return NULL;
+	info->version = result_text(result, from->version);
+	info->uptime_us = from->uptime_us;
+	info->pid = from->pid;
+	info->sessions = from->sessions;
+	info->requests = from->requests;
+	info->memory_bytes = from->memory_bytes;
+	info->memory_limit_bytes = from->memory_limit_bytes;
+	info->session_memory_bytes = from->session_memory_bytes;
+	info->loops = from->loops;
+	info->threads = from->threads;
+	info->draining = from->draining;
+	info->listeners = texts(result, from->listener_count, from->listeners, &info->listener_count);
+	info->devices = texts(result, from->device_count, from->devices, &info->device_count);
+	return info;
+}

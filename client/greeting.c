@@ -1,0 +1,116 @@
+#include "client/greeting.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <sys/socket.h>
+
+#include "proto/bounds.h"
+#include "proto/codec.h"
+
+#define CONNECT_TIMEOUT_US ((uint64_t)30000000)
+
+static opd_status check_chunk(const opd_client *client, uint64_t chunk_bytes, opd_error *error)
+{
+	const bool wanted = client->session.chunk_bytes != 0; /* what we asked for, see greeting_exchange */
+	if (chunk_bytes == 0 && !wanted)
+		return OPD_OK;
+	if (wanted && chunk_bytes >= BOUND_CHUNK_BYTES_MIN && chunk_bytes <= BOUND_CHUNK_BYTES_MAX)
+		return OPD_OK;
+	return opd_fail(error, OPD_DATA_LOSS, "malformed answer from the server: chunk size %llu, expected %s", (unsigned long long)chunk_bytes,
+	                wanted ? "64 KiB to 64 MiB" : "0, as asked");
+}
+
+static void refused(opd_client *client, const struct msg_hello_reply *reply, opd_error *error)
+{
+	(void)opd_fail(error, OPD_UNAVAILABLE, "the server refused the session: %s: %.*s", opd_status_name(reply->status),
+	               (int)(reply->message.bytes < 400 ? reply->message.bytes : 400), reply->message.data == NULL ? "" : reply->message.data);
+	client->leaving = true;
+}
+
+opd_status greeting_accept(opd_client *client, const uint8_t *envelope, size_t bytes, opd_error *error)
+{
+	struct msg_hello_reply reply;
+	opd_error reason;
+	arena_reset(&client->session_arena);
+	opd_status status = codec_decode_hello_reply(&client->session_arena, envelope, bytes, &reply, &reason);
+	if (status != OPD_OK)
+		return opd_fail(error, OPD_DATA_LOSS, "malformed answer from the server: Hello: %.400s", reason.text);
+	if (reply.status != OPD_OK) {
+		refused(client, &reply, error);
+		return OPD_UNAVAILABLE;
+	}
+	if (reply.version != FRAME_VERSION)
+		return opd_fail(error, OPD_DATA_LOSS, "malformed answer from the server: protocol version %u, expected %u", reply.version,
+		                FRAME_VERSION);
+	status = check_chunk(client, reply.chunk_bytes, error);
+	if (status != OPD_OK)
+		return status;
+	client->session = (opd_session){
+		.struct_bytes = sizeof client->session,
+		.admin = reply.admin,
+		.session = reply.session,
+		.server = reply.server.data == NULL ? "" : reply.server.data,
+		.tenant = reply.tenant.data == NULL ? "" : reply.tenant.data,
+		.chunk_bytes = reply.chunk_bytes,
+		.payload_bytes = reply.limits.payload_bytes,
+		.session_bytes = reply.limits.session_bytes,
+		.in_flight = reply.limits.in_flight,
+	};
+	client->envelope_limit = reply.limits.envelope_bytes;
+	client->greeted = true;
+	return OPD_OK;
+}
+
+/* A fresh socket takes a frame of a few hundred bytes whole; should it not, it is waited for. */
+static opd_status send_all(int fd, const uint8_t *data, size_t bytes, uint64_t deadline_us, opd_error *error)
+{
+	while (bytes != 0) {
+		const ssize_t sent = send(fd, data, bytes, MSG_NOSIGNAL | MSG_DONTWAIT);
+		if (sent >= 0) {
+			data += sent;
+			bytes -= (size_t)sent;
+			continue;
+		}
+		if (errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR)
+			return opd_fail(error, OPD_UNAVAILABLE, "%s", strerrordesc_np(errno));
+		const uint64_t now = clock_us();
+		if (now >= deadline_us)
+			return opd_fail(error, OPD_UNAVAILABLE, "no answer: the server doesn't read");
+		struct pollfd entry = {.fd = fd, .events = POLLOUT};
+		(void)poll(&entry, 1, (int)((deadline_us - now) / 1000 + 1 < 1000 ? (deadline_us - now) / 1000 + 1 : 1000));
+	}
+	return OPD_OK;
+}
+
+static opd_status send_hello(opd_client *client, const opd_connect_options *options, uint64_t deadline_us, opd_error *error)
+{
+	const char *name = options->client == NULL ? "libopd " OPD_VERSION : options->client;
+	const struct msg_hello hello = {
+		.version_min = FRAME_VERSION,
+		.version_max = FRAME_VERSION,
+		.client = msg_text(name),
+		.chunk_bytes = options->chunk_bytes,
+		.no_chunks = options->no_chunks,
+	};
+	struct codec_buffer buffer;
+	opd_status status = codec_encode_hello(&client->scratch, &hello, &buffer, error);
+	if (status != OPD_OK)
+		return status;
+	const struct frame_header header = {.version = FRAME_VERSION, .type = FRAME_HELLO, .envelope_bytes = (uint32_t)buffer.envelope_bytes};
+	frame_encode(&header, buffer.frame);
+	return send_all(client->fd, buffer.frame, FRAME_HEADER_BYTES + buffer.envelope_bytes, deadline_us, error);
+}
+
+opd_status greeting_exchange(opd_client *client, const opd_connect_options *options, opd_error *error)
+{
+	const uint64_t deadline_us = deadline_after(options->timeout_us == 0 ? CONNECT_TIMEOUT_US : options->timeout_us);
+	client->session.chunk_bytes = options->no_chunks ? 0 : BOUND_CHUNK_BYTES_DEFAULT;
+	opd_status status = send_hello(client, options, deadline_us, error);
+	while (status == OPD_OK && !client->greeted && !client->leaving)
+		status = connection_pump(client, deadline_us, false, error);
+	if (status == OPD_DEADLINE_EXCEEDED)
+		return opd_fail(error, OPD_UNAVAILABLE, "no answer to Hello in time");
+	if (status == OPD_OK && !client->greeted)
+		return opd_fail(error, OPD_UNAVAILABLE, "the server refused the session: %s", client->leaving_text);
+	return status;
+}

@@ -1,0 +1,197 @@
+/* ping, info, module, log-level, drain: the daemon itself. */
+#include <inttypes.h>
+#include <string.h>
+#include <time.h>
+
+#include "client/opctl/print.h"
+
+const struct option_use ping_options[] = {{OPTION_COUNT, "round trips (default 10)"}, {OPTION_END, NULL}};
+const struct option_use drain_options[] = {{OPTION_TIMEOUT, "time that work under way has (default: the daemon's configuration)"},
+                                           {OPTION_END, NULL}};
+
+/* Checks the number of arguments and connects; EXIT_DONE to go on. */
+static int begin(struct opctl *ctl, bool right, const char *usage)
+{
+	opd_error error;
+	if (!right) {
+		(void)opd_fail(&error, OPD_INVALID_ARGUMENT, "expected %s", usage);
+		return report_usage(ctl, &error);
+	}
+	const opd_status status = opctl_connect(ctl, CONNECT_DAEMON, &error);
+	return status == OPD_OK ? EXIT_DONE : report_failure(ctl, status, &error);
+}
+
+/* A change that was made: one line, or {"done": true}. */
+static int report_done(const struct opctl *ctl, opd_status status, const opd_error *error, const char *line)
+{
+	if (status != OPD_OK)
+		return report_failure(ctl, status, error);
+	if (!ctl->json) {
+		(void)puts(line);
+		return EXIT_DONE;
+	}
+	cJSON *document = cJSON_CreateObject();
+	cJSON_AddBoolToObject(document, "done", true);
+	return print_json(document);
+}
+
+/* ---- ping ---- */
+
+static uint64_t now_ns(void)
+{
+	struct timespec time;
+	(void)clock_gettime(CLOCK_MONOTONIC, &time);
+	return (uint64_t)time.tv_sec * 1000000000u + (uint64_t)time.tv_nsec;
+}
+
+struct ping_times {
+	uint64_t count;
+	uint64_t sum_ns;
+	uint64_t min_ns;
+	uint64_t max_ns;
+};
+
+static opd_status ping_all(struct opctl *ctl, int64_t count, struct ping_times *times, opd_error *error)
+{
+	*times = (struct ping_times){.min_ns = UINT64_MAX};
+	for (int64_t i = 0; i < count; i++) {
+		const uint64_t start_ns = now_ns();
+		const opd_status status = opd_ping(ctl->client, error);
+		if (status != OPD_OK)
+			return status;
+		const uint64_t ns = now_ns() - start_ns;
+		times->count++;
+		times->sum_ns += ns;
+		times->min_ns = ns < times->min_ns ? ns : times->min_ns;
+		times->max_ns = ns > times->max_ns ? ns : times->max_ns;
+	}
+	return OPD_OK;
+}
+
+static int print_ping(const struct opctl *ctl, const struct ping_times *times)
+{
+	const opd_session *session = opd_client_session(ctl->client);
+	const double mean_ns = (double)times->sum_ns / (double)times->count;
+	if (!ctl->json) {
+		(void)printf("%s: %" PRIu64 " round trips, min %s, mean %s, max %s\n", shown(session->server), times->count,
+		             duration_text((double)times->min_ns), duration_text(mean_ns), duration_text((double)times->max_ns));
+		return EXIT_DONE;
+	}
+	cJSON *document = cJSON_CreateObject();
+	cJSON_AddStringToObject(document, "server", session->server);
+	cJSON_AddItemToObject(document, "count", json_u64(times->count));
+	cJSON_AddItemToObject(document, "min_ns", json_u64(times->min_ns));
+	cJSON_AddItemToObject(document, "mean_ns", json_f64(mean_ns));
+	cJSON_AddItemToObject(document, "max_ns", json_u64(times->max_ns));
+	return print_json(document);
+}
+
+int cmd_ping(struct opctl *ctl)
+{
+	opd_error error;
+	int64_t count;
+	if (options_int(&ctl->options, OPTION_COUNT, 1, 100000000, 10, &count, &error) != OPD_OK)
+		return report_usage(ctl, &error);
+	const int code = begin(ctl, ctl->options.count == 1, "ping [-c N]");
+	if (code != EXIT_DONE)
+		return code;
+	struct ping_times times;
+	const opd_status status = ping_all(ctl, count, &times, &error);
+	return status == OPD_OK ? print_ping(ctl, &times) : report_failure(ctl, status, &error);
+}
+
+/* ---- info ---- */
+
+static int print_info_json(const opd_server_info *info, const opd_session *session)
+{
+	cJSON *document = cJSON_CreateObject();
+	cJSON_AddStringToObject(document, "version", info->version);
+	cJSON_AddItemToObject(document, "pid", json_u64(info->pid));
+	cJSON_AddItemToObject(document, "uptime_us", json_u64(info->uptime_us));
+	cJSON_AddBoolToObject(document, "draining", info->draining);
+	cJSON_AddItemToObject(document, "listeners", json_texts(info->listeners, info->listener_count));
+	cJSON_AddItemToObject(document, "devices", json_texts(info->devices, info->device_count));
+	cJSON_AddItemToObject(document, "loops", json_u64(info->loops));
+	cJSON_AddItemToObject(document, "threads", json_u64(info->threads));
+	cJSON_AddItemToObject(document, "sessions", json_u64(info->sessions));
+	cJSON_AddItemToObject(document, "requests", json_u64(info->requests));
+	cJSON_AddItemToObject(document, "memory_bytes", json_u64(info->memory_bytes));
+	cJSON_AddItemToObject(document, "memory_limit_bytes", json_u64(info->memory_limit_bytes));
+	cJSON *own = cJSON_AddObjectToObject(document, "session");
+	cJSON_AddItemToObject(own, "number", json_u64(session->session));
+	cJSON_AddStringToObject(own, "tenant", session->tenant);
+	cJSON_AddBoolToObject(own, "admin", session->admin);
+	cJSON_AddItemToObject(own, "memory_bytes", json_u64(info->session_memory_bytes));
+	cJSON_AddItemToObject(own, "memory_limit_bytes", json_u64(session->session_bytes));
+	cJSON_AddItemToObject(own, "in_flight_limit", json_u64(session->in_flight));
+	return print_json(document);
+}
+
+static void print_info(const opd_server_info *info, const opd_session *session)
+{
+	(void)printf("server     %s (opd %s), pid %" PRIu64 "%s\n", shown(session->server), shown(info->version), info->pid,
+	             info->draining ? ", draining" : "");
+	(void)printf("uptime     %s\n", duration_text((double)info->uptime_us * 1e3));
+	print_list("listeners  ", info->listeners, info->listener_count);
+	print_list("devices    ", info->devices, info->device_count);
+	(void)printf("threads    %u kernel, %u I/O\n", info->threads, info->loops);
+	(void)printf("sessions   %" PRIu64 "\nrequests   %" PRIu64 "\n", info->sessions, info->requests);
+	(void)printf("memory     %s of %s\n", bytes_text(info->memory_bytes), bytes_text(info->memory_limit_bytes));
+	(void)printf("session    %" PRIu64 ", tenant %s%s, %s of %s, %u requests in flight at most\n", session->session,
+	             shown(session->tenant), session->admin ? ", administrator" : "", bytes_text(info->session_memory_bytes),
+	             bytes_text(session->session_bytes), session->in_flight);
+}
+
+int cmd_info(struct opctl *ctl)
+{
+	int code = begin(ctl, ctl->options.count == 1, "info");
+	if (code != EXIT_DONE)
+		return code;
+	opd_error error;
+	const opd_server_info *info;
+	const opd_status status = opd_info(ctl->client, &info, &error);
+	if (status != OPD_OK)
+		return report_failure(ctl, status, &error);
+	if (ctl->json)
+		code = print_info_json(info, opd_client_session(ctl->client));
+	else
+		print_info(info, opd_client_session(ctl->client));
+	opd_document_free(info);
+	return code;
+}
+
+/* ---- module, log-level, drain ---- */
+
+int cmd_module(struct opctl *ctl)
+{
+	const struct options *options = &ctl->options;
+	const int code = begin(ctl, options->count == 3 && strcmp(options->positional[1], "load") == 0, "module load PATH");
+	if (code != EXIT_DONE)
+		return code;
+	opd_error error;
+	const opd_status status = opd_load_module(ctl->client, options->positional[2], &error);
+	return report_done(ctl, status, &error, "loaded");
+}
+
+int cmd_log_level(struct opctl *ctl)
+{
+	const int code = begin(ctl, ctl->options.count == 2, "log-level error|warn|info|debug");
+	if (code != EXIT_DONE)
+		return code;
+	opd_error error;
+	const opd_status status = opd_set_log_level(ctl->client, ctl->options.positional[1], &error);
+	return report_done(ctl, status, &error, "set");
+}
+
+int cmd_drain(struct opctl *ctl)
+{
+	opd_error error;
+	uint64_t timeout_us;
+	if (options_seconds(&ctl->options, OPTION_TIMEOUT, 0, &timeout_us, &error) != OPD_OK)
+		return report_usage(ctl, &error);
+	const int code = begin(ctl, ctl->options.count == 1, "drain [--timeout SECONDS]");
+	if (code != EXIT_DONE)
+		return code;
+	const opd_status status = opd_drain(ctl->client, timeout_us, &error);
+	return report_done(ctl, status, &error, "draining");
+}

@@ -1,0 +1,902 @@
+"""Run tensor ops on an opd daemon.
+
+    import numpy, opd
+
+    with opd.Client("unix:/run/opd/opd.sock") as client:
+        x = numpy.random.rand(2, 4096).astype("float32")
+        result = client.run("rms_norm", x, numpy.ones(4096, "float32"), epsilon=1e-5, priority=["cuda", "cpu"])
+        print(result.provider, result[0])
+
+Written from proto/README.md and proto/opd.proto alone. Needs Python's protobuf and an opd_pb2.py, made from opd.proto by
+`protoc --python_out`, beside this file or in the folder that OPD_PB2 names. NumPy is used where it is installed.
+
+A client is one connection and one session; it belongs to one thread at a time. See README.md here.
+"""
+import collections
+import contextlib
+import os
+import select
+import socket
+import struct
+import sys
+import time
+
+try:
+    import numpy
+except ImportError:  # tensors are then opd.Tensor, and operands anything with a buffer
+    numpy = None
+
+if os.environ.get("OPD_PB2"):
+    sys.path.insert(0, os.environ["OPD_PB2"])
+try:
+    import opd_pb2 as pb
+except ImportError as error:
+    raise ImportError("opd needs opd_pb2.py, made by `protoc --python_out=FOLDER opd.proto`, beside opd.py or in $OPD_PB2: "
+                      f"{error}") from error
+
+__all__ = ["Client", "Tensor", "Handle", "Future", "Result", "Error", "bf16_from_float32", "float32_from_bf16"]
+
+VERSION = "0.1.0"
+
+# ---- Errors --------------------------------------------------------------------------------------------------------------
+
+
+class Error(Exception):
+    """A request failed, or the connection did. `status` is the code's name, the text is the server's."""
+
+    status = "UNKNOWN"
+    code = 2
+    explain = None  # of a failed run that asked for it
+
+    def __init__(self, message, explain=None):
+        super().__init__(message)
+        self.explain = explain
+
+
+def _error_class(code, status):
+    name = "".join(part.capitalize() for part in status.split("_"))
+    return type(name, (Error,), {"status": status, "code": code, "__doc__": f"{status} ({code})", "__module__": __name__})
+
+
+STATUS = ("OK CANCELLED UNKNOWN INVALID_ARGUMENT DEADLINE_EXCEEDED NOT_FOUND ALREADY_EXISTS PERMISSION_DENIED RESOURCE_EXHAUSTED "
+          "FAILED_PRECONDITION ABORTED OUT_OF_RANGE UNIMPLEMENTED INTERNAL UNAVAILABLE DATA_LOSS UNAUTHENTICATED").split()
+_ERRORS = {code: _error_class(code, status) for code, status in enumerate(STATUS) if code != 0}
+globals().update({made.__name__: made for made in _ERRORS.values()})  # opd.InvalidArgument, opd.NotFound, ...
+__all__ += [made.__name__ for made in _ERRORS.values()]
+Unavailable, InvalidArgument = _ERRORS[14], _ERRORS[3]
+DeadlineExceeded, DataLoss = _ERRORS[4], _ERRORS[15]
+
+
+def _fail(code, message, explain=None):
+    return _ERRORS.get(code, _ERRORS[2])(message, explain)
+
+
+# ---- Tensors -------------------------------------------------------------------------------------------------------------
+
+# name: (number, bytes, NumPy's name or None, struct's letter)
+DTYPES = {"bool": (pb.BOOL, 1, "bool", "?"), "u8": (pb.U8, 1, "uint8", "B"), "i8": (pb.I8, 1, "int8", "b"),
+          "i16": (pb.I16, 2, "int16", "h"), "i32": (pb.I32, 4, "int32", "i"), "i64": (pb.I64, 8, "int64", "q"),
+          "f16": (pb.F16, 2, "float16", "e"),
+          "bf16": (pb.BF16, 2, None, "H"), "f32": (pb.F32, 4, "float32", "f"), "f64": (pb.F64, 8, "float64", "d"),
+          "f8_e4m3fn": (pb.F8_E4M3FN, 1, None, "B"), "f8_e5m2": (pb.F8_E5M2, 1, None, "B")}
+_NAMES = {row[0]: name for name, row in DTYPES.items()}
+_FROM_NUMPY = {row[2]: name for name, row in DTYPES.items() if row[2]}
+# By what a buffer says of itself. `l` is 8 bytes where Python's array module is likely to run; itemsize decides.
+_FROM_FORMAT = {"?": "bool", "B": "u8", "b": "i8", "h": "i16", "i": "i32", "q": "i64", "l": "i64", "e": "f16", "f": "f32",
+                "d": "f64"}
+
+
+def _elements(shape):
+    count = 1
+    for extent in shape:
+        count *= extent
+    return count
+
+
+def _bytes_of(data):
+    view = memoryview(data)
+    return view.cast("B") if view.nbytes else memoryview(b"")  # an empty view with shape can't be cast
+
+
+class Tensor:
+    """A dtype (its name in opd's catalogue), a shape, and bytes: for bf16 and f8, which NumPy lacks, for strided operands, and
+    for everything where NumPy isn't installed. `data` None: dtype and shape only, for fake and dry runs.
+
+    strides are in elements, byte_offset is where element 0 lies in data."""
+
+    def __init__(self, data, dtype, shape, strides=None, byte_offset=0):
+        if dtype not in DTYPES:
+            raise InvalidArgument(f"dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
+        self.dtype = dtype
+        self.shape = tuple(int(extent) for extent in shape)
+        self.strides = None if strides is None else tuple(int(stride) for stride in strides)
+        self.byte_offset = int(byte_offset)
+        self.data = None if data is None else _bytes_of(data)
+        if self.data is not None and self.strides is None and not self.byte_offset and len(self.data) != self.nbytes:
+            raise InvalidArgument(f"{self!r} has {len(self.data)} bytes of data, expected {self.nbytes}")
+
+    @property
+    def nbytes(self):
+        """Of the row-major tensor."""
+        return _elements(self.shape) * DTYPES[self.dtype][1]
+
+    def __repr__(self):
+        return f"Tensor({self.dtype}{list(self.shape)})"
+
+    def numpy(self):
+        """Shares memory. bf16 as uint16, f8 as uint8: the bits."""
+        _, size, name, _ = DTYPES[self.dtype]
+        flat = numpy.frombuffer(self.data, dtype=name or f"uint{8 * size}", offset=self.byte_offset)
+        if self.strides is None:
+            return flat.reshape(self.shape)
+        return numpy.lib.stride_tricks.as_strided(flat, self.shape, [stride * size for stride in self.strides], writeable=False)
+
+    def float32(self):
+        """A float32 array of the values: exact for f16, bf16 and f8."""
+        bits = self.numpy()
+        if self.dtype == "bf16":
+            return float32_from_bf16(bits)
+        if self.dtype in _F8:
+            return _f8_table(self.dtype)[bits]
+        return bits.astype("float32")
+
+    def tolist(self):
+        """The elements in a flat list, without NumPy; bf16 and f8 as their bits. Row-major tensors only."""
+        return [row[0] for row in struct.iter_unpack("<" + DTYPES[self.dtype][3], self.data)]
+
+    def __array__(self, dtype=None):
+        made = self.numpy()
+        return made if dtype is None else made.astype(dtype)
+
+    def __dlpack__(self, **options):
+        return self.numpy().__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return (1, 0)
+
+
+def bf16_from_float32(array):
+    """A bf16 Tensor, rounded to nearest even; NaN stays NaN."""
+    array = numpy.ascontiguousarray(array, dtype="float32")
+    bits = array.view("uint32").astype("uint64")
+    rounded = ((bits + 0x7fff + (bits >> 16 & 1)) >> 16).astype("uint16")
+    quiet = ((bits >> 16).astype("uint16") & 0x8000) | 0x7fc0
+    return Tensor(numpy.where(numpy.isnan(array), quiet, rounded).astype("uint16"), "bf16", array.shape)
+
+
+def float32_from_bf16(bits):
+    """float32 of an array of bf16 bits (uint16) or of a bf16 Tensor."""
+    if isinstance(bits, Tensor):
+        bits = bits.numpy()
+    return (bits.astype("uint32") << 16).view("float32")
+
+
+_F8 = {"f8_e4m3fn": (4, 3, False), "f8_e5m2": (5, 2, True)}
+_F8_TABLES = {}
+
+
+def _f8_value(bits, exponent_bits, mantissa_bits, infinite):
+    exponent, mantissa = bits >> mantissa_bits & ((1 << exponent_bits) - 1), bits & ((1 << mantissa_bits) - 1)
+    sign, bias = (-1.0 if bits & 0x80 else 1.0), (1 << (exponent_bits - 1)) - 1
+    if exponent == (1 << exponent_bits) - 1 and infinite:
+        return sign * float("inf") if mantissa == 0 else float("nan")
+    if bits & 0x7f == 0x7f:
+        return float("nan")
+    if exponent == 0:
+        return sign * mantissa * 2.0 ** (1 - bias - mantissa_bits)
+    return sign * (1 + mantissa / (1 << mantissa_bits)) * 2.0 ** (exponent - bias)
+
+
+def _f8_table(dtype):
+    if dtype not in _F8_TABLES:
+        _F8_TABLES[dtype] = numpy.array([_f8_value(bits, *_F8[dtype]) for bits in range(256)], "float32")
+    return _F8_TABLES[dtype]
+
+
+class Handle:
+    """A kept tensor of this session, usable as an operand. `view` names a part of it, without copying."""
+
+    def __init__(self, index, generation, dtype=None, shape=(), view=None):
+        self.index, self.generation = index, generation
+        self.dtype, self.shape = dtype, tuple(shape)
+        self._view = view
+
+    def view(self, shape, strides=None, byte_offset=0, dtype=None):
+        return Handle(self.index, self.generation, dtype or self.dtype, shape, (strides, byte_offset))
+
+    def __repr__(self):
+        return f"Handle({self.index}, {self.dtype}{list(self.shape)})"
+
+    def _write(self, tensor):
+        tensor.handle.index, tensor.handle.generation = self.index, self.generation
+        _write_view(tensor, self)
+
+
+class Ref:
+    """Output `output` of a request in flight, which keeps it: an operand of later requests, before its reply has come."""
+
+    def __init__(self, request, output, dtype=None, shape=(), view=None):
+        self.request, self.output = request, output
+        self.dtype, self.shape, self._view = dtype, tuple(shape), view
+
+    def view(self, dtype, shape, strides=None, byte_offset=0):
+        return Ref(self.request, self.output, dtype, shape, (strides, byte_offset))
+
+    def _write(self, tensor):
+        tensor.result.request, tensor.result.output = self.request, self.output
+        _write_view(tensor, self)
+
+
+def _write_view(tensor, source):
+    if source._view is None:
+        return
+    strides, byte_offset = source._view
+    tensor.dtype = DTYPES[source.dtype][0]
+    tensor.shape.extend(source.shape)
+    tensor.strides.extend(strides or ())
+    tensor.byte_offset = byte_offset
+
+
+def _tensor_of(value):
+    """A Tensor of anything that has a buffer; None for what is no tensor."""
+    if isinstance(value, Tensor):
+        return value
+    if numpy is not None and not isinstance(value, numpy.ndarray) and hasattr(value, "__dlpack__"):
+        value = numpy.from_dlpack(value)
+    if numpy is not None and isinstance(value, numpy.ndarray):
+        if value.dtype.name not in _FROM_NUMPY:
+            raise InvalidArgument(f"an array of {value.dtype.name}, expected one of {', '.join(_FROM_NUMPY)}, or an opd.Tensor")
+        shape = value.shape  # ascontiguousarray makes rank 0 into rank 1
+        little = numpy.ascontiguousarray(value, dtype=value.dtype.newbyteorder("<"))
+        return Tensor(little.reshape(-1).view("uint8"), _FROM_NUMPY[value.dtype.name], shape)
+    if isinstance(value, (str, bytes, bytearray)):
+        return None
+    try:
+        view = memoryview(value)
+    except TypeError:
+        return None
+    dtype = _FROM_FORMAT.get(view.format)
+    if dtype is None or DTYPES[dtype][1] != view.itemsize or not view.c_contiguous:
+        raise InvalidArgument(f"a buffer of format {view.format!r}, expected a contiguous one of {' '.join(_FROM_FORMAT)}")
+    return Tensor(view, dtype, view.shape)
+
+
+# ---- Requests ------------------------------------------------------------------------------------------------------------
+
+
+class _Payload:
+    """The pieces of a payload under construction; ranges start at multiples of 64."""
+
+    def __init__(self):
+        self.pieces, self.bytes = [], 0
+
+    def add(self, data):
+        gap = -self.bytes % 64
+        if gap:
+            self.pieces.append(memoryview(bytes(gap)))
+        offset = self.bytes + gap
+        self.pieces.append(data)
+        self.bytes = offset + len(data)
+        return offset
+
+
+def _write_tensor(out, value, payload, bare):
+    if isinstance(value, (Handle, Ref)):
+        value._write(out)
+        return
+    out.dtype = DTYPES[value.dtype][0]
+    out.shape.extend(value.shape)
+    out.strides.extend(value.strides or ())
+    out.byte_offset = value.byte_offset
+    if bare or value.data is None:
+        return
+    if len(value.data) == 0:
+        out.inline = b""
+        return
+    out.payload.offset = payload.add(value.data)
+    out.payload.bytes = len(value.data)
+
+
+def _operand(value):
+    return value if isinstance(value, (Handle, Ref)) else _tensor_of(value)
+
+
+def _write_list(arg, values, payload, bare):
+    if all(isinstance(value, int) for value in values):
+        arg.ints.SetInParent()
+        arg.ints.items.extend(values)
+        return
+    arg.tensors.SetInParent()
+    for value in values:
+        operand = _operand(value)
+        if operand is None:
+            raise InvalidArgument(f"a list with a {type(value).__name__}, expected tensors or ints")
+        _write_tensor(arg.tensors.items.add(), operand, payload, bare)
+
+
+def _write_value(arg, value, payload, bare):
+    if numpy is not None and isinstance(value, numpy.generic):
+        value = value.item()
+    if value is None:
+        arg.none.SetInParent()
+    elif isinstance(value, bool):
+        arg.bool = value
+    elif isinstance(value, int):
+        if not -(1 << 63) <= value < 1 << 63:
+            raise InvalidArgument(f"int {value} doesn't fit 64 bits")
+        arg.int = value
+    elif isinstance(value, float):
+        arg.float = value
+    elif isinstance(value, str):
+        arg.str = value
+    elif isinstance(value, (list, tuple)):
+        _write_list(arg, value, payload, bare)
+    else:
+        operand = _operand(value)
+        if operand is None:
+            raise InvalidArgument(f"an argument of type {type(value).__name__}, which no op takes")
+        arg.tensor.SetInParent()
+        _write_tensor(arg.tensor, operand, payload, bare)
+
+
+def _write_args(run, args, attrs, payload, bare):
+    for name, value in [("", value) for value in args] + list(attrs.items()):
+        _write_value(run.args.add(name=name), value, payload, bare)
+
+
+class Result:
+    """What a run gave: `outputs` (NumPy arrays, or Tensors for bf16, f8 and without NumPy; None where nothing was sent),
+    `tensors` (always Tensors, also where nothing was sent), `handles` (None where an output isn't kept), `provider`, `uuid`,
+    `explain`."""
+
+    def __init__(self, reply, payload):
+        run = reply.run
+        self.provider, self.uuid = run.provider, run.uuid
+        self.explain = run.explain if run.HasField("explain") else None
+        self.tensors = [_read_tensor(result.tensor, payload) for result in run.outputs]
+        self.handles = [_read_handle(result.kept, result.tensor) if result.HasField("kept") else None for result in run.outputs]
+        self.outputs = [_present(tensor) for tensor in self.tensors]
+
+    def __getitem__(self, index):
+        return self.outputs[index]
+
+    def __len__(self):
+        return len(self.outputs)
+
+    def __iter__(self):
+        return iter(self.outputs)
+
+
+def _present(tensor):
+    if tensor.data is None or numpy is None or DTYPES[tensor.dtype][2] is None:
+        return None if tensor.data is None else tensor
+    return tensor.numpy()
+
+
+def _read_handle(handle, tensor):
+    return Handle(handle.index, handle.generation, _NAMES.get(tensor.dtype), tensor.shape)
+
+
+def _read_tensor(tensor, payload):
+    if tensor.dtype not in _NAMES:
+        raise DataLoss(f"malformed answer from the server: dtype {tensor.dtype}")
+    made = Tensor(None, _NAMES[tensor.dtype], tensor.shape)
+    source = tensor.WhichOneof("source")
+    if source == "inline":
+        return Tensor(tensor.inline, made.dtype, made.shape)
+    if source == "payload":
+        begin, end = tensor.payload.offset, tensor.payload.offset + tensor.payload.bytes
+        if end > len(payload) or tensor.payload.bytes != made.nbytes:
+            raise DataLoss(f"malformed answer from the server: {made!r} at {begin} to {end} of a payload of {len(payload)} bytes")
+        return Tensor(payload[begin:end], made.dtype, made.shape)
+    if made.nbytes == 0 and source is None:
+        return Tensor(b"", made.dtype, made.shape)
+    return made
+
+
+# ---- Connection ----------------------------------------------------------------------------------------------------------
+
+_HEADER = struct.Struct("<4sBBHQIIQ")
+_HELLO, _HELLO_REPLY, _REQUEST, _REPLY, _DATA, _ABORT, _CANCEL, _GOAWAY = range(1, 9)
+_CHUNKED = 1
+_PIECE = 256 << 10  # of an upload, between which other frames may go
+_STAGE = 256 << 10
+_HELLO_BYTES = 64 << 10  # more than any server has to say before we know its limits
+_ENVELOPE_BYTES = 16 << 20
+
+
+def _header(kind, request, envelope, payload, flags=0):
+    return _HEADER.pack(b"OPD1", 1, kind, flags, request, envelope, 0, payload)
+
+
+def _allocate(count):
+    """Memory that a socket reads into; NumPy's isn't zeroed first."""
+    if numpy is not None and count:
+        return memoryview(numpy.empty(count, "uint8"))
+    return memoryview(bytearray(count))
+
+
+class Future:
+    """A request in flight. `result(timeout)` waits and gives the Result or raises its error; `output(i)` is an operand for later
+    requests, if the request keeps that output."""
+
+    def __init__(self, client, request, convert):
+        self.client, self.request = client, request
+        self._convert = convert
+        self.reply = self.payload = None  # once answered
+        self.received = 0
+        self.answered = False
+        self.forgotten = False
+        self.upload = None
+
+    def output(self, index=0):
+        return Ref(self.request, index)
+
+    def done(self):
+        """Whether the reply is here; looks at the socket, doesn't wait."""
+        self.client._pump_until(lambda: self.answered, time.monotonic(), False)
+        return self.answered
+
+    def result(self, timeout=None):
+        return self.client.wait(self, timeout)
+
+    def _take(self):
+        reply = self.reply
+        if reply.status != 0:
+            explain = reply.run.explain if reply.WhichOneof("body") == "run" and reply.run.HasField("explain") else None
+            raise _fail(reply.status, reply.message, explain)
+        return self._convert(reply, self.payload)
+
+
+class _Upload:
+    """A payload that goes out in DATA frames."""
+
+    def __init__(self, request, pieces, chunk):
+        self.request, self.pieces = request, collections.deque(pieces)
+        self.chunk, self.offset = min(chunk, _PIECE), 0
+
+    def next(self):
+        taken, room = [], self.chunk
+        while room and self.pieces:
+            piece = self.pieces.popleft()
+            if len(piece) > room:
+                self.pieces.appendleft(piece[room:])
+                piece = piece[:room]
+            taken.append(piece)
+            room -= len(piece)
+        count = self.chunk - room
+        head = _header(_DATA, self.request, 8, count) + struct.pack("<Q", self.offset)
+        self.offset += count
+        return [memoryview(head)] + taken
+
+
+def _dial(address, timeout):
+    scheme, separator, rest = address.partition(":")
+    if scheme == "unix" and rest:
+        return _dial_unix(rest, timeout)
+    if scheme == "tcp" and separator and rest.startswith("//"):
+        host, colon, port = rest[2:].rpartition(":")
+        if not colon or not port.isdigit():
+            raise InvalidArgument(f"address {address!r} has no port, expected tcp://host:port")
+        return _dial_tcp(host.strip("[]"), int(port), timeout)
+    raise InvalidArgument(f"address {address!r}, expected unix:/path or tcp://host:port")
+
+
+def _dial_unix(path, timeout):
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(timeout)
+        sock.connect(path)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _dial_tcp(host, port, timeout):
+    sock = socket.create_connection((host, port), timeout)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
+class _Connection:
+    """Frames in and out of one socket, never blocking but in `pump`. Tells its owner through on_frame and on_payload."""
+
+    def __init__(self, sock):
+        self.sock = sock
+        sock.setblocking(False)
+        self.ready = collections.deque()   # memoryviews of whole frames
+        self.uploads = collections.deque()  # round robin
+        self.writing = collections.deque()  # what the last sendmsg left
+        self.stage, self.begin, self.end = memoryview(bytearray(_STAGE)), 0, 0
+        self.sink, self.sink_done = None, None  # memory that bytes go to before anything is parsed
+
+    # Sending
+
+    def send(self, pieces):
+        self.ready.extend(pieces)
+
+    def pending(self):
+        return bool(self.writing or self.ready or self.uploads)
+
+    def _batch(self):
+        size = 0
+        while self.ready and size < _PIECE and len(self.writing) < 256:
+            piece = self.ready.popleft()
+            size += len(piece)
+            self.writing.append(piece)
+        for _ in range(len(self.uploads)):
+            if size >= _PIECE:
+                break
+            upload = self.uploads.popleft()
+            for piece in upload.next():
+                size += len(piece)
+                self.writing.append(piece)
+            if upload.pieces:
+                self.uploads.append(upload)
+
+    def flush(self):
+        while self.pending():
+            if not self.writing:
+                self._batch()
+            try:
+                sent = self.sock.sendmsg(list(self.writing)[:512], [], socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                return
+            while self.writing and sent >= len(self.writing[0]):
+                sent -= len(self.writing.popleft())
+            if sent:
+                self.writing[0] = self.writing[0][sent:]
+
+    # Receiving
+
+    def receive_into(self, memory, done):
+        """The next len(memory) bytes go there (None: dropped), then done() is called."""
+        self.sink, self.sink_done = memory, done
+        self._drain_sink()
+
+    def _drain_sink(self):
+        while self.sink is not None:
+            take = min(len(self.sink), self.end - self.begin)
+            self.sink[:take] = self.stage[self.begin:self.begin + take]
+            self.begin += take
+            self.sink = self.sink[take:]
+            if len(self.sink):
+                return
+            self.sink, done = None, self.sink_done
+            done()
+
+    def fill(self):
+        """Reads what is there; False at the end of the stream."""
+        if self.sink is not None and len(self.sink) >= 4096:
+            count = self.sock.recv_into(self.sink)
+            self.sink = self.sink[count:]
+            if count and not len(self.sink):
+                self._drain_sink()
+            return count > 0
+        if self.begin:
+            left = self.end - self.begin
+            self.stage[:left] = bytes(self.stage[self.begin:self.end])
+            self.begin, self.end = 0, left
+        count = self.sock.recv_into(self.stage[self.end:])
+        self.end += count
+        self._drain_sink()
+        return count > 0
+
+
+class Client:
+    """One connection and one session. `timeout`: seconds to connect, and to wait for any answer (None: without limit)."""
+
+    def __init__(self, address, timeout=30.0, chunk_bytes=0, no_chunks=False, name="opd-python " + VERSION):
+        self.address, self.timeout = address, timeout
+        self._futures, self._last, self._outputs = {}, 0, {}
+        self._goaway, self._dead, self.hello = None, None, None
+        try:
+            self._link = _Connection(_dial(address, timeout))
+        except (OSError, UnicodeError) as error:
+            raise Unavailable(f"{address}: {error}") from error
+        hello = pb.Hello(version_min=1, version_max=1, client=name, chunk_bytes=chunk_bytes, no_chunks=no_chunks)
+        envelope = hello.SerializeToString()
+        self._link.send([memoryview(_header(_HELLO, 0, len(envelope), 0) + envelope)])
+        self._pump_until(lambda: self.hello is not None, self._deadline(timeout))
+        if self.hello.status != 0:
+            self.close()
+            raise _fail(self.hello.status, self.hello.message)
+
+    def close(self):
+        """Ends the session: kept tensors are freed, requests in flight dropped."""
+        self._dead = self._dead or "the client is closed"
+        self._link.sock.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    # ---- Running
+
+    def run(self, op, *args, **options):
+        """Runs an op and waits. Positional arguments and those that are no option go to the op; `attrs` is a dict of more of
+        them, for names that are taken here.
+
+        priority: list of providers, for this request. strict: no fallback. explain, uuid: more in the result. keep: True, or the
+        indices of outputs that stay in the session. copy: False leaves kept outputs out of the reply. device: "cpu", "cuda:1".
+        timeout: seconds, the server's. retry, allow_tf32, inline_results: as in the protocol."""
+        return self.submit(op, *args, **options).result()
+
+    def fake(self, op, *args, **options):
+        """The results' dtypes and shapes, as Tensors without data; no tensor byte is sent."""
+        return self.submit(op, *args, mode=pb.FAKE, **options).result().tensors
+
+    def dry_run(self, op, *args, **options):
+        """What would run and why, without running it: the result has provider and explain, its tensors no data."""
+        return self.submit(op, *args, mode=pb.DRY, explain=True, **options).result()
+
+    def submit(self, op, *args, priority=None, strict=False, explain=False, uuid=False, keep=False, copy=True, device="",
+               timeout=None, retry=False, allow_tf32=False, inline_results=False, mode=pb.RUN, attrs=None, **named):
+        """As run, without waiting: a Future."""
+        payload, bare = _Payload(), mode != pb.RUN
+        run = pb.Run(op=op, strict=strict, mode=mode, explain=explain, uuid=uuid, device=device, retry=retry,
+                     allow_tf32=allow_tf32, inline_results=inline_results)
+        _write_args(run, args, {**named, **(attrs or {})}, payload, bare)
+        if priority is not None:
+            run.priority.SetInParent()
+            run.priority.names.extend(priority)
+        if timeout is not None:
+            run.timeout_us = max(1, int(timeout * 1e6))
+        if keep is not False:
+            self._write_keep(run, keep, copy)
+        return self._submit(pb.Request(run=run), Result, payload)
+
+    def _write_keep(self, run, keep, copy):
+        wanted = range(self._output_count(run.op)) if keep is True else keep
+        for index in range(max(wanted, default=-1) + 1):
+            run.outputs.add(keep=index in wanted, no_copy=index in wanted and not copy)
+
+    def _output_count(self, op):
+        if op not in self._outputs:
+            results = self.describe(op).schema.rpartition("->")[2]
+            self._outputs[op] = results.count("Tensor")
+        return self._outputs[op]
+
+    def wait(self, future, timeout=None):
+        """The future's result. With a timeout in seconds DeadlineExceeded says that it is still in flight."""
+        limit = self.timeout if timeout is None else timeout
+        self._pump_until(lambda: future.answered, self._deadline(limit))
+        if self._dead is None:
+            self._guard(self._link.flush)
+        return future._take()
+
+    def cancel(self, future):
+        """Forgets a request: its reply is dropped when it comes."""
+        future.forgotten = True
+        if future.upload in self._link.uploads:
+            self._link.uploads.remove(future.upload)
+            self._link.send([memoryview(_header(_ABORT, future.request, 0, 0))])
+
+    # ---- Kept tensors, generated inputs
+
+    def free(self, *handles):
+        request = pb.Request(free=pb.Free())
+        for handle in handles:
+            handle._write(request.free.tensors.add())
+        self._call(request)
+
+    def generate(self, op, dtype="f32", dims=(), variant=0, seed=0, values="random", keep=False):
+        """Arguments made by the daemon, by name: client.run(op, **client.generate(op)). values: random, extreme or small."""
+        request = pb.Request(generate=pb.Generate(op=op, dtype=DTYPES[dtype][0], dims=dims, variant=variant, seed=seed,
+                                                  values=("random", "extreme", "small").index(values), keep=keep))
+        return self._submit(request, _read_generated, _Payload()).result()
+
+    # ---- Priorities
+
+    @contextlib.contextmanager
+    def push_priority(self, lists):
+        """`with client.push_priority({"rms_norm": ["cuda", "cpu"], "*": ["cpu"]}):` holds for the requests inside."""
+        request = pb.Request(push_priority=pb.PriorityMap())
+        for op, names in lists.items():
+            entry = request.push_priority.entries.add(op=op)
+            entry.list.SetInParent()
+            entry.list.names.extend(names)
+        self._call(request)
+        try:
+            yield self
+        finally:
+            if self._dead is None:
+                request = pb.Request()
+                request.pop_priority.SetInParent()
+                self._call(request)
+
+    def set_priority(self, op, names, server=False):
+        """In the newest pushed map, or the session's base; server: for all sessions (administrators)."""
+        request = pb.Request(set_priority=pb.SetPriority(op=op, scope=pb.SCOPE_SERVER if server else pb.SCOPE_SESSION))
+        request.set_priority.list.SetInParent()
+        request.set_priority.list.names.extend(names)
+        self._call(request)
+
+    def clear_priority(self, op, server=False):
+        self._call(pb.Request(set_priority=pb.SetPriority(op=op, scope=pb.SCOPE_SERVER if server else pb.SCOPE_SESSION)))
+
+    def get_priority(self, op):
+        """PriorityReply: effective, level, stored."""
+        return self._call(pb.Request(get_priority=pb.GetPriority(op=op))).priority
+
+    # ---- Inspecting
+
+    def ops(self):
+        """OpDescriptions with name, schema and doc."""
+        return list(self._empty("list_ops").ops.ops)
+
+    def describe(self, op):
+        return self._call(pb.Request(describe=pb.Describe(op=op))).op
+
+    def providers(self):
+        return list(self._empty("list_providers").providers.providers)
+
+    def info(self):
+        return self._empty("info").info
+
+    def ping(self):
+        """Seconds that it took."""
+        start = time.monotonic()
+        self._empty("ping")
+        return time.monotonic() - start
+
+    # ---- Administration
+
+    def load_module(self, path):
+        self._call(pb.Request(load_module=pb.LoadModule(path=path)))
+
+    def set_log_level(self, level):
+        self._call(pb.Request(set_log_level=pb.SetLogLevel(level=level)))
+
+    def drain(self, timeout=0.0):
+        self._call(pb.Request(drain=pb.Drain(timeout_us=int(timeout * 1e6))))
+
+    # ---- Requests in flight
+
+    def _empty(self, body):
+        request = pb.Request()
+        getattr(request, body).SetInParent()
+        return self._call(request)
+
+    def _call(self, request):
+        return self._submit(request, lambda reply, payload: reply, _Payload()).result()
+
+    def _submit(self, request, convert, payload):
+        if self._dead is not None:
+            raise Unavailable(self._dead)
+        envelope = request.SerializeToString()
+        chunk, limits = self.hello.chunk_bytes, self.hello.limits
+        if len(envelope) > (limits.envelope_bytes or _ENVELOPE_BYTES):  # the server would end the connection
+            raise _fail(8, f"the request's envelope has {len(envelope)} bytes, the server takes {limits.envelope_bytes}")
+        self._last += 1
+        chunked = bool(chunk) and payload.bytes > chunk
+        future = self._futures[self._last] = Future(self, self._last, convert)
+        head = _header(_REQUEST, self._last, len(envelope), payload.bytes, _CHUNKED if chunked else 0)
+        self._link.send([memoryview(head + envelope)] + ([] if chunked else payload.pieces))
+        if chunked:
+            future.upload = _Upload(self._last, payload.pieces, chunk)
+            self._link.uploads.append(future.upload)
+        self._guard(self._link.flush)
+        return future
+
+    # ---- The socket
+
+    @staticmethod
+    def _deadline(timeout):
+        return None if timeout is None else time.monotonic() + timeout
+
+    def _lost(self, why):
+        self._dead = f"{self.address}: {why}" if self._goaway is None else f"{self.address}: {self._goaway}"
+        self._link.sock.close()
+        return Unavailable(self._dead)
+
+    def _guard(self, action):
+        """OSErrors of the socket end the client; what a peer said before it left is read first."""
+        try:
+            return action()
+        except BlockingIOError:
+            return True
+        except OSError as error:
+            self._read_rest()
+            raise self._lost(error.strerror or str(error)) from error
+
+    def _read_rest(self):
+        with contextlib.suppress(OSError):
+            while self._link.fill():
+                self._parse()
+
+    def _poll(self, seconds):
+        """The events of the socket that came within the time (None: whenever); 0: none."""
+        poll = select.poll()
+        poll.register(self._link.sock, select.POLLIN | (select.POLLOUT if self._link.pending() else 0))
+        events = poll.poll(None if seconds is None else max(0, int(seconds * 1000 + 0.999)))
+        return events[0][1] if events else 0
+
+    def _pump_until(self, done, deadline, raises=True):
+        while not done():
+            if self._dead is not None:
+                raise Unavailable(self._dead)
+            self._guard(self._link.flush)
+            left = None if deadline is None else deadline - time.monotonic()
+            if self._poll(left) & ~select.POLLOUT:
+                if not self._guard(self._link.fill):
+                    raise self._lost("the server closed the connection")
+                self._parse()
+            elif left is not None and left <= 0:
+                if raises:
+                    raise DeadlineExceeded(f"{self.address}: no answer in time")
+                return
+
+    def _parse(self):
+        link = self._link
+        while link.sink is None and link.end - link.begin >= _HEADER.size:
+            magic, version, kind, flags, request, envelope, _, payload = _HEADER.unpack_from(link.stage, link.begin)
+            if magic != b"OPD1" or version != 1:
+                raise self._malformed(f"a frame that begins with {bytes(link.stage[link.begin:link.begin + 5])!r}")
+            if envelope > (_ENVELOPE_BYTES if self.hello is not None else _HELLO_BYTES):
+                raise self._malformed(f"an envelope of {envelope} bytes")
+            link.begin += _HEADER.size
+            memory = _allocate(envelope)
+            link.receive_into(memory, lambda m=memory, f=(kind, flags, request, payload): self._on_frame(m, *f))
+
+    def _malformed(self, what):
+        self._lost(f"malformed answer from the server: {what}")
+        return DataLoss(self._dead)
+
+    def _on_frame(self, envelope, kind, flags, request, payload):
+        if kind == _HELLO_REPLY and self.hello is None:
+            self.hello = pb.HelloReply.FromString(bytes(envelope))
+        elif kind == _GOAWAY:
+            goaway = pb.Goaway.FromString(bytes(envelope))
+            self._goaway = f"{STATUS[goaway.status] if goaway.status < len(STATUS) else 'UNKNOWN'}: {goaway.message}"
+        elif kind == _REPLY and request in self._futures and self._futures[request].reply is None:
+            self._on_reply(self._futures[request], pb.Reply.FromString(bytes(envelope)), flags, payload)
+        elif kind == _DATA and request in self._futures and self._futures[request].payload is not None and len(envelope) == 8:
+            self._on_data(self._futures[request], struct.unpack("<Q", envelope)[0], payload)
+        else:
+            raise self._malformed(f"a frame of type {kind} for request {request}, which isn't due")
+
+    def _on_reply(self, future, reply, flags, payload):
+        if future.upload in self._link.uploads:  # answered before all was sent: the rest isn't wanted
+            self._link.uploads.remove(future.upload)
+            self._link.send([memoryview(_header(_ABORT, future.request, 0, 0))])
+        future.reply, future.payload = reply, _allocate(payload)
+        if payload == 0:
+            self._on_answered(future)
+        elif not flags & _CHUNKED:
+            self._link.receive_into(future.payload, lambda: self._on_answered(future))
+
+    def _on_data(self, future, offset, count):
+        if offset != future.received or count > len(future.payload) - offset:
+            raise self._malformed(f"{count} bytes of data at {offset} for request {future.request}, {future.received} are here")
+        future.received += count
+        done = (lambda: self._on_answered(future)) if future.received == len(future.payload) else (lambda: None)
+        self._link.receive_into(future.payload[offset:offset + count], done)
+
+    def _on_answered(self, future):
+        future.answered = True
+        del self._futures[future.request]
+
+
+def _read_argument(arg, payload):
+    kind = arg.WhichOneof("value")
+    if kind == "tensor":
+        return _read_operand(arg.tensor, payload)
+    if kind == "tensors":
+        return [_read_operand(tensor, payload) for tensor in arg.tensors.items]
+    if kind == "ints":
+        return list(arg.ints.items)
+    return None if kind in (None, "none") else getattr(arg, kind)
+
+
+def _read_operand(tensor, payload):
+    if tensor.WhichOneof("source") == "handle":
+        return _read_handle(tensor.handle, tensor)
+    return _present(_read_tensor(tensor, payload))
+
+
+def _read_generated(reply, payload):
+    return {arg.name: _read_argument(arg, payload) for arg in reply.generated.args}

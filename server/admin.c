@@ -1,0 +1,49 @@
+/* Administrative requests: the step table has checked the right. */
+#include "server/daemon.h"
+#include "server/request.h"
+
+static void load_task(struct request *request)
+{
+	struct registry *registry = request->context->server->registry;
+	struct msg_text path = request->message.path;
+	request->status = path.bytes == 0 || path.data[0] != '/'
+	                      ? opd_fail(&request->error, OPD_INVALID_ARGUMENT, "load_module: path \"%.200s\": expected an absolute path",
+	                                 path.data == NULL ? "" : path.data)
+	                      : registry_load(registry, path.data, NULL, false, &request->error);
+}
+
+static void load_done(struct request *request)
+{
+	struct log *log = request->context->server->log;
+	if (request->status == OPD_OK)
+		LOG(log, LOG_INFO, "module loaded", LOG_STR("path", request->message.path.data), LOG_UINT("session", request->session->id));
+	else
+		LOG(log, LOG_WARN, "module not loaded", LOG_STR("path", request->message.path.data), LOG_STR("reason", request->error.text));
+	request_reply_empty(request);
+}
+
+/* On the lane: a module may take long to find out what its platform has. */
+void admin_load_module(struct request *request)
+{
+	request_task(request, load_task, load_done);
+}
+
+void admin_set_log_level(struct request *request)
+{
+	struct log *log = request->context->server->log;
+	const char *name = request->message.log_level.data == NULL ? "" : request->message.log_level.data;
+	int level = log_level_parse(name);
+	if (level < 0) {
+		(void)opd_fail(&request->error, OPD_INVALID_ARGUMENT, "log level \"%.64s\": expected error, warn, info or debug", name);
+	} else {
+		log_set_level(log, (log_level)level);
+		LOG(log, LOG_INFO, "log level set", LOG_STR("level", log_level_name((log_level)level)), LOG_UINT("session", request->session->id));
+	}
+	request_reply_empty(request);
+}
+
+void admin_drain(struct request *request)
+{
+	server_drain(request->context->server, request->message.timeout_us);
+	request_reply_empty(request);
+}

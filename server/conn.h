@@ -1,0 +1,92 @@
+/* A connection: its socket, the frames that come in, the frames that go out.
+ *
+ * Layer: server. Threads: its loop.
+ * Life: conn_create → the socket is accepted or opened into conn_stream → conn_start → … → conn_close → freed in the close callback. After conn_start succeeded every failure ends in
+ * conn_close, with a reason in the log.
+ * A turn of the loop reads and writes at most CONN_TURN_BYTES of one connection.
+ * Not here: what a request does (server/request.h), the order of outgoing frames (server/outbox.h). */
+#ifndef OPD_SERVER_CONN_H
+#define OPD_SERVER_CONN_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <uv.h>
+
+#include "server/log.h"
+#include "server/outbox.h"
+#include "server/session.h"
+
+#define CONN_TURN_BYTES (256u << 10)
+#define CONN_STAGE_BYTES (64u << 10)
+
+struct server;
+struct request;
+
+typedef enum conn_state {
+	CONN_HEAD = 0,    /* a frame's header or envelope comes next */
+	CONN_PAYLOAD = 1, /* payload of `reading` */
+	CONN_DISCARD = 2, /* payload that nobody wants */
+} conn_state;
+
+struct conn {
+	struct conn *next; /* of the server's */
+	struct conn *previous;
+	struct conn *next_dirty;
+	struct conn *next_paused;
+	struct server *server;
+	struct session *session;
+	union {
+		uv_handle_t handle;
+		uv_stream_t stream;
+		uv_pipe_t pipe;
+		uv_tcp_t tcp;
+	};
+	uv_write_t write;
+	char peer[80];
+	bool greeted;     /* Hello was answered */
+	bool closing;
+	bool opened;      /* the handle is initialised */
+	bool reading_on;  /* uv_read_start is in force */
+	bool writing;     /* a uv_write is under way */
+	bool dirty;       /* in the server's list */
+	bool paused;      /* in the server's list: until the next turn */
+	bool throttled;   /* too much in flight: until something is written */
+	bool broken;      /* the client broke the framing: nothing of it is read any more */
+	bool last_words;  /* close once everything is written */
+	uint64_t chunk_bytes;
+	uint64_t opened_us;
+	uint64_t read_us;  /* last progress */
+	uint64_t write_us;
+
+	conn_state state;
+	uint32_t read_hint; /* how many bytes the next frame's header and envelope probably have; 0: read as much as there is */
+	uint8_t *partial;   /* a frame's header and envelope, as far as they came */
+	uint32_t partial_bytes;
+	uint32_t partial_room;
+	struct request *reading; /* state PAYLOAD */
+	uint64_t frame_left;     /* payload bytes of the frame under way */
+	struct request *chunked; /* requests whose DATA frames are still to come */
+	struct outbox outbox;
+	uint64_t turn;
+	uint64_t turn_read;
+	uint64_t turn_written;
+	uint64_t wrote_bytes; /* of the uv_write under way */
+};
+
+/* NULL: out of memory. The session has yet no rights: the listener gives them. */
+struct conn *conn_create(struct server *server, const char *tenant, bool admin);
+/* Starts reading; the handle has been initialised and connected. refuse: greet with this error and close (NULL: serve). */
+void conn_start(struct conn *conn, const opd_error *refuse);
+/* Writes what is due; called once a turn for every dirty connection. */
+void conn_flush(struct conn *conn);
+/* Goes on reading in a new turn. */
+void conn_resume(struct conn *conn);
+/* Once a second: ends it when it stalls. */
+void conn_tick(struct conn *conn, uint64_t now_us);
+/* Tells the client that the server ends; it is closed when nothing is under way any more. */
+void conn_goaway(struct conn *conn, const char *why);
+/* Nothing accepted, nothing to write. */
+bool conn_idle(const struct conn *conn);
+void conn_close(struct conn *conn, log_level level, const char *reason);
+
+#endif

@@ -1,0 +1,40 @@
+/* What a thread that handles requests keeps for itself: the registry's snapshot, lists it has cut, requests to use again.
+ *
+ * Layer: server. Threads: one owner: an I/O loop, or a direct caller.
+ * Life: context_init → context_snapshot, context_list… → context_fini. */
+#ifndef OPD_SERVER_CONTEXT_H
+#define OPD_SERVER_CONTEXT_H
+
+#include <stdint.h>
+
+#include "proto/message.h"
+#include "server/priority.h"
+
+struct server;
+struct request;
+
+#define CONTEXT_LISTS 256
+
+struct context {
+	struct server *server;
+	struct snapshot *snapshot;
+	struct effective *lists[CONTEXT_LISTS]; /* of requests' own lists */
+	char *list_keys[CONTEXT_LISTS];         /* the names they were cut from, each with its NUL */
+	uint32_t list_key_bytes[CONTEXT_LISTS];
+	struct request *free_requests;
+	uint32_t free_count;
+	uint64_t inline_ns; /* estimated kernel time spent on this thread in this turn */
+	struct log_limit list_warnings;
+};
+
+void context_init(struct context *context, struct server *server);
+void context_fini(struct context *context);
+
+/* The newest snapshot, borrowed until the next call: one atomic load when nothing has changed. */
+struct snapshot *context_snapshot(struct context *context);
+
+/* The effective list of a request's own list, from a bounded cache; referenced. NOT_FOUND names an unknown provider. */
+OPD_MUST_USE opd_status context_list(struct context *context, const struct snapshot *snapshot, const struct op *op, const struct msg_list *list,
+                                     struct effective **effective_out, opd_error *error);
+
+#endif

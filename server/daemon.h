@@ -1,0 +1,70 @@
+/* struct server itself, for the files of this folder that make it up; everyone else sees server/server.h.
+ *
+ * Layer: server, internal. Threads: stated with each field. */
+#ifndef OPD_SERVER_DAEMON_H
+#define OPD_SERVER_DAEMON_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <uv.h>
+
+#include "server/config.h"
+#include "server/context.h"
+#include "server/device_lane.h"
+#include "server/lane.h"
+#include "server/plans.h"
+#include "server/registry.h"
+#include "server/server.h"
+#include "server/tensors.h"
+
+struct listener;
+struct conn;
+struct post;
+
+struct server {
+	struct log *log;
+	struct config *config; /* the loop's; replaced by a reload */
+	struct registry *registry;
+	struct plans *plans;
+	struct memory memory;
+	struct account *account; /* what modules allocate */
+	struct lane *lane;
+	struct device_lane *device_lanes[REGISTRY_DEVICES_MAX]; /* by device number; started on first use, on the loop */
+	uint64_t started_us;
+
+	uv_loop_t loop;
+	uv_async_t wake;      /* lanes, posts, drain */
+	uv_check_t flush;     /* after polling: replies of the turn leave together */
+	uv_idle_t again;      /* active while a connection has more to do than one turn allows */
+	uv_timer_t tick;      /* once a second: handshakes, stalls, the drain's end */
+	bool running;
+	struct context context; /* the loop's */
+	char *stage;            /* what connections read into before they know where it belongs */
+	struct conn *conns;     /* all, newest first */
+	uint32_t conn_count;
+	struct conn *dirty;     /* have replies to write in this turn */
+	struct conn *paused;    /* stopped reading until the next turn */
+	uint64_t turn;          /* number of the loop's turn */
+	uint64_t turn_us;       /* monotonic time of its start */
+	struct listener *listeners;
+	uint64_t next_session;
+	bool draining;
+	bool drain_failed;
+	uint64_t drain_until_us;
+
+	_Atomic uint64_t requests; /* accepted since the start */
+	_Atomic bool device_done;  /* a device lane has finished jobs */
+
+	pthread_mutex_t mutex; /* of what other threads ask for: */
+	struct post *posts;
+	struct post *posts_last;
+	_Atomic int drain_asked;         /* how often */
+	_Atomic uint64_t drain_timeout_us;
+};
+
+/* Any thread: the loop looks at lanes, posts and drain soon. */
+void server_wake(struct server *server);
+
+#endif

@@ -1,0 +1,318 @@
+/* Executing the chosen implementation: on the loop when it is tiny, on the CPU lane, or on a device's lane. */
+#include <inttypes.h>
+#include <semaphore.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "proto/tensor.h"
+#include "server/daemon.h"
+#include "server/module.h"
+#include "server/request.h"
+
+/* Estimated kernel time that a loop may spend in one turn. */
+#define INLINE_TURN_NS 20000u
+
+/* Behind every output in checked mode. */
+#define CANARY_BYTES 64u
+#define CANARY 0xa5
+
+static bool wants_clock(const struct request *request)
+{
+	return request->message.run.explain;
+}
+
+/* ---- Outputs ---- */
+
+static void outputs_drop(struct request_run *run)
+{
+	for (uint32_t i = 0; run->outputs != NULL && i < run->bound.call.output_count; i++) {
+		buffer_unref(run->outputs[i]);
+		run->outputs[i] = NULL;
+	}
+}
+
+/* One buffer an output: each may be kept, sent or dropped alone. */
+static opd_status outputs_alloc(struct request *request)
+{
+	struct request_run *run = &request->run;
+	const bool checked = request->context->server->config->checked;
+	if (run->outputs == NULL)
+		run->outputs = arena_array(&request->arena, run->bound.call.output_count, sizeof run->outputs[0]);
+	if (run->outputs == NULL)
+		return opd_fail(&request->error, OPD_RESOURCE_EXHAUSTED, "run: out of memory");
+	for (uint32_t i = 0; i < run->bound.call.output_count; i++) {
+		opd_tensor *output = &run->bound.outputs[i];
+		uint64_t bytes = output->elements * opd_dtype_bytes(output->dtype); /* checked by bind_outputs */
+		if (run->outputs[i] == NULL) {
+			opd_status status = buffer_alloc(request->session->account, bytes, checked ? CANARY_BYTES : 0, &run->outputs[i], &request->error);
+			if (status != OPD_OK)
+				return opd_error_prefix(&request->error, status, "%s: result %u", run->op->schema->name, (unsigned)i);
+		}
+		output->data = run->outputs[i]->data;
+		if (checked)
+			memset(run->outputs[i]->data + bytes, CANARY, CANARY_BYTES);
+	}
+	return OPD_OK;
+}
+
+static opd_status canaries_check(struct request *request)
+{
+	const struct request_run *run = &request->run;
+	for (uint32_t i = 0; i < run->bound.call.output_count; i++) {
+		const opd_tensor *output = &run->bound.outputs[i];
+		uint64_t bytes = output->elements * opd_dtype_bytes(output->dtype);
+		for (uint32_t k = 0; k < CANARY_BYTES; k++)
+			if (run->outputs[i]->data[bytes + k] != CANARY)
+				return opd_fail(&request->error, OPD_INTERNAL, "%s.%s wrote past the end of result %u, at byte %" PRIu64 " of %" PRIu64,
+				                run->dispatch.impl->provider->name, run->op->schema->name, (unsigned)i, bytes + k, bytes);
+	}
+	return OPD_OK;
+}
+
+/* ---- On the CPU ---- */
+
+static opd_status check_contents(struct request *request)
+{
+	const opd_op *def = request->run.op->def;
+	return def->check == NULL ? OPD_OK : def->check(def, &request->run.bound.call, &request->error);
+}
+
+static opd_status make_scratch(struct request *request, const struct plan *plan, opd_exec *exec)
+{
+	if (plan == NULL || plan->made.scratch_bytes == 0)
+		return OPD_OK;
+	opd_status status =
+		buffer_alloc(request->session->account, plan->made.scratch_bytes, 0, &request->run.scratch, &request->error);
+	if (status != OPD_OK)
+		return opd_error_prefix(&request->error, status, "%s: scratch", request->run.op->schema->name);
+	exec->scratch = request->run.scratch->data;
+	return OPD_OK;
+}
+
+static opd_status run_kernel(struct request *request, struct lane_exec *lane)
+{
+	struct request_run *run = &request->run;
+	const struct impl *impl = run->dispatch.impl;
+	const struct plan *plan = run->dispatch.plan;
+	opd_exec exec = {
+		.struct_bytes = sizeof exec,
+		.threads = lane->threads,
+		.host = &impl->provider->module->host,
+		.plan = plan == NULL ? NULL : &plan->made,
+		.lane = lane,
+	};
+	opd_status status = check_contents(request);
+	if (status == OPD_OK)
+		status = make_scratch(request, plan, &exec);
+	if (status != OPD_OK)
+		return status;
+	run->written = true;
+	request->error.text[0] = '\0';
+	status = impl->def->run(impl->def, impl->state, &run->bound.call, &exec, &request->error);
+	buffer_unref(run->scratch);
+	run->scratch = NULL;
+	if (status != OPD_OK) {
+		if (request->error.text[0] == '\0')
+			(void)opd_fail(&request->error, status, "%s.%s failed", impl->provider->name, run->op->schema->name);
+		return request->error.status = (int32_t)status, status;
+	}
+	return request->context->server->config->checked ? canaries_check(request) : OPD_OK;
+}
+
+/* The native definition's name comes first in the texts of its own errors; a provider's failure says whose it was. */
+static void run_here(struct request *request, struct lane_exec *lane)
+{
+	bool clock = wants_clock(request);
+	if (clock)
+		request->clock.started = request_now_ns();
+	request->status = run_kernel(request, lane);
+	if (clock)
+		request->clock.ended = request_now_ns();
+}
+
+static bool is_late(struct request *request)
+{
+	if (request->run.deadline_ns == 0 || request_now_ns() < request->run.deadline_ns)
+		return false;
+	request->status = opd_fail(&request->error, OPD_DEADLINE_EXCEEDED, "%s: not started within its timeout of %" PRIu64 " us",
+	                           request->run.op->schema->name, request->message.run.timeout_us);
+	return true;
+}
+
+/* On a lane thread: the plan that is missing; false when it refused or failed. */
+static bool make_plan(struct request *request)
+{
+	struct request_run *run = &request->run;
+	struct dispatch *dispatch = &run->dispatch;
+	request->status = plans_make(dispatch->plans, dispatch->snapshot, dispatch->impl, &run->bound.call, &dispatch->plan, &request->error);
+	if (request->status != OPD_OK)
+		return false;
+	dispatch->plan_missing = false;
+	run->plan_refused = dispatch->plan->refused;
+	return !run->plan_refused;
+}
+
+static void lane_run(struct lane_job *job, struct lane_exec *exec)
+{
+	struct request *request = (struct request *)((char *)job - offsetof(struct request, job));
+	if (is_late(request))
+		return;
+	if (request->run.dispatch.plan_missing && !make_plan(request))
+		return;
+	run_here(request, exec);
+}
+
+static void lane_plan(struct lane_job *job, struct lane_exec *exec)
+{
+	(void)exec;
+	struct request *request = (struct request *)((char *)job - offsetof(struct request, job));
+	(void)make_plan(request);
+}
+
+static void job_done(struct lane_job *job)
+{
+	struct request *request = (struct request *)((char *)job - offsetof(struct request, job));
+	execute_done(request);
+}
+
+/* A direct caller waits on its own thread for what the loop takes from a lane. */
+static void job_done_direct(struct lane_job *job)
+{
+	struct request *request = (struct request *)((char *)job - offsetof(struct request, job));
+	(void)sem_post(request->owner);
+}
+
+static void wait_for_lane(struct request *request)
+{
+	while (sem_wait(request->owner) != 0)
+		;
+	execute_done(request);
+}
+
+static void lane_start(struct request *request, void (*run)(struct lane_job *, struct lane_exec *))
+{
+	struct server *server = request->context->server;
+	request->job = (struct lane_job){.run = run, .done = request->direct ? job_done_direct : job_done};
+	if (wants_clock(request))
+		request->clock.queued = request_now_ns();
+	lane_submit(server->lane, &request->job);
+	if (request->direct)
+		wait_for_lane(request);
+}
+
+/* Small enough for the loop: less than a hand-off costs, from a provider that is linked in, with nobody waiting for the lane before us. */
+static bool fits_loop(struct request *request)
+{
+	struct server *server = request->context->server;
+	const struct impl *impl = request->run.dispatch.impl;
+	if (impl->def->cost_ns == NULL || impl->provider->module->library != NULL || request->run.dispatch.plan_missing)
+		return false;
+	uint64_t cost = impl->def->cost_ns(impl->def, &request->run.bound.call);
+	if (cost == 0 || cost > server->config->inline_ns)
+		return false;
+	if (request->direct)
+		return true;
+	if (lane_busy(server->lane) || request->context->inline_ns + cost > INLINE_TURN_NS)
+		return false;
+	request->context->inline_ns += cost;
+	return true;
+}
+
+/* ---- On a device ---- */
+
+static void device_done(struct device_job *job)
+{
+	struct request *request = (struct request *)((char *)job - offsetof(struct request, device_job));
+	request->status = job->status;
+	if (job->status != OPD_OK)
+		request->error = job->error;
+	request->run.written = job->begun;
+	request->run.plan_refused = job->plan_refused;
+	request->clock.started = job->started_ns;
+	request->clock.ended = job->ended_ns;
+	request->clock.moves = job->moves_ns;
+	if (job->status == OPD_OK && !job->plan_refused && request->context->server->config->checked) {
+		request->status = canaries_check(request);
+	}
+	if (request->direct)
+		(void)sem_post(request->owner);
+	else
+		execute_done(request);
+}
+
+/* The first device of the implementation's kind, or the one that the request names. */
+static uint32_t choose_device(const struct request *request)
+{
+	const struct snapshot *snapshot = request->snapshot;
+	const char *kind = request->run.dispatch.impl->def->device;
+	struct device_filter filter = {.ordinal = -1};
+	if (request->message.run.device.bytes != 0 && device_filter_parse(request->message.run.device, &filter, NULL) != OPD_OK)
+		filter.ordinal = -1; /* it was parsed when the request was accepted */
+	for (uint32_t i = 1; i < snapshot->device_count; i++)
+		if (strcmp(snapshot->devices[i].kind, kind) == 0 && (filter.ordinal < 0 || snapshot->devices[i].ordinal == (uint64_t)filter.ordinal))
+			return i;
+	return 0;
+}
+
+static void device_start(struct request *request)
+{
+	struct server *server = request->context->server;
+	struct request_run *run = &request->run;
+	run->device = choose_device(request);
+	struct device_lane *lane = NULL;
+	opd_status status = run->device == 0
+	                        ? opd_fail(&request->error, OPD_INTERNAL, "%s: no device of kind %s", run->op->schema->name,
+	                                   run->dispatch.impl->def->device)
+	                        : device_lane_get(server, &request->snapshot->devices[run->device], run->device, &lane, &request->error);
+	if (status != OPD_OK) {
+		request->status = status;
+		execute_done(request);
+		return;
+	}
+	request->device_job = (struct device_job){
+		.op = run->op,
+		.dispatch = &run->dispatch,
+		.call = &run->bound.call,
+		.deadline_ns = run->deadline_ns,
+		.done = device_done,
+	};
+	if (wants_clock(request))
+		request->clock.queued = request_now_ns();
+	device_lane_submit(lane, &request->device_job);
+	if (request->direct)
+		wait_for_lane(request);
+}
+
+/* ---- */
+
+void execute_run(struct request *request)
+{
+	request->run.written = false;
+	request->run.on_loop = false;
+	request->run.device = 0;
+	request->status = outputs_alloc(request);
+	if (request->status != OPD_OK) {
+		outputs_drop(&request->run);
+		execute_done(request);
+		return;
+	}
+	if (!request->run.dispatch.impl->on_host) {
+		device_start(request);
+	} else if (fits_loop(request)) {
+		struct lane_exec serial = lane_exec_serial(NULL);
+		request->run.on_loop = true;
+		if (!is_late(request)) {
+			request->clock.queued = 0;
+			run_here(request, &serial);
+		}
+		execute_done(request);
+	} else {
+		lane_start(request, lane_run);
+	}
+}
+
+void execute_plan(struct request *request)
+{
+	request->run.written = false;
+	lane_start(request, lane_plan);
+}

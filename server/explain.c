@@ -1,0 +1,70 @@
+/* The explain record: what was skipped and why, the effective list, where it comes from, and where the time went. */
+#include "server/daemon.h"
+#include "server/request.h"
+
+static uint64_t between(uint64_t from, uint64_t to)
+{
+	return from == 0 || to < from ? 0 : to - from;
+}
+
+static void fill_times(const struct request *request, struct msg_times *times)
+{
+	const struct request_clock *clock = &request->clock;
+	times->decode = between(clock->received, clock->bound);
+	times->dispatch = between(clock->bound, clock->dispatched);
+	times->queue = between(clock->queued, clock->started);
+	times->kernel = between(clock->started, clock->ended) - (clock->moves < between(clock->started, clock->ended) ? clock->moves : 0);
+	times->moves = clock->moves;
+	times->pack = clock->ended == 0 ? 0 : between(clock->ended, request_now_ns());
+}
+
+static struct msg_text *effective_names(struct request *request, const struct dispatch *dispatch)
+{
+	struct msg_text *names = arena_array(&request->arena, dispatch->count, sizeof names[0]);
+	for (uint32_t i = 0; names != NULL && i < dispatch->count; i++)
+		names[i] = msg_text(dispatch->effective->impls[i]->provider->name);
+	return names;
+}
+
+/* Operands went to the device and results came back. */
+static void fill_moves(struct request *request, struct msg_explain *explain, struct msg_text device)
+{
+	const struct request_run *run = &request->run;
+	if (run->device == 0)
+		return;
+	struct msg_move *moves = arena_array(&request->arena, run->bound.operand_count + run->bound.call.output_count, sizeof moves[0]);
+	uint32_t count = 0;
+	for (uint32_t i = 0; moves != NULL && i < run->bound.operand_count; i++) {
+		const struct operand *operand = &run->bound.operands[i];
+		moves[count++] = (struct msg_move){msg_text(operand->param), msg_text("cpu"), device,
+		                                   operand->tensor.elements * opd_dtype_bytes(operand->tensor.dtype)};
+	}
+	for (uint32_t i = 0; moves != NULL && i < run->bound.call.output_count; i++)
+		moves[count++] = (struct msg_move){msg_text("result"), device, msg_text("cpu"),
+		                                   run->bound.outputs[i].elements * opd_dtype_bytes(run->bound.outputs[i].dtype)};
+	explain->moves = moves;
+	explain->move_count = count;
+}
+
+void run_explain(struct request *request)
+{
+	const struct request_run *run = &request->run;
+	const struct dispatch *dispatch = &run->dispatch;
+	if (!request->message.run.explain && request->message.run.mode != MSG_DRY)
+		return;
+	struct msg_explain *explain = arena_zalloc(&request->arena, sizeof *explain);
+	if (explain == NULL)
+		return; /* the reply goes without it; out of memory shows in what follows */
+	explain->skipped = dispatch_skips(dispatch, run->op, &run->bound.call, &request->arena, &explain->skip_count);
+	explain->effective = effective_names(request, dispatch);
+	explain->effective_count = explain->effective == NULL ? 0 : dispatch->count;
+	explain->level = dispatch->effective->level;
+	explain->on_loop = run->on_loop;
+	if (dispatch->impl != NULL)
+		explain->device = msg_text(request->message.run.mode == MSG_RUN ? request->snapshot->devices[run->device].name
+		                                                                  : dispatch->impl->def->device);
+	fill_times(request, &explain->times);
+	fill_moves(request, explain, explain->device);
+	request->reply.kind = MSG_REPLY_RUN;
+	request->reply.run.explain = explain;
+}

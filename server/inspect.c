@@ -1,0 +1,212 @@
+/* What the daemon says of itself: ops, one op, providers, the daemon. */
+#include <inttypes.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "proto/bounds.h"
+#include "proto/text.h"
+#include "server/daemon.h"
+#include "server/listener.h"
+#include "server/module.h"
+#include "server/request.h"
+
+static void fail_memory(struct request *request, const char *what)
+{
+	(void)opd_fail(&request->error, OPD_RESOURCE_EXHAUSTED, "%s: out of memory", what);
+	request_fail(request);
+}
+
+void inspect_ops(struct request *request)
+{
+	const struct snapshot *snapshot = request->snapshot;
+	struct msg_op *ops = arena_array(&request->arena, snapshot->op_count, sizeof ops[0]);
+	if (ops == NULL) {
+		fail_memory(request, "list_ops");
+		return;
+	}
+	for (uint32_t i = 0; i < snapshot->op_count; i++) {
+		const struct op *op = &snapshot->ops[i];
+		ops[i].name = msg_text(op->schema->name);
+		ops[i].schema = msg_text(op->schema->text);
+		ops[i].doc = msg_text(op->def->doc);
+	}
+	request->reply.ops.items = ops;
+	request->reply.ops.count = snapshot->op_count;
+	request_reply(request, MSG_REPLY_OPS);
+}
+
+static void fill_impl(const struct op *op, const struct impl *impl, struct msg_impl *out)
+{
+	const opd_impl *def = impl->def;
+	*out = (struct msg_impl){
+		.provider = msg_text(impl->provider->name),
+		.supported = impl->supported,
+		.reason = msg_text(impl->unsupported),
+		.predicate = def->predicate != NULL || impl->params != op->schema->param_count,
+		.plan_may_refuse = (def->flags & OPD_IMPL_PLAN_MAY_REFUSE) != 0,
+		.in_place = (def->flags & OPD_IMPL_IN_PLACE) != 0,
+		.thread_invariant = (def->flags & OPD_IMPL_THREAD_INVARIANT) != 0,
+		.batch_invariant = (def->flags & OPD_IMPL_BATCH_INVARIANT) != 0,
+		.device = msg_text(def->device),
+		.schema = msg_text(def->schema == NULL ? op->schema->text : def->schema),
+		.uuid = msg_text(def->uuid),
+	};
+}
+
+/* "rows,hidden" as a list. */
+static bool fill_dims(struct request *request, const struct op *op, struct msg_op *out)
+{
+	const char *at = op->def->dims == NULL ? "" : op->def->dims;
+	struct msg_text *dims = arena_array(&request->arena, op->def->dim_count, sizeof dims[0]);
+	uint32_t count = 0;
+	while (dims != NULL && *at != '\0' && count < op->def->dim_count) {
+		size_t bytes = strcspn(at, ",");
+		dims[count++] = (struct msg_text){at, bytes};
+		at += bytes + (at[bytes] == ',');
+	}
+	out->dims = dims;
+	out->dim_count = count;
+	out->default_dims = op->def->default_dims;
+	out->default_dim_count = op->def->dim_count;
+	return dims != NULL;
+}
+
+static bool fill_effective(struct request *request, const struct op *op, struct msg_op *out)
+{
+	struct plist *list = session_priority(request->session, op->index);
+	struct effective *effective = list != NULL ? effective_get(request->snapshot, op, list) : effective_ref(op->fallback);
+	struct msg_text *names = effective == NULL ? NULL : arena_array(&request->arena, effective->count, sizeof names[0]);
+	for (uint32_t i = 0; names != NULL && i < effective->count; i++)
+		names[i] = msg_text(effective->impls[i]->provider->name);
+	if (names != NULL) {
+		out->effective = names;
+		out->effective_count = effective->count;
+		out->level = effective->level;
+	}
+	effective_unref(effective);
+	return names != NULL;
+}
+
+static bool fill_in_place(struct request *request, const struct op *op, struct msg_op *out)
+{
+	struct msg_in_place *pairs = arena_array(&request->arena, op->def->in_place_count, sizeof pairs[0]);
+	for (uint32_t i = 0; pairs != NULL && i < op->def->in_place_count; i++) {
+		pairs[i].param = msg_text(op->schema->params[op->def->in_place[i].param].name);
+		pairs[i].result = op->def->in_place[i].result;
+	}
+	out->in_place = pairs;
+	out->in_place_count = op->def->in_place_count;
+	return pairs != NULL;
+}
+
+void inspect_op(struct request *request)
+{
+	struct msg_text name = request->message.op;
+	const struct op *op = snapshot_op(request->snapshot, name.data == NULL ? "" : name.data, name.bytes);
+	if (op == NULL) {
+		char shown[160];
+		(void)opd_fail(&request->error, OPD_NOT_FOUND, "no op \"%s\"",
+		               text_escape(name.data == NULL ? "" : name.data, name.bytes, shown, sizeof shown));
+		request_fail(request);
+		return;
+	}
+	struct msg_op *out = &request->reply.op;
+	*out = (struct msg_op){
+		.name = msg_text(op->schema->name),
+		.schema = msg_text(op->schema->text),
+		.doc = msg_text(op->def->doc),
+		.activations = msg_text(op->def->activations),
+		.impl_count = op->impl_count,
+	};
+	struct msg_impl *impls = arena_array(&request->arena, op->impl_count, sizeof impls[0]);
+	out->impls = impls;
+	if (impls == NULL || !fill_dims(request, op, out) || !fill_effective(request, op, out) || !fill_in_place(request, op, out)) {
+		fail_memory(request, "describe");
+		return;
+	}
+	for (uint32_t i = 0; i < op->impl_count; i++)
+		fill_impl(op, op->impls[i], &impls[i]);
+	request_reply(request, MSG_REPLY_OP);
+}
+
+/* Available: it has an implementation that can run here, or devices. Otherwise the first reason there is. */
+static bool fill_provider(struct request *request, const struct provider *provider, struct msg_provider *out)
+{
+	const struct snapshot *snapshot = request->snapshot;
+	struct msg_text *ops = arena_array(&request->arena, snapshot->op_count, sizeof ops[0]);
+	struct msg_text *devices = arena_array(&request->arena, snapshot->device_count, sizeof devices[0]);
+	if (ops == NULL || devices == NULL)
+		return false;
+	out->name = msg_text(provider->name);
+	out->version = msg_text(provider->version);
+	out->source = msg_text(provider->source);
+	out->reason = msg_text(provider->reason);
+	out->ops = ops;
+	out->devices = devices;
+	for (uint32_t i = 0; i < snapshot->op_count; i++) {
+		const struct impl *impl = op_impl(&snapshot->ops[i], provider);
+		if (impl == NULL)
+			continue;
+		ops[out->op_count++] = msg_text(snapshot->ops[i].schema->name);
+		out->available = out->available || impl->supported;
+		if (!impl->supported && out->reason.data == NULL)
+			out->reason = msg_text(impl->unsupported);
+	}
+	for (uint32_t i = 1; i < snapshot->device_count && provider->module != NULL; i++)
+		if (snapshot->devices[i].state == provider->module->state)
+			devices[out->device_count++] = msg_text(snapshot->devices[i].name);
+	out->available = out->available || out->device_count > 0;
+	if (out->available)
+		out->reason = (struct msg_text){0};
+	return true;
+}
+
+void inspect_providers(struct request *request)
+{
+	const struct snapshot *snapshot = request->snapshot;
+	struct msg_provider *providers = arena_array(&request->arena, snapshot->provider_count, sizeof providers[0]);
+	bool filled = providers != NULL;
+	for (uint32_t i = 0; filled && i < snapshot->provider_count; i++)
+		filled = fill_provider(request, snapshot->providers[i], &providers[i]);
+	if (!filled) {
+		fail_memory(request, "list_providers");
+		return;
+	}
+	request->reply.providers.items = providers;
+	request->reply.providers.count = snapshot->provider_count;
+	request_reply(request, MSG_REPLY_PROVIDERS);
+}
+
+void inspect_info(struct request *request)
+{
+	struct server *server = request->context->server;
+	const struct snapshot *snapshot = request->snapshot;
+	struct msg_text *devices = arena_array(&request->arena, snapshot->device_count, sizeof devices[0]);
+	uint32_t listener_count = listener_list(server, NULL, 0);
+	struct msg_text *listeners = arena_array(&request->arena, listener_count, sizeof listeners[0]);
+	if (devices == NULL || listeners == NULL) {
+		fail_memory(request, "info");
+		return;
+	}
+	(void)listener_list(server, listeners, listener_count);
+	for (uint32_t i = 0; i < snapshot->device_count; i++)
+		devices[i] = msg_text(snapshot->devices[i].name);
+	request->reply.info = (struct msg_info){
+		.version = msg_text(OPD_VERSION),
+		.uptime_us = request_now_ns() / 1000 - server->started_us,
+		.listener_count = listener_count,
+		.listeners = listeners,
+		.loops = 1,
+		.threads = lane_threads(server->lane),
+		.device_count = snapshot->device_count,
+		.devices = devices,
+		.sessions = server->conn_count,
+		.requests = atomic_load_explicit(&server->requests, memory_order_relaxed),
+		.memory_bytes = atomic_load_explicit(&server->memory.used_bytes, memory_order_relaxed),
+		.memory_limit_bytes = atomic_load_explicit(&server->memory.limit_bytes, memory_order_relaxed),
+		.session_memory_bytes = atomic_load_explicit(&request->session->account->used_bytes, memory_order_relaxed),
+		.pid = (uint64_t)getpid(),
+		.draining = server->draining,
+	};
+	request_reply(request, MSG_REPLY_INFO);
+}

@@ -1,0 +1,244 @@
+#include "server/listener.h"
+
+#include <arpa/inet.h>
+#include <errno.h>
+#include <inttypes.h>
+#include <netdb.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include "server/conn.h"
+#include "server/daemon.h"
+
+#define BACKLOG 1024
+
+struct listener {
+	struct listener *next;
+	struct server *server;
+	union {
+		uv_handle_t handle;
+		uv_stream_t stream;
+		uv_pipe_t pipe;
+		uv_tcp_t tcp;
+	};
+	listen_kind kind;
+	char *path; /* of a Unix socket, to be removed */
+	char address[300];
+};
+
+/* ---- Accepting ---- */
+
+static void describe_peer(struct conn *conn)
+{
+	struct sockaddr_storage peer;
+	int bytes = sizeof peer;
+	char host[INET6_ADDRSTRLEN] = "?";
+	if (uv_tcp_getpeername(&conn->tcp, (struct sockaddr *)&peer, &bytes) != 0)
+		return;
+	uint16_t port;
+	if (peer.ss_family == AF_INET6) {
+		const struct sockaddr_in6 *six = (const struct sockaddr_in6 *)&peer;
+		(void)inet_ntop(AF_INET6, &six->sin6_addr, host, sizeof host);
+		port = ntohs(six->sin6_port);
+		(void)snprintf(conn->peer, sizeof conn->peer, "tcp://[%s]:%u", host, port);
+	} else {
+		const struct sockaddr_in *four = (const struct sockaddr_in *)&peer;
+		(void)inet_ntop(AF_INET, &four->sin_addr, host, sizeof host);
+		port = ntohs(four->sin_port);
+		(void)snprintf(conn->peer, sizeof conn->peer, "tcp://%s:%u", host, port);
+	}
+}
+
+/* Who is on the other end, as the kernel says. */
+static void identify_unix(struct conn *conn)
+{
+	uv_os_fd_t fd;
+	struct ucred peer;
+	socklen_t bytes = sizeof peer;
+	if (uv_fileno(&conn->handle, &fd) != 0 || getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &bytes) != 0)
+		return;
+	(void)snprintf(conn->peer, sizeof conn->peer, "unix:uid=%u,pid=%d", (unsigned)peer.uid, (int)peer.pid);
+	(void)snprintf(conn->session->tenant, sizeof conn->session->tenant, "uid:%u", (unsigned)peer.uid);
+	conn->session->admin = peer.uid == 0 || peer.uid == geteuid();
+}
+
+static int open_handle(struct listener *listener, struct conn *conn)
+{
+	conn->handle.data = conn;
+	return listener->kind == LISTEN_UNIX ? uv_pipe_init(&listener->server->loop, &conn->pipe, 0)
+	                                     : uv_tcp_init(&listener->server->loop, &conn->tcp);
+}
+
+static void log_accept_error(struct listener *listener, int failed)
+{
+	static struct log_limit limit;
+	uint32_t suppressed;
+	if (log_limit_take(&limit, 5, &suppressed))
+		LOG(listener->server->log, LOG_WARN, "connection not accepted", LOG_STR("listener", listener->address),
+		    LOG_STR("reason", uv_strerror(failed)), LOG_UINT("suppressed", suppressed));
+}
+
+static void on_connection(uv_stream_t *stream, int status)
+{
+	struct listener *listener = stream->data;
+	struct server *server = listener->server;
+	if (status < 0) {
+		log_accept_error(listener, status);
+		return;
+	}
+	opd_error refused = {0};
+	if (server->conn_count >= server->config->limits.sessions)
+		(void)opd_fail(&refused, OPD_RESOURCE_EXHAUSTED, "%u sessions are open, no more may be", (unsigned)server->conn_count);
+	struct conn *conn = conn_create(server, "anonymous", false);
+	if (conn == NULL) {
+		log_accept_error(listener, UV_ENOMEM);
+		return;
+	}
+	int failed = open_handle(listener, conn);
+	if (failed == 0)
+		failed = uv_accept(stream, &conn->stream);
+	if (failed != 0) {
+		conn_close(conn, LOG_WARN, uv_strerror(failed));
+		return;
+	}
+	if (listener->kind == LISTEN_UNIX) {
+		identify_unix(conn);
+	} else {
+		describe_peer(conn);
+		(void)uv_tcp_nodelay(&conn->tcp, 1);
+		(void)uv_tcp_keepalive(&conn->tcp, 1, 60);
+	}
+	conn_start(conn, refused.status == OPD_OK ? NULL : &refused);
+}
+
+/* ---- Opening ---- */
+
+static opd_status cannot_listen(const struct config_listener *config, const char *why, opd_error *error)
+{
+	return opd_fail(error, OPD_UNAVAILABLE, "can't listen on %s: %s", config->address, why);
+}
+
+/* A socket file that nobody answers on is left from a daemon that was killed. */
+static opd_status remove_stale(const struct config_listener *config, opd_error *error)
+{
+	struct stat file;
+	if (lstat(config->path, &file) != 0)
+		return errno == ENOENT ? OPD_OK : cannot_listen(config, strerror(errno), error);
+	if (!S_ISSOCK(file.st_mode))
+		return cannot_listen(config, "there is a file of that name that is no socket", error);
+	struct sockaddr_un address = {.sun_family = AF_UNIX};
+	(void)snprintf(address.sun_path, sizeof address.sun_path, "%s", config->path);
+	int probe = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	if (probe < 0)
+		return cannot_listen(config, strerror(errno), error);
+	int connected = connect(probe, (const struct sockaddr *)&address, sizeof address);
+	int why = errno;
+	(void)close(probe);
+	if (connected == 0 || why == EAGAIN)
+		return cannot_listen(config, "another daemon answers there", error);
+	if (why != ECONNREFUSED)
+		return cannot_listen(config, strerror(why), error);
+	return unlink(config->path) == 0 || errno == ENOENT ? OPD_OK : cannot_listen(config, strerror(errno), error);
+}
+
+static opd_status bind_unix(struct listener *listener, const struct config_listener *config, opd_error *error)
+{
+	struct sockaddr_un limit;
+	if (strlen(config->path) >= sizeof limit.sun_path)
+		return cannot_listen(config, "the path is too long for a Unix socket (at most 107 bytes)", error);
+	opd_status status = remove_stale(config, error);
+	if (status != OPD_OK)
+		return status;
+	int failed = uv_pipe_bind(&listener->pipe, config->path);
+	if (failed != 0)
+		return cannot_listen(config, uv_strerror(failed), error);
+	listener->path = strdup(config->path);
+	(void)snprintf(listener->address, sizeof listener->address, "%s", config->address);
+	return OPD_OK;
+}
+
+static void name_tcp(struct listener *listener, const struct config_listener *config)
+{
+	struct sockaddr_storage own;
+	int bytes = sizeof own;
+	unsigned port = config->port;
+	if (uv_tcp_getsockname(&listener->tcp, (struct sockaddr *)&own, &bytes) == 0)
+		port = ntohs(own.ss_family == AF_INET6 ? ((struct sockaddr_in6 *)&own)->sin6_port : ((struct sockaddr_in *)&own)->sin_port);
+	const char *format = strchr(config->host, ':') == NULL ? "tcp://%s:%u" : "tcp://[%s]:%u";
+	(void)snprintf(listener->address, sizeof listener->address, format, config->host, port);
+}
+
+static opd_status bind_tcp(struct listener *listener, const struct config_listener *config, opd_error *error)
+{
+	char port[8];
+	(void)snprintf(port, sizeof port, "%u", (unsigned)config->port);
+	struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE | AI_NUMERICSERV};
+	struct addrinfo *found = NULL;
+	int failed = getaddrinfo(config->host, port, &hints, &found);
+	if (failed != 0)
+		return cannot_listen(config, gai_strerror(failed), error);
+	failed = uv_tcp_bind(&listener->tcp, found->ai_addr, found->ai_family == AF_INET6 ? UV_TCP_IPV6ONLY : 0);
+	freeaddrinfo(found);
+	return failed == 0 ? OPD_OK : cannot_listen(config, uv_strerror(failed), error);
+}
+
+static void on_listener_closed(uv_handle_t *handle)
+{
+	struct listener *listener = handle->data;
+	free(listener->path);
+	free(listener);
+}
+
+opd_status listener_open(struct server *server, const struct config_listener *config, opd_error *error)
+{
+	struct listener *listener = calloc(1, sizeof *listener);
+	if (listener == NULL)
+		return cannot_listen(config, "out of memory", error);
+	listener->server = server;
+	listener->kind = config->kind;
+	int failed = config->kind == LISTEN_UNIX ? uv_pipe_init(&server->loop, &listener->pipe, 0) : uv_tcp_init(&server->loop, &listener->tcp);
+	if (failed != 0) {
+		free(listener);
+		return cannot_listen(config, uv_strerror(failed), error);
+	}
+	listener->handle.data = listener;
+	opd_status status = config->kind == LISTEN_UNIX ? bind_unix(listener, config, error) : bind_tcp(listener, config, error);
+	if (status == OPD_OK) {
+		failed = uv_listen(&listener->stream, BACKLOG, on_connection);
+		if (failed != 0)
+			status = cannot_listen(config, uv_strerror(failed), error);
+	}
+	if (status != OPD_OK) {
+		uv_close(&listener->handle, on_listener_closed);
+		return status;
+	}
+	if (config->kind == LISTEN_TCP)
+		name_tcp(listener, config);
+	listener->next = server->listeners;
+	server->listeners = listener;
+	return OPD_OK;
+}
+
+void listener_close_all(struct server *server)
+{
+	while (server->listeners != NULL) {
+		struct listener *listener = server->listeners;
+		server->listeners = listener->next;
+		if (listener->path != NULL)
+			(void)unlink(listener->path);
+		uv_close(&listener->handle, on_listener_closed);
+	}
+}
+
+uint32_t listener_list(const struct server *server, struct msg_text *out, uint32_t count)
+{
+	uint32_t found = 0;
+	for (const struct listener *listener = server->listeners; listener != NULL; listener = listener->next, found++)
+		if (found < count)
+			out[found] = msg_text(listener->address);
+	return found;
+}

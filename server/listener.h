@@ -1,0 +1,20 @@
+/* Listening sockets: Unix and TCP; whoever connects becomes a conn.
+ *
+ * Layer: server. Threads: the loop's.
+ * A Unix socket left behind by a killed daemon is replaced; one that still answers is refused. */
+#ifndef OPD_SERVER_LISTENER_H
+#define OPD_SERVER_LISTENER_H
+
+#include "proto/message.h"
+#include "server/config.h"
+
+struct server;
+
+/* UNAVAILABLE names the address and what the system said. */
+OPD_MUST_USE opd_status listener_open(struct server *server, const struct config_listener *config, opd_error *error);
+/* Stops all of them; their memory goes in the close callbacks. Removes the sockets' files. */
+void listener_close_all(struct server *server);
+/* Addresses with the port that the system chose, at most `count`; returns how many there are. */
+uint32_t listener_list(const struct server *server, struct msg_text *out, uint32_t count);
+
+#endif

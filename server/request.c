@@ -1,0 +1,351 @@
+#include "server/request.h"
+
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "proto/tensor.h"
+#include "server/daemon.h"
+
+/* Envelopes are at most BOUND_ENVELOPE_BYTES; decoded they take a few times that. */
+#define ARENA_CAP_BYTES (64u << 20)
+#define FREE_REQUESTS_MAX 256u
+
+uint64_t request_now_ns(void)
+{
+	struct timespec now;
+	(void)clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+/* ---- Priorities ---- */
+
+static void priority_push(struct request *request)
+{
+	request->error.status = (int32_t)session_push_priority(request->session, request->snapshot, &request->message.push, &request->error);
+	request_reply_empty(request);
+}
+
+static void priority_pop(struct request *request)
+{
+	request->error.status = (int32_t)session_pop_priority(request->session, &request->error);
+	request_reply_empty(request);
+}
+
+static opd_status set_server_priority(struct request *request, const struct msg_set_priority *set)
+{
+	struct registry *registry = request->context->server->registry;
+	const char *names[64];
+	for (uint32_t i = 0; i < set->list.count && i < 64; i++)
+		names[i] = set->list.names[i].data;
+	if (!request->session->admin)
+		return opd_fail(&request->error, OPD_PERMISSION_DENIED, "setting the server's default priority needs an administrator");
+	return registry_set_priority(registry, MSG_LEVEL_SERVER, set->op.data, set->list.present ? names : NULL, set->list.count, &request->error);
+}
+
+static void priority_set(struct request *request)
+{
+	const struct msg_set_priority *set = &request->message.set;
+	opd_status status = set->scope == MSG_SCOPE_SERVER
+	                        ? set_server_priority(request, set)
+	                        : session_set_priority(request->session, request->snapshot, set->op, &set->list, &request->error);
+	request->error.status = (int32_t)status;
+	request_reply_empty(request);
+}
+
+/* The list that a run without one of its own would get, as names. */
+static bool fill_effective(struct request *request, const struct effective *effective, uint32_t *count_out, const struct msg_text **names_out)
+{
+	struct msg_text *names = arena_array(&request->arena, effective->count, sizeof names[0]);
+	if (names == NULL)
+		return false;
+	for (uint32_t i = 0; i < effective->count; i++)
+		names[i] = msg_text(effective->impls[i]->provider->name);
+	*names_out = names;
+	*count_out = effective->count;
+	return true;
+}
+
+static void priority_get(struct request *request)
+{
+	struct msg_text name = request->message.op;
+	const struct op *op = snapshot_op(request->snapshot, name.data == NULL ? "" : name.data, name.bytes);
+	if (op == NULL) {
+		(void)opd_fail(&request->error, OPD_NOT_FOUND, "no op \"%.128s\"", name.data == NULL ? "" : name.data);
+		request_fail(request);
+		return;
+	}
+	struct plist *list = session_priority(request->session, op->index);
+	struct effective *effective = list != NULL ? effective_get(request->snapshot, op, list) : effective_ref(op->fallback);
+	struct msg_priority_reply *reply = &request->reply.priority;
+	*reply = (struct msg_priority_reply){0};
+	if (list == NULL && effective->level != MSG_LEVEL_NONE)
+		list = effective->list;
+	bool made = effective != NULL && fill_effective(request, effective, &reply->effective_count, &reply->effective);
+	if (made && list != NULL) {
+		/* Copied: a pop may drop the list before the reply is encoded for a direct caller. */
+		struct msg_text *stored = arena_array(&request->arena, list->count, sizeof stored[0]);
+		made = stored != NULL;
+		for (uint32_t i = 0; made && i < list->count; i++)
+			stored[i] = (struct msg_text){arena_text(&request->arena, list->names[i].data, list->names[i].bytes), list->names[i].bytes};
+		reply->stored = stored;
+		reply->stored_count = list->count;
+	}
+	if (made)
+		reply->level = effective->level;
+	effective_unref(effective);
+	if (made) {
+		request_reply(request, MSG_REPLY_PRIORITY);
+		return;
+	}
+	(void)opd_fail(&request->error, OPD_RESOURCE_EXHAUSTED, "get_priority: out of memory");
+	request_fail(request);
+}
+
+/* ---- The step table ---- */
+
+static const struct step {
+	const char *name;
+	opd_status (*accept)(struct request *request); /* NULL: nothing to check before the payload */
+	void (*start)(struct request *request);
+	bool admin;
+} steps[] = {
+	[MSG_REQUEST_NONE] = {.name = "unknown"},
+	[MSG_REQUEST_RUN] = {"run", run_accept, run_start, false},
+	[MSG_REQUEST_FREE] = {"free", free_accept, free_start, false},
+	[MSG_REQUEST_PUSH_PRIORITY] = {"push_priority", NULL, priority_push, false},
+	[MSG_REQUEST_POP_PRIORITY] = {"pop_priority", NULL, priority_pop, false},
+	[MSG_REQUEST_SET_PRIORITY] = {"set_priority", NULL, priority_set, false},
+	[MSG_REQUEST_GET_PRIORITY] = {"get_priority", NULL, priority_get, false},
+	[MSG_REQUEST_LIST_OPS] = {"list_ops", NULL, inspect_ops, false},
+	[MSG_REQUEST_DESCRIBE] = {"describe", NULL, inspect_op, false},
+	[MSG_REQUEST_LIST_PROVIDERS] = {"list_providers", NULL, inspect_providers, false},
+	[MSG_REQUEST_PING] = {"ping", NULL, request_reply_empty, false},
+	[MSG_REQUEST_INFO] = {"info", NULL, inspect_info, false},
+	[MSG_REQUEST_GENERATE] = {"generate", NULL, generate_start, false},
+	[MSG_REQUEST_LOAD_MODULE] = {"load_module", NULL, admin_load_module, true},
+	[MSG_REQUEST_SET_LOG_LEVEL] = {"set_log_level", NULL, admin_set_log_level, true},
+	[MSG_REQUEST_DRAIN] = {"drain", NULL, admin_drain, true},
+};
+
+/* ---- Life ---- */
+
+struct request *request_create(struct context *context, struct session *session, uint64_t id)
+{
+	struct request *request = context->free_requests;
+	if (request != NULL) {
+		context->free_requests = request->next;
+		context->free_count--;
+	} else {
+		request = calloc(1, sizeof *request);
+		if (request == NULL)
+			return NULL;
+		arena_init(&request->arena, ARENA_CAP_BYTES);
+	}
+	request->context = context;
+	request->session = session_ref(session);
+	request->id = id;
+	request->error.status = OPD_OK;
+	return request;
+}
+
+void request_destroy(struct request *request)
+{
+	arena_fini(&request->arena);
+	free(request);
+}
+
+void request_release(struct request *request)
+{
+	run_release(request);
+	generate_release(request);
+	buffer_unref(request->payload);
+	snapshot_unref(request->snapshot);
+	session_unref(request->session);
+	struct context *context = request->context;
+	struct arena arena = request->arena;
+	arena_reset(&arena);
+	/* Everything but the arena starts from zero; error texts are written before they are read. */
+	memset(request, 0, offsetof(struct request, error));
+	memset((char *)request + offsetof(struct request, run), 0, sizeof *request - offsetof(struct request, run));
+	request->arena = arena;
+	if (context->free_count == FREE_REQUESTS_MAX) {
+		request_destroy(request);
+		return;
+	}
+	request->next = context->free_requests;
+	context->free_requests = request;
+	context->free_count++;
+}
+
+opd_status request_accept(struct request *request, const uint8_t *envelope, size_t bytes, uint64_t payload_bytes)
+{
+	request->clock.received = request_now_ns();
+	opd_status status = codec_decode_request(&request->arena, envelope, bytes, &request->message, &request->error);
+	return status != OPD_OK ? status : request_accept_message(request, payload_bytes);
+}
+
+opd_status request_accept_message(struct request *request, uint64_t payload_bytes)
+{
+	struct server *server = request->context->server;
+	const struct step *step = &steps[request->message.kind];
+	(void)atomic_fetch_add_explicit(&server->requests, 1, memory_order_relaxed);
+	request->snapshot = snapshot_ref(context_snapshot(request->context));
+	if (step->start == NULL)
+		return opd_fail(&request->error, OPD_UNIMPLEMENTED, "this server (opd %s) doesn't know this kind of request", OPD_VERSION);
+	if (step->admin && !request->session->admin)
+		return opd_fail(&request->error, OPD_PERMISSION_DENIED, "%s needs an administrator: over the Unix socket, the daemon's own user or root",
+		                step->name);
+	if (payload_bytes != 0 && request->message.kind != MSG_REQUEST_RUN)
+		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s has a payload of %" PRIu64 " bytes, expected none", step->name, payload_bytes);
+	request->payload_bytes = payload_bytes;
+	opd_status status = step->accept == NULL ? OPD_OK : step->accept(request);
+	if (status == OPD_OK && payload_bytes != 0)
+		status = buffer_alloc(request->session->account, payload_bytes, BUFFER_SLACK_BYTES, &request->payload, &request->error);
+	return status;
+}
+
+void request_start(struct request *request)
+{
+	request->started = true;
+	steps[request->message.kind].start(request);
+}
+
+/* ---- Ending ---- */
+
+static void encode(struct request *request)
+{
+	opd_error error;
+	if (codec_encode_reply(&request->arena, &request->reply, &request->frame, &error) == OPD_OK)
+		return;
+	/* What was to be said doesn't fit: say that instead, in a fresh arena. */
+	LOG(request->context->server->log, LOG_WARN, "reply could not be encoded", LOG_UINT("session", request->session->id),
+	    LOG_UINT("request", request->id), LOG_STR("error", error.text));
+	request->segment_count = 0;
+	request->reply_bytes = 0;
+	arena_reset(&request->arena);
+	request->reply = (struct msg_reply){.status = OPD_RESOURCE_EXHAUSTED, .message = msg_text("the reply is too large to be encoded")};
+	if (codec_encode_reply(&request->arena, &request->reply, &request->frame, &error) != OPD_OK)
+		request->frame = (struct codec_buffer){0};
+}
+
+static void finish(struct request *request)
+{
+	request->replied = true;
+	if (!request->direct)
+		encode(request);
+	request->on_reply(request);
+}
+
+void request_reply(struct request *request, msg_reply_kind kind)
+{
+	request->reply.kind = kind;
+	request->reply.status = OPD_OK;
+	request->reply.message = (struct msg_text){0};
+	finish(request);
+}
+
+void request_reply_empty(struct request *request)
+{
+	if (request->error.status != OPD_OK)
+		request_fail(request);
+	else
+		request_reply(request, MSG_REPLY_EMPTY);
+}
+
+void request_fail(struct request *request)
+{
+	run_failed(request);
+	request->segment_count = 0;
+	request->reply_bytes = 0;
+	if (request->reply.kind != MSG_REPLY_RUN || request->reply.run.explain == NULL)
+		request->reply.kind = MSG_REPLY_NONE; /* an explain record survives a failure */
+	request->reply.status = request->error.status == OPD_OK ? OPD_INTERNAL : (opd_status)request->error.status;
+	request->reply.message = msg_text(request->error.text);
+	LOG(request->context->server->log, LOG_DEBUG, "request failed", LOG_UINT("session", request->session->id), LOG_UINT("request", request->id),
+	    LOG_STR("status", opd_status_name(request->reply.status)), LOG_STR("error", request->error.text));
+	finish(request);
+}
+
+void request_reject(struct request *request)
+{
+	if (!run_abandoned(request))
+		request_fail(request);
+}
+
+void request_abandon(struct request *request, opd_status status, const char *why)
+{
+	(void)opd_fail(&request->error, status, "%s", why);
+	request_reject(request);
+}
+
+/* ---- Tasks on the lane ---- */
+
+static void task_run(struct lane_job *job, struct lane_exec *exec)
+{
+	(void)exec;
+	struct request *request = (struct request *)((char *)job - offsetof(struct request, job));
+	request->task(request);
+}
+
+static void task_done(struct lane_job *job)
+{
+	struct request *request = (struct request *)((char *)job - offsetof(struct request, job));
+	request->task_done(request);
+}
+
+void request_task(struct request *request, request_task_fn task, request_task_fn done)
+{
+	request->task = task;
+	request->task_done = done;
+	if (request->direct) { /* the caller waits anyway */
+		task(request);
+		done(request);
+		return;
+	}
+	request->job = (struct lane_job){.run = task_run, .done = task_done};
+	lane_submit(request->context->server->lane, &request->job);
+}
+
+/* ---- Payloads ---- */
+
+/* Room for two more: padding and data. NULL: the arena is full. */
+static struct segment *segments_grow(struct request *request)
+{
+	if (request->segment_count + 2 <= request->segment_room)
+		return request->segments;
+	uint32_t room = request->segment_room == 0 ? 4 : request->segment_room * 2;
+	struct segment *segments = arena_alloc(&request->arena, room * sizeof segments[0]);
+	if (segments == NULL)
+		return NULL;
+	if (request->segment_count != 0)
+		memcpy(segments, request->segments, request->segment_count * sizeof segments[0]);
+	request->segments = segments;
+	request->segment_room = room;
+	return segments;
+}
+
+bool request_send(struct request *request, struct msg_tensor *tensor, const void *data, uint64_t bytes)
+{
+	static const unsigned char zeros[OPD_TENSOR_ALIGNMENT];
+	if (request->direct) {
+		tensor->source = MSG_SOURCE_INLINE;
+		tensor->inlined.data = data;
+		tensor->inlined.bytes = bytes;
+		return true;
+	}
+	uint64_t aligned = (request->reply_bytes + OPD_TENSOR_ALIGNMENT - 1) & ~(uint64_t)(OPD_TENSOR_ALIGNMENT - 1);
+	struct segment *segments = segments_grow(request);
+	if (segments == NULL)
+		return false;
+	if (aligned != request->reply_bytes)
+		segments[request->segment_count++] = (struct segment){zeros, aligned - request->reply_bytes};
+	if (bytes != 0)
+		segments[request->segment_count++] = (struct segment){data, bytes};
+	tensor->source = MSG_SOURCE_PAYLOAD;
+	tensor->payload.offset = aligned;
+	tensor->payload.bytes = bytes;
+	request->reply_bytes = aligned + bytes;
+	return true;
+}

@@ -1,0 +1,156 @@
+/* One request, from its envelope to its reply: a straight way down, with two ways back up (a kernel is done, a plan refused).
+ *
+ * Layer: server. Threads: its context's; between lane_submit and the job's done callback a lane has run.bound, run.dispatch and error.
+ * Life: request_create → request_accept (envelope) → request_start (payload is there) → on_reply (exactly once, reply encoded) → request_release (reply written or dropped).
+ * A failure at any step is the reply. A request outlives its connection: on_reply's owner drops it in one place.
+ * Not here: frames and sockets (server/conn.h). */
+#ifndef OPD_SERVER_REQUEST_H
+#define OPD_SERVER_REQUEST_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "proto/arena.h"
+#include "proto/codec.h"
+#include "server/bind.h"
+#include "server/context.h"
+#include "server/device_lane.h"
+#include "server/dispatch.h"
+#include "server/lane.h"
+#include "server/outbox.h"
+#include "server/session.h"
+
+/* A piece of a reply's payload: where it lies. */
+struct segment {
+	const void *data;
+	uint64_t bytes;
+};
+
+/* Nanosecond marks, 0 where nobody asked. */
+struct request_clock {
+	uint64_t received;
+	uint64_t bound;
+	uint64_t dispatched;
+	uint64_t queued;
+	uint64_t started;
+	uint64_t ended;
+	uint64_t moves; /* duration */
+};
+
+struct request_run {
+	const struct op *op;
+	struct bound bound;
+	struct effective *effective;
+	struct dispatch dispatch;
+	uint32_t waiting; /* operands that are results still to come */
+	bool failed;      /* error is written; ends once nothing is waited for */
+	bool expected;    /* kept_expect was called, neither settled nor failed yet */
+	bool on_loop;     /* small enough to run at once */
+	bool plan_refused;          /* found on a lane */
+	bool written;               /* a kernel has begun: outputs may hold half of a result */
+	struct buffer **outputs;    /* [output_count]; NULL: not allocated yet */
+	struct kept_tensor **kept;  /* [operand_count]: kept operands, referenced */
+	struct buffer *scratch;
+	uint32_t device;            /* number of the device that it runs on */
+	uint64_t deadline_ns;       /* 0: none */
+	struct msg_handle *handles; /* [output_count], once settled */
+};
+
+/* What other kinds run on a lane. */
+typedef void (*request_task_fn)(struct request *request);
+
+struct request {
+	struct request *next; /* of free ones, or of a conn's requests */
+	struct request *previous;
+	struct context *context;
+	struct session *session; /* referenced */
+	struct snapshot *snapshot; /* referenced from accept on */
+	uint64_t id;
+	struct arena arena;
+	struct msg_request message;
+	uint64_t payload_bytes; /* declared */
+	uint64_t payload_received;
+	struct buffer *payload;
+	bool chunked;   /* the payload comes in DATA frames */
+	bool started;
+	bool replied;   /* on_reply was called */
+	opd_status status; /* of what a lane ran */
+	opd_error error;
+	struct request_run run;
+	struct request_clock clock;
+	uint32_t free_waiting; /* a free's results still to come */
+	void *task_data;       /* a generation's tensors, in the arena */
+	struct lane_job job;
+	struct device_job device_job;
+	request_task_fn task;      /* on a lane */
+	request_task_fn task_done; /* back on the context's thread */
+
+	struct msg_reply reply;
+	struct out out;            /* the connection's, while the reply is on its way */
+	struct codec_buffer frame; /* encoded; empty for a direct caller */
+	uint32_t segment_count;
+	uint32_t segment_room;
+	struct segment *segments;
+	uint64_t reply_bytes; /* of the payload */
+
+	void (*on_reply)(struct request *request); /* the owner's */
+	void *owner;
+	bool direct; /* the owner reads `reply`; nothing is encoded, results are INLINE */
+};
+
+/* NULL: out of memory. Takes a reference of the session. */
+struct request *request_create(struct context *context, struct session *session, uint64_t id);
+/* The reply was written or dropped: gives everything back. */
+void request_release(struct request *request);
+/* For context_fini: frees one that was released. */
+void request_destroy(struct request *request);
+
+/* Decodes and checks what needs no tensor bytes. Not OK: the request has failed, call request_fail. */
+OPD_MUST_USE opd_status request_accept(struct request *request, const uint8_t *envelope, size_t bytes, uint64_t payload_bytes);
+/* The same for a message that is decoded already. */
+OPD_MUST_USE opd_status request_accept_message(struct request *request, uint64_t payload_bytes);
+
+/* All its payload is there. on_reply may be called before this returns. */
+void request_start(struct request *request);
+
+/* Ends with request->error as the reply. */
+void request_fail(struct request *request);
+/* The same after request_accept has failed: a request that waits for results ends when they have been told of. */
+void request_reject(struct request *request);
+/* Its payload won't come (abort, disconnect): ends it with this status. */
+void request_abandon(struct request *request, opd_status status, const char *why);
+
+/* ---- For the files that implement kinds of requests ---- */
+
+/* Ends with what request->reply says. */
+void request_reply(struct request *request, msg_reply_kind kind);
+void request_reply_empty(struct request *request);
+/* Runs `task` on the CPU lane, then `done` on the context's thread. */
+void request_task(struct request *request, request_task_fn task, request_task_fn done);
+/* Tensors to send: sets source and range of `tensor` and appends its segments. False: out of memory. */
+bool request_send(struct request *request, struct msg_tensor *tensor, const void *data, uint64_t bytes);
+uint64_t request_now_ns(void);
+
+OPD_MUST_USE opd_status run_accept(struct request *request);   /* run.c */
+void run_start(struct request *request);
+void run_release(struct request *request); /* gives back what run_accept and later steps took */
+void run_failed(struct request *request);  /* the request ends with an error: whoever waits for its results learns of it */
+/* It can't go on. True: it ends later, when what it waits for is there. */
+bool run_abandoned(struct request *request);
+void run_explain(struct request *request); /* explain.c: puts the record into the reply */
+void execute_run(struct request *request);  /* execute.c: the chosen implementation, on the loop, a lane or a device; then execute_done */
+void execute_plan(struct request *request); /* execute.c: makes the plan that a dry run asks about; then execute_done */
+void execute_done(struct request *request); /* run.c: on the context's thread */
+OPD_MUST_USE opd_status free_accept(struct request *request); /* free.c */
+void free_start(struct request *request);
+void generate_start(struct request *request); /* generate.c */
+void generate_release(struct request *request);
+void inspect_ops(struct request *request);    /* inspect.c */
+void inspect_op(struct request *request);
+void inspect_providers(struct request *request);
+void inspect_info(struct request *request);
+void admin_load_module(struct request *request); /* admin.c */
+void admin_set_log_level(struct request *request);
+void admin_drain(struct request *request);
+
+#endif

@@ -1,0 +1,500 @@
+/* Running an op: bind, wait for operands, infer, dispatch, execute, reply. */
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "proto/bounds.h"
+#include "proto/tensor.h"
+#include "proto/text.h"
+#include "server/daemon.h"
+#include "server/request.h"
+
+static void run_ready(struct request *request);
+
+static opd_status out_of_memory(struct request *request)
+{
+	return opd_fail(&request->error, OPD_RESOURCE_EXHAUSTED, "run: out of memory");
+}
+
+/* ---- Which list ---- */
+
+/* The list that holds: the request's own, the session's, the server's or the configuration's; nearest wins whole. */
+static opd_status find_list(struct request *request, const struct msg_run *run, const struct op *op)
+{
+	const struct snapshot *snapshot = request->snapshot;
+	struct effective **effective = &request->run.effective;
+	if (run->priority.present)
+		return context_list(request->context, snapshot, op, &run->priority, effective, &request->error);
+	struct plist *list = session_priority(request->session, op->index);
+	*effective = list != NULL ? effective_get(snapshot, op, list) : effective_ref(op->fallback);
+	return *effective == NULL ? out_of_memory(request) : OPD_OK;
+}
+
+/* The same, cut for the device that the request asks for. */
+static opd_status find_list_for_device(struct request *request, const struct msg_run *run, const struct op *op)
+{
+	struct device_filter filter;
+	opd_status status = device_filter_parse(run->device, &filter, &request->error);
+	if (status != OPD_OK)
+		return status;
+	msg_level level = MSG_LEVEL_REQUEST;
+	const struct msg_text *names = run->priority.names;
+	uint32_t count = run->priority.count;
+	if (run->priority.present) {
+		status = plist_check(request->snapshot, op, names, count, &request->error);
+		if (status != OPD_OK)
+			return status;
+	} else {
+		struct plist *list = session_priority(request->session, op->index);
+		if (list == NULL)
+			list = op->fallback->list;
+		level = list->level;
+		names = list->names;
+		count = list->count;
+	}
+	request->run.effective = effective_create(request->snapshot, op, level, names, count, &filter, NULL);
+	return request->run.effective == NULL ? out_of_memory(request) : OPD_OK;
+}
+
+static void warn_of_fallback(struct request *request, const struct msg_run *run, const struct op *op)
+{
+	struct effective *effective = request->run.effective;
+	_Atomic uint32_t *once = NULL;
+	if (!effective->appended || run->strict)
+		return;
+	if (effective->level == MSG_LEVEL_SESSION)
+		once = session_priority(request->session, op->index)->warned;
+	else if (effective->level != MSG_LEVEL_REQUEST)
+		once = op->fallback->list->warned;
+	effective_warn(effective, op, request->context->server->log, once, &request->context->list_warnings);
+}
+
+/* ---- Operands ---- */
+
+struct run_waiter {
+	struct waiter waiter; /* first */
+	struct request *request;
+	uint32_t operand;
+};
+
+/* Goes on when payload and all results are there. */
+static void run_proceed(struct request *request)
+{
+	if (request->run.waiting != 0 || !request->started)
+		return;
+	if (request->run.failed)
+		request_fail(request);
+	else
+		run_ready(request);
+}
+
+static void on_settled(struct waiter *waiter, struct kept_tensor *tensor, const opd_error *error)
+{
+	struct run_waiter *mine = (struct run_waiter *)waiter;
+	struct request *request = mine->request;
+	request->run.kept[mine->operand] = tensor;
+	request->run.waiting--;
+	if (tensor == NULL && !request->run.failed) {
+		request->run.failed = true;
+		request->error = *error;
+	}
+	run_proceed(request);
+}
+
+static opd_status wait_for_result(struct request *request, uint32_t index)
+{
+	const struct msg_tensor *source = request->run.bound.operands[index].source;
+	struct run_waiter *waiter = arena_zalloc(&request->arena, sizeof *waiter);
+	if (waiter == NULL)
+		return out_of_memory(request);
+	waiter->waiter.output = source->result.output;
+	waiter->waiter.on_settled = on_settled;
+	waiter->request = request;
+	waiter->operand = index;
+	kept_wait(&request->session->kept, source->result.request, &waiter->waiter);
+	request->run.waiting++;
+	return OPD_OK;
+}
+
+/* Kept operands are taken when the request is accepted: a free that comes later doesn't touch them. */
+static opd_status take_kept(struct request *request, uint32_t index)
+{
+	struct kept *kept = &request->session->kept;
+	const struct operand *operand = &request->run.bound.operands[index];
+	const struct msg_tensor *source = operand->source;
+	bool pending = false;
+	if (source->donate)
+		return opd_fail(&request->error, OPD_UNIMPLEMENTED, "%s: %s: this server has no feature \"donate\"", request->run.op->schema->name,
+		                operand->param);
+	if (source->source == MSG_SOURCE_SHARED)
+		return opd_fail(&request->error, OPD_UNIMPLEMENTED, "%s: %s: this server has no feature \"shm\"", request->run.op->schema->name,
+		                operand->param);
+	if (source->source == MSG_SOURCE_HANDLE)
+		request->run.kept[index] = kept_find(kept, source->handle, &request->error);
+	else if (source->source == MSG_SOURCE_RESULT)
+		request->run.kept[index] = kept_find_result(kept, source->result.request, source->result.output, &pending, &request->error);
+	else
+		return OPD_OK;
+	if (pending)
+		return wait_for_result(request, index);
+	return request->run.kept[index] != NULL
+	           ? OPD_OK
+	           : opd_error_prefix(&request->error, (opd_status)request->error.status, "%s: %s", request->run.op->schema->name, operand->param);
+}
+
+static opd_status take_all_kept(struct request *request)
+{
+	uint32_t count = request->run.bound.operand_count;
+	request->run.kept = arena_array(&request->arena, count, sizeof request->run.kept[0]);
+	if (request->run.kept == NULL)
+		return out_of_memory(request);
+	opd_status status = OPD_OK;
+	for (uint32_t i = 0; status == OPD_OK && i < count; i++)
+		status = take_kept(request, i);
+	return status;
+}
+
+static opd_status place_payload(struct request *request, struct operand *operand)
+{
+	const struct msg_tensor *source = operand->source;
+	const char *name = request->run.op->schema->name;
+	uint64_t end;
+	if (source->payload.offset % OPD_TENSOR_ALIGNMENT != 0)
+		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s: %s has payload offset %" PRIu64 ", expected a multiple of 64", name,
+		                operand->param, source->payload.offset);
+	if (!size_add(source->payload.offset, source->payload.bytes, &end) || end > request->payload_bytes)
+		return opd_fail(&request->error, OPD_INVALID_ARGUMENT,
+		                "%s: %s lies at payload bytes %" PRIu64 " + %" PRIu64 ", but the payload has %" PRIu64, name, operand->param,
+		                source->payload.offset, source->payload.bytes, request->payload_bytes);
+	unsigned char *data = request->payload == NULL ? NULL : request->payload->data + source->payload.offset;
+	return bind_place(request->run.op, operand, data, source->payload.bytes, true, &request->error);
+}
+
+/* A direct caller's memory is used where it lies; a remote one's inline bytes are copied to where kernels want them. */
+static opd_status place_inline(struct request *request, struct operand *operand)
+{
+	const struct msg_tensor *source = operand->source;
+	if (request->direct)
+		return bind_place(request->run.op, operand, (void *)source->inlined.data, source->inlined.bytes, false, &request->error);
+	opd_status status = buffer_alloc(request->session->account, source->inlined.bytes, 0, &operand->buffer, &request->error);
+	if (status != OPD_OK)
+		return status;
+	if (source->inlined.bytes != 0)
+		memcpy(operand->buffer->data, source->inlined.data, source->inlined.bytes);
+	return bind_place(request->run.op, operand, operand->buffer->data, source->inlined.bytes, true, &request->error);
+}
+
+/* The whole kept tensor, or a view of it. */
+static opd_status place_kept(struct request *request, struct operand *operand, const struct kept_tensor *kept)
+{
+	struct msg_tensor *source = operand->source;
+	if (source->dtype == OPD_DTYPE_NONE) {
+		source->dtype = kept->dtype;
+		source->rank = kept->rank;
+		memcpy(source->shape, kept->shape, kept->rank * sizeof kept->shape[0]);
+		source->strided = false;
+		source->byte_offset = 0;
+	} else if (source->dtype != kept->dtype) {
+		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s: %s views a tensor of %s as %s", request->run.op->schema->name,
+		                operand->param, opd_dtype_name(kept->dtype), opd_dtype_name(source->dtype));
+	}
+	opd_status status = bind_place(request->run.op, operand, kept->buffer->data, kept->bytes, false, &request->error);
+	if (status == OPD_OK) {
+		operand->tensor.id = kept->id;
+		operand->tensor.version = kept->version;
+		operand->tensor.flags |= OPD_TENSOR_CONSTANT;
+	}
+	return status;
+}
+
+static opd_status place_operand(struct request *request, uint32_t index)
+{
+	struct operand *operand = &request->run.bound.operands[index];
+	if (request->run.kept[index] != NULL)
+		return place_kept(request, operand, request->run.kept[index]);
+	if (operand->source->source == MSG_SOURCE_PAYLOAD)
+		return place_payload(request, operand);
+	if (operand->source->source == MSG_SOURCE_INLINE)
+		return place_inline(request, operand);
+	if (request->message.run.mode == MSG_RUN)
+		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s: %s has no bytes: give it a payload range, inline bytes, a handle or a result",
+		                request->run.op->schema->name, operand->param);
+	return bind_place(request->run.op, operand, NULL, UINT64_MAX, false, &request->error);
+}
+
+/* ---- Accepting ---- */
+
+static opd_status expect_kept(struct request *request, const struct msg_run *run)
+{
+	bool keeps = false;
+	for (uint32_t i = 0; i < run->output_count; i++)
+		keeps = keeps || run->outputs[i].keep;
+	if (!keeps || run->mode != MSG_RUN)
+		return OPD_OK;
+	opd_status status = kept_expect(&request->session->kept, request->id, request->run.op->schema->result_count, &request->error);
+	request->run.expected = status == OPD_OK;
+	return status;
+}
+
+opd_status run_accept(struct request *request)
+{
+	const struct msg_run *run = &request->message.run;
+	const struct op *op = snapshot_op(request->snapshot, run->op.data == NULL ? "" : run->op.data, run->op.bytes);
+	if (op == NULL) {
+		char shown[160];
+		return opd_fail(&request->error, OPD_NOT_FOUND, "no op \"%s\"",
+		                text_escape(run->op.data == NULL ? "" : run->op.data, run->op.bytes, shown, sizeof shown));
+	}
+	request->run.op = op;
+	if (run->output_count > op->schema->result_count)
+		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s: options for %u outputs, it has %u", op->schema->name,
+		                (unsigned)run->output_count, (unsigned)op->schema->result_count);
+	opd_status status = run->device.bytes == 0 ? find_list(request, run, op) : find_list_for_device(request, run, op);
+	if (status != OPD_OK)
+		return opd_error_prefix(&request->error, status, "%s", op->schema->name);
+	warn_of_fallback(request, run, op);
+	status = bind_args(&request->arena, op, run, &request->run.bound, &request->error);
+	if (status == OPD_OK)
+		status = take_all_kept(request);
+	if (status == OPD_OK)
+		status = expect_kept(request, run);
+	if (run->timeout_us != 0)
+		request->run.deadline_ns = request->clock.received + (run->timeout_us < UINT64_MAX / 2000 ? run->timeout_us * 1000 : UINT64_MAX / 2);
+	return status;
+}
+
+void run_start(struct request *request)
+{
+	run_proceed(request);
+}
+
+bool run_abandoned(struct request *request)
+{
+	if (request->message.kind != MSG_REQUEST_RUN || request->run.waiting == 0)
+		return false;
+	request->run.failed = true;
+	request->started = true;
+	return true;
+}
+
+/* ---- Running ---- */
+
+static void reply_fake(struct request *request)
+{
+	struct bound *bound = &request->run.bound;
+	uint32_t count = bound->call.output_count;
+	struct msg_result *results = arena_array(&request->arena, count, sizeof results[0]);
+	if (results == NULL) {
+		(void)out_of_memory(request);
+		request_fail(request);
+		return;
+	}
+	for (uint32_t i = 0; i < count; i++) {
+		results[i].tensor.dtype = bound->outputs[i].dtype;
+		results[i].tensor.rank = bound->outputs[i].rank;
+		memcpy(results[i].tensor.shape, bound->outputs[i].shape, bound->outputs[i].rank * sizeof(int64_t));
+	}
+	request->reply.run.outputs = results;
+	request->reply.run.output_count = count;
+	if (request->run.dispatch.impl != NULL) {
+		const struct impl *impl = request->run.dispatch.impl;
+		request->reply.run.provider = msg_text(impl->provider->name);
+		if (request->message.run.uuid)
+			request->reply.run.uuid = msg_text(impl->def->uuid);
+	}
+	request_reply(request, MSG_REPLY_RUN);
+}
+
+static void reply_refused(struct request *request)
+{
+	struct request_run *run = &request->run;
+	(void)dispatch_refused(&run->dispatch, run->op, &run->bound.call, &request->arena, &request->error);
+	run_explain(request);
+	request_fail(request);
+}
+
+/* An implementation is chosen, or nobody accepts. */
+static void run_chosen(struct request *request, bool accepted)
+{
+	if (!accepted)
+		reply_refused(request);
+	else if (request->message.run.mode == MSG_RUN)
+		execute_run(request);
+	else if (request->run.dispatch.plan_missing)
+		execute_plan(request);
+	else {
+		run_explain(request);
+		reply_fake(request);
+	}
+}
+
+static void run_ready(struct request *request)
+{
+	struct request_run *run = &request->run;
+	const struct msg_run *message = &request->message.run;
+	opd_status status = OPD_OK;
+	for (uint32_t i = 0; status == OPD_OK && i < run->bound.operand_count; i++)
+		status = place_operand(request, i);
+	if (status == OPD_OK)
+		status = bind_outputs(&request->arena, &run->bound, &request->error);
+	if (status == OPD_OK && message->mode != MSG_FAKE)
+		status = dispatch_init(&run->dispatch, request->snapshot, run->effective, request->context->server->plans,
+		                       request->context->server->log, run->op, message->strict, &request->error);
+	if (status != OPD_OK) {
+		request_fail(request);
+		return;
+	}
+	if (message->mode == MSG_FAKE) {
+		reply_fake(request);
+		return;
+	}
+	if (message->explain)
+		request->clock.bound = request_now_ns();
+	bool accepted = dispatch_walk(&run->dispatch, &run->bound.call);
+	if (message->explain)
+		request->clock.dispatched = request_now_ns();
+	run_chosen(request, accepted);
+}
+
+/* ---- Results ---- */
+
+/* Kept outputs go into the session's table; false when there is no memory for that. */
+static bool keep_outputs(struct request *request)
+{
+	struct request_run *run = &request->run;
+	const struct msg_run *message = &request->message.run;
+	uint32_t count = run->bound.call.output_count;
+	struct kept_tensor **tensors = arena_array(&request->arena, count, sizeof tensors[0]);
+	run->handles = arena_array(&request->arena, count, sizeof run->handles[0]);
+	bool made = tensors != NULL && run->handles != NULL;
+	for (uint32_t i = 0; made && i < count && i < message->output_count; i++) {
+		const opd_tensor *output = &run->bound.outputs[i];
+		if (!message->outputs[i].keep)
+			continue;
+		tensors[i] = kept_tensor_create(output->dtype, output->rank, output->shape, output->elements * opd_dtype_bytes(output->dtype),
+		                                run->outputs[i]);
+		made = tensors[i] != NULL;
+	}
+	if (!made) {
+		for (uint32_t i = 0; tensors != NULL && i < count; i++)
+			kept_tensor_unref(tensors[i]);
+		return false;
+	}
+	run->expected = false;
+	kept_settle(&request->session->kept, request->id, tensors, count, run->handles);
+	return true;
+}
+
+static bool fill_result(struct request *request, uint32_t index, struct msg_result *result)
+{
+	const struct msg_run *message = &request->message.run;
+	const opd_tensor *output = &request->run.bound.outputs[index];
+	struct msg_tensor *tensor = &result->tensor;
+	tensor->dtype = output->dtype;
+	tensor->rank = output->rank;
+	memcpy(tensor->shape, output->shape, output->rank * sizeof output->shape[0]);
+	if (request->run.handles != NULL)
+		result->kept = request->run.handles[index];
+	if (index < message->output_count && message->outputs[index].no_copy)
+		return true;
+	uint64_t bytes = output->elements * opd_dtype_bytes(output->dtype);
+	if (message->inline_results) {
+		tensor->source = MSG_SOURCE_INLINE;
+		tensor->inlined.data = opd_tensor_data(output);
+		tensor->inlined.bytes = bytes;
+		return true;
+	}
+	return request_send(request, tensor, opd_tensor_data(output), bytes);
+}
+
+static opd_status check_inline_results(struct request *request)
+{
+	uint64_t limit = request->context->server->config->limits.envelope_bytes;
+	if (request->message.run.inline_results && !request->direct && request->run.bound.output_bytes > limit / 2)
+		return opd_fail(&request->error, OPD_RESOURCE_EXHAUSTED, "%s: results of %" PRIu64 " bytes don't fit inline (at most %" PRIu64 "): take them as payload",
+		                request->run.op->schema->name, request->run.bound.output_bytes, limit / 2);
+	return OPD_OK;
+}
+
+static void reply_results(struct request *request)
+{
+	struct request_run *run = &request->run;
+	uint32_t count = run->bound.call.output_count;
+	const struct impl *impl = run->dispatch.impl;
+	struct msg_result *results = arena_array(&request->arena, count, sizeof results[0]);
+	bool filled = results != NULL && (!run->expected || keep_outputs(request));
+	for (uint32_t i = 0; filled && i < count; i++)
+		filled = fill_result(request, i, &results[i]);
+	if (!filled) {
+		(void)out_of_memory(request);
+		request_fail(request);
+		return;
+	}
+	request->reply.run.provider = msg_text(impl->provider->name);
+	if (request->message.run.uuid)
+		request->reply.run.uuid = msg_text(impl->def->uuid);
+	request->reply.run.outputs = results;
+	request->reply.run.output_count = count;
+	run_explain(request);
+	request_reply(request, MSG_REPLY_RUN);
+}
+
+void execute_done(struct request *request)
+{
+	struct request_run *run = &request->run;
+	bool again = run->plan_refused || (request->status != OPD_OK && request->status != OPD_CANCELLED && run->written && request->message.run.retry);
+	if (again) {
+		if (!run->plan_refused)
+			LOG(request->context->server->log, LOG_WARN, "kernel failed, another provider may try", LOG_UINT("session", request->session->id),
+			    LOG_UINT("request", request->id), LOG_STR("provider", run->dispatch.impl->provider->name),
+			    LOG_STR("op", run->op->schema->name), LOG_STR("error", request->error.text));
+		opd_error failure = request->error;
+		bool refused = run->plan_refused;
+		run->plan_refused = false;
+		bool accepted = dispatch_next(&run->dispatch, &run->bound.call);
+		if (!accepted && !refused) { /* nobody else: the kernel's failure is the answer */
+			request->error = failure;
+			request_fail(request);
+			return;
+		}
+		run_chosen(request, accepted);
+		return;
+	}
+	opd_status status = request->status;
+	if (status == OPD_OK && request->message.run.mode == MSG_RUN)
+		status = check_inline_results(request);
+	if (status != OPD_OK) {
+		run_explain(request);
+		request_fail(request);
+	} else if (request->message.run.mode == MSG_RUN) {
+		reply_results(request);
+	} else {
+		run_explain(request);
+		reply_fake(request);
+	}
+}
+
+void run_failed(struct request *request)
+{
+	if (request->run.expected) {
+		request->run.expected = false;
+		kept_fail(&request->session->kept, request->id);
+	}
+}
+
+void run_release(struct request *request)
+{
+	struct request_run *run = &request->run;
+	if (request->message.kind != MSG_REQUEST_RUN)
+		return;
+	for (uint32_t i = 0; i < run->bound.operand_count; i++) {
+		buffer_unref(run->bound.operands[i].buffer);
+		if (run->kept != NULL)
+			kept_tensor_unref(run->kept[i]);
+	}
+	for (uint32_t i = 0; run->outputs != NULL && i < run->bound.call.output_count; i++)
+		buffer_unref(run->outputs[i]);
+	buffer_unref(run->scratch);
+	dispatch_fini(&run->dispatch);
+	effective_unref(run->effective);
+}

@@ -1,0 +1,644 @@
+#include "server/server.h"
+
+#include <inttypes.h>
+#include <semaphore.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "providers/builtin.h"
+#include "server/conn.h"
+#include "server/daemon.h"
+#include "server/listener.h"
+#include "server/module.h"
+#include "server/request.h"
+
+#define PLAN_ENTRIES 1024u
+#define PLAN_BYTES (256ull << 20)
+
+/* A call that another thread wants made on the loop's. */
+struct post {
+	struct post *next;
+	void (*callback)(void *argument);
+	void *argument;
+};
+
+/* ---- Other threads ---- */
+
+void server_wake(struct server *server)
+{
+	(void)uv_async_send(&server->wake);
+}
+
+static void wake_from_lane(void *argument)
+{
+	server_wake(argument);
+}
+
+opd_status server_post(struct server *server, void (*callback)(void *argument), void *argument, opd_error *error)
+{
+	struct post *post = calloc(1, sizeof *post);
+	if (post == NULL)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: out of memory");
+	post->callback = callback;
+	post->argument = argument;
+	(void)pthread_mutex_lock(&server->mutex);
+	*(server->posts_last == NULL ? &server->posts : &server->posts_last->next) = post;
+	server->posts_last = post;
+	(void)pthread_mutex_unlock(&server->mutex);
+	server_wake(server);
+	return OPD_OK;
+}
+
+void server_drain(struct server *server, uint64_t timeout_us)
+{
+	atomic_store(&server->drain_timeout_us, timeout_us);
+	(void)atomic_fetch_add(&server->drain_asked, 1);
+	server_wake(server);
+}
+
+static void run_posts(struct server *server)
+{
+	(void)pthread_mutex_lock(&server->mutex);
+	struct post *post = server->posts;
+	server->posts = server->posts_last = NULL;
+	(void)pthread_mutex_unlock(&server->mutex);
+	while (post != NULL) {
+		struct post *next = post->next;
+		post->callback(post->argument);
+		free(post);
+		post = next;
+	}
+}
+
+uint64_t server_memory_bytes(const struct server *server)
+{
+	return atomic_load_explicit(&server->memory.used_bytes, memory_order_relaxed);
+}
+
+/* ---- Draining ---- */
+
+static void drain_begin(struct server *server)
+{
+	uint64_t timeout_us = atomic_load(&server->drain_timeout_us);
+	server->draining = true;
+	server->drain_until_us = request_now_ns() / 1000 + (timeout_us != 0 ? timeout_us : server->config->limits.drain_us);
+	LOG(server->log, LOG_INFO, "draining", LOG_UINT("sessions", server->conn_count));
+	listener_close_all(server);
+	for (struct conn *conn = server->conns; conn != NULL; conn = conn->next)
+		conn_goaway(conn, "the server is draining");
+}
+
+static void drain_cut_off(struct server *server, const char *why)
+{
+	for (struct conn *conn = server->conns; conn != NULL; conn = conn->next) {
+		server->drain_failed = server->drain_failed || !conn_idle(conn);
+		conn_close(conn, conn_idle(conn) ? LOG_INFO : LOG_WARN, why);
+	}
+}
+
+static void drain_check(struct server *server)
+{
+	int asked = atomic_load(&server->drain_asked);
+	if (asked > 0 && !server->draining)
+		drain_begin(server);
+	if (!server->draining)
+		return;
+	if (asked > 1)
+		drain_cut_off(server, "asked to end at once");
+	else if (request_now_ns() / 1000 >= server->drain_until_us)
+		drain_cut_off(server, "the drain's time is over");
+	if (server->conns == NULL)
+		uv_stop(&server->loop);
+}
+
+/* ---- The loop ---- */
+
+static void finish_lanes(struct server *server)
+{
+	(void)lane_finish_done(server->lane);
+	if (!atomic_exchange_explicit(&server->device_done, false, memory_order_acquire))
+		return;
+	for (uint32_t i = 0; i < REGISTRY_DEVICES_MAX; i++)
+		if (server->device_lanes[i] != NULL)
+			device_lane_finish_done(server->device_lanes[i]);
+}
+
+static void on_wake(uv_async_t *wake)
+{
+	struct server *server = wake->data;
+	finish_lanes(server);
+	run_posts(server);
+	drain_check(server);
+}
+
+/* While it is active the loop doesn't sleep in its poll: there is nothing else to do. */
+static void on_again(uv_idle_t *again)
+{
+	(void)again;
+}
+
+/* After polling: the turn's replies leave together, and a new turn begins. */
+static void on_flush(uv_check_t *check)
+{
+	struct server *server = check->data;
+	server->turn++;
+	server->turn_us = request_now_ns() / 1000;
+	server->context.inline_ns = 0;
+	struct conn *conn = server->dirty;
+	server->dirty = NULL;
+	while (conn != NULL) {
+		struct conn *next = conn->next_dirty;
+		conn->dirty = false;
+		conn_flush(conn);
+		conn = next;
+	}
+	conn = server->paused;
+	server->paused = NULL;
+	while (conn != NULL) {
+		struct conn *next = conn->next_paused;
+		conn_resume(conn);
+		conn = next;
+	}
+	/* Something could still be written: don't sleep in the next poll. */
+	if (server->dirty != NULL && !uv_is_active((uv_handle_t *)&server->again))
+		(void)uv_idle_start(&server->again, on_again);
+	else if (server->dirty == NULL && uv_is_active((uv_handle_t *)&server->again))
+		(void)uv_idle_stop(&server->again);
+}
+
+static void on_tick(uv_timer_t *tick)
+{
+	struct server *server = tick->data;
+	uint64_t now_us = request_now_ns() / 1000;
+	for (struct conn *conn = server->conns, *next; conn != NULL; conn = next) {
+		next = conn->next;
+		conn_tick(conn, now_us);
+	}
+	drain_check(server);
+}
+
+/* ---- Modules' memory ---- */
+
+/* In front of what modules get: its size, so that the ledger can be told. */
+struct allocation {
+	_Alignas(64) struct buffer *buffer;
+};
+
+static void *module_alloc(void *context, uint64_t bytes)
+{
+	struct server *server = context;
+	struct buffer *buffer;
+	if (bytes > UINT64_MAX / 2 || buffer_alloc(server->account, bytes + sizeof(struct allocation), 0, &buffer, NULL) != OPD_OK)
+		return NULL;
+	((struct allocation *)(void *)buffer->data)->buffer = buffer;
+	return buffer->data + sizeof(struct allocation);
+}
+
+static void module_free(void *context, void *memory)
+{
+	(void)context;
+	if (memory != NULL)
+		buffer_unref(((struct allocation *)memory - 1)->buffer);
+}
+
+static void service_parallel_for(const opd_exec *exec, uint64_t items, uint64_t grain, opd_range_fn range, void *argument)
+{
+	lane_parallel_for(exec->lane, items, grain, range, argument);
+}
+
+static bool service_cancelled(const opd_exec *exec)
+{
+	return lane_cancelled(exec->lane);
+}
+
+/* ---- Starting ---- */
+
+static opd_status open_providers(struct server *server, opd_error *error)
+{
+	const struct registry_services services = {
+		.parallel_for = service_parallel_for,
+		.cancelled = service_cancelled,
+		.alloc = module_alloc,
+		.free = module_free,
+		.context = server,
+	};
+	opd_status status = registry_create(server->log, &services, &server->registry, error);
+	for (size_t i = 0; status == OPD_OK && builtin_modules[i] != NULL; i++)
+		status = registry_open_builtin(server->registry, builtin_modules[i], error);
+	if (status != OPD_OK)
+		return status;
+	for (size_t i = 0; i < server->config->module_count; i++) {
+		const struct config_module *module = &server->config->modules[i];
+		opd_error reason;
+		if (registry_load(server->registry, module->path, module->name, true, &reason) != OPD_OK)
+			LOG(server->log, LOG_WARN, "module not loaded", LOG_STR("path", module->path), LOG_STR("reason", reason.text));
+	}
+	return OPD_OK;
+}
+
+static opd_status set_priorities(struct registry *registry, const struct config *config, opd_error *error)
+{
+	opd_status status = OPD_OK;
+	for (size_t i = 0; status == OPD_OK && i < config->priority_count; i++) {
+		const struct config_priority *priority = &config->priorities[i];
+		status = registry_set_priority(registry, MSG_LEVEL_CONFIGURATION, priority->op, (const char *const *)priority->providers,
+		                               (uint32_t)priority->count, error);
+		if (status != OPD_OK && priority->line != 0)
+			status = opd_error_prefix(error, status, "%s:%u: priorities", config->path == NULL ? "configuration" : config->path, priority->line);
+		else if (status != OPD_OK)
+			status = opd_error_prefix(error, status, "priorities");
+	}
+	return status;
+}
+
+static opd_status open_loop(struct server *server, opd_error *error)
+{
+	if (uv_loop_init(&server->loop) != 0)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: no event loop");
+	int failed = uv_async_init(&server->loop, &server->wake, on_wake);
+	if (failed == 0)
+		failed = uv_check_init(&server->loop, &server->flush);
+	if (failed == 0)
+		failed = uv_idle_init(&server->loop, &server->again);
+	if (failed == 0)
+		failed = uv_timer_init(&server->loop, &server->tick);
+	server->wake.data = server->flush.data = server->again.data = server->tick.data = server;
+	if (failed == 0)
+		failed = uv_check_start(&server->flush, on_flush);
+	if (failed == 0)
+		failed = uv_timer_start(&server->tick, on_tick, 1000, 1000);
+	server->running = failed == 0;
+	return failed == 0 ? OPD_OK : opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: event loop: %s", uv_strerror(failed));
+}
+
+/* Who is there, and who isn't and why. */
+static void log_start(struct server *server)
+{
+	char listeners[1024] = "";
+	char there[1024] = "";
+	char missing[2048] = "";
+	struct msg_text addresses[64];
+	uint32_t count = listener_list(server, addresses, 64);
+	for (uint32_t i = 0; i < count && i < 64; i++)
+		(void)snprintf(listeners + strlen(listeners), sizeof listeners - strlen(listeners), "%s%s", i == 0 ? "" : " ", addresses[i].data);
+	struct snapshot *snapshot = registry_snapshot(server->registry);
+	for (uint32_t i = 0; i < snapshot->provider_count; i++) {
+		const struct provider *provider = snapshot->providers[i];
+		const char *reason = provider->reason;
+		bool available = false;
+		for (uint32_t k = 0; k < snapshot->op_count; k++) {
+			const struct impl *impl = op_impl(&snapshot->ops[k], provider);
+			available = available || (impl != NULL && impl->supported);
+			if (impl != NULL && !impl->supported && reason == NULL)
+				reason = impl->unsupported;
+		}
+		if (available || reason == NULL)
+			(void)snprintf(there + strlen(there), sizeof there - strlen(there), "%s%s", there[0] == '\0' ? "" : " ", provider->name);
+		else
+			(void)snprintf(missing + strlen(missing), sizeof missing - strlen(missing), "%s%s (%s)", missing[0] == '\0' ? "" : ", ",
+			               provider->name, reason);
+	}
+	snapshot_unref(snapshot);
+	LOG(server->log, LOG_INFO, "opd started", LOG_STR("version", OPD_VERSION), LOG_UINT("pid", getpid()), LOG_STR("listening", listeners),
+	    LOG_STR("providers", there), LOG_STR("not_available", missing), LOG_UINT("threads", lane_threads(server->lane)),
+	    LOG_UINT("memory_bytes", atomic_load(&server->memory.limit_bytes)));
+}
+
+static opd_status start(struct server *server, opd_error *error)
+{
+	struct config *config = server->config;
+	const struct lane_options lane = {
+		.threads = config->threads, .spin_ns = LANE_SPIN_NS_DEFAULT, .wake = wake_from_lane, .wake_argument = server};
+	opd_status status = open_loop(server, error);
+	if (status == OPD_OK)
+		status = memory_init(&server->memory, config->limits.memory_bytes, config->limits.cache_bytes, error);
+	if (status == OPD_OK) {
+		server->account = account_create(&server->memory, config->limits.memory_bytes);
+		server->stage = malloc(CONN_STAGE_BYTES);
+		if (server->account == NULL || server->stage == NULL)
+			status = opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: out of memory");
+	}
+	if (status == OPD_OK)
+		status = lane_create(&lane, &server->lane, error);
+	if (status == OPD_OK)
+		status = plans_create(PLAN_ENTRIES, PLAN_BYTES, &server->plans, error);
+	if (status == OPD_OK)
+		status = open_providers(server, error);
+	if (status == OPD_OK)
+		status = set_priorities(server->registry, config, error);
+	for (size_t i = 0; status == OPD_OK && i < config->listener_count; i++)
+		status = listener_open(server, &config->listeners[i], error);
+	return status;
+}
+
+opd_status server_create(struct config *config, struct log *log, struct server **server_out, opd_error *error)
+{
+	struct server *server = calloc(1, sizeof *server);
+	if (server == NULL || pthread_mutex_init(&server->mutex, NULL) != 0) {
+		free(server);
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: out of memory");
+	}
+	server->log = log;
+	server->config = config;
+	server->started_us = server->turn_us = request_now_ns() / 1000;
+	context_init(&server->context, server);
+	opd_status status = start(server, error);
+	if (status != OPD_OK) {
+		server->config = NULL; /* the caller's still */
+		server_destroy(server);
+		return status;
+	}
+	log_start(server);
+	*server_out = server;
+	return OPD_OK;
+}
+
+opd_status server_run(struct server *server)
+{
+	while (!server->draining || server->conns != NULL) {
+		(void)uv_run(&server->loop, UV_RUN_DEFAULT);
+		drain_check(server);
+	}
+	LOG(server->log, server->drain_failed ? LOG_WARN : LOG_INFO, "drained", LOG_STR("result", server->drain_failed ? "work was cut off" : "clean"));
+	return server->drain_failed ? OPD_DEADLINE_EXCEEDED : OPD_OK;
+}
+
+/* ---- Ending ---- */
+
+static void close_handle(uv_handle_t *handle, void *argument)
+{
+	(void)argument;
+	if (!uv_is_closing(handle))
+		uv_close(handle, NULL);
+}
+
+static void close_loop(struct server *server)
+{
+	listener_close_all(server);
+	for (struct conn *conn = server->conns; conn != NULL; conn = conn->next)
+		conn_close(conn, LOG_INFO, "the server ends");
+	(void)uv_run(&server->loop, UV_RUN_NOWAIT);
+	/* Jobs of closed connections end without a reader. */
+	lane_stop(server->lane);
+	for (uint32_t i = 0; i < REGISTRY_DEVICES_MAX; i++) {
+		struct device_lane *lane = server->device_lanes[i];
+		if (lane != NULL) {
+			device_lane_drain(lane);
+			device_lane_finish_done(lane);
+		}
+	}
+	(void)lane_finish_done(server->lane);
+	run_posts(server);
+	uv_walk(&server->loop, close_handle, NULL);
+	while (uv_loop_close(&server->loop) == UV_EBUSY)
+		(void)uv_run(&server->loop, UV_RUN_DEFAULT);
+}
+
+void server_destroy(struct server *server)
+{
+	if (server == NULL)
+		return;
+	if (server->running)
+		close_loop(server);
+	for (uint32_t i = 0; i < REGISTRY_DEVICES_MAX; i++)
+		device_lane_stop(server->device_lanes[i]);
+	lane_destroy(server->lane);
+	context_fini(&server->context);
+	plans_destroy(server->plans);
+	registry_destroy(server->registry);
+	if (server->account != NULL) {
+		account_unref(server->account);
+		memory_fini(&server->memory);
+	}
+	free(server->stage);
+	config_destroy(server->config);
+	(void)pthread_mutex_destroy(&server->mutex);
+	free(server);
+}
+
+/* ---- Reloading ---- */
+
+static bool same_listeners(const struct config *a, const struct config *b)
+{
+	if (a->listener_count != b->listener_count)
+		return false;
+	for (size_t i = 0; i < a->listener_count; i++)
+		if (strcmp(a->listeners[i].address, b->listeners[i].address) != 0)
+			return false;
+	return true;
+}
+
+/* The lists of `config` as they would stand, checked against the providers that are there. */
+static opd_status check_priorities(struct server *server, const struct config *config, opd_error *error)
+{
+	struct snapshot *snapshot = registry_snapshot(server->registry);
+	opd_status status = OPD_OK;
+	for (size_t i = 0; status == OPD_OK && i < config->priority_count; i++) {
+		const struct config_priority *priority = &config->priorities[i];
+		bool star = strcmp(priority->op, "*") == 0;
+		const struct op *op = star ? NULL : snapshot_op(snapshot, priority->op, strlen(priority->op));
+		if (!star && op == NULL)
+			status = opd_fail(error, OPD_NOT_FOUND, "priorities: no op %s", priority->op);
+		for (size_t k = 0; status == OPD_OK && k < priority->count; k++) {
+			struct msg_text name = msg_text(priority->providers[k]);
+			status = plist_check(snapshot, op, &name, 1, error);
+		}
+	}
+	snapshot_unref(snapshot);
+	return status;
+}
+
+static bool module_known(const struct config *config, const char *path)
+{
+	for (size_t i = 0; i < config->module_count; i++)
+		if (strcmp(config->modules[i].path, path) == 0)
+			return true;
+	return false;
+}
+
+opd_status server_reload(struct server *server, struct config *config, opd_error *error)
+{
+	const struct config *before = server->config;
+	if (!same_listeners(before, config))
+		return opd_fail(error, OPD_FAILED_PRECONDITION, "reload: listeners can't change while running: restart the daemon");
+	if (before->threads != config->threads)
+		return opd_fail(error, OPD_FAILED_PRECONDITION, "reload: threads can't change while running (%u to %u): restart the daemon",
+		                (unsigned)before->threads, (unsigned)config->threads);
+	for (size_t i = 0; i < config->module_count; i++) {
+		const struct config_module *module = &config->modules[i];
+		if (!module_known(before, module->path)) {
+			opd_status status = registry_load(server->registry, module->path, module->name, false, error);
+			if (status != OPD_OK)
+				return opd_error_prefix(error, status, "reload");
+		}
+	}
+	opd_status status = check_priorities(server, config, error);
+	if (status != OPD_OK)
+		return opd_error_prefix(error, status, "reload");
+	registry_clear_configuration(server->registry);
+	status = set_priorities(server->registry, config, error);
+	if (status != OPD_OK) /* only memory can be the reason now */
+		LOG(server->log, LOG_ERROR, "reload: priorities are incomplete", LOG_STR("reason", error->text));
+	log_set_level(server->log, config->level);
+	atomic_store(&server->memory.limit_bytes, config->limits.memory_bytes);
+	server->config = config;
+	config_destroy((struct config *)before);
+	LOG(server->log, LOG_INFO, "configuration reloaded", LOG_STR("path", config->path));
+	return OPD_OK;
+}
+
+/* ---- Adopted sessions and direct calls ---- */
+
+/* A call that waits for the loop. */
+struct handshake {
+	struct server *server;
+	sem_t done;
+	int fd;
+	struct session *session;
+	opd_status status;
+	opd_error *error;
+};
+
+static void adopt_on_loop(void *argument)
+{
+	struct handshake *shake = argument;
+	struct server *server = shake->server;
+	struct conn *conn = server->draining ? NULL : conn_create(server, "embedded", true);
+	int failed = conn == NULL ? UV_ENOMEM : uv_pipe_init(&server->loop, &conn->pipe, 0);
+	if (failed == 0) {
+		conn->handle.data = conn;
+		failed = uv_pipe_open(&conn->pipe, shake->fd);
+	}
+	if (failed == 0) {
+		(void)snprintf(conn->peer, sizeof conn->peer, "embedded");
+		shake->session = session_ref(conn->session);
+		shake->status = OPD_OK;
+		conn_start(conn, NULL);
+	} else {
+		shake->status = opd_fail(shake->error, OPD_UNAVAILABLE, "server: %s", uv_strerror(failed));
+		if (conn != NULL)
+			conn_close(conn, LOG_WARN, uv_strerror(failed));
+	}
+	(void)sem_post(&shake->done);
+}
+
+static opd_status handshake(struct handshake *shake, void (*callback)(void *))
+{
+	(void)sem_init(&shake->done, 0, 0);
+	opd_status status = server_post(shake->server, callback, shake, shake->error);
+	if (status == OPD_OK) {
+		while (sem_wait(&shake->done) != 0)
+			;
+		status = shake->status;
+	}
+	(void)sem_destroy(&shake->done);
+	return status;
+}
+
+opd_status server_adopt(struct server *server, int fd, struct session **session_out, opd_error *error)
+{
+	struct handshake shake = {.server = server, .fd = fd, .error = error};
+	opd_status status = handshake(&shake, adopt_on_loop);
+	if (status == OPD_OK)
+		*session_out = shake.session;
+	return status;
+}
+
+static void forget_on_loop(void *argument)
+{
+	struct handshake *shake = argument;
+	session_unref(shake->session);
+	(void)sem_post(&shake->done);
+}
+
+void server_forget(struct server *server, struct session *session)
+{
+	struct handshake shake = {.server = server, .session = session, .status = OPD_OK};
+	if (handshake(&shake, forget_on_loop) != OPD_OK)
+		session_unref(session);
+}
+
+static void direct_begin_on_loop(void *argument)
+{
+	struct handshake *shake = argument;
+	if (shake->session->in_flight != 0) {
+		shake->status = opd_fail(shake->error, OPD_FAILED_PRECONDITION, "direct calls: %u requests are in flight", (unsigned)shake->session->in_flight);
+	} else {
+		shake->session->direct = true;
+		shake->status = OPD_OK;
+	}
+	(void)sem_post(&shake->done);
+}
+
+static void direct_end_on_loop(void *argument)
+{
+	struct handshake *shake = argument;
+	shake->session->direct = false;
+	(void)sem_post(&shake->done);
+}
+
+opd_status server_direct_begin(struct server *server, struct session *session, opd_error *error)
+{
+	struct handshake shake = {.server = server, .session = session, .error = error};
+	return handshake(&shake, direct_begin_on_loop);
+}
+
+void server_direct_end(struct server *server, struct session *session)
+{
+	struct handshake shake = {.server = server, .session = session, .status = OPD_OK};
+	(void)handshake(&shake, direct_end_on_loop);
+}
+
+struct server_reply {
+	struct context context; /* of this call alone */
+	struct request *request;
+	sem_t done;
+};
+
+static void on_direct_reply(struct request *request)
+{
+	(void)request; /* the caller reads request->reply */
+}
+
+struct server_reply *server_direct_call(struct server *server, struct session *session, uint64_t request_id, const struct msg_request *message)
+{
+	struct server_reply *reply = calloc(1, sizeof *reply);
+	if (reply == NULL)
+		return NULL;
+	context_init(&reply->context, server);
+	(void)sem_init(&reply->done, 0, 0);
+	struct request *request = request_create(&reply->context, session, request_id);
+	if (request == NULL) {
+		server_reply_release(reply);
+		return NULL;
+	}
+	reply->request = request;
+	request->direct = true;
+	request->owner = &reply->done;
+	request->on_reply = on_direct_reply;
+	request->message = *message;
+	request->clock.received = request_now_ns();
+	session->last_request = request_id;
+	if (request_accept_message(request, 0) != OPD_OK)
+		request_reject(request);
+	else
+		request_start(request);
+	return reply;
+}
+
+const struct msg_reply *server_reply_message(const struct server_reply *reply)
+{
+	return &reply->request->reply;
+}
+
+void server_reply_release(struct server_reply *reply)
+{
+	if (reply == NULL)
+		return;
+	if (reply->request != NULL)
+		request_release(reply->request);
+	context_fini(&reply->context);
+	(void)sem_destroy(&reply->done);
+	free(reply);
+}

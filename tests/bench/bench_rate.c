@@ -1,0 +1,209 @@
+/* How many small ops a second get through with many in flight, against a libuv echo that coalesces its replies; and whether
+ * several clients together get as much as one, in equal shares. */
+#include <pthread.h>
+#include <stdio.h>
+#include <unistd.h>
+
+#include "tests/bench/bench.h"
+#include "tests/lib/clock.h"
+
+#define IN_FLIGHT 64
+#define CLIENTS 8
+#define ROUNDS_MAX 9
+
+static void rate_submit(opd_client *client, const opd_request *request)
+{
+	opd_ticket ticket;
+	opd_error error;
+	if (opd_submit(client, request, &ticket, &error) != OPD_OK)
+		bench_fail("submit: %s", error.text);
+}
+
+/* Waits for one, which must be a success. */
+static void rate_take(opd_client *client)
+{
+	opd_ticket ticket;
+	opd_result *result;
+	opd_error error;
+	if (opd_wait_any(client, UINT64_MAX, &ticket, &result, &error) != OPD_OK)
+		bench_fail("wait: %s", error.text);
+	opd_result_destroy(result);
+}
+
+/* `total` calls with `window` in flight, as a plain program does it: take one, submit one. Returns nanoseconds. */
+static uint64_t rate_pipeline(opd_client *client, const opd_request *request, uint64_t total, uint64_t window)
+{
+	uint64_t submitted = 0, begin = clock_ns();
+	for (uint64_t taken = 0; taken < total; taken++) {
+		for (; submitted < total && submitted - taken < window; submitted++)
+			rate_submit(client, request);
+		rate_take(client);
+	}
+	return clock_ns() - begin;
+}
+
+/* ---- One client ---- */
+
+static double per_second(uint64_t count, uint64_t ns)
+{
+	return (double)count * 1e9 / (double)ns;
+}
+
+struct rates {
+	double floor[ROUNDS_MAX];
+	double opd[ROUNDS_MAX];
+	double ratio[ROUNDS_MAX];
+};
+
+static void rates_print(struct rates *rates, unsigned rounds, const char *what, report_bound bound, double limit)
+{
+	char note[64];
+	(void)snprintf(note, sizeof note, "ratios %.2f to %.2f", report_quantile(rates->ratio, rounds, 0.1),
+	               report_quantile(rates->ratio, rounds, 0.9));
+	report_row(&(struct report_row){.what = what,
+	                                .unit = "ops/s",
+	                                .floor = report_median(rates->floor, rounds),
+	                                .value = report_median(rates->opd, rounds),
+	                                .kernel = REPORT_NONE,
+	                                .ratio = report_median(rates->ratio, rounds),
+	                                .bound = bound,
+	                                .limit = limit,
+	                                .note = note});
+}
+
+static void rate_single(struct bench *bench, const struct daemon *daemon, const struct placement *placement, bool tcp,
+                        call_build_fn build, const char *name, uint64_t total, double limit)
+{
+	unsigned rounds = bench->quick ? 3 : ROUNDS_MAX;
+	uint64_t calls = bench->quick ? total / 4 : total;
+	struct floor_shape shape = call_shape(daemon, build, IN_FLIGHT);
+	int fd = floor_connect(&bench->floor, tcp, &shape);
+	void *memory = floor_memory(floor_pipeline_bytes(&shape));
+	opd_client *client = call_connect(tcp ? daemon->tcp_address : daemon->unix_address);
+	opd_request *request = build(client);
+	struct rates rates;
+	char what[96];
+	placement_apply(placement, bench, daemon);
+	(void)floor_pipeline(fd, &shape, calls / 8, memory);
+	(void)rate_pipeline(client, request, calls / 8, IN_FLIGHT);
+	for (unsigned i = 0; i < rounds; i++) {
+		rates.floor[i] = per_second(calls, floor_pipeline(fd, &shape, calls, memory));
+		rates.opd[i] = per_second(calls, rate_pipeline(client, request, calls, IN_FLIGHT));
+		rates.ratio[i] = rates.opd[i] / rates.floor[i];
+	}
+	(void)snprintf(what, sizeof what, "%s, %s, %s", name, tcp ? "TCP" : "Unix", placement->name);
+	rates_print(&rates, rounds, what, limit > 0 ? REPORT_VALUE_MIN : REPORT_NO_TARGET, limit);
+	opd_request_destroy(request);
+	opd_close(client);
+	(void)close(fd);
+	floor_memory_free(memory, floor_pipeline_bytes(&shape));
+}
+
+/* ---- Eight clients ---- */
+
+/* One of several clients, on a thread of its own. All start at a barrier and run for the same time, since equal shares show in
+ * what each got done. */
+struct worker {
+	pthread_t thread;
+	pthread_barrier_t *barrier;
+	const char *address;
+	call_build_fn build;
+	uint64_t window;
+	uint64_t duration_ns;
+	uint64_t taken;
+	uint64_t ns;
+};
+
+static void *worker_main(void *argument)
+{
+	struct worker *worker = argument;
+	opd_client *client = call_connect(worker->address);
+	opd_request *request = worker->build(client);
+	(void)pthread_barrier_wait(worker->barrier);
+	uint64_t begin = clock_ns();
+	for (uint64_t i = 0; i < worker->window; i++)
+		rate_submit(client, request);
+	do {
+		rate_take(client);
+		rate_submit(client, request);
+		worker->taken++;
+		worker->ns = clock_ns() - begin;
+	} while (worker->ns < worker->duration_ns);
+	(void)pthread_barrier_wait(worker->barrier); /* nobody has an easier end than the others */
+	opd_request_destroy(request);
+	opd_close(client);
+	return NULL;
+}
+
+/* Ops a second of `count` clients with IN_FLIGHT in all; *uneven_out: how far the extremes lie from their mean. */
+static double rate_shared(const struct bench *bench, const struct daemon *daemon, call_build_fn build, unsigned count,
+                          double *uneven_out)
+{
+	struct worker workers[CLIENTS] = {0};
+	pthread_barrier_t barrier;
+	(void)pthread_barrier_init(&barrier, NULL, count);
+	for (unsigned i = 0; i < count; i++) {
+		workers[i] = (struct worker){.barrier = &barrier,
+		                             .address = daemon->unix_address,
+		                             .build = build,
+		                             .window = IN_FLIGHT / count,
+		                             .duration_ns = bench->quick ? 200000000u : 500000000u};
+		if (pthread_create(&workers[i].thread, NULL, worker_main, &workers[i]) != 0)
+			bench_fail("can't start a thread");
+	}
+	double sum = 0, low = 1e300, high = 0;
+	for (unsigned i = 0; i < count; i++) {
+		(void)pthread_join(workers[i].thread, NULL);
+		double rate = per_second(workers[i].taken, workers[i].ns);
+		sum += rate;
+		low = rate < low ? rate : low;
+		high = rate > high ? rate : high;
+	}
+	(void)pthread_barrier_destroy(&barrier);
+	double mean = sum / count;
+	*uneven_out = (high - mean > mean - low ? high - mean : mean - low) / mean;
+	return sum;
+}
+
+static void rate_clients(struct bench *bench, const struct daemon *daemon, const struct placement *placement, call_build_fn build,
+                         const char *name)
+{
+	unsigned rounds = bench->quick ? 3 : 5;
+	struct rates rates;
+	double uneven[ROUNDS_MAX], alone;
+	char what[96], note[64];
+	placement_apply(placement, bench, daemon);
+	for (unsigned i = 0; i < rounds; i++) {
+		rates.floor[i] = rate_shared(bench, daemon, build, 1, &alone);
+		rates.opd[i] = rate_shared(bench, daemon, build, CLIENTS, &uneven[i]);
+		rates.ratio[i] = rates.opd[i] / rates.floor[i];
+	}
+	(void)snprintf(what, sizeof what, "%s, Unix, %s, 8 clients (floor: 1)", name, placement->name);
+	(void)snprintf(note, sizeof note, "a client is at most %.1f %% off the mean (target 10)",
+	               100 * report_median(uneven, rounds));
+	report_row(&(struct report_row){.what = what,
+	                                .unit = "ops/s",
+	                                .floor = report_median(rates.floor, rounds),
+	                                .value = report_median(rates.opd, rounds),
+	                                .kernel = REPORT_NONE,
+	                                .ratio = report_median(rates.ratio, rounds),
+	                                .bound = REPORT_RATIO_MIN,
+	                                .limit = 1.0,
+	                                .note = note});
+}
+
+void bench_rate(struct bench *bench)
+{
+	struct daemon daemon;
+	daemon_start(&daemon, bench->binary, bench->directory, NULL);
+	report_section("64 in flight, against a libuv echo of the same bytes that coalesces; the kernel is counted in");
+	rate_single(bench, &daemon, &placement_two, false, call_norm, "rms_norm 1x4096 f32", 40000, 133000);
+	rate_single(bench, &daemon, &placement_two, true, call_norm, "rms_norm 1x4096 f32", 40000, 73000);
+	rate_single(bench, &daemon, &placement_same, false, call_norm, "rms_norm 1x4096 f32", 20000, 0);
+	rate_single(bench, &daemon, &placement_two, false, call_tiny, "relu 16 f32 (64 bytes)", 200000, 600000);
+	rate_single(bench, &daemon, &placement_two, true, call_tiny, "relu 16 f32 (64 bytes)", 200000, 0);
+	rate_single(bench, &daemon, &placement_same, false, call_tiny, "relu 16 f32 (64 bytes)", 100000, 0);
+	rate_clients(bench, &daemon, &placement_two, call_norm, "rms_norm 1x4096 f32");
+	rate_clients(bench, &daemon, &placement_two, call_tiny, "relu 16 f32 (64 bytes)");
+	daemon_stop(&daemon);
+}

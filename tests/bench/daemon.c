@@ -1,0 +1,134 @@
+#include "tests/bench/daemon.h"
+
+#include <arpa/inet.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "tests/bench/report.h"
+#include "tests/lib/clock.h"
+
+#define START_LIMIT_NS 20000000000ull
+
+/* A port that was free a moment ago. */
+static uint16_t free_port(void)
+{
+	struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+	socklen_t bytes = sizeof address;
+	int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	if (fd < 0 || bind(fd, (struct sockaddr *)&address, sizeof address) != 0 ||
+	    getsockname(fd, (struct sockaddr *)&address, &bytes) != 0)
+		bench_fail("no free loopback port: %s", strerror(errno));
+	(void)close(fd);
+	return ntohs(address.sin_port);
+}
+
+static _Noreturn void daemon_exec(const struct daemon *daemon, const char *binary, const char *preload)
+{
+	(void)prctl(PR_SET_PDEATHSIG, SIGKILL);
+	if (preload != NULL)
+		(void)setenv("LD_PRELOAD", preload, 1);
+	(void)execl(binary, binary, "--listen", daemon->unix_address, "--listen", daemon->tcp_address, "--log-level", "error",
+	            (char *)NULL);
+	(void)fprintf(stderr, "bench: %s: %s\n", binary, strerror(errno));
+	_exit(127);
+}
+
+static bool daemon_answers(const struct daemon *daemon)
+{
+	struct sockaddr_un address = {.sun_family = AF_UNIX};
+	(void)snprintf(address.sun_path, sizeof address.sun_path, "%s", daemon->unix_address + strlen("unix:"));
+	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	if (fd < 0)
+		bench_fail("socket: %s", strerror(errno));
+	bool answers = connect(fd, (struct sockaddr *)&address, sizeof address) == 0;
+	(void)close(fd);
+	return answers;
+}
+
+static void daemon_await(const struct daemon *daemon, const char *binary)
+{
+	uint64_t begin = clock_ns();
+	while (!daemon_answers(daemon)) {
+		int status;
+		if (waitpid(daemon->pid, &status, WNOHANG) == daemon->pid)
+			bench_fail("%s ended at its start (wait status %#x)", binary, (unsigned)status);
+		if (clock_ns() - begin > START_LIMIT_NS)
+			bench_fail("%s doesn't listen on %s after %u s", binary, daemon->unix_address,
+			           (unsigned)(START_LIMIT_NS / 1000000000u));
+		(void)usleep(2000);
+	}
+}
+
+void daemon_start(struct daemon *daemon, const char *binary, const char *directory, const char *preload)
+{
+	static unsigned count;
+	(void)snprintf(daemon->unix_address, sizeof daemon->unix_address, "unix:%.90s/opd-%u.sock", directory, count++);
+	(void)snprintf(daemon->tcp_address, sizeof daemon->tcp_address, "tcp://127.0.0.1:%u", free_port());
+	(void)fflush(stdout);
+	daemon->pid = fork();
+	if (daemon->pid < 0)
+		bench_fail("fork: %s", strerror(errno));
+	if (daemon->pid == 0)
+		daemon_exec(daemon, binary, preload);
+	daemon_await(daemon, binary);
+}
+
+void daemon_stop(struct daemon *daemon)
+{
+	int status = 0;
+	(void)kill(daemon->pid, SIGTERM);
+	uint64_t begin = clock_ns();
+	while (waitpid(daemon->pid, &status, WNOHANG) == 0) {
+		if (clock_ns() - begin > START_LIMIT_NS)
+			bench_fail("the daemon doesn't end %u s after SIGTERM", (unsigned)(START_LIMIT_NS / 1000000000u));
+		(void)usleep(2000);
+	}
+	if (!WIFEXITED(status) || WEXITSTATUS(status) != 0)
+		bench_fail("the daemon ended with wait status %#x", (unsigned)status);
+}
+
+/* A line "Name:   123 kB" of /proc/<pid>/status. */
+static uint64_t status_bytes(const struct daemon *daemon, const char *name)
+{
+	char path[64], line[256];
+	unsigned long long kib = 0;
+	(void)snprintf(path, sizeof path, "/proc/%d/status", (int)daemon->pid);
+	FILE *file = fopen(path, "re");
+	if (file == NULL)
+		bench_fail("%s: %s", path, strerror(errno));
+	while (fgets(line, sizeof line, file) != NULL)
+		if (strncmp(line, name, strlen(name)) == 0 && sscanf(line + strlen(name), ": %llu", &kib) == 1)
+			break;
+	(void)fclose(file);
+	return (uint64_t)kib * 1024;
+}
+
+uint64_t daemon_resident_bytes(const struct daemon *daemon)
+{
+	return status_bytes(daemon, "VmRSS");
+}
+
+uint64_t daemon_peak_bytes(const struct daemon *daemon)
+{
+	return status_bytes(daemon, "VmHWM");
+}
+
+void daemon_peak_reset(const struct daemon *daemon)
+{
+	char path[64];
+	(void)snprintf(path, sizeof path, "/proc/%d/clear_refs", (int)daemon->pid);
+	int fd = open(path, O_WRONLY | O_CLOEXEC);
+	if (fd < 0 || write(fd, "5", 1) != 1)
+		bench_fail("%s: %s", path, strerror(errno));
+	(void)close(fd);
+}

@@ -1,0 +1,108 @@
+#include "tests/conformance/timing.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "tests/conformance/cases.h"
+
+enum { SAMPLES = 401, SAMPLES_MIN = 5 };
+static const double sample_ns = 20e3; /* shorter calls are repeated within a sample */
+static const double total_ns = 300e6;
+
+static double now_ns(void)
+{
+	struct timespec now;
+	(void)clock_gettime(CLOCK_MONOTONIC, &now);
+	return (double)now.tv_sec * 1e9 + (double)now.tv_nsec;
+}
+
+static int compare_doubles(const void *a, const void *b)
+{
+	double x = *(const double *)a, y = *(const double *)b;
+	return (x > y) - (x < y);
+}
+
+/* Nanoseconds a call over `repeats` of them; negative after a failure. */
+static double time_calls(const struct host *host, const struct host_impl *impl, const opd_call *call, uint32_t threads, int repeats)
+{
+	opd_error error;
+	double start = now_ns();
+	for (int i = 0; i < repeats; i++)
+		if (host_run(host, impl, call, threads, &error) != OPD_OK)
+			return -1;
+	return (now_ns() - start) / repeats;
+}
+
+static double time_median(const struct host *host, const struct host_impl *impl, const opd_call *call, uint32_t threads)
+{
+	double samples[SAMPLES];
+	size_t count = 0;
+	double first = time_calls(host, impl, call, threads, 1);
+	int repeats = first >= sample_ns ? 1 : (int)(sample_ns / (first + 1)) + 1;
+	for (double start = now_ns(); first >= 0 && count < SAMPLES && (count < SAMPLES_MIN || now_ns() - start < total_ns); count++)
+		samples[count] = time_calls(host, impl, call, threads, repeats);
+	if (count == 0)
+		return -1;
+	qsort(samples, count, sizeof samples[0], compare_doubles);
+	return samples[count / 2];
+}
+
+static double bytes_of(const struct conf_case *conf_case, const struct results *results)
+{
+	double bytes = 0;
+	for (uint32_t i = 0; i < SCHEMA_PARAMS; i++)
+		bytes += conf_case->operands[i].memory == NULL ? 0 : (double)conf_case->operands[i].bytes;
+	for (uint32_t i = 0; i < results->count; i++)
+		bytes += (double)results->outputs[i].bytes;
+	return bytes;
+}
+
+static bool time_case(const struct host *host, const struct timing *timing, const struct host_impl *impl, const opd_op *op,
+                      const struct conf_case *conf_case)
+{
+	struct results results;
+	opd_error error;
+	if (results_init(&results, op, conf_case, &error) != OPD_OK)
+		return false;
+	opd_call call = case_call(conf_case, &results);
+	bool taken = impl->impl->predicate == NULL || impl->impl->predicate(impl->impl, impl->state, &call, NULL);
+	double ns = taken ? time_median(host, impl, &call, timing->threads) : -1;
+	if (ns >= 0)
+		(void)printf("%-20s %-10s %-5s %12.3f us  estimate %12.3f us  %8.2f GB/s\n", conf_case->schema->name, impl->provider,
+		             opd_dtype_name(timing->dtype), ns / 1e3,
+		             impl->impl->cost_ns == NULL ? 0 : (double)impl->impl->cost_ns(impl->impl, &call) / 1e3,
+		             bytes_of(conf_case, &results) / ns);
+	(void)fflush(stdout);
+	results_fini(&results);
+	return ns >= 0;
+}
+
+static bool time_impl(const struct host *host, const struct timing *timing, const struct host_impl *impl)
+{
+	const opd_op *op = host_find_op(host, impl->impl->op);
+	struct schema schema;
+	struct conf_case conf_case;
+	opd_error error;
+	if (op == NULL || op->generate == NULL || impl->impl->unsupported != NULL || strcmp(impl->impl->device, "cpu") != 0 ||
+	    !schema_read(op->schema, &schema) || (timing->dim_count != 0 && timing->dim_count != op->dim_count))
+		return false;
+	const int64_t *dims = timing->dim_count == 0 ? op->default_dims : timing->dims;
+	if (case_generate(&conf_case, op, &schema, timing->dtype, OPD_VALUES_RANDOM, 0, dims, 1, &error) != OPD_OK)
+		return false;
+	bool timed = time_case(host, timing, impl, op, &conf_case);
+	case_fini(&conf_case);
+	return timed;
+}
+
+size_t timing_run(const struct host *host, const struct timing *timing)
+{
+	size_t timed = 0;
+	for (size_t i = 0; i < host->impl_count; i++) {
+		const struct host_impl *impl = &host->impls[i];
+		if ((timing->provider == NULL || strcmp(timing->provider, impl->provider) == 0) &&
+		    (timing->op == NULL || strcmp(timing->op, impl->impl->op) == 0))
+			timed += time_impl(host, timing, impl) ? 1 : 0;
+	}
+	return timed;
+}
