@@ -71,7 +71,11 @@ def connect(address):
     if address.startswith("unix:"):
         sock = socket.socket(socket.AF_UNIX)
         sock.settimeout(PATIENCE)
-        sock.connect(address[5:])
+        try:
+            sock.connect(address[5:])
+        except OSError:
+            sock.close()
+            raise
         return sock
     host, port = re.fullmatch(r"tcp://\[?(.*?)\]?:(\d+)", address).groups()
     return socket.create_connection((host, int(port)), timeout=PATIENCE)
@@ -100,6 +104,13 @@ class Client:
 
     def __init__(self, address, hello=True, **fields):
         self.sock = connect(address)
+        try:
+            self.start(hello, fields)
+        except BaseException:
+            self.sock.close()
+            raise
+
+    def start(self, hello, fields):
         self.buffer = b""
         self.next_id = 1
         self.goaway = None
