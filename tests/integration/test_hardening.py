@@ -132,7 +132,7 @@ class Framing(Hardening):
             check_healthy(self, self.daemon)
 
     def test_a_million_empty_frames(self):
-        count = 1000000 if harness.LONG else 100000
+        count = 1000000
         before = self.settled_memory()
         client = self.client()
         batch = 10000
@@ -141,7 +141,7 @@ class Framing(Hardening):
             client.send(b"".join(frame(CANCEL if i % 2 else ABORT, begin + i + 1) for i in range(batch)))
         client.next_id = count + 1
         client.ping()
-        for begin in range(0, count // 10, 500):
+        for begin in range(0, count // 20, 500):
             client.send(b"".join(frame(REQUEST, client.next_id + i, ping) for i in range(500)))
             for _ in range(500):
                 self.assertEqual(client.read_reply()[1].status, OK)
@@ -334,7 +334,7 @@ class Framing(Hardening):
         chance = random.Random(5)
         request, payload, _ = rms_norm()
         good = frame(HELLO, envelope=hello_envelope()) + frame(REQUEST, 1, request.SerializeToString(), payload)
-        for _ in range(3000 if harness.LONG else 600):
+        for _ in range(30000 if harness.LONG else 2000):
             data = bytearray(good)
             for _ in range(chance.randrange(1, 4)):
                 data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
@@ -349,7 +349,7 @@ class Framing(Hardening):
 
 class Names(Hardening):
     def test_empty_op_name(self):
-        self.expect_status(INVALID_ARGUMENT, run(""))
+        self.expect_status(NOT_FOUND, run(""))
 
     def test_names_with_spaces_newlines_and_escape_codes(self):
         for name in (" ", "rms norm", "rms_norm ", "a\nb", "\x1b[31mred", "rms_norm\u202e", "RMS_NORM", "rms-norm"):
@@ -364,7 +364,7 @@ class Names(Hardening):
 
     def test_many_unique_names_do_not_grow_memory(self):
         client = self.client()
-        count = 100000 if harness.LONG else 20000
+        count = 100000
         client.call(run("warm_up"))
         before = self.daemon.memory_kib()
         for begin in range(0, count, 100):
