@@ -65,6 +65,12 @@ struct config *config_create(void)
 	config->level = LOG_INFO;
 	config->format = LOG_TEXT;
 	config_derive_limits(config);
+	/* The order among providers where nobody says: ours where it can, the definition for the rest. */
+	opd_error error;
+	if (config_add_priority(config, "*=cpu,native", &error) != OPD_OK) {
+		config_destroy(config);
+		return NULL;
+	}
 	return config;
 }
 
@@ -215,6 +221,15 @@ static opd_status check_name(const char *what, const char *name, opd_error *erro
 		return OPD_OK;
 	return opd_fail(error, OPD_INVALID_ARGUMENT, "%s \"%.64s\" is not a name, expected " NAME_RULE " of at most %u bytes", what, name,
 	                BOUND_NAME_BYTES);
+}
+
+void config_clear_priorities(struct config *config)
+{
+	for (size_t i = 0; i < config->priority_count; i++) {
+		free(config->priorities[i].op);
+		free_providers(&config->priorities[i]);
+	}
+	config->priority_count = 0;
 }
 
 static struct config_priority *find_priority(struct config *config, const char *op)

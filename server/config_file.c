@@ -317,8 +317,10 @@ static opd_status read_top(struct reader *reader, const char *name, const char *
 		return read_list(reader, key, read_listener, NULL);
 	if (strcmp(name, "modules") == 0)
 		return read_list(reader, key, read_module, NULL);
-	if (strcmp(name, "priorities") == 0)
+	if (strcmp(name, "priorities") == 0) {
+		config_clear_priorities(reader->config); /* the file's lists replace the built-in one */
 		return read_map(reader, key, NULL, read_priority, NULL);
+	}
 	if (strcmp(name, "limits") == 0 || strcmp(name, "log") == 0)
 		return read_map(reader, key, &seen, read_value, NULL);
 	if (strchr(name, '.') != NULL)

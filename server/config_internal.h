@@ -27,6 +27,7 @@ OPD_MUST_USE opd_status config_check_limits(const struct config *config, opd_err
 OPD_MUST_USE opd_status config_append_module(struct config *config, const char *name, const char *path, unsigned line,
                                              opd_error *error);
 /* An empty list for `op` ("*" or a name); replaces an entry of that op. */
+void config_clear_priorities(struct config *config);
 OPD_MUST_USE opd_status config_begin_priority(struct config *config, const char *op, unsigned line,
                                               struct config_priority **priority_out, opd_error *error);
 OPD_MUST_USE opd_status config_append_provider(struct config_priority *priority, const char *name, opd_error *error);

@@ -45,7 +45,6 @@ struct server {
 	struct conn *conns;     /* all, newest first */
 	uint32_t conn_count;
 	struct conn *dirty;     /* have replies to write in this turn */
-	struct conn *paused;    /* stopped reading until the next turn */
 	uint64_t turn;          /* number of the loop's turn */
 	uint64_t turn_us;       /* monotonic time of its start */
 	struct listener *listeners;

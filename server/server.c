@@ -153,13 +153,6 @@ static void on_flush(uv_check_t *check)
 		conn_flush(conn);
 		conn = next;
 	}
-	conn = server->paused;
-	server->paused = NULL;
-	while (conn != NULL) {
-		struct conn *next = conn->next_paused;
-		conn_resume(conn);
-		conn = next;
-	}
 	/* Something could still be written: don't sleep in the next poll. */
 	if (server->dirty != NULL && !uv_is_active((uv_handle_t *)&server->again))
 		(void)uv_idle_start(&server->again, on_again);

@@ -248,6 +248,8 @@ static opd_status add_positional(struct call *call, const char *text, opd_error 
 {
 	const struct schema_param *param = call->positional < call->schema.count ? &call->schema.params[call->positional] : NULL;
 	char what[32];
+	if (call->named > 0)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: '%.80s' has no name and comes after values with one", call->op, text);
 	(void)snprintf(what, sizeof what, "argument %zu", ++call->positional);
 	return add_value(call, NULL, param == NULL ? what : param->name, param, text, error);
 }
@@ -258,6 +260,7 @@ opd_status call_add_text(struct call *call, const char *text, opd_error *error)
 	const char *equals = strchr(text, '=');
 	if (equals == NULL || !text_is_name(text, (size_t)(equals - text)))
 		return add_positional(call, text, error);
+	call->named++;
 	char *name = strndup(text, (size_t)(equals - text));
 	if (name == NULL)
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "out of memory");

@@ -20,6 +20,7 @@ struct call {
 	bool bare;         /* tensors go as dtype and shape alone */
 	uint64_t seed;     /* of the next randn */
 	size_t positional; /* arguments without a name so far */
+	size_t named;      /* … and of those with one, from call_add_text */
 	size_t tensor_count;
 	struct file_tensor *tensors; /* owned; their data is read by the request */
 };

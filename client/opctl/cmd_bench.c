@@ -1,8 +1,8 @@
 /* bench: one op again and again, a number of requests in flight, inputs made by the daemon.
  *
- * Every 16th request asks for an explain record, under the same load as the others; the split is the mean over those: what the
- * daemon says (decode, dispatch, moves, pack: server; queue; kernel), the time in opd_submit (client), and the rest of the round
- * trip (wire: sockets, wake-ups, decoding the reply). */
+ * Every 16th request asks for an explain record, under the same load as the others. The split is the mean over those: the time in
+ * opd_submit (client), what the daemon says, and the rest of the round trip (wire: sockets, wake-ups, waiting to be read,
+ * decoding the reply). */
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
@@ -32,9 +32,22 @@ const struct option_use bench_options[] = {
     {OPTION_END, NULL},
 };
 
+/* The parts of a round trip, in its order; sums in ns. */
+#define SPLIT_MAP(X)                                                                                                             \
+	X(client)                                                                                                                    \
+	X(wire)                                                                                                                      \
+	X(decode)                                                                                                                    \
+	X(dispatch)                                                                                                                  \
+	X(moves)                                                                                                                     \
+	X(queue)                                                                                                                     \
+	X(kernel)                                                                                                                    \
+	X(pack)
+
 struct split {
 	uint64_t samples;
-	double client, wire, server, queue, kernel; /* sums, ns */
+#define X(part) double part;
+	SPLIT_MAP(X)
+#undef X
 };
 
 struct slot {
@@ -166,13 +179,17 @@ static opd_status submit(struct bench *bench, struct slot *slot, opd_error *erro
 static void add_sample(struct bench *bench, const opd_explain *explain, const struct slot *slot, uint64_t total_ns)
 {
 	struct split *split = &bench->split;
-	const uint64_t server_ns = explain->decode_ns + explain->dispatch_ns + explain->moves_ns + explain->pack_ns;
-	const uint64_t known_ns = server_ns + explain->queue_ns + explain->kernel_ns + slot->submit_ns;
+	const uint64_t server_ns =
+	    explain->decode_ns + explain->dispatch_ns + explain->moves_ns + explain->queue_ns + explain->kernel_ns + explain->pack_ns;
+	const uint64_t known_ns = server_ns + slot->submit_ns;
 	split->samples++;
 	split->client += (double)slot->submit_ns;
-	split->server += (double)server_ns;
+	split->decode += (double)explain->decode_ns;
+	split->dispatch += (double)explain->dispatch_ns;
+	split->moves += (double)explain->moves_ns;
 	split->queue += (double)explain->queue_ns;
 	split->kernel += (double)explain->kernel_ns;
+	split->pack += (double)explain->pack_ns;
 	/* opd_submit and the daemon can overlap by a little when the reply's work starts before the write returns. */
 	split->wire += total_ns > known_ns ? (double)(total_ns - known_ns) : 0;
 }
@@ -258,10 +275,11 @@ static void print_bench(const struct bench *bench)
 	             duration_text((double)latency->sum_ns / (double)latency->count), duration_text((double)latency_at(latency, 0.5)),
 	             duration_text((double)latency_at(latency, 0.9)), duration_text((double)latency_at(latency, 0.99)),
 	             duration_text((double)latency->max_ns));
-	(void)printf("split      client %s, wire %s, server %s, queue %s, kernel %s (means of %" PRIu64 " samples)\n",
-	             duration_text(split->client / samples), duration_text(split->wire / samples),
-	             duration_text(split->server / samples), duration_text(split->queue / samples),
-	             duration_text(split->kernel / samples), split->samples);
+	(void)printf("split      ");
+#define X(part) (void)printf(#part " %s, ", duration_text(split->part / samples));
+	SPLIT_MAP(X)
+#undef X
+	(void)printf("means of %" PRIu64 " samples\n", split->samples);
 }
 
 static int print_bench_json(const struct bench *bench)
@@ -289,11 +307,9 @@ static int print_bench_json(const struct bench *bench)
 	cJSON_AddItemToObject(times, "p99", json_u64(latency_at(latency, 0.99)));
 	cJSON_AddItemToObject(times, "max", json_u64(latency->max_ns));
 	cJSON *parts = cJSON_AddObjectToObject(document, "split_ns");
-	cJSON_AddItemToObject(parts, "client", json_f64(split->client / samples));
-	cJSON_AddItemToObject(parts, "wire", json_f64(split->wire / samples));
-	cJSON_AddItemToObject(parts, "server", json_f64(split->server / samples));
-	cJSON_AddItemToObject(parts, "queue", json_f64(split->queue / samples));
-	cJSON_AddItemToObject(parts, "kernel", json_f64(split->kernel / samples));
+#define X(part) cJSON_AddItemToObject(parts, #part, json_f64(split->part / samples));
+	SPLIT_MAP(X)
+#undef X
 	cJSON_AddItemToObject(parts, "samples", json_u64(split->samples));
 	return print_json(document);
 }

@@ -915,6 +915,7 @@ static Suite *cpu_suite(void)
 	tcase_add_loop_test(each, empty_operands_and_a_sum_over_nothing, 0, sets);
 	suite_add_tcase(suite, each);
 	TCase *module = tcase_create("module");
+	tcase_set_timeout(module, 300);
 	tcase_add_test(module, refusals_name_their_reason);
 	tcase_add_test(module, another_output_than_the_kernel_writes_is_internal);
 	tcase_add_test(module, a_cancelled_call_ends_early);
