@@ -206,6 +206,20 @@ START_TEST(a_configuration_file_is_read_without_its_listeners)
 }
 END_TEST
 
+START_TEST(a_drained_daemon_is_unavailable)
+{
+	opd_error error;
+	opd_client *client = connect_embedded();
+	MUST(opd_drain(client, 1000000, &error));
+	opd_status status = OPD_OK;
+	for (int i = 0; i < 100 && status == OPD_OK; i++)
+		status = opd_ping(client, &error);
+	ck_assert_int_eq(status, OPD_UNAVAILABLE);
+	ck_assert_int_eq(opd_direct_begin(client, &error), OPD_UNAVAILABLE);
+	opd_close(client);
+}
+END_TEST
+
 /* Signals sent to the process must find the program's own thread. */
 static volatile sig_atomic_t interrupted;
 
@@ -259,6 +273,7 @@ int main(void)
 	tcase_add_test(tests, generated_requests_run_on_both_ways);
 	tcase_add_test(tests, a_bad_configuration_is_no_client);
 	tcase_add_test(tests, a_configuration_file_is_read_without_its_listeners);
+	tcase_add_test(tests, a_drained_daemon_is_unavailable);
 	tcase_add_test(tests, its_threads_take_no_signals_and_interrupted_calls_go_on);
 	tcase_add_test(tests, clients_come_and_go);
 	suite_add_tcase(suite, tests);
