@@ -13,6 +13,8 @@
 /* Payloads from this size on are read straight to where they belong; smaller ones are cheaper to copy than to read apart. */
 #define DIRECT_BYTES 4096u
 #define WRITE_BUFS 256u
+/* Kernel time on the loop after which a turn reads nothing more; what was read is still run, on a lane when it must. */
+#define TURN_KERNEL_NS 15000u
 
 static void conn_consume(struct conn *conn, const uint8_t *data, size_t bytes);
 static void abandon_half_sent(struct conn *conn, const char *why);
@@ -55,12 +57,6 @@ static void unlink_conn(struct conn *conn)
 			break;
 		}
 	}
-	for (struct conn **link = &server->paused; *link != NULL; link = &(*link)->next_paused) {
-		if (*link == conn) {
-			*link = conn->next_paused;
-			break;
-		}
-	}
 }
 
 static void chunked_remove(struct conn *conn, struct request *request)
@@ -77,6 +73,7 @@ static void on_closed(uv_handle_t *handle)
 	struct server *server = conn->server;
 	outbox_drop(&conn->outbox);
 	conn->session->conn = NULL; /* what is in a lane ends without a reader */
+	atomic_store_explicit(&conn->session->gone, true, memory_order_relaxed);
 	abandon_half_sent(conn, "the connection ended before the payload was there");
 	unlink_conn(conn);
 	session_unref(conn->session);
@@ -681,11 +678,21 @@ static size_t slack_bytes(const struct conn *conn)
 	return conn->read_hint;
 }
 
+/* This turn's share is used up, of the socket or of kernels on the loop: the others come first. */
+static bool turn_over(const struct conn *conn)
+{
+	return conn->turn_read >= CONN_TURN_BYTES || conn->server->context.inline_ns > TURN_KERNEL_NS;
+}
+
+/* An empty buffer makes libuv leave the socket for the next turn, without the two epoll_ctl of a stop and a start. */
 static void on_alloc(uv_handle_t *handle, size_t suggested, uv_buf_t *buf)
 {
 	struct conn *conn = handle->data;
 	(void)suggested;
 	new_turn(conn);
+	*buf = uv_buf_init(NULL, 0);
+	if (turn_over(conn))
+		return;
 	if (conn->state == CONN_PAYLOAD) {
 		uint64_t left = conn->frame_left + slack_bytes(conn);
 		uint64_t share = CONN_TURN_BYTES - (conn->turn_read < CONN_TURN_BYTES / 2 ? conn->turn_read : CONN_TURN_BYTES / 2);
@@ -696,18 +703,6 @@ static void on_alloc(uv_handle_t *handle, size_t suggested, uv_buf_t *buf)
 	if (conn->state == CONN_HEAD && conn->read_hint != 0)
 		bytes = conn->read_hint > conn->partial_bytes ? conn->read_hint - conn->partial_bytes : FRAME_HEADER_BYTES;
 	*buf = uv_buf_init(conn->server->stage, (unsigned)(bytes < CONN_STAGE_BYTES ? bytes : CONN_STAGE_BYTES));
-}
-
-/* This turn's share is used up: the others come first. */
-static void pause_turn(struct conn *conn)
-{
-	if (conn->paused || conn->closing || !conn->reading_on)
-		return;
-	conn->paused = true;
-	conn->reading_on = false;
-	(void)uv_read_stop(&conn->stream);
-	conn->next_paused = conn->server->paused;
-	conn->server->paused = conn;
 }
 
 /* Payload read in place, and perhaps the next frame's head behind it. */
@@ -724,6 +719,8 @@ static void read_in_place(struct conn *conn, const uint8_t *base, size_t bytes)
 static void on_read(uv_stream_t *stream, ssize_t nread, const uv_buf_t *buf)
 {
 	struct conn *conn = stream->data;
+	if (nread == UV_ENOBUFS)
+		return;
 	if (nread < 0) {
 		conn_close(conn, LOG_INFO, nread == UV_EOF ? "the client closed" : uv_strerror((int)nread));
 		return;
@@ -736,25 +733,17 @@ static void on_read(uv_stream_t *stream, ssize_t nread, const uv_buf_t *buf)
 		conn_consume(conn, (const uint8_t *)buf->base, (size_t)nread);
 	else
 		read_in_place(conn, (const uint8_t *)buf->base, (size_t)nread);
-	if (conn->turn_read >= CONN_TURN_BYTES || conn->server->context.inline_ns > 15000)
-		pause_turn(conn);
 }
 
 static void start_reading(struct conn *conn)
 {
-	if (conn->closing || conn->broken || conn->reading_on || conn->paused || conn->throttled)
+	if (conn->closing || conn->broken || conn->reading_on || conn->throttled)
 		return;
 	int failed = uv_read_start(&conn->stream, on_alloc, on_read);
 	if (failed < 0)
 		conn_close(conn, LOG_WARN, uv_strerror(failed));
 	else
 		conn->reading_on = true;
-}
-
-void conn_resume(struct conn *conn)
-{
-	conn->paused = false;
-	start_reading(conn);
 }
 
 void conn_start(struct conn *conn, const opd_error *refuse)

@@ -32,7 +32,6 @@ struct conn {
 	struct conn *next; /* of the server's */
 	struct conn *previous;
 	struct conn *next_dirty;
-	struct conn *next_paused;
 	struct server *server;
 	struct session *session;
 	union {
@@ -49,7 +48,6 @@ struct conn {
 	bool reading_on;  /* uv_read_start is in force */
 	bool writing;     /* a uv_write is under way */
 	bool dirty;       /* in the server's list */
-	bool paused;      /* in the server's list: until the next turn */
 	bool throttled;   /* too much in flight: until something is written */
 	bool broken;      /* the client broke the framing: nothing of it is read any more */
 	bool last_words;  /* close once everything is written */
@@ -79,8 +77,6 @@ struct conn *conn_create(struct server *server, const char *tenant, bool admin);
 void conn_start(struct conn *conn, const opd_error *refuse);
 /* Writes what is due; called once a turn for every dirty connection. */
 void conn_flush(struct conn *conn);
-/* Goes on reading in a new turn. */
-void conn_resume(struct conn *conn);
 /* Once a second: ends it when it stalls. */
 void conn_tick(struct conn *conn, uint64_t now_us);
 /* Tells the client that the server ends; it is closed when nothing is under way any more. */

@@ -45,7 +45,6 @@ struct server {
 	struct conn *conns;     /* all, newest first */
 	uint32_t conn_count;
 	struct conn *dirty;     /* have replies to write in this turn */
-	struct conn *paused;    /* stopped reading until the next turn */
 	uint64_t turn;          /* number of the loop's turn */
 	uint64_t turn_us;       /* monotonic time of its start */
 	struct listener *listeners;
@@ -60,6 +59,7 @@ struct server {
 	pthread_mutex_t mutex; /* of what other threads ask for: */
 	struct post *posts;
 	struct post *posts_last;
+	bool ended; /* under mutex: server_run has returned or is about to, nobody runs posts any more */
 	_Atomic int drain_asked;         /* how often */
 	_Atomic uint64_t drain_timeout_us;
 };
