@@ -388,12 +388,11 @@ class DaemonCase(unittest.TestCase):
     """Tests that share one daemon. After each, the next client must be served and nothing of the last one may be left."""
 
     flags = ()
-    listen = None
-    config = None
+    environment = None
 
     @classmethod
     def setUpClass(cls):
-        cls.daemon = Daemon(*cls.flags, listen=cls.listen, config=cls.config)
+        cls.daemon = Daemon(*cls.flags, environment=cls.environment)
         cls.address = cls.daemon.address
 
     @classmethod
