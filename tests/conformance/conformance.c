@@ -1,6 +1,6 @@
 /* Runs every implementation of every op against native: opd's conformance suite, for its own providers and anybody's.
  *
- *     conformance [--provider NAME] [--op NAME] [--module PATH.so]... [--seed N] [--verbose]
+ *     conformance [--provider NAME] [--op NAME] [--module PATH.so]... [--seed N] [--shrink N] [--verbose]
  *     conformance --time [--dtype NAME] [--dims N,N,...] [--threads N] [--provider NAME] [--op NAME] [--module PATH.so]...
  *
  * For each implementation: every dtype and variant that the op's generator knows, random, extreme and small values, several sizes (odd, one,
@@ -22,6 +22,8 @@
 /* `MANY` times the default rows are enough work for several threads; native is slow, and takes fewer. */
 enum { MANY = 20, MANY_NATIVE = 4 };
 enum { DIMS_MAX = 8, SETS_MAX = 3 + 3 * DIMS_MAX, FAILURES_SHOWN = 5, THREADS = 3 };
+
+static int64_t shrink = 1;
 
 static const char *const values_names[] = {"random", "extreme", "small"};
 
@@ -306,17 +308,23 @@ static bool check_case(struct tally *tally, struct place *place)
 
 /* ---- All cases of an implementation ------------------------------------------------------------------------------------------- */
 
+/* A default size, divided by --shrink where it is large: what matters is around the vector width, and sanitizers are slow. */
+static int64_t shrunk(int64_t dim)
+{
+	return dim >= 64 && dim / shrink >= 8 ? dim / shrink : dim;
+}
+
 /* The default sizes, all ones, many rows; then each size in turn odd, one, and empty. */
 static size_t dims_sets(const opd_op *op, int64_t many, int64_t sets[SETS_MAX][DIMS_MAX])
 {
 	size_t count = 3;
 	for (uint32_t i = 0; i < op->dim_count; i++) {
-		sets[0][i] = op->default_dims[i];
+		sets[0][i] = shrunk(op->default_dims[i]);
 		sets[1][i] = 1;
-		sets[2][i] = op->default_dims[i] * (i == 0 ? many : 1);
+		sets[2][i] = sets[0][i] * (i == 0 ? many : 1);
 	}
 	for (uint32_t i = 0; i < op->dim_count; i++) {
-		const int64_t changed[] = {op->default_dims[i] * 3 / 4 | 1, 1, 0};
+		const int64_t changed[] = {sets[0][i] * 3 / 4 | 1, 1, 0};
 		for (size_t c = 0; c < sizeof changed / sizeof changed[0]; c++, count++) {
 			memcpy(sets[count], sets[0], sizeof sets[count]);
 			sets[count][i] = changed[c];
@@ -424,7 +432,7 @@ static bool load_module(const char *path)
 static int usage(const char *program)
 {
 	(void)fprintf(stderr,
-	              "usage: %s [--provider NAME] [--op NAME] [--module PATH.so]... [--seed N] [--verbose]\n"
+	              "usage: %s [--provider NAME] [--op NAME] [--module PATH.so]... [--seed N] [--shrink N] [--verbose]\n"
 	              "       %s --time [--dtype NAME] [--dims N,N,...] [--threads N] [--provider NAME] [--op NAME] [--module PATH.so]...\n",
 	              program, program);
 	return 2;
@@ -464,6 +472,8 @@ static bool read_option(int option, struct arguments *arguments)
 		timing->op = optarg;
 	else if (option == 's')
 		base_seed = strtoull(optarg, NULL, 10);
+	else if (option == 'k')
+		arguments->bad |= (shrink = strtoll(optarg, NULL, 10)) < 1;
 	else if (option == 'v')
 		verbose = true;
 	else if (option == 't')
@@ -485,7 +495,7 @@ static bool read_arguments(int argc, char **argv, struct arguments *arguments)
 {
 	static const struct option options[] = {
 		{"provider", required_argument, NULL, 'p'}, {"op", required_argument, NULL, 'o'},    {"module", required_argument, NULL, 'm'},
-		{"seed", required_argument, NULL, 's'},     {"verbose", no_argument, NULL, 'v'},     {"time", no_argument, NULL, 't'},
+		{"seed", required_argument, NULL, 's'},     {"shrink", required_argument, NULL, 'k'},  {"verbose", no_argument, NULL, 'v'},     {"time", no_argument, NULL, 't'},
 		{"dtype", required_argument, NULL, 'y'},    {"dims", required_argument, NULL, 'd'},  {"threads", required_argument, NULL, 'n'},
 		{NULL, 0, NULL, 0}};
 	bool loaded = true;
