@@ -31,9 +31,9 @@ def field(number, wire_type, data=b""):
 
 
 class Hardening(DaemonCase):
-    def expect_refused(self, data, words="", hello=True):
+    def expect_refused(self, data, words="", hello=True, address=None):
         """Sends bytes; the connection must end, with INVALID_ARGUMENT that has the words."""
-        client = Client(self.address, hello=hello)
+        client = Client(address or self.address, hello=hello)
         self.addCleanup(client.close)
         try:
             client.send(data)
@@ -70,6 +70,8 @@ class Hardening(DaemonCase):
 
 
 class Framing(Hardening):
+    flags = ("--listen", "tcp://127.0.0.1:0")
+
     def test_envelope_lengths_at_and_over_the_limit(self):
         limit = self.client().hello.limits.envelope_bytes
         client = self.client()
@@ -160,6 +162,12 @@ class Framing(Hardening):
     def test_http_to_the_plain_port(self):
         self.expect_refused(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", "HTTP", hello=False)
         self.expect_refused(b"POST /v1 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\nhello", "HTTP", hello=False)
+
+    def test_the_last_words_arrive_over_tcp_although_the_client_is_still_sending(self):
+        address = self.daemon.tcp_addresses()[0]
+        for _ in range(20):
+            self.expect_refused(b"POST /v1 HTTP/1.1\r\n" + b"x" * 200000, "HTTP", hello=False, address=address)
+            self.expect_refused(frame(0, 1) + b"x" * 200000, "type 0", address=address)
 
     def test_http2_and_ssh_to_the_plain_port(self):
         self.expect_refused(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0" * 32, "HTTP/2", hello=False)
