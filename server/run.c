@@ -281,6 +281,8 @@ opd_status run_accept(struct request *request)
 		status = take_all_kept(request);
 	if (status == OPD_OK)
 		status = expect_kept(request, run);
+	if (run->explain)
+		request->clock.accepted = request_now_ns();
 	if (run->timeout_us != 0)
 		request->run.deadline_ns = request->clock.received + (run->timeout_us < UINT64_MAX / 2000 ? run->timeout_us * 1000 : UINT64_MAX / 2);
 	return status;
@@ -356,6 +358,8 @@ static void run_ready(struct request *request)
 	struct request_run *run = &request->run;
 	const struct msg_run *message = &request->message.run;
 	opd_status status = OPD_OK;
+	if (message->explain)
+		request->clock.ready = request_now_ns();
 	for (uint32_t i = 0; status == OPD_OK && i < run->bound.operand_count; i++)
 		status = place_operand(request, i);
 	if (status == OPD_OK)
