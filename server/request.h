@@ -69,6 +69,7 @@ struct request {
 	struct snapshot *snapshot; /* referenced from accept on */
 	uint64_t id;
 	struct arena arena;
+	uint64_t arena_charged_bytes; /* of it, to the session; 0: it is small */
 	struct msg_request message;
 	uint64_t payload_bytes; /* declared */
 	uint64_t payload_received;
