@@ -53,6 +53,7 @@ struct server {
 	bool drain_failed;
 	uint64_t drain_until_us;
 
+	struct log_limit list_warnings; /* of fallbacks that requests' own lists allow */
 	_Atomic uint64_t requests; /* accepted since the start */
 	_Atomic bool device_done;  /* a device lane has finished jobs */
 

@@ -216,14 +216,24 @@ opd_status kept_expect(struct kept *kept, uint64_t request, uint32_t count, opd_
 	return OPD_OK;
 }
 
-static void call_waiters(struct kept *kept, struct waiter *waiters, const struct kept_result *result)
+static opd_status result_failed(uint64_t request, uint32_t output, opd_error *error)
+{
+	return opd_fail(error, OPD_ABORTED, "request %" PRIu64 ", whose output %u is named, failed", request, (unsigned)output);
+}
+
+/* What a waiter does may end other requests, and with them the memory of the result: only its id is used. */
+static void call_waiters(struct kept *kept, struct waiter *waiters, uint64_t request, bool failed)
 {
 	while (waiters != NULL) {
 		struct waiter *waiter = waiters;
 		waiters = waiter->next;
 		opd_error error;
 		bool pending;
-		struct kept_tensor *tensor = kept_find_result(kept, result->request, waiter->output, &pending, &error);
+		struct kept_tensor *tensor = NULL;
+		if (failed)
+			(void)result_failed(request, waiter->output, &error);
+		else
+			tensor = kept_find_result(kept, request, waiter->output, &pending, &error);
 		waiter->on_settled(waiter, tensor, tensor == NULL ? &error : NULL);
 	}
 }
@@ -248,7 +258,7 @@ void kept_settle(struct kept *kept, uint64_t request, struct kept_tensor *const 
 	result->waiters = NULL;
 	/* A waiter may free the last handle, and the result with it: keep it until all were called. */
 	result->live++;
-	call_waiters(kept, waiters, result);
+	call_waiters(kept, waiters, request, false);
 	if (--result->live == 0)
 		result_remove(kept, request);
 }
@@ -264,7 +274,7 @@ void kept_fail(struct kept *kept, uint64_t request)
 	kept->failed_count++;
 	struct waiter *waiters = result->waiters;
 	result->waiters = NULL;
-	call_waiters(kept, waiters, result);
+	call_waiters(kept, waiters, request, true);
 	while (kept->failed_count > FAILED_MAX)
 		forget_oldest_failure(kept);
 }
@@ -301,7 +311,7 @@ static struct msg_handle result_handle(const struct kept *kept, uint64_t request
 	const struct kept_result *result = result_find(kept, request);
 	*pending_out = false;
 	if (result != NULL && result->state == RESULT_FAILED) {
-		(void)opd_fail(error, OPD_ABORTED, "request %" PRIu64 ", whose output %u is named, failed", request, (unsigned)output);
+		(void)result_failed(request, output, error);
 		return none;
 	}
 	if (result != NULL && result->state == RESULT_PENDING && output < result->count) {
