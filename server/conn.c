@@ -73,6 +73,7 @@ static void on_closed(uv_handle_t *handle)
 	struct server *server = conn->server;
 	outbox_drop(&conn->outbox);
 	conn->session->conn = NULL; /* what is in a lane ends without a reader */
+	atomic_store_explicit(&conn->session->gone, true, memory_order_relaxed);
 	abandon_half_sent(conn, "the connection ended before the payload was there");
 	unlink_conn(conn);
 	session_unref(conn->session);

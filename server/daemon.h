@@ -60,6 +60,7 @@ struct server {
 	pthread_mutex_t mutex; /* of what other threads ask for: */
 	struct post *posts;
 	struct post *posts_last;
+	bool ended; /* under mutex: server_run has returned or is about to, nobody runs posts any more */
 	_Atomic int drain_asked;         /* how often */
 	_Atomic uint64_t drain_timeout_us;
 };

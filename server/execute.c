@@ -130,6 +130,15 @@ static void run_here(struct request *request, struct lane_exec *lane)
 		request->clock.ended = request_now_ns();
 }
 
+/* Nobody reads what a session that has ended still has queued: without this a drain's end, and other sessions, would wait for all of it. */
+static bool is_unwanted(struct request *request)
+{
+	if (!atomic_load_explicit(&request->session->gone, memory_order_relaxed))
+		return false;
+	request->status = opd_fail(&request->error, OPD_CANCELLED, "%s: the session has ended", request->run.op->schema->name);
+	return true;
+}
+
 static bool is_late(struct request *request)
 {
 	if (request->run.deadline_ns == 0 || request_now_ns() < request->run.deadline_ns)
@@ -155,7 +164,7 @@ static bool make_plan(struct request *request)
 static void lane_run(struct lane_job *job, struct lane_exec *exec)
 {
 	struct request *request = (struct request *)((char *)job - offsetof(struct request, job));
-	if (is_late(request))
+	if (is_unwanted(request) || is_late(request))
 		return;
 	if (request->run.dispatch.plan_missing && !make_plan(request))
 		return;

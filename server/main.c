@@ -336,24 +336,58 @@ static void on_end(struct daemon *daemon, int number)
 		server_drain(daemon->server, 0);
 }
 
+/* A configuration on its way to the loop's thread, which alone may swap it. */
+struct reload {
+	struct daemon *daemon;
+	struct server *server;
+	struct config *config;
+};
+
+static void log_reload_failure(const struct daemon *daemon, const opd_error *error)
+{
+	LOG(daemon->log, LOG_ERROR, "configuration not reloaded, the old one stays", LOG_STR("path", daemon->options->config_path),
+	    LOG_STR("error", error->text));
+}
+
+static void reload_on_loop(void *argument)
+{
+	struct reload *reload = argument;
+	struct daemon *daemon = reload->daemon;
+	opd_error error;
+	if (server_reload(reload->server, reload->config, &error) != OPD_OK) {
+		config_destroy(reload->config);
+		log_reload_failure(daemon, &error);
+	}
+	free(reload);
+}
+
+static opd_status post_reload(struct daemon *daemon, struct config *config, opd_error *error)
+{
+	struct reload *reload = malloc(sizeof *reload);
+	if (reload == NULL)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "out of memory");
+	*reload = (struct reload){daemon, daemon->server, config};
+	opd_status status = server_post(daemon->server, reload_on_loop, reload, error);
+	if (status != OPD_OK)
+		free(reload);
+	return status;
+}
+
 /* Under the mutex. The file is read here, so that the loop doesn't wait for a disk. */
 static void on_reload(struct daemon *daemon)
 {
 	struct config *config;
 	opd_error error;
-	const char *path = daemon->options->config_path;
 	if (daemon->server == NULL)
 		return;
 	opd_status status = build_config(daemon->options, &config, &error);
 	if (status == OPD_OK) {
-		status = server_reload(daemon->server, config, &error);
+		status = post_reload(daemon, config, &error);
 		if (status != OPD_OK)
 			config_destroy(config);
 	}
-	if (status == OPD_OK)
-		LOG(daemon->log, LOG_INFO, "configuration reloaded", LOG_STR("file", path));
-	else
-		LOG(daemon->log, LOG_ERROR, "configuration not reloaded, the old one stays", LOG_STR("file", path), LOG_STR("error", error.text));
+	if (status != OPD_OK)
+		log_reload_failure(daemon, &error);
 }
 
 static void on_reopen(struct daemon *daemon)

@@ -28,7 +28,9 @@ struct segment {
 
 /* Nanosecond marks, 0 where nobody asked. */
 struct request_clock {
-	uint64_t received;
+	uint64_t received; /* the envelope is there */
+	uint64_t accepted; /* decoded, arguments bound */
+	uint64_t ready;    /* the payload, and all that it waited for, are there too */
 	uint64_t bound;
 	uint64_t dispatched;
 	uint64_t queued;

@@ -225,6 +225,27 @@ static opd_status place_operand(struct request *request, uint32_t index)
 
 /* ---- Accepting ---- */
 
+/* Before memory is charged for it: bytes that no operand lies in are a mistake of the client's. Ranges themselves are checked when placed. */
+static opd_status check_payload(struct request *request)
+{
+	const struct bound *bound = &request->run.bound;
+	uint64_t needed = 0;
+	for (uint32_t i = 0; i < bound->operand_count; i++) {
+		const struct msg_tensor *source = bound->operands[i].source;
+		uint64_t end;
+		if (source->source != MSG_SOURCE_PAYLOAD)
+			continue;
+		if (!size_add(source->payload.offset, source->payload.bytes, &end))
+			return OPD_OK;
+		needed = end > needed ? end : needed;
+	}
+	uint64_t padding = needed == 0 ? 0 : OPD_TENSOR_ALIGNMENT;
+	if (request->payload_bytes <= needed || request->payload_bytes - needed <= padding)
+		return OPD_OK;
+	return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s: the payload has %" PRIu64 " bytes, its operands end at %" PRIu64,
+	                request->run.op->schema->name, request->payload_bytes, needed);
+}
+
 static bool keeps_any(const struct msg_run *run)
 {
 	bool keeps = false;
@@ -261,9 +282,13 @@ static opd_status check_and_take(struct request *request)
 	warn_of_fallback(request, run, op);
 	status = bind_args(&request->arena, op, run, &request->run.bound, &request->error);
 	if (status == OPD_OK)
+		status = check_payload(request);
+	if (status == OPD_OK)
 		status = take_all_kept(request);
 	if (status == OPD_OK)
 		status = expect_kept(request, run);
+	if (run->explain)
+		request->clock.accepted = request_now_ns();
 	if (run->timeout_us != 0)
 		request->run.deadline_ns = request->clock.received + (run->timeout_us < UINT64_MAX / 2000 ? run->timeout_us * 1000 : UINT64_MAX / 2);
 	return status;
@@ -349,6 +374,8 @@ static void run_ready(struct request *request)
 	struct request_run *run = &request->run;
 	const struct msg_run *message = &request->message.run;
 	opd_status status = OPD_OK;
+	if (message->explain)
+		request->clock.ready = request_now_ns();
 	for (uint32_t i = 0; status == OPD_OK && i < run->bound.operand_count; i++)
 		status = place_operand(request, i);
 	if (status == OPD_OK)

@@ -43,9 +43,16 @@ opd_status server_post(struct server *server, void (*callback)(void *argument), 
 	post->callback = callback;
 	post->argument = argument;
 	(void)pthread_mutex_lock(&server->mutex);
-	*(server->posts_last == NULL ? &server->posts : &server->posts_last->next) = post;
-	server->posts_last = post;
+	const bool ended = server->ended;
+	if (!ended) {
+		*(server->posts_last == NULL ? &server->posts : &server->posts_last->next) = post;
+		server->posts_last = post;
+	}
 	(void)pthread_mutex_unlock(&server->mutex);
+	if (ended) {
+		free(post);
+		return opd_fail(error, OPD_UNAVAILABLE, "server: it has ended");
+	}
 	server_wake(server);
 	return OPD_OK;
 }
@@ -353,6 +360,10 @@ opd_status server_run(struct server *server)
 		(void)uv_run(&server->loop, UV_RUN_DEFAULT);
 		drain_check(server);
 	}
+	(void)pthread_mutex_lock(&server->mutex);
+	server->ended = true; /* from here on server_post refuses; who posted before must not wait for ever */
+	(void)pthread_mutex_unlock(&server->mutex);
+	run_posts(server);
 	LOG(server->log, server->drain_failed ? LOG_WARN : LOG_INFO, "drained", LOG_STR("result", server->drain_failed ? "work was cut off" : "clean"));
 	return server->drain_failed ? OPD_DEADLINE_EXCEEDED : OPD_OK;
 }

@@ -32,6 +32,7 @@ struct session {
 	uint32_t map_depth;
 	uint64_t last_request; /* highest id seen */
 	uint32_t in_flight;    /* accepted, reply not yet written */
+	_Atomic bool gone;     /* its connection has ended: lanes don't start what is still queued */
 };
 
 /* NULL: out of memory. */
