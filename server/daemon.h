@@ -55,6 +55,7 @@ struct server {
 	bool ending;            /* the lanes are stopped: nothing may be submitted to one any more */
 	uint64_t drain_until_us;
 
+	struct log_limit list_warnings; /* of fallbacks that requests' own lists allow */
 	_Atomic uint64_t requests; /* accepted since the start */
 	_Atomic bool device_done;  /* a device lane has finished jobs */
 

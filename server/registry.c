@@ -69,12 +69,17 @@ void snapshot_unref(struct snapshot *snapshot)
 	free(snapshot);
 }
 
+static bool name_is(const char *own, const char *name, size_t bytes)
+{
+	return strlen(own) == bytes && memcmp(own, name, bytes) == 0;
+}
+
 const struct op *snapshot_op(const struct snapshot *snapshot, const char *name, size_t bytes)
 {
 	uint32_t hash = schema_hash(name, bytes);
 	for (uint32_t at = hash & snapshot->op_mask; snapshot->op_table[at] != 0; at = (at + 1) & snapshot->op_mask) {
 		const struct op *op = &snapshot->ops[snapshot->op_table[at] - 1];
-		if (strncmp(op->schema->name, name, bytes) == 0 && op->schema->name[bytes] == '\0')
+		if (name_is(op->schema->name, name, bytes))
 			return op;
 	}
 	return NULL;
@@ -85,7 +90,7 @@ const struct provider *snapshot_provider(const struct snapshot *snapshot, const 
 	uint32_t hash = schema_hash(name, bytes);
 	for (uint32_t i = 0; i < snapshot->provider_count; i++) {
 		const struct provider *provider = snapshot->providers[i];
-		if (provider->name_hash == hash && strncmp(provider->name, name, bytes) == 0 && provider->name[bytes] == '\0')
+		if (provider->name_hash == hash && name_is(provider->name, name, bytes))
 			return provider;
 	}
 	return NULL;
@@ -404,6 +409,11 @@ static opd_status check_impl(struct registry *registry, const opd_impl *def, con
 	return OPD_OK;
 }
 
+static bool has_priority(const struct registry *registry, const struct entry *entry)
+{
+	return entry->server != NULL || registry->server_star != NULL || entry->configuration != NULL || registry->configuration_star != NULL;
+}
+
 static opd_status host_register_impl(const opd_host *host, const opd_impl *def, opd_error *error)
 {
 	struct module *module = host->context;
@@ -423,7 +433,7 @@ static opd_status host_register_impl(const opd_host *host, const opd_impl *def, 
 	schema_destroy(schema);
 	if (status == OPD_OK)
 		status = add_impl(registry, module, def, (uint32_t)(entry - registry->ops), params, module->provider, error);
-	if (status == OPD_OK && (entry->server != NULL || registry->server_star != NULL))
+	if (status == OPD_OK && has_priority(registry, entry))
 		LOG(registry->log, LOG_WARN, "implementation registered while a priority is set: it runs only where a list names it",
 		    LOG_STR("provider", module->def->name), LOG_STR("op", entry->schema->name));
 	return status;
