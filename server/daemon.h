@@ -19,6 +19,7 @@
 #include "server/server.h"
 #include "server/tensors.h"
 
+struct allocation;
 struct listener;
 struct conn;
 struct post;
@@ -31,7 +32,7 @@ struct server {
 	struct memory memory;
 	struct account *account; /* what modules allocate */
 	struct lane *lane;
-	struct device_lane *device_lanes[REGISTRY_DEVICES_MAX]; /* by device number; started on first use, on the loop */
+	_Atomic(struct device_lane *) device_lanes[REGISTRY_DEVICES_MAX]; /* by device number; started on first use, under the mutex */
 	uint64_t started_us;
 
 	uv_loop_t loop;
@@ -51,8 +52,10 @@ struct server {
 	uint64_t next_session;
 	bool draining;
 	bool drain_failed;
+	bool ending;            /* the lanes are stopped: nothing may be submitted to one any more */
 	uint64_t drain_until_us;
 
+	struct log_limit list_warnings; /* of fallbacks that requests' own lists allow */
 	_Atomic uint64_t requests; /* accepted since the start */
 	_Atomic bool device_done;  /* a device lane has finished jobs */
 
@@ -60,6 +63,7 @@ struct server {
 	struct post *posts;
 	struct post *posts_last;
 	bool ended; /* under mutex: server_run has returned or is about to, nobody runs posts any more */
+	struct allocation *allocations; /* host memory that modules hold */
 	_Atomic int drain_asked;         /* how often */
 	_Atomic uint64_t drain_timeout_us;
 };

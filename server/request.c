@@ -6,6 +6,7 @@
 #include <time.h>
 
 #include "proto/tensor.h"
+#include "proto/text.h"
 #include "server/daemon.h"
 
 /* Envelopes are at most BOUND_ENVELOPE_BYTES; decoded they take a few times that. */
@@ -45,7 +46,8 @@ static opd_status set_server_priority(struct request *request, const struct msg_
 		names[i] = set->list.names[i].data;
 	if (!request->session->admin)
 		return opd_fail(&request->error, OPD_PERMISSION_DENIED, "setting the server's default priority needs an administrator");
-	return registry_set_priority(registry, MSG_LEVEL_SERVER, set->op.data, set->list.present ? names : NULL, set->list.count, &request->error);
+	/* Without an op it is no op's, and not everyone's either. */
+	return registry_set_priority(registry, MSG_LEVEL_SERVER, set->op.data == NULL ? "" : set->op.data, set->list.present ? names : NULL, set->list.count, &request->error);
 }
 
 static void priority_set(struct request *request)
@@ -76,7 +78,9 @@ static void priority_get(struct request *request)
 	struct msg_text name = request->message.op;
 	const struct op *op = snapshot_op(request->snapshot, name.data == NULL ? "" : name.data, name.bytes);
 	if (op == NULL) {
-		(void)opd_fail(&request->error, OPD_NOT_FOUND, "no op \"%.128s\"", name.data == NULL ? "" : name.data);
+		char shown[160];
+		(void)opd_fail(&request->error, OPD_NOT_FOUND, "no op \"%s\"",
+		               text_escape(name.data == NULL ? "" : name.data, name.bytes, shown, sizeof shown));
 		request_fail(request);
 		return;
 	}
@@ -282,6 +286,17 @@ void request_reply_empty(struct request *request)
 		request_reply(request, MSG_REPLY_EMPTY);
 }
 
+/* Texts are cut to their room, perhaps within a character, and may come from a module: what isn't UTF-8 would not survive the wire. */
+static struct msg_text error_message(struct request *request)
+{
+	const char *text = request->error.text;
+	const size_t bytes = strnlen(text, sizeof request->error.text);
+	if (text_valid(text, bytes))
+		return (struct msg_text){text, bytes};
+	char *shown = arena_alloc(&request->arena, 2 * sizeof request->error.text);
+	return msg_text(shown == NULL ? "" : text_escape(text, bytes, shown, 2 * sizeof request->error.text));
+}
+
 void request_fail(struct request *request)
 {
 	run_failed(request);
@@ -290,7 +305,7 @@ void request_fail(struct request *request)
 	if (request->reply.kind != MSG_REPLY_RUN || request->reply.run.explain == NULL)
 		request->reply.kind = MSG_REPLY_NONE; /* an explain record survives a failure */
 	request->reply.status = request->error.status == OPD_OK ? OPD_INTERNAL : (opd_status)request->error.status;
-	request->reply.message = msg_text(request->error.text);
+	request->reply.message = error_message(request);
 	LOG(request->context->server->log, LOG_DEBUG, "request failed", LOG_UINT("session", request->session->id), LOG_UINT("request", request->id),
 	    LOG_STR("status", opd_status_name(request->reply.status)), LOG_STR("error", request->error.text));
 	finish(request);

@@ -335,10 +335,15 @@ class Signals(WithFolder):
         daemon.wait_log("configuration reloaded")
         self.assertEqual(os.path.getsize(old), size)
 
-    def test_sigusr1_without_its_folder_keeps_the_old_file(self):
-        daemon = self.start("--log-file", "/proc/self/fd/2", log=False)
+    def test_sigusr1_when_the_file_cannot_be_opened_keeps_the_old_one_and_says_so(self):
+        folder = self.start().folder
+        logs, moved = os.path.join(folder, "logs"), os.path.join(folder, "moved")
+        os.mkdir(logs)
+        daemon = self.start("--log-file", os.path.join(logs, "log"), log=False)
+        os.rename(logs, moved)
+        daemon.log_path = os.path.join(moved, "log")
         daemon.signal(signal.SIGUSR1)
-        wait_until(lambda: "log opened again" in daemon.err_text() or "stays" in daemon.err_text())
+        daemon.wait_log("log not opened again, the old file stays", "No such file")
         check_healthy(self, daemon)
 
     def test_sigterm_finishes_work_in_flight_and_tells_clients(self):
