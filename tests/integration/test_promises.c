@@ -810,6 +810,7 @@ START_TEST(promise_27_a_request_dispatched_earlier_keeps_its_snapshot)
 	opd_request *gate = opd_request_create("lab_wait");
 	opd_request_tensor(gate, NULL, &(opd_operand)OPD_OPERAND(OPD_f32, values, 4));
 	OK(opd_submit(client, gate, &ticket, &error));
+	house_await_count(&lab_counts.waiting, 1);
 	for (int i = 0; i < 5; i++)
 		OK(registry_set_shape(house.server->registry, "lab_wait", lab_shape_longer, &error));
 	ran(run(scale_of(4)), "native");

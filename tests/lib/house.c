@@ -1,7 +1,7 @@
 #include "tests/lib/house.h"
 
 #include <check.h>
-#include <inttypes.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -17,6 +17,9 @@
 static void *serve(void *argument)
 {
 	struct house *house = argument;
+	sigset_t all; /* as main does: a client that is gone is no reason to end */
+	(void)sigfillset(&all);
+	(void)pthread_sigmask(SIG_SETMASK, &all, NULL);
 	(void)server_run(house->server);
 	return NULL;
 }
@@ -56,12 +59,14 @@ void house_start(struct house *house, const char *const *settings)
 	config->threads = 2;
 	configure(config, settings);
 	ck_assert_msg(config_add_listener(config, house->address, &error) == OPD_OK, "%s", error.text);
+	const size_t given = config->priority_count;
 	ck_assert_msg(config_check(config, false, &error) == OPD_OK, "%s", error.text);
-	size_t count = config->priority_count;
+	const size_t count = config->priority_count;
 	config->priority_count = 0;
 	ck_assert_msg(server_create(config, &house->log, &house->server, &error) == OPD_OK, "%s", error.text);
 	ck_assert_msg(lab_open(house->server->registry, &error) == OPD_OK, "%s", error.text);
-	for (size_t i = 0; i < count; i++)
+	registry_clear_configuration(house->server->registry); /* the default list for every op */
+	for (size_t i = 0; i < given; i++)
 		set_priority(house, &config->priorities[i]);
 	config->priority_count = count;
 	ck_assert_int_eq(pthread_create(&house->thread, NULL, serve, house), 0);
@@ -176,6 +181,13 @@ char *house_log(const struct house *house)
 	}
 	(void)fclose(file);
 	return text;
+}
+
+void house_await_count(const _Atomic uint64_t *counter, uint64_t count)
+{
+	for (int i = 0; i < 20000 && atomic_load(counter) < count; i++)
+		(void)nanosleep(&(struct timespec){.tv_nsec = 500000}, NULL);
+	ck_assert_uint_ge(atomic_load(counter), count);
 }
 
 size_t house_log_count(const struct house *house, const char *event, const char *also)
