@@ -28,20 +28,10 @@ static void configure(struct config *config, const char *const *settings)
 {
 	opd_error error;
 	for (; settings != NULL && settings[0] != NULL; settings += 2) {
-		opd_status status = strcmp(settings[0], "priority") == 0 ? config_add_priority(config, settings[1], &error)
-		                    : strcmp(settings[0], "module") == 0 ? config_add_module(config, settings[1], &error)
-		                                                         : config_set(config, settings[0], settings[1], &error);
+		opd_status status = strcmp(settings[0], "module") == 0 ? config_add_module(config, settings[1], &error)
+		                                                       : config_set(config, settings[0], settings[1], &error);
 		ck_assert_msg(status == OPD_OK, "%s: %s", settings[0], error.text);
 	}
-}
-
-/* Configured lists may name the lab's providers, which come after the start: they are set then. */
-static void set_priority(struct house *house, const struct config_priority *priority)
-{
-	opd_error error;
-	ck_assert_msg(registry_set_priority(house->server->registry, MSG_LEVEL_CONFIGURATION, priority->op, (const char *const *)priority->providers,
-	                                    (uint32_t)priority->count, &error) == OPD_OK,
-	              "%s", error.text);
 }
 
 void house_start(struct house *house, const char *const *settings)
@@ -59,16 +49,10 @@ void house_start(struct house *house, const char *const *settings)
 	config->threads = 2;
 	configure(config, settings);
 	ck_assert_msg(config_add_listener(config, house->address, &error) == OPD_OK, "%s", error.text);
-	const size_t given = config->priority_count;
 	ck_assert_msg(config_check(config, false, &error) == OPD_OK, "%s", error.text);
-	const size_t count = config->priority_count;
-	config->priority_count = 0;
 	ck_assert_msg(server_create(config, &house->log, &house->server, &error) == OPD_OK, "%s", error.text);
-	ck_assert_msg(lab_open(house->server->registry, &error) == OPD_OK, "%s", error.text);
 	registry_clear_configuration(house->server->registry); /* the default list for every op */
-	for (size_t i = 0; i < given; i++)
-		set_priority(house, &config->priorities[i]);
-	config->priority_count = count;
+	ck_assert_msg(lab_open(house->server->registry, &error) == OPD_OK, "%s", error.text);
 	ck_assert_int_eq(pthread_create(&house->thread, NULL, serve, house), 0);
 }
 

@@ -24,7 +24,7 @@ struct house {
 	char address[112]; /* "unix:…/sock" */
 };
 
-/* settings: pairs of configuration key and value, then NULL; "priority" takes op=provider,…; "module" takes name=/path. NULL: none. */
+/* settings: pairs of configuration key and value, then NULL; "module" takes name=/path. NULL: none. */
 void house_start(struct house *house, const char *const *settings);
 void house_stop(struct house *house);
 
