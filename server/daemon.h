@@ -19,6 +19,7 @@
 #include "server/server.h"
 #include "server/tensors.h"
 
+struct allocation;
 struct listener;
 struct conn;
 struct post;
@@ -31,7 +32,7 @@ struct server {
 	struct memory memory;
 	struct account *account; /* what modules allocate */
 	struct lane *lane;
-	struct device_lane *device_lanes[REGISTRY_DEVICES_MAX]; /* by device number; started on first use, on the loop */
+	_Atomic(struct device_lane *) device_lanes[REGISTRY_DEVICES_MAX]; /* by device number; started on first use, under the mutex */
 	uint64_t started_us;
 
 	uv_loop_t loop;
@@ -51,6 +52,7 @@ struct server {
 	uint64_t next_session;
 	bool draining;
 	bool drain_failed;
+	bool ending;            /* the lanes are stopped: nothing may be submitted to one any more */
 	uint64_t drain_until_us;
 
 	struct log_limit list_warnings; /* of fallbacks that requests' own lists allow */
@@ -61,11 +63,15 @@ struct server {
 	struct post *posts;
 	struct post *posts_last;
 	bool ended; /* under mutex: server_run has returned or is about to, nobody runs posts any more */
+	struct allocation *allocations; /* host memory that modules hold */
 	_Atomic int drain_asked;         /* how often */
 	_Atomic uint64_t drain_timeout_us;
 };
 
 /* Any thread: the loop looks at lanes, posts and drain soon. */
 void server_wake(struct server *server);
+
+/* The loop's: the next poll doesn't sleep, so that on_flush sees what is dirty now. */
+void server_flush_soon(struct server *server);
 
 #endif

@@ -111,11 +111,8 @@ static opd_status run_kernel(struct request *request, struct lane_exec *lane)
 	status = impl->def->run(impl->def, impl->state, &run->bound.call, &exec, &request->error);
 	buffer_unref(run->scratch);
 	run->scratch = NULL;
-	if (status != OPD_OK) {
-		if (request->error.text[0] == '\0')
-			(void)opd_fail(&request->error, status, "%s.%s failed", impl->provider->name, run->op->schema->name);
-		return request->error.status = (int32_t)status, status;
-	}
+	if (status != OPD_OK)
+		return module_failure(status, &request->error, "%s.%s failed", impl->provider->name, run->op->schema->name);
 	return request->context->server->config->checked ? canaries_check(request) : OPD_OK;
 }
 
@@ -240,16 +237,15 @@ static void device_done(struct device_job *job)
 	request->clock.started = job->started_ns;
 	request->clock.ended = job->ended_ns;
 	request->clock.moves = job->moves_ns;
-	if (job->status == OPD_OK && !job->plan_refused && request->context->server->config->checked) {
+	if (job->status == OPD_OK && !job->plan_refused && request->context->server->config->checked)
 		request->status = canaries_check(request);
-	}
 	if (request->direct)
 		(void)sem_post(request->owner);
 	else
 		execute_done(request);
 }
 
-/* The first device of the implementation's kind, or the one that the request names. */
+/* Of the implementation's kind, the one that the request names, else the one with the least to do. 0: there is none. */
 static uint32_t choose_device(const struct request *request)
 {
 	const struct snapshot *snapshot = request->snapshot;
@@ -257,17 +253,30 @@ static uint32_t choose_device(const struct request *request)
 	struct device_filter filter = {.ordinal = -1};
 	if (request->message.run.device.bytes != 0 && device_filter_parse(request->message.run.device, &filter, NULL) != OPD_OK)
 		filter.ordinal = -1; /* it was parsed when the request was accepted */
-	for (uint32_t i = 1; i < snapshot->device_count; i++)
-		if (strcmp(snapshot->devices[i].kind, kind) == 0 && (filter.ordinal < 0 || snapshot->devices[i].ordinal == (uint64_t)filter.ordinal))
-			return i;
-	return 0;
+	uint32_t chosen = 0;
+	uint32_t least = UINT32_MAX;
+	for (uint32_t i = 1; i < snapshot->device_count; i++) {
+		if (strcmp(snapshot->devices[i].kind, kind) != 0 || (filter.ordinal >= 0 && snapshot->devices[i].ordinal != (uint64_t)filter.ordinal))
+			continue;
+		uint32_t load = device_lane_load(request->context->server, i);
+		if (load < least) {
+			least = load;
+			chosen = i;
+		}
+	}
+	return chosen;
+}
+
+void execute_place(struct request *request)
+{
+	request->run.device = request->run.dispatch.impl->on_host ? 0 : choose_device(request);
 }
 
 static void device_start(struct request *request)
 {
 	struct server *server = request->context->server;
 	struct request_run *run = &request->run;
-	run->device = choose_device(request);
+	execute_place(request);
 	struct device_lane *lane = NULL;
 	opd_status status = run->device == 0
 	                        ? opd_fail(&request->error, OPD_INTERNAL, "%s: no device of kind %s", run->op->schema->name,
@@ -283,6 +292,7 @@ static void device_start(struct request *request)
 		.dispatch = &run->dispatch,
 		.call = &run->bound.call,
 		.deadline_ns = run->deadline_ns,
+		.unwanted = &request->session->gone,
 		.done = device_done,
 	};
 	if (wants_clock(request))
@@ -294,8 +304,21 @@ static void device_start(struct request *request)
 
 /* ---- */
 
+/* The lanes are stopped: what a job that has just ended would start next is nobody's any more. */
+static bool refused_at_end(struct request *request)
+{
+	if (!request->context->server->ending)
+		return false;
+	request->run.written = false;
+	request->status = opd_fail(&request->error, OPD_UNAVAILABLE, "%s: the server ends", request->run.op->schema->name);
+	execute_done(request);
+	return true;
+}
+
 void execute_run(struct request *request)
 {
+	if (refused_at_end(request))
+		return;
 	request->run.written = false;
 	request->run.on_loop = false;
 	request->run.device = 0;
@@ -322,6 +345,8 @@ void execute_run(struct request *request)
 
 void execute_plan(struct request *request)
 {
+	if (refused_at_end(request))
+		return;
 	request->run.written = false;
 	lane_start(request, lane_plan);
 }

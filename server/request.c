@@ -11,6 +11,10 @@
 
 /* Envelopes are at most BOUND_ENVELOPE_BYTES; decoded they take a few times that. */
 #define ARENA_CAP_BYTES (64u << 20)
+/* Up to here a request's own memory is free; with more it is charged to the session. */
+#define ARENA_FREE_BYTES (64u << 10)
+/* Behind the cap, for the reply that says that the cap was reached. */
+#define ARENA_SPARE_BYTES (16u << 10)
 #define FREE_REQUESTS_MAX 256u
 
 uint64_t request_now_ns(void)
@@ -151,6 +155,7 @@ struct request *request_create(struct context *context, struct session *session,
 	request->session = session_ref(session);
 	request->id = id;
 	request->error.status = OPD_OK;
+	request->error.text[0] = '\0'; /* a provider that fails without a text must not show another session's */
 	return request;
 }
 
@@ -166,10 +171,13 @@ void request_release(struct request *request)
 	generate_release(request);
 	buffer_unref(request->payload);
 	snapshot_unref(request->snapshot);
+	if (request->arena_charged_bytes != 0)
+		account_release(request->session->account, request->arena_charged_bytes);
 	session_unref(request->session);
 	struct context *context = request->context;
 	struct arena arena = request->arena;
 	arena_reset(&arena);
+	arena.cap_bytes = ARENA_CAP_BYTES;
 	/* Everything but the arena starts from zero; error texts are written before they are read. */
 	memset(request, 0, offsetof(struct request, error));
 	memset((char *)request + offsetof(struct request, run), 0, sizeof *request - offsetof(struct request, run));
@@ -183,11 +191,31 @@ void request_release(struct request *request)
 	context->free_count++;
 }
 
+/* A decoded envelope can take fifty times its bytes (two bytes of it make a message), for as long as the request waits. */
+static opd_status charge_arena(struct request *request)
+{
+	uint64_t bytes = request->arena.used_bytes;
+	if (bytes <= ARENA_FREE_BYTES)
+		return OPD_OK;
+	opd_status status = account_charge(request->session->account, bytes, &request->error);
+	if (status != OPD_OK)
+		return opd_error_prefix(&request->error, status, "envelope, decoded");
+	request->arena_charged_bytes = bytes;
+	return OPD_OK;
+}
+
 opd_status request_accept(struct request *request, const uint8_t *envelope, size_t bytes, uint64_t payload_bytes)
 {
 	request->clock.received = request_now_ns();
 	opd_status status = codec_decode_request(&request->arena, envelope, bytes, &request->message, &request->error);
-	return status != OPD_OK ? status : request_accept_message(request, payload_bytes);
+	if (status == OPD_OK)
+		status = charge_arena(request);
+	if (status == OPD_OK)
+		return request_accept_message(request, payload_bytes);
+	/* Nothing was taken yet: its memory must not wait for a client that doesn't read the refusal. */
+	request->message = (struct msg_request){0};
+	arena_reset(&request->arena);
+	return status;
 }
 
 opd_status request_accept_message(struct request *request, uint64_t payload_bytes)
@@ -223,12 +251,12 @@ static void encode(struct request *request)
 	opd_error error;
 	if (codec_encode_reply(&request->arena, &request->reply, &request->frame, &error) == OPD_OK)
 		return;
-	/* What was to be said doesn't fit: say that instead, in a fresh arena. */
+	/* What was to be said doesn't fit: say that instead. What is in the arena stays: the release goes through the lists of buffers there. */
 	LOG(request->context->server->log, LOG_WARN, "reply could not be encoded", LOG_UINT("session", request->session->id),
 	    LOG_UINT("request", request->id), LOG_STR("error", error.text));
 	request->segment_count = 0;
 	request->reply_bytes = 0;
-	arena_reset(&request->arena);
+	request->arena.cap_bytes += ARENA_SPARE_BYTES;
 	request->reply = (struct msg_reply){.status = OPD_RESOURCE_EXHAUSTED, .message = msg_text("the reply is too large to be encoded")};
 	if (codec_encode_reply(&request->arena, &request->reply, &request->frame, &error) != OPD_OK)
 		request->frame = (struct codec_buffer){0};

@@ -126,9 +126,11 @@ static void finish_lanes(struct server *server)
 	(void)lane_finish_done(server->lane);
 	if (!atomic_exchange_explicit(&server->device_done, false, memory_order_acquire))
 		return;
-	for (uint32_t i = 0; i < REGISTRY_DEVICES_MAX; i++)
-		if (server->device_lanes[i] != NULL)
-			device_lane_finish_done(server->device_lanes[i]);
+	for (uint32_t i = 0; i < REGISTRY_DEVICES_MAX; i++) {
+		struct device_lane *lane = atomic_load_explicit(&server->device_lanes[i], memory_order_acquire);
+		if (lane != NULL)
+			device_lane_finish_done(lane);
+	}
 }
 
 static void on_wake(uv_async_t *wake)
@@ -143,6 +145,14 @@ static void on_wake(uv_async_t *wake)
 static void on_again(uv_idle_t *again)
 {
 	(void)again;
+}
+
+/* Before polling too something may become writable (a write that libuv finished at once is reported then): without this the poll would sleep on it
+ * until the next tick. */
+void server_flush_soon(struct server *server)
+{
+	if (!uv_is_active((uv_handle_t *)&server->again))
+		(void)uv_idle_start(&server->again, on_again);
 }
 
 /* After polling: the turn's replies leave together, and a new turn begins. */
@@ -160,10 +170,7 @@ static void on_flush(uv_check_t *check)
 		conn_flush(conn);
 		conn = next;
 	}
-	/* Something could still be written: don't sleep in the next poll. */
-	if (server->dirty != NULL && !uv_is_active((uv_handle_t *)&server->again))
-		(void)uv_idle_start(&server->again, on_again);
-	else if (server->dirty == NULL && uv_is_active((uv_handle_t *)&server->again))
+	if (server->dirty == NULL)
 		(void)uv_idle_stop(&server->again);
 }
 
@@ -180,9 +187,11 @@ static void on_tick(uv_timer_t *tick)
 
 /* ---- Modules' memory ---- */
 
-/* In front of what modules get: its size, so that the ledger can be told. */
+/* In front of what modules get. */
 struct allocation {
 	_Alignas(64) struct buffer *buffer;
+	struct allocation *next;
+	struct allocation **link;
 };
 
 static void *module_alloc(void *context, uint64_t bytes)
@@ -191,15 +200,40 @@ static void *module_alloc(void *context, uint64_t bytes)
 	struct buffer *buffer;
 	if (bytes > UINT64_MAX / 2 || buffer_alloc(server->account, bytes + sizeof(struct allocation), 0, &buffer, NULL) != OPD_OK)
 		return NULL;
-	((struct allocation *)(void *)buffer->data)->buffer = buffer;
-	return buffer->data + sizeof(struct allocation);
+	struct allocation *allocation = (struct allocation *)(void *)buffer->data;
+	allocation->buffer = buffer;
+	(void)pthread_mutex_lock(&server->mutex);
+	allocation->next = server->allocations;
+	allocation->link = &server->allocations;
+	if (allocation->next != NULL)
+		allocation->next->link = &allocation->next;
+	server->allocations = allocation;
+	(void)pthread_mutex_unlock(&server->mutex);
+	return allocation + 1;
 }
 
 static void module_free(void *context, void *memory)
 {
-	(void)context;
-	if (memory != NULL)
-		buffer_unref(((struct allocation *)memory - 1)->buffer);
+	struct server *server = context;
+	if (memory == NULL)
+		return;
+	struct allocation *allocation = (struct allocation *)memory - 1;
+	(void)pthread_mutex_lock(&server->mutex);
+	*allocation->link = allocation->next;
+	if (allocation->next != NULL)
+		allocation->next->link = allocation->link;
+	(void)pthread_mutex_unlock(&server->mutex);
+	buffer_unref(allocation->buffer);
+}
+
+/* After the modules are closed: what they forgot, so that the ledger comes back to zero. */
+static void free_forgotten(struct server *server)
+{
+	uint64_t count = 0;
+	for (; server->allocations != NULL; count++)
+		module_free(server, server->allocations + 1);
+	if (count > 0)
+		LOG(server->log, LOG_WARN, "providers left host memory unfreed", LOG_UINT("allocations", count));
 }
 
 static void service_parallel_for(const opd_exec *exec, uint64_t items, uint64_t grain, opd_range_fn range, void *argument)
@@ -383,7 +417,8 @@ static void close_loop(struct server *server)
 	for (struct conn *conn = server->conns; conn != NULL; conn = conn->next)
 		conn_close(conn, LOG_INFO, "the server ends");
 	(void)uv_run(&server->loop, UV_RUN_NOWAIT);
-	/* Jobs of closed connections end without a reader. */
+	/* Jobs of closed connections end without a reader, and nothing follows them: not the next provider, nor a request that waited for a result. */
+	server->ending = true;
 	lane_stop(server->lane);
 	for (uint32_t i = 0; i < REGISTRY_DEVICES_MAX; i++) {
 		struct device_lane *lane = server->device_lanes[i];
@@ -411,6 +446,7 @@ void server_destroy(struct server *server)
 	context_fini(&server->context);
 	plans_destroy(server->plans);
 	registry_destroy(server->registry);
+	free_forgotten(server);
 	if (server->account != NULL) {
 		account_unref(server->account);
 		memory_fini(&server->memory);

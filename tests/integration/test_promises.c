@@ -789,7 +789,7 @@ START_TEST(promise_27_a_module_that_comes_later_takes_its_place_in_stored_lists)
 	set(OPD_SCOPE_SESSION, "lab_scale", LIST("missing", "plain"));
 	opd_result *result = run(scale_of(4));
 	ck_assert_uint_eq(opd_result_explain(result)->skip_count, 1);
-	skipped(result, 0, "missing", OPD_REASON_MODULE, "module: /nowhere/opd-provider-missing.so: no such file");
+	skipped(result, 0, "missing", OPD_REASON_MODULE, "module: /nowhere/opd-provider-missing.so: No such file or directory");
 	ran(result, "plain");
 	opd_module module = *lab_modules[2]; /* plain, under the missing name */
 	module.name = "missing";
