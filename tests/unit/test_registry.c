@@ -78,6 +78,7 @@ static opd_module told = {.abi = OPD_PROVIDER_ABI, .struct_bytes = sizeof told, 
                           .open = open_as_told, .close = close_told};
 
 static opd_op told_op;
+static opd_impl told_native; /* of any op that told registers */
 static opd_impl told_impl;
 static const opd_impl *registered = &told_impl; /* what register_impl registers */
 
@@ -108,7 +109,10 @@ static void refuses(opd_status (*what)(const opd_host *, opd_error *), opd_statu
 static opd_op op_of(const char *schema)
 {
 	opd_op op = lab_scale;
+	told_native = *lab_scale.native;
+	told_native.op = NULL;
 	op.schema = schema;
+	op.native = &told_native;
 	return op;
 }
 
@@ -237,17 +241,17 @@ START_TEST(promise_3_native_is_every_ops_first_implementation_and_supports_all_a
 		ck_assert_ptr_null(native->def->predicate);
 	}
 	snapshot_unref(snapshot);
-	opd_impl native = *lab_scale.native;
 	told_op = op_of("mine(Tensor x, float factor=2.0) -> Tensor");
-	told_op.native = &native;
-	native.unsupported = "never";
+	told_native.unsupported = "never";
 	refuses(register_op, OPD_INVALID_ARGUMENT, "must run on cpu and support all arguments");
-	native = *lab_scale.native;
-	native.device = "toy";
+	told_native.unsupported = NULL;
+	told_native.device = "toy";
 	refuses(register_op, OPD_INVALID_ARGUMENT, "must run on cpu and support all arguments");
 	told_op.native = NULL;
 	refuses(register_op, OPD_INVALID_ARGUMENT, "op mine has no native implementation");
 	told_op.native = lab_scale.native;
+	refuses(register_op, OPD_INVALID_ARGUMENT, "its native implementation is one of \"lab_scale\"");
+	told_op = op_of(told_op.schema);
 	told_op.shape = NULL;
 	refuses(register_op, OPD_INVALID_ARGUMENT, "op mine has no shape function");
 	told_op.shape = lab_scale.shape;
@@ -452,7 +456,7 @@ START_TEST(promise_16_a_list_for_a_module_that_could_not_be_loaded_does_not_brea
 	const struct effective *effective = snapshot_op(snapshot, "lab_scale", 9)->fallback;
 	ck_assert_uint_eq(effective->skip_count, 1);
 	ck_assert_int_eq(effective->skips[0].code, OPD_REASON_MODULE);
-	ck_assert_str_eq(effective->skips[0].reason, "/nowhere/x.so: no such file");
+	ck_assert_str_eq(effective->skips[0].reason, "/nowhere/x.so: No such file or directory");
 	snapshot_unref(snapshot);
 }
 END_TEST
