@@ -18,7 +18,7 @@ static opd_status open_module(const opd_host *host, void *state_of, opd_error *e
 	opd_status status = host->register_impl(host, &relu, error);
 	if (status == OPD_OK)
 		status = host->register_op(host, &op, error);
-	return status != OPD_OK ? status : opd_fail(error, OPD_UNAVAILABLE, "its library is too old: 1.2, at least 2.0");
+	return status != OPD_OK ? status : opd_fail(error, OPD_FAILED_PRECONDITION, "its library is too old: 1.2, at least 2.0");
 }
 
 static void close_module(const opd_host *host, void *state_of)
