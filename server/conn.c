@@ -134,6 +134,7 @@ static void mark_dirty(struct conn *conn)
 	conn->dirty = true;
 	conn->next_dirty = conn->server->dirty;
 	conn->server->dirty = conn;
+	server_flush_soon(conn->server);
 }
 
 static void new_turn(struct conn *conn)

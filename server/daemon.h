@@ -74,4 +74,7 @@ struct server {
 /* Any thread: the loop looks at lanes, posts and drain soon. */
 void server_wake(struct server *server);
 
+/* The loop's: the next poll doesn't sleep, so that on_flush sees what is dirty now. */
+void server_flush_soon(struct server *server);
+
 #endif

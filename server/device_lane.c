@@ -318,11 +318,12 @@ static void job_enqueue(struct device_lane *lane, struct device_job *job)
 	if (job->status != OPD_OK || job->plan_refused)
 		return;
 	job->status = need_stream(lane, job);
+	uint64_t moves_from = request_now_ns();
 	if (job->status == OPD_OK)
 		job->status = work_create(lane, job);
 	if (job->status == OPD_OK)
 		job->status = move_all_in(lane, job);
-	job->moves_ns = request_now_ns() - job->started_ns;
+	job->moves_ns = request_now_ns() - moves_from;
 	if (job->status == OPD_OK)
 		job->status = enqueue_kernel(lane, job);
 	if (job->status == OPD_OK)

@@ -147,6 +147,14 @@ static void on_again(uv_idle_t *again)
 	(void)again;
 }
 
+/* Before polling too something may become writable (a write that libuv finished at once is reported then): without this the poll would sleep on it
+ * until the next tick. */
+void server_flush_soon(struct server *server)
+{
+	if (!uv_is_active((uv_handle_t *)&server->again))
+		(void)uv_idle_start(&server->again, on_again);
+}
+
 /* After polling: the turn's replies leave together, and a new turn begins. */
 static void on_flush(uv_check_t *check)
 {
@@ -162,10 +170,7 @@ static void on_flush(uv_check_t *check)
 		conn_flush(conn);
 		conn = next;
 	}
-	/* Something could still be written: don't sleep in the next poll. */
-	if (server->dirty != NULL && !uv_is_active((uv_handle_t *)&server->again))
-		(void)uv_idle_start(&server->again, on_again);
-	else if (server->dirty == NULL && uv_is_active((uv_handle_t *)&server->again))
+	if (server->dirty == NULL)
 		(void)uv_idle_stop(&server->again);
 }
 

@@ -52,7 +52,7 @@ struct demo_distance demo_compare_rms_norm(const struct demo_model *model, const
                                            const opd_tensor *got)
 {
 	const int64_t width = model->norm.shape[0];
-	if (!is_matrix(got, x->dtype, model->tokens, width))
+	if (!is_matrix(x, x->dtype, model->tokens, width) || !is_matrix(got, x->dtype, model->tokens, width))
 		return nothing_alike;
 	struct demo_distance distance = {0, 0};
 	for (int64_t row = 0; row < model->tokens; row++) {
@@ -75,7 +75,7 @@ struct demo_distance demo_compare_rms_norm(const struct demo_model *model, const
 struct demo_distance demo_compare_linear(const struct demo_model *model, const opd_tensor *x, const opd_tensor *got)
 {
 	const int64_t width = model->query.shape[1], columns = model->query.shape[0];
-	if (!is_matrix(got, x->dtype, model->tokens, columns))
+	if (!is_matrix(x, x->dtype, model->tokens, width) || !is_matrix(got, x->dtype, model->tokens, columns))
 		return nothing_alike;
 	struct demo_distance distance = {0, 0};
 	/* A sum of K products in f32 may be off by this much of the sum of their magnitudes. */

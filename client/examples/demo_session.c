@@ -214,7 +214,14 @@ bool part_flight(struct demo *demo)
 	opd_request *request = norm_request(demo);
 	opd_request_priority(request, on_cpu, 1);
 	opd_result *all = run(demo, request);
-	const bool right = all != NULL && fly(demo, opd_result_tensor(all, 0));
+	bool right = false;
+	if (all != NULL) {
+		const opd_tensor *tensor = opd_result_tensor(all, 0), *rows = opd_result_tensor(demo->rows, 0);
+		if (tensor != NULL && tensor->data != NULL && opd_tensor_same_shape(tensor, rows))
+			right = fly(demo, tensor);
+		else
+			demo_check(demo, false, "rms_norm gave another shape than its x has");
+	}
 	opd_result_destroy(all);
 	return right;
 }

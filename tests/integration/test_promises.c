@@ -789,7 +789,7 @@ START_TEST(promise_27_a_module_that_comes_later_takes_its_place_in_stored_lists)
 	set(OPD_SCOPE_SESSION, "lab_scale", LIST("missing", "plain"));
 	opd_result *result = run(scale_of(4));
 	ck_assert_uint_eq(opd_result_explain(result)->skip_count, 1);
-	skipped(result, 0, "missing", OPD_REASON_MODULE, "module: /nowhere/opd-provider-missing.so: no such file");
+	skipped(result, 0, "missing", OPD_REASON_MODULE, "module: /nowhere/opd-provider-missing.so: No such file or directory");
 	ran(result, "plain");
 	opd_module module = *lab_modules[2]; /* plain, under the missing name */
 	module.name = "missing";
@@ -810,6 +810,7 @@ START_TEST(promise_27_a_request_dispatched_earlier_keeps_its_snapshot)
 	opd_request *gate = opd_request_create("lab_wait");
 	opd_request_tensor(gate, NULL, &(opd_operand)OPD_OPERAND(OPD_f32, values, 4));
 	OK(opd_submit(client, gate, &ticket, &error));
+	house_await_count(&lab_counts.waiting, 1);
 	for (int i = 0; i < 5; i++)
 		OK(registry_set_shape(house.server->registry, "lab_wait", lab_shape_longer, &error));
 	ran(run(scale_of(4)), "native");

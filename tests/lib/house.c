@@ -1,7 +1,7 @@
 #include "tests/lib/house.h"
 
 #include <check.h>
-#include <inttypes.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -17,6 +17,9 @@
 static void *serve(void *argument)
 {
 	struct house *house = argument;
+	sigset_t all; /* as main does: a client that is gone is no reason to end */
+	(void)sigfillset(&all);
+	(void)pthread_sigmask(SIG_SETMASK, &all, NULL);
 	(void)server_run(house->server);
 	return NULL;
 }
@@ -25,20 +28,10 @@ static void configure(struct config *config, const char *const *settings)
 {
 	opd_error error;
 	for (; settings != NULL && settings[0] != NULL; settings += 2) {
-		opd_status status = strcmp(settings[0], "priority") == 0 ? config_add_priority(config, settings[1], &error)
-		                    : strcmp(settings[0], "module") == 0 ? config_add_module(config, settings[1], &error)
-		                                                         : config_set(config, settings[0], settings[1], &error);
+		opd_status status = strcmp(settings[0], "module") == 0 ? config_add_module(config, settings[1], &error)
+		                                                       : config_set(config, settings[0], settings[1], &error);
 		ck_assert_msg(status == OPD_OK, "%s: %s", settings[0], error.text);
 	}
-}
-
-/* Configured lists may name the lab's providers, which come after the start: they are set then. */
-static void set_priority(struct house *house, const struct config_priority *priority)
-{
-	opd_error error;
-	ck_assert_msg(registry_set_priority(house->server->registry, MSG_LEVEL_CONFIGURATION, priority->op, (const char *const *)priority->providers,
-	                                    (uint32_t)priority->count, &error) == OPD_OK,
-	              "%s", error.text);
 }
 
 void house_start(struct house *house, const char *const *settings)
@@ -57,13 +50,9 @@ void house_start(struct house *house, const char *const *settings)
 	configure(config, settings);
 	ck_assert_msg(config_add_listener(config, house->address, &error) == OPD_OK, "%s", error.text);
 	ck_assert_msg(config_check(config, false, &error) == OPD_OK, "%s", error.text);
-	size_t count = config->priority_count;
-	config->priority_count = 0;
 	ck_assert_msg(server_create(config, &house->log, &house->server, &error) == OPD_OK, "%s", error.text);
+	registry_clear_configuration(house->server->registry); /* the default list for every op */
 	ck_assert_msg(lab_open(house->server->registry, &error) == OPD_OK, "%s", error.text);
-	for (size_t i = 0; i < count; i++)
-		set_priority(house, &config->priorities[i]);
-	config->priority_count = count;
 	ck_assert_int_eq(pthread_create(&house->thread, NULL, serve, house), 0);
 }
 
@@ -176,6 +165,13 @@ char *house_log(const struct house *house)
 	}
 	(void)fclose(file);
 	return text;
+}
+
+void house_await_count(const _Atomic uint64_t *counter, uint64_t count)
+{
+	for (int i = 0; i < 20000 && atomic_load(counter) < count; i++)
+		(void)nanosleep(&(struct timespec){.tv_nsec = 500000}, NULL);
+	ck_assert_uint_ge(atomic_load(counter), count);
 }
 
 size_t house_log_count(const struct house *house, const char *event, const char *also)

@@ -2,12 +2,15 @@
  *
  * Layer: tests. Threads: house_start and house_stop on the test's; the daemon has a thread of its own. One house at a time.
  * Life: house_start → house_client… → every client closed → house_stop, which checks that the ledger is back at zero.
+ * No list is set: the default one for every op is taken away.
  * Failures end the test (libcheck). */
 #ifndef OPD_TESTS_HOUSE_H
 #define OPD_TESTS_HOUSE_H
 
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stddef.h>
+#include <stdint.h>
 
 #include "opd/client.h"
 #include "server/server.h"
@@ -21,7 +24,7 @@ struct house {
 	char address[112]; /* "unix:…/sock" */
 };
 
-/* settings: pairs of configuration key and value, then NULL; "priority" takes op=provider,…; "module" takes name=/path. NULL: none. */
+/* settings: pairs of configuration key and value, then NULL; "module" takes name=/path. NULL: none. */
 void house_start(struct house *house, const char *const *settings);
 void house_stop(struct house *house);
 
@@ -37,5 +40,8 @@ void house_log_level(struct house *house, log_level level);
 
 /* Waits until the ledger shows `bytes`: replies are released a moment after the client has read them. */
 void house_await_bytes(const struct house *house, uint64_t bytes);
+
+/* Waits until a counter of the lab's has come so far. */
+void house_await_count(const _Atomic uint64_t *counter, uint64_t count);
 
 #endif
