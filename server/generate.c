@@ -1,4 +1,5 @@
 /* Inputs made by the daemon: an op's generator on the lane, its tensors sent or kept. */
+#include <assert.h>
 #include <inttypes.h>
 #include <math.h>
 #include <stdlib.h>
@@ -246,10 +247,12 @@ static bool send_made(struct request *request, struct made *made)
 /* Nobody will learn of these handles. */
 static void unkeep(struct request *request, struct generation *generation)
 {
-	opd_error ignored;
+	opd_status status = OPD_OK;
 	for (uint32_t i = 0; i < generation->count; i++)
 		if (generation->made[i].tensor.source == MSG_SOURCE_HANDLE && generation->made[i].tensor.handle.generation != 0)
-			(void)kept_free(&request->session->kept, generation->made[i].tensor.handle, &ignored);
+			status = kept_free(&request->session->kept, generation->made[i].tensor.handle, NULL);
+	assert(status == OPD_OK);
+	(void)status;
 }
 
 /* The buffers stay until the request is released: the reply sends them from where they lie. */

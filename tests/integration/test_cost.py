@@ -166,6 +166,21 @@ class InFlight(DaemonCase):
         self.daemon.wait_log("a half-sent request stalled")
 
 
+class Kept(DaemonCase):
+    config = "limits: {kept: 3}\n"
+
+    def test_a_generation_that_cannot_keep_all_keeps_nothing(self):
+        client = self.client()
+        request = pb.Request(generate=pb.Generate(op="rms_norm", dtype=9, keep=True))
+        self.assertEqual(client.call(request)[0].status, OK)
+        for _ in range(3):
+            self.assertEqual(client.call(request)[0].status, RESOURCE_EXHAUSTED)
+        used = client.info().session_memory_bytes
+        reply, _ = client.call(pb.Request(generate=pb.Generate(op="silu", dtype=9, keep=True)))
+        self.assertEqual(reply.status, OK, reply.message)
+        self.assertGreater(client.info().session_memory_bytes, used)
+
+
 class Hello(DaemonCase):
     def test_a_refused_hello_is_answered_once(self):
         with Client(self.address, hello=False) as client:
