@@ -26,7 +26,9 @@ struct post;
 
 struct server {
 	struct log *log;
-	struct config *config; /* the loop's; replaced by a reload */
+	struct config *config;         /* the loop's alone: a reload frees it */
+	_Atomic bool checked;          /* what lanes and direct callers need of it */
+	_Atomic uint64_t inline_ns;
 	struct registry *registry;
 	struct plans *plans;
 	struct memory memory;
@@ -45,6 +47,7 @@ struct server {
 	char *stage;            /* what connections read into before they know where it belongs */
 	struct conn *conns;     /* all, newest first */
 	uint32_t conn_count;
+	uint32_t direct_count;  /* sessions that are handed over to a direct caller */
 	struct conn *dirty;     /* have replies to write in this turn */
 	uint64_t turn;          /* number of the loop's turn */
 	uint64_t turn_us;       /* monotonic time of its start */

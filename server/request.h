@@ -48,6 +48,7 @@ struct request_run {
 	bool failed;      /* error is written; ends once nothing is waited for */
 	bool expected;    /* kept_expect was called, neither settled nor failed yet */
 	bool on_loop;     /* small enough to run at once */
+	bool checked;     /* its outputs have canaries */
 	bool plan_refused;          /* found on a lane */
 	bool written;               /* a kernel has begun: outputs may hold half of a result */
 	struct buffer **outputs;    /* [output_count]; NULL: not allocated yet */

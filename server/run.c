@@ -452,8 +452,10 @@ static bool fill_result(struct request *request, uint32_t index, struct msg_resu
 
 static opd_status check_inline_results(struct request *request)
 {
+	if (!request->message.run.inline_results || request->direct)
+		return OPD_OK;
 	uint64_t limit = request->context->server->config->limits.envelope_bytes;
-	if (request->message.run.inline_results && !request->direct && request->run.bound.output_bytes > limit / 2)
+	if (request->run.bound.output_bytes > limit / 2)
 		return opd_fail(&request->error, OPD_RESOURCE_EXHAUSTED, "%s: results of %" PRIu64 " bytes don't fit inline (at most %" PRIu64 "): take them as payload",
 		                request->run.op->schema->name, request->run.bound.output_bytes, limit / 2);
 	return OPD_OK;

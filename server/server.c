@@ -115,7 +115,7 @@ static void drain_check(struct server *server)
 		drain_cut_off(server, "asked to end at once");
 	else if (request_now_ns() / 1000 >= server->drain_until_us)
 		drain_cut_off(server, "the drain's time is over");
-	if (server->conns == NULL)
+	if (server->conns == NULL && server->direct_count == 0)
 		uv_stop(&server->loop);
 }
 
@@ -366,6 +366,13 @@ static opd_status start(struct server *server, opd_error *error)
 	return status;
 }
 
+static void take_config(struct server *server, struct config *config)
+{
+	server->config = config;
+	atomic_store_explicit(&server->checked, config->checked, memory_order_relaxed);
+	atomic_store_explicit(&server->inline_ns, config->inline_ns, memory_order_relaxed);
+}
+
 opd_status server_create(struct config *config, struct log *log, struct server **server_out, opd_error *error)
 {
 	struct server *server = calloc(1, sizeof *server);
@@ -374,7 +381,7 @@ opd_status server_create(struct config *config, struct log *log, struct server *
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: out of memory");
 	}
 	server->log = log;
-	server->config = config;
+	take_config(server, config);
 	server->started_us = server->turn_us = request_now_ns() / 1000;
 	context_init(&server->context, server);
 	opd_status status = start(server, error);
@@ -390,7 +397,7 @@ opd_status server_create(struct config *config, struct log *log, struct server *
 
 opd_status server_run(struct server *server)
 {
-	while (!server->draining || server->conns != NULL) {
+	while (!server->draining || server->conns != NULL || server->direct_count != 0) {
 		(void)uv_run(&server->loop, UV_RUN_DEFAULT);
 		drain_check(server);
 	}
@@ -427,7 +434,8 @@ static void close_loop(struct server *server)
 			device_lane_finish_done(lane);
 		}
 	}
-	(void)lane_finish_done(server->lane);
+	if (server->lane != NULL)
+		(void)lane_finish_done(server->lane);
 	run_posts(server);
 	uv_walk(&server->loop, close_handle, NULL);
 	while (uv_loop_close(&server->loop) == UV_EBUSY)
@@ -521,8 +529,9 @@ opd_status server_reload(struct server *server, struct config *config, opd_error
 	if (status != OPD_OK) /* only memory can be the reason now */
 		LOG(server->log, LOG_ERROR, "reload: priorities are incomplete", LOG_STR("reason", error->text));
 	log_set_level(server->log, config->level);
+	take_config(server, config);
 	atomic_store(&server->memory.limit_bytes, config->limits.memory_bytes);
-	server->config = config;
+	atomic_store(&server->account->limit_bytes, config->limits.memory_bytes);
 	config_destroy((struct config *)before);
 	LOG(server->log, LOG_INFO, "configuration reloaded", LOG_STR("path", config->path));
 	return OPD_OK;
@@ -585,9 +594,18 @@ opd_status server_adopt(struct server *server, int fd, struct session **session_
 	return status;
 }
 
+/* What a direct call leaves to a lane comes back through the loop, which therefore doesn't end before the last direct scope. */
+static void end_direct(struct server *server, struct session *session)
+{
+	if (session->direct)
+		server->direct_count--;
+	session->direct = false;
+}
+
 static void forget_on_loop(void *argument)
 {
 	struct handshake *shake = argument;
+	end_direct(shake->server, shake->session);
 	session_unref(shake->session);
 	(void)sem_post(&shake->done);
 }
@@ -602,10 +620,13 @@ void server_forget(struct server *server, struct session *session)
 static void direct_begin_on_loop(void *argument)
 {
 	struct handshake *shake = argument;
-	if (shake->session->in_flight != 0) {
+	if (shake->server->draining) {
+		shake->status = opd_fail(shake->error, OPD_UNAVAILABLE, "direct calls: the server is draining");
+	} else if (shake->session->in_flight != 0) {
 		shake->status = opd_fail(shake->error, OPD_FAILED_PRECONDITION, "direct calls: %u requests are in flight", (unsigned)shake->session->in_flight);
 	} else {
 		shake->session->direct = true;
+		shake->server->direct_count++;
 		shake->status = OPD_OK;
 	}
 	(void)sem_post(&shake->done);
@@ -614,7 +635,7 @@ static void direct_begin_on_loop(void *argument)
 static void direct_end_on_loop(void *argument)
 {
 	struct handshake *shake = argument;
-	shake->session->direct = false;
+	end_direct(shake->server, shake->session);
 	(void)sem_post(&shake->done);
 }
 

@@ -392,10 +392,11 @@ class DaemonCase(unittest.TestCase):
 
     flags = ()
     environment = None
+    config = None
 
     @classmethod
     def setUpClass(cls):
-        cls.daemon = Daemon(*cls.flags, environment=cls.environment)
+        cls.daemon = Daemon(*cls.flags, environment=cls.environment, config=cls.config)
         cls.address = cls.daemon.address
 
     @classmethod

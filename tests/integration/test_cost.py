@@ -166,6 +166,24 @@ class InFlight(DaemonCase):
         self.daemon.wait_log("a half-sent request stalled")
 
 
+class Kept(DaemonCase):
+    config = "limits: {kept: 5}\n"
+
+    def test_a_generation_that_cannot_keep_all_keeps_nothing(self):
+        client = self.client()
+        request = pb.Request(generate=pb.Generate(op="linear", dtype=9, keep=True))
+        reply, _ = client.ask(request)
+        each = sum(argument.HasField("tensor") for argument in reply.generated.args)
+        self.assertIn(each, (2, 3, 4))
+        for _ in range(5 // each - 1):
+            client.ask(request)
+        for _ in range(3):
+            self.assertEqual(client.call(request)[0].status, RESOURCE_EXHAUSTED)
+        for _ in range(5 % each):
+            client.ask(pb.Request(generate=pb.Generate(op="silu", dtype=9, keep=True)))
+        self.assertEqual(client.call(pb.Request(generate=pb.Generate(op="silu", dtype=9, keep=True)))[0].status, RESOURCE_EXHAUSTED)
+
+
 class Hello(DaemonCase):
     def test_a_refused_hello_is_answered_once(self):
         with Client(self.address, hello=False) as client:
