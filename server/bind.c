@@ -242,7 +242,9 @@ opd_status bind_place(const struct op *op, struct operand *operand, void *data, 
 		tensor_row_major(source->rank, source->shape, source->strides);
 	tensor_describe(&operand->tensor, source->dtype, source->rank, source->shape, source->strides, source->byte_offset);
 	operand->tensor.data = data;
-	operand->tensor.alignment = data == NULL ? OPD_TENSOR_ALIGNMENT : tensor_alignment(data, source->byte_offset);
+	/* No more than every buffer has: a plan is kept for that, and a device's copy has no more either. */
+	uint32_t alignment = tensor_alignment(data, source->byte_offset);
+	operand->tensor.alignment = data == NULL || alignment > OPD_TENSOR_ALIGNMENT ? OPD_TENSOR_ALIGNMENT : alignment;
 	return OPD_OK;
 }
 

@@ -19,19 +19,22 @@
 #include "server/server.h"
 #include "server/tensors.h"
 
+struct allocation;
 struct listener;
 struct conn;
 struct post;
 
 struct server {
 	struct log *log;
-	struct config *config; /* the loop's; replaced by a reload */
+	struct config *config;         /* the loop's alone: a reload frees it */
+	_Atomic bool checked;          /* what lanes and direct callers need of it */
+	_Atomic uint64_t inline_ns;
 	struct registry *registry;
 	struct plans *plans;
 	struct memory memory;
 	struct account *account; /* what modules allocate */
 	struct lane *lane;
-	struct device_lane *device_lanes[REGISTRY_DEVICES_MAX]; /* by device number; started on first use, on the loop */
+	_Atomic(struct device_lane *) device_lanes[REGISTRY_DEVICES_MAX]; /* by device number; started on first use, under the mutex */
 	uint64_t started_us;
 
 	uv_loop_t loop;
@@ -44,6 +47,7 @@ struct server {
 	char *stage;            /* what connections read into before they know where it belongs */
 	struct conn *conns;     /* all, newest first */
 	uint32_t conn_count;
+	uint32_t direct_count;  /* sessions that are handed over to a direct caller */
 	struct conn *dirty;     /* have replies to write in this turn */
 	uint64_t turn;          /* number of the loop's turn */
 	uint64_t turn_us;       /* monotonic time of its start */
@@ -51,8 +55,10 @@ struct server {
 	uint64_t next_session;
 	bool draining;
 	bool drain_failed;
+	bool ending;            /* the lanes are stopped: nothing may be submitted to one any more */
 	uint64_t drain_until_us;
 
+	struct log_limit list_warnings; /* of fallbacks that requests' own lists allow */
 	_Atomic uint64_t requests; /* accepted since the start */
 	_Atomic bool device_done;  /* a device lane has finished jobs */
 
@@ -60,11 +66,15 @@ struct server {
 	struct post *posts;
 	struct post *posts_last;
 	bool ended; /* under mutex: server_run has returned or is about to, nobody runs posts any more */
+	struct allocation *allocations; /* host memory that modules hold */
 	_Atomic int drain_asked;         /* how often */
 	_Atomic uint64_t drain_timeout_us;
 };
 
 /* Any thread: the loop looks at lanes, posts and drain soon. */
 void server_wake(struct server *server);
+
+/* The loop's: the next poll doesn't sleep, so that on_flush sees what is dirty now. */
+void server_flush_soon(struct server *server);
 
 #endif

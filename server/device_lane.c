@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,12 +15,17 @@
 
 /* Jobs enqueued on the stream and not yet complete. */
 #define IN_FLIGHT_MAX 16u
+/* How the thread waits for the device: it looks again at once while a kernel may be a short one, then lets others have the core, then sleeps, so
+ * that a kernel of many milliseconds costs no core and is noticed at most 5 % late. */
+#define POLL_SPIN_NS 20000u
+#define POLL_YIELD_NS 1000000u
+#define POLL_SLEEP_NS 50000
 
 struct device_lane {
 	struct server *server;
 	struct device device; /* copied: snapshots come and go */
 	uint32_t number;
-	void *stream;
+	_Atomic uint32_t load; /* jobs submitted and not yet ended */
 	pthread_t thread;
 	bool joined;
 	pthread_mutex_t mutex; /* of queue, done and stopping */
@@ -30,6 +36,8 @@ struct device_lane {
 	struct device_job *done;
 	struct device_job **done_end;
 	/* the thread's own */
+	void *stream; /* NULL: made for the next job */
+	uint64_t progress_ns; /* when a job was last enqueued or ended */
 	struct device_job *flight; /* oldest first */
 	struct device_job **flight_end;
 	uint32_t in_flight;
@@ -49,7 +57,58 @@ struct device_work {
 	struct arena arena;
 };
 
+static bool poll_flight(struct device_lane *lane);
+
+/* ---- Waiting ---- */
+
+static void pause_polling(const struct device_lane *lane)
+{
+	const struct timespec sleep = {.tv_nsec = POLL_SLEEP_NS};
+	uint64_t waited = request_now_ns() - lane->progress_ns;
+	if (waited > POLL_YIELD_NS)
+		(void)nanosleep(&sleep, NULL);
+	else if (waited > POLL_SPIN_NS)
+		(void)sched_yield();
+}
+
+/* Waits until the oldest job in flight has ended; false: there is none. */
+static bool wait_for_oldest(struct device_lane *lane)
+{
+	if (lane->flight == NULL)
+		return false;
+	while (!poll_flight(lane))
+		pause_polling(lane);
+	return true;
+}
+
 /* ---- One job ---- */
+
+/* A step of the job failed in a function of the backend: the text says where, also when the module said nothing. */
+static opd_status device_failed(const struct device_lane *lane, struct device_job *job, opd_status status, const char *what)
+{
+	status = module_failure(status, &job->error, "%s failed", what);
+	return opd_error_prefix(&job->error, status, "%s on %s", job->op->schema->name, lane->device.name);
+}
+
+/* On the lane's thread: making a context may take long. After a failure the next job tries again. */
+static opd_status need_stream(struct device_lane *lane, struct device_job *job)
+{
+	if (lane->stream != NULL)
+		return OPD_OK;
+	opd_status status = lane->device.backend->stream_create(lane->device.state, lane->device.ordinal, &lane->stream, &job->error);
+	if (status == OPD_OK)
+		return OPD_OK;
+	lane->stream = NULL;
+	return device_failed(lane, job, status, "stream_create");
+}
+
+/* Nothing enqueued on the stream touches memory any more when this returns. */
+static void drop_stream(struct device_lane *lane)
+{
+	if (lane->stream != NULL)
+		lane->device.backend->stream_destroy(lane->device.state, lane->stream);
+	lane->stream = NULL;
+}
 
 static void work_destroy(struct device_lane *lane, struct device_work *work)
 {
@@ -71,14 +130,19 @@ static opd_status no_memory(struct device_job *job)
 
 static opd_status device_alloc(struct device_lane *lane, struct device_job *job, uint64_t bytes, void **memory_out)
 {
+	const opd_backend *backend = lane->device.backend;
 	struct device_work *work = job->work;
-	opd_status status = lane->device.backend->alloc(lane->device.state, lane->device.ordinal, bytes == 0 ? 1 : bytes, memory_out, &job->error);
-	if (status == OPD_OK)
-		work->memory[work->memory_count++] = *memory_out;
-	return status;
+	opd_status status;
+	do /* what other jobs hold comes back when they end: only a job that is alone on the device is too large for it */
+		status = backend->alloc(lane->device.state, lane->device.ordinal, bytes == 0 ? 1 : bytes, memory_out, &job->error);
+	while (status == OPD_RESOURCE_EXHAUSTED && wait_for_oldest(lane));
+	if (status != OPD_OK)
+		return device_failed(lane, job, status, "alloc");
+	work->memory[work->memory_count++] = *memory_out;
+	return OPD_OK;
 }
 
-/* The bytes that the tensor touches, from the start of its memory. */
+/* Where the bytes that the tensor touches end, from the start of its memory. */
 static uint64_t touched_bytes(const opd_tensor *tensor)
 {
 	uint64_t end = 0;
@@ -92,12 +156,17 @@ static opd_status move_in(struct device_lane *lane, struct device_job *job, cons
 		return no_memory(job);
 	*tensor = *host;
 	tensor->device = lane->number;
-	uint64_t bytes = touched_bytes(host);
+	/* A view far into a large tensor takes along only what it touches; whole lines are left out, so that its alignment stays. */
+	uint64_t skip = opd_tensor_empty(host) ? 0 : host->byte_offset / OPD_TENSOR_ALIGNMENT * OPD_TENSOR_ALIGNMENT;
+	uint64_t bytes = opd_tensor_empty(host) ? 0 : touched_bytes(host) - skip;
+	tensor->byte_offset = opd_tensor_empty(host) ? 0 : host->byte_offset - skip;
 	opd_status status = device_alloc(lane, job, bytes, &tensor->data);
-	if (status == OPD_OK && !opd_tensor_empty(host))
-		status = lane->device.backend->copy_in(lane->device.state, lane->stream, tensor->data, 0, host->data, bytes, &job->error);
 	*tensor_out = tensor;
-	return status;
+	if (status != OPD_OK || bytes == 0)
+		return status;
+	status = lane->device.backend->copy_in(lane->device.state, lane->stream, tensor->data, 0, (const unsigned char *)host->data + skip, bytes,
+	                                       &job->error);
+	return status == OPD_OK ? OPD_OK : device_failed(lane, job, status, "copy_in");
 }
 
 static opd_status move_arg(struct device_lane *lane, struct device_job *job, const opd_arg *host, opd_arg *arg)
@@ -136,7 +205,11 @@ static opd_status work_create(struct device_lane *lane, struct device_job *job)
 	work->output_list = arena_array(&work->arena, job->call->output_count, sizeof work->output_list[0]);
 	if (work->memory == NULL || work->args == NULL || work->outputs == NULL || work->output_list == NULL)
 		return no_memory(job);
-	return lane->device.backend->event_create(lane->device.state, lane->device.ordinal, &work->event, &job->error);
+	opd_status status = lane->device.backend->event_create(lane->device.state, lane->device.ordinal, &work->event, &job->error);
+	if (status == OPD_OK)
+		return OPD_OK;
+	work->event = NULL;
+	return device_failed(lane, job, status, "event_create");
 }
 
 static opd_status move_all_in(struct device_lane *lane, struct device_job *job)
@@ -179,7 +252,8 @@ static opd_status enqueue_kernel(struct device_lane *lane, struct device_job *jo
 			return status;
 	}
 	job->begun = true;
-	return impl->def->run(impl->def, impl->state, &job->work->call, &exec, &job->error);
+	opd_status status = impl->def->run(impl->def, impl->state, &job->work->call, &exec, &job->error);
+	return status == OPD_OK ? OPD_OK : module_failure(status, &job->error, "%s.%s failed", impl->provider->name, job->op->schema->name);
 }
 
 static opd_status move_all_out(struct device_lane *lane, struct device_job *job)
@@ -192,13 +266,15 @@ static opd_status move_all_out(struct device_lane *lane, struct device_job *job)
 		if (bytes != 0)
 			status = backend->copy_out(lane->device.state, lane->stream, host->data, job->work->outputs[i].data, 0, bytes, &job->error);
 	}
-	return status;
+	return status == OPD_OK ? OPD_OK : device_failed(lane, job, status, "copy_out");
 }
 
 /* Index contents lie in host memory still: they are checked there, before anything is copied. */
 static opd_status check_before(struct device_job *job)
 {
 	const opd_op *def = job->op->def;
+	if (job->unwanted != NULL && atomic_load_explicit(job->unwanted, memory_order_relaxed))
+		return opd_fail(&job->error, OPD_CANCELLED, "%s: the session has ended", job->op->schema->name);
 	if (job->deadline_ns != 0 && request_now_ns() >= job->deadline_ns)
 		return opd_fail(&job->error, OPD_DEADLINE_EXCEEDED, "%s: not started within its timeout", job->op->schema->name);
 	return def->check == NULL ? OPD_OK : def->check(def, job->call, &job->error);
@@ -217,6 +293,22 @@ static opd_status make_plan(struct device_job *job)
 	return status;
 }
 
+/* Recorded also after a failure: what was enqueued before it still uses the job's memory. */
+static void record_end(struct device_lane *lane, struct device_job *job)
+{
+	opd_error error = {0};
+	opd_status status = lane->device.backend->event_record(lane->device.state, job->work->event, lane->stream, &error);
+	job->work->recorded = status == OPD_OK;
+	if (status == OPD_OK)
+		return;
+	/* No event will tell when the job's memory may be freed: the stream's end does, and the next job gets another one. */
+	drop_stream(lane);
+	if (job->status == OPD_OK) {
+		job->error = error;
+		job->status = device_failed(lane, job, status, "event_record");
+	}
+}
+
 static void job_enqueue(struct device_lane *lane, struct device_job *job)
 {
 	job->started_ns = request_now_ns();
@@ -225,24 +317,19 @@ static void job_enqueue(struct device_lane *lane, struct device_job *job)
 		job->status = make_plan(job);
 	if (job->status != OPD_OK || job->plan_refused)
 		return;
-	job->status = work_create(lane, job);
+	job->status = need_stream(lane, job);
+	uint64_t moves_from = request_now_ns();
+	if (job->status == OPD_OK)
+		job->status = work_create(lane, job);
 	if (job->status == OPD_OK)
 		job->status = move_all_in(lane, job);
-	job->moves_ns = request_now_ns() - job->started_ns;
+	job->moves_ns = request_now_ns() - moves_from;
 	if (job->status == OPD_OK)
 		job->status = enqueue_kernel(lane, job);
 	if (job->status == OPD_OK)
 		job->status = move_all_out(lane, job);
-	/* Recorded also after a failure: what was enqueued before it still uses the job's memory. */
-	if (job->work != NULL && job->work->event != NULL) {
-		opd_error error;
-		opd_status recorded = lane->device.backend->event_record(lane->device.state, job->work->event, lane->stream, &error);
-		job->work->recorded = recorded == OPD_OK;
-		if (job->status == OPD_OK && recorded != OPD_OK) {
-			job->status = recorded;
-			job->error = error;
-		}
-	}
+	if (job->work != NULL && job->work->event != NULL)
+		record_end(lane, job);
 }
 
 /* Whether the device is done with the job. */
@@ -250,13 +337,13 @@ static bool job_complete(struct device_lane *lane, struct device_job *job)
 {
 	if (job->work == NULL || !job->work->recorded)
 		return true;
-	opd_error error;
+	opd_error error = {0};
 	opd_status status = lane->device.backend->event_query(lane->device.state, job->work->event, &error);
 	if (status == OPD_UNAVAILABLE)
 		return false;
 	if (status != OPD_OK && job->status == OPD_OK) {
-		job->status = status;
 		job->error = error;
+		job->status = device_failed(lane, job, status, "the work");
 	}
 	return true;
 }
@@ -265,10 +352,11 @@ static bool job_complete(struct device_lane *lane, struct device_job *job)
 
 static void finish_job(struct device_lane *lane, struct device_job *job)
 {
-	job->ended_ns = request_now_ns();
+	job->ended_ns = lane->progress_ns = request_now_ns();
 	work_destroy(lane, job->work);
 	job->work = NULL;
 	job->next = NULL;
+	(void)atomic_fetch_sub_explicit(&lane->load, 1, memory_order_relaxed);
 	(void)pthread_mutex_lock(&lane->mutex);
 	*lane->done_end = job;
 	lane->done_end = &job->next;
@@ -277,8 +365,10 @@ static void finish_job(struct device_lane *lane, struct device_job *job)
 	server_wake(lane->server);
 }
 
-static void poll_flight(struct device_lane *lane)
+/* Ends the jobs that are complete; false: none was. */
+static bool poll_flight(struct device_lane *lane)
 {
+	bool any = false;
 	while (lane->flight != NULL && job_complete(lane, lane->flight)) {
 		struct device_job *job = lane->flight;
 		lane->flight = job->next;
@@ -286,7 +376,9 @@ static void poll_flight(struct device_lane *lane)
 			lane->flight_end = &lane->flight;
 		lane->in_flight--;
 		finish_job(lane, job);
+		any = true;
 	}
+	return any;
 }
 
 /* The next job, waiting for one only when nothing is in flight; NULL: none now. *stop_out: stopping, and nothing is left. */
@@ -317,8 +409,10 @@ static void *lane_main(void *argument)
 			*lane->flight_end = job;
 			lane->flight_end = &job->next;
 			lane->in_flight++;
+			lane->progress_ns = job->started_ns;
 		}
-		poll_flight(lane);
+		if (!poll_flight(lane) && job == NULL && !stop)
+			pause_polling(lane);
 	}
 	return NULL;
 }
@@ -339,18 +433,14 @@ static opd_status device_lane_create(struct server *server, const struct device 
 	lane->flight_end = &lane->flight;
 	(void)pthread_mutex_init(&lane->mutex, NULL);
 	(void)pthread_cond_init(&lane->wake, NULL);
-	opd_status status = device->backend->stream_create(device->state, device->ordinal, &lane->stream, error);
-	if (status != OPD_OK) {
-		free(lane);
-		return status;
-	}
 	sigset_t all, before;
 	(void)sigfillset(&all);
 	(void)pthread_sigmask(SIG_SETMASK, &all, &before);
 	int failed = pthread_create(&lane->thread, NULL, lane_main, lane);
 	(void)pthread_sigmask(SIG_SETMASK, &before, NULL);
 	if (failed != 0) {
-		device->backend->stream_destroy(device->state, lane->stream);
+		(void)pthread_cond_destroy(&lane->wake);
+		(void)pthread_mutex_destroy(&lane->mutex);
 		free(lane);
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "device lane: no thread: %s", strerror(failed));
 	}
@@ -361,17 +451,24 @@ static opd_status device_lane_create(struct server *server, const struct device 
 opd_status device_lane_get(struct server *server, const struct device *device, uint32_t number, struct device_lane **lane_out, opd_error *error)
 {
 	(void)pthread_mutex_lock(&server->mutex); /* a direct caller may ask beside the loop */
-	opd_status status = OPD_OK;
-	if (server->device_lanes[number] == NULL)
-		status = device_lane_create(server, device, number, &server->device_lanes[number], error);
-	*lane_out = server->device_lanes[number];
+	struct device_lane *lane = atomic_load_explicit(&server->device_lanes[number], memory_order_relaxed);
+	opd_status status = lane != NULL ? OPD_OK : device_lane_create(server, device, number, &lane, error);
+	atomic_store_explicit(&server->device_lanes[number], lane, memory_order_release);
 	(void)pthread_mutex_unlock(&server->mutex);
+	*lane_out = lane;
 	return status;
+}
+
+uint32_t device_lane_load(struct server *server, uint32_t number)
+{
+	const struct device_lane *lane = atomic_load_explicit(&server->device_lanes[number], memory_order_acquire);
+	return lane == NULL ? 0 : atomic_load_explicit(&lane->load, memory_order_relaxed);
 }
 
 void device_lane_submit(struct device_lane *lane, struct device_job *job)
 {
 	job->next = NULL;
+	(void)atomic_fetch_add_explicit(&lane->load, 1, memory_order_relaxed);
 	(void)pthread_mutex_lock(&lane->mutex);
 	*lane->queue_end = job;
 	lane->queue_end = &job->next;
@@ -410,7 +507,7 @@ void device_lane_stop(struct device_lane *lane)
 	if (lane == NULL)
 		return;
 	device_lane_drain(lane);
-	lane->device.backend->stream_destroy(lane->device.state, lane->stream);
+	drop_stream(lane);
 	(void)pthread_cond_destroy(&lane->wake);
 	(void)pthread_mutex_destroy(&lane->mutex);
 	free(lane);

@@ -35,9 +35,11 @@ static void outputs_drop(struct request_run *run)
 static opd_status outputs_alloc(struct request *request)
 {
 	struct request_run *run = &request->run;
-	const bool checked = request->context->server->config->checked;
-	if (run->outputs == NULL)
+	if (run->outputs == NULL) { /* a reload may change the mode before this request has ended */
+		run->checked = atomic_load_explicit(&request->context->server->checked, memory_order_relaxed);
 		run->outputs = arena_array(&request->arena, run->bound.call.output_count, sizeof run->outputs[0]);
+	}
+	const bool checked = run->checked;
 	if (run->outputs == NULL)
 		return opd_fail(&request->error, OPD_RESOURCE_EXHAUSTED, "run: out of memory");
 	for (uint32_t i = 0; i < run->bound.call.output_count; i++) {
@@ -111,12 +113,9 @@ static opd_status run_kernel(struct request *request, struct lane_exec *lane)
 	status = impl->def->run(impl->def, impl->state, &run->bound.call, &exec, &request->error);
 	buffer_unref(run->scratch);
 	run->scratch = NULL;
-	if (status != OPD_OK) {
-		if (request->error.text[0] == '\0')
-			(void)opd_fail(&request->error, status, "%s.%s failed", impl->provider->name, run->op->schema->name);
-		return request->error.status = (int32_t)status, status;
-	}
-	return request->context->server->config->checked ? canaries_check(request) : OPD_OK;
+	if (status != OPD_OK)
+		return module_failure(status, &request->error, "%s.%s failed", impl->provider->name, run->op->schema->name);
+	return run->checked ? canaries_check(request) : OPD_OK;
 }
 
 /* The native definition's name comes first in the texts of its own errors; a provider's failure says whose it was. */
@@ -217,7 +216,7 @@ static bool fits_loop(struct request *request)
 	if (impl->def->cost_ns == NULL || impl->provider->module->library != NULL || request->run.dispatch.plan_missing)
 		return false;
 	uint64_t cost = impl->def->cost_ns(impl->def, &request->run.bound.call);
-	if (cost == 0 || cost > server->config->inline_ns)
+	if (cost == 0 || cost > atomic_load_explicit(&server->inline_ns, memory_order_relaxed))
 		return false;
 	if (request->direct)
 		return true;
@@ -240,16 +239,15 @@ static void device_done(struct device_job *job)
 	request->clock.started = job->started_ns;
 	request->clock.ended = job->ended_ns;
 	request->clock.moves = job->moves_ns;
-	if (job->status == OPD_OK && !job->plan_refused && request->context->server->config->checked) {
+	if (job->status == OPD_OK && !job->plan_refused && request->run.checked)
 		request->status = canaries_check(request);
-	}
 	if (request->direct)
 		(void)sem_post(request->owner);
 	else
 		execute_done(request);
 }
 
-/* The first device of the implementation's kind, or the one that the request names. */
+/* Of the implementation's kind, the one that the request names, else the one with the least to do. 0: there is none. */
 static uint32_t choose_device(const struct request *request)
 {
 	const struct snapshot *snapshot = request->snapshot;
@@ -257,17 +255,30 @@ static uint32_t choose_device(const struct request *request)
 	struct device_filter filter = {.ordinal = -1};
 	if (request->message.run.device.bytes != 0 && device_filter_parse(request->message.run.device, &filter, NULL) != OPD_OK)
 		filter.ordinal = -1; /* it was parsed when the request was accepted */
-	for (uint32_t i = 1; i < snapshot->device_count; i++)
-		if (strcmp(snapshot->devices[i].kind, kind) == 0 && (filter.ordinal < 0 || snapshot->devices[i].ordinal == (uint64_t)filter.ordinal))
-			return i;
-	return 0;
+	uint32_t chosen = 0;
+	uint32_t least = UINT32_MAX;
+	for (uint32_t i = 1; i < snapshot->device_count; i++) {
+		if (strcmp(snapshot->devices[i].kind, kind) != 0 || (filter.ordinal >= 0 && snapshot->devices[i].ordinal != (uint64_t)filter.ordinal))
+			continue;
+		uint32_t load = device_lane_load(request->context->server, i);
+		if (load < least) {
+			least = load;
+			chosen = i;
+		}
+	}
+	return chosen;
+}
+
+void execute_place(struct request *request)
+{
+	request->run.device = request->run.dispatch.impl->on_host ? 0 : choose_device(request);
 }
 
 static void device_start(struct request *request)
 {
 	struct server *server = request->context->server;
 	struct request_run *run = &request->run;
-	run->device = choose_device(request);
+	execute_place(request);
 	struct device_lane *lane = NULL;
 	opd_status status = run->device == 0
 	                        ? opd_fail(&request->error, OPD_INTERNAL, "%s: no device of kind %s", run->op->schema->name,
@@ -283,6 +294,7 @@ static void device_start(struct request *request)
 		.dispatch = &run->dispatch,
 		.call = &run->bound.call,
 		.deadline_ns = run->deadline_ns,
+		.unwanted = &request->session->gone,
 		.done = device_done,
 	};
 	if (wants_clock(request))
@@ -294,8 +306,21 @@ static void device_start(struct request *request)
 
 /* ---- */
 
+/* The lanes are stopped: what a job that has just ended would start next is nobody's any more. */
+static bool refused_at_end(struct request *request)
+{
+	if (!request->context->server->ending)
+		return false;
+	request->run.written = false;
+	request->status = opd_fail(&request->error, OPD_UNAVAILABLE, "%s: the server ends", request->run.op->schema->name);
+	execute_done(request);
+	return true;
+}
+
 void execute_run(struct request *request)
 {
+	if (refused_at_end(request))
+		return;
 	request->run.written = false;
 	request->run.on_loop = false;
 	request->run.device = 0;
@@ -322,6 +347,8 @@ void execute_run(struct request *request)
 
 void execute_plan(struct request *request)
 {
+	if (refused_at_end(request))
+		return;
 	request->run.written = false;
 	lane_start(request, lane_plan);
 }

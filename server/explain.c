@@ -48,7 +48,7 @@ static void fill_moves(struct request *request, struct msg_explain *explain, str
 
 void run_explain(struct request *request)
 {
-	const struct request_run *run = &request->run;
+	struct request_run *run = &request->run;
 	const struct dispatch *dispatch = &run->dispatch;
 	if (!request->message.run.explain && request->message.run.mode != MSG_DRY)
 		return;
@@ -60,9 +60,10 @@ void run_explain(struct request *request)
 	explain->effective_count = explain->effective == NULL ? 0 : dispatch->count;
 	explain->level = dispatch->effective->level;
 	explain->on_loop = run->on_loop;
+	if (dispatch->impl != NULL && request->message.run.mode == MSG_DRY)
+		execute_place(request); /* where it would run now */
 	if (dispatch->impl != NULL)
-		explain->device = msg_text(request->message.run.mode == MSG_RUN ? request->snapshot->devices[run->device].name
-		                                                                  : dispatch->impl->def->device);
+		explain->device = msg_text(request->snapshot->devices[run->device].name);
 	fill_times(request, &explain->times);
 	fill_moves(request, explain, explain->device);
 	request->reply.kind = MSG_REPLY_RUN;

@@ -155,7 +155,8 @@ static bool fill_provider(struct request *request, const struct provider *provid
 	for (uint32_t i = 1; i < snapshot->device_count && provider->module != NULL; i++)
 		if (snapshot->devices[i].state == provider->module->state)
 			devices[out->device_count++] = msg_text(snapshot->devices[i].name);
-	out->available = out->available || out->device_count > 0;
+	/* A module may bring nothing but ops: their definitions are native's. */
+	out->available = out->available || out->device_count > 0 || (provider->module != NULL && out->op_count == 0);
 	if (out->available)
 		out->reason = (struct msg_text){0};
 	return true;

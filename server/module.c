@@ -1,24 +1,83 @@
 #include "server/module.h"
 
 #include <dlfcn.h>
+#include <errno.h>
+#include <libgen.h>
+#include <limits.h>
+#include <link.h>
+#include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include "proto/text.h"
 
-/* Code is loaded only from a file that nobody but root or the daemon's own user can have written. */
+static bool others_may_write(const struct stat *file)
+{
+	return (file->st_uid != 0 && file->st_uid != geteuid()) || (file->st_mode & (S_IWGRP | S_IWOTH)) != 0;
+}
+
+/* A folder that others can write lets them put another file in its place, unless it is sticky. Folders above need no look: what somebody moved
+ * here in their stead would have to be ours, too. */
+static opd_status check_folder(const char *path, opd_error *error)
+{
+	char folder[PATH_MAX];
+	(void)snprintf(folder, sizeof folder, "%s", path);
+	struct stat file;
+	if (stat(dirname(folder), &file) != 0)
+		return opd_fail(error, OPD_NOT_FOUND, "%s: %s", path, strerror(errno));
+	if (others_may_write(&file) && (file.st_mode & S_ISVTX) == 0)
+		return opd_fail(error, OPD_PERMISSION_DENIED, "%s: its folder is owned by uid %u with mode %04o: others could have written there", path,
+		                (unsigned)file.st_uid, (unsigned)(file.st_mode & 07777));
+	return OPD_OK;
+}
+
+/* Code is loaded only from a file that nobody but root or the daemon's own user can have written. `path` has no symbolic link. */
 static opd_status check_writers(const char *path, opd_error *error)
 {
 	struct stat file;
 	if (stat(path, &file) != 0)
-		return opd_fail(error, OPD_NOT_FOUND, "%s: no such file", path);
+		return opd_fail(error, OPD_NOT_FOUND, "%s: %s", path, strerror(errno));
 	if (!S_ISREG(file.st_mode))
 		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: not a regular file", path);
-	if ((file.st_uid != 0 && file.st_uid != geteuid()) || (file.st_mode & (S_IWGRP | S_IWOTH)) != 0)
+	if (others_may_write(&file))
 		return opd_fail(error, OPD_PERMISSION_DENIED, "%s: owned by uid %u with mode %04o: others could have written it", path,
 		                (unsigned)file.st_uid, (unsigned)(file.st_mode & 07777));
-	return OPD_OK;
+	return check_folder(path, error);
+}
+
+/* True unless a part that the loader would map ends behind the file. What is no ELF file of this machine is left to the loader, which says so. */
+static bool parts_fit(FILE *file, uint64_t file_bytes)
+{
+	ElfW(Ehdr) head;
+	if (fread(&head, sizeof head, 1, file) != 1 || memcmp(head.e_ident, ELFMAG, SELFMAG) != 0 || head.e_phentsize != sizeof(ElfW(Phdr)))
+		return true;
+	for (unsigned i = 0; i < head.e_phnum; i++) {
+		ElfW(Phdr) part;
+		if (head.e_phoff > LONG_MAX - i * sizeof part || fseek(file, (long)(head.e_phoff + i * sizeof part), SEEK_SET) != 0 ||
+		    fread(&part, sizeof part, 1, file) != 1)
+			return false;
+		if (part.p_type == PT_LOAD && (part.p_offset > file_bytes || part.p_filesz > file_bytes - part.p_offset))
+			return false;
+	}
+	return true;
+}
+
+/* The loader maps what the headers say, and the process gets SIGBUS where the file is shorter than that: a copy that was interrupted. */
+static opd_status check_whole(const char *path, opd_error *error)
+{
+	struct stat status;
+	FILE *file = fopen(path, "rbe");
+	if (file == NULL || fstat(fileno(file), &status) != 0) {
+		if (file != NULL)
+			(void)fclose(file);
+		return opd_fail(error, OPD_FAILED_PRECONDITION, "%s: %s", path, strerror(errno));
+	}
+	bool whole = parts_fit(file, (uint64_t)status.st_size);
+	(void)fclose(file);
+	return whole ? OPD_OK : opd_fail(error, OPD_FAILED_PRECONDITION, "%s: the file is cut off: %llu bytes are less than its headers name", path,
+	                                 (unsigned long long)status.st_size);
 }
 
 opd_status module_check(const opd_module *def, opd_error *error)
@@ -46,10 +105,15 @@ opd_status module_check(const opd_module *def, opd_error *error)
 
 opd_status module_find(const char *path, void **library_out, const opd_module **def_out, opd_error *error)
 {
-	opd_status status = check_writers(path, error);
+	char real[PATH_MAX];
+	if (realpath(path, real) == NULL)
+		return opd_fail(error, errno == EACCES ? OPD_PERMISSION_DENIED : OPD_NOT_FOUND, "%s: %s", path, strerror(errno));
+	opd_status status = check_writers(real, error);
+	if (status == OPD_OK)
+		status = check_whole(real, error);
 	if (status != OPD_OK)
 		return status;
-	void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+	void *library = dlopen(real, RTLD_NOW | RTLD_LOCAL);
 	if (library == NULL)
 		return opd_fail(error, OPD_FAILED_PRECONDITION, "%s", dlerror());
 	/* POSIX promises that a function's address survives the trip through void *. */
@@ -70,6 +134,21 @@ opd_status module_find(const char *path, void **library_out, const opd_module **
 		(void)opd_error_prefix(error, status, "%s", path);
 	}
 	(void)dlclose(library);
+	return status;
+}
+
+opd_status module_failure(opd_status status, opd_error *error, const char *format, ...)
+{
+	if (status <= OPD_OK || status > OPD_UNAUTHENTICATED)
+		status = OPD_UNKNOWN;
+	error->status = (int32_t)status;
+	error->text[sizeof error->text - 1] = '\0';
+	if (error->text[0] == '\0') {
+		va_list args;
+		va_start(args, format);
+		(void)vsnprintf(error->text, sizeof error->text, format, args);
+		va_end(args);
+	}
 	return status;
 }
 

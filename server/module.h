@@ -23,6 +23,11 @@ struct module {
 OPD_MUST_USE opd_status module_find(const char *path, void **library_out, const opd_module **def_out, opd_error *error);
 OPD_MUST_USE opd_status module_check(const opd_module *def, opd_error *error);
 
+/* After a function of a module has failed: makes sure that error->status is `status` (UNKNOWN when that is no code), and that there is a text: the
+ * given one where the module wrote none. Callers clear error->text before they call a module. */
+OPD_PRINTF(3, 4)
+opd_status module_failure(opd_status status, opd_error *error, const char *format, ...);
+
 void module_unload(void *library); /* NULL is allowed */
 
 /* Zeroed state, not yet opened. NULL: out of memory. */

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "server/module.h"
 #include "server/schema.h"
 
 #define BUCKETS 1024
@@ -227,13 +228,15 @@ opd_status plans_make(struct plans *plans, const struct snapshot *snapshot, cons
 	memcpy(plan->key, key.data, key_bytes);
 	plan->made.struct_bytes = sizeof plan->made;
 	plan->reason.code = OPD_REASON_PLAN;
+	error->text[0] = '\0';
 	opd_status status = impl->def->plan(impl->def, impl->state, call, &plan->made, &plan->reason, error);
 	if (status != OPD_OK && status != OPD_FAILED_PRECONDITION) {
 		plan_unref(plan);
-		return status;
+		return module_failure(status, error, "%s.%s: its plan failed", impl->provider->name, impl->def->op);
 	}
 	plan->refused = status != OPD_OK;
-	*plan_out = key.full ? plan : plans_keep(plans, plan, &key);
+	plan->reason.detail[sizeof plan->reason.detail - 1] = '\0';
+	*plan_out = key.full || plan->made.memory_bytes > plans->byte_limit ? plan : plans_keep(plans, plan, &key);
 	return OPD_OK;
 }
 

@@ -27,7 +27,9 @@ struct registry {
 	struct log *log;
 	struct registry_services services;
 	pthread_mutex_t mutex;        /* of everything below; recursive: a module's open may call set_shape */
-	const struct module *opening; /* in its open function */
+	const struct module *opening; /* in its open function, */
+	pthread_t opening_thread;     /* on this thread */
+	pthread_mutex_t current_mutex; /* of `current` alone: a module may take long to open, and nobody waits for it to read the registry */
 	struct snapshot *current;
 	_Atomic uint64_t version;
 	uint32_t op_count;
@@ -67,12 +69,17 @@ void snapshot_unref(struct snapshot *snapshot)
 	free(snapshot);
 }
 
+static bool name_is(const char *own, const char *name, size_t bytes)
+{
+	return strlen(own) == bytes && memcmp(own, name, bytes) == 0;
+}
+
 const struct op *snapshot_op(const struct snapshot *snapshot, const char *name, size_t bytes)
 {
 	uint32_t hash = schema_hash(name, bytes);
 	for (uint32_t at = hash & snapshot->op_mask; snapshot->op_table[at] != 0; at = (at + 1) & snapshot->op_mask) {
 		const struct op *op = &snapshot->ops[snapshot->op_table[at] - 1];
-		if (strncmp(op->schema->name, name, bytes) == 0 && op->schema->name[bytes] == '\0')
+		if (name_is(op->schema->name, name, bytes))
 			return op;
 	}
 	return NULL;
@@ -83,7 +90,7 @@ const struct provider *snapshot_provider(const struct snapshot *snapshot, const 
 	uint32_t hash = schema_hash(name, bytes);
 	for (uint32_t i = 0; i < snapshot->provider_count; i++) {
 		const struct provider *provider = snapshot->providers[i];
-		if (provider->name_hash == hash && strncmp(provider->name, name, bytes) == 0 && provider->name[bytes] == '\0')
+		if (provider->name_hash == hash && name_is(provider->name, name, bytes))
 			return provider;
 	}
 	return NULL;
@@ -176,17 +183,20 @@ static opd_status publish_locked(struct registry *registry, opd_error *error)
 	struct snapshot *snapshot = snapshot_create(registry);
 	if (snapshot == NULL)
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "registry: out of memory");
-	snapshot_unref(registry->current);
+	(void)pthread_mutex_lock(&registry->current_mutex);
+	struct snapshot *before = registry->current;
 	registry->current = snapshot;
 	atomic_store_explicit(&registry->version, snapshot->version, memory_order_release);
+	(void)pthread_mutex_unlock(&registry->current_mutex);
+	snapshot_unref(before);
 	return OPD_OK;
 }
 
 struct snapshot *registry_snapshot(struct registry *registry)
 {
-	(void)pthread_mutex_lock(&registry->mutex);
+	(void)pthread_mutex_lock(&registry->current_mutex);
 	struct snapshot *snapshot = snapshot_ref(registry->current);
-	(void)pthread_mutex_unlock(&registry->mutex);
+	(void)pthread_mutex_unlock(&registry->current_mutex);
 	return snapshot;
 }
 
@@ -215,17 +225,77 @@ static bool uuid_valid(const char *uuid)
 	return uuid != NULL && strlen(uuid) == 64 && strspn(uuid, "0123456789abcdef") == 64;
 }
 
+/* The structs of this ABI up to their last field of version 1: a module built against an older header has no more. */
+#define OP_BYTES (offsetof(opd_op, user) + sizeof(void *))
+#define IMPL_BYTES (offsetof(opd_impl, user) + sizeof(void *))
+#define BACKEND_BYTES (offsetof(opd_backend, native_handle) + sizeof(void (*)(void)))
+
+/* A native implementation may leave out what its op says. */
+static opd_status check_native_schema(const opd_impl *native, const struct schema *schema, opd_error *error)
+{
+	if (native->op != NULL && strcmp(native->op, schema->name) != 0)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "op %s: its native implementation is one of \"%.64s\"", schema->name, native->op);
+	if (native->schema == NULL)
+		return OPD_OK;
+	struct schema *own;
+	opd_status status = schema_parse(native->schema, &own, error);
+	if (status != OPD_OK)
+		return opd_error_prefix(error, status, "native.%s", schema->name);
+	uint32_t params;
+	if (!schema_accepts(schema, own, &params) || params != schema->param_count)
+		status = opd_fail(error, OPD_INVALID_ARGUMENT, "native.%s: schema \"%s\" differs from the op's \"%s\"", schema->name, own->text,
+		                  schema->text);
+	schema_destroy(own);
+	return status;
+}
+
 /* `native` is the op's definition: supported, on the host, without predicate or plan. */
 static opd_status check_native(const opd_op *def, const struct schema *schema, opd_error *error)
 {
 	const opd_impl *native = def->native;
-	if (native == NULL || native->run == NULL)
+	if (native == NULL)
 		return opd_fail(error, OPD_INVALID_ARGUMENT, "op %s has no native implementation", schema->name);
+	if (native->struct_bytes < IMPL_BYTES)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "op %s: its native opd_impl has %u bytes, expected at least %zu", schema->name,
+		                (unsigned)native->struct_bytes, IMPL_BYTES);
+	if (native->run == NULL)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "op %s: its native implementation has no run function", schema->name);
 	if (native->predicate != NULL || native->plan != NULL || native->unsupported != NULL || native->device == NULL ||
 	    strcmp(native->device, "cpu") != 0)
 		return opd_fail(error, OPD_INVALID_ARGUMENT,
 		                "op %s: its native implementation must run on cpu and support all arguments: no predicate, plan or unsupported reason",
 		                schema->name);
+	return check_native_schema(native, schema, error);
+}
+
+static opd_status check_in_place(const opd_op *def, const struct schema *schema, opd_error *error)
+{
+	if (def->in_place_count != 0 && def->in_place == NULL)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "op %s: %u in-place pairs, but no table of them", schema->name, (unsigned)def->in_place_count);
+	for (uint32_t i = 0; i < def->in_place_count; i++) {
+		const opd_in_place *pair = &def->in_place[i];
+		if (pair->param >= schema->param_count || pair->result >= schema->result_count || schema->params[pair->param].type != SCHEMA_TENSOR)
+			return opd_fail(error, OPD_INVALID_ARGUMENT, "op %s: in-place pair %u names no Tensor parameter and result of its schema",
+			                schema->name, (unsigned)i);
+		for (uint32_t k = 0; k < i; k++)
+			if (def->in_place[k].param == pair->param || def->in_place[k].result == pair->result)
+				return opd_fail(error, OPD_INVALID_ARGUMENT, "op %s: in-place pairs %u and %u share a parameter or a result", schema->name,
+				                (unsigned)k, (unsigned)i);
+	}
+	return OPD_OK;
+}
+
+/* Names and sizes that describe and generate rely on. */
+static opd_status check_dims(const opd_op *def, const struct schema *schema, opd_error *error)
+{
+	uint32_t names = def->dims == NULL || def->dims[0] == '\0' ? 0 : 1;
+	for (const char *at = def->dims; at != NULL && *at != '\0'; at++)
+		names += *at == ',';
+	if (names != def->dim_count || (names != 0 && def->default_dims == NULL))
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "op %s: dims \"%.100s\" names %u sizes, dim_count is %u, default_dims are %s", schema->name,
+		                def->dims == NULL ? "" : def->dims, (unsigned)names, (unsigned)def->dim_count, def->default_dims == NULL ? "missing" : "there");
+	if (def->tolerance_count != 0 && def->tolerances == NULL)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "op %s: %u tolerances, but no table of them", schema->name, (unsigned)def->tolerance_count);
 	return OPD_OK;
 }
 
@@ -233,11 +303,11 @@ static opd_status check_op(const opd_op *def, const struct schema *schema, opd_e
 {
 	if (def->shape == NULL)
 		return opd_fail(error, OPD_INVALID_ARGUMENT, "op %s has no shape function", schema->name);
-	for (uint32_t i = 0; i < def->in_place_count; i++)
-		if (def->in_place[i].param >= schema->param_count || def->in_place[i].result >= schema->result_count ||
-		    schema->params[def->in_place[i].param].type != SCHEMA_TENSOR)
-			return opd_fail(error, OPD_INVALID_ARGUMENT, "op %s: in-place pair %u names no Tensor parameter and result of its schema",
-			                schema->name, (unsigned)i);
+	opd_status status = check_in_place(def, schema, error);
+	if (status == OPD_OK)
+		status = check_dims(def, schema, error);
+	if (status != OPD_OK)
+		return status;
 	return check_native(def, schema, error);
 }
 
@@ -247,7 +317,7 @@ static opd_status add_impl(struct registry *registry, struct module *module, con
 	if (registry->impl_count == REGISTRY_IMPLS_MAX)
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "registry: %d implementations, no more fit", REGISTRY_IMPLS_MAX);
 	if (!uuid_valid(def->uuid))
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s.%s: uuid \"%s\", expected 64 lowercase hex digits", provider->name,
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s.%s: uuid \"%.80s\", expected 64 lowercase hex digits", provider->name,
 		                registry->ops[op_index].schema->name, def->uuid == NULL ? "" : def->uuid);
 	struct impl *impl = calloc(1, sizeof *impl);
 	if (impl == NULL)
@@ -277,13 +347,23 @@ static const struct provider *native_provider(const struct registry *registry)
 	return NULL;
 }
 
+/* Registration is for `open` alone: elsewhere nobody holds the lock, and nothing would be published or taken back. */
+static opd_status check_opening(const struct module *module, const char *what, opd_error *error)
+{
+	if (module->registry->opening == module && pthread_equal(module->registry->opening_thread, pthread_self()))
+		return OPD_OK;
+	return opd_fail(error, OPD_FAILED_PRECONDITION, "%s: %s outside of its open function", module->def->name, what);
+}
+
 static opd_status host_register_op(const opd_host *host, const opd_op *def, opd_error *error)
 {
 	struct module *module = host->context;
 	struct registry *registry = module->registry;
-	if (def == NULL || def->struct_bytes < sizeof *def || def->schema == NULL)
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "register_op: no schema, or opd_op has %u bytes, expected %zu",
-		                def == NULL ? 0u : (unsigned)def->struct_bytes, sizeof *def);
+	if (check_opening(module, "register_op", error) != OPD_OK)
+		return OPD_FAILED_PRECONDITION;
+	if (def == NULL || def->struct_bytes < OP_BYTES || def->schema == NULL)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "register_op: no schema, or opd_op has %u bytes, expected at least %zu",
+		                def == NULL ? 0u : (unsigned)def->struct_bytes, OP_BYTES);
 	if (registry->op_count == REGISTRY_OPS_MAX)
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "registry: %d ops, no more fit", REGISTRY_OPS_MAX);
 	struct schema *schema;
@@ -311,9 +391,12 @@ static opd_status host_register_op(const opd_host *host, const opd_op *def, opd_
 
 static opd_status check_impl(struct registry *registry, const opd_impl *def, const struct module *module, opd_error *error)
 {
-	if (def == NULL || def->struct_bytes < sizeof *def || def->op == NULL || def->schema == NULL || def->device == NULL || def->run == NULL)
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "register_impl: op, schema, device or run is missing, or opd_impl has %u bytes, expected %zu",
-		                def == NULL ? 0u : (unsigned)def->struct_bytes, sizeof *def);
+	if (check_opening(module, "register_impl", error) != OPD_OK)
+		return OPD_FAILED_PRECONDITION;
+	if (def == NULL || def->struct_bytes < IMPL_BYTES || def->op == NULL || def->schema == NULL || def->device == NULL || def->run == NULL)
+		return opd_fail(error, OPD_INVALID_ARGUMENT,
+		                "register_impl: op, schema, device or run is missing, or opd_impl has %u bytes, expected at least %zu",
+		                def == NULL ? 0u : (unsigned)def->struct_bytes, IMPL_BYTES);
 	const struct entry *entry = find_entry(registry, def->op);
 	char shown[160];
 	if (entry == NULL)
@@ -324,6 +407,11 @@ static opd_status check_impl(struct registry *registry, const opd_impl *def, con
 		if (registry->impls[i]->provider == module->provider && &registry->ops[registry->impls[i]->op_index] == entry)
 			return opd_fail(error, OPD_ALREADY_EXISTS, "%s.%s is registered already", module->def->name, def->op);
 	return OPD_OK;
+}
+
+static bool has_priority(const struct registry *registry, const struct entry *entry)
+{
+	return entry->server != NULL || registry->server_star != NULL || entry->configuration != NULL || registry->configuration_star != NULL;
 }
 
 static opd_status host_register_impl(const opd_host *host, const opd_impl *def, opd_error *error)
@@ -345,18 +433,34 @@ static opd_status host_register_impl(const opd_host *host, const opd_impl *def, 
 	schema_destroy(schema);
 	if (status == OPD_OK)
 		status = add_impl(registry, module, def, (uint32_t)(entry - registry->ops), params, module->provider, error);
-	if (status == OPD_OK && (entry->server != NULL || registry->server_star != NULL))
+	if (status == OPD_OK && has_priority(registry, entry))
 		LOG(registry->log, LOG_WARN, "implementation registered while a priority is set: it runs only where a list names it",
 		    LOG_STR("provider", module->def->name), LOG_STR("op", entry->schema->name));
 	return status;
+}
+
+/* The struct is long enough, and no function but the optional ones is missing. */
+static bool backend_whole(const opd_backend *backend)
+{
+	return backend != NULL && backend->struct_bytes >= BACKEND_BYTES && backend->kind != NULL && text_is_name(backend->kind, strlen(backend->kind)) &&
+	       backend->device_info != NULL && backend->alloc != NULL && backend->free != NULL && backend->stream_create != NULL &&
+	       backend->stream_destroy != NULL && backend->copy_in != NULL && backend->copy_out != NULL && backend->copy_device != NULL &&
+	       backend->event_create != NULL && backend->event_destroy != NULL && backend->event_record != NULL && backend->event_query != NULL;
+}
+
+static void drop_devices(struct registry *registry, uint32_t count)
+{
+	while (registry->device_count > count)
+		free((void *)registry->devices[--registry->device_count].name);
 }
 
 static opd_status host_register_backend(const opd_host *host, const opd_backend *backend, opd_error *error)
 {
 	struct module *module = host->context;
 	struct registry *registry = module->registry;
-	if (backend == NULL || backend->struct_bytes < sizeof *backend || backend->kind == NULL ||
-	    !text_is_name(backend->kind, strlen(backend->kind)))
+	if (check_opening(module, "register_backend", error) != OPD_OK)
+		return OPD_FAILED_PRECONDITION;
+	if (!backend_whole(backend))
 		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: a device backend needs a kind ([a-z_][a-z_0-9]*) and its whole table",
 		                module->def->name);
 	for (uint32_t i = 0; i < registry->device_count; i++)
@@ -366,10 +470,13 @@ static opd_status host_register_backend(const opd_host *host, const opd_backend 
 	if (backend->device_count > REGISTRY_DEVICES_MAX - registry->device_count)
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "%s: %u devices, at most %u more fit", module->def->name,
 		                (unsigned)backend->device_count, (unsigned)(REGISTRY_DEVICES_MAX - registry->device_count));
+	const uint32_t before = registry->device_count;
 	for (uint32_t i = 0; i < backend->device_count; i++) {
 		char *name = NULL;
-		if (asprintf(&name, "%s:%u", backend->kind, (unsigned)i) < 0)
+		if (asprintf(&name, "%s:%u", backend->kind, (unsigned)i) < 0) {
+			drop_devices(registry, before);
 			return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "registry: out of memory");
+		}
 		registry->devices[registry->device_count++] =
 			(struct device){.name = name, .kind = backend->kind, .ordinal = i, .backend = backend, .state = module->state};
 	}
@@ -407,16 +514,18 @@ static opd_status host_set_shape(const opd_host *host, const char *op, opd_shape
 
 static bool host_find_backend(const opd_host *host, const char *kind, const opd_backend **backend_out, void **state_out)
 {
-	const struct registry *registry = host_registry(host);
-	for (uint32_t i = 0; i < registry->device_count; i++) {
-		const struct device *device = &registry->devices[i];
-		if (device->backend != NULL && strcmp(device->kind, kind) == 0) {
-			*backend_out = device->backend;
-			*state_out = device->state;
-			return true;
-		}
+	struct registry *registry = host_registry(host);
+	const struct device *found = NULL;
+	(void)pthread_mutex_lock(&registry->mutex);
+	for (uint32_t i = 1; i < registry->device_count && found == NULL; i++)
+		if (strcmp(registry->devices[i].kind, kind) == 0)
+			found = &registry->devices[i];
+	if (found != NULL) {
+		*backend_out = found->backend;
+		*state_out = found->state;
 	}
-	return false;
+	(void)pthread_mutex_unlock(&registry->mutex);
+	return found != NULL;
 }
 
 static void *host_alloc(const opd_host *host, uint64_t bytes)
@@ -439,7 +548,8 @@ static bool host_log_enabled(const opd_host *host, opd_log_level level)
 static void host_log(const opd_host *host, opd_log_level level, const char *text)
 {
 	const struct module *module = host->context;
-	LOG(module->registry->log, (log_level)level, "provider", LOG_STR("provider", module->def->name), LOG_STR("text", text));
+	const log_level known = (unsigned)level > OPD_LOG_DEBUG ? LOG_DEBUG : (log_level)level;
+	LOG(module->registry->log, known, "provider", LOG_STR("provider", module->def->name), LOG_STR("text", text == NULL ? "" : text));
 }
 
 /* ---- Opening modules ---- */
@@ -457,8 +567,7 @@ static void roll_back(struct registry *registry, const struct mark *mark)
 		free(registry->impls[--registry->impl_count]);
 	while (registry->op_count > mark->ops)
 		schema_destroy(registry->ops[--registry->op_count].schema);
-	while (registry->device_count > mark->devices)
-		free((void *)registry->devices[--registry->device_count].name);
+	drop_devices(registry, mark->devices);
 }
 
 static void provider_destroy(struct provider *provider)
@@ -558,10 +667,17 @@ static opd_status open_locked(struct registry *registry, struct module *module, 
 
 	const struct mark mark = {registry->op_count, registry->impl_count, registry->device_count};
 	registry->opening = module;
+	registry->opening_thread = pthread_self();
+	error->text[0] = '\0';
 	opd_status status = def->open(&module->host, module->state, error);
 	registry->opening = NULL;
 	if (status != OPD_OK) {
+		status = module_failure(status, error, "open failed");
 		(void)opd_error_prefix(error, status, "%s", def->name);
+	} else {
+		status = publish_locked(registry, error);
+	}
+	if (status != OPD_OK) {
 		roll_back(registry, &mark);
 		*slot = replaced;
 		registry->provider_count = count;
@@ -586,11 +702,9 @@ static opd_status open_module(struct registry *registry, const opd_module *def, 
 	uint32_t opened_before = registry->impl_count;
 	opd_status status = open_locked(registry, module, source, error);
 	bool tried = module->provider != NULL;
-	if (status == OPD_OK)
-		status = publish_locked(registry, error);
-	else
+	if (status != OPD_OK)
 		module_destroy(module, tried);
-	if (status == OPD_OK)
+	else
 		LOG(registry->log, LOG_DEBUG, "provider opened", LOG_STR("provider", def->name), LOG_STR("source", source),
 		    LOG_UINT("implementations", registry->impl_count - opened_before));
 	(void)pthread_mutex_unlock(&registry->mutex);
@@ -611,8 +725,7 @@ static void remember_missing(struct registry *registry, const char *name, const 
 		struct provider *provider = provider_create(name, "", path, reason);
 		if (provider != NULL)
 			provider_place(registry, slot, provider);
-		opd_error ignored;
-		if (publish_locked(registry, &ignored) != OPD_OK)
+		if (provider == NULL || publish_locked(registry, NULL) != OPD_OK)
 			LOG(registry->log, LOG_ERROR, "registry: out of memory");
 	}
 	(void)pthread_mutex_unlock(&registry->mutex);
@@ -628,14 +741,14 @@ opd_status registry_load(struct registry *registry, const char *path, const char
 	if (name != NULL || status == OPD_OK)
 		(void)snprintf(known, sizeof known, "%s", name != NULL ? name : def->name);
 	if (status == OPD_OK && name != NULL && strcmp(def->name, name) != 0) {
-		status = opd_fail(&own, OPD_INVALID_ARGUMENT, "%s: its provider is called %s, configured as %s", path, def->name, name);
+		status = opd_fail(&own, OPD_INVALID_ARGUMENT, "%s: its provider is called %.100s, configured as %s", path, def->name, name);
 		module_unload(library);
 	}
 	if (status == OPD_OK)
 		status = open_module(registry, def, library, path, &own);
 	if (status == OPD_OK)
 		return OPD_OK;
-	if (remember && text_is_name(known, strlen(known)) && strcmp(known, "native") != 0)
+	if (remember && text_is_name(known, strlen(known)) && strcmp(known, "native") != 0 && strcmp(known, "unfused") != 0)
 		remember_missing(registry, known, path, own.text);
 	if (error != NULL)
 		*error = own;
@@ -654,6 +767,7 @@ opd_status registry_create(struct log *log, const struct registry_services *serv
 		free(registry);
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "registry: out of memory");
 	}
+	(void)pthread_mutex_init(&registry->current_mutex, NULL); /* of glibc, it can't fail */
 	registry->log = log;
 	registry->services = *services;
 	registry->devices[0] = (struct device){.name = strdup("cpu"), .kind = "cpu"};
@@ -691,6 +805,7 @@ void registry_destroy(struct registry *registry)
 	}
 	for (uint32_t i = 0; i < registry->provider_count; i++)
 		provider_destroy(registry->providers[i]);
+	(void)pthread_mutex_destroy(&registry->current_mutex);
 	(void)pthread_mutex_destroy(&registry->mutex);
 	free(registry);
 }

@@ -48,6 +48,7 @@ struct request_run {
 	bool failed;      /* error is written; ends once nothing is waited for */
 	bool expected;    /* kept_expect was called, neither settled nor failed yet */
 	bool on_loop;     /* small enough to run at once */
+	bool checked;     /* its outputs have canaries */
 	bool plan_refused;          /* found on a lane */
 	bool written;               /* a kernel has begun: outputs may hold half of a result */
 	struct buffer **outputs;    /* [output_count]; NULL: not allocated yet */
@@ -69,6 +70,7 @@ struct request {
 	struct snapshot *snapshot; /* referenced from accept on */
 	uint64_t id;
 	struct arena arena;
+	uint64_t arena_charged_bytes; /* of it, to the session; 0: it is small */
 	struct msg_request message;
 	uint64_t payload_bytes; /* declared */
 	uint64_t payload_received;
@@ -141,6 +143,7 @@ void run_failed(struct request *request);  /* the request ends with an error: wh
 bool run_abandoned(struct request *request);
 void run_explain(struct request *request); /* explain.c: puts the record into the reply */
 void execute_run(struct request *request);  /* execute.c: the chosen implementation, on the loop, a lane or a device; then execute_done */
+void execute_place(struct request *request); /* execute.c: sets run.device for the chosen implementation */
 void execute_plan(struct request *request); /* execute.c: makes the plan that a dry run asks about; then execute_done */
 void execute_done(struct request *request); /* run.c: on the context's thread */
 OPD_MUST_USE opd_status free_accept(struct request *request); /* free.c */

@@ -115,7 +115,7 @@ static void drain_check(struct server *server)
 		drain_cut_off(server, "asked to end at once");
 	else if (request_now_ns() / 1000 >= server->drain_until_us)
 		drain_cut_off(server, "the drain's time is over");
-	if (server->conns == NULL)
+	if (server->conns == NULL && server->direct_count == 0)
 		uv_stop(&server->loop);
 }
 
@@ -126,9 +126,11 @@ static void finish_lanes(struct server *server)
 	(void)lane_finish_done(server->lane);
 	if (!atomic_exchange_explicit(&server->device_done, false, memory_order_acquire))
 		return;
-	for (uint32_t i = 0; i < REGISTRY_DEVICES_MAX; i++)
-		if (server->device_lanes[i] != NULL)
-			device_lane_finish_done(server->device_lanes[i]);
+	for (uint32_t i = 0; i < REGISTRY_DEVICES_MAX; i++) {
+		struct device_lane *lane = atomic_load_explicit(&server->device_lanes[i], memory_order_acquire);
+		if (lane != NULL)
+			device_lane_finish_done(lane);
+	}
 }
 
 static void on_wake(uv_async_t *wake)
@@ -143,6 +145,14 @@ static void on_wake(uv_async_t *wake)
 static void on_again(uv_idle_t *again)
 {
 	(void)again;
+}
+
+/* Before polling too something may become writable (a write that libuv finished at once is reported then): without this the poll would sleep on it
+ * until the next tick. */
+void server_flush_soon(struct server *server)
+{
+	if (!uv_is_active((uv_handle_t *)&server->again))
+		(void)uv_idle_start(&server->again, on_again);
 }
 
 /* After polling: the turn's replies leave together, and a new turn begins. */
@@ -160,10 +170,7 @@ static void on_flush(uv_check_t *check)
 		conn_flush(conn);
 		conn = next;
 	}
-	/* Something could still be written: don't sleep in the next poll. */
-	if (server->dirty != NULL && !uv_is_active((uv_handle_t *)&server->again))
-		(void)uv_idle_start(&server->again, on_again);
-	else if (server->dirty == NULL && uv_is_active((uv_handle_t *)&server->again))
+	if (server->dirty == NULL)
 		(void)uv_idle_stop(&server->again);
 }
 
@@ -180,9 +187,11 @@ static void on_tick(uv_timer_t *tick)
 
 /* ---- Modules' memory ---- */
 
-/* In front of what modules get: its size, so that the ledger can be told. */
+/* In front of what modules get. */
 struct allocation {
 	_Alignas(64) struct buffer *buffer;
+	struct allocation *next;
+	struct allocation **link;
 };
 
 static void *module_alloc(void *context, uint64_t bytes)
@@ -191,15 +200,40 @@ static void *module_alloc(void *context, uint64_t bytes)
 	struct buffer *buffer;
 	if (bytes > UINT64_MAX / 2 || buffer_alloc(server->account, bytes + sizeof(struct allocation), 0, &buffer, NULL) != OPD_OK)
 		return NULL;
-	((struct allocation *)(void *)buffer->data)->buffer = buffer;
-	return buffer->data + sizeof(struct allocation);
+	struct allocation *allocation = (struct allocation *)(void *)buffer->data;
+	allocation->buffer = buffer;
+	(void)pthread_mutex_lock(&server->mutex);
+	allocation->next = server->allocations;
+	allocation->link = &server->allocations;
+	if (allocation->next != NULL)
+		allocation->next->link = &allocation->next;
+	server->allocations = allocation;
+	(void)pthread_mutex_unlock(&server->mutex);
+	return allocation + 1;
 }
 
 static void module_free(void *context, void *memory)
 {
-	(void)context;
-	if (memory != NULL)
-		buffer_unref(((struct allocation *)memory - 1)->buffer);
+	struct server *server = context;
+	if (memory == NULL)
+		return;
+	struct allocation *allocation = (struct allocation *)memory - 1;
+	(void)pthread_mutex_lock(&server->mutex);
+	*allocation->link = allocation->next;
+	if (allocation->next != NULL)
+		allocation->next->link = allocation->link;
+	(void)pthread_mutex_unlock(&server->mutex);
+	buffer_unref(allocation->buffer);
+}
+
+/* After the modules are closed: what they forgot, so that the ledger comes back to zero. */
+static void free_forgotten(struct server *server)
+{
+	uint64_t count = 0;
+	for (; server->allocations != NULL; count++)
+		module_free(server, server->allocations + 1);
+	if (count > 0)
+		LOG(server->log, LOG_WARN, "providers left host memory unfreed", LOG_UINT("allocations", count));
 }
 
 static void service_parallel_for(const opd_exec *exec, uint64_t items, uint64_t grain, opd_range_fn range, void *argument)
@@ -332,6 +366,13 @@ static opd_status start(struct server *server, opd_error *error)
 	return status;
 }
 
+static void take_config(struct server *server, struct config *config)
+{
+	server->config = config;
+	atomic_store_explicit(&server->checked, config->checked, memory_order_relaxed);
+	atomic_store_explicit(&server->inline_ns, config->inline_ns, memory_order_relaxed);
+}
+
 opd_status server_create(struct config *config, struct log *log, struct server **server_out, opd_error *error)
 {
 	struct server *server = calloc(1, sizeof *server);
@@ -340,7 +381,7 @@ opd_status server_create(struct config *config, struct log *log, struct server *
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: out of memory");
 	}
 	server->log = log;
-	server->config = config;
+	take_config(server, config);
 	server->started_us = server->turn_us = request_now_ns() / 1000;
 	context_init(&server->context, server);
 	opd_status status = start(server, error);
@@ -356,7 +397,7 @@ opd_status server_create(struct config *config, struct log *log, struct server *
 
 opd_status server_run(struct server *server)
 {
-	while (!server->draining || server->conns != NULL) {
+	while (!server->draining || server->conns != NULL || server->direct_count != 0) {
 		(void)uv_run(&server->loop, UV_RUN_DEFAULT);
 		drain_check(server);
 	}
@@ -383,7 +424,8 @@ static void close_loop(struct server *server)
 	for (struct conn *conn = server->conns; conn != NULL; conn = conn->next)
 		conn_close(conn, LOG_INFO, "the server ends");
 	(void)uv_run(&server->loop, UV_RUN_NOWAIT);
-	/* Jobs of closed connections end without a reader. */
+	/* Jobs of closed connections end without a reader, and nothing follows them: not the next provider, nor a request that waited for a result. */
+	server->ending = true;
 	lane_stop(server->lane);
 	for (uint32_t i = 0; i < REGISTRY_DEVICES_MAX; i++) {
 		struct device_lane *lane = server->device_lanes[i];
@@ -392,7 +434,8 @@ static void close_loop(struct server *server)
 			device_lane_finish_done(lane);
 		}
 	}
-	(void)lane_finish_done(server->lane);
+	if (server->lane != NULL)
+		(void)lane_finish_done(server->lane);
 	run_posts(server);
 	uv_walk(&server->loop, close_handle, NULL);
 	while (uv_loop_close(&server->loop) == UV_EBUSY)
@@ -411,6 +454,7 @@ void server_destroy(struct server *server)
 	context_fini(&server->context);
 	plans_destroy(server->plans);
 	registry_destroy(server->registry);
+	free_forgotten(server);
 	if (server->account != NULL) {
 		account_unref(server->account);
 		memory_fini(&server->memory);
@@ -485,8 +529,9 @@ opd_status server_reload(struct server *server, struct config *config, opd_error
 	if (status != OPD_OK) /* only memory can be the reason now */
 		LOG(server->log, LOG_ERROR, "reload: priorities are incomplete", LOG_STR("reason", error->text));
 	log_set_level(server->log, config->level);
+	take_config(server, config);
 	atomic_store(&server->memory.limit_bytes, config->limits.memory_bytes);
-	server->config = config;
+	atomic_store(&server->account->limit_bytes, config->limits.memory_bytes);
 	config_destroy((struct config *)before);
 	LOG(server->log, LOG_INFO, "configuration reloaded", LOG_STR("path", config->path));
 	return OPD_OK;
@@ -549,9 +594,18 @@ opd_status server_adopt(struct server *server, int fd, struct session **session_
 	return status;
 }
 
+/* What a direct call leaves to a lane comes back through the loop, which therefore doesn't end before the last direct scope. */
+static void end_direct(struct server *server, struct session *session)
+{
+	if (session->direct)
+		server->direct_count--;
+	session->direct = false;
+}
+
 static void forget_on_loop(void *argument)
 {
 	struct handshake *shake = argument;
+	end_direct(shake->server, shake->session);
 	session_unref(shake->session);
 	(void)sem_post(&shake->done);
 }
@@ -566,10 +620,13 @@ void server_forget(struct server *server, struct session *session)
 static void direct_begin_on_loop(void *argument)
 {
 	struct handshake *shake = argument;
-	if (shake->session->in_flight != 0) {
+	if (shake->server->draining) {
+		shake->status = opd_fail(shake->error, OPD_UNAVAILABLE, "direct calls: the server is draining");
+	} else if (shake->session->in_flight != 0) {
 		shake->status = opd_fail(shake->error, OPD_FAILED_PRECONDITION, "direct calls: %u requests are in flight", (unsigned)shake->session->in_flight);
 	} else {
 		shake->session->direct = true;
+		shake->server->direct_count++;
 		shake->status = OPD_OK;
 	}
 	(void)sem_post(&shake->done);
@@ -578,7 +635,7 @@ static void direct_begin_on_loop(void *argument)
 static void direct_end_on_loop(void *argument)
 {
 	struct handshake *shake = argument;
-	shake->session->direct = false;
+	end_direct(shake->server, shake->session);
 	(void)sem_post(&shake->done);
 }
 

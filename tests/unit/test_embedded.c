@@ -228,6 +228,29 @@ static void on_signal(int number)
 	interrupted += number == SIGUSR2;
 }
 
+/* What a direct call gives to a lane comes back through the loop, which must not be gone by then. */
+START_TEST(a_drain_in_a_direct_scope_waits_for_the_scope_to_end)
+{
+	enum { MANY = 1 << 20 };
+	opd_error error = {0};
+	opd_client *client = connect_embedded();
+	float *data = calloc(MANY, sizeof data[0]);
+	opd_request *request = vector_request("softmax", data, MANY);
+	opd_result *result;
+	MUST(opd_direct_begin(client, &error));
+	MUST(opd_drain(client, 1000000, &error));
+	(void)usleep(200000);
+	opd_status status = opd_run(client, request, &result, &error);
+	ck_assert_msg(status == OPD_OK || status == OPD_UNAVAILABLE || status == OPD_CANCELLED, "%s: %s", opd_status_name(status), error.text);
+	opd_result_destroy(result);
+	opd_direct_end(client);
+	ck_assert_int_ne(opd_direct_begin(client, &error), OPD_OK);
+	opd_request_destroy(request);
+	opd_close(client);
+	free(data);
+}
+END_TEST
+
 START_TEST(its_threads_take_no_signals_and_interrupted_calls_go_on)
 {
 	opd_error error;
@@ -274,6 +297,7 @@ int main(void)
 	tcase_add_test(tests, a_bad_configuration_is_no_client);
 	tcase_add_test(tests, a_configuration_file_is_read_without_its_listeners);
 	tcase_add_test(tests, a_drained_daemon_is_unavailable);
+	tcase_add_test(tests, a_drain_in_a_direct_scope_waits_for_the_scope_to_end);
 	tcase_add_test(tests, its_threads_take_no_signals_and_interrupted_calls_go_on);
 	tcase_add_test(tests, clients_come_and_go);
 	suite_add_tcase(suite, tests);

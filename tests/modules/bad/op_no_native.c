@@ -1,0 +1,17 @@
+/* Its op has no native implementation. */
+#include "bad.h"
+
+static opd_status open_module(const opd_host *host, void *state, opd_error *error)
+{
+	(void)state;
+	static opd_op op;
+	op = bad_op("bad_op(Tensor x) -> Tensor");
+	return host->register_op(host, &op, error);
+}
+
+const opd_module *opd_module_get(void)
+{
+	static opd_module module;
+	module = bad_module("op_no_native", open_module);
+	return &module;
+}

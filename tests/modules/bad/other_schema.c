@@ -1,0 +1,18 @@
+/* Its schema isn't the op's. */
+#include "bad.h"
+
+static opd_status open_module(const opd_host *host, void *state, opd_error *error)
+{
+	(void)state;
+	static opd_impl relu;
+	relu = bad_relu();
+	relu.schema = "relu(Tensor x, float slope=0.0) -> Tensor";
+	return host->register_impl(host, &relu, error);
+}
+
+const opd_module *opd_module_get(void)
+{
+	static opd_module module;
+	module = bad_module("other_schema", open_module);
+	return &module;
+}

@@ -1,0 +1,127 @@
+/* A device made of threads, for tests: its memory can't be read by address, its work is done later and by others, and it fails where it is told to.
+ *
+ * Layer: tests, a provider module (opd/provider.h alone). Two devices of kind `test`.
+ * Threads: memory and streams from the lane of a device; each stream has a thread of its own that does what was enqueued, in order.
+ * Life: device_open (in the module's open) → device_close, which says through the log whether everything was given back.
+ * What it catches: a device's address is one where nothing may be read or written, so that a host that touches device memory dies; a kernel that is
+ * handed a host address, or one past an allocation's end, fails with INTERNAL; so does whoever calls from another thread than the contract allows.
+ *
+ * The environment, read once:
+ *     OPD_TEST_DEVICE_MEMORY=BYTES       of each device (64 MiB)
+ *     OPD_TEST_DEVICE_DELAY_US=N         before each kernel
+ *     OPD_TEST_DEVICE_EVENT_US=N         from an event's work being done to its being reported
+ *     OPD_TEST_DEVICE_OPEN_US=N          that open takes
+ *     OPD_TEST_DEVICE_FAULT=POINT:N[+],… the Nth time (from then on) at POINT: alloc, stream, event, record, copy_in, copy_out, launch (run
+ *                                        fails), kernel (its event does), mute (launch without code or text that make sense) */
+#ifndef OPD_TESTS_DEVICE_H
+#define OPD_TESTS_DEVICE_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+#include <opd/provider.h>
+
+enum { DEVICE_COUNT = 2, DEVICE_RANK = 8, DEVICE_INPUTS = 2 };
+
+enum device_fault {
+	DEVICE_FAULT_ALLOC,
+	DEVICE_FAULT_STREAM,
+	DEVICE_FAULT_EVENT,
+	DEVICE_FAULT_RECORD,
+	DEVICE_FAULT_COPY_IN,
+	DEVICE_FAULT_COPY_OUT,
+	DEVICE_FAULT_LAUNCH,
+	DEVICE_FAULT_KERNEL,
+	DEVICE_FAULT_MUTE,
+	DEVICE_FAULT_COUNT,
+};
+
+struct device_allocation;
+
+/* The module's state. */
+struct device {
+	const opd_host *host;
+	pthread_mutex_t mutex; /* of what follows */
+	bool opened;
+	struct device_allocation *allocations;
+	uint64_t used_bytes[DEVICE_COUNT];
+	bool lane_known[DEVICE_COUNT];
+	pthread_t lane[DEVICE_COUNT];
+
+	_Atomic uint32_t streams;
+	_Atomic uint32_t events;
+	_Atomic uint32_t plans;
+	_Atomic uint32_t fault_seen[DEVICE_FAULT_COUNT];
+	/* constant after open; a point's 0 is never */
+	uint32_t fault_first[DEVICE_FAULT_COUNT];
+	uint32_t fault_last[DEVICE_FAULT_COUNT];
+	uint64_t memory_bytes;
+	uint64_t delay_us;
+	uint64_t event_us;
+};
+
+extern const opd_backend device_backend;
+
+opd_status device_open(struct device *device, const opd_host *host, opd_error *error);
+void device_close(struct device *device);
+
+/* ---- device.c, for the others ---- */
+
+/* True when it is this point's turn to fail. */
+bool device_faulty(struct device *device, enum device_fault point);
+void device_sleep_us(uint64_t us);
+uint64_t device_now_ns(void);
+/* INTERNAL when a lane's call doesn't come from its device's one thread. */
+OPD_MUST_USE opd_status device_check_thread(struct device *device, uint32_t ordinal, const char *what, opd_error *error);
+
+/* ---- memory.c ---- */
+
+opd_status device_alloc(void *state, uint32_t ordinal, uint64_t bytes, void **memory_out, opd_error *error);
+void device_free(void *state, uint32_t ordinal, void *memory);
+/* Where `bytes` at `offset` of device memory are really kept; NULL (and the text says what `name` is instead) where they aren't all the device's. */
+unsigned char *device_contents(struct device *device, uint32_t ordinal, const void *memory, uint64_t offset, uint64_t bytes, const char *name,
+                               opd_error *error);
+
+/* ---- kernels.c ---- */
+
+/* A tensor by value: what `run` is given is borrowed until it returns, and the kernel runs later. */
+struct device_operand {
+	const char *name;
+	void *memory;
+	uint64_t byte_offset;
+	uint64_t elements;
+	uint32_t rank;
+	int64_t shape[DEVICE_RANK];
+	int64_t strides[DEVICE_RANK];
+};
+
+struct device_launch;
+typedef opd_status (*device_kernel_fn)(struct device *device, uint32_t ordinal, const struct device_launch *launch, opd_error *error);
+struct device_launch {
+	device_kernel_fn kernel;
+	uint32_t input_count;
+	struct device_operand inputs[DEVICE_INPUTS];
+	struct device_operand output;
+	void *scratch;
+	double epsilon;
+};
+
+opd_status device_register_kernels(const opd_host *host, opd_error *error);
+
+/* ---- stream.c ---- */
+
+/* Enqueues a kernel; the launch is copied. */
+OPD_MUST_USE opd_status device_enqueue(void *stream, const struct device_launch *launch, opd_error *error);
+
+opd_status device_stream_create(void *state, uint32_t ordinal, void **stream_out, opd_error *error);
+void device_stream_destroy(void *state, void *stream);
+opd_status device_copy_in(void *state, void *stream, void *to, uint64_t to_offset, const void *host_from, uint64_t bytes, opd_error *error);
+opd_status device_copy_out(void *state, void *stream, void *host_to, const void *from, uint64_t from_offset, uint64_t bytes, opd_error *error);
+opd_status device_copy_device(void *state, void *stream, void *to, uint64_t to_offset, const void *from, uint64_t from_offset, uint64_t bytes,
+                              opd_error *error);
+opd_status device_event_create(void *state, uint32_t ordinal, void **event_out, opd_error *error);
+void device_event_destroy(void *state, void *event);
+opd_status device_event_record(void *state, void *event, void *stream, opd_error *error);
+opd_status device_event_query(void *state, void *event, opd_error *error);
+
+#endif

@@ -1,0 +1,251 @@
+/* Streams and events: a thread a stream, which does what was enqueued, in order. */
+#include "device.h"
+
+#include <stdlib.h>
+
+enum command_kind { COMMAND_COPY_IN, COMMAND_COPY_OUT, COMMAND_COPY_DEVICE, COMMAND_KERNEL, COMMAND_RECORD };
+
+struct command {
+	struct command *next;
+	enum command_kind kind;
+	void *to; /* host or device, as the kind says */
+	const void *from;
+	uint64_t to_offset;
+	uint64_t from_offset;
+	uint64_t bytes;
+	struct event *event;
+	struct device_launch launch;
+};
+
+struct stream {
+	struct device *device;
+	uint32_t ordinal;
+	pthread_t thread;
+	pthread_mutex_t mutex; /* of the queue and stopping */
+	pthread_cond_t wake;
+	struct command *queue;
+	struct command **queue_end;
+	bool stopping;
+	opd_error failure; /* the thread's: the first since the last event */
+};
+
+enum event_state { EVENT_IDLE, EVENT_RECORDED, EVENT_COME };
+
+struct event {
+	_Atomic int state;
+	uint64_t reported_ns; /* from then on it says so */
+	opd_error failure;    /* of the work before it; constant once it has come */
+};
+
+/* ---- The thread ---- */
+
+static opd_status do_copy(struct stream *stream, const struct command *command, opd_error *error)
+{
+	struct device *device = stream->device;
+	unsigned char *to = command->to;
+	const unsigned char *from = command->from;
+	if (command->kind != COMMAND_COPY_OUT)
+		to = device_contents(device, stream->ordinal, command->to, command->to_offset, command->bytes, "a copy's target", error);
+	if (to != NULL && command->kind != COMMAND_COPY_IN)
+		from = device_contents(device, stream->ordinal, command->from, command->from_offset, command->bytes, "a copy's source", error);
+	if (to == NULL || from == NULL)
+		return OPD_INTERNAL;
+	memcpy(to, from, command->bytes);
+	return OPD_OK;
+}
+
+static opd_status do_kernel(struct stream *stream, const struct command *command, opd_error *error)
+{
+	device_sleep_us(stream->device->delay_us);
+	if (device_faulty(stream->device, DEVICE_FAULT_KERNEL))
+		return opd_fail(error, OPD_INTERNAL, "kernel: injected failure");
+	return command->launch.kernel(stream->device, stream->ordinal, &command->launch, error);
+}
+
+/* The failure is this event's alone: the next one's work starts anew. */
+static void do_record(struct stream *stream, struct event *event)
+{
+	event->failure = stream->failure;
+	event->reported_ns = device_now_ns() + stream->device->event_us * 1000;
+	stream->failure = (opd_error){0};
+	atomic_store_explicit(&event->state, EVENT_COME, memory_order_release);
+}
+
+static void do_command(struct stream *stream, const struct command *command)
+{
+	opd_error error = {0};
+	opd_status status = OPD_OK;
+	if (command->kind == COMMAND_RECORD)
+		do_record(stream, command->event);
+	else if (stream->failure.status == OPD_OK) /* what follows a failure is skipped, as on a GPU */
+		status = command->kind == COMMAND_KERNEL ? do_kernel(stream, command, &error) : do_copy(stream, command, &error);
+	if (status != OPD_OK)
+		stream->failure = error;
+}
+
+static void *stream_main(void *argument)
+{
+	struct stream *stream = argument;
+	for (;;) {
+		(void)pthread_mutex_lock(&stream->mutex);
+		while (stream->queue == NULL && !stream->stopping)
+			(void)pthread_cond_wait(&stream->wake, &stream->mutex);
+		struct command *command = stream->queue;
+		if (command != NULL)
+			stream->queue = command->next;
+		if (stream->queue == NULL)
+			stream->queue_end = &stream->queue;
+		(void)pthread_mutex_unlock(&stream->mutex);
+		if (command == NULL)
+			return NULL;
+		do_command(stream, command);
+		free(command);
+	}
+}
+
+/* ---- Streams ---- */
+
+opd_status device_stream_create(void *state, uint32_t ordinal, void **stream_out, opd_error *error)
+{
+	struct device *device = state;
+	if (device_faulty(device, DEVICE_FAULT_STREAM))
+		return opd_fail(error, OPD_UNAVAILABLE, "stream_create: injected failure");
+	struct stream *stream = calloc(1, sizeof *stream);
+	if (stream == NULL)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "stream_create: out of memory");
+	stream->device = device;
+	stream->ordinal = ordinal;
+	stream->queue_end = &stream->queue;
+	(void)pthread_mutex_init(&stream->mutex, NULL);
+	(void)pthread_cond_init(&stream->wake, NULL);
+	if (pthread_create(&stream->thread, NULL, stream_main, stream) != 0) {
+		free(stream);
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "stream_create: no thread");
+	}
+	(void)atomic_fetch_add(&device->streams, 1);
+	*stream_out = stream;
+	return OPD_OK;
+}
+
+/* Does what is queued first. */
+void device_stream_destroy(void *state, void *stream_of)
+{
+	struct device *device = state;
+	struct stream *stream = stream_of;
+	if (stream == NULL)
+		return;
+	(void)pthread_mutex_lock(&stream->mutex);
+	stream->stopping = true;
+	(void)pthread_cond_signal(&stream->wake);
+	(void)pthread_mutex_unlock(&stream->mutex);
+	(void)pthread_join(stream->thread, NULL);
+	(void)pthread_cond_destroy(&stream->wake);
+	(void)pthread_mutex_destroy(&stream->mutex);
+	free(stream);
+	(void)atomic_fetch_sub(&device->streams, 1);
+}
+
+static opd_status enqueue(struct stream *stream, const struct command *command, opd_error *error)
+{
+	opd_status status = device_check_thread(stream->device, stream->ordinal, "enqueue", error);
+	struct command *copy = status == OPD_OK ? malloc(sizeof *copy) : NULL;
+	if (status == OPD_OK && copy == NULL)
+		status = opd_fail(error, OPD_RESOURCE_EXHAUSTED, "enqueue: out of memory");
+	if (status != OPD_OK)
+		return status;
+	*copy = *command;
+	copy->next = NULL;
+	(void)pthread_mutex_lock(&stream->mutex);
+	*stream->queue_end = copy;
+	stream->queue_end = &copy->next;
+	(void)pthread_cond_signal(&stream->wake);
+	(void)pthread_mutex_unlock(&stream->mutex);
+	return OPD_OK;
+}
+
+opd_status device_enqueue(void *stream_of, const struct device_launch *launch, opd_error *error)
+{
+	struct stream *stream = stream_of;
+	struct command command = {.kind = COMMAND_KERNEL, .launch = *launch};
+	return enqueue(stream, &command, error);
+}
+
+opd_status device_copy_in(void *state, void *stream, void *to, uint64_t to_offset, const void *host_from, uint64_t bytes, opd_error *error)
+{
+	struct command command = {.kind = COMMAND_COPY_IN, .to = to, .to_offset = to_offset, .from = host_from, .bytes = bytes};
+	if (device_faulty(state, DEVICE_FAULT_COPY_IN))
+		return opd_fail(error, OPD_INTERNAL, "copy_in: injected failure");
+	return enqueue(stream, &command, error);
+}
+
+opd_status device_copy_out(void *state, void *stream, void *host_to, const void *from, uint64_t from_offset, uint64_t bytes, opd_error *error)
+{
+	struct command command = {.kind = COMMAND_COPY_OUT, .to = host_to, .from = from, .from_offset = from_offset, .bytes = bytes};
+	if (device_faulty(state, DEVICE_FAULT_COPY_OUT))
+		return opd_fail(error, OPD_INTERNAL, "copy_out: injected failure");
+	return enqueue(stream, &command, error);
+}
+
+opd_status device_copy_device(void *state, void *stream, void *to, uint64_t to_offset, const void *from, uint64_t from_offset, uint64_t bytes,
+                              opd_error *error)
+{
+	(void)state;
+	struct command command = {
+		.kind = COMMAND_COPY_DEVICE, .to = to, .to_offset = to_offset, .from = from, .from_offset = from_offset, .bytes = bytes};
+	return enqueue(stream, &command, error);
+}
+
+/* ---- Events ---- */
+
+opd_status device_event_create(void *state, uint32_t ordinal, void **event_out, opd_error *error)
+{
+	struct device *device = state;
+	(void)ordinal;
+	if (device_faulty(device, DEVICE_FAULT_EVENT))
+		return opd_fail(error, OPD_INTERNAL, "event_create: injected failure");
+	struct event *event = calloc(1, sizeof *event);
+	if (event == NULL)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "event_create: out of memory");
+	(void)atomic_fetch_add(&device->events, 1);
+	*event_out = event;
+	return OPD_OK;
+}
+
+void device_event_destroy(void *state, void *event_of)
+{
+	struct device *device = state;
+	struct event *event = event_of;
+	if (event == NULL)
+		return;
+	if (atomic_load(&event->state) == EVENT_RECORDED)
+		abort(); /* the stream's thread will write to it */
+	free(event);
+	(void)atomic_fetch_sub(&device->events, 1);
+}
+
+opd_status device_event_record(void *state, void *event_of, void *stream, opd_error *error)
+{
+	struct event *event = event_of;
+	struct command command = {.kind = COMMAND_RECORD, .event = event};
+	if (device_faulty(state, DEVICE_FAULT_RECORD))
+		return opd_fail(error, OPD_INTERNAL, "event_record: injected failure");
+	atomic_store(&event->state, EVENT_RECORDED);
+	opd_status status = enqueue(stream, &command, error);
+	if (status != OPD_OK)
+		atomic_store(&event->state, EVENT_IDLE);
+	return status;
+}
+
+opd_status device_event_query(void *state, void *event_of, opd_error *error)
+{
+	const struct event *event = event_of;
+	(void)state;
+	int now = atomic_load_explicit(&event->state, memory_order_acquire);
+	if (now == EVENT_IDLE)
+		return OPD_OK;
+	if (now == EVENT_RECORDED || device_now_ns() < event->reported_ns)
+		return OPD_UNAVAILABLE;
+	if (event->failure.status != OPD_OK)
+		*error = event->failure;
+	return (opd_status)event->failure.status;
+}
