@@ -9,6 +9,7 @@
 #include "proto/tensor.h"
 #include "proto/text.h"
 #include "server/daemon.h"
+#include "server/module.h"
 #include "server/request.h"
 
 /* One made argument; a tensor's memory is its own buffer. */
@@ -218,12 +219,15 @@ static void generate_task(struct request *request)
 {
 	struct generation *generation = request->task_data;
 	const struct op *op = generation->op;
-	opd_error error;
+	opd_error error = {0};
 	request->status = op->def->generate(op->def, &generation->generator, &error);
-	if (generation->failed) /* a callback's own text says more */
+	if (generation->failed) { /* a callback's own text says more */
 		request->status = (opd_status)request->error.status;
-	else if (request->status != OPD_OK)
+	} else if (request->status != OPD_OK) {
+		request->status = module_failure(request->status, &error, "%s: no inputs of variant %u", op->schema->name,
+		                                 (unsigned)generation->generator.variant);
 		request->error = error;
+	}
 }
 
 static bool send_made(struct request *request, struct made *made)
