@@ -8,7 +8,8 @@
 #include "proto/codec.h"
 
 /* Sends `message` and waits. The result is the caller's on success alone. */
-static opd_status call(opd_client *client, const struct msg_request *message, msg_reply_kind expected, opd_result **result_out, opd_error *error)
+static opd_status call(opd_client *client, const struct msg_request *message, msg_reply_kind expected, opd_result **result_out,
+                       opd_error *error)
 {
 	opd_result *result = NULL;
 	opd_status status;
@@ -83,13 +84,15 @@ opd_status opd_free(opd_client *client, const opd_handle *handles, size_t count,
 /* ---- Priorities ---- */
 
 /* Borrows all texts; *names_out is the caller's to free. */
-static opd_status list_of(const opd_priority_entry *entry, struct msg_text **names_out, struct msg_list *list_out, opd_error *error)
+static opd_status list_of(const opd_priority_entry *entry, struct msg_text **names_out, struct msg_list *list_out,
+                          opd_error *error)
 {
 	opd_status status = check_name("priority: op", entry->op, error);
 	if (status != OPD_OK)
 		return status;
 	if (entry->count > BOUND_PROVIDERS)
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "priority of %.128s: %zu providers, at most %u", entry->op, entry->count, BOUND_PROVIDERS);
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "priority of %.128s: %zu providers, at most %u", entry->op, entry->count,
+		                BOUND_PROVIDERS);
 	struct msg_text *names = calloc(entry->count + 1, sizeof *names);
 	if (names == NULL)
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "priority of %.128s: out of memory", entry->op);
@@ -163,8 +166,8 @@ opd_status opd_priority_clear(opd_client *client, opd_scope scope, const char *o
 	if (status != OPD_OK)
 		return status;
 	const struct msg_request message = {
-		.kind = MSG_REQUEST_SET_PRIORITY,
-		.set = {.scope = scope == OPD_SCOPE_SERVER ? MSG_SCOPE_SERVER : MSG_SCOPE_SESSION, .op = msg_text(op)},
+	    .kind = MSG_REQUEST_SET_PRIORITY,
+	    .set = {.scope = scope == OPD_SCOPE_SERVER ? MSG_SCOPE_SERVER : MSG_SCOPE_SESSION, .op = msg_text(op)},
 	};
 	return call_empty(client, &message, error);
 }
@@ -180,8 +183,8 @@ static opd_status call_document(opd_client *client, const struct msg_request *me
 	return status == OPD_OK ? document_create(result, make, document_out, error) : status;
 }
 
-static opd_status call_op_document(opd_client *client, msg_request_kind kind, const char *op, msg_reply_kind expected, document_fn make,
-                                   const void **document_out, opd_error *error)
+static opd_status call_op_document(opd_client *client, msg_request_kind kind, const char *op, msg_reply_kind expected,
+                                   document_fn make, const void **document_out, opd_error *error)
 {
 	opd_status status = check_name("op", op, error);
 	if (status != OPD_OK)
@@ -193,7 +196,8 @@ static opd_status call_op_document(opd_client *client, msg_request_kind kind, co
 opd_status opd_priority_get(opd_client *client, const char *op, const opd_priority **priority_out, opd_error *error)
 {
 	const void *document;
-	opd_status status = call_op_document(client, MSG_REQUEST_GET_PRIORITY, op, MSG_REPLY_PRIORITY, document_priority, &document, error);
+	opd_status status =
+	    call_op_document(client, MSG_REQUEST_GET_PRIORITY, op, MSG_REPLY_PRIORITY, document_priority, &document, error);
 	if (status == OPD_OK)
 		*priority_out = document;
 	return status;
@@ -266,18 +270,25 @@ static opd_status generated_request(opd_result *result, const char *op, opd_requ
 	return OPD_OK;
 }
 
-opd_status opd_generate(opd_client *client, const char *op, const opd_generate_options *options, opd_request **request_out, opd_error *error)
+opd_status opd_generate(opd_client *client, const char *op, const opd_generate_options *options, opd_request **request_out,
+                        opd_error *error)
 {
 	opd_status status = check_name("generate: op", op, error);
 	if (status != OPD_OK)
 		return status;
 	if (options->struct_bytes < sizeof *options || options->dim_count > BOUND_LIST)
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "generate: struct_bytes %u, expected %zu; %u dims, at most %u", options->struct_bytes,
-		                sizeof *options, options->dim_count, BOUND_LIST);
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "generate: struct_bytes %u, expected %zu; %u dims, at most %u",
+		                options->struct_bytes, sizeof *options, options->dim_count, BOUND_LIST);
 	const struct msg_request message = {
-		.kind = MSG_REQUEST_GENERATE,
-		.generate = {.op = msg_text(op), .dtype = options->dtype, .dim_count = options->dim_count, .dims = options->dims,
-	                 .variant = options->variant, .seed = options->seed, .values = options->values, .keep = options->keep},
+	    .kind = MSG_REQUEST_GENERATE,
+	    .generate = {.op = msg_text(op),
+	                 .dtype = options->dtype,
+	                 .dim_count = options->dim_count,
+	                 .dims = options->dims,
+	                 .variant = options->variant,
+	                 .seed = options->seed,
+	                 .values = options->values,
+	                 .keep = options->keep},
 	};
 	opd_result *result;
 	status = call(client, &message, MSG_REPLY_GENERATED, &result, error);

@@ -78,7 +78,8 @@ static opd_status read_options(const opd_connect_options *options, opd_connect_o
 	if (options == NULL)
 		return OPD_OK;
 	if (options->struct_bytes < sizeof options->struct_bytes)
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "connect options: struct_bytes %u, expected %zu", options->struct_bytes, sizeof *options);
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "connect options: struct_bytes %u, expected %zu", options->struct_bytes,
+		                sizeof *options);
 	memcpy(out, options, options->struct_bytes < sizeof *out ? options->struct_bytes : sizeof *out);
 	if (out->chunk_bytes != 0 && (out->chunk_bytes < BOUND_CHUNK_BYTES_MIN || out->chunk_bytes > BOUND_CHUNK_BYTES_MAX))
 		return opd_fail(error, OPD_INVALID_ARGUMENT, "connect options: chunk_bytes %llu, expected 0 or %u to %u",
@@ -101,7 +102,8 @@ static opd_status client_dial(opd_client *client, const char *address, uint64_t 
 /* A blocking receive with the client's own timeout needs no poll before it. */
 static void set_receive_timeout(opd_client *client)
 {
-	const struct timeval value = {.tv_sec = (time_t)(client->timeout_us / 1000000u), .tv_usec = (suseconds_t)(client->timeout_us % 1000000u)};
+	const struct timeval value = {.tv_sec = (time_t)(client->timeout_us / 1000000u),
+	                              .tv_usec = (suseconds_t)(client->timeout_us % 1000000u)};
 	client->receive_timeout = client->timeout_us != 0 && client->timeout_us < (uint64_t)1 << 50 &&
 	                          setsockopt(client->fd, SOL_SOCKET, SO_RCVTIMEO, &value, sizeof value) == 0;
 }

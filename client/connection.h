@@ -1,9 +1,10 @@
 /* The client object: a socket, what waits to be written to it, what has been read from it, the requests in flight.
  *
- * Layer: client, internal; the files on top of it in order: dial, writer, reader, connection (pump), wait (submit and wait), call, direct, client.
+ * Layer: client, internal. The files on top of it, in order: dial, writer, reader, greeting, connection (sending and receiving
+ * until something comes), wait (submitting and taking), direct, call, client.
  * Threads: one at a time.
- * A failure of the connection is recorded once (connection_break): requests without a reply are dropped there and then, so that nobody's memory is
- * read any more; finished ones can still be taken. */
+ * Life: opd_connect → opd_close. A failure of the connection is recorded once (connection_break): requests without a reply are
+ * dropped there and then, so that nobody's memory is read any more; finished ones can still be taken. */
 #ifndef OPD_CLIENT_CONNECTION_H
 #define OPD_CLIENT_CONNECTION_H
 
@@ -26,8 +27,8 @@ struct batch {
 	struct flight **owners; /* [i] of pieces[i] */
 	size_t capacity;
 	size_t count;
-	size_t index; /* first that isn't out */
-	size_t bytes; /* of those added */
+	size_t index;    /* first that isn't out */
+	size_t bytes;    /* of those added */
 	uint64_t number; /* of batches made so far */
 };
 
@@ -61,8 +62,8 @@ struct reader {
 
 struct opd_client {
 	int fd;
-	uint64_t timeout_us; /* of blocking calls; 0: none */
-	bool receive_timeout; /* the socket's own receive timeout is timeout_us */
+	uint64_t timeout_us;         /* of blocking calls; 0: none */
+	bool receive_timeout;        /* the socket's own receive timeout is timeout_us */
 	const struct scheme *scheme; /* NULL: a plain address */
 	void *scheme_state;
 	uint32_t direct_depth;
@@ -75,10 +76,10 @@ struct opd_client {
 	struct pool *pool;
 	struct arena scratch; /* encoding of what isn't a built request */
 	struct flights flights;
-	struct list done;     /* finished, oldest first */
+	struct list done; /* finished, oldest first */
 	size_t done_count;
-	size_t live;          /* submitted, neither taken nor cancelled */
-	size_t counted;       /* what the server counts against its limit */
+	size_t live;    /* submitted, neither taken nor cancelled */
+	size_t counted; /* what the server counts against its limit */
 	uint64_t last_id;
 	struct writer writer;
 	struct reader reader;
@@ -111,7 +112,8 @@ void writer_fini(struct writer *writer);
 /* Room for a batch of so many pieces, so that sending never allocates. False: out of memory. */
 OPD_MUST_USE bool writer_reserve(struct writer *writer, size_t pieces);
 
-/* Queues the flight's REQUEST frame: at once, or when replies have made room under the server's limit. Its pieces and one more are reserved. */
+/* Queues the flight's REQUEST frame: at once, or when replies have made room under the server's limit. Its pieces and one more
+ * are reserved. */
 void writer_add(opd_client *client, struct flight *flight);
 
 /* Writes what the socket takes. */
@@ -137,8 +139,8 @@ void writer_clear(opd_client *client);
 bool reader_init(struct reader *reader);
 void reader_fini(struct reader *reader);
 
-/* Receives once and parses what came; more_out: the buffer was filled, so there may be more. wait: blocks (at most the socket's receive timeout).
- * OPD_OK also when nothing came; anything else is the connection's end. */
+/* Receives once and parses what came; more_out: the buffer was filled, so there may be more. wait: blocks (at most the socket's
+ * receive timeout). OPD_OK also when nothing came; anything else is the connection's end. */
 OPD_MUST_USE opd_status reader_receive(opd_client *client, bool wait, bool *more_out, opd_error *error);
 
 /* The reply is complete: counts it, and hands it to whoever waits, or drops it. */
@@ -146,8 +148,9 @@ void flight_answer(opd_client *client, struct flight *flight);
 
 /* ---- connection.c ---- */
 
-/* Sends and receives until something came or the deadline has passed (DEADLINE_EXCEEDED, nothing written into error). Any other failure means that
- * the connection is gone, and has been recorded. `fresh`: the deadline was set just now to the client's timeout. */
+/* Sends and receives until something came or the deadline has passed (DEADLINE_EXCEEDED, nothing written into error). Any other
+ * failure means that the connection is gone, and has been recorded. `fresh`: the deadline was set just now to the client's
+ * timeout. */
 OPD_MUST_USE opd_status connection_pump(opd_client *client, uint64_t deadline_us, bool fresh, opd_error *error);
 
 /* Sends and receives without waiting. */
@@ -168,7 +171,8 @@ struct submission {
 	uint64_t payload_bytes;
 	msg_reply_kind expected;
 };
-OPD_MUST_USE opd_status connection_submit(opd_client *client, const struct submission *submission, struct flight **flight_out, opd_error *error);
+OPD_MUST_USE opd_status connection_submit(opd_client *client, const struct submission *submission, struct flight **flight_out,
+                                          opd_error *error);
 
 /* Waits with the client's timeout and takes the result; on DEADLINE_EXCEEDED the request is forgotten. As opd_run. */
 OPD_MUST_USE opd_status connection_finish(opd_client *client, struct flight *flight, opd_result **result_out, opd_error *error);
@@ -178,7 +182,7 @@ void connection_forget(opd_client *client, struct flight *flight);
 /* ---- direct.c ---- */
 
 /* Runs the message on this thread; result_out is always set unless memory ran out. */
-OPD_MUST_USE opd_status direct_call(opd_client *client, const struct msg_request *message, msg_reply_kind expected, opd_result **result_out,
-                                    opd_error *error);
+OPD_MUST_USE opd_status direct_call(opd_client *client, const struct msg_request *message, msg_reply_kind expected,
+                                    opd_result **result_out, opd_error *error);
 
 #endif

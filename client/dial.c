@@ -80,7 +80,8 @@ static opd_status dial_unix(const char *address, const char *path, uint64_t dead
 }
 
 /* "host:port" or "[v6]:port" */
-static opd_status split_host(const char *address, const char *rest, char host[HOST_BYTES], const char **port_out, opd_error *error)
+static opd_status split_host(const char *address, const char *rest, char host[HOST_BYTES], const char **port_out,
+                             opd_error *error)
 {
 	const bool bracket = rest[0] == '[';
 	const char *begin = bracket ? rest + 1 : rest;
@@ -89,7 +90,8 @@ static opd_status split_host(const char *address, const char *rest, char host[HO
 	if (colon == NULL || *colon != ':' || end == begin || (size_t)(end - begin) >= HOST_BYTES)
 		return opd_fail(error, OPD_INVALID_ARGUMENT, "address %.300s: expected tcp://host:port", address);
 	if (!bracket && memchr(begin, ':', (size_t)(end - begin)) != NULL)
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "address %.300s: an IPv6 host stands in brackets, as tcp://[::1]:7777", address);
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "address %.300s: an IPv6 host stands in brackets, as tcp://[::1]:7777",
+		                address);
 	memcpy(host, begin, (size_t)(end - begin));
 	host[end - begin] = '\0';
 	const char *port = colon + 1;
@@ -137,8 +139,9 @@ opd_status dial(const char *address, uint64_t timeout_us, int *fd_out, opd_error
 	if (strncmp(address, "tcp://", 6) == 0)
 		return dial_tcp(address, address + 6, deadline_us, fd_out, error);
 	if (strncmp(address, "embedded:", 9) == 0)
-		return opd_fail(error, OPD_UNIMPLEMENTED,
-		                "address %.300s: the daemon in this process needs libopd-embedded: link it and call opd_embedded_register() first",
-		                address);
+		return opd_fail(
+		    error, OPD_UNIMPLEMENTED,
+		    "address %.300s: the daemon in this process needs libopd-embedded: link it and call opd_embedded_register() first",
+		    address);
 	return opd_fail(error, OPD_INVALID_ARGUMENT, "address %.300s: expected unix:/path, tcp://host:port or embedded:", address);
 }

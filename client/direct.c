@@ -8,10 +8,13 @@ opd_status opd_direct_begin(opd_client *client, opd_error *error)
 	opd_status status = connection_check(client, error);
 	if (status != OPD_OK)
 		return status;
+	if (client->leaving)
+		return opd_fail(error, OPD_UNAVAILABLE, "direct calls: the server takes no more requests: %s", client->leaving_text);
 	if (client->direct_depth == 0) {
 		/* Cancelled requests count until the server has answered them, for it is still at work on them. */
 		if (client->counted != 0 || !list_empty(&client->writer.waiting))
-			return opd_fail(error, OPD_FAILED_PRECONDITION, "direct calls: %zu requests are in flight, expected none", client->counted);
+			return opd_fail(error, OPD_FAILED_PRECONDITION, "direct calls: %zu requests are in flight, expected none",
+			                client->counted);
 		status = client->scheme->direct_begin(client->scheme_state, error);
 		if (status != OPD_OK)
 			return status;

@@ -1,4 +1,5 @@
-/* Documents: what the inspecting calls give to people. They live in the memory of the reply that they show, and free it with themselves.
+/* Documents: what the inspecting calls give to people. They live in the memory of the reply that they show, and free it with
+ * themselves.
  *
  * Layer: client, internal. Threads: one at a time.
  * Life: document_create takes the result → opd_document_free. */

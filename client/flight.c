@@ -96,7 +96,7 @@ void flight_drop_reply(struct flight *flight, struct pool *pool)
 
 static size_t slot_of(const struct flights *flights, uint64_t id)
 {
-	return (size_t)id & (flights->capacity - 1);
+	return (size_t)((id * 0x9e3779b97f4a7c15u) >> flights->shift);
 }
 
 static void slot_insert(struct flights *flights, struct flight *flight)
@@ -116,6 +116,7 @@ static bool flights_grow(struct flights *flights)
 	struct flights old = *flights;
 	flights->slots = slots;
 	flights->capacity = capacity;
+	flights->shift = 64u - (unsigned)__builtin_ctzll(capacity);
 	for (size_t i = 0; i < old.capacity; i++)
 		if (old.slots[i] != NULL)
 			slot_insert(flights, old.slots[i]);
@@ -143,7 +144,8 @@ struct flight *flights_find(const struct flights *flights, uint64_t id)
 	return NULL;
 }
 
-/* Closes the gap behind a removed entry, so that no probe ends early: an entry moves back unless that put it before its own slot. */
+/* Closes the gap behind a removed entry, so that no probe ends early: an entry moves back unless that put it before its own slot.
+ */
 static void slot_close(struct flights *flights, size_t gap)
 {
 	const size_t mask = flights->capacity - 1;

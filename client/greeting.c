@@ -16,14 +16,15 @@ static opd_status check_chunk(const opd_client *client, uint64_t chunk_bytes, op
 		return OPD_OK;
 	if (wanted && chunk_bytes >= BOUND_CHUNK_BYTES_MIN && chunk_bytes <= BOUND_CHUNK_BYTES_MAX)
 		return OPD_OK;
-	return opd_fail(error, OPD_DATA_LOSS, "malformed answer from the server: chunk size %llu, expected %s", (unsigned long long)chunk_bytes,
-	                wanted ? "64 KiB to 64 MiB" : "0, as asked");
+	return opd_fail(error, OPD_DATA_LOSS, "malformed answer from the server: chunk size %llu, expected %s",
+	                (unsigned long long)chunk_bytes, wanted ? "64 KiB to 64 MiB" : "0, as asked");
 }
 
 static void refused(opd_client *client, const struct msg_hello_reply *reply, opd_error *error)
 {
 	(void)opd_fail(error, OPD_UNAVAILABLE, "the server refused the session: %s: %.*s", opd_status_name(reply->status),
-	               (int)(reply->message.bytes < 400 ? reply->message.bytes : 400), reply->message.data == NULL ? "" : reply->message.data);
+	               (int)(reply->message.bytes < 400 ? reply->message.bytes : 400),
+	               reply->message.data == NULL ? "" : reply->message.data);
 	client->leaving = true;
 }
 
@@ -46,15 +47,15 @@ opd_status greeting_accept(opd_client *client, const uint8_t *envelope, size_t b
 	if (status != OPD_OK)
 		return status;
 	client->session = (opd_session){
-		.struct_bytes = sizeof client->session,
-		.admin = reply.admin,
-		.session = reply.session,
-		.server = reply.server.data == NULL ? "" : reply.server.data,
-		.tenant = reply.tenant.data == NULL ? "" : reply.tenant.data,
-		.chunk_bytes = reply.chunk_bytes,
-		.payload_bytes = reply.limits.payload_bytes,
-		.session_bytes = reply.limits.session_bytes,
-		.in_flight = reply.limits.in_flight,
+	    .struct_bytes = sizeof client->session,
+	    .admin = reply.admin,
+	    .session = reply.session,
+	    .server = reply.server.data == NULL ? "" : reply.server.data,
+	    .tenant = reply.tenant.data == NULL ? "" : reply.tenant.data,
+	    .chunk_bytes = reply.chunk_bytes,
+	    .payload_bytes = reply.limits.payload_bytes,
+	    .session_bytes = reply.limits.session_bytes,
+	    .in_flight = reply.limits.in_flight,
 	};
 	client->envelope_limit = reply.limits.envelope_bytes;
 	client->greeted = true;
@@ -86,17 +87,18 @@ static opd_status send_hello(opd_client *client, const opd_connect_options *opti
 {
 	const char *name = options->client == NULL ? "libopd " OPD_VERSION : options->client;
 	const struct msg_hello hello = {
-		.version_min = FRAME_VERSION,
-		.version_max = FRAME_VERSION,
-		.client = msg_text(name),
-		.chunk_bytes = options->chunk_bytes,
-		.no_chunks = options->no_chunks,
+	    .version_min = FRAME_VERSION,
+	    .version_max = FRAME_VERSION,
+	    .client = msg_text(name),
+	    .chunk_bytes = options->chunk_bytes,
+	    .no_chunks = options->no_chunks,
 	};
 	struct codec_buffer buffer;
 	opd_status status = codec_encode_hello(&client->scratch, &hello, &buffer, error);
 	if (status != OPD_OK)
 		return status;
-	const struct frame_header header = {.version = FRAME_VERSION, .type = FRAME_HELLO, .envelope_bytes = (uint32_t)buffer.envelope_bytes};
+	const struct frame_header header = {
+	    .version = FRAME_VERSION, .type = FRAME_HELLO, .envelope_bytes = (uint32_t)buffer.envelope_bytes};
 	frame_encode(&header, buffer.frame);
 	return send_all(client->fd, buffer.frame, FRAME_HEADER_BYTES + buffer.envelope_bytes, deadline_us, error);
 }

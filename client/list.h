@@ -13,7 +13,7 @@ struct list {
 	struct list *prev;
 };
 
-#define LIST_ENTRY(pointer, type, member) ((type *)(void *)((char *)(pointer) - offsetof(type, member)))
+#define LIST_ENTRY(pointer, type, member) ((type *)(void *)((char *)(pointer)-offsetof(type, member)))
 
 static inline void list_init(struct list *list)
 {

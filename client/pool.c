@@ -108,7 +108,8 @@ static struct block *large_create(uint64_t bytes)
 	struct block *block = mmap(NULL, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (block == MAP_FAILED)
 		return NULL;
-	(void)madvise(block, mapped, MADV_HUGEPAGE); /* a quarter of the page-fault time; it is no failure where the kernel hasn't it */
+	(void)madvise(block, mapped,
+	              MADV_HUGEPAGE); /* a quarter of the page-fault time; it is no failure where the kernel hasn't it */
 	*block = (struct block){.capacity = mapped - sizeof *block, .mapped_bytes = mapped};
 	return block;
 }

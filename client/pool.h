@@ -1,7 +1,8 @@
 /* Memory of results: aligned blocks for payloads and the result objects themselves, kept warm for reuse.
  *
- * A fresh 64 MiB block costs more in page faults than its bytes cost to receive, so blocks that a result gives back serve the next one. Results may outlive
- * their client and may be destroyed on another thread: the pool is counted (the client holds one reference, each result one) and locked.
+ * A fresh 64 MiB block costs more in page faults than its bytes cost to receive, so blocks that a result gives back serve the
+ * next one. Results may outlive their client and may be destroyed on another thread: the pool is counted (the client holds one
+ * reference, each result one) and locked.
  *
  * Layer: client, internal. Threads: any.
  * Life: pool_create → pool_take_… → pool_give_… → pool_unref. */

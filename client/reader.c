@@ -1,5 +1,6 @@
-/* The receiving half. Headers, envelopes and small payloads come through the stage, many frames a call; a payload that isn't all there goes straight into its
- * block, with the stage behind it for what follows. All that the server says is checked before it is used; what can't be is the connection's end. */
+/* The receiving half. Headers, envelopes and small payloads come through the stage, many frames a call; a payload that isn't all
+ * there goes straight into its block, with the stage behind it for what follows. All that the server says is checked before it is
+ * used; what can't be is the connection's end. */
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
@@ -83,12 +84,13 @@ static void reply_refuse(struct flight *flight, const opd_error *error)
 	result_set_failure(flight->result, error);
 }
 
-static opd_status reply_decode(opd_client *client, struct flight *flight, const struct frame_header *header, const uint8_t *envelope,
-                               opd_error *error)
+static opd_status reply_decode(opd_client *client, struct flight *flight, const struct frame_header *header,
+                               const uint8_t *envelope, opd_error *error)
 {
 	flight->result = pool_take_result(client->pool);
 	if (flight->result == NULL)
-		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "out of memory for the reply to request %llu", (unsigned long long)flight->id);
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "out of memory for the reply to request %llu",
+		                (unsigned long long)flight->id);
 	opd_result *result = flight->result;
 	opd_error reason;
 	opd_status status = codec_decode_reply(&result->arena, envelope, header->envelope_bytes, &result->reply, &reason);
@@ -142,10 +144,12 @@ static opd_status handle_data(opd_client *client, const struct frame_header *hea
 	if (flight == NULL || !flight->receiving)
 		return malformed(error, "DATA for request %llu, of which none is due", id);
 	if (offset != flight->reply_received)
-		return malformed(error, "DATA for request %llu at offset %llu, expected %llu", id, offset, (unsigned long long)flight->reply_received);
+		return malformed(error, "DATA for request %llu at offset %llu, expected %llu", id, offset,
+		                 (unsigned long long)flight->reply_received);
 	if (bytes == 0 || bytes > client->session.chunk_bytes || bytes > flight->reply_bytes - offset)
-		return malformed(error, "DATA for request %llu of %llu bytes at offset %llu, the payload has %llu, a chunk at most %llu", id, bytes, offset,
-		                 (unsigned long long)flight->reply_bytes, (unsigned long long)client->session.chunk_bytes);
+		return malformed(error, "DATA for request %llu of %llu bytes at offset %llu, the payload has %llu, a chunk at most %llu",
+		                 id, bytes, offset, (unsigned long long)flight->reply_bytes,
+		                 (unsigned long long)client->session.chunk_bytes);
 	sink_payload(&client->reader, flight, offset, bytes);
 	return OPD_OK;
 }
@@ -159,7 +163,8 @@ static opd_status handle_goaway(opd_client *client, const struct frame_header *h
 		return malformed(error, "goodbye: %.400s", reason.text);
 	client->leaving = true;
 	(void)snprintf(client->leaving_text, sizeof client->leaving_text, "%s: %.*s", opd_status_name(goaway.status),
-	               (int)(goaway.message.bytes < 400 ? goaway.message.bytes : 400), goaway.message.data == NULL ? "" : goaway.message.data);
+	               (int)(goaway.message.bytes < 400 ? goaway.message.bytes : 400),
+	               goaway.message.data == NULL ? "" : goaway.message.data);
 	return OPD_OK;
 }
 
@@ -195,7 +200,8 @@ static opd_status check_header(const opd_client *client, const struct frame_head
 	if (header->envelope_bytes > limit)
 		return malformed(error, "envelope of %u bytes, at most %u", header->envelope_bytes, limit);
 	if (header->type == FRAME_DATA && header->envelope_bytes != FRAME_DATA_OFFSET_BYTES)
-		return malformed(error, "DATA frame with an envelope of %u bytes, expected %u", header->envelope_bytes, FRAME_DATA_OFFSET_BYTES);
+		return malformed(error, "DATA frame with an envelope of %u bytes, expected %u", header->envelope_bytes,
+		                 FRAME_DATA_OFFSET_BYTES);
 	if ((greeting || header->type == FRAME_GOAWAY) && header->payload_bytes != 0)
 		return malformed(error, "frame of type %u with a payload", header->type);
 	return OPD_OK;
@@ -300,7 +306,7 @@ static void stage_compact(struct reader *reader)
 	if (reader->begin == reader->end) {
 		reader->begin = 0;
 		reader->end = 0;
-	} else if (STAGE_BYTES - reader->end < STAGE_BYTES / 2) {
+	} else if (reader->begin != 0 && STAGE_BYTES - reader->end < STAGE_BYTES / 2) {
 		memmove(reader->stage, reader->stage + reader->begin, reader->end - reader->begin);
 		reader->end -= reader->begin;
 		reader->begin = 0;
@@ -312,8 +318,9 @@ static opd_status receive_end(const opd_client *client, int number, opd_error *e
 	const struct reader *reader = &client->reader;
 	const char *why = number == 0 ? "the server closed the connection" : strerrordesc_np(number);
 	const bool middle = reader->sink != SINK_NONE || reader->begin != reader->end;
-	return opd_fail(error, OPD_UNAVAILABLE, "%s%s%s%s", why == NULL ? "the connection failed" : why, middle ? " in the middle of a frame" : "",
-	                client->leaving ? ": " : "", client->leaving ? client->leaving_text : "");
+	return opd_fail(error, OPD_UNAVAILABLE, "%s%s%s%s", why == NULL ? "the connection failed" : why,
+	                middle ? " in the middle of a frame" : "", client->leaving ? ": " : "",
+	                client->leaving ? client->leaving_text : "");
 }
 
 opd_status reader_receive(opd_client *client, bool wait, bool *more_out, opd_error *error)
@@ -327,8 +334,10 @@ opd_status reader_receive(opd_client *client, bool wait, bool *more_out, opd_err
 		pieces[count++] = (struct iovec){reader->sink_to, direct};
 	pieces[count++] = (struct iovec){reader->stage + reader->end, STAGE_BYTES - reader->end};
 	struct msghdr message = {.msg_iov = pieces, .msg_iovlen = count};
+	const int flags = wait ? 0 : MSG_DONTWAIT;
 	*more_out = false;
-	const ssize_t got = recvmsg(client->fd, &message, wait ? 0 : MSG_DONTWAIT);
+	const ssize_t got =
+	    count == 1 ? recv(client->fd, pieces[0].iov_base, pieces[0].iov_len, flags) : recvmsg(client->fd, &message, flags);
 	if (got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR))
 		return OPD_OK;
 	if (got <= 0)

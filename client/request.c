@@ -42,8 +42,8 @@ bool request_copy_text(opd_request *request, const char *what, const char *text,
 {
 	const size_t bytes = text == NULL ? 0 : strlen(text);
 	if (bytes > limit || !text_valid(text == NULL ? "" : text, bytes)) {
-		request_fail(request, OPD_INVALID_ARGUMENT, "%s: %s of %zu bytes, expected UTF-8 of at most %zu", request->message.run.op.data, what,
-		             bytes, limit);
+		request_fail(request, OPD_INVALID_ARGUMENT, "%s: %s of %zu bytes, expected UTF-8 of at most %zu",
+		             request->message.run.op.data, what, bytes, limit);
 		return false;
 	}
 	const char *copy = bytes == 0 ? "" : arena_text(&request->arena, text, bytes);
@@ -71,7 +71,8 @@ opd_request *opd_request_create(const char *op)
 	}
 	request->message.run.op = msg_text(copy);
 	if (!text_valid(copy, strlen(copy)) || strlen(copy) > BOUND_NAME_BYTES)
-		request_fail(request, OPD_INVALID_ARGUMENT, "op: name of %zu bytes, expected UTF-8 of at most %u", strlen(copy), BOUND_NAME_BYTES);
+		request_fail(request, OPD_INVALID_ARGUMENT, "op: name of %zu bytes, expected UTF-8 of at most %u", strlen(copy),
+		             BOUND_NAME_BYTES);
 	return request;
 }
 
@@ -91,7 +92,8 @@ void opd_request_priority(opd_request *request, const char *const *providers, si
 {
 	request->form = REQUEST_UNPREPARED;
 	if (count > BOUND_PROVIDERS) {
-		request_fail(request, OPD_INVALID_ARGUMENT, "%s: priority list of %zu, at most %u", request->message.run.op.data, count, BOUND_PROVIDERS);
+		request_fail(request, OPD_INVALID_ARGUMENT, "%s: priority list of %zu, at most %u", request->message.run.op.data, count,
+		             BOUND_PROVIDERS);
 		return;
 	}
 	struct msg_text *names = arena_array(&request->arena, count, sizeof *names);
@@ -166,7 +168,8 @@ void opd_request_output(opd_request *request, uint32_t output, bool keep, bool c
 	}
 	while (request->output_capacity <= output) {
 		size_t capacity = 0;
-		struct msg_output_option *grown = request_grow(request, request->outputs, request->output_capacity, sizeof *grown, &capacity);
+		struct msg_output_option *grown =
+		    request_grow(request, request->outputs, request->output_capacity, sizeof *grown, &capacity);
 		if (grown == NULL)
 			return;
 		request->outputs = grown;

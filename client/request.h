@@ -1,4 +1,5 @@
-/* A request being built: the Run message with everything copied but host tensors, and its encoded form, which is kept for the next submit.
+/* A request being built: the Run message with everything copied but host tensors, and its encoded form, which is kept for the
+ * next submit.
  *
  * Layer: client, internal. Threads: those of its owner, one at a time (submitting it may encode it anew).
  * Life: opd_request_create → opd_request_… → request_prepare → pieces and envelope read → opd_request_destroy. */
@@ -26,9 +27,9 @@ typedef enum request_form {
 } request_form;
 
 struct opd_request {
-	struct arena arena;        /* everything that was copied */
-	struct arena encoded;      /* envelope and pieces of the prepared form */
-	opd_error error;           /* the first thing that went wrong, for submit */
+	struct arena arena;   /* everything that was copied */
+	struct arena encoded; /* envelope and pieces of the prepared form */
+	opd_error error;      /* the first thing that went wrong, for submit */
 	struct msg_request message;
 	uint32_t arg_capacity;
 	uint32_t output_capacity;
@@ -36,10 +37,10 @@ struct opd_request {
 	struct request_host *hosts; /* in the payload's order */
 	size_t host_count;
 	size_t host_capacity;
-	opd_result *owned;         /* whose memory host tensors lie in; NULL: the caller's */
+	opd_result *owned; /* whose memory host tensors lie in; NULL: the caller's */
 	request_form form;
 	struct codec_buffer envelope;
-	struct iovec *pieces;      /* the payload, gaps included */
+	struct iovec *pieces; /* the payload, gaps included */
 	size_t piece_count;
 	uint64_t payload_bytes;
 };

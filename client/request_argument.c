@@ -35,7 +35,7 @@ static bool request_add_host(opd_request *request, struct msg_tensor *tensor, co
 {
 	if (request->host_count == request->host_capacity) {
 		struct request_host *grown =
-			request_grow(request, request->hosts, request->host_count, sizeof *grown, &request->host_capacity);
+		    request_grow(request, request->hosts, request->host_count, sizeof *grown, &request->host_capacity);
 		if (grown == NULL)
 			return false;
 		request->hosts = grown;
@@ -74,7 +74,8 @@ static bool operand_shape(opd_request *request, const char *name, const opd_oper
 	uint64_t end;
 	if (!tensor_extent(operand->dtype, operand->rank, tensor->shape, operand->strides, operand->byte_offset, &end)) {
 		request_fail(request, OPD_INVALID_ARGUMENT,
-		             "%s: %s: extents and strides must be at least 0, the byte offset (%llu) a multiple of the %zu-byte element, and all fit "
+		             "%s: %s: extents and strides must be at least 0, the byte offset (%llu) a multiple of the %zu-byte element, "
+		             "and all fit "
 		             "in 63 bits",
 		             op, name, (unsigned long long)operand->byte_offset, opd_dtype_bytes(operand->dtype));
 		return false;
@@ -96,12 +97,13 @@ static bool operand_host(opd_request *request, const char *name, const opd_opera
 {
 	const char *op = request->message.run.op.data;
 	uint64_t end = 0;
-	if (!tensor_extent(tensor->dtype, tensor->rank, tensor->shape, tensor->strided ? tensor->strides : NULL, tensor->byte_offset, &end))
+	if (!tensor_extent(tensor->dtype, tensor->rank, tensor->shape, tensor->strided ? tensor->strides : NULL, tensor->byte_offset,
+	                   &end))
 		return false; /* operand_shape has checked it */
 	const uint64_t begin = tensor->byte_offset;
 	if (operand->data_bytes != 0 && end > operand->data_bytes) {
-		request_fail(request, OPD_INVALID_ARGUMENT, "%s: %s reaches to byte %llu, its data has %llu", op, name, (unsigned long long)end,
-		             (unsigned long long)operand->data_bytes);
+		request_fail(request, OPD_INVALID_ARGUMENT, "%s: %s reaches to byte %llu, its data has %llu", op, name,
+		             (unsigned long long)end, (unsigned long long)operand->data_bytes);
 		return false;
 	}
 	if (end > begin && operand->data == NULL) {
@@ -114,8 +116,8 @@ static bool operand_host(opd_request *request, const char *name, const opd_opera
 
 static bool operand_convert(opd_request *request, const char *name, const opd_operand *operand, struct msg_tensor *tensor)
 {
-	const bool whole = operand->dtype == OPD_DTYPE_NONE &&
-	                   (operand->source == OPD_FROM_HANDLE || operand->source == OPD_FROM_RESULT);
+	const bool whole =
+	    operand->dtype == OPD_DTYPE_NONE && (operand->source == OPD_FROM_HANDLE || operand->source == OPD_FROM_RESULT);
 	if (!whole && !operand_shape(request, name, operand, tensor))
 		return false;
 	switch (operand->source) {
@@ -146,8 +148,8 @@ static bool request_operands(opd_request *request, struct msg_arg *arg, const op
 	const char *name = arg_name(request, arg, number);
 	const size_t step = count == 0 ? 0 : operands[0].struct_bytes;
 	if (count != 0 && step < sizeof(opd_operand)) {
-		request_fail(request, OPD_INVALID_ARGUMENT, "%s: %s: operand has struct_bytes %zu, expected %zu", request->message.run.op.data, name,
-		             step, sizeof(opd_operand));
+		request_fail(request, OPD_INVALID_ARGUMENT, "%s: %s: operand has struct_bytes %zu, expected %zu",
+		             request->message.run.op.data, name, step, sizeof(opd_operand));
 		return false;
 	}
 	arg->count = (uint32_t)count;
@@ -176,8 +178,8 @@ static bool request_list_fits(opd_request *request, const char *name, size_t cou
 {
 	if (count <= BOUND_LIST)
 		return true;
-	request_fail(request, OPD_INVALID_ARGUMENT, "%s: list %s of %zu, at most %u", request->message.run.op.data, name == NULL ? "" : name, count,
-	             BOUND_LIST);
+	request_fail(request, OPD_INVALID_ARGUMENT, "%s: list %s of %zu, at most %u", request->message.run.op.data,
+	             name == NULL ? "" : name, count, BOUND_LIST);
 	return false;
 }
 

@@ -28,8 +28,8 @@ const char *const *result_texts(opd_result *result, uint32_t count, const struct
 
 /* ---- Checks ---- */
 
-static opd_status bind_payload(const struct msg_tensor *tensor, uint32_t index, uint64_t extent, uint64_t payload_bytes, uint64_t *end_out,
-                               opd_error *error)
+static opd_status bind_payload(const struct msg_tensor *tensor, uint32_t index, uint64_t extent, uint64_t payload_bytes,
+                               uint64_t *end_out, opd_error *error)
 {
 	const uint64_t offset = tensor->payload.offset, bytes = tensor->payload.bytes;
 	uint64_t end;
@@ -37,8 +37,8 @@ static opd_status bind_payload(const struct msg_tensor *tensor, uint32_t index, 
 		return opd_fail(error, OPD_INVALID_ARGUMENT, "tensor %u begins at payload byte %llu, expected a multiple of 64", index,
 		                (unsigned long long)offset);
 	if (!size_add(offset, bytes, &end) || end > payload_bytes)
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "tensor %u has payload range [%llu, +%llu), the payload has %llu bytes", index,
-		                (unsigned long long)offset, (unsigned long long)bytes, (unsigned long long)payload_bytes);
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "tensor %u has payload range [%llu, +%llu), the payload has %llu bytes",
+		                index, (unsigned long long)offset, (unsigned long long)bytes, (unsigned long long)payload_bytes);
 	if (bytes != extent)
 		return opd_fail(error, OPD_INVALID_ARGUMENT, "tensor %u has %llu bytes in the payload, its shape has %llu", index,
 		                (unsigned long long)bytes, (unsigned long long)extent);
@@ -50,13 +50,14 @@ static opd_status bind_payload(const struct msg_tensor *tensor, uint32_t index, 
 static opd_status bind_inline(opd_result *result, struct msg_tensor *tensor, uint32_t index, uint64_t extent, opd_error *error)
 {
 	if (tensor->inlined.bytes != extent)
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "tensor %u has %zu inline bytes, its shape has %llu", index, tensor->inlined.bytes,
-		                (unsigned long long)extent);
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "tensor %u has %zu inline bytes, its shape has %llu", index,
+		                tensor->inlined.bytes, (unsigned long long)extent);
 	if (result->direct || extent == 0)
 		return OPD_OK;
 	/* The envelope's bytes lie anywhere; ours are aligned and readable to the next boundary. */
 	uint64_t padded;
-	uint8_t *copy = size_align(extent, &padded) && padded < SIZE_MAX / 2 ? arena_alloc(&result->arena, (size_t)padded + 63) : NULL;
+	uint8_t *copy =
+	    size_align(extent, &padded) && padded < SIZE_MAX / 2 ? arena_alloc(&result->arena, (size_t)padded + 63) : NULL;
 	if (copy == NULL)
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "no memory for tensor %u of the reply (%llu bytes)", index,
 		                (unsigned long long)extent);
@@ -67,13 +68,13 @@ static opd_status bind_inline(opd_result *result, struct msg_tensor *tensor, uin
 }
 
 /* Row-major tensors of host bytes or of none: outputs, and generated inputs that weren't kept. */
-static opd_status bind_tensor(opd_result *result, struct msg_tensor *tensor, uint32_t index, uint64_t payload_bytes, uint64_t *end_out,
-                              opd_error *error)
+static opd_status bind_tensor(opd_result *result, struct msg_tensor *tensor, uint32_t index, uint64_t payload_bytes,
+                              uint64_t *end_out, opd_error *error)
 {
 	uint64_t extent;
 	if (!tensor_bytes(tensor->dtype, tensor->rank, tensor->shape, &extent))
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "tensor %u has no valid dtype and shape (dtype %d, rank %u)", index, (int)tensor->dtype,
-		                tensor->rank);
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "tensor %u has no valid dtype and shape (dtype %d, rank %u)", index,
+		                (int)tensor->dtype, tensor->rank);
 	int64_t strides[OPD_RANK_MAX];
 	tensor_row_major(tensor->rank, tensor->shape, strides);
 	if (tensor->strided && extent != 0 && memcmp(strides, tensor->strides, tensor->rank * sizeof *strides) != 0)
@@ -94,7 +95,8 @@ static opd_status bind_tensor(opd_result *result, struct msg_tensor *tensor, uin
 	case MSG_SOURCE_SHARED:
 		break;
 	}
-	return opd_fail(error, OPD_INVALID_ARGUMENT, "tensor %u has source %d, expected payload, inline or none", index, (int)tensor->source);
+	return opd_fail(error, OPD_INVALID_ARGUMENT, "tensor %u has source %d, expected payload, inline or none", index,
+	                (int)tensor->source);
 }
 
 /* ---- The public view of a run ---- */
@@ -253,10 +255,11 @@ opd_status result_bind(opd_result *result, msg_reply_kind expected, uint64_t pay
 		status = bind_generated(result, payload_bytes, &end, error);
 	if (status != OPD_OK)
 		return status;
-	/* Nothing but padding may follow the last tensor: a payload is allocated at its announced size before a byte of it is here. */
+	/* Nothing but padding may follow the last tensor: a payload is allocated at its announced size before a byte of it is here.
+	 */
 	if (payload_bytes > end + (OPD_TENSOR_ALIGNMENT - 1))
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "payload of %llu bytes, its tensors end at %llu", (unsigned long long)payload_bytes,
-		                (unsigned long long)end);
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "payload of %llu bytes, its tensors end at %llu",
+		                (unsigned long long)payload_bytes, (unsigned long long)end);
 	return OPD_OK;
 }
 

@@ -36,8 +36,8 @@ struct opd_result {
 /* A whole envelope and what the arena makes of it. */
 #define RESULT_ARENA_BYTES ((size_t)64 << 20)
 
-/* Checks the decoded reply against the payload that the frame announced, and derives the public view. `data` of payload outputs stays NULL until
- * result_place. INVALID_ARGUMENT: the reply is malformed (text says how); RESOURCE_EXHAUSTED: no memory. */
+/* Checks the decoded reply against the payload that the frame announced, and derives the public view. `data` of payload outputs
+ * stays NULL until result_place. INVALID_ARGUMENT: the reply is malformed (text says how); RESOURCE_EXHAUSTED: no memory. */
 OPD_MUST_USE opd_status result_bind(opd_result *result, msg_reply_kind expected, uint64_t payload_bytes, opd_error *error);
 
 /* The payload's block is known (its bytes may still be on their way): points the outputs into it. Takes `block`. */

@@ -18,11 +18,11 @@ static opd_status check_limits(const opd_client *client, const struct submission
 	if (client->leaving)
 		return opd_fail(error, OPD_UNAVAILABLE, "the server takes no more requests: %s", client->leaving_text);
 	if (client->envelope_limit != 0 && envelope > client->envelope_limit)
-		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "the request's envelope has %llu bytes, the server takes at most %llu", envelope,
-		                (unsigned long long)client->envelope_limit);
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "the request's envelope has %llu bytes, the server takes at most %llu",
+		                envelope, (unsigned long long)client->envelope_limit);
 	if (client->session.payload_bytes != 0 && payload > client->session.payload_bytes)
-		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "the request's tensors have %llu bytes, the server takes at most %llu", payload,
-		                (unsigned long long)client->session.payload_bytes);
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "the request's tensors have %llu bytes, the server takes at most %llu",
+		                payload, (unsigned long long)client->session.payload_bytes);
 	return OPD_OK;
 }
 
@@ -31,15 +31,16 @@ static void flight_fill(struct flight *flight, const struct submission *submissi
 {
 	const size_t head = FRAME_HEADER_BYTES + submission->envelope->envelope_bytes;
 	const struct frame_header header = {
-		.version = FRAME_VERSION,
-		.type = FRAME_REQUEST,
-		.flags = flight->chunked ? FRAME_CHUNKED : 0,
-		.request_id = flight->id,
-		.envelope_bytes = (uint32_t)submission->envelope->envelope_bytes,
-		.payload_bytes = submission->payload_bytes,
+	    .version = FRAME_VERSION,
+	    .type = FRAME_REQUEST,
+	    .flags = flight->chunked ? FRAME_CHUNKED : 0,
+	    .request_id = flight->id,
+	    .envelope_bytes = (uint32_t)submission->envelope->envelope_bytes,
+	    .payload_bytes = submission->payload_bytes,
 	};
 	frame_encode(&header, flight->frame);
-	memcpy(flight->frame + FRAME_HEADER_BYTES, submission->envelope->frame + FRAME_HEADER_BYTES, submission->envelope->envelope_bytes);
+	memcpy(flight->frame + FRAME_HEADER_BYTES, submission->envelope->frame + FRAME_HEADER_BYTES,
+	       submission->envelope->envelope_bytes);
 	flight->frame_bytes = head;
 	for (size_t i = 0; i < submission->piece_count; i++) {
 		const struct iovec *piece = &submission->pieces[i];
@@ -63,7 +64,8 @@ static opd_status submit_memory(opd_client *client, struct flight *flight, opd_e
 	return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "out of memory for a request in flight");
 }
 
-opd_status connection_submit(opd_client *client, const struct submission *submission, struct flight **flight_out, opd_error *error)
+opd_status connection_submit(opd_client *client, const struct submission *submission, struct flight **flight_out,
+                             opd_error *error)
 {
 	opd_status status = connection_check(client, error);
 	if (status == OPD_OK)
@@ -96,11 +98,11 @@ static opd_status submit_wire(opd_client *client, opd_request *request, struct f
 	if (status != OPD_OK)
 		return status;
 	const struct submission submission = {
-		.envelope = &request->envelope,
-		.pieces = request->pieces,
-		.piece_count = request->piece_count,
-		.payload_bytes = request->payload_bytes,
-		.expected = MSG_REPLY_RUN,
+	    .envelope = &request->envelope,
+	    .pieces = request->pieces,
+	    .piece_count = request->piece_count,
+	    .payload_bytes = request->payload_bytes,
+	    .expected = MSG_REPLY_RUN,
 	};
 	return connection_submit(client, &submission, flight_out, error);
 }
@@ -136,7 +138,8 @@ static opd_status submit(opd_client *client, const opd_request *request, struct 
 {
 	/* What a request says doesn't change by being submitted; its encoded form, kept inside it for the next time, does. */
 	opd_request *inside = (opd_request *)(uintptr_t)request;
-	return client->direct_depth != 0 ? submit_direct(client, inside, flight_out, error) : submit_wire(client, inside, flight_out, error);
+	return client->direct_depth != 0 ? submit_direct(client, inside, flight_out, error)
+	                                 : submit_wire(client, inside, flight_out, error);
 }
 
 opd_status opd_submit(opd_client *client, const opd_request *request, opd_ticket *ticket_out, opd_error *error)
@@ -146,7 +149,8 @@ opd_status opd_submit(opd_client *client, const opd_request *request, opd_ticket
 	if (status != OPD_OK)
 		return status;
 	*ticket_out = flight->id;
-	/* A caller with finished requests still to take is about to submit more: those leave together, at the latest when it takes the last. */
+	/* A caller with finished requests still to take is about to submit more: those leave together, at the latest when it takes
+	 * the last. */
 	if (client->done_count == 0 || client->writer.ready_bytes >= HOLD_BYTES)
 		writer_flush(client);
 	return OPD_OK;
@@ -223,8 +227,8 @@ static opd_status wait_for(opd_client *client, struct flight *flight, uint64_t t
 		if (flight->answered)
 			return OPD_OK;
 		if (status == OPD_DEADLINE_EXCEEDED || (deadline_us != UINT64_MAX && clock_us() >= deadline_us))
-			return opd_fail(error, OPD_DEADLINE_EXCEEDED, "request %llu isn't answered after %llu us", (unsigned long long)flight->id,
-			                (unsigned long long)timeout_us);
+			return opd_fail(error, OPD_DEADLINE_EXCEEDED, "request %llu isn't answered after %llu us",
+			                (unsigned long long)flight->id, (unsigned long long)timeout_us);
 		fresh = false;
 	}
 }
@@ -279,7 +283,8 @@ static opd_status wait_for_any(opd_client *client, uint64_t timeout_us, opd_erro
 	return OPD_OK;
 }
 
-opd_status opd_wait_any(opd_client *client, uint64_t timeout_us, opd_ticket *ticket_out, opd_result **result_out, opd_error *error)
+opd_status opd_wait_any(opd_client *client, uint64_t timeout_us, opd_ticket *ticket_out, opd_result **result_out,
+                        opd_error *error)
 {
 	*result_out = NULL;
 	if (client->live == 0) {

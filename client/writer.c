@@ -1,6 +1,6 @@
-/* The sending half. Frames wait in two lists: whole ones (`ready`) and flights with DATA left (`bulk`). A batch takes all that is ready and then one
- * DATA frame each of the bulk flights in turn, so that a small request waits for at most one batch of somebody's upload. Nothing is copied but envelopes
- * and small payloads: the pieces of a batch point into the callers' memory. */
+/* The sending half. Frames wait in two lists: whole ones (`ready`) and flights with DATA left (`bulk`). A batch takes all that is
+ * ready and then one DATA frame each of the bulk flights in turn, so that a small request waits for at most one batch of
+ * somebody's upload. Nothing is copied but envelopes and small payloads: the pieces of a batch point into the callers' memory. */
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
@@ -10,7 +10,8 @@
 
 #define BATCH_PIECES 256u
 #define BATCH_PIECES_SENDMSG 1024u /* the kernel's limit of one call */
-/* A batch ends once it has this much. Larger ones gain nothing (a socket takes about 200 KiB at once) and make small requests wait longer. */
+/* A batch ends once it has this much. Larger ones gain nothing (a socket takes about 200 KiB at once) and make small requests
+ * wait longer. */
 #define BATCH_BYTES ((size_t)256 << 10)
 
 bool writer_init(struct writer *writer)
@@ -174,8 +175,11 @@ static bool batch_add_data(opd_client *client, struct flight *flight)
 			flight->piece_offset = 0;
 		}
 	}
-	const struct frame_header header = {.version = FRAME_VERSION, .type = FRAME_DATA, .request_id = flight->id,
-	                                    .envelope_bytes = FRAME_DATA_OFFSET_BYTES, .payload_bytes = bytes};
+	const struct frame_header header = {.version = FRAME_VERSION,
+	                                    .type = FRAME_DATA,
+	                                    .request_id = flight->id,
+	                                    .envelope_bytes = FRAME_DATA_OFFSET_BYTES,
+	                                    .payload_bytes = bytes};
 	frame_encode(&header, flight->data_header);
 	frame_store_u64(flight->data_header + FRAME_HEADER_BYTES, flight->payload_sent);
 	flight->payload_sent += bytes;

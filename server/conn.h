@@ -17,6 +17,7 @@
 #include "server/session.h"
 
 #define CONN_TURN_BYTES (256u << 10)
+#define CONN_CHUNKED_BITS 5
 #define CONN_STAGE_BYTES (64u << 10)
 
 struct server;
@@ -63,7 +64,9 @@ struct conn {
 	uint32_t partial_room;
 	struct request *reading; /* state PAYLOAD */
 	uint64_t frame_left;     /* payload bytes of the frame under way */
-	struct request *chunked; /* requests whose DATA frames are still to come */
+	struct request *chunked[1 << CONN_CHUNKED_BITS]; /* by id: requests whose DATA frames are still to come */
+	uint32_t chunked_count;
+	uint64_t chunked_seed;
 	struct outbox outbox;
 	uint64_t turn;
 	uint64_t turn_read;

@@ -24,7 +24,6 @@ struct context {
 	struct request *free_requests;
 	uint32_t free_count;
 	uint64_t inline_ns; /* estimated kernel time spent on this thread in this turn */
-	struct log_limit list_warnings;
 };
 
 void context_init(struct context *context, struct server *server);

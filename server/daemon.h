@@ -26,7 +26,9 @@ struct post;
 
 struct server {
 	struct log *log;
-	struct config *config; /* the loop's; replaced by a reload */
+	struct config *config;         /* the loop's alone: a reload frees it */
+	_Atomic bool checked;          /* what lanes and direct callers need of it */
+	_Atomic uint64_t inline_ns;
 	struct registry *registry;
 	struct plans *plans;
 	struct memory memory;
@@ -45,6 +47,7 @@ struct server {
 	char *stage;            /* what connections read into before they know where it belongs */
 	struct conn *conns;     /* all, newest first */
 	uint32_t conn_count;
+	uint32_t direct_count;  /* sessions that are handed over to a direct caller */
 	struct conn *dirty;     /* have replies to write in this turn */
 	uint64_t turn;          /* number of the loop's turn */
 	uint64_t turn_us;       /* monotonic time of its start */
@@ -55,12 +58,14 @@ struct server {
 	bool ending;            /* the lanes are stopped: nothing may be submitted to one any more */
 	uint64_t drain_until_us;
 
+	struct log_limit list_warnings; /* of fallbacks that requests' own lists allow */
 	_Atomic uint64_t requests; /* accepted since the start */
 	_Atomic bool device_done;  /* a device lane has finished jobs */
 
 	pthread_mutex_t mutex; /* of what other threads ask for: */
 	struct post *posts;
 	struct post *posts_last;
+	bool ended; /* under mutex: server_run has returned or is about to, nobody runs posts any more */
 	struct allocation *allocations; /* host memory that modules hold */
 	_Atomic int drain_asked;         /* how often */
 	_Atomic uint64_t drain_timeout_us;
@@ -68,5 +73,8 @@ struct server {
 
 /* Any thread: the loop looks at lanes, posts and drain soon. */
 void server_wake(struct server *server);
+
+/* The loop's: the next poll doesn't sleep, so that on_flush sees what is dirty now. */
+void server_flush_soon(struct server *server);
 
 #endif

@@ -4,6 +4,8 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "proto/text.h"
+
 /* An older schema doesn't know the op's newest parameters: it takes the call only where those have their defaults. */
 static bool knows_arguments(const struct impl *impl, const struct op *op, const opd_call *call, opd_reason *reason)
 {
@@ -41,21 +43,29 @@ void dispatch_fini(struct dispatch *dispatch)
 	dispatch->plan = NULL;
 }
 
+/* Appends "name f32[2,4]"; returns the new end, at most out_bytes. */
+static size_t describe_tensor(const char *name, const opd_tensor *tensor, size_t at, char *out, size_t out_bytes)
+{
+	at += (size_t)snprintf(out + at, out_bytes - at, "%s%s %s[", at == 0 ? "" : ", ", name, opd_dtype_name(tensor->dtype));
+	for (uint32_t d = 0; d < tensor->rank && at < out_bytes; d++)
+		at += (size_t)snprintf(out + at, out_bytes - at, "%s%" PRId64, d == 0 ? "" : ",", tensor->shape[d]);
+	if (at < out_bytes)
+		at += (size_t)snprintf(out + at, out_bytes - at, "]");
+	return at < out_bytes ? at : out_bytes;
+}
+
 /* Arguments as dtype and shape, never contents. */
 static void describe_call(const struct op *op, const opd_call *call, char *out, size_t out_bytes)
 {
 	size_t at = 0;
 	out[0] = '\0';
-	for (uint32_t i = 0; i < call->arg_count && at < out_bytes; i++) {
-		if (call->args[i].kind != OPD_ARG_TENSOR)
-			continue;
-		const opd_tensor *tensor = call->args[i].tensor;
-		at += (size_t)snprintf(out + at, out_bytes - at, "%s%s %s[", at == 0 ? "" : ", ", op->schema->params[i].name,
-		                       opd_dtype_name(tensor->dtype));
-		for (uint32_t d = 0; d < tensor->rank && at < out_bytes; d++)
-			at += (size_t)snprintf(out + at, out_bytes - at, "%s%" PRId64, d == 0 ? "" : ",", tensor->shape[d]);
-		if (at < out_bytes)
-			at += (size_t)snprintf(out + at, out_bytes - at, "]");
+	for (uint32_t i = 0; i < call->arg_count; i++) {
+		const opd_arg *arg = &call->args[i];
+		const char *name = op->schema->params[i].name;
+		if (arg->kind == OPD_ARG_TENSOR && at < out_bytes)
+			at = describe_tensor(name, arg->tensor, at, out, out_bytes);
+		for (uint32_t k = 0; arg->kind == OPD_ARG_TENSORS && k < arg->count && at < out_bytes; k++)
+			at = describe_tensor(name, arg->tensors[k], at, out, out_bytes);
 	}
 }
 
@@ -140,10 +150,10 @@ static bool walked_reason(const struct dispatch *dispatch, const struct impl *im
 static struct msg_text reason_text(struct arena *arena, opd_reason_code code, const char *detail)
 {
 	char text[400];
-	int bytes = snprintf(text, sizeof text, "%s: %s", opd_reason_code_text(code), detail);
-	size_t length = bytes < 0 ? 0 : (size_t)bytes < sizeof text ? (size_t)bytes : sizeof text - 1;
-	char *copy = arena_text(arena, text, length);
-	return (struct msg_text){copy, copy == NULL ? 0 : length};
+	char shown[800]; /* a detail may be cut within a character, or quote a client's text */
+	(void)snprintf(text, sizeof text, "%s: %s", opd_reason_code_text(code), detail);
+	text_escape(text, strlen(text), shown, sizeof shown);
+	return msg_text(arena_text(arena, shown, strlen(shown)));
 }
 
 const struct msg_skip *dispatch_skips(const struct dispatch *dispatch, const struct op *op, const opd_call *call, struct arena *arena,

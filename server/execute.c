@@ -35,9 +35,11 @@ static void outputs_drop(struct request_run *run)
 static opd_status outputs_alloc(struct request *request)
 {
 	struct request_run *run = &request->run;
-	const bool checked = request->context->server->config->checked;
-	if (run->outputs == NULL)
+	if (run->outputs == NULL) { /* a reload may change the mode before this request has ended */
+		run->checked = atomic_load_explicit(&request->context->server->checked, memory_order_relaxed);
 		run->outputs = arena_array(&request->arena, run->bound.call.output_count, sizeof run->outputs[0]);
+	}
+	const bool checked = run->checked;
 	if (run->outputs == NULL)
 		return opd_fail(&request->error, OPD_RESOURCE_EXHAUSTED, "run: out of memory");
 	for (uint32_t i = 0; i < run->bound.call.output_count; i++) {
@@ -119,7 +121,7 @@ static opd_status run_kernel(struct request *request, struct lane_exec *lane)
 	run->scratch = NULL;
 	if (status != OPD_OK)
 		return module_failure(status, &request->error, "%s.%s failed", impl->provider->name, run->op->schema->name);
-	return request->context->server->config->checked ? canaries_check(request) : OPD_OK;
+	return run->checked ? canaries_check(request) : OPD_OK;
 }
 
 /* The native definition's name comes first in the texts of its own errors; a provider's failure says whose it was. */
@@ -220,7 +222,7 @@ static bool fits_loop(struct request *request)
 	if (impl->def->cost_ns == NULL || impl->provider->module->library != NULL || request->run.dispatch.plan_missing)
 		return false;
 	uint64_t cost = impl->def->cost_ns(impl->def, &request->run.bound.call);
-	if (cost == 0 || cost > server->config->inline_ns)
+	if (cost == 0 || cost > atomic_load_explicit(&server->inline_ns, memory_order_relaxed))
 		return false;
 	if (request->direct)
 		return true;
@@ -243,7 +245,7 @@ static void device_done(struct device_job *job)
 	request->clock.started = job->started_ns;
 	request->clock.ended = job->ended_ns;
 	request->clock.moves = job->moves_ns;
-	if (job->status == OPD_OK && !job->plan_refused && request->context->server->config->checked)
+	if (job->status == OPD_OK && !job->plan_refused && request->run.checked)
 		request->status = canaries_check(request);
 	if (request->direct)
 		(void)sem_post(request->owner);

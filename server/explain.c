@@ -10,7 +10,7 @@ static uint64_t between(uint64_t from, uint64_t to)
 static void fill_times(const struct request *request, struct msg_times *times)
 {
 	const struct request_clock *clock = &request->clock;
-	times->decode = between(clock->received, clock->bound);
+	times->decode = between(clock->received, clock->accepted) + between(clock->ready, clock->bound);
 	times->dispatch = between(clock->bound, clock->dispatched);
 	times->queue = between(clock->queued, clock->started);
 	times->kernel = between(clock->started, clock->ended) - (clock->moves < between(clock->started, clock->ended) ? clock->moves : 0);

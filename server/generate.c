@@ -1,4 +1,5 @@
 /* Inputs made by the daemon: an op's generator on the lane, its tensors sent or kept. */
+#include <assert.h>
 #include <inttypes.h>
 #include <math.h>
 #include <stdlib.h>
@@ -247,6 +248,17 @@ static bool send_made(struct request *request, struct made *made)
 	return made->tensor.handle.generation != 0;
 }
 
+/* Nobody will learn of these handles. */
+static void unkeep(struct request *request, struct generation *generation)
+{
+	opd_status status = OPD_OK;
+	for (uint32_t i = 0; i < generation->count; i++)
+		if (generation->made[i].tensor.source == MSG_SOURCE_HANDLE && generation->made[i].tensor.handle.generation != 0)
+			status = kept_free(&request->session->kept, generation->made[i].tensor.handle, NULL);
+	assert(status == OPD_OK);
+	(void)status;
+}
+
 /* The buffers stay until the request is released: the reply sends them from where they lie. */
 static void generate_done(struct request *request)
 {
@@ -260,6 +272,7 @@ static void generate_done(struct request *request)
 		args[i] = generation->made[i].arg;
 	}
 	if (!sent) {
+		unkeep(request, generation);
 		request_fail(request);
 		return;
 	}

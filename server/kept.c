@@ -22,6 +22,7 @@ struct kept_result {
 	uint32_t count;
 	uint32_t live; /* handles of it not yet freed */
 	struct kept_result *next;        /* in its bucket */
+	struct kept_result *ended_next;  /* whose waiters are still to be called */
 	struct kept_result *failed_next; /* by age */
 	struct waiter *waiters;
 	struct waiter **waiters_end;
@@ -114,9 +115,17 @@ static struct kept_slot *slot_find(const struct kept *kept, struct msg_handle ha
 
 /* ---- Results ---- */
 
+/* Ids are the client's choice: unseeded, ids that share a bucket made every look-up walk all of them. */
+static uint64_t result_hash(const struct kept *kept, uint64_t request)
+{
+	uint64_t hash = (request ^ kept->seed) * 0xff51afd7ed558ccdu;
+	hash = (hash ^ hash >> 32) * (kept->seed | 1);
+	return hash ^ hash >> 29;
+}
+
 static struct kept_result **result_link(const struct kept *kept, uint64_t request)
 {
-	struct kept_result **link = &kept->results[(request * 0x9e3779b97f4a7c15u >> 32) & kept->result_mask];
+	struct kept_result **link = &kept->results[result_hash(kept, request) & kept->result_mask];
 	while (*link != NULL && (*link)->request != request)
 		link = &(*link)->next;
 	return link;
@@ -135,6 +144,8 @@ static bool results_grow(struct kept *kept)
 	struct kept_result **table = calloc(buckets, sizeof table[0]);
 	if (table == NULL)
 		return before != NULL; /* a long chain is slow, not wrong */
+	if (before == NULL)
+		kept->seed = random_generation();
 	kept->results = table;
 	kept->result_mask = buckets - 1;
 	for (uint32_t i = 0; i < before_buckets; i++) {
@@ -216,16 +227,56 @@ opd_status kept_expect(struct kept *kept, uint64_t request, uint32_t count, opd_
 	return OPD_OK;
 }
 
-static void call_waiters(struct kept *kept, struct waiter *waiters, const struct kept_result *result)
+/* A result's waiters; nothing may free it meanwhile. */
+static void call_waiters(struct kept *kept, struct kept_result *result)
 {
-	while (waiters != NULL) {
-		struct waiter *waiter = waiters;
-		waiters = waiter->next;
+	struct waiter *waiter = result->waiters;
+	result->waiters = NULL;
+	while (waiter != NULL) {
+		struct waiter *next = waiter->next; /* the waiter's memory may be gone after the call */
 		opd_error error;
 		bool pending;
 		struct kept_tensor *tensor = kept_find_result(kept, result->request, waiter->output, &pending, &error);
 		waiter->on_settled(waiter, tensor, tensor == NULL ? &error : NULL);
+		waiter = next;
 	}
+}
+
+static void remember_failure(struct kept *kept, struct kept_result *result)
+{
+	*(kept->failed_last == NULL ? &kept->failed_first : &kept->failed_last->failed_next) = result;
+	kept->failed_last = result;
+	kept->failed_count++;
+	while (kept->failed_count > FAILED_MAX)
+		forget_oldest_failure(kept);
+}
+
+/* All have been told: what kept the result from being freed ends. */
+static void result_told(struct kept *kept, struct kept_result *result)
+{
+	if (result->state == RESULT_FAILED)
+		remember_failure(kept, result);
+	else if (--result->live == 0)
+		result_remove(kept, result->request);
+}
+
+/* Waiters end requests, which end others: one after the other, never one inside the other. */
+static void tell(struct kept *kept, struct kept_result *result)
+{
+	*(kept->ended_last == NULL ? &kept->ended_first : &kept->ended_last->ended_next) = result;
+	kept->ended_last = result;
+	if (kept->telling)
+		return;
+	kept->telling = true;
+	while (kept->ended_first != NULL) {
+		struct kept_result *ended = kept->ended_first;
+		call_waiters(kept, ended);
+		kept->ended_first = ended->ended_next;
+		if (kept->ended_first == NULL)
+			kept->ended_last = NULL;
+		result_told(kept, ended);
+	}
+	kept->telling = false;
 }
 
 void kept_settle(struct kept *kept, uint64_t request, struct kept_tensor *const *tensors, uint32_t count, struct msg_handle *handles_out)
@@ -244,13 +295,8 @@ void kept_settle(struct kept *kept, uint64_t request, struct kept_tensor *const 
 		handles_out[i] = result->handles[i];
 	}
 	result->state = RESULT_SETTLED;
-	struct waiter *waiters = result->waiters;
-	result->waiters = NULL;
-	/* A waiter may free the last handle, and the result with it: keep it until all were called. */
-	result->live++;
-	call_waiters(kept, waiters, result);
-	if (--result->live == 0)
-		result_remove(kept, request);
+	result->live++; /* a waiter may free the last handle, and the result with it: it stays until all were called */
+	tell(kept, result);
 }
 
 void kept_fail(struct kept *kept, uint64_t request)
@@ -259,14 +305,7 @@ void kept_fail(struct kept *kept, uint64_t request)
 	assert(result != NULL && result->state == RESULT_PENDING);
 	kept->live -= result->count;
 	result->state = RESULT_FAILED;
-	*(kept->failed_last == NULL ? &kept->failed_first : &kept->failed_last->failed_next) = result;
-	kept->failed_last = result;
-	kept->failed_count++;
-	struct waiter *waiters = result->waiters;
-	result->waiters = NULL;
-	call_waiters(kept, waiters, result);
-	while (kept->failed_count > FAILED_MAX)
-		forget_oldest_failure(kept);
+	tell(kept, result); /* only then remembered as failed, and forgotten again after many others */
 }
 
 struct msg_handle kept_add(struct kept *kept, struct kept_tensor *tensor, opd_error *error)

@@ -3,7 +3,8 @@
  * Layer: server. Threads: the session's (its loop, or its direct caller); a kept_tensor's reference count is atomic.
  * Life: kept_init → kept_expect (a request that keeps something was accepted) → kept_settle or kept_fail (it ended) → kept_free… → kept_fini.
  * A handle is an index into the session's own table and a random generation: freed, forged and other sessions' handles all are NOT_FOUND.
- * A request that names a result not yet there waits: kept_wait puts a waiter on it, called once when it is settled, in the order of waiting. */
+ * A request that names a result not yet there waits: kept_wait puts a waiter on it, called once when it is settled, in the order of waiting. When a waiter itself
+ * settles or fails something, its own waiters are called after it has returned. */
 #ifndef OPD_SERVER_KEPT_H
 #define OPD_SERVER_KEPT_H
 
@@ -52,6 +53,10 @@ struct kept {
 	struct kept_result **results; /* hash table by request id */
 	uint32_t result_count;
 	uint32_t result_mask;
+	uint64_t seed; /* of the hash: a client that chooses its request ids must not be able to choose their buckets */
+	bool telling; /* waiters are being called; results that end meanwhile queue up, so that a long chain doesn't become a deep stack */
+	struct kept_result *ended_first;
+	struct kept_result *ended_last;
 	struct kept_result *failed_first; /* remembered failures, oldest first, bounded */
 	struct kept_result *failed_last;
 	uint32_t failed_count;
@@ -67,7 +72,7 @@ void kept_tensor_unref(struct kept_tensor *tensor);
 
 /* Room for `count` outputs of a request that keeps some; RESOURCE_EXHAUSTED at the limit. */
 OPD_MUST_USE opd_status kept_expect(struct kept *kept, uint64_t request, uint32_t count, opd_error *error);
-/* Its tensors (NULL: that output isn't kept), whose references pass to the table; handles_out[count] are written. Calls the waiters. */
+/* Its tensors (NULL: that output isn't kept), whose references pass to the table; handles_out[count] are written. Calls the waiters; the caller holds the session. */
 void kept_settle(struct kept *kept, uint64_t request, struct kept_tensor *const *tensors, uint32_t count, struct msg_handle *handles_out);
 /* It failed: waiters and later requests get ABORTED, naming it. */
 void kept_fail(struct kept *kept, uint64_t request);

@@ -49,6 +49,19 @@ void plist_unref(struct plist *list)
 	free(list);
 }
 
+/* SEMANTICS 16: a provider of the op (NULL: of any op), or a configured module that isn't there. */
+static bool may_name(const struct snapshot *snapshot, const struct op *op, const struct provider *provider)
+{
+	if (provider->reason != NULL)
+		return true;
+	if (op != NULL)
+		return op_impl(op, provider) != NULL;
+	for (uint32_t i = 0; i < snapshot->op_count; i++)
+		if (op_impl(&snapshot->ops[i], provider) != NULL)
+			return true;
+	return false;
+}
+
 /* "cpu, native": the providers that a list for this op may name. */
 static void describe_choices(const struct snapshot *snapshot, const struct op *op, char *out, size_t out_bytes)
 {
@@ -56,7 +69,7 @@ static void describe_choices(const struct snapshot *snapshot, const struct op *o
 	out[0] = '\0';
 	for (uint32_t i = 0; i < snapshot->provider_count && at < out_bytes; i++) {
 		const struct provider *provider = snapshot->providers[i];
-		if (op == NULL || provider->reason != NULL || op_impl(op, provider) != NULL) {
+		if (may_name(snapshot, op, provider)) {
 			int wrote = snprintf(out + at, out_bytes - at, "%s%s", at == 0 ? "" : ", ", provider->name);
 			at += wrote > 0 ? (size_t)wrote : 0;
 		}
@@ -69,7 +82,7 @@ opd_status plist_check(const struct snapshot *snapshot, const struct op *op, con
 		return opd_fail(error, OPD_INVALID_ARGUMENT, "priority list of %u providers, at most %u", (unsigned)count, BOUND_PROVIDERS);
 	for (uint32_t i = 0; i < count; i++) {
 		const struct provider *provider = snapshot_provider(snapshot, names[i].data, names[i].bytes);
-		if (provider != NULL && (op == NULL || provider->reason != NULL || op_impl(op, provider) != NULL))
+		if (provider != NULL && may_name(snapshot, op, provider))
 			continue;
 		char shown[160];
 		char choices[256];
@@ -112,12 +125,13 @@ struct cut {
 	uint32_t skip_count;
 	const struct impl *impls[BOUND_PROVIDERS + 1];
 	struct effective_skip skips[BOUND_PROVIDERS + 1];
+	char wanted[32]; /* "wanted cuda:1": packed behind the skips that say so */
 	uint32_t named; /* supported implementations that the list names for this op, whatever the device */
 };
 
 static void cut_skip(struct cut *cut, const char *provider, opd_reason_code code, const char *reason)
 {
-	if (cut->skip_count < BOUND_PROVIDERS)
+	if (cut->skip_count < sizeof cut->skips / sizeof cut->skips[0])
 		cut->skips[cut->skip_count++] = (struct effective_skip){provider, code, reason};
 }
 
@@ -135,6 +149,14 @@ static bool cut_has(const struct cut *cut, const struct impl *impl)
 {
 	for (uint32_t i = 0; i < cut->count; i++)
 		if (cut->impls[i] == impl)
+			return true;
+	return false;
+}
+
+static bool cut_skipped(const struct cut *cut, const struct provider *provider)
+{
+	for (uint32_t i = 0; i < cut->skip_count; i++)
+		if (cut->skips[i].provider == provider->name)
 			return true;
 	return false;
 }
@@ -158,7 +180,9 @@ static bool cut_take(struct cut *cut, const struct snapshot *snapshot, const str
 	if (impl == NULL) {
 		if (provider->reason != NULL)
 			cut_skip(cut, provider->name, OPD_REASON_MODULE, provider->reason);
-		return false; /* through `*`: passed over */
+		else /* through `*`: passed over */
+			cut_skip(cut, provider->name, OPD_REASON_NO_IMPLEMENTATION, op->schema->name);
+		return false;
 	}
 	if (!impl->supported) {
 		cut_skip(cut, provider->name, impl->unsupported_code, impl->unsupported);
@@ -170,7 +194,7 @@ static bool cut_take(struct cut *cut, const struct snapshot *snapshot, const str
 	}
 	cut->named++;
 	if (filter != NULL && !device_exists(snapshot, filter, impl->def->device)) {
-		cut_skip(cut, provider->name, OPD_REASON_DEVICE, "the request wants another device");
+		cut_skip(cut, provider->name, OPD_REASON_DEVICE, cut->wanted);
 		return false;
 	}
 	if (!cut_has(cut, impl))
@@ -181,7 +205,8 @@ static bool cut_take(struct cut *cut, const struct snapshot *snapshot, const str
 static struct effective *effective_pack(const struct snapshot *snapshot, const struct op *op, msg_level level, const struct cut *cut,
                                         struct plist *list)
 {
-	size_t bytes = sizeof(struct effective) + cut->count * sizeof cut->impls[0] + cut->skip_count * sizeof cut->skips[0];
+	const size_t wanted_bytes = strlen(cut->wanted) + 1;
+	size_t bytes = sizeof(struct effective) + cut->count * sizeof cut->impls[0] + cut->skip_count * sizeof cut->skips[0] + wanted_bytes;
 	struct effective *effective = calloc(1, bytes);
 	if (effective == NULL)
 		return NULL;
@@ -195,6 +220,10 @@ static struct effective *effective_pack(const struct snapshot *snapshot, const s
 	effective->impls = (const struct impl **)(effective->skips + cut->skip_count);
 	memcpy(effective->skips, cut->skips, cut->skip_count * sizeof cut->skips[0]);
 	memcpy(effective->impls, cut->impls, cut->count * sizeof cut->impls[0]);
+	char *wanted = memcpy(effective->impls + cut->count, cut->wanted, wanted_bytes);
+	for (uint32_t i = 0; i < cut->skip_count; i++)
+		if (effective->skips[i].code == OPD_REASON_DEVICE)
+			effective->skips[i].reason = wanted;
 	effective->list = plist_ref(list);
 	return effective;
 }
@@ -204,6 +233,10 @@ struct effective *effective_create(const struct snapshot *snapshot, const struct
 {
 	struct cut cut = {0};
 	bool ended = false;
+	if (filter != NULL && filter->ordinal >= 0)
+		(void)snprintf(cut.wanted, sizeof cut.wanted, "wanted %.*s:%lld", (int)filter->kind_bytes, filter->kind, (long long)filter->ordinal);
+	else if (filter != NULL)
+		(void)snprintf(cut.wanted, sizeof cut.wanted, "wanted %.*s", (int)filter->kind_bytes, filter->kind);
 	for (uint32_t i = 0; i < count && !ended && i < BOUND_PROVIDERS; i++) {
 		const struct provider *provider = snapshot_provider(snapshot, names[i].data, names[i].bytes);
 		if (provider != NULL)
@@ -213,6 +246,8 @@ struct effective *effective_create(const struct snapshot *snapshot, const struct
 	bool append = !ended && (filter == NULL || device_exists(snapshot, filter, "cpu"));
 	if (append)
 		cut.impls[cut.count++] = op->impls[0];
+	else if (!ended && !cut_skipped(&cut, op->impls[0]->provider))
+		cut_skip(&cut, op->impls[0]->provider->name, OPD_REASON_DEVICE, cut.wanted);
 	struct effective *effective = effective_pack(snapshot, op, level, &cut, list);
 	if (effective != NULL) {
 		effective->appended = append;

@@ -6,10 +6,15 @@
 #include <time.h>
 
 #include "proto/tensor.h"
+#include "proto/text.h"
 #include "server/daemon.h"
 
 /* Envelopes are at most BOUND_ENVELOPE_BYTES; decoded they take a few times that. */
 #define ARENA_CAP_BYTES (64u << 20)
+/* Up to here a request's own memory is free; with more it is charged to the session. */
+#define ARENA_FREE_BYTES (64u << 10)
+/* Behind the cap, for the reply that says that the cap was reached. */
+#define ARENA_SPARE_BYTES (16u << 10)
 #define FREE_REQUESTS_MAX 256u
 
 uint64_t request_now_ns(void)
@@ -41,7 +46,8 @@ static opd_status set_server_priority(struct request *request, const struct msg_
 		names[i] = set->list.names[i].data;
 	if (!request->session->admin)
 		return opd_fail(&request->error, OPD_PERMISSION_DENIED, "setting the server's default priority needs an administrator");
-	return registry_set_priority(registry, MSG_LEVEL_SERVER, set->op.data, set->list.present ? names : NULL, set->list.count, &request->error);
+	/* Without an op it is no op's, and not everyone's either. */
+	return registry_set_priority(registry, MSG_LEVEL_SERVER, set->op.data == NULL ? "" : set->op.data, set->list.present ? names : NULL, set->list.count, &request->error);
 }
 
 static void priority_set(struct request *request)
@@ -72,7 +78,9 @@ static void priority_get(struct request *request)
 	struct msg_text name = request->message.op;
 	const struct op *op = snapshot_op(request->snapshot, name.data == NULL ? "" : name.data, name.bytes);
 	if (op == NULL) {
-		(void)opd_fail(&request->error, OPD_NOT_FOUND, "no op \"%.128s\"", name.data == NULL ? "" : name.data);
+		char shown[160];
+		(void)opd_fail(&request->error, OPD_NOT_FOUND, "no op \"%s\"",
+		               text_escape(name.data == NULL ? "" : name.data, name.bytes, shown, sizeof shown));
 		request_fail(request);
 		return;
 	}
@@ -147,6 +155,7 @@ struct request *request_create(struct context *context, struct session *session,
 	request->session = session_ref(session);
 	request->id = id;
 	request->error.status = OPD_OK;
+	request->error.text[0] = '\0'; /* a provider that fails without a text must not show another session's */
 	return request;
 }
 
@@ -162,10 +171,13 @@ void request_release(struct request *request)
 	generate_release(request);
 	buffer_unref(request->payload);
 	snapshot_unref(request->snapshot);
+	if (request->arena_charged_bytes != 0)
+		account_release(request->session->account, request->arena_charged_bytes);
 	session_unref(request->session);
 	struct context *context = request->context;
 	struct arena arena = request->arena;
 	arena_reset(&arena);
+	arena.cap_bytes = ARENA_CAP_BYTES;
 	/* Everything but the arena starts from zero; error texts are written before they are read. */
 	memset(request, 0, offsetof(struct request, error));
 	memset((char *)request + offsetof(struct request, run), 0, sizeof *request - offsetof(struct request, run));
@@ -179,11 +191,31 @@ void request_release(struct request *request)
 	context->free_count++;
 }
 
+/* A decoded envelope can take fifty times its bytes (two bytes of it make a message), for as long as the request waits. */
+static opd_status charge_arena(struct request *request)
+{
+	uint64_t bytes = request->arena.used_bytes;
+	if (bytes <= ARENA_FREE_BYTES)
+		return OPD_OK;
+	opd_status status = account_charge(request->session->account, bytes, &request->error);
+	if (status != OPD_OK)
+		return opd_error_prefix(&request->error, status, "envelope, decoded");
+	request->arena_charged_bytes = bytes;
+	return OPD_OK;
+}
+
 opd_status request_accept(struct request *request, const uint8_t *envelope, size_t bytes, uint64_t payload_bytes)
 {
 	request->clock.received = request_now_ns();
 	opd_status status = codec_decode_request(&request->arena, envelope, bytes, &request->message, &request->error);
-	return status != OPD_OK ? status : request_accept_message(request, payload_bytes);
+	if (status == OPD_OK)
+		status = charge_arena(request);
+	if (status == OPD_OK)
+		return request_accept_message(request, payload_bytes);
+	/* Nothing was taken yet: its memory must not wait for a client that doesn't read the refusal. */
+	request->message = (struct msg_request){0};
+	arena_reset(&request->arena);
+	return status;
 }
 
 opd_status request_accept_message(struct request *request, uint64_t payload_bytes)
@@ -219,12 +251,12 @@ static void encode(struct request *request)
 	opd_error error;
 	if (codec_encode_reply(&request->arena, &request->reply, &request->frame, &error) == OPD_OK)
 		return;
-	/* What was to be said doesn't fit: say that instead, in a fresh arena. */
+	/* What was to be said doesn't fit: say that instead. What is in the arena stays: the release goes through the lists of buffers there. */
 	LOG(request->context->server->log, LOG_WARN, "reply could not be encoded", LOG_UINT("session", request->session->id),
 	    LOG_UINT("request", request->id), LOG_STR("error", error.text));
 	request->segment_count = 0;
 	request->reply_bytes = 0;
-	arena_reset(&request->arena);
+	request->arena.cap_bytes += ARENA_SPARE_BYTES;
 	request->reply = (struct msg_reply){.status = OPD_RESOURCE_EXHAUSTED, .message = msg_text("the reply is too large to be encoded")};
 	if (codec_encode_reply(&request->arena, &request->reply, &request->frame, &error) != OPD_OK)
 		request->frame = (struct codec_buffer){0};
@@ -254,6 +286,17 @@ void request_reply_empty(struct request *request)
 		request_reply(request, MSG_REPLY_EMPTY);
 }
 
+/* Texts are cut to their room, perhaps within a character, and may come from a module: what isn't UTF-8 would not survive the wire. */
+static struct msg_text error_message(struct request *request)
+{
+	const char *text = request->error.text;
+	const size_t bytes = strnlen(text, sizeof request->error.text);
+	if (text_valid(text, bytes))
+		return (struct msg_text){text, bytes};
+	char *shown = arena_alloc(&request->arena, 2 * sizeof request->error.text);
+	return msg_text(shown == NULL ? "" : text_escape(text, bytes, shown, 2 * sizeof request->error.text));
+}
+
 void request_fail(struct request *request)
 {
 	run_failed(request);
@@ -262,7 +305,7 @@ void request_fail(struct request *request)
 	if (request->reply.kind != MSG_REPLY_RUN || request->reply.run.explain == NULL)
 		request->reply.kind = MSG_REPLY_NONE; /* an explain record survives a failure */
 	request->reply.status = request->error.status == OPD_OK ? OPD_INTERNAL : (opd_status)request->error.status;
-	request->reply.message = msg_text(request->error.text);
+	request->reply.message = error_message(request);
 	LOG(request->context->server->log, LOG_DEBUG, "request failed", LOG_UINT("session", request->session->id), LOG_UINT("request", request->id),
 	    LOG_STR("status", opd_status_name(request->reply.status)), LOG_STR("error", request->error.text));
 	finish(request);

@@ -28,7 +28,9 @@ struct segment {
 
 /* Nanosecond marks, 0 where nobody asked. */
 struct request_clock {
-	uint64_t received;
+	uint64_t received; /* the envelope is there */
+	uint64_t accepted; /* decoded, arguments bound */
+	uint64_t ready;    /* the payload, and all that it waited for, are there too */
 	uint64_t bound;
 	uint64_t dispatched;
 	uint64_t queued;
@@ -46,6 +48,7 @@ struct request_run {
 	bool failed;      /* error is written; ends once nothing is waited for */
 	bool expected;    /* kept_expect was called, neither settled nor failed yet */
 	bool on_loop;     /* small enough to run at once */
+	bool checked;     /* its outputs have canaries */
 	bool plan_refused;          /* found on a lane */
 	bool written;               /* a kernel has begun: outputs may hold half of a result */
 	struct buffer **outputs;    /* [output_count]; NULL: not allocated yet */
@@ -67,6 +70,7 @@ struct request {
 	struct snapshot *snapshot; /* referenced from accept on */
 	uint64_t id;
 	struct arena arena;
+	uint64_t arena_charged_bytes; /* of it, to the session; 0: it is small */
 	struct msg_request message;
 	uint64_t payload_bytes; /* declared */
 	uint64_t payload_received;

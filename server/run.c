@@ -60,13 +60,13 @@ static void warn_of_fallback(struct request *request, const struct msg_run *run,
 {
 	struct effective *effective = request->run.effective;
 	_Atomic uint32_t *once = NULL;
-	if (!effective->appended || run->strict)
+	if (!effective->appended || run->strict || run->mode == MSG_FAKE)
 		return;
 	if (effective->level == MSG_LEVEL_SESSION)
 		once = session_priority(request->session, op->index)->warned;
 	else if (effective->level != MSG_LEVEL_REQUEST)
 		once = op->fallback->list->warned;
-	effective_warn(effective, op, request->context->server->log, once, &request->context->list_warnings);
+	effective_warn(effective, op, request->context->server->log, once, &request->context->server->list_warnings);
 }
 
 /* ---- Operands ---- */
@@ -170,18 +170,19 @@ static opd_status place_payload(struct request *request, struct operand *operand
 	return bind_place(request->run.op, operand, data, source->payload.bytes, true, &request->error);
 }
 
-/* A direct caller's memory is used where it lies; a remote one's inline bytes are copied to where kernels want them. */
+/* A direct caller's memory is used where it lies if it is aligned as every buffer is: kernels rely on that, and the same call must be taken by the same provider on
+ * both ways. Everything else is copied to where kernels want it. */
 static opd_status place_inline(struct request *request, struct operand *operand)
 {
 	const struct msg_tensor *source = operand->source;
-	if (request->direct)
+	if (request->direct && (uintptr_t)source->inlined.data % OPD_TENSOR_ALIGNMENT == 0)
 		return bind_place(request->run.op, operand, (void *)source->inlined.data, source->inlined.bytes, false, &request->error);
 	opd_status status = buffer_alloc(request->session->account, source->inlined.bytes, 0, &operand->buffer, &request->error);
 	if (status != OPD_OK)
 		return status;
 	if (source->inlined.bytes != 0)
 		memcpy(operand->buffer->data, source->inlined.data, source->inlined.bytes);
-	return bind_place(request->run.op, operand, operand->buffer->data, source->inlined.bytes, true, &request->error);
+	return bind_place(request->run.op, operand, operand->buffer->data, source->inlined.bytes, !request->direct, &request->error);
 }
 
 /* The whole kept tensor, or a view of it. */
@@ -245,19 +246,24 @@ static opd_status check_payload(struct request *request)
 	                request->run.op->schema->name, request->payload_bytes, needed);
 }
 
-static opd_status expect_kept(struct request *request, const struct msg_run *run)
+static bool keeps_any(const struct msg_run *run)
 {
 	bool keeps = false;
 	for (uint32_t i = 0; i < run->output_count; i++)
 		keeps = keeps || run->outputs[i].keep;
-	if (!keeps || run->mode != MSG_RUN)
+	return keeps && run->mode == MSG_RUN;
+}
+
+static opd_status expect_kept(struct request *request, const struct msg_run *run)
+{
+	if (!keeps_any(run))
 		return OPD_OK;
 	opd_status status = kept_expect(&request->session->kept, request->id, request->run.op->schema->result_count, &request->error);
 	request->run.expected = status == OPD_OK;
 	return status;
 }
 
-opd_status run_accept(struct request *request)
+static opd_status check_and_take(struct request *request)
 {
 	const struct msg_run *run = &request->message.run;
 	const struct op *op = snapshot_op(request->snapshot, run->op.data == NULL ? "" : run->op.data, run->op.bytes);
@@ -281,8 +287,20 @@ opd_status run_accept(struct request *request)
 		status = take_all_kept(request);
 	if (status == OPD_OK)
 		status = expect_kept(request, run);
+	if (run->explain)
+		request->clock.accepted = request_now_ns();
 	if (run->timeout_us != 0)
 		request->run.deadline_ns = request->clock.received + (run->timeout_us < UINT64_MAX / 2000 ? run->timeout_us * 1000 : UINT64_MAX / 2);
+	return status;
+}
+
+opd_status run_accept(struct request *request)
+{
+	opd_status status = check_and_take(request);
+	struct kept *kept = &request->session->kept;
+	/* Those who name its results are told that it failed, not that there never was such a result. */
+	if (status != OPD_OK && !request->run.expected && keeps_any(&request->message.run) && kept_expect(kept, request->id, 0, NULL) == OPD_OK)
+		kept_fail(kept, request->id);
 	return status;
 }
 
@@ -356,6 +374,8 @@ static void run_ready(struct request *request)
 	struct request_run *run = &request->run;
 	const struct msg_run *message = &request->message.run;
 	opd_status status = OPD_OK;
+	if (message->explain)
+		request->clock.ready = request_now_ns();
 	for (uint32_t i = 0; status == OPD_OK && i < run->bound.operand_count; i++)
 		status = place_operand(request, i);
 	if (status == OPD_OK)
@@ -432,8 +452,10 @@ static bool fill_result(struct request *request, uint32_t index, struct msg_resu
 
 static opd_status check_inline_results(struct request *request)
 {
+	if (!request->message.run.inline_results || request->direct)
+		return OPD_OK;
 	uint64_t limit = request->context->server->config->limits.envelope_bytes;
-	if (request->message.run.inline_results && !request->direct && request->run.bound.output_bytes > limit / 2)
+	if (request->run.bound.output_bytes > limit / 2)
 		return opd_fail(&request->error, OPD_RESOURCE_EXHAUSTED, "%s: results of %" PRIu64 " bytes don't fit inline (at most %" PRIu64 "): take them as payload",
 		                request->run.op->schema->name, request->run.bound.output_bytes, limit / 2);
 	return OPD_OK;

@@ -43,9 +43,16 @@ opd_status server_post(struct server *server, void (*callback)(void *argument), 
 	post->callback = callback;
 	post->argument = argument;
 	(void)pthread_mutex_lock(&server->mutex);
-	*(server->posts_last == NULL ? &server->posts : &server->posts_last->next) = post;
-	server->posts_last = post;
+	const bool ended = server->ended;
+	if (!ended) {
+		*(server->posts_last == NULL ? &server->posts : &server->posts_last->next) = post;
+		server->posts_last = post;
+	}
 	(void)pthread_mutex_unlock(&server->mutex);
+	if (ended) {
+		free(post);
+		return opd_fail(error, OPD_UNAVAILABLE, "server: it has ended");
+	}
 	server_wake(server);
 	return OPD_OK;
 }
@@ -108,7 +115,7 @@ static void drain_check(struct server *server)
 		drain_cut_off(server, "asked to end at once");
 	else if (request_now_ns() / 1000 >= server->drain_until_us)
 		drain_cut_off(server, "the drain's time is over");
-	if (server->conns == NULL)
+	if (server->conns == NULL && server->direct_count == 0)
 		uv_stop(&server->loop);
 }
 
@@ -140,6 +147,14 @@ static void on_again(uv_idle_t *again)
 	(void)again;
 }
 
+/* Before polling too something may become writable (a write that libuv finished at once is reported then): without this the poll would sleep on it
+ * until the next tick. */
+void server_flush_soon(struct server *server)
+{
+	if (!uv_is_active((uv_handle_t *)&server->again))
+		(void)uv_idle_start(&server->again, on_again);
+}
+
 /* After polling: the turn's replies leave together, and a new turn begins. */
 static void on_flush(uv_check_t *check)
 {
@@ -155,10 +170,7 @@ static void on_flush(uv_check_t *check)
 		conn_flush(conn);
 		conn = next;
 	}
-	/* Something could still be written: don't sleep in the next poll. */
-	if (server->dirty != NULL && !uv_is_active((uv_handle_t *)&server->again))
-		(void)uv_idle_start(&server->again, on_again);
-	else if (server->dirty == NULL && uv_is_active((uv_handle_t *)&server->again))
+	if (server->dirty == NULL)
 		(void)uv_idle_stop(&server->again);
 }
 
@@ -354,6 +366,13 @@ static opd_status start(struct server *server, opd_error *error)
 	return status;
 }
 
+static void take_config(struct server *server, struct config *config)
+{
+	server->config = config;
+	atomic_store_explicit(&server->checked, config->checked, memory_order_relaxed);
+	atomic_store_explicit(&server->inline_ns, config->inline_ns, memory_order_relaxed);
+}
+
 opd_status server_create(struct config *config, struct log *log, struct server **server_out, opd_error *error)
 {
 	struct server *server = calloc(1, sizeof *server);
@@ -362,7 +381,7 @@ opd_status server_create(struct config *config, struct log *log, struct server *
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: out of memory");
 	}
 	server->log = log;
-	server->config = config;
+	take_config(server, config);
 	server->started_us = server->turn_us = request_now_ns() / 1000;
 	context_init(&server->context, server);
 	opd_status status = start(server, error);
@@ -378,10 +397,14 @@ opd_status server_create(struct config *config, struct log *log, struct server *
 
 opd_status server_run(struct server *server)
 {
-	while (!server->draining || server->conns != NULL) {
+	while (!server->draining || server->conns != NULL || server->direct_count != 0) {
 		(void)uv_run(&server->loop, UV_RUN_DEFAULT);
 		drain_check(server);
 	}
+	(void)pthread_mutex_lock(&server->mutex);
+	server->ended = true; /* from here on server_post refuses; who posted before must not wait for ever */
+	(void)pthread_mutex_unlock(&server->mutex);
+	run_posts(server);
 	LOG(server->log, server->drain_failed ? LOG_WARN : LOG_INFO, "drained", LOG_STR("result", server->drain_failed ? "work was cut off" : "clean"));
 	return server->drain_failed ? OPD_DEADLINE_EXCEEDED : OPD_OK;
 }
@@ -411,7 +434,8 @@ static void close_loop(struct server *server)
 			device_lane_finish_done(lane);
 		}
 	}
-	(void)lane_finish_done(server->lane);
+	if (server->lane != NULL)
+		(void)lane_finish_done(server->lane);
 	run_posts(server);
 	uv_walk(&server->loop, close_handle, NULL);
 	while (uv_loop_close(&server->loop) == UV_EBUSY)
@@ -505,8 +529,9 @@ opd_status server_reload(struct server *server, struct config *config, opd_error
 	if (status != OPD_OK) /* only memory can be the reason now */
 		LOG(server->log, LOG_ERROR, "reload: priorities are incomplete", LOG_STR("reason", error->text));
 	log_set_level(server->log, config->level);
+	take_config(server, config);
 	atomic_store(&server->memory.limit_bytes, config->limits.memory_bytes);
-	server->config = config;
+	atomic_store(&server->account->limit_bytes, config->limits.memory_bytes);
 	config_destroy((struct config *)before);
 	LOG(server->log, LOG_INFO, "configuration reloaded", LOG_STR("path", config->path));
 	return OPD_OK;
@@ -569,9 +594,18 @@ opd_status server_adopt(struct server *server, int fd, struct session **session_
 	return status;
 }
 
+/* What a direct call leaves to a lane comes back through the loop, which therefore doesn't end before the last direct scope. */
+static void end_direct(struct server *server, struct session *session)
+{
+	if (session->direct)
+		server->direct_count--;
+	session->direct = false;
+}
+
 static void forget_on_loop(void *argument)
 {
 	struct handshake *shake = argument;
+	end_direct(shake->server, shake->session);
 	session_unref(shake->session);
 	(void)sem_post(&shake->done);
 }
@@ -586,10 +620,13 @@ void server_forget(struct server *server, struct session *session)
 static void direct_begin_on_loop(void *argument)
 {
 	struct handshake *shake = argument;
-	if (shake->session->in_flight != 0) {
+	if (shake->server->draining) {
+		shake->status = opd_fail(shake->error, OPD_UNAVAILABLE, "direct calls: the server is draining");
+	} else if (shake->session->in_flight != 0) {
 		shake->status = opd_fail(shake->error, OPD_FAILED_PRECONDITION, "direct calls: %u requests are in flight", (unsigned)shake->session->in_flight);
 	} else {
 		shake->session->direct = true;
+		shake->server->direct_count++;
 		shake->status = OPD_OK;
 	}
 	(void)sem_post(&shake->done);
@@ -598,7 +635,7 @@ static void direct_begin_on_loop(void *argument)
 static void direct_end_on_loop(void *argument)
 {
 	struct handshake *shake = argument;
-	shake->session->direct = false;
+	end_direct(shake->server, shake->session);
 	(void)sem_post(&shake->done);
 }
 

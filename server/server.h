@@ -38,7 +38,8 @@ OPD_MUST_USE opd_status server_adopt(struct server *server, int fd, struct sessi
 /* Any thread: the adopter won't use `session` any more. */
 void server_forget(struct server *server, struct session *session);
 
-/* The direct path of an adopted session (client/scheme.h has the contract). begin waits until the loop has handed the session over: FAILED_PRECONDITION when requests are in flight. */
+/* The direct path of an adopted session (client/scheme.h has the contract). begin waits until the loop has handed the session over: FAILED_PRECONDITION when requests are in flight. server_run
+ * doesn't return before the end (or server_forget). */
 struct msg_request;
 struct msg_reply;
 OPD_MUST_USE opd_status server_direct_begin(struct server *server, struct session *session, opd_error *error);

@@ -6,14 +6,12 @@
 #   full   clang, for tests/run --full
 #
 # Without a word: build and test. It says what it does, and does nothing when all is there. As another user than root it uses sudo.
-# Packages of optional providers are tried, and named when they can't be had: their tests then say that they were skipped.
 set -euo pipefail
 
 build=(gcc libc6-dev cmake ninja-build pkg-config libuv1-dev libprotobuf-c-dev protobuf-c-compiler protobuf-compiler libyaml-dev
 	libcjson-dev libssl-dev)
 test=(check libsubunit-dev python3 python3-protobuf python3-numpy binutils procps)
 full=(clang)
-optional=(libopenblas-dev libdnnl-dev)
 
 is_installed() {
 	[ "$(dpkg-query -W -f '${db:Status-Abbrev}' "$1" 2>/dev/null)" = 'ii ' ]
@@ -27,10 +25,6 @@ as_root() {
 	fi
 }
 
-apt_install() {
-	as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "$@"
-}
-
 # The names that aren't installed yet, one a line.
 missing() {
 	local name
@@ -41,18 +35,8 @@ missing() {
 
 install_needed() {
 	echo "install: ${*}"
-	apt_install "$@"
-}
-
-install_optional() {
-	local name
-	for name in "$@"; do
-		if apt_install "$name" >/dev/null 2>&1; then
-			echo "install: $name (optional)"
-		else
-			echo "install: $name can't be had: what needs it is skipped"
-		fi
-	done
+	as_root apt-get update -q
+	as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "$@"
 }
 
 wanted=()
@@ -74,7 +58,4 @@ if ! command -v dpkg-query >/dev/null || ! command -v apt-get >/dev/null; then
 	exit 0
 fi
 mapfile -t needed < <(missing "${wanted[@]}")
-mapfile -t extra < <(missing "${optional[@]}")
-[ $((${#needed[@]} + ${#extra[@]})) -eq 0 ] || as_root apt-get update -q
 [ ${#needed[@]} -eq 0 ] || install_needed "${needed[@]}"
-[ ${#extra[@]} -eq 0 ] || install_optional "${extra[@]}"

@@ -1,7 +1,7 @@
 /* The scheme "embedded:": a daemon of its own for each client, on a thread of its own, reached over a socket pair or directly.
  *
- * The thread creates, runs and destroys the server, as server.h asks. It is kept from destroying it by references: the client's, and one for every direct
- * result that is still in somebody's hands (its tensors lie in the server's memory). */
+ * The thread creates, runs and destroys the server, as server.h asks. It is kept from destroying it by references: the client's,
+ * and one for every direct result that is still in somebody's hands (its tensors lie in the server's memory). */
 #include <errno.h>
 #include <pthread.h>
 #include <signal.h>
@@ -30,7 +30,7 @@ struct embedded {
 	pthread_mutex_t mutex;
 	pthread_cond_t changed;
 	phase phase;
-	bool unused; /* no reference is left: the thread may destroy the server */
+	bool unused;           /* no reference is left: the thread may destroy the server */
 	struct config *config; /* until the server takes it */
 	struct log log;
 	struct server *server;
@@ -117,17 +117,6 @@ static void embedded_unref(struct embedded *embedded)
 	embedded_free(embedded);
 }
 
-/* This daemon serves its client alone, whatever the file says for one that runs by itself. */
-static void drop_listeners(struct config *config)
-{
-	for (size_t i = 0; i < config->listener_count; i++) {
-		free(config->listeners[i].address);
-		free(config->listeners[i].path);
-		free(config->listeners[i].host);
-	}
-	config->listener_count = 0;
-}
-
 /* The file's configuration, or the defaults with warnings alone on stderr. */
 static opd_status embedded_configure(struct embedded *embedded, const char *path, opd_error *error)
 {
@@ -144,7 +133,7 @@ static opd_status embedded_configure(struct embedded *embedded, const char *path
 		status = config_check(config, true, error);
 	if (status != OPD_OK)
 		return status;
-	drop_listeners(config);
+	config_clear_listeners(config); /* this daemon serves its client alone, whatever the file says for one that runs by itself */
 	return log_init(&embedded->log, config->level, config->format, config->log_path, error);
 }
 
@@ -257,15 +246,17 @@ static void reply_release(void *argument)
 	embedded_unref(embedded);
 }
 
-static void embedded_direct_call(void *state, uint64_t request_id, const struct msg_request *request, struct scheme_reply *reply_out)
+static void embedded_direct_call(void *state, uint64_t request_id, const struct msg_request *request,
+                                 struct scheme_reply *reply_out)
 {
 	struct embedded *embedded = state;
 	struct reply_owner *owner = malloc(sizeof *owner);
-	struct server_reply *reply = owner == NULL ? NULL : server_direct_call(embedded->server, embedded->session, request_id, request);
+	struct server_reply *reply =
+	    owner == NULL ? NULL : server_direct_call(embedded->server, embedded->session, request_id, request);
 	if (reply == NULL) {
 		free(owner);
 		*reply_out = (struct scheme_reply){
-			.reply = {.status = OPD_RESOURCE_EXHAUSTED, .message = msg_text("embedded: out of memory for a direct call")}};
+		    .reply = {.status = OPD_RESOURCE_EXHAUSTED, .message = msg_text("embedded: out of memory for a direct call")}};
 		return;
 	}
 	atomic_fetch_add(&embedded->references, 1);
@@ -274,12 +265,12 @@ static void embedded_direct_call(void *state, uint64_t request_id, const struct 
 }
 
 static const struct scheme embedded_scheme = {
-	.name = "embedded",
-	.connect = embedded_connect,
-	.disconnect = embedded_disconnect,
-	.direct_begin = embedded_direct_begin,
-	.direct_end = embedded_direct_end,
-	.direct_call = embedded_direct_call,
+    .name = "embedded",
+    .connect = embedded_connect,
+    .disconnect = embedded_disconnect,
+    .direct_begin = embedded_direct_begin,
+    .direct_end = embedded_direct_end,
+    .direct_call = embedded_direct_call,
 };
 
 void opd_embedded_register(void)

@@ -7,7 +7,8 @@
  * Blocking: opd_submit, opd_process, opd_cancel and the request_ and result_ functions never block for the server (opd_submit keeps what the socket
  * won't take); the others wait for their answer, at most the client's timeout_us.
  * Errors: every function that can fail returns an opd_status and writes a text into `error` (NULL: not wanted). A failed request leaves the client usable;
- * OPD_UNAVAILABLE means that the connection is gone: close the client. Outputs are written only on success, unless said otherwise.
+ * OPD_UNAVAILABLE means that the connection is gone: close the client. (OPD_DATA_LOSS `malformed answer from the server` means it too, once; later calls say
+ * OPD_UNAVAILABLE.) What was answered before can still be taken. Outputs are written only on success, unless said otherwise.
  * Not here: providers (opd/provider.h); the daemon in this process (opd/embedded.h).
  *
  *     opd_client *client;
@@ -169,7 +170,9 @@ OPD_API void opd_request_output(opd_request *request, uint32_t output, bool keep
 /* Submits and waits. Returns the reply's status; *result_out is set whenever a reply came, also a failed one (it may carry an explain), else NULL. */
 OPD_API OPD_MUST_USE opd_status opd_run(opd_client *client, const opd_request *request, opd_result **result_out, opd_error *error);
 
-/* Queues the request and writes what the socket takes. Any number may be in flight; the server answers as they finish. */
+/* Queues the request and writes what the socket takes. Any number may be in flight; the server answers as they finish. What exceeds its limit of them waits
+ * here, in order. While finished requests wait to be taken, small ones are gathered, and leave in one piece when the last is taken (or 64 KiB are together, or
+ * anything waits or processes). */
 OPD_API OPD_MUST_USE opd_status opd_submit(opd_client *client, const opd_request *request, opd_ticket *ticket_out, opd_error *error);
 
 /* Waits for one. Returns the reply's status, with *result_out as in opd_run. OPD_DEADLINE_EXCEEDED with no result: not yet, it is still in flight;
@@ -269,7 +272,7 @@ OPD_API OPD_MUST_USE opd_status opd_priority_pop(opd_client *client, opd_error *
 OPD_API OPD_MUST_USE opd_status opd_priority_set(opd_client *client, opd_scope scope, const opd_priority_entry *entry, opd_error *error);
 OPD_API OPD_MUST_USE opd_status opd_priority_clear(opd_client *client, opd_scope scope, const char *op, opd_error *error);
 
-/* Every document below is one block of memory: free it with opd_document_free (NULL is allowed). Texts in it come from the server. */
+/* Every document below is freed as a whole, with opd_document_free (NULL is allowed). It may outlive its client. Texts in it come from the server. */
 OPD_API void opd_document_free(const void *document);
 
 typedef struct opd_priority {

@@ -45,8 +45,8 @@ static int listen_unix(struct peer *peer)
 {
 	static _Atomic int number;
 	struct sockaddr_un name = {.sun_family = AF_UNIX};
-	(void)snprintf(peer->path, sizeof peer->path, "%s/opd-test-%d-%d.sock", getenv("TMPDIR") == NULL ? "/tmp" : getenv("TMPDIR"), (int)getpid(),
-	               atomic_fetch_add(&number, 1));
+	(void)snprintf(peer->path, sizeof peer->path, "%s/opd-test-%d-%d.sock", getenv("TMPDIR") == NULL ? "/tmp" : getenv("TMPDIR"),
+	               (int)getpid(), atomic_fetch_add(&number, 1));
 	(void)snprintf(name.sun_path, sizeof name.sun_path, "%.100s", peer->path);
 	(void)snprintf(peer->address, sizeof peer->address, "unix:%s", peer->path);
 	(void)unlink(peer->path);
@@ -174,9 +174,10 @@ static bool read_chunks(struct peer *peer, struct peer_frame *frame)
 		if (!peer_read(peer, &data))
 			return false;
 		const uint64_t bytes = data.header.payload_bytes;
-		const bool good = PEER_CHECK(peer, data.header.type == FRAME_DATA && data.header.request_id == frame->header.request_id) &&
-		                  PEER_CHECK(peer, data.header.envelope_bytes == 8 && frame_load_u64(data.envelope) == have) &&
-		                  PEER_CHECK(peer, bytes <= peer->chunk_bytes && bytes <= total - have);
+		const bool good =
+		    PEER_CHECK(peer, data.header.type == FRAME_DATA && data.header.request_id == frame->header.request_id) &&
+		    PEER_CHECK(peer, data.header.envelope_bytes == 8 && frame_load_u64(data.envelope) == have) &&
+		    PEER_CHECK(peer, bytes <= peer->chunk_bytes && bytes <= total - have);
 		if (good)
 			memcpy(frame->payload + have, data.payload, bytes);
 		have += bytes;
@@ -192,8 +193,9 @@ bool peer_read_request(struct peer *peer, struct arena *arena, struct peer_frame
 	if (!peer_read(peer, frame))
 		return false;
 	opd_error error;
-	bool good = PEER_CHECK(peer, frame->header.type == FRAME_REQUEST) &&
-	            PEER_CHECK(peer, codec_decode_request(arena, frame->envelope, frame->header.envelope_bytes, request, &error) == OPD_OK);
+	bool good =
+	    PEER_CHECK(peer, frame->header.type == FRAME_REQUEST) &&
+	    PEER_CHECK(peer, codec_decode_request(arena, frame->envelope, frame->header.envelope_bytes, request, &error) == OPD_OK);
 	if (good && (frame->header.flags & FRAME_CHUNKED) != 0)
 		good = read_chunks(peer, frame);
 	if (!good)
@@ -229,14 +231,18 @@ bool peer_send(struct peer *peer, const void *data, size_t bytes)
 	return true;
 }
 
-bool peer_send_frame(struct peer *peer, frame_type type, uint16_t flags, uint64_t id, const void *envelope, uint32_t envelope_bytes,
-                     const void *payload, uint64_t payload_bytes)
+bool peer_send_frame(struct peer *peer, frame_type type, uint16_t flags, uint64_t id, const void *envelope,
+                     uint32_t envelope_bytes, const void *payload, uint64_t payload_bytes)
 {
 	const bool here = (flags & FRAME_CHUNKED) == 0;
 	const size_t bytes = FRAME_HEADER_BYTES + envelope_bytes + (here && payload != NULL ? payload_bytes : 0);
 	uint8_t *frame = malloc(bytes);
-	const struct frame_header header = {.version = FRAME_VERSION, .type = (uint8_t)type, .flags = flags, .request_id = id,
-	                                    .envelope_bytes = envelope_bytes, .payload_bytes = payload_bytes};
+	const struct frame_header header = {.version = FRAME_VERSION,
+	                                    .type = (uint8_t)type,
+	                                    .flags = flags,
+	                                    .request_id = id,
+	                                    .envelope_bytes = envelope_bytes,
+	                                    .payload_bytes = payload_bytes};
 	frame_encode(&header, frame);
 	if (envelope_bytes != 0)
 		memcpy(frame + FRAME_HEADER_BYTES, envelope, envelope_bytes);
@@ -247,7 +253,8 @@ bool peer_send_frame(struct peer *peer, frame_type type, uint16_t flags, uint64_
 	return sent;
 }
 
-uint8_t *peer_encode_reply(const struct msg_reply *reply, uint64_t id, uint16_t flags, const void *payload, uint64_t payload_bytes, size_t *bytes_out)
+uint8_t *peer_encode_reply(const struct msg_reply *reply, uint64_t id, uint16_t flags, const void *payload,
+                           uint64_t payload_bytes, size_t *bytes_out)
 {
 	struct arena arena;
 	struct codec_buffer buffer;
@@ -257,8 +264,12 @@ uint8_t *peer_encode_reply(const struct msg_reply *reply, uint64_t id, uint16_t 
 		(void)fprintf(stderr, "peer: %s\n", error.text);
 		abort();
 	}
-	const struct frame_header header = {.version = FRAME_VERSION, .type = FRAME_REPLY, .flags = flags, .request_id = id,
-	                                    .envelope_bytes = (uint32_t)buffer.envelope_bytes, .payload_bytes = payload_bytes};
+	const struct frame_header header = {.version = FRAME_VERSION,
+	                                    .type = FRAME_REPLY,
+	                                    .flags = flags,
+	                                    .request_id = id,
+	                                    .envelope_bytes = (uint32_t)buffer.envelope_bytes,
+	                                    .payload_bytes = payload_bytes};
 	frame_encode(&header, buffer.frame);
 	const size_t head = FRAME_HEADER_BYTES + buffer.envelope_bytes;
 	const size_t rest = payload != NULL && (flags & FRAME_CHUNKED) == 0 ? payload_bytes : 0;
@@ -271,7 +282,8 @@ uint8_t *peer_encode_reply(const struct msg_reply *reply, uint64_t id, uint16_t 
 	return frame;
 }
 
-static bool send_reply(struct peer *peer, uint64_t id, const struct msg_reply *reply, uint16_t flags, const void *payload, uint64_t payload_bytes)
+static bool send_reply(struct peer *peer, uint64_t id, const struct msg_reply *reply, uint16_t flags, const void *payload,
+                       uint64_t payload_bytes)
 {
 	size_t bytes;
 	uint8_t *frame = peer_encode_reply(reply, id, flags, payload, payload_bytes, &bytes);
@@ -292,7 +304,8 @@ bool peer_send_data(struct peer *peer, uint64_t id, uint64_t offset, const void 
 	return peer_send_frame(peer, FRAME_DATA, 0, id, envelope, sizeof envelope, data, bytes);
 }
 
-bool peer_reply_chunked(struct peer *peer, uint64_t id, const struct msg_reply *reply, const void *payload, uint64_t payload_bytes, uint64_t chunk)
+bool peer_reply_chunked(struct peer *peer, uint64_t id, const struct msg_reply *reply, const void *payload,
+                        uint64_t payload_bytes, uint64_t chunk)
 {
 	bool sent = send_reply(peer, id, reply, FRAME_CHUNKED, NULL, payload_bytes);
 	for (uint64_t at = 0; sent && at < payload_bytes; at += chunk) {
@@ -310,7 +323,8 @@ bool peer_reply_status(struct peer *peer, uint64_t id, opd_status status, const 
 
 void peer_hello(struct peer *peer, const struct msg_hello_reply *answer)
 {
-	struct msg_hello_reply reply = {.version = FRAME_VERSION, .server = msg_text("peer 1"), .tenant = msg_text("tests"), .session = 7, .admin = true};
+	struct msg_hello_reply reply = {
+	    .version = FRAME_VERSION, .server = msg_text("peer 1"), .tenant = msg_text("tests"), .session = 7, .admin = true};
 	struct peer_frame frame;
 	struct arena arena;
 	struct msg_hello hello;
@@ -325,7 +339,8 @@ void peer_hello(struct peer *peer, const struct msg_hello_reply *answer)
 			reply.chunk_bytes = hello.chunk_bytes == 0 ? 1 << 20 : hello.chunk_bytes;
 		peer->chunk_bytes = reply.chunk_bytes;
 		if (PEER_CHECK(peer, codec_encode_hello_reply(&arena, &reply, &buffer, &error) == OPD_OK))
-			(void)peer_send_frame(peer, FRAME_HELLO_REPLY, 0, 0, buffer.frame + FRAME_HEADER_BYTES, (uint32_t)buffer.envelope_bytes, NULL, 0);
+			(void)peer_send_frame(peer, FRAME_HELLO_REPLY, 0, 0, buffer.frame + FRAME_HEADER_BYTES,
+			                      (uint32_t)buffer.envelope_bytes, NULL, 0);
 	}
 	peer_frame_free(&frame);
 	arena_fini(&arena);
@@ -335,9 +350,13 @@ void peer_hello(struct peer *peer, const struct msg_hello_reply *answer)
 
 struct msg_reply peer_vector(struct msg_result *result, int64_t elements)
 {
-	*result = (struct msg_result){.tensor = {.dtype = OPD_f32, .rank = 1, .shape = {elements}, .source = MSG_SOURCE_PAYLOAD,
+	*result = (struct msg_result){.tensor = {.dtype = OPD_f32,
+	                                         .rank = 1,
+	                                         .shape = {elements},
+	                                         .source = MSG_SOURCE_PAYLOAD,
 	                                         .payload = {.offset = 0, .bytes = (uint64_t)elements * 4}}};
-	return (struct msg_reply){.kind = MSG_REPLY_RUN, .run = {.provider = msg_text("native"), .output_count = 1, .outputs = result}};
+	return (struct msg_reply){.kind = MSG_REPLY_RUN,
+	                          .run = {.provider = msg_text("native"), .output_count = 1, .outputs = result}};
 }
 
 static bool echo_one(struct peer *peer, const struct peer_frame *frame, const struct msg_request *request)
@@ -348,7 +367,8 @@ static bool echo_one(struct peer *peer, const struct peer_frame *frame, const st
 		return peer_reply(peer, id, &empty, NULL, 0);
 	}
 	struct msg_result result = {.tensor = *request->run.args[0].tensor};
-	const struct msg_reply reply = {.kind = MSG_REPLY_RUN, .run = {.provider = msg_text("echo"), .output_count = 1, .outputs = &result}};
+	const struct msg_reply reply = {.kind = MSG_REPLY_RUN,
+	                                .run = {.provider = msg_text("echo"), .output_count = 1, .outputs = &result}};
 	const uint64_t offset = result.tensor.payload.offset, bytes = result.tensor.payload.bytes;
 	result.tensor.payload.offset = 0;
 	if (peer->chunk_bytes != 0 && bytes > peer->chunk_bytes)

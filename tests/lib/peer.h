@@ -72,14 +72,15 @@ void peer_frame_free(struct peer_frame *frame);
 bool peer_read_request(struct peer *peer, struct arena *arena, struct peer_frame *frame_out, struct msg_request *request_out);
 
 bool peer_send(struct peer *peer, const void *data, size_t bytes);
-bool peer_send_frame(struct peer *peer, frame_type type, uint16_t flags, uint64_t id, const void *envelope, uint32_t envelope_bytes,
-                     const void *payload, uint64_t payload_bytes);
+bool peer_send_frame(struct peer *peer, frame_type type, uint16_t flags, uint64_t id, const void *envelope,
+                     uint32_t envelope_bytes, const void *payload, uint64_t payload_bytes);
 /* A whole frame of a reply in malloc'ed memory. */
-uint8_t *peer_encode_reply(const struct msg_reply *reply, uint64_t id, uint16_t flags, const void *payload, uint64_t payload_bytes,
-                           size_t *bytes_out);
+uint8_t *peer_encode_reply(const struct msg_reply *reply, uint64_t id, uint16_t flags, const void *payload,
+                           uint64_t payload_bytes, size_t *bytes_out);
 bool peer_reply(struct peer *peer, uint64_t id, const struct msg_reply *reply, const void *payload, uint64_t payload_bytes);
 /* In DATA frames of `chunk` bytes. */
-bool peer_reply_chunked(struct peer *peer, uint64_t id, const struct msg_reply *reply, const void *payload, uint64_t payload_bytes, uint64_t chunk);
+bool peer_reply_chunked(struct peer *peer, uint64_t id, const struct msg_reply *reply, const void *payload,
+                        uint64_t payload_bytes, uint64_t chunk);
 bool peer_send_data(struct peer *peer, uint64_t id, uint64_t offset, const void *data, uint64_t bytes);
 bool peer_reply_status(struct peer *peer, uint64_t id, opd_status status, const char *message);
 

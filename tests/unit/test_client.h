@@ -10,10 +10,10 @@
 #include "tests/lib/peer.h"
 
 /* Fails the test with the library's own words, which the call writes into `error`. */
-#define MUST(call)                                                                                          \
-	do {                                                                                                    \
-		const opd_status must_status = (call);                                                              \
-		ck_assert_msg(must_status == OPD_OK, "%s: %s: %s", #call, opd_status_name(must_status), error.text); \
+#define MUST(call)                                                                                                               \
+	do {                                                                                                                         \
+		const opd_status must_status = (call);                                                                                   \
+		ck_assert_msg(must_status == OPD_OK, "%s: %s: %s", #call, opd_status_name(must_status), error.text);                     \
 	} while (0)
 
 static inline opd_client *test_connect(const struct peer *peer, uint64_t timeout_us)
@@ -44,5 +44,6 @@ static inline float *test_floats(size_t count, unsigned seed)
 
 Suite *broken_suite(void);
 Suite *sending_suite(void);
+Suite *calls_suite(void);
 
 #endif

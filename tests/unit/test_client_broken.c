@@ -232,7 +232,8 @@ struct bad_reply {
 static void send_tensor(struct peer *peer, const struct msg_tensor *tensor, uint16_t flags, uint64_t payload_bytes)
 {
 	struct msg_result result = {.tensor = *tensor};
-	const struct msg_reply reply = {.kind = MSG_REPLY_RUN, .run = {.provider = msg_text("x"), .output_count = 1, .outputs = &result}};
+	const struct msg_reply reply = {.kind = MSG_REPLY_RUN,
+	                                .run = {.provider = msg_text("x"), .output_count = 1, .outputs = &result}};
 	size_t bytes;
 	uint8_t payload[1024] = {0};
 	uint8_t *frame = peer_encode_reply(&reply, 1, flags, payload_bytes <= sizeof payload ? payload : NULL, payload_bytes, &bytes);
@@ -240,15 +241,16 @@ static void send_tensor(struct peer *peer, const struct msg_tensor *tensor, uint
 	free(frame);
 }
 
-static const struct msg_tensor vector = {.dtype = OPD_f32, .rank = 1, .shape = {COUNT}, .source = MSG_SOURCE_PAYLOAD, .payload = {0, COUNT * 4}};
+static const struct msg_tensor vector = {
+    .dtype = OPD_f32, .rank = 1, .shape = {COUNT}, .source = MSG_SOURCE_PAYLOAD, .payload = {0, COUNT * 4}};
 
 /* A function that sends the vector with one thing changed. */
-#define BAD_TENSOR(name, change, flags, payload_bytes) \
-	static void name(struct peer *peer)                \
-	{                                                  \
-		struct msg_tensor tensor = vector;             \
-		tensor.change;                                 \
-		send_tensor(peer, &tensor, flags, payload_bytes); \
+#define BAD_TENSOR(name, change, flags, payload_bytes)                                                                           \
+	static void name(struct peer *peer)                                                                                          \
+	{                                                                                                                            \
+		struct msg_tensor tensor = vector;                                                                                       \
+		tensor.change;                                                                                                           \
+		send_tensor(peer, &tensor, flags, payload_bytes);                                                                        \
 	}
 BAD_TENSOR(send_misaligned, payload.offset = 32, 0, 192)
 BAD_TENSOR(send_past_end, payload.offset = 64, 0, 160)
@@ -286,7 +288,8 @@ static void send_short_inline(struct peer *peer)
 	send_tensor(peer, &tensor, 0, 0);
 }
 
-static void send_raw(struct peer *peer, frame_type type, uint16_t flags, uint64_t id, const char *envelope, uint32_t envelope_bytes, uint64_t payload)
+static void send_raw(struct peer *peer, frame_type type, uint16_t flags, uint64_t id, const char *envelope,
+                     uint32_t envelope_bytes, uint64_t payload)
 {
 	static const uint8_t zeroes[256];
 	(void)peer_send_frame(peer, type, flags, id, envelope, envelope_bytes, payload <= sizeof zeroes ? zeroes : NULL, payload);
@@ -320,7 +323,8 @@ static void send_bad_envelope(struct peer *peer)
 static void send_huge_envelope(struct peer *peer)
 {
 	uint8_t header[FRAME_HEADER_BYTES];
-	frame_encode(&(struct frame_header){.version = 1, .type = FRAME_REPLY, .request_id = 1, .envelope_bytes = UINT32_MAX}, header);
+	frame_encode(&(struct frame_header){.version = 1, .type = FRAME_REPLY, .request_id = 1, .envelope_bytes = UINT32_MAX},
+	             header);
 	(void)peer_send(peer, header, sizeof header);
 }
 
@@ -401,37 +405,37 @@ static void send_second_reply(struct peer *peer)
 }
 
 static const struct bad_reply bad_replies[] = {
-	{"not opd", "HTTP", send_garbage},
-	{"unknown frame type", "type 77", send_type},
-	{"a client's frame", "type 6", send_client_frame},
-	{"second hello", "second answer to Hello", send_second_hello},
-	{"envelope that is no protobuf", "request 1", send_bad_envelope},
-	{"huge envelope", "4294967295", send_huge_envelope},
-	{"huge payload", "18446744073709551615", send_huge_payload},
-	{"unknown request", "request 99", send_unknown_id},
-	{"request 0", "0", send_id_zero},
-	{"wrong body", "body 6, expected 1", send_wrong_body},
-	{"no body", "body 0, expected 1", send_no_body},
-	{"misaligned range", "multiple of 64", send_misaligned},
-	{"range past the end", "[64, +160)", send_past_end},
-	{"range that wraps", "[18446744073709551552, +160)", send_wrapping},
-	{"range shorter than the shape", "has 156 bytes", send_short_range},
-	{"shape that wraps", "dtype and shape", send_large_shape},
-	{"negative shape", "dtype and shape", send_negative_shape},
-	{"no dtype", "dtype and shape", send_no_dtype},
-	{"strides", "row-major", send_strides},
-	{"byte offset", "byte offset 4", send_byte_offset},
-	{"handle as source", "source", send_handle_source},
-	{"bytes after the last tensor", "tensors end at 160", send_trailing},
-	{"a terabyte after the last tensor", "tensors end at 160", send_trailing_huge},
-	{"short inline bytes", "3 inline bytes", send_short_inline},
-	{"DATA without a chunked reply", "of which none is due", send_stray_data},
-	{"DATA with a gap", "offset 64, expected 0", send_data_gap},
-	{"DATA twice", "offset 0, expected 4", send_data_twice},
-	{"DATA beyond the end", "161 bytes at offset 0", send_data_beyond},
-	{"DATA without an offset", "4 bytes", send_data_short_envelope},
-	{"empty DATA", "DATA", send_data_empty},
-	{"second reply", "second reply", send_second_reply},
+    {"not opd", "HTTP", send_garbage},
+    {"unknown frame type", "type 77", send_type},
+    {"a client's frame", "type 6", send_client_frame},
+    {"second hello", "second answer to Hello", send_second_hello},
+    {"envelope that is no protobuf", "request 1", send_bad_envelope},
+    {"huge envelope", "4294967295", send_huge_envelope},
+    {"huge payload", "18446744073709551615", send_huge_payload},
+    {"unknown request", "request 99", send_unknown_id},
+    {"request 0", "0", send_id_zero},
+    {"wrong body", "body 6, expected 1", send_wrong_body},
+    {"no body", "body 0, expected 1", send_no_body},
+    {"misaligned range", "multiple of 64", send_misaligned},
+    {"range past the end", "[64, +160)", send_past_end},
+    {"range that wraps", "[18446744073709551552, +160)", send_wrapping},
+    {"range shorter than the shape", "has 156 bytes", send_short_range},
+    {"shape that wraps", "dtype and shape", send_large_shape},
+    {"negative shape", "dtype and shape", send_negative_shape},
+    {"no dtype", "dtype and shape", send_no_dtype},
+    {"strides", "row-major", send_strides},
+    {"byte offset", "byte offset 4", send_byte_offset},
+    {"handle as source", "source", send_handle_source},
+    {"bytes after the last tensor", "tensors end at 160", send_trailing},
+    {"a terabyte after the last tensor", "tensors end at 160", send_trailing_huge},
+    {"short inline bytes", "3 inline bytes", send_short_inline},
+    {"DATA without a chunked reply", "of which none is due", send_stray_data},
+    {"DATA with a gap", "offset 64, expected 0", send_data_gap},
+    {"DATA twice", "offset 0, expected 4", send_data_twice},
+    {"DATA beyond the end", "161 bytes at offset 0", send_data_beyond},
+    {"DATA without an offset", "4 bytes", send_data_short_envelope},
+    {"empty DATA", "DATA", send_data_empty},
+    {"second reply", "second reply", send_second_reply},
 };
 
 static void script_bad(struct peer *peer, void *argument)
@@ -566,7 +570,8 @@ Suite *broken_suite(void)
 	tcase_add_test(tests, an_envelope_may_be_larger_than_the_stage);
 	tcase_add_test(tests, a_server_that_leaves_is_unavailable_and_what_came_before_stays);
 	tcase_add_test(tests, the_last_words_of_a_server_that_stopped_reading_are_heard);
-	tcase_add_loop_test(tests, a_malformed_reply_ends_the_connection_with_a_typed_error, 0, sizeof bad_replies / sizeof *bad_replies);
+	tcase_add_loop_test(tests, a_malformed_reply_ends_the_connection_with_a_typed_error, 0,
+	                    sizeof bad_replies / sizeof *bad_replies);
 	tcase_add_test(tests, flipped_bits_never_crash_it);
 	tcase_add_loop_test(tests, a_bad_greeting_is_no_session, 0, 7);
 	suite_add_tcase(suite, tests);

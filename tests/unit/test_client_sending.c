@@ -9,7 +9,8 @@ static opd_client *connect_chunked(const struct peer *peer, bool no_chunks)
 {
 	opd_client *client = NULL;
 	opd_error error = {0};
-	const opd_connect_options options = {.struct_bytes = sizeof options, .chunk_bytes = no_chunks ? 0 : CHUNK, .no_chunks = no_chunks};
+	const opd_connect_options options = {
+	    .struct_bytes = sizeof options, .chunk_bytes = no_chunks ? 0 : CHUNK, .no_chunks = no_chunks};
 	const opd_status status = opd_connect(peer->address, &options, &client, &error);
 	ck_assert_msg(status == OPD_OK, "%s", error.text);
 	ck_assert_uint_eq(opd_client_session(client)->chunk_bytes, no_chunks ? 0 : CHUNK);

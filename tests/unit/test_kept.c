@@ -1,0 +1,194 @@
+/* A session's kept tensors: waiting, settling, failing, in numbers that a hostile client may choose. */
+#include <check.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "server/kept.h"
+
+/* A request of a chain: it waits for `needs` and has a kept output itself. */
+struct link {
+	struct waiter waiter; /* first */
+	struct kept *kept;
+	uint64_t request;
+	bool told;
+	bool failed;
+	uint64_t stack; /* where its callback's frame was */
+};
+
+static void on_settled(struct waiter *waiter, struct kept_tensor *tensor, const opd_error *error)
+{
+	struct link *link = (struct link *)waiter;
+	char frame;
+	ck_assert(!link->told);
+	link->told = true;
+	link->failed = tensor == NULL;
+	link->stack = (uint64_t)(uintptr_t)&frame;
+	if (tensor == NULL) {
+		ck_assert_int_eq(error->status, OPD_ABORTED);
+		kept_fail(link->kept, link->request);
+	} else {
+		struct msg_handle handle;
+		struct kept_tensor *own[] = {kept_tensor_ref(tensor)};
+		kept_settle(link->kept, link->request, own, 1, &handle);
+		kept_tensor_unref(tensor);
+	}
+}
+
+static void wait_for(struct link *link, struct kept *kept, uint64_t request, uint64_t needs)
+{
+	opd_error error;
+	*link = (struct link){.waiter.on_settled = on_settled, .kept = kept, .request = request};
+	ck_assert_int_eq(kept_expect(kept, request, 1, &error), OPD_OK);
+	kept_wait(kept, needs, &link->waiter);
+}
+
+static struct memory memory;
+static struct account *account;
+
+static void begin(struct kept *kept, uint32_t limit)
+{
+	opd_error error;
+	ck_assert_int_eq(memory_init(&memory, 1u << 20, 0, &error), OPD_OK);
+	account = account_create(&memory, 1u << 20);
+	kept_init(kept, limit);
+	ck_assert_int_eq(kept_expect(kept, 1, 1, &error), OPD_OK);
+}
+
+static void end(struct kept *kept)
+{
+	kept_fini(kept);
+	account_unref(account);
+	memory_fini(&memory);
+}
+
+static struct kept_tensor *make_tensor(void)
+{
+	struct buffer *buffer;
+	opd_error error;
+	const int64_t shape[] = {4};
+	ck_assert_int_eq(buffer_alloc(account, 16, 0, &buffer, &error), OPD_OK);
+	struct kept_tensor *tensor = kept_tensor_create(OPD_f32, 1, shape, 16, buffer);
+	buffer_unref(buffer);
+	return tensor;
+}
+
+static uint64_t spread(const struct link *links, uint32_t count)
+{
+	uint64_t low = UINT64_MAX, high = 0;
+	for (uint32_t i = 0; i < count; i++) {
+		low = links[i].stack < low ? links[i].stack : low;
+		high = links[i].stack > high ? links[i].stack : high;
+	}
+	return high - low;
+}
+
+#define MANY 5000u
+
+START_TEST(a_chain_of_failures_is_no_deep_stack)
+{
+	struct kept kept;
+	struct link *links = calloc(MANY, sizeof links[0]);
+	begin(&kept, MANY + 1);
+	for (uint32_t i = 0; i < MANY; i++)
+		wait_for(&links[i], &kept, i + 2, i + 1);
+	kept_fail(&kept, 1);
+	for (uint32_t i = 0; i < MANY; i++)
+		ck_assert(links[i].told && links[i].failed);
+	ck_assert_uint_lt(spread(links, MANY), 4096);
+	ck_assert_uint_eq(kept.live, 0);
+	free(links);
+	end(&kept);
+}
+END_TEST
+
+START_TEST(a_chain_of_results_is_no_deep_stack)
+{
+	struct kept kept;
+	struct link *links = calloc(MANY, sizeof links[0]);
+	struct msg_handle handle;
+	begin(&kept, MANY + 1);
+	for (uint32_t i = 0; i < MANY; i++)
+		wait_for(&links[i], &kept, i + 2, i + 1);
+	struct kept_tensor *tensors[] = {make_tensor()};
+	kept_settle(&kept, 1, tensors, 1, &handle);
+	for (uint32_t i = 0; i < MANY; i++)
+		ck_assert(links[i].told && !links[i].failed);
+	ck_assert_uint_lt(spread(links, MANY), 4096);
+	ck_assert_uint_eq(kept.live, MANY + 1);
+	free(links);
+	end(&kept);
+}
+END_TEST
+
+/* More waiters than failures are remembered: the failed result itself must outlive their calls. */
+START_TEST(a_failure_tells_more_waiters_than_are_remembered)
+{
+	struct kept kept;
+	struct link *links = calloc(MANY, sizeof links[0]);
+	opd_error error;
+	bool pending;
+	begin(&kept, MANY + 1);
+	for (uint32_t i = 0; i < MANY; i++)
+		wait_for(&links[i], &kept, i + 2, 1);
+	kept_fail(&kept, 1);
+	for (uint32_t i = 0; i < MANY; i++)
+		ck_assert(links[i].told && links[i].failed);
+	ck_assert_ptr_null(kept_find_result(&kept, MANY + 1, 0, &pending, &error)); /* the newest is remembered */
+	ck_assert_int_eq(error.status, OPD_ABORTED);
+	ck_assert_ptr_null(kept_find_result(&kept, 1, 0, &pending, &error)); /* the oldest isn't any more */
+	ck_assert_int_eq(error.status, OPD_NOT_FOUND);
+	free(links);
+	end(&kept);
+}
+END_TEST
+
+static uint64_t now_ns(void)
+{
+	struct timespec now;
+	(void)clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &now);
+	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+/* The time of 30000 requests that keep their output, and of as many look-ups. */
+static uint64_t time_ids(uint64_t step)
+{
+	struct kept kept;
+	opd_error error;
+	bool pending;
+	uint64_t begun = now_ns();
+	begin(&kept, 65536);
+	for (uint64_t i = 1; i < 30000; i++)
+		ck_assert_int_eq(kept_expect(&kept, 1 + i * step, 1, &error), OPD_OK);
+	for (uint64_t i = 1; i < 30000; i++)
+		(void)kept_find_result(&kept, 1 + i * step, 0, &pending, &error);
+	end(&kept);
+	return now_ns() - begun;
+}
+
+/* 2^48 × 30000 wraps around: the step is what a plain multiplicative hash of the upper half, or the lower bits, would put into few buckets. */
+START_TEST(ids_that_a_client_chooses_cost_no_more_than_others)
+{
+	uint64_t plain = time_ids(1);
+	ck_assert_uint_lt(time_ids(1ull << 48), plain * 10 + 50000000u);
+	ck_assert_uint_lt(time_ids(0xf1de83e19937733du << 18), plain * 10 + 50000000u); /* the inverse of 0x9e37…7c15, times 2^18 */
+}
+END_TEST
+
+int main(void)
+{
+	Suite *suite = suite_create("kept");
+	TCase *tests = tcase_create("kept");
+	tcase_set_timeout(tests, 60);
+	tcase_add_test(tests, a_chain_of_failures_is_no_deep_stack);
+	tcase_add_test(tests, a_chain_of_results_is_no_deep_stack);
+	tcase_add_test(tests, a_failure_tells_more_waiters_than_are_remembered);
+	tcase_add_test(tests, ids_that_a_client_chooses_cost_no_more_than_others);
+	suite_add_tcase(suite, tests);
+	SRunner *runner = srunner_create(suite);
+	srunner_run_all(runner, CK_ENV);
+	int failed = srunner_ntests_failed(runner);
+	srunner_free(runner);
+	return failed == 0 ? 0 : 1;
+}
