@@ -38,7 +38,8 @@ static void load_work_done(uv_work_t *work, int status)
 	load_done(((struct load *)work)->request);
 }
 
-/* On a thread of libuv's pool: a module may take long to find out what its platform has, and the lane's threads belong to kernels. */
+/* On a thread of libuv's pool: a module may take long to find out what its platform has, and the lane's threads belong to
+ * kernels. */
 void admin_load_module(struct request *request)
 {
 	struct load *load = request->direct ? NULL : arena_zalloc(&request->arena, sizeof *load);
@@ -47,7 +48,8 @@ void admin_load_module(struct request *request)
 		return;
 	}
 	load->request = request;
-	(void)uv_queue_work(&request->context->server->loop, &load->work, load_work, load_work_done); /* fails only without a function */
+	/* It fails only without a function. */
+	(void)uv_queue_work(&request->context->server->loop, &load->work, load_work, load_work_done);
 }
 
 void admin_set_log_level(struct request *request)

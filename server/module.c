@@ -47,11 +47,13 @@ static opd_status check_writers(const char *path, opd_error *error)
 	return check_folder(path, error);
 }
 
-/* True unless a part that the loader would map ends behind the file. What is no ELF file of this machine is left to the loader, which says so. */
+/* True unless a part that the loader would map ends behind the file. What is no ELF file of this machine is left to the loader,
+ * which says so. */
 static bool parts_fit(FILE *file, uint64_t file_bytes)
 {
 	ElfW(Ehdr) head;
-	if (fread(&head, sizeof head, 1, file) != 1 || memcmp(head.e_ident, ELFMAG, SELFMAG) != 0 || head.e_phentsize != sizeof(ElfW(Phdr)))
+	if (fread(&head, sizeof head, 1, file) != 1 || memcmp(head.e_ident, ELFMAG, SELFMAG) != 0 ||
+	    head.e_phentsize != sizeof(ElfW(Phdr)))
 		return true;
 	for (unsigned i = 0; i < head.e_phnum; i++) {
 		ElfW(Phdr) part;
@@ -64,7 +66,8 @@ static bool parts_fit(FILE *file, uint64_t file_bytes)
 	return true;
 }
 
-/* The loader maps what the headers say, and the process gets SIGBUS where the file is shorter than that: a copy that was interrupted. */
+/* The loader maps what the headers say, and the process gets SIGBUS where the file is shorter than that: a copy that was
+ * interrupted. */
 static opd_status check_whole(const char *path, opd_error *error)
 {
 	struct stat status;
@@ -76,8 +79,10 @@ static opd_status check_whole(const char *path, opd_error *error)
 	}
 	bool whole = parts_fit(file, (uint64_t)status.st_size);
 	(void)fclose(file);
-	return whole ? OPD_OK : opd_fail(error, OPD_FAILED_PRECONDITION, "%s: the file is cut off: %llu bytes are less than its headers name", path,
-	                                 (unsigned long long)status.st_size);
+	if (whole)
+		return OPD_OK;
+	return opd_fail(error, OPD_FAILED_PRECONDITION, "%s: the file is cut off: %llu bytes are less than its headers name", path,
+	                (unsigned long long)status.st_size);
 }
 
 opd_status module_check(const opd_module *def, opd_error *error)

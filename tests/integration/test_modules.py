@@ -702,6 +702,8 @@ class Device(unittest.TestCase):
         for _ in range(11):
             found, reply, _ = client.read_reply()
             self.check(reply, wanted.pop(found))
+        client.close()
+        daemon.wait()
         daemon.stop(0)
 
     def test_a_forced_end_waits_for_the_device_and_for_nothing_else(self):
@@ -715,6 +717,7 @@ class Device(unittest.TestCase):
         daemon.signal(15)
         daemon.wait_log("draining")
         daemon.signal(15)
+        daemon.wait()  # a third signal would end it by force
         daemon.stop(1)
 
     # ---- Failures

@@ -1,4 +1,5 @@
-/* Its open registers an op, an implementation and takes host memory, then fails; close must be called, with the state that open left. */
+/* Its open registers an op, an implementation and takes host memory, then fails; close must be called, with the state that open
+ * left. */
 #include "bad.h"
 
 struct state {

@@ -34,7 +34,8 @@ static bool norm_supports(const opd_impl *impl, void *state, const opd_call *cal
 	return true;
 }
 
-static opd_status norm_plan(const opd_impl *impl, void *state, const opd_call *call, opd_plan *plan_out, opd_reason *reason, opd_error *error)
+static opd_status norm_plan(const opd_impl *impl, void *state, const opd_call *call, opd_plan *plan_out, opd_reason *reason,
+                            opd_error *error)
 {
 	(void)impl, (void)state;
 	const opd_tensor *x = call->args[X].tensor;
@@ -47,9 +48,9 @@ static opd_status norm_plan(const opd_impl *impl, void *state, const opd_call *c
 	if (plan == NULL)
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "sample.rms_norm: no memory for a plan");
 	*plan = (struct norm_plan){
-		.rows = hidden == 0 ? 0 : x->elements / (uint64_t)hidden,
-		.hidden = (uint64_t)hidden,
-		.summed = call->args[VARIANCE_SIZE].kind == OPD_ARG_INT ? (uint64_t)call->args[VARIANCE_SIZE].i : (uint64_t)hidden,
+	    .rows = hidden == 0 ? 0 : x->elements / (uint64_t)hidden,
+	    .hidden = (uint64_t)hidden,
+	    .summed = call->args[VARIANCE_SIZE].kind == OPD_ARG_INT ? (uint64_t)call->args[VARIANCE_SIZE].i : (uint64_t)hidden,
 	};
 	plan_out->scratch_bytes = call->args[WEIGHT].kind == OPD_ARG_TENSOR ? plan->hidden * sizeof(float) : 0;
 	plan_out->memory_bytes = sizeof *plan;
@@ -118,16 +119,16 @@ static uint64_t norm_cost_ns(const opd_impl *impl, const opd_call *call)
 }
 
 static const opd_impl rms_norm = {
-	.struct_bytes = sizeof rms_norm,
-	.flags = OPD_IMPL_PLAN_MAY_REFUSE | OPD_IMPL_THREAD_INVARIANT | OPD_IMPL_BATCH_INVARIANT,
-	.op = "rms_norm",
-	.schema = "rms_norm(Tensor x, Tensor? weight, float epsilon, int? variance_size=None) -> Tensor",
-	.device = "cpu",
-	.uuid = SAMPLE_UUID,
-	.predicate = norm_supports,
-	.plan = norm_plan,
-	.cost_ns = norm_cost_ns,
-	.run = norm_run,
+    .struct_bytes = sizeof rms_norm,
+    .flags = OPD_IMPL_PLAN_MAY_REFUSE | OPD_IMPL_THREAD_INVARIANT | OPD_IMPL_BATCH_INVARIANT,
+    .op = "rms_norm",
+    .schema = "rms_norm(Tensor x, Tensor? weight, float epsilon, int? variance_size=None) -> Tensor",
+    .device = "cpu",
+    .uuid = SAMPLE_UUID,
+    .predicate = norm_supports,
+    .plan = norm_plan,
+    .cost_ns = norm_cost_ns,
+    .run = norm_run,
 };
 
 static opd_status sample_open(const opd_host *host, void *state, opd_error *error)
@@ -137,11 +138,11 @@ static opd_status sample_open(const opd_host *host, void *state, opd_error *erro
 }
 
 static const opd_module module = {
-	.abi = OPD_PROVIDER_ABI,
-	.struct_bytes = sizeof module,
-	.name = "sample",
-	.version = "1.2.3",
-	.open = sample_open,
+    .abi = OPD_PROVIDER_ABI,
+    .struct_bytes = sizeof module,
+    .name = "sample",
+    .version = "1.2.3",
+    .open = sample_open,
 };
 
 const opd_module *opd_module_get(void)

@@ -1,5 +1,5 @@
-/* An op of somebody else: softcap(x) = cap·tanh(x/cap), which keeps logits within ±cap. Its schema, shape function, definition, input generator,
- * tolerances and in-place pair; and a faster implementation by the provider `softcap` for f32 in rows. */
+/* An op of somebody else: softcap(x) = cap·tanh(x/cap), which keeps logits within ±cap. Its schema, shape function, definition,
+ * input generator, tolerances and in-place pair; and a faster implementation by the provider `softcap` for f32 in rows. */
 #include <opd/provider.h>
 
 #include <math.h>
@@ -19,7 +19,8 @@ static opd_status softcap_shape(const opd_op *op, const opd_call *call, opd_outp
 	if (!(call->args[SOFTCAP_CAP].f > 0))
 		return opd_fail(error, OPD_INVALID_ARGUMENT, "softcap: cap is %g, expected more than 0", call->args[SOFTCAP_CAP].f);
 	if (x->rank > outputs[0]->rank_max)
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "softcap: x has rank %u, at most %u", (unsigned)x->rank, (unsigned)outputs[0]->rank_max);
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "softcap: x has rank %u, at most %u", (unsigned)x->rank,
+		                (unsigned)outputs[0]->rank_max);
 	outputs[0]->dtype = x->dtype;
 	outputs[0]->rank = x->rank;
 	for (uint32_t i = 0; i < x->rank; i++)
@@ -35,7 +36,8 @@ static opd_status softcap_generate(const opd_op *op, opd_generator *generator, o
 	if (generator->variant >= sizeof caps / sizeof caps[0])
 		return OPD_OUT_OF_RANGE;
 	if (generator->dtype != OPD_f32 && generator->dtype != OPD_f64)
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "softcap: no inputs of dtype %s, only f32 and f64", opd_dtype_name(generator->dtype));
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "softcap: no inputs of dtype %s, only f32 and f64",
+		                opd_dtype_name(generator->dtype));
 	if (generator->dim_count != 2 || generator->dims[0] < 0 || generator->dims[1] < 0)
 		return opd_fail(error, OPD_INVALID_ARGUMENT, "softcap: dims are rows,hidden, each at least 0");
 	void *x = generator->tensor(generator, "x", generator->dtype, 2, generator->dims);
@@ -88,13 +90,13 @@ static opd_status softcap_native(const opd_impl *impl, void *state, const opd_ca
 }
 
 static const opd_impl native = {
-	.struct_bytes = sizeof native,
-	.flags = OPD_IMPL_IN_PLACE | OPD_IMPL_THREAD_INVARIANT | OPD_IMPL_BATCH_INVARIANT,
-	.op = "softcap",
-	.schema = SOFTCAP_SCHEMA,
-	.device = "cpu",
-	.uuid = SAMPLE_UUID,
-	.run = softcap_native,
+    .struct_bytes = sizeof native,
+    .flags = OPD_IMPL_IN_PLACE | OPD_IMPL_THREAD_INVARIANT | OPD_IMPL_BATCH_INVARIANT,
+    .op = "softcap",
+    .schema = SOFTCAP_SCHEMA,
+    .device = "cpu",
+    .uuid = SAMPLE_UUID,
+    .run = softcap_native,
 };
 
 static const int64_t default_dims[] = {16, 1024};
@@ -103,20 +105,20 @@ static const opd_tolerance tolerances[] = {{.dtype = OPD_f32, .atol = 1e-5, .rto
 static const opd_in_place in_place[] = {{.param = SOFTCAP_X, .result = 0}};
 
 static const opd_op softcap = {
-	.struct_bytes = sizeof softcap,
-	.schema = SOFTCAP_SCHEMA,
-	.doc = "cap * tanh(x / cap): x within -cap and cap",
-	.activations = "x",
-	.shape = softcap_shape,
-	.generate = softcap_generate,
-	.dims = "rows,hidden",
-	.default_dims = default_dims,
-	.dim_count = 2,
-	.tolerance_count = 1,
-	.tolerances = tolerances,
-	.in_place_count = 1,
-	.in_place = in_place,
-	.native = &native,
+    .struct_bytes = sizeof softcap,
+    .schema = SOFTCAP_SCHEMA,
+    .doc = "cap * tanh(x / cap): x within -cap and cap",
+    .activations = "x",
+    .shape = softcap_shape,
+    .generate = softcap_generate,
+    .dims = "rows,hidden",
+    .default_dims = default_dims,
+    .dim_count = 2,
+    .tolerance_count = 1,
+    .tolerances = tolerances,
+    .in_place_count = 1,
+    .in_place = in_place,
+    .native = &native,
 };
 
 /* ---- A faster implementation ---- */
@@ -155,9 +157,9 @@ static opd_status fast_run(const opd_impl *impl, void *state, const opd_call *ca
 	if (status != OPD_OK)
 		return status;
 	struct fast_loop loop = {
-		.x = opd_tensor_data(call->args[SOFTCAP_X].tensor),
-		.y = opd_tensor_data(call->outputs[0]),
-		.cap = (float)call->args[SOFTCAP_CAP].f,
+	    .x = opd_tensor_data(call->args[SOFTCAP_X].tensor),
+	    .y = opd_tensor_data(call->outputs[0]),
+	    .cap = (float)call->args[SOFTCAP_CAP].f,
 	};
 	exec->host->parallel_for(exec, call->outputs[0]->elements, 4096, fast_range, &loop);
 	return OPD_OK;
@@ -170,15 +172,15 @@ static uint64_t fast_cost_ns(const opd_impl *impl, const opd_call *call)
 }
 
 static const opd_impl fast = {
-	.struct_bytes = sizeof fast,
-	.flags = OPD_IMPL_IN_PLACE | OPD_IMPL_THREAD_INVARIANT | OPD_IMPL_BATCH_INVARIANT,
-	.op = "softcap",
-	.schema = SOFTCAP_SCHEMA,
-	.device = "cpu",
-	.uuid = SAMPLE_UUID,
-	.predicate = fast_supports,
-	.cost_ns = fast_cost_ns,
-	.run = fast_run,
+    .struct_bytes = sizeof fast,
+    .flags = OPD_IMPL_IN_PLACE | OPD_IMPL_THREAD_INVARIANT | OPD_IMPL_BATCH_INVARIANT,
+    .op = "softcap",
+    .schema = SOFTCAP_SCHEMA,
+    .device = "cpu",
+    .uuid = SAMPLE_UUID,
+    .predicate = fast_supports,
+    .cost_ns = fast_cost_ns,
+    .run = fast_run,
 };
 
 /* ---- The module ---- */
@@ -191,11 +193,11 @@ static opd_status softcap_open(const opd_host *host, void *state, opd_error *err
 }
 
 static const opd_module module = {
-	.abi = OPD_PROVIDER_ABI,
-	.struct_bytes = sizeof module,
-	.name = "softcap",
-	.version = "0.9",
-	.open = softcap_open,
+    .abi = OPD_PROVIDER_ABI,
+    .struct_bytes = sizeof module,
+    .name = "softcap",
+    .version = "0.9",
+    .open = softcap_open,
 };
 
 const opd_module *opd_module_get(void)
