@@ -1,4 +1,5 @@
-/* What a session holds and in which order things happen in it: kept tensors, references, frees, views, limits, ends of every kind; and the ledger after each. */
+/* What a session holds and in which order things happen in it: kept tensors, references, frees, views, limits, ends of every
+ * kind; and the ledger after each. */
 #include <check.h>
 #include <inttypes.h>
 #include <pthread.h>
@@ -239,7 +240,8 @@ END_TEST
 
 /* ---- Views ---- */
 
-static void view_gives(opd_handle handle, uint32_t rank, const int64_t *shape, const int64_t *strides, uint64_t offset, const float *expected, size_t count)
+static void view_gives(opd_handle handle, uint32_t rank, const int64_t *shape, const int64_t *strides, uint64_t offset,
+                       const float *expected, size_t count)
 {
 	opd_operand view = of_handle(handle);
 	view.dtype = OPD_f32;
@@ -256,7 +258,11 @@ static void view_gives(opd_handle handle, uint32_t rank, const int64_t *shape, c
 	opd_request_destroy(request);
 }
 
-#define SHAPE(...) sizeof((int64_t[]){__VA_ARGS__}) / 8, (const int64_t[]){__VA_ARGS__}
+#define SHAPE(...)                                                                                                               \
+	sizeof((int64_t[]){__VA_ARGS__}) / 8, (const int64_t[])                                                                      \
+	{                                                                                                                            \
+		__VA_ARGS__                                                                                                              \
+	}
 #define STRIDES(...) ((const int64_t[]){__VA_ARGS__})
 #define GIVES(...) (const float[]){__VA_ARGS__}, sizeof((float[]){__VA_ARGS__}) / sizeof(float)
 
@@ -271,7 +277,8 @@ START_TEST(a_view_reads_through_shape_strides_and_offset)
 }
 END_TEST
 
-static void view_refused(opd_handle handle, opd_dtype dtype, uint32_t rank, const int64_t *shape, const int64_t *strides, uint64_t offset, const char *text)
+static void view_refused(opd_handle handle, opd_dtype dtype, uint32_t rank, const int64_t *shape, const int64_t *strides,
+                         uint64_t offset, const char *text)
 {
 	opd_operand view = of_handle(handle);
 	view.dtype = dtype;

@@ -1,5 +1,5 @@
-/* Binding and dispatch without a daemon: what predicates and kernels see, and what the hot path may not do. The linker leads malloc, locks, comparisons of
- * strings and formatting through counters (see CMakeLists.txt). */
+/* Binding and dispatch without a daemon: what predicates and kernels see, and what the hot path may not do. The linker leads
+ * malloc, locks, comparisons of strings and formatting through counters (see CMakeLists.txt). */
 #include <check.h>
 #include <pthread.h>
 #include <stdarg.h>
@@ -136,7 +136,10 @@ _Alignas(64) static float values[64];
 
 static struct msg_tensor vector(int64_t elements)
 {
-	return (struct msg_tensor){.dtype = OPD_f32, .rank = 1, .shape = {elements}, .source = MSG_SOURCE_INLINE,
+	return (struct msg_tensor){.dtype = OPD_f32,
+	                           .rank = 1,
+	                           .shape = {elements},
+	                           .source = MSG_SOURCE_INLINE,
 	                           .inlined = {(const uint8_t *)values, (size_t)elements * sizeof values[0]}};
 }
 
@@ -184,16 +187,22 @@ START_TEST(promise_5_wrong_calls_are_errors_that_name_the_parameter_and_print_th
 {
 	struct msg_tensor x = vector(8);
 	const struct msg_arg tensor = ARG(NULL, MSG_ARG_TENSOR, .count = 1, .tensor = &x);
-	refuses("lab_scale", (struct msg_arg[]){tensor, ARG(NULL, MSG_ARG_FLOAT, .f = 1), ARG(NULL, MSG_ARG_INT, .i = 1), ARG(NULL, MSG_ARG_INT, .i = 1)}, 4,
-	        "4 arguments, at most 3 expected");
+	refuses("lab_scale",
+	        (struct msg_arg[]){tensor, ARG(NULL, MSG_ARG_FLOAT, .f = 1), ARG(NULL, MSG_ARG_INT, .i = 1),
+	                           ARG(NULL, MSG_ARG_INT, .i = 1)},
+	        4, "4 arguments, at most 3 expected");
 	refuses("lab_scale", (struct msg_arg[]){tensor, ARG("fact", MSG_ARG_FLOAT, .f = 1)}, 2, "unknown argument \"fact\"");
-	refuses("lab_scale", (struct msg_arg[]){tensor, ARG("x", MSG_ARG_TENSOR, .count = 1, .tensor = &x)}, 2, "argument x is given twice");
-	refuses("lab_scale", (struct msg_arg[]){ARG("mode", MSG_ARG_INT, .i = 1), tensor}, 2, "argument 1 is positional but follows a named one");
+	refuses("lab_scale", (struct msg_arg[]){tensor, ARG("x", MSG_ARG_TENSOR, .count = 1, .tensor = &x)}, 2,
+	        "argument x is given twice");
+	refuses("lab_scale", (struct msg_arg[]){ARG("mode", MSG_ARG_INT, .i = 1), tensor}, 2,
+	        "argument 1 is positional but follows a named one");
 	refuses("lab_scale", (struct msg_arg[]){ARG("factor", MSG_ARG_FLOAT, .f = 1)}, 1, "argument x (Tensor) is missing");
 	refuses("lab_scale", NULL, 0, "argument x (Tensor) is missing");
 	refuses("lab_scale", (struct msg_arg[]){ARG("x", MSG_ARG_NONE, .count = 0)}, 1, "argument x is None, expected Tensor");
-	refuses("lab_scale", (struct msg_arg[]){tensor, ARG("factor", MSG_ARG_NONE, .count = 0)}, 2, "argument factor is None, expected float");
-	refuses("lab_scale", (struct msg_arg[]){tensor, ARG("mode", MSG_ARG_FLOAT, .f = 1)}, 2, "argument mode is a float, expected int?");
+	refuses("lab_scale", (struct msg_arg[]){tensor, ARG("factor", MSG_ARG_NONE, .count = 0)}, 2,
+	        "argument factor is None, expected float");
+	refuses("lab_scale", (struct msg_arg[]){tensor, ARG("mode", MSG_ARG_FLOAT, .f = 1)}, 2,
+	        "argument mode is a float, expected int?");
 }
 END_TEST
 
@@ -202,9 +211,14 @@ START_TEST(promise_5_every_type_is_checked_against_every_kind)
 	struct msg_tensor x = vector(8);
 	static const int64_t ints[] = {1, 2};
 	const struct msg_arg kinds[] = {
-		ARG("", MSG_ARG_NONE, .count = 0),          ARG("", MSG_ARG_TENSOR, .count = 1, .tensor = &x), ARG("", MSG_ARG_TENSORS, .count = 1, .tensor = &x),
-		ARG("", MSG_ARG_INT, .i = 1),               ARG("", MSG_ARG_INTS, .count = 2, .ints = ints),   ARG("", MSG_ARG_FLOAT, .f = 1),
-		ARG("", MSG_ARG_BOOL, .b = true),           ARG("", MSG_ARG_STR, .str = {"a", 1}),
+	    ARG("", MSG_ARG_NONE, .count = 0),
+	    ARG("", MSG_ARG_TENSOR, .count = 1, .tensor = &x),
+	    ARG("", MSG_ARG_TENSORS, .count = 1, .tensor = &x),
+	    ARG("", MSG_ARG_INT, .i = 1),
+	    ARG("", MSG_ARG_INTS, .count = 2, .ints = ints),
+	    ARG("", MSG_ARG_FLOAT, .f = 1),
+	    ARG("", MSG_ARG_BOOL, .b = true),
+	    ARG("", MSG_ARG_STR, .str = {"a", 1}),
 	};
 	/* Rows: parameters of lab_types; columns: the kinds above. */
 	static const char *const taken[] = {"01000000", "11000000", "00100000", "00010000", "10010000",
@@ -283,7 +297,8 @@ START_TEST(promise_30_dispatch_allocates_locks_compares_and_formats_nothing)
 	ck_assert_int_eq(plans_create(16, 1 << 20, &plans, &error), OPD_OK);
 	ck_assert(plan_of_nothing(&bound.call));
 	ck_assert_uint_ge(atomic_load(&forbidden), before + 2);
-	static const char *const lists[][4] = {{"plain"}, {"even_only", "older", "plain"}, {"even_only", "native"}, {"even_only", "picky", "breaks"}};
+	static const char *const lists[][4] = {
+	    {"plain"}, {"even_only", "older", "plain"}, {"even_only", "native"}, {"even_only", "picky", "breaks"}};
 	static const uint32_t counts[] = {1, 3, 2, 3};
 	static const char *const expected[] = {"plain", "older", "native", "picky"};
 	for (size_t i = 0; i < 4; i++) {
@@ -301,7 +316,8 @@ START_TEST(promise_30_the_catalogues_predicates_keep_to_the_hot_path_too)
 	uint32_t asked = 0;
 	for (size_t i = 0; i < sizeof ops / sizeof ops[0]; i++) {
 		struct bound bound;
-		struct msg_arg args[] = {ARG(NULL, MSG_ARG_TENSOR, .count = 1, .tensor = &tensors[0]), ARG(NULL, MSG_ARG_TENSOR, .count = 1, .tensor = &tensors[1])};
+		struct msg_arg args[] = {ARG(NULL, MSG_ARG_TENSOR, .count = 1, .tensor = &tensors[0]),
+		                         ARG(NULL, MSG_ARG_TENSOR, .count = 1, .tensor = &tensors[1])};
 		ck_assert_msg(bind(ops[i], args, i == 5 ? 2 : 1, &bound) == OPD_OK, "%s", error.text);
 		for (uint32_t k = 0; k < bound.operand_count; k++)
 			ck_assert_int_eq(bind_place(bound.op, &bound.operands[k], values, 256, true, &error), OPD_OK);

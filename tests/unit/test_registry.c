@@ -74,8 +74,13 @@ static void close_told(const opd_host *host, void *state)
 	closed = true;
 }
 
-static opd_module told = {.abi = OPD_PROVIDER_ABI, .struct_bytes = sizeof told, .name = "told", .version = "1", .state_bytes = 32,
-                          .open = open_as_told, .close = close_told};
+static opd_module told = {.abi = OPD_PROVIDER_ABI,
+                          .struct_bytes = sizeof told,
+                          .name = "told",
+                          .version = "1",
+                          .state_bytes = 32,
+                          .open = open_as_told,
+                          .close = close_told};
 
 static opd_op told_op;
 static opd_impl told_native; /* of any op that told registers */
@@ -118,7 +123,11 @@ static opd_op op_of(const char *schema)
 
 static opd_impl impl_of(const char *schema)
 {
-	return (opd_impl){.struct_bytes = sizeof(opd_impl), .op = "lab_scale", .schema = schema, .device = "cpu", .uuid = LAB_UUID,
+	return (opd_impl){.struct_bytes = sizeof(opd_impl),
+	                  .op = "lab_scale",
+	                  .schema = schema,
+	                  .device = "cpu",
+	                  .uuid = LAB_UUID,
 	                  .run = lab_scale_run};
 }
 
@@ -136,8 +145,9 @@ static uint32_t impls_of(const char *name)
 START_TEST(promise_1_an_ops_name_follows_the_rule)
 {
 	static const char *const good[] = {"a(Tensor x) -> Tensor", "_9(Tensor x) -> Tensor", "rms_norm2(Tensor x) -> Tensor"};
-	static const char *const bad[] = {"Rms(Tensor x) -> Tensor", "9a(Tensor x) -> Tensor",  "a-b(Tensor x) -> Tensor", "(Tensor x) -> Tensor",
-	                                  "a.b(Tensor x) -> Tensor", "a b(Tensor x) -> Tensor", "\303\244(Tensor x) -> Tensor"};
+	static const char *const bad[] = {"Rms(Tensor x) -> Tensor",     "9a(Tensor x) -> Tensor",  "a-b(Tensor x) -> Tensor",
+	                                  "(Tensor x) -> Tensor",        "a.b(Tensor x) -> Tensor", "a b(Tensor x) -> Tensor",
+	                                  "\303\244(Tensor x) -> Tensor"};
 	for (size_t i = 0; i < sizeof good / sizeof good[0]; i++) {
 		struct schema *schema;
 		ck_assert_msg(schema_parse(good[i], &schema, &error) == OPD_OK, "%s", error.text);
@@ -180,8 +190,9 @@ START_TEST(promise_2_the_schema_is_pytorchs_grammar)
 	          "a(Tensor[] x, int[] k=[1, -2, 3], str s='b, c', bool b=True) -> (Tensor, Tensor)");
 	ck_assert_int_eq(schema_parse(LAB_TYPES, &schema, &error), OPD_OK);
 	ck_assert_uint_eq(schema->param_count, 10);
-	static const schema_type types[] = {SCHEMA_TENSOR, SCHEMA_TENSOR_OPTIONAL, SCHEMA_TENSORS, SCHEMA_INT, SCHEMA_INT_OPTIONAL,
-	                                    SCHEMA_INTS, SCHEMA_FLOAT, SCHEMA_FLOAT_OPTIONAL, SCHEMA_BOOL, SCHEMA_STR};
+	static const schema_type types[] = {
+	    SCHEMA_TENSOR, SCHEMA_TENSOR_OPTIONAL, SCHEMA_TENSORS,        SCHEMA_INT,  SCHEMA_INT_OPTIONAL,
+	    SCHEMA_INTS,   SCHEMA_FLOAT,           SCHEMA_FLOAT_OPTIONAL, SCHEMA_BOOL, SCHEMA_STR};
 	for (uint32_t i = 0; i < 10; i++)
 		ck_assert_int_eq(schema->params[i].type, types[i]);
 	ck_assert_str_eq(schema->params[9].value.str, "none");
@@ -202,24 +213,24 @@ START_TEST(promise_2_what_is_no_schema_is_refused_at_registration)
 		const char *schema;
 		const char *text;
 	} cases[] = {
-		{"a(Tensor x, *, int k=1) -> Tensor", "keyword-only parameters (*) are refused"},
-		{"a(Tensor x, Tensor x) -> Tensor", "this parameter is there already"},
-		{"a(int k=1, Tensor x) -> Tensor", "a default: the parameter before has one"},
-		{"a(Tensor X) -> Tensor", "a parameter's name"},
-		{"a(Tensorx) -> Tensor", "a blank between type and name"},
-		{"a(Int k) -> Tensor", "a type"},
-		{"a(Tensor x", ", or )"},
-		{"a(Tensor x) Tensor", "->"},
-		{"a(Tensor x) -> int", "Tensor: every result is one"},
-		{"a(Tensor x) -> ()", "a type"},
-		{"a(Tensor x) -> Tensor, Tensor", "the end"},
-		{"a(int k=1.5) -> Tensor", ", or )"},
-		{"a(int k=99999999999999999999) -> Tensor", "an integer of 64 bits"},
-		{"a(int k=None) -> Tensor", "only Tensor?, int?, float? may be None"},
-		{"a(Tensor? x=1) -> Tensor", "a tensor has no other default"},
-		{"a(bool b=true) -> Tensor", "True or False"},
-		{"a(str s=none) -> Tensor", "a quoted text"},
-		{"a(str s=\"none) -> Tensor", "a quoted text"},
+	    {"a(Tensor x, *, int k=1) -> Tensor", "keyword-only parameters (*) are refused"},
+	    {"a(Tensor x, Tensor x) -> Tensor", "this parameter is there already"},
+	    {"a(int k=1, Tensor x) -> Tensor", "a default: the parameter before has one"},
+	    {"a(Tensor X) -> Tensor", "a parameter's name"},
+	    {"a(Tensorx) -> Tensor", "a blank between type and name"},
+	    {"a(Int k) -> Tensor", "a type"},
+	    {"a(Tensor x", ", or )"},
+	    {"a(Tensor x) Tensor", "->"},
+	    {"a(Tensor x) -> int", "Tensor: every result is one"},
+	    {"a(Tensor x) -> ()", "a type"},
+	    {"a(Tensor x) -> Tensor, Tensor", "the end"},
+	    {"a(int k=1.5) -> Tensor", ", or )"},
+	    {"a(int k=99999999999999999999) -> Tensor", "an integer of 64 bits"},
+	    {"a(int k=None) -> Tensor", "only Tensor?, int?, float? may be None"},
+	    {"a(Tensor? x=1) -> Tensor", "a tensor has no other default"},
+	    {"a(bool b=true) -> Tensor", "True or False"},
+	    {"a(str s=none) -> Tensor", "a quoted text"},
+	    {"a(str s=\"none) -> Tensor", "a quoted text"},
 	};
 	for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
 		told_op = op_of(cases[i].schema);
@@ -314,7 +325,9 @@ START_TEST(promise_8_reserved_names_bad_names_and_second_implementations_are_err
 	for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
 		told.name = names[i];
 		refuses(register_impl, i == 7 ? OPD_ALREADY_EXISTS : OPD_INVALID_ARGUMENT,
-		        i < 2 ? "is reserved" : i < 7 ? "expected [a-z_][a-z_0-9]*" : "provider plain is there already");
+		        i < 2   ? "is reserved"
+		        : i < 7 ? "expected [a-z_][a-z_0-9]*"
+		                : "provider plain is there already");
 	}
 	told.name = "told";
 	refuses(register_twice, OPD_ALREADY_EXISTS, "told.lab_scale is registered already");
@@ -344,11 +357,16 @@ END_TEST
 START_TEST(promise_9_an_implementations_schema_equals_the_ops_or_is_a_prefix_with_defaults)
 {
 	static const char *const bad[] = {
-		"lab_scale(Tensor y, float factor=2.0, int? mode=None) -> Tensor",        "lab_scale(Tensor? x, float factor=2.0, int? mode=None) -> Tensor",
-		"lab_scale(Tensor x, float factor=3.0, int? mode=None) -> Tensor",        "lab_scale(Tensor x, float factor, int? mode=None) -> Tensor",
-		"lab_scale(Tensor x, float? factor=2.0, int? mode=None) -> Tensor",       "lab_scale(Tensor x, float factor=2.0, int? mode=0) -> Tensor",
-		"lab_scale(Tensor x, float factor=2.0, int? mode=None) -> (Tensor, Tensor)", "lab_wait(Tensor x, float factor=2.0) -> Tensor",
-		"lab_scale(Tensor x, float factor=2.0, int? mode=None, int k=1) -> Tensor", "lab_scale() -> Tensor",
+	    "lab_scale(Tensor y, float factor=2.0, int? mode=None) -> Tensor",
+	    "lab_scale(Tensor? x, float factor=2.0, int? mode=None) -> Tensor",
+	    "lab_scale(Tensor x, float factor=3.0, int? mode=None) -> Tensor",
+	    "lab_scale(Tensor x, float factor, int? mode=None) -> Tensor",
+	    "lab_scale(Tensor x, float? factor=2.0, int? mode=None) -> Tensor",
+	    "lab_scale(Tensor x, float factor=2.0, int? mode=0) -> Tensor",
+	    "lab_scale(Tensor x, float factor=2.0, int? mode=None) -> (Tensor, Tensor)",
+	    "lab_wait(Tensor x, float factor=2.0) -> Tensor",
+	    "lab_scale(Tensor x, float factor=2.0, int? mode=None, int k=1) -> Tensor",
+	    "lab_scale() -> Tensor",
 	};
 	for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
 		told_impl = impl_of(bad[i]);
@@ -424,7 +442,9 @@ START_TEST(promise_10_a_new_implementation_changes_nothing_until_named_and_warns
 		modules[i] = told;
 		modules[i].name = names[i];
 		if (i > 0)
-			ck_assert_int_eq(registry_set_priority(registry, levels[i % 2], i < 3 ? "lab_scale" : "*", (const char *const[]){"plain"}, 1, &error), OPD_OK);
+			ck_assert_int_eq(registry_set_priority(registry, levels[i % 2], i < 3 ? "lab_scale" : "*",
+			                                       (const char *const[]){"plain"}, 1, &error),
+			                 OPD_OK);
 		ck_assert_msg(registry_open_builtin(registry, &modules[i], &error) == OPD_OK, "%s", error.text);
 		warnings += i > 0;
 		ck_assert_int_eq(logged("implementation registered while a priority is set"), warnings);
@@ -434,7 +454,8 @@ START_TEST(promise_10_a_new_implementation_changes_nothing_until_named_and_warns
 			ck_assert_int_eq(registry_set_priority(registry, levels[i % 2], i < 3 ? "lab_scale" : "*", NULL, 0, &error), OPD_OK);
 	}
 	ck_assert_int_eq(logged("provider=two op=lab_scale"), 1);
-	ck_assert_int_eq(registry_set_priority(registry, MSG_LEVEL_SERVER, "lab_scale", (const char *const[]){"two"}, 1, &error), OPD_OK);
+	ck_assert_int_eq(registry_set_priority(registry, MSG_LEVEL_SERVER, "lab_scale", (const char *const[]){"two"}, 1, &error),
+	                 OPD_OK);
 	effective_names("lab_scale", list, sizeof list);
 	ck_assert_str_eq(list, "two ");
 }

@@ -1,0 +1,64 @@
+/* A client that does what an input says, and checks what the daemon must do whatever that is: every frame it sends decodes, every request is answered
+ * once, and nothing of the session is left when it has ended.
+ *
+ * Layer: tests. Threads: one. Life: peer_open → peer_send, peer_poll… → peer_finish. session_script.c turns an input into frames. */
+#ifndef OPD_TESTS_FUZZ_SESSION_H
+#define OPD_TESTS_FUZZ_SESSION_H
+
+#include <stdbool.h>
+
+#include "fuzz.h"
+#include "proto/arena.h"
+#include "proto/codec.h"
+#include "server/server.h"
+
+#define PEER_IDS 512u
+#define PEER_HALF_SENT 8u
+#define PEER_HANDLES 32u
+
+/* A tensor that the daemon keeps for us. */
+struct peer_handle {
+	struct msg_handle handle;
+	char param[64];
+};
+
+struct peer {
+	int fd;
+	struct session *session;
+	bool ended;  /* the daemon has closed, or said that it will */
+	bool rude;   /* what was sent may end the connection, or repeats ids: no promise about replies holds */
+	uint64_t next_id;
+	uint8_t replies[PEER_IDS]; /* by id */
+	uint32_t half_count;
+	struct {
+		uint64_t id;
+		uint64_t bytes;
+		uint64_t sent;
+	} half[PEER_HALF_SENT];
+	uint32_t handle_count; /* of the last generation */
+	struct peer_handle handles[PEER_HANDLES];
+	uint8_t *in;
+	size_t in_bytes;
+	size_t in_room;
+	uint64_t skip; /* payload bytes still to come */
+};
+
+void peer_open(struct peer *peer, struct server *server, bool chunks);
+/* All of it, reading what comes meanwhile; does nothing once the connection has ended. */
+void peer_send(struct peer *peer, const void *data, size_t bytes);
+void peer_frame(struct peer *peer, frame_type type, uint64_t id, uint16_t flags, const void *envelope, size_t envelope_bytes, uint64_t payload_bytes);
+/* A request under the next id; its payload is still to be sent. 0: no more ids. */
+uint64_t peer_request(struct peer *peer, const struct msg_request *message, uint16_t flags, uint64_t payload_bytes);
+/* Reads what is there. */
+void peer_poll(struct peer *peer);
+/* Until that request is answered or the connection has ended. */
+void peer_wait(struct peer *peer, uint64_t id);
+/* Ends what is half sent, waits for all replies, closes. */
+void peer_finish(struct peer *peer, struct server *server);
+
+/* The ops that the scripts run: of the daemon's own list. */
+void script_learn(const struct msg_reply *ops);
+void script_run(struct peer *peer, struct fuzz_input *input);
+void script_free(void);
+
+#endif
