@@ -9,6 +9,8 @@
  * on any lane thread, several at once; open and close alone.
  * Versions: opd_module begins with the ABI number; every struct begins with its size as its writer's compiler saw it, and
  * grows only at the end: never read a field past the struct_bytes you were given. opd_arg, opd_error, opd_reason are frozen.
+ * Errors: whoever returns another status than OPD_OK writes a text; the host clears it before the call, puts the provider's and op's name
+ * where none was written, and takes a status that is no code for UNKNOWN. Outputs (`…_out`) count only with OPD_OK.
  * Not here: dispatch, priorities, the wire. What a module wants to be preferred for is the operator's priority list.
  *
  * A whole provider (one op, one implementation):
@@ -109,7 +111,7 @@ typedef struct opd_call {
 	uint32_t arg_count;
 	uint32_t output_count;
 	const opd_arg *args;              /* [arg_count] */
-	const opd_tensor *const *outputs; /* [output_count]: dtype and shape of the results; data NULL outside of run. NULL in shape */
+	const opd_tensor *const *outputs; /* [output_count]: dtype and shape of the results; their data is only run's. NULL in shape */
 } opd_call;
 
 /* ---- Ops --------------------------------------------------------------------------------------------------------------- */
@@ -200,15 +202,15 @@ struct opd_op {
 	opd_shape_fn shape;
 	opd_check_fn check; /* NULL: no parameter's contents are used as an index */
 	opd_generate_fn generate;
-	const char *dims;            /* what generate's sizes mean, as "rows,hidden" */
+	const char *dims;            /* what generate's sizes mean, as "rows,hidden"; NULL or empty: it takes none */
 	const int64_t *default_dims; /* [dim_count] */
-	uint32_t dim_count;
+	uint32_t dim_count;          /* as many as `dims` names */
 	uint32_t tolerance_count;
 	const opd_tolerance *tolerances;
 	uint32_t in_place_count;
 	uint32_t reserved;
-	const opd_in_place *in_place;
-	const opd_impl *native; /* the definition: device "cpu", no predicate, no plan, same schema, any strides */
+	const opd_in_place *in_place; /* a parameter and a result stand in one pair at most */
+	const opd_impl *native; /* the definition: device "cpu", no predicate, no plan, same schema (op and schema may be NULL), any strides */
 	const void *user;       /* the op's own, for functions that serve several ops */
 };
 
@@ -288,16 +290,19 @@ typedef struct opd_device_info {
 } opd_device_info;
 
 /* A kind of device: memory, copies, streams, events. One backend a kind, the first loaded wins. `state` is the module's.
- * All but event_query and the create/destroy pairs are called on the device's lane thread only. Offsets and sizes are in bytes and checked. */
+ * All but event_query and the create/destroy pairs are called on the device's lane thread only. Offsets and sizes are in bytes and checked.
+ * No function may be NULL but those that say so. */
 typedef struct opd_backend {
 	uint32_t struct_bytes;
 	uint32_t device_count;
 	const char *kind; /* "cuda": requests then say device "cuda:0" */
 	opd_status (*device_info)(void *state, uint32_t ordinal, opd_device_info *info_out, opd_error *error);
-	/* Device memory, 64-byte aligned at least. An opaque base: only the backend and implementations of its kind use it. */
+	/* Device memory, 64-byte aligned at least. An opaque base: only the backend and implementations of its kind use it. OPD_RESOURCE_EXHAUSTED:
+	 * asked again when work in flight has ended. */
 	opd_status (*alloc)(void *state, uint32_t ordinal, uint64_t bytes, void **memory_out, opd_error *error);
 	void (*free)(void *state, uint32_t ordinal, void *memory);
 	opd_status (*stream_create)(void *state, uint32_t ordinal, void **stream_out, opd_error *error);
+	/* Returns when nothing that was enqueued can touch memory any more. Events recorded on the stream have come then, and may still be queried. */
 	void (*stream_destroy)(void *state, void *stream);
 	/* Enqueue; host memory stays valid until an event recorded later on the stream has come. */
 	opd_status (*copy_in)(void *state, void *stream, void *to, uint64_t to_offset, const void *host_from, uint64_t bytes,
@@ -309,7 +314,8 @@ typedef struct opd_backend {
 	opd_status (*event_create)(void *state, uint32_t ordinal, void **event_out, opd_error *error);
 	void (*event_destroy)(void *state, void *event);
 	opd_status (*event_record)(void *state, void *event, void *stream, opd_error *error);
-	/* OPD_OK: all work before it is done; OPD_UNAVAILABLE: not yet; another code: that work failed. Never blocks. */
+	/* OPD_OK: all work before it is done; OPD_UNAVAILABLE: not yet; another code: the work since the event before failed, and nothing of it runs
+	 * any more. Other requests' work on the stream must not inherit a failure, unless the device is lost. Never blocks. */
 	opd_status (*event_query)(void *state, void *event, opd_error *error);
 	/* Optional (NULL): makes host memory fast to copy from and to. */
 	opd_status (*host_register)(void *state, void *memory, uint64_t bytes, opd_error *error);
@@ -337,7 +343,7 @@ struct opd_host {
 	uint32_t struct_bytes;
 	void *context; /* the host's */
 
-	/* Registration: during `open`, by its thread. What is passed is borrowed until the module is closed. A failure leaves everything as it
+	/* Registration: during `open`, by its thread; OPD_FAILED_PRECONDITION elsewhere. What is passed is borrowed until the module is closed. A failure leaves everything as it
 	 * was and comes with a text: OPD_ALREADY_EXISTS (a taken op, a second implementation, a second backend), OPD_INVALID_ARGUMENT (name,
 	 * schema, reserved name), OPD_NOT_FOUND (no such op). A module may go on after one. */
 	opd_status (*register_op)(const opd_host *host, const opd_op *op, opd_error *error);
@@ -346,10 +352,12 @@ struct opd_host {
 	/* Another shape function for an op of this module, at any time, any thread: calls bound from then on use it, cached plans drop. */
 	opd_status (*set_shape)(const opd_host *host, const char *op, opd_shape_fn shape, opd_error *error);
 
-	/* The backend of a kind and its module's state, for implementations that share its context and streams; false when none is loaded. */
+	/* The backend of a kind and its module's state, for implementations that share its context and streams; false when none is loaded. Any
+	 * thread, but it may wait while another module opens: ask in `open`. */
 	bool (*find_backend)(const opd_host *host, const char *kind, const opd_backend **backend_out, void **state_out);
 
-	/* Host memory, 64-byte aligned, charged to the daemon's ceiling; any thread. NULL: refused. free takes NULL. */
+	/* Host memory, 64-byte aligned, charged to the daemon's ceiling; any thread. NULL: refused. free takes NULL. What `close` leaves is freed
+	 * by the host, with a warning. */
 	void *(*alloc)(const opd_host *host, uint64_t bytes);
 	void (*free)(const opd_host *host, void *memory);
 

@@ -22,10 +22,34 @@ static void load_done(struct request *request)
 	request_reply_empty(request);
 }
 
-/* On the lane: a module may take long to find out what its platform has. */
+struct load {
+	uv_work_t work;
+	struct request *request;
+};
+
+static void load_work(uv_work_t *work)
+{
+	load_task(((struct load *)work)->request);
+}
+
+static void load_work_done(uv_work_t *work, int status)
+{
+	(void)status;
+	load_done(((struct load *)work)->request);
+}
+
+/* On a thread of libuv's pool: a module may take long to find out what its platform has, and the lane's threads belong to
+ * kernels. */
 void admin_load_module(struct request *request)
 {
-	request_task(request, load_task, load_done);
+	struct load *load = request->direct ? NULL : arena_zalloc(&request->arena, sizeof *load);
+	if (load == NULL) { /* a direct caller waits anyway */
+		request_task(request, load_task, load_done);
+		return;
+	}
+	load->request = request;
+	/* It fails only without a function. */
+	(void)uv_queue_work(&request->context->server->loop, &load->work, load_work, load_work_done);
 }
 
 void admin_set_log_level(struct request *request)

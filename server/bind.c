@@ -7,6 +7,7 @@
 #include "proto/bounds.h"
 #include "proto/tensor.h"
 #include "proto/text.h"
+#include "server/module.h"
 
 static const char *kind_name(msg_arg_kind kind)
 {
@@ -268,9 +269,10 @@ opd_status bind_outputs(struct arena *arena, struct bound *bound, opd_error *err
 		list[i] = &bound->outputs[i];
 	}
 	bound->call.outputs = NULL;
+	error->text[0] = '\0';
 	opd_status status = op->shape(op->def, &bound->call, specs, error);
 	if (status != OPD_OK)
-		return status;
+		return module_failure(status, error, "%s: its shape function failed", op->schema->name);
 	bound->output_bytes = 0;
 	for (uint32_t i = 0; i < count; i++) {
 		opd_output *spec = &outputs[i].spec;

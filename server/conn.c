@@ -196,9 +196,10 @@ static bool too_much_in_flight(const struct conn *conn)
 	return conn->session->in_flight >= (conn->chunked_count == 0 ? limit : 2 * limit);
 }
 
+/* Never within a payload: its request may be the one that the limit waits for. Its end looks again. */
 static void throttle(struct conn *conn)
 {
-	if (conn->throttled || !too_much_in_flight(conn))
+	if (conn->throttled || conn->state == CONN_PAYLOAD || !too_much_in_flight(conn))
 		return;
 	conn->throttled = true;
 	stop_reading(conn);
@@ -687,6 +688,7 @@ static void received_payload(struct conn *conn, uint64_t bytes)
 	if (request->chunked)
 		chunked_remove(conn, request);
 	request_start(request);
+	throttle(conn);
 }
 
 static unsigned char *payload_at(const struct conn *conn)

@@ -277,7 +277,12 @@ static opd_status check_before(struct device_job *job)
 		return opd_fail(&job->error, OPD_CANCELLED, "%s: the session has ended", job->op->schema->name);
 	if (job->deadline_ns != 0 && request_now_ns() >= job->deadline_ns)
 		return opd_fail(&job->error, OPD_DEADLINE_EXCEEDED, "%s: not started within its timeout", job->op->schema->name);
-	return def->check == NULL ? OPD_OK : def->check(def, job->call, &job->error);
+	if (def->check == NULL)
+		return OPD_OK;
+	opd_status status = def->check(def, job->call, &job->error);
+	if (status == OPD_OK)
+		return OPD_OK;
+	return module_failure(status, &job->error, "%s: the operands' contents are refused", job->op->schema->name);
 }
 
 static opd_status make_plan(struct device_job *job)

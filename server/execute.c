@@ -76,7 +76,13 @@ static opd_status canaries_check(struct request *request)
 static opd_status check_contents(struct request *request)
 {
 	const opd_op *def = request->run.op->def;
-	return def->check == NULL ? OPD_OK : def->check(def, &request->run.bound.call, &request->error);
+	if (def->check == NULL)
+		return OPD_OK;
+	request->error.text[0] = '\0';
+	opd_status status = def->check(def, &request->run.bound.call, &request->error);
+	if (status == OPD_OK)
+		return OPD_OK;
+	return module_failure(status, &request->error, "%s: the operands' contents are refused", request->run.op->schema->name);
 }
 
 static opd_status make_scratch(struct request *request, const struct plan *plan, opd_exec *exec)

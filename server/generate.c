@@ -10,6 +10,7 @@
 #include "proto/tensor.h"
 #include "proto/text.h"
 #include "server/daemon.h"
+#include "server/module.h"
 #include "server/request.h"
 
 /* One made argument; a tensor's memory is its own buffer. */
@@ -221,10 +222,13 @@ static void generate_task(struct request *request)
 	const struct op *op = generation->op;
 	opd_error error = {0};
 	request->status = op->def->generate(op->def, &generation->generator, &error);
-	if (generation->failed) /* a callback's own text says more */
+	if (generation->failed) { /* a callback's own text says more */
 		request->status = (opd_status)request->error.status;
-	else if (request->status != OPD_OK)
+	} else if (request->status != OPD_OK) {
+		request->status = module_failure(request->status, &error, "%s: no inputs of variant %u", op->schema->name,
+		                                 (unsigned)generation->generator.variant);
 		request->error = error;
+	}
 }
 
 static bool send_made(struct request *request, struct made *made)

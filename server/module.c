@@ -4,6 +4,8 @@
 #include <errno.h>
 #include <libgen.h>
 #include <limits.h>
+#include <link.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -45,6 +47,44 @@ static opd_status check_writers(const char *path, opd_error *error)
 	return check_folder(path, error);
 }
 
+/* True unless a part that the loader would map ends behind the file. What is no ELF file of this machine is left to the loader,
+ * which says so. */
+static bool parts_fit(FILE *file, uint64_t file_bytes)
+{
+	ElfW(Ehdr) head;
+	if (fread(&head, sizeof head, 1, file) != 1 || memcmp(head.e_ident, ELFMAG, SELFMAG) != 0 ||
+	    head.e_phentsize != sizeof(ElfW(Phdr)))
+		return true;
+	for (unsigned i = 0; i < head.e_phnum; i++) {
+		ElfW(Phdr) part;
+		if (head.e_phoff > LONG_MAX - i * sizeof part || fseek(file, (long)(head.e_phoff + i * sizeof part), SEEK_SET) != 0 ||
+		    fread(&part, sizeof part, 1, file) != 1)
+			return false;
+		if (part.p_type == PT_LOAD && (part.p_offset > file_bytes || part.p_filesz > file_bytes - part.p_offset))
+			return false;
+	}
+	return true;
+}
+
+/* The loader maps what the headers say, and the process gets SIGBUS where the file is shorter than that: a copy that was
+ * interrupted. */
+static opd_status check_whole(const char *path, opd_error *error)
+{
+	struct stat status;
+	FILE *file = fopen(path, "rbe");
+	if (file == NULL || fstat(fileno(file), &status) != 0) {
+		if (file != NULL)
+			(void)fclose(file);
+		return opd_fail(error, OPD_FAILED_PRECONDITION, "%s: %s", path, strerror(errno));
+	}
+	bool whole = parts_fit(file, (uint64_t)status.st_size);
+	(void)fclose(file);
+	if (whole)
+		return OPD_OK;
+	return opd_fail(error, OPD_FAILED_PRECONDITION, "%s: the file is cut off: %llu bytes are less than its headers name", path,
+	                (unsigned long long)status.st_size);
+}
+
 opd_status module_check(const opd_module *def, opd_error *error)
 {
 	if (def == NULL)
@@ -74,6 +114,8 @@ opd_status module_find(const char *path, void **library_out, const opd_module **
 	if (realpath(path, real) == NULL)
 		return opd_fail(error, errno == EACCES ? OPD_PERMISSION_DENIED : OPD_NOT_FOUND, "%s: %s", path, strerror(errno));
 	opd_status status = check_writers(real, error);
+	if (status == OPD_OK)
+		status = check_whole(real, error);
 	if (status != OPD_OK)
 		return status;
 	void *library = dlopen(real, RTLD_NOW | RTLD_LOCAL);

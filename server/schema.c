@@ -209,6 +209,8 @@ static opd_status parse_param(struct parser *parser, struct schema *schema)
 		return parse_fail(parser, "at most 64 parameters");
 	struct schema_param *param = &schema->params[schema->param_count];
 	opd_status status = parse_type(parser, &param->type);
+	if (status == OPD_OK && *parser->at != ' ')
+		status = parse_fail(parser, "a blank between type and name");
 	if (status == OPD_OK)
 		status = parse_name(parser, &param->name, "a parameter's name ([a-z_][a-z_0-9]*)");
 	if (status != OPD_OK)

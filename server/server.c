@@ -1,9 +1,12 @@
 #include "server/server.h"
 
+#include <errno.h>
 #include <inttypes.h>
 #include <semaphore.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/timerfd.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "providers/builtin.h"
@@ -174,9 +177,14 @@ static void on_flush(uv_check_t *check)
 		(void)uv_idle_stop(&server->again);
 }
 
-static void on_tick(uv_timer_t *tick)
+static void on_tick(uv_poll_t *tick, int status, int events)
 {
+	(void)status;
+	(void)events;
 	struct server *server = tick->data;
+	uint64_t expirations;
+	if (read(server->tick_fd, &expirations, sizeof expirations) != sizeof expirations)
+		return;
 	uint64_t now_us = request_now_ns() / 1000;
 	for (struct conn *conn = server->conns, *next; conn != NULL; conn = next) {
 		next = conn->next;
@@ -286,6 +294,16 @@ static opd_status set_priorities(struct registry *registry, const struct config 
 	return status;
 }
 
+/* 0 or libuv's error. The descriptor is closed with the server, also after a failure. */
+static int open_tick(struct server *server)
+{
+	const struct itimerspec second = {.it_interval = {.tv_sec = 1}, .it_value = {.tv_sec = 1}};
+	server->tick_fd = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC);
+	if (server->tick_fd < 0 || timerfd_settime(server->tick_fd, 0, &second, NULL) != 0)
+		return uv_translate_sys_error(errno);
+	return uv_poll_init(&server->loop, &server->tick, server->tick_fd);
+}
+
 static opd_status open_loop(struct server *server, opd_error *error)
 {
 	if (uv_loop_init(&server->loop) != 0)
@@ -296,12 +314,12 @@ static opd_status open_loop(struct server *server, opd_error *error)
 	if (failed == 0)
 		failed = uv_idle_init(&server->loop, &server->again);
 	if (failed == 0)
-		failed = uv_timer_init(&server->loop, &server->tick);
+		failed = open_tick(server);
 	server->wake.data = server->flush.data = server->again.data = server->tick.data = server;
 	if (failed == 0)
 		failed = uv_check_start(&server->flush, on_flush);
 	if (failed == 0)
-		failed = uv_timer_start(&server->tick, on_tick, 1000, 1000);
+		failed = uv_poll_start(&server->tick, UV_READABLE, on_tick);
 	server->running = failed == 0;
 	return failed == 0 ? OPD_OK : opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: event loop: %s", uv_strerror(failed));
 }
@@ -382,6 +400,7 @@ opd_status server_create(struct config *config, struct log *log, struct server *
 	}
 	server->log = log;
 	take_config(server, config);
+	server->tick_fd = -1;
 	server->started_us = server->turn_us = request_now_ns() / 1000;
 	context_init(&server->context, server);
 	opd_status status = start(server, error);
@@ -459,6 +478,8 @@ void server_destroy(struct server *server)
 		account_unref(server->account);
 		memory_fini(&server->memory);
 	}
+	if (server->tick_fd >= 0)
+		(void)close(server->tick_fd);
 	free(server->stage);
 	config_destroy(server->config);
 	(void)pthread_mutex_destroy(&server->mutex);

@@ -33,10 +33,10 @@ typedef struct opd_tensor {
 	uint32_t device;        /* host's number of the device where it lies; 0 is host memory */
 	const int64_t *shape;   /* [rank], each at least 0, products checked by the host */
 	const int64_t *strides; /* [rank], in elements, at least 0; never NULL. Inputs may overlap, outputs are contiguous */
-	void *data;             /* base of the memory, on the device; NULL in predicates, plans and shape functions */
+	void *data;             /* base of the memory, on the device; only run may look at it: NULL or not elsewhere */
 	uint64_t byte_offset;   /* of element 0, a multiple of the element's size */
 	uint64_t elements;      /* product of the shape */
-	uint32_t alignment;     /* of element 0's address: a power of two, known also where data is NULL */
+	uint32_t alignment;     /* of element 0's address: a power of two, at most OPD_TENSOR_ALIGNMENT; known also where data is NULL */
 	uint32_t flags;         /* OPD_TENSOR_* */
 	uint64_t id;            /* identity in run: never reused, 0 where contents may change (inline, payload, shared memory) */
 	uint64_t version;       /* changes whenever the contents of `id` do */

@@ -68,7 +68,8 @@ static void fails(opd_request *request, opd_status expected)
 {
 	opd_result *result = NULL;
 	opd_status status = opd_run(client, request, &result, &error);
-	ck_assert_msg(status == expected, "%s instead of %s: %s", opd_status_name(status), opd_status_name(expected), status == OPD_OK ? "" : error.text);
+	ck_assert_msg(status == expected, "%s instead of %s: %s", opd_status_name(status), opd_status_name(expected),
+	              status == OPD_OK ? "" : error.text);
 	opd_result_destroy(result);
 	opd_request_destroy(request);
 }
@@ -136,8 +137,12 @@ static uint32_t op_count(void)
 START_TEST(promise_4_a_fake_run_gives_shapes_and_moves_and_shows_no_data)
 {
 	opd_request *request = opd_request_create("lab_scale");
-	opd_request_tensor(request, NULL, &(opd_operand){.struct_bytes = sizeof(opd_operand), .dtype = OPD_f32, .rank = 2, .source = OPD_FROM_NOTHING,
-	                                                 .shape = (int64_t[]){1 << 20, 1 << 20}});
+	opd_request_tensor(request, NULL,
+	                   &(opd_operand){.struct_bytes = sizeof(opd_operand),
+	                                  .dtype = OPD_f32,
+	                                  .rank = 2,
+	                                  .source = OPD_FROM_NOTHING,
+	                                  .shape = (int64_t[]){1 << 20, 1 << 20}});
 	opd_request_mode(request, OPD_MODE_FAKE);
 	opd_result *result = run(request);
 	ck_assert_uint_eq(opd_result_count(result), 1);
@@ -373,7 +378,8 @@ START_TEST(promise_15_the_nearest_level_wins_whole_and_an_ops_own_entry_beats_th
 	effective_is("native", "none");
 	OK(registry_set_priority(house.server->registry, MSG_LEVEL_CONFIGURATION, "*", (const char *const[]){"older"}, 1, &error));
 	effective_is("older native", "configuration");
-	OK(registry_set_priority(house.server->registry, MSG_LEVEL_CONFIGURATION, "lab_scale", (const char *const[]){"breaks"}, 1, &error));
+	OK(registry_set_priority(house.server->registry, MSG_LEVEL_CONFIGURATION, "lab_scale", (const char *const[]){"breaks"}, 1,
+	                         &error));
 	effective_is("breaks native", "configuration");
 	set(OPD_SCOPE_SERVER, "*", LIST("picky"));
 	effective_is("picky native", "server");
@@ -426,7 +432,8 @@ START_TEST(promise_15_a_list_changed_later_leaves_requests_in_flight_alone)
 	opd_request_output(gate, 0, true, false);
 	OK(opd_submit(client, gate, &waiting, &error));
 	opd_request *request = opd_request_create("lab_scale"); /* waits for the gate's result */
-	opd_request_tensor(request, NULL, &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_RESULT, .ticket = waiting});
+	opd_request_tensor(request, NULL,
+	                   &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_RESULT, .ticket = waiting});
 	OK(opd_submit(client, request, &scaled, &error));
 	OK(opd_priority_pop(client, &error));
 	push("lab_scale", LIST("even_only", "native"));
@@ -450,7 +457,8 @@ START_TEST(promise_16_a_list_may_name_only_providers_of_the_op_else_nothing_chan
 	says("priority for lab_scale: \"nobody\" is no provider of it (there are: native, even_only, plain,");
 	const opd_priority_entry other = {"lab_scale", (const char *const[]){"cpu"}, 1}; /* a provider, but not of this op */
 	ck_assert_int_eq(opd_priority_set(client, OPD_SCOPE_SERVER, &other, &error), OPD_NOT_FOUND);
-	const opd_priority_entry maps[] = {{"lab_scale", (const char *const[]){"even_only"}, 1}, {"*", (const char *const[]){"nobody"}, 1}};
+	const opd_priority_entry maps[] = {{"lab_scale", (const char *const[]){"even_only"}, 1},
+	                                   {"*", (const char *const[]){"nobody"}, 1}};
 	ck_assert_int_eq(opd_priority_push(client, maps, 2, &error), OPD_NOT_FOUND);
 	const opd_priority_entry none = {"no_such_op", (const char *const[]){"native"}, 1};
 	ck_assert_int_eq(opd_priority_set(client, OPD_SCOPE_SESSION, &none, &error), OPD_NOT_FOUND);
@@ -768,7 +776,8 @@ START_TEST(promise_26_refusals_are_logged_at_debug_level_and_formatted_only_ther
 	opd_request_explain(request, false);
 	ran(run(request), "native");
 	ck_assert_uint_eq(lab_counts.reasons, 1);
-	ck_assert_uint_eq(house_log_count(&house, "provider skipped provider=even_only op=lab_scale reason=shape", "arguments=\"x f32[3]\""), 1);
+	ck_assert_uint_eq(
+	    house_log_count(&house, "provider skipped provider=even_only op=lab_scale reason=shape", "arguments=\"x f32[3]\""), 1);
 	for (int i = 0; i < 1500; i++) {
 		request = scale_with(3, LIST("even_only", "native"));
 		opd_request_explain(request, false);
@@ -830,7 +839,8 @@ START_TEST(promise_28_a_kernels_failure_is_the_requests_unless_it_allows_another
 	opd_request_retry(request, true);
 	opd_result *result = run(request);
 	skipped(result, 0, "breaks", OPD_REASON_NONE, "none: accepted, but its kernel failed");
-	ck_assert_float_eq(((const float *)opd_tensor_data(opd_result_tensor(result, 0)))[1], 4); /* nothing of the failed one is left */
+	ck_assert_float_eq(((const float *)opd_tensor_data(opd_result_tensor(result, 0)))[1],
+	                   4); /* nothing of the failed one is left */
 	ran(result, "plain");
 	request = scale_with(4, LIST("breaks"));
 	opd_request_retry(request, true);
@@ -902,7 +912,8 @@ START_TEST(promise_31_kept_inputs_are_unchanged_bit_for_bit_and_outputs_are_fres
 	for (uint32_t i = 0; i < ops->count; i++) {
 		const opd_generate_options options = {.struct_bytes = sizeof options, .dtype = OPD_f32, .seed = 3, .keep = true};
 		opd_request *kept;
-		if (strcmp(ops->ops[i].name, "lab_types") == 0 || opd_generate(client, ops->ops[i].name, &options, &kept, &error) != OPD_OK)
+		if (strcmp(ops->ops[i].name, "lab_types") == 0 ||
+		    opd_generate(client, ops->ops[i].name, &options, &kept, &error) != OPD_OK)
 			continue;
 		lab_gate(true);
 		/* The same inputs twice: had the first run changed one, the second's bits would show it. */
@@ -928,7 +939,8 @@ END_TEST
 static opd_result *kept_copy(opd_handle handle)
 {
 	opd_request *request = opd_request_create("cast");
-	opd_request_tensor(request, NULL, &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_HANDLE, .handle = handle});
+	opd_request_tensor(request, NULL,
+	                   &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_HANDLE, .handle = handle});
 	opd_request_str(request, "dtype", "f32");
 	opd_request_priority(request, LIST("native"));
 	return run(request);
@@ -946,7 +958,8 @@ START_TEST(promise_31_an_op_with_in_place_pairs_leaves_an_undonated_input_alone)
 	}
 	opd_request *norm = opd_request_create("fused_add_rms_norm");
 	for (int i = 0; i < 2; i++)
-		opd_request_tensor(norm, NULL, &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_HANDLE, .handle = handles[i]});
+		opd_request_tensor(norm, NULL,
+		                   &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_HANDLE, .handle = handles[i]});
 	opd_request_none(norm, NULL);
 	opd_request_float(norm, "epsilon", 1e-5);
 	opd_request_priority(norm, LIST("cpu", "native"));
@@ -972,7 +985,8 @@ static void outcome(opd_client *who, opd_request *request, char *out, size_t byt
 		const opd_explain *explain = opd_result_explain(result);
 		(void)snprintf(out + strlen(out), bytes - strlen(out), "%s|%s|", opd_result_provider(result), opd_result_uuid(result));
 		for (uint32_t i = 0; explain != NULL && i < explain->skip_count; i++)
-			(void)snprintf(out + strlen(out), bytes - strlen(out), "%s %s,", explain->skipped[i].provider, explain->skipped[i].reason);
+			(void)snprintf(out + strlen(out), bytes - strlen(out), "%s %s,", explain->skipped[i].provider,
+			               explain->skipped[i].reason);
 		for (uint32_t i = 0; explain != NULL && i < explain->effective_count; i++)
 			(void)snprintf(out + strlen(out), bytes - strlen(out), "%s,", explain->effective[i]);
 		for (uint32_t i = 0; i < opd_result_count(result); i++) {
@@ -1011,7 +1025,8 @@ static void compare_ways(opd_client *who)
 	for (uint32_t i = 0; i < ops->count; i++) {
 		opd_request *request;
 		const opd_generate_options options = {.struct_bytes = sizeof options, .dtype = OPD_f32, .seed = 5};
-		if (strcmp(ops->ops[i].name, "lab_types") != 0 && opd_generate(who, ops->ops[i].name, &options, &request, &error) == OPD_OK) {
+		if (strcmp(ops->ops[i].name, "lab_types") != 0 &&
+		    opd_generate(who, ops->ops[i].name, &options, &request, &error) == OPD_OK) {
 			opd_request_explain(request, true);
 			same_both_ways(who, request);
 		}
@@ -1098,7 +1113,8 @@ START_TEST(promise_34_kept_tensors_and_lists_of_one_way_hold_on_the_other)
 	opd_direct_end(who);
 	ran(run_by(who, scale_of(4)), "even_only");
 	request = opd_request_create("lab_scale");
-	opd_request_tensor(request, NULL, &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_HANDLE, .handle = direct});
+	opd_request_tensor(request, NULL,
+	                   &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_HANDLE, .handle = direct});
 	opd_request_output(request, 0, true, true);
 	result = run_by(who, request);
 	ck_assert_float_eq(((const float *)opd_tensor_data(opd_result_tensor(result, 0)))[3], 16);
@@ -1107,7 +1123,8 @@ START_TEST(promise_34_kept_tensors_and_lists_of_one_way_hold_on_the_other)
 	OK(opd_direct_begin(who, &error));
 	OK(opd_priority_pop(who, &error));
 	request = opd_request_create("lab_scale");
-	opd_request_tensor(request, NULL, &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_HANDLE, .handle = encoded});
+	opd_request_tensor(request, NULL,
+	                   &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_HANDLE, .handle = encoded});
 	result = run_by(who, request);
 	ck_assert_float_eq(((const float *)opd_tensor_data(opd_result_tensor(result, 0)))[3], 32);
 	OK(opd_free(who, (opd_handle[]){direct, encoded}, 2, &error));
@@ -1139,7 +1156,8 @@ START_TEST(promise_35_every_op_has_an_input_generator)
 		opd_request *request;
 		const opd_generate_options past = {.struct_bytes = sizeof past, .dtype = OPD_f32, .variant = 1000};
 		opd_status status = opd_generate(client, ops->ops[i].name, &past, &request, &error);
-		ck_assert_msg(status == OPD_OUT_OF_RANGE || status == OPD_INVALID_ARGUMENT, "%s: %s", ops->ops[i].name, opd_status_name(status));
+		ck_assert_msg(status == OPD_OUT_OF_RANGE || status == OPD_INVALID_ARGUMENT, "%s: %s", ops->ops[i].name,
+		              opd_status_name(status));
 	}
 	opd_document_free(ops);
 }

@@ -141,8 +141,12 @@ static void door_call(void *state, uint64_t request_id, const struct msg_request
 
 opd_client *house_direct_client(struct house *house)
 {
-	static const struct scheme scheme = {.name = "house", .connect = door_connect, .disconnect = door_disconnect,
-	                                     .direct_begin = door_begin, .direct_end = door_end, .direct_call = door_call};
+	static const struct scheme scheme = {.name = "house",
+	                                     .connect = door_connect,
+	                                     .disconnect = door_disconnect,
+	                                     .direct_begin = door_begin,
+	                                     .direct_end = door_end,
+	                                     .direct_call = door_call};
 	opd_scheme_register(&scheme);
 	direct_house = house;
 	opd_client *client = NULL;

@@ -1,4 +1,5 @@
-/* A daemon in this process for tests: the built-in providers, the lab's (lab.h), a Unix socket, a captured log, and a direct way in.
+/* A daemon in this process for tests: the built-in providers, the lab's (lab.h), a Unix socket, a captured log, and a direct way
+ * in.
  *
  * Layer: tests. Threads: house_start and house_stop on the test's; the daemon has a thread of its own. One house at a time.
  * Life: house_start → house_client… → every client closed → house_stop, which checks that the ledger is back at zero.

@@ -122,14 +122,14 @@ static opd_status generate_scale(const opd_op *op, opd_generator *generator, opd
 	return OPD_OK;
 }
 
-#define IMPL(op_name, text, function, ...)                                                                                         \
-	{                                                                                                                              \
-		.struct_bytes = sizeof(opd_impl), .op = (op_name), .schema = (text), .device = "cpu", .uuid = LAB_UUID, .run = (function), \
-		__VA_ARGS__                                                                                                                \
+#define IMPL(op_name, text, function, ...)                                                                                       \
+	{                                                                                                                            \
+		.struct_bytes = sizeof(opd_impl), .op = (op_name), .schema = (text), .device = "cpu", .uuid = LAB_UUID,                  \
+		.run = (function), __VA_ARGS__                                                                                           \
 	}
-#define MODULE(id, function)                                                                                                            \
-	static const opd_module module_##id = {                                                                                             \
-		.abi = OPD_PROVIDER_ABI, .struct_bytes = sizeof(opd_module), .name = #id, .version = "test", .open = (function)}
+#define MODULE(id, function)                                                                                                     \
+	static const opd_module module_##id = {                                                                                      \
+	    .abi = OPD_PROVIDER_ABI, .struct_bytes = sizeof(opd_module), .name = #id, .version = "test", .open = (function)}
 
 static const opd_impl scale_native = IMPL("lab_scale", NULL, lab_scale_run);
 static const opd_impl wait_native = IMPL("lab_wait", NULL, wait_run);
@@ -137,16 +137,40 @@ static const opd_impl types_native = IMPL("lab_types", NULL, types_run);
 static const int64_t default_dims[] = {16};
 
 const opd_op lab_scale = {
-	.struct_bytes = sizeof lab_scale, .schema = LAB_SCALE, .doc = "y = factor * x", .activations = "x", .shape = scale_shape,
-	.generate = generate_scale, .dims = "elements", .default_dims = default_dims, .dim_count = 1, .native = &scale_native,
+    .struct_bytes = sizeof lab_scale,
+    .schema = LAB_SCALE,
+    .doc = "y = factor * x",
+    .activations = "x",
+    .shape = scale_shape,
+    .generate = generate_scale,
+    .dims = "elements",
+    .default_dims = default_dims,
+    .dim_count = 1,
+    .native = &scale_native,
 };
 static const opd_op lab_wait = {
-	.struct_bytes = sizeof lab_wait, .schema = "lab_wait(Tensor x, float factor=2.0) -> Tensor", .doc = "waits for the gate", .activations = "x",
-	.shape = any_shape, .generate = generate_scale, .dims = "elements", .default_dims = default_dims, .dim_count = 1, .native = &wait_native,
+    .struct_bytes = sizeof lab_wait,
+    .schema = "lab_wait(Tensor x, float factor=2.0) -> Tensor",
+    .doc = "waits for the gate",
+    .activations = "x",
+    .shape = any_shape,
+    .generate = generate_scale,
+    .dims = "elements",
+    .default_dims = default_dims,
+    .dim_count = 1,
+    .native = &wait_native,
 };
 static const opd_op lab_types = {
-	.struct_bytes = sizeof lab_types, .schema = LAB_TYPES, .doc = "one parameter of every type", .activations = "x", .shape = any_shape,
-	.generate = generate_scale, .dims = "elements", .default_dims = default_dims, .dim_count = 1, .native = &types_native,
+    .struct_bytes = sizeof lab_types,
+    .schema = LAB_TYPES,
+    .doc = "one parameter of every type",
+    .activations = "x",
+    .shape = any_shape,
+    .generate = generate_scale,
+    .dims = "elements",
+    .default_dims = default_dims,
+    .dim_count = 1,
+    .native = &types_native,
 };
 
 static opd_status open_lab(const opd_host *host, void *state, opd_error *error)
@@ -198,13 +222,15 @@ static void plan_free(void *data)
 	free(data);
 }
 
-static opd_status plan_small(const opd_impl *impl, void *state, const opd_call *call, opd_plan *plan, opd_reason *reason, opd_error *error)
+static opd_status plan_small(const opd_impl *impl, void *state, const opd_call *call, opd_plan *plan, opd_reason *reason,
+                             opd_error *error)
 {
 	(void)impl;
 	(void)state;
 	(void)atomic_fetch_add(&lab_counts.plans, 1);
 	if (call->args[0].tensor->elements > 8) {
-		opd_reason_set(reason, OPD_REASON_SIZE, "x has %llu elements, at most 8", (unsigned long long)call->args[0].tensor->elements);
+		opd_reason_set(reason, OPD_REASON_SIZE, "x has %llu elements, at most 8",
+		               (unsigned long long)call->args[0].tensor->elements);
 		return OPD_FAILED_PRECONDITION;
 	}
 	plan->data = malloc(16);
@@ -237,13 +263,13 @@ static opd_status run_spills(const opd_impl *impl, void *state, const opd_call *
 	return status;
 }
 
-#define PROVIDER(id, text, function, ...)                                                         \
-	static const opd_impl impl_##id = IMPL("lab_scale", text, function, __VA_ARGS__);             \
-	static opd_status open_##id(const opd_host *host, void *state, opd_error *error)              \
-	{                                                                                             \
-		(void)state;                                                                              \
-		return host->register_impl(host, &impl_##id, error);                                      \
-	}                                                                                             \
+#define PROVIDER(id, text, function, ...)                                                                                        \
+	static const opd_impl impl_##id = IMPL("lab_scale", text, function, __VA_ARGS__);                                            \
+	static opd_status open_##id(const opd_host *host, void *state, opd_error *error)                                             \
+	{                                                                                                                            \
+		(void)state;                                                                                                             \
+		return host->register_impl(host, &impl_##id, error);                                                                     \
+	}                                                                                                                            \
 	MODULE(id, open_##id)
 
 PROVIDER(even_only, LAB_SCALE, lab_scale_run, .predicate = takes_even);
@@ -296,7 +322,8 @@ static void toy_object_free(void *state, void *object)
 	free(object);
 }
 
-static opd_status toy_copy_in(void *state, void *stream, void *to, uint64_t to_offset, const void *from, uint64_t bytes, opd_error *error)
+static opd_status toy_copy_in(void *state, void *stream, void *to, uint64_t to_offset, const void *from, uint64_t bytes,
+                              opd_error *error)
 {
 	(void)state;
 	(void)stream;
@@ -305,7 +332,8 @@ static opd_status toy_copy_in(void *state, void *stream, void *to, uint64_t to_o
 	return OPD_OK;
 }
 
-static opd_status toy_copy_out(void *state, void *stream, void *to, const void *from, uint64_t from_offset, uint64_t bytes, opd_error *error)
+static opd_status toy_copy_out(void *state, void *stream, void *to, const void *from, uint64_t from_offset, uint64_t bytes,
+                               opd_error *error)
 {
 	(void)state;
 	(void)stream;
@@ -342,13 +370,29 @@ static opd_status toy_query(void *state, void *event, opd_error *error)
 }
 
 static const opd_backend toy_backend = {
-	.struct_bytes = sizeof toy_backend, .device_count = 2, .kind = "toy", .device_info = toy_info, .alloc = toy_alloc, .free = toy_free,
-	.stream_create = toy_object, .stream_destroy = toy_object_free, .copy_in = toy_copy_in, .copy_out = toy_copy_out,
-	.copy_device = toy_copy_device, .event_create = toy_object, .event_destroy = toy_object_free, .event_record = toy_record,
-	.event_query = toy_query,
+    .struct_bytes = sizeof toy_backend,
+    .device_count = 2,
+    .kind = "toy",
+    .device_info = toy_info,
+    .alloc = toy_alloc,
+    .free = toy_free,
+    .stream_create = toy_object,
+    .stream_destroy = toy_object_free,
+    .copy_in = toy_copy_in,
+    .copy_out = toy_copy_out,
+    .copy_device = toy_copy_device,
+    .event_create = toy_object,
+    .event_destroy = toy_object_free,
+    .event_record = toy_record,
+    .event_query = toy_query,
 };
 static const opd_impl impl_toy = {
-	.struct_bytes = sizeof impl_toy, .op = "lab_scale", .schema = LAB_SCALE, .device = "toy", .uuid = LAB_UUID, .run = lab_scale_run,
+    .struct_bytes = sizeof impl_toy,
+    .op = "lab_scale",
+    .schema = LAB_SCALE,
+    .device = "toy",
+    .uuid = LAB_UUID,
+    .run = lab_scale_run,
 };
 
 static opd_status open_toy(const opd_host *host, void *state, opd_error *error)
@@ -360,8 +404,8 @@ static opd_status open_toy(const opd_host *host, void *state, opd_error *error)
 MODULE(toy, open_toy);
 
 const opd_module *const lab_modules[] = {
-	&module_lab, &module_even_only, &module_plain, &module_absent, &module_planner, &module_breaks, &module_spills, &module_older, &module_picky,
-	&module_toy, NULL,
+    &module_lab,   &module_even_only, &module_plain, &module_absent, &module_planner, &module_breaks, &module_spills,
+    &module_older, &module_picky,     &module_toy,   NULL,
 };
 
 opd_status lab_open(struct registry *registry, opd_error *error)

@@ -2,12 +2,11 @@
  *
  * Layer: tests. Threads: kernels, predicates and plans on any; counters are atomics, zeroed by lab_reset.
  * Everything that SEMANTICS.md promises of implementations is provoked by one of these modules:
- *   lab        owns the ops lab_scale (y = factor * x), lab_wait (the same, once the gate is open), lab_types (every type of parameter)
- *   even_only  takes an even number of elements               plain      takes everything
- *   absent     is statically unsupported                      planner    its plan refuses more than 8 elements
- *   breaks     accepts, and its kernel fails                  spills     accepts, and writes a byte past the end
- *   older      knows lab_scale without its last parameter     picky      takes operands aligned to 64 bytes
- *   toy        a device backend with two devices in host memory, and lab_scale on them */
+ *   lab        owns the ops lab_scale (y = factor * x), lab_wait (the same, once the gate is open), lab_types (every type of
+ * parameter) even_only  takes an even number of elements               plain      takes everything absent     is statically
+ * unsupported                      planner    its plan refuses more than 8 elements breaks     accepts, and its kernel fails
+ * spills     accepts, and writes a byte past the end older      knows lab_scale without its last parameter     picky      takes
+ * operands aligned to 64 bytes toy        a device backend with two devices in host memory, and lab_scale on them */
 #ifndef OPD_TESTS_LAB_H
 #define OPD_TESTS_LAB_H
 
@@ -19,17 +18,18 @@
 #include "server/registry.h"
 
 #define LAB_SCALE "lab_scale(Tensor x, float factor=2.0, int? mode=None) -> Tensor"
-#define LAB_TYPES                                                                                                                    \
-	"lab_types(Tensor x, Tensor? y, Tensor[] parts, int i, int? j, int[] ks, float f, float? g, bool b, str s=\"none\") -> Tensor"
+#define LAB_TYPES                                                                                                                \
+	"lab_types(Tensor x, Tensor? y, Tensor[] parts, int i, int? j, int[] ks, float f, float? g, bool b, str s=\"none\") -> "     \
+	"Tensor"
 #define LAB_UUID "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
 
 /* In the order in which they must be opened; NULL-terminated. */
 extern const opd_module *const lab_modules[];
 
 struct lab_counts {
-	_Atomic uint64_t predicates;    /* calls of predicates that refuse */
-	_Atomic uint64_t reasons;       /* … that were asked to format why */
-	_Atomic uint64_t plans;         /* plans asked for */
+	_Atomic uint64_t predicates; /* calls of predicates that refuse */
+	_Atomic uint64_t reasons;    /* … that were asked to format why */
+	_Atomic uint64_t plans;      /* plans asked for */
 	_Atomic uint64_t plans_freed;
 	_Atomic uint64_t runs;          /* kernels of lab_scale, of any provider */
 	_Atomic uint64_t waiting;       /* kernels of lab_wait that have begun */

@@ -22,12 +22,12 @@ static inline opd_status bad_shape(const opd_op *op, const opd_call *call, opd_o
 static inline opd_impl bad_relu(void)
 {
 	return (opd_impl){
-		.struct_bytes = sizeof(opd_impl),
-		.op = "relu",
-		.schema = "relu(Tensor x) -> Tensor",
-		.device = "cpu",
-		.uuid = BAD_UUID,
-		.run = bad_run,
+	    .struct_bytes = sizeof(opd_impl),
+	    .op = "relu",
+	    .schema = "relu(Tensor x) -> Tensor",
+	    .device = "cpu",
+	    .uuid = BAD_UUID,
+	    .run = bad_run,
 	};
 }
 

@@ -1,4 +1,5 @@
-/* Its open registers an op, an implementation and takes host memory, then fails; close must be called, with the state that open left. */
+/* Its open registers an op, an implementation and takes host memory, then fails; close must be called, with the state that open
+ * left. */
 #include "bad.h"
 
 struct state {
@@ -18,7 +19,7 @@ static opd_status open_module(const opd_host *host, void *state_of, opd_error *e
 	opd_status status = host->register_impl(host, &relu, error);
 	if (status == OPD_OK)
 		status = host->register_op(host, &op, error);
-	return status != OPD_OK ? status : opd_fail(error, OPD_UNAVAILABLE, "its library is too old: 1.2, at least 2.0");
+	return status != OPD_OK ? status : opd_fail(error, OPD_FAILED_PRECONDITION, "its library is too old: 1.2, at least 2.0");
 }
 
 static void close_module(const opd_host *host, void *state_of)

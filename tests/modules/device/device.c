@@ -5,9 +5,9 @@
 #include <time.h>
 
 static const char *const fault_names[DEVICE_FAULT_COUNT] = {
-	[DEVICE_FAULT_ALLOC] = "alloc",       [DEVICE_FAULT_STREAM] = "stream",     [DEVICE_FAULT_EVENT] = "event",
-	[DEVICE_FAULT_RECORD] = "record",     [DEVICE_FAULT_COPY_IN] = "copy_in",   [DEVICE_FAULT_COPY_OUT] = "copy_out",
-	[DEVICE_FAULT_LAUNCH] = "launch",     [DEVICE_FAULT_KERNEL] = "kernel",     [DEVICE_FAULT_MUTE] = "mute",
+    [DEVICE_FAULT_ALLOC] = "alloc",   [DEVICE_FAULT_STREAM] = "stream",   [DEVICE_FAULT_EVENT] = "event",
+    [DEVICE_FAULT_RECORD] = "record", [DEVICE_FAULT_COPY_IN] = "copy_in", [DEVICE_FAULT_COPY_OUT] = "copy_out",
+    [DEVICE_FAULT_LAUNCH] = "launch", [DEVICE_FAULT_KERNEL] = "kernel",   [DEVICE_FAULT_MUTE] = "mute",
 };
 
 uint64_t device_now_ns(void)
@@ -38,7 +38,8 @@ opd_status device_check_thread(struct device *device, uint32_t ordinal, const ch
 	device->lane_known[ordinal] = true;
 	bool same = pthread_equal(device->lane[ordinal], pthread_self()) != 0;
 	(void)pthread_mutex_unlock(&device->mutex);
-	return same ? OPD_OK : opd_fail(error, OPD_INTERNAL, "test:%u: %s by another thread than its lane's", (unsigned)ordinal, what);
+	return same ? OPD_OK
+	            : opd_fail(error, OPD_INTERNAL, "test:%u: %s by another thread than its lane's", (unsigned)ordinal, what);
 }
 
 /* ---- The environment ---- */
@@ -89,8 +90,10 @@ opd_status device_open(struct device *device, const opd_host *host, opd_error *e
 	uint64_t open_us = 0;
 	device->host = host;
 	device->memory_bytes = 64u << 20;
-	if (!read_number("OPD_TEST_DEVICE_MEMORY", &device->memory_bytes) || !read_number("OPD_TEST_DEVICE_DELAY_US", &device->delay_us) ||
-	    !read_number("OPD_TEST_DEVICE_EVENT_US", &device->event_us) || !read_number("OPD_TEST_DEVICE_OPEN_US", &open_us) || !read_faults(device))
+	if (!read_number("OPD_TEST_DEVICE_MEMORY", &device->memory_bytes) ||
+	    !read_number("OPD_TEST_DEVICE_DELAY_US", &device->delay_us) ||
+	    !read_number("OPD_TEST_DEVICE_EVENT_US", &device->event_us) || !read_number("OPD_TEST_DEVICE_OPEN_US", &open_us) ||
+	    !read_faults(device))
 		return opd_fail(error, OPD_INVALID_ARGUMENT, "one of the OPD_TEST_DEVICE_ variables can't be read");
 	(void)pthread_mutex_init(&device->mutex, NULL);
 	device->opened = true;
@@ -112,8 +115,9 @@ void device_close(struct device *device)
 		allocations++;
 	}
 	bool clean = allocations + device->streams + device->events + device->plans == 0;
-	(void)snprintf(text, sizeof text, "%s: %u allocations, %u streams, %u events, %u plans were left", clean ? "closed clean" : "closed with leaks",
-	               (unsigned)allocations, (unsigned)device->streams, (unsigned)device->events, (unsigned)device->plans);
+	(void)snprintf(text, sizeof text, "%s: %u allocations, %u streams, %u events, %u plans were left",
+	               clean ? "closed clean" : "closed with leaks", (unsigned)allocations, (unsigned)device->streams,
+	               (unsigned)device->events, (unsigned)device->plans);
 	device->host->log(device->host, clean ? OPD_LOG_INFO : OPD_LOG_ERROR, text);
 	(void)pthread_mutex_destroy(&device->mutex);
 }
@@ -129,21 +133,21 @@ static opd_status device_describe(void *state, uint32_t ordinal, opd_device_info
 }
 
 const opd_backend device_backend = {
-	.struct_bytes = sizeof device_backend,
-	.device_count = DEVICE_COUNT,
-	.kind = "test",
-	.device_info = device_describe,
-	.alloc = device_alloc,
-	.free = device_free,
-	.stream_create = device_stream_create,
-	.stream_destroy = device_stream_destroy,
-	.copy_in = device_copy_in,
-	.copy_out = device_copy_out,
-	.copy_device = device_copy_device,
-	.event_create = device_event_create,
-	.event_destroy = device_event_destroy,
-	.event_record = device_event_record,
-	.event_query = device_event_query,
+    .struct_bytes = sizeof device_backend,
+    .device_count = DEVICE_COUNT,
+    .kind = "test",
+    .device_info = device_describe,
+    .alloc = device_alloc,
+    .free = device_free,
+    .stream_create = device_stream_create,
+    .stream_destroy = device_stream_destroy,
+    .copy_in = device_copy_in,
+    .copy_out = device_copy_out,
+    .copy_device = device_copy_device,
+    .event_create = device_event_create,
+    .event_destroy = device_event_destroy,
+    .event_record = device_event_record,
+    .event_query = device_event_query,
 };
 
 /* ---- The module ---- */
@@ -160,13 +164,13 @@ static void module_close(const opd_host *host, void *state)
 }
 
 static const opd_module module = {
-	.abi = OPD_PROVIDER_ABI,
-	.struct_bytes = sizeof module,
-	.name = "testdev",
-	.version = "1.0",
-	.state_bytes = sizeof(struct device),
-	.open = module_open,
-	.close = module_close,
+    .abi = OPD_PROVIDER_ABI,
+    .struct_bytes = sizeof module,
+    .name = "testdev",
+    .version = "1.0",
+    .state_bytes = sizeof(struct device),
+    .open = module_open,
+    .close = module_close,
 };
 
 const opd_module *opd_module_get(void)

@@ -1,18 +1,20 @@
-/* A device made of threads, for tests: its memory can't be read by address, its work is done later and by others, and it fails where it is told to.
+/* A device made of threads, for tests: its memory can't be read by address, its work is done later and by others, and it fails
+ * where it is told to.
  *
  * Layer: tests, a provider module (opd/provider.h alone). Two devices of kind `test`.
- * Threads: memory and streams from the lane of a device; each stream has a thread of its own that does what was enqueued, in order.
- * Life: device_open (in the module's open) → device_close, which says through the log whether everything was given back.
- * What it catches: a device's address is one where nothing may be read or written, so that a host that touches device memory dies; a kernel that is
- * handed a host address, or one past an allocation's end, fails with INTERNAL; so does whoever calls from another thread than the contract allows.
+ * Threads: memory and streams from the lane of a device; each stream has a thread of its own that does what was enqueued, in
+ * order. Life: device_open (in the module's open) → device_close, which says through the log whether everything was given back.
+ * What it catches: a device's address is one where nothing may be read or written, so that a host that touches device memory
+ * dies; a kernel that is handed a host address, or one past an allocation's end, fails with INTERNAL; so does whoever calls from
+ * another thread than the contract allows.
  *
  * The environment, read once:
  *     OPD_TEST_DEVICE_MEMORY=BYTES       of each device (64 MiB)
  *     OPD_TEST_DEVICE_DELAY_US=N         before each kernel
  *     OPD_TEST_DEVICE_EVENT_US=N         from an event's work being done to its being reported
  *     OPD_TEST_DEVICE_OPEN_US=N          that open takes
- *     OPD_TEST_DEVICE_FAULT=POINT:N[+],… the Nth time (from then on) at POINT: alloc, stream, event, record, copy_in, copy_out, launch (run
- *                                        fails), kernel (its event does), mute (launch without code or text that make sense) */
+ *     OPD_TEST_DEVICE_FAULT=POINT:N[+],… the Nth time (from then on) at POINT: alloc, stream, event, record, copy_in, copy_out,
+ * launch (run fails), kernel (its event does), mute (launch without code or text that make sense) */
 #ifndef OPD_TESTS_DEVICE_H
 #define OPD_TESTS_DEVICE_H
 
@@ -78,9 +80,10 @@ OPD_MUST_USE opd_status device_check_thread(struct device *device, uint32_t ordi
 
 opd_status device_alloc(void *state, uint32_t ordinal, uint64_t bytes, void **memory_out, opd_error *error);
 void device_free(void *state, uint32_t ordinal, void *memory);
-/* Where `bytes` at `offset` of device memory are really kept; NULL (and the text says what `name` is instead) where they aren't all the device's. */
-unsigned char *device_contents(struct device *device, uint32_t ordinal, const void *memory, uint64_t offset, uint64_t bytes, const char *name,
-                               opd_error *error);
+/* Where `bytes` at `offset` of device memory are really kept; NULL (and the text says what `name` is instead) where they aren't
+ * all the device's. */
+unsigned char *device_contents(struct device *device, uint32_t ordinal, const void *memory, uint64_t offset, uint64_t bytes,
+                               const char *name, opd_error *error);
 
 /* ---- kernels.c ---- */
 
@@ -96,7 +99,8 @@ struct device_operand {
 };
 
 struct device_launch;
-typedef opd_status (*device_kernel_fn)(struct device *device, uint32_t ordinal, const struct device_launch *launch, opd_error *error);
+typedef opd_status (*device_kernel_fn)(struct device *device, uint32_t ordinal, const struct device_launch *launch,
+                                       opd_error *error);
 struct device_launch {
 	device_kernel_fn kernel;
 	uint32_t input_count;
@@ -115,10 +119,12 @@ OPD_MUST_USE opd_status device_enqueue(void *stream, const struct device_launch 
 
 opd_status device_stream_create(void *state, uint32_t ordinal, void **stream_out, opd_error *error);
 void device_stream_destroy(void *state, void *stream);
-opd_status device_copy_in(void *state, void *stream, void *to, uint64_t to_offset, const void *host_from, uint64_t bytes, opd_error *error);
-opd_status device_copy_out(void *state, void *stream, void *host_to, const void *from, uint64_t from_offset, uint64_t bytes, opd_error *error);
-opd_status device_copy_device(void *state, void *stream, void *to, uint64_t to_offset, const void *from, uint64_t from_offset, uint64_t bytes,
-                              opd_error *error);
+opd_status device_copy_in(void *state, void *stream, void *to, uint64_t to_offset, const void *host_from, uint64_t bytes,
+                          opd_error *error);
+opd_status device_copy_out(void *state, void *stream, void *host_to, const void *from, uint64_t from_offset, uint64_t bytes,
+                           opd_error *error);
+opd_status device_copy_device(void *state, void *stream, void *to, uint64_t to_offset, const void *from, uint64_t from_offset,
+                              uint64_t bytes, opd_error *error);
 opd_status device_event_create(void *state, uint32_t ordinal, void **event_out, opd_error *error);
 void device_event_destroy(void *state, void *event);
 opd_status device_event_record(void *state, void *event, void *stream, opd_error *error);

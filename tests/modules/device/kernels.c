@@ -18,7 +18,11 @@ struct relu_plan {
 
 static struct device_operand operand_of(const char *name, const opd_tensor *tensor)
 {
-	struct device_operand operand = {.name = name, .memory = tensor->data, .byte_offset = tensor->byte_offset, .elements = tensor->elements, .rank = tensor->rank};
+	struct device_operand operand = {.name = name,
+	                                 .memory = tensor->data,
+	                                 .byte_offset = tensor->byte_offset,
+	                                 .elements = tensor->elements,
+	                                 .rank = tensor->rank};
 	for (uint32_t i = 0; i < tensor->rank && i < DEVICE_RANK; i++) {
 		operand.shape[i] = tensor->shape[i];
 		operand.strides[i] = tensor->strides[i];
@@ -37,7 +41,8 @@ static uint64_t operand_bytes(const struct device_operand *operand)
 
 static float *operand_data(struct device *device, uint32_t ordinal, const struct device_operand *operand, opd_error *error)
 {
-	return (float *)(void *)device_contents(device, ordinal, operand->memory, operand->byte_offset, operand_bytes(operand), operand->name, error);
+	return (float *)(void *)device_contents(device, ordinal, operand->memory, operand->byte_offset, operand_bytes(operand),
+	                                        operand->name, error);
 }
 
 static opd_status launch(const opd_exec *exec, struct device *device, const struct device_launch *what, opd_error *error)
@@ -60,8 +65,8 @@ static opd_status check_call(const opd_call *call, const opd_exec *exec, opd_err
 	if (call->output_count != 1 || y->dtype != OPD_f32 || !opd_tensor_same_shape(x, y))
 		return opd_fail(error, OPD_INTERNAL, "the result isn't f32 of the first operand's shape");
 	if (x->device != exec->device || y->device != exec->device)
-		return opd_fail(error, OPD_INTERNAL, "operands on device %u, the result on %u, to be run on %u", (unsigned)x->device, (unsigned)y->device,
-		                (unsigned)exec->device);
+		return opd_fail(error, OPD_INTERNAL, "operands on device %u, the result on %u, to be run on %u", (unsigned)x->device,
+		                (unsigned)y->device, (unsigned)exec->device);
 	return OPD_OK;
 }
 
@@ -77,7 +82,8 @@ static bool rms_norm_supports(const opd_impl *impl, void *state, const opd_call 
 		return OPD_REFUSE(reason, OPD_REASON_SHAPE, "x has rank %u", (unsigned)x->rank);
 	if (!opd_tensor_contiguous(x))
 		return OPD_REFUSE(reason, OPD_REASON_LAYOUT, "x is strided");
-	if (call->args[1].kind == OPD_ARG_TENSOR && (call->args[1].tensor->dtype != OPD_f32 || !opd_tensor_contiguous(call->args[1].tensor)))
+	if (call->args[1].kind == OPD_ARG_TENSOR &&
+	    (call->args[1].tensor->dtype != OPD_f32 || !opd_tensor_contiguous(call->args[1].tensor)))
 		return OPD_REFUSE(reason, OPD_REASON_DTYPE, "weight isn't contiguous f32");
 	if (call->args[3].kind != OPD_ARG_NONE)
 		return OPD_REFUSE(reason, OPD_REASON_ATTRIBUTE, "variance_size %lld, only None", (long long)call->args[3].i);
@@ -110,11 +116,11 @@ static opd_status rms_norm_run(const opd_impl *impl, void *state, const opd_call
 	if (status != OPD_OK)
 		return status;
 	struct device_launch what = {
-		.kernel = rms_norm_kernel,
-		.input_count = 1,
-		.inputs = {operand_of("x", call->args[0].tensor)},
-		.output = operand_of("the result", call->outputs[0]),
-		.epsilon = call->args[2].f,
+	    .kernel = rms_norm_kernel,
+	    .input_count = 1,
+	    .inputs = {operand_of("x", call->args[0].tensor)},
+	    .output = operand_of("the result", call->outputs[0]),
+	    .epsilon = call->args[2].f,
 	};
 	if (call->args[1].kind == OPD_ARG_TENSOR)
 		what.inputs[what.input_count++] = operand_of("weight", call->args[1].tensor);
@@ -167,10 +173,10 @@ static opd_status add_run(const opd_impl *impl, void *state, const opd_call *cal
 	if (status != OPD_OK)
 		return status;
 	struct device_launch what = {
-		.kernel = add_kernel,
-		.input_count = 2,
-		.inputs = {operand_of("a", call->args[0].tensor), operand_of("b", call->args[1].tensor)},
-		.output = operand_of("the result", call->outputs[0]),
+	    .kernel = add_kernel,
+	    .input_count = 2,
+	    .inputs = {operand_of("a", call->args[0].tensor), operand_of("b", call->args[1].tensor)},
+	    .output = operand_of("the result", call->outputs[0]),
 	};
 	return launch(exec, state, &what, error);
 }
@@ -195,7 +201,8 @@ static void relu_plan_destroy(void *data)
 	free(plan);
 }
 
-static opd_status relu_plan(const opd_impl *impl, void *state, const opd_call *call, opd_plan *plan_out, opd_reason *reason, opd_error *error)
+static opd_status relu_plan(const opd_impl *impl, void *state, const opd_call *call, opd_plan *plan_out, opd_reason *reason,
+                            opd_error *error)
 {
 	(void)impl;
 	struct device *device = state;
@@ -221,7 +228,8 @@ static opd_status relu_kernel(struct device *device, uint32_t ordinal, const str
 	uint64_t bytes = what->output.elements * sizeof(float);
 	const float *x = operand_data(device, ordinal, &what->inputs[0], error);
 	float *y = operand_data(device, ordinal, &what->output, error);
-	float *scratch = bytes == 0 ? y : (float *)(void *)device_contents(device, ordinal, what->scratch, 0, bytes, "scratch", error);
+	float *scratch =
+	    bytes == 0 ? y : (float *)(void *)device_contents(device, ordinal, what->scratch, 0, bytes, "scratch", error);
 	if (x == NULL || y == NULL || scratch == NULL)
 		return OPD_INTERNAL;
 	memcpy(scratch, x, bytes);
@@ -240,11 +248,11 @@ static opd_status relu_run(const opd_impl *impl, void *state, const opd_call *ca
 	if (plan == NULL || plan->elements != call->outputs[0]->elements)
 		return opd_fail(error, OPD_INTERNAL, "relu: run without its plan, or with another's");
 	struct device_launch what = {
-		.kernel = relu_kernel,
-		.input_count = 1,
-		.inputs = {operand_of("x", call->args[0].tensor)},
-		.output = operand_of("the result", call->outputs[0]),
-		.scratch = exec->scratch,
+	    .kernel = relu_kernel,
+	    .input_count = 1,
+	    .inputs = {operand_of("x", call->args[0].tensor)},
+	    .output = operand_of("the result", call->outputs[0]),
+	    .scratch = exec->scratch,
 	};
 	return launch(exec, state, &what, error);
 }
@@ -252,35 +260,35 @@ static opd_status relu_run(const opd_impl *impl, void *state, const opd_call *ca
 /* ---- */
 
 static const opd_impl impls[] = {
-	{
-		.struct_bytes = sizeof impls[0],
-		.op = "rms_norm",
-		.schema = "rms_norm(Tensor x, Tensor? weight, float epsilon, int? variance_size=None) -> Tensor",
-		.device = "test",
-		.uuid = OPD_UUID_device,
-		.predicate = rms_norm_supports,
-		.run = rms_norm_run,
-	},
-	{
-		.struct_bytes = sizeof impls[0],
-		.op = "add",
-		.schema = "add(Tensor a, Tensor b) -> Tensor",
-		.device = "test",
-		.uuid = OPD_UUID_device,
-		.predicate = add_supports,
-		.run = add_run,
-	},
-	{
-		.struct_bytes = sizeof impls[0],
-		.flags = OPD_IMPL_PLAN_MAY_REFUSE,
-		.op = "relu",
-		.schema = "relu(Tensor x) -> Tensor",
-		.device = "test",
-		.uuid = OPD_UUID_device,
-		.predicate = relu_supports,
-		.plan = relu_plan,
-		.run = relu_run,
-	},
+    {
+        .struct_bytes = sizeof impls[0],
+        .op = "rms_norm",
+        .schema = "rms_norm(Tensor x, Tensor? weight, float epsilon, int? variance_size=None) -> Tensor",
+        .device = "test",
+        .uuid = OPD_UUID_device,
+        .predicate = rms_norm_supports,
+        .run = rms_norm_run,
+    },
+    {
+        .struct_bytes = sizeof impls[0],
+        .op = "add",
+        .schema = "add(Tensor a, Tensor b) -> Tensor",
+        .device = "test",
+        .uuid = OPD_UUID_device,
+        .predicate = add_supports,
+        .run = add_run,
+    },
+    {
+        .struct_bytes = sizeof impls[0],
+        .flags = OPD_IMPL_PLAN_MAY_REFUSE,
+        .op = "relu",
+        .schema = "relu(Tensor x) -> Tensor",
+        .device = "test",
+        .uuid = OPD_UUID_device,
+        .predicate = relu_supports,
+        .plan = relu_plan,
+        .run = relu_run,
+    },
 };
 
 opd_status device_register_kernels(const opd_host *host, opd_error *error)

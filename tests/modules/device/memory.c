@@ -24,7 +24,8 @@ static opd_status charge(struct device *device, uint32_t ordinal, uint64_t bytes
 {
 	uint64_t used = device->used_bytes[ordinal];
 	if (bytes > device->memory_bytes || used > device->memory_bytes - bytes)
-		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "%" PRIu64 " bytes wanted, %" PRIu64 " of %" PRIu64 " in use", bytes, used, device->memory_bytes);
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "%" PRIu64 " bytes wanted, %" PRIu64 " of %" PRIu64 " in use", bytes, used,
+		                device->memory_bytes);
 	device->used_bytes[ordinal] += bytes;
 	return OPD_OK;
 }
@@ -34,7 +35,8 @@ static struct device_allocation *allocation_create(uint32_t ordinal, uint64_t by
 	struct device_allocation *allocation = calloc(1, sizeof *allocation);
 	if (allocation == NULL)
 		return NULL;
-	*allocation = (struct device_allocation){.bytes = bytes, .base_bytes = whole_pages(bytes), .ordinal = ordinal, .contents = malloc(bytes)};
+	*allocation = (struct device_allocation){
+	    .bytes = bytes, .base_bytes = whole_pages(bytes), .ordinal = ordinal, .contents = malloc(bytes)};
 	void *base = mmap(NULL, allocation->base_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (base == MAP_FAILED || allocation->contents == NULL) {
 		if (base != MAP_FAILED)
@@ -93,8 +95,8 @@ void device_free(void *state, uint32_t ordinal, void *memory)
 	free(allocation);
 }
 
-unsigned char *device_contents(struct device *device, uint32_t ordinal, const void *memory, uint64_t offset, uint64_t bytes, const char *name,
-                               opd_error *error)
+unsigned char *device_contents(struct device *device, uint32_t ordinal, const void *memory, uint64_t offset, uint64_t bytes,
+                               const char *name, opd_error *error)
 {
 	(void)pthread_mutex_lock(&device->mutex);
 	const struct device_allocation *found = device->allocations;
@@ -107,7 +109,8 @@ unsigned char *device_contents(struct device *device, uint32_t ordinal, const vo
 	if (contents == NULL)
 		(void)opd_fail(error, OPD_INTERNAL, "test:%u: %s lies at an address that is no device memory", (unsigned)ordinal, name);
 	else if (!whole)
-		(void)opd_fail(error, OPD_INTERNAL, "test:%u: %s wants bytes %" PRIu64 " + %" PRIu64 " of an allocation of %" PRIu64 ", or another device's",
+		(void)opd_fail(error, OPD_INTERNAL,
+		               "test:%u: %s wants bytes %" PRIu64 " + %" PRIu64 " of an allocation of %" PRIu64 ", or another device's",
 		               (unsigned)ordinal, name, offset, bytes, room);
 	return whole ? contents + offset : NULL;
 }

@@ -47,7 +47,8 @@ static opd_status do_copy(struct stream *stream, const struct command *command, 
 	if (command->kind != COMMAND_COPY_OUT)
 		to = device_contents(device, stream->ordinal, command->to, command->to_offset, command->bytes, "a copy's target", error);
 	if (to != NULL && command->kind != COMMAND_COPY_IN)
-		from = device_contents(device, stream->ordinal, command->from, command->from_offset, command->bytes, "a copy's source", error);
+		from = device_contents(device, stream->ordinal, command->from, command->from_offset, command->bytes, "a copy's source",
+		                       error);
 	if (to == NULL || from == NULL)
 		return OPD_INTERNAL;
 	memcpy(to, from, command->bytes);
@@ -170,7 +171,8 @@ opd_status device_enqueue(void *stream_of, const struct device_launch *launch, o
 	return enqueue(stream, &command, error);
 }
 
-opd_status device_copy_in(void *state, void *stream, void *to, uint64_t to_offset, const void *host_from, uint64_t bytes, opd_error *error)
+opd_status device_copy_in(void *state, void *stream, void *to, uint64_t to_offset, const void *host_from, uint64_t bytes,
+                          opd_error *error)
 {
 	struct command command = {.kind = COMMAND_COPY_IN, .to = to, .to_offset = to_offset, .from = host_from, .bytes = bytes};
 	if (device_faulty(state, DEVICE_FAULT_COPY_IN))
@@ -178,7 +180,8 @@ opd_status device_copy_in(void *state, void *stream, void *to, uint64_t to_offse
 	return enqueue(stream, &command, error);
 }
 
-opd_status device_copy_out(void *state, void *stream, void *host_to, const void *from, uint64_t from_offset, uint64_t bytes, opd_error *error)
+opd_status device_copy_out(void *state, void *stream, void *host_to, const void *from, uint64_t from_offset, uint64_t bytes,
+                           opd_error *error)
 {
 	struct command command = {.kind = COMMAND_COPY_OUT, .to = host_to, .from = from, .from_offset = from_offset, .bytes = bytes};
 	if (device_faulty(state, DEVICE_FAULT_COPY_OUT))
@@ -186,12 +189,12 @@ opd_status device_copy_out(void *state, void *stream, void *host_to, const void 
 	return enqueue(stream, &command, error);
 }
 
-opd_status device_copy_device(void *state, void *stream, void *to, uint64_t to_offset, const void *from, uint64_t from_offset, uint64_t bytes,
-                              opd_error *error)
+opd_status device_copy_device(void *state, void *stream, void *to, uint64_t to_offset, const void *from, uint64_t from_offset,
+                              uint64_t bytes, opd_error *error)
 {
 	(void)state;
 	struct command command = {
-		.kind = COMMAND_COPY_DEVICE, .to = to, .to_offset = to_offset, .from = from, .from_offset = from_offset, .bytes = bytes};
+	    .kind = COMMAND_COPY_DEVICE, .to = to, .to_offset = to_offset, .from = from, .from_offset = from_offset, .bytes = bytes};
 	return enqueue(stream, &command, error);
 }
 

@@ -1,0 +1,136 @@
+/* Snapshots: the registry as requests see it. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "proto/text.h"
+#include "server/registry_internal.h"
+
+struct snapshot *snapshot_ref(struct snapshot *snapshot)
+{
+	(void)atomic_fetch_add_explicit(&snapshot->refs, 1, memory_order_relaxed);
+	return snapshot;
+}
+
+void snapshot_unref(struct snapshot *snapshot)
+{
+	if (snapshot == NULL || atomic_fetch_sub_explicit(&snapshot->refs, 1, memory_order_acq_rel) != 1)
+		return;
+	for (uint32_t i = 0; i < snapshot->op_count; i++) {
+		free(snapshot->ops[i].impls);
+		effective_unref(snapshot->ops[i].fallback);
+	}
+	free(snapshot->ops);
+	free(snapshot->op_table);
+	free((void *)snapshot->providers);
+	free((void *)snapshot->devices);
+	free(snapshot);
+}
+
+static bool name_is(const char *own, const char *name, size_t bytes)
+{
+	return strlen(own) == bytes && memcmp(own, name, bytes) == 0;
+}
+
+const struct op *snapshot_op(const struct snapshot *snapshot, const char *name, size_t bytes)
+{
+	uint32_t hash = schema_hash(name, bytes);
+	for (uint32_t at = hash & snapshot->op_mask; snapshot->op_table[at] != 0; at = (at + 1) & snapshot->op_mask) {
+		const struct op *op = &snapshot->ops[snapshot->op_table[at] - 1];
+		if (name_is(op->schema->name, name, bytes))
+			return op;
+	}
+	return NULL;
+}
+
+const struct provider *snapshot_provider(const struct snapshot *snapshot, const char *name, size_t bytes)
+{
+	uint32_t hash = schema_hash(name, bytes);
+	for (uint32_t i = 0; i < snapshot->provider_count; i++) {
+		const struct provider *provider = snapshot->providers[i];
+		if (provider->name_hash == hash && name_is(provider->name, name, bytes))
+			return provider;
+	}
+	return NULL;
+}
+
+const struct impl *op_impl(const struct op *op, const struct provider *provider)
+{
+	for (uint32_t i = 0; i < op->impl_count; i++)
+		if (op->impls[i]->provider == provider)
+			return op->impls[i];
+	return NULL;
+}
+
+static bool snapshot_fill_op(struct registry *registry, struct snapshot *snapshot, uint32_t index)
+{
+	struct op *op = &snapshot->ops[index];
+	const struct entry *entry = &registry->ops[index];
+	*op = (struct op){.def = entry->def, .schema = entry->schema, .shape = entry->shape, .index = index};
+	for (uint32_t i = 0; i < registry->impl_count; i++)
+		op->impl_count += registry->impls[i]->op_index == index;
+	op->impls = calloc(op->impl_count, sizeof op->impls[0]);
+	if (op->impls == NULL)
+		return false;
+	uint32_t at = 0;
+	for (uint32_t i = 0; i < registry->impl_count; i++)
+		if (registry->impls[i]->op_index == index)
+			op->impls[at++] = registry->impls[i];
+	uint32_t slot = schema_hash(op->schema->name, strlen(op->schema->name)) & snapshot->op_mask;
+	while (snapshot->op_table[slot] != 0)
+		slot = (slot + 1) & snapshot->op_mask;
+	snapshot->op_table[slot] = (uint16_t)(index + 1);
+	return true;
+}
+
+/* The list that holds when neither request nor session has one: nearest level wins whole, an op's own entry beats `*` within a level. */
+static struct effective *fallback_of(struct registry *registry, struct snapshot *snapshot, const struct op *op)
+{
+	const struct entry *entry = &registry->ops[op->index];
+	struct plist *lists[] = {entry->server, registry->server_star, entry->configuration, registry->configuration_star};
+	for (size_t i = 0; i < sizeof lists / sizeof lists[0]; i++)
+		if (lists[i] != NULL)
+			return effective_create(snapshot, op, lists[i]->level, lists[i]->names, lists[i]->count, NULL, lists[i]);
+	struct effective *effective = effective_create_none(snapshot, op, NULL);
+	if (effective != NULL)
+		effective->list = plist_ref(registry->none);
+	return effective;
+}
+
+struct snapshot *snapshot_create(struct registry *registry)
+{
+	struct snapshot *snapshot = calloc(1, sizeof *snapshot);
+	if (snapshot == NULL)
+		return NULL;
+	snapshot->refs = 1;
+	snapshot->version = registry->version + 1;
+	uint32_t slots = 64;
+	while (slots < registry->op_count * 4)
+		slots *= 2;
+	snapshot->op_mask = slots - 1;
+	snapshot->op_table = calloc(slots, sizeof snapshot->op_table[0]);
+	snapshot->ops = calloc(registry->op_count + 1, sizeof snapshot->ops[0]);
+	const struct provider **providers = calloc(registry->provider_count + 1, sizeof providers[0]);
+	struct device *devices = calloc(registry->device_count + 1, sizeof devices[0]);
+	snapshot->providers = providers;
+	snapshot->devices = devices;
+	bool made = snapshot->op_table != NULL && snapshot->ops != NULL && providers != NULL && devices != NULL;
+	if (made) {
+		memcpy(providers, registry->providers, registry->provider_count * sizeof providers[0]);
+		memcpy(devices, registry->devices, registry->device_count * sizeof devices[0]);
+		snapshot->provider_count = registry->provider_count;
+		snapshot->device_count = registry->device_count;
+	}
+	for (uint32_t i = 0; made && i < registry->op_count; i++) {
+		made = snapshot_fill_op(registry, snapshot, i);
+		snapshot->op_count += made;
+		if (made) {
+			snapshot->ops[i].fallback = fallback_of(registry, snapshot, &snapshot->ops[i]);
+			made = snapshot->ops[i].fallback != NULL;
+		}
+	}
+	if (!made) {
+		snapshot_unref(snapshot);
+		return NULL;
+	}
+	return snapshot;
+}

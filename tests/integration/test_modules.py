@@ -1,0 +1,831 @@
+#!/usr/bin/python3
+"""Provider modules: one built outside of the tree against an installed opd, bad ones, and a device, each in a real daemon.
+
+    test_modules.py [Sample] [Bad] [Device]
+
+OPD_BIN, OPCTL_BIN, OPD_CONFORMANCE name the programs, OPD_BUILD the build folder (it is installed from), OPD_MODULES the folder with the built test
+modules, OPD_CMAKE and OPD_CC what the sample is built with. Defaults: build/ of this tree.
+"""
+import glob
+import hashlib
+import json
+import math
+import os
+import select
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import harness
+from harness import Client, Daemon, Failed, f32, inline, pb, run, unpack_f32
+
+BUILD = os.environ.get("OPD_BUILD", os.path.join(harness.ROOT, "build"))
+OPCTL = os.environ.get("OPCTL_BIN", os.path.join(BUILD, "bin", "opctl"))
+CONFORMANCE = os.environ.get("OPD_CONFORMANCE", os.path.join(BUILD, "bin", "conformance"))
+MODULES = os.environ.get("OPD_MODULES", os.path.join(BUILD, "tests", "modules"))
+CMAKE = os.environ.get("OPD_CMAKE", "cmake")
+CC = os.environ.get("OPD_CC", "cc")
+SAMPLE = os.path.join(harness.ROOT, "tests", "modules", "sample")
+GOLDEN = os.path.join(harness.ROOT, "tests", "golden")
+DEVICE = os.path.join(MODULES, "device", "device.so")
+REASON_MODULE, REASON_DTYPE, REASON_DEVICE, REASON_SIZE = 3, 5, 12, 13
+
+
+def bad(name):
+    return os.path.join(MODULES, "bad", name + ".so")
+
+
+def command(*words, code=0, **options):
+    """Runs a program; its stdout. Its exit code must be `code`."""
+    done = subprocess.run(words, capture_output=True, text=True, timeout=harness.PATIENCE, **options)
+    if done.returncode != code:
+        raise AssertionError("%s ended with %d, expected %d:\n%s%s" % (words, done.returncode, code, done.stdout, done.stderr))
+    return done.stdout
+
+
+def opctl(daemon, *words, code=0):
+    """opctl --json; the document."""
+    return json.loads(command(OPCTL, "--connect", daemon.address, "--json", *words, code=code))
+
+
+def daemon_for(case, *flags, **options):
+    """One that the test's end stops, which must work."""
+    daemon = Daemon(*flags, **options)
+    case.addCleanup(daemon.stop)
+    return daemon
+
+
+def write_case(path, op, attrs, inputs, outputs, atol):
+    """A file for opctl verify; inputs and outputs: name → (shape, f32 values)."""
+    header = {"__metadata__": {"op": op, "attrs": json.dumps(attrs), "atol": str(atol), "rtol": "0"}}
+    data = b""
+    for name, (shape, values) in list(inputs.items()) + list(outputs.items()):
+        part = f32(*values)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [len(data), len(data) + len(part)]}
+        data += part
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text + data)
+
+
+# ---- A third party's modules ----------------------------------------------------------------------------------------------------
+
+
+class Sample(unittest.TestCase):
+    """Somebody else's provider and op, built elsewhere from what an installation has."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = tempfile.mkdtemp(prefix="opd-sample-")
+        cls.addClassCleanup(shutil.rmtree, cls.folder, True)
+        cls.prefix = os.path.join(cls.folder, "prefix")
+        command(CMAKE, "--install", BUILD, "--prefix", cls.prefix)
+        source = shutil.copytree(SAMPLE, os.path.join(cls.folder, "source"))
+        cls.by_cmake = os.path.join(cls.folder, "by-cmake")
+        command(CMAKE, "-G", "Ninja", "-S", source, "-B", cls.by_cmake, "-DCMAKE_PREFIX_PATH=" + cls.prefix, "-DCMAKE_C_COMPILER=" + CC)
+        command(CMAKE, "--build", cls.by_cmake)
+        cls.by_cc = os.path.join(cls.folder, "by-cc")
+        packages = os.path.dirname(glob.glob(cls.prefix + "/**/opd-provider.pc", recursive=True)[0])
+        command("sh", os.path.join(source, "build.sh"), cls.by_cc, env=dict(os.environ, CC=CC, PKG_CONFIG_PATH=packages))
+        flags = [word for name in ("sample", "softcap") for word in ("--module", cls.module(name))]
+        cls.daemon = Daemon(*flags)
+        cls.addClassCleanup(cls.daemon.stop)
+
+    @classmethod
+    def module(cls, name, folder=None):
+        return os.path.join(folder or cls.by_cmake, "opd-provider-%s.so" % name)
+
+    def tearDown(self):
+        harness.check_healthy(self, self.daemon)
+
+    def test_headers_and_package_are_installed_and_link_nothing_of_opd(self):
+        for name in ("provider", "status", "dtype", "tensor", "reason"):
+            self.assertTrue(os.path.exists(os.path.join(self.prefix, "include", "opd", name + ".h")), name)
+        for folder in (self.by_cmake, self.by_cc):
+            for name in ("sample", "softcap"):
+                needed = [line for line in command("readelf", "-d", self.module(name, folder)).splitlines() if "NEEDED" in line]
+                self.assertFalse([line for line in needed if "opd" in line], needed)
+                exported = command("nm", "-D", "--defined-only", self.module(name, folder)).split("\n")
+                self.assertEqual([line.split()[-1] for line in exported if line], ["opd_module_get"])
+
+    def test_the_daemon_says_who_they_are(self):
+        found = {provider["name"]: provider for provider in opctl(self.daemon, "providers")}
+        self.assertEqual((found["sample"]["version"], found["sample"]["source"], found["sample"]["available"]), ("1.2.3", self.module("sample"), True))
+        self.assertEqual(found["softcap"]["version"], "0.9")
+
+    def test_describe_has_the_ops_schema_sizes_and_implementations(self):
+        op = opctl(self.daemon, "describe", "softcap")
+        self.assertEqual(op["schema"], "softcap(Tensor x, float cap=30.0) -> Tensor")
+        text = json.dumps(op)
+        for word in ("cap * tanh(x / cap)", '"rows"', '"hidden"', "1024"):
+            self.assertIn(word, text)
+        self.assertEqual({one["provider"] for one in op["implementations"]}, {"native", "softcap"})
+        with open(os.path.join(SAMPLE, "softcap.c"), "rb") as file:
+            uuid = hashlib.sha256(file.read()).hexdigest()
+        self.assertEqual({one["uuid"] for one in op["implementations"]}, {uuid})
+
+    def test_the_op_runs_and_defaults_are_filled_in(self):
+        values = [-100.0, -1.0, 0.0, 0.5, 30.0, 1000.0]
+        with Client(self.daemon.address) as client:
+            for priority in (["softcap"], ["native"]):
+                for cap in (30.0, 2.0):
+                    attributes = {} if cap == 30.0 else {"cap": cap}
+                    request = run("softcap", inline([2, 3], f32(*values)), run_priority=priority, run_inline_results=True, **attributes)
+                    reply, _ = client.ask(request)
+                    self.assertEqual(reply.run.provider, priority[0])
+                    for got, x in zip(unpack_f32(reply.run.outputs[0].tensor.inline), values):
+                        self.assertAlmostEqual(got, cap * math.tanh(x / cap), delta=1e-4)
+
+    def test_the_ops_own_errors_name_the_value(self):
+        with Client(self.daemon.address) as client:
+            with self.assertRaisesRegex(Failed, "softcap: cap is -1, expected more than 0") as caught:
+                client.ask(run("softcap", inline([1], f32(1)), cap=-1.0))
+            self.assertEqual(caught.exception.status, harness.INVALID_ARGUMENT)
+            with self.assertRaisesRegex(Failed, "softcap: x has dtype i32, expected f32 or f64"):
+                client.ask(run("softcap", inline([1], struct.pack("<i", 1), dtype=5)))
+
+    def test_the_provider_runs_with_its_plan_and_its_uuid(self):
+        done = opctl(self.daemon, "run", "rms_norm", "ones:f32[4,4096]", "ones:f32[4096]", "0.0", "--priority", "sample", "--strict", "--uuid")
+        with open(os.path.join(SAMPLE, "sample.c"), "rb") as file:
+            self.assertEqual(done["uuid"], hashlib.sha256(file.read()).hexdigest())
+        self.assertEqual(done["provider"], "sample")
+        self.assertEqual((done["outputs"][0]["min"], done["outputs"][0]["max"]), (1, 1))
+
+    def test_verify_passes_or_skips_every_case_of_its_op(self):
+        cases = sorted(glob.glob(GOLDEN + "/rms_norm-*.safetensors"))
+        done = opctl(self.daemon, "verify", "--provider", "sample", *cases)
+        self.assertEqual(done["failed"], 0, done)
+        self.assertGreater(done["passed"], 3)
+        self.assertGreater(done["skipped"], 0)
+        self.assertEqual(done["passed"] + done["skipped"], len(cases))
+
+    def test_verify_runs_a_case_of_the_new_op_on_every_provider_and_finds_a_wrong_one(self):
+        with tempfile.TemporaryDirectory() as folder:
+            values = [-3.0, 0.0, 0.25, 7.0]
+            for name, error in (("good", 0.0), ("wrong", 0.5)):
+                wanted = [2 * math.tanh(x / 2) + error for x in values]
+                write_case(folder + "/%s.safetensors" % name, "softcap", {"cap": 2.0}, {"in.x": ([2, 2], values)}, {"out.0": ([2, 2], wanted)}, 1e-5)
+            done = opctl(self.daemon, "verify", "--all", folder + "/good.safetensors")
+            self.assertEqual((done["passed"], done["failed"]), (2, 0))
+            done = opctl(self.daemon, "verify", "--all", folder + "/wrong.safetensors", code=1)
+            self.assertEqual((done["passed"], done["failed"]), (0, 2))
+
+    def test_explain_gives_the_predicates_and_the_plans_reasons(self):
+        done = opctl(self.daemon, "explain", "rms_norm", "x=bf16[2,8]", "weight=bf16[8]", "epsilon=1e-5", "--priority", "sample,cpu")
+        self.assertEqual(done["provider"], "cpu")
+        self.assertEqual(done["explain"]["skipped"], [{"provider": "sample", "code": "dtype", "reason": "dtype: x bf16, only f32"}])
+        done = opctl(self.daemon, "explain", "rms_norm", "x=f32[2,70000]", "weight=f32[70000]", "epsilon=1e-5", "--priority", "sample,cpu")
+        self.assertEqual(done["explain"]["skipped"], [{"provider": "sample", "code": "size", "reason": "size: 70000 elements a row, at most 65536"}])
+        done = opctl(self.daemon, "explain", "softcap", "x=f32[2,8]", "--priority", "softcap")
+        self.assertEqual((done["provider"], done["explain"]["effective"]), ("softcap", ["softcap", "native"]))
+
+    def test_a_plans_refusal_runs_the_next_and_strict_says_why(self):
+        words = ("run", "rms_norm", "ones:f32[1,65537]", "none", "0.0", "--priority")
+        self.assertEqual(opctl(self.daemon, *words, "sample,cpu")["provider"], "cpu")
+        failed = opctl(self.daemon, *words, "sample", "--strict", code=1)
+        self.assertEqual(failed["status"], "FAILED_PRECONDITION")
+        self.assertIn("sample (size: 65537 elements a row, at most 65536)", failed["message"])
+
+    def test_the_ops_generator_feeds_bench(self):
+        done = opctl(self.daemon, "bench", "softcap", "--provider", "softcap", "--shape", "4x64", "--duration", "0.2")
+        self.assertGreater(done["requests"], 0)
+
+    def test_conformance_passes_for_both_builds(self):
+        for folder in (self.by_cmake, self.by_cc):
+            for name, op, rows in (("sample", "rms_norm", 1), ("softcap", "softcap", 2)):
+                words = ("--module", self.module(name, folder), "--op", op) + (("--provider", name) if rows == 1 else ())
+                out = command(CONFORMANCE, *words, "--shrink", "8")
+                self.assertEqual(len([line for line in out.splitlines() if line.startswith(op)]), rows, out)
+                self.assertRegex(out.splitlines()[-1], r"^[1-9]\d+ passed, 0 failed$")
+
+    def test_loaded_at_run_time_it_serves_sessions_that_were_there_before(self):
+        daemon = daemon_for(self)
+        with Client(daemon.address) as client:
+            request = run("softcap", inline([1], f32(0)))
+            with self.assertRaisesRegex(Failed, 'no op "softcap"'):
+                client.ask(request)
+            opctl(daemon, "module", "load", self.module("softcap", self.by_cc))
+            self.assertEqual(client.ask(request)[0].run.provider, "native")
+            self.assertEqual(opctl(daemon, "module", "load", self.module("softcap", self.by_cmake), code=1)["status"], "ALREADY_EXISTS")
+            self.assertEqual(client.ask(request)[0].run.provider, "native")
+
+    def test_a_priority_that_is_set_gets_a_warning_when_an_implementation_comes(self):
+        daemon = daemon_for(self)
+        opctl(daemon, "priority", "set", "rms_norm", "native")
+        opctl(daemon, "module", "load", self.module("sample"))
+        daemon.wait_log("warn", "registered while a priority is set", "provider=sample", "op=rms_norm")
+        done = opctl(daemon, "run", "rms_norm", "ones:f32[1,8]", "none", "0.0")
+        self.assertEqual(done["provider"], "native")
+
+
+# ---- Bad modules ----------------------------------------------------------------------------------------------------------------
+
+# name → (status, what the text says beside the path or the provider's name)
+BAD = {
+    "bad_name": ("INVALID_ARGUMENT", "expected [a-z_][a-z_0-9]*"),
+    "bad_schema": ("INVALID_ARGUMENT", "relu(Tensor x -> Tensor"),
+    "bad_uuid": ("INVALID_ARGUMENT", 'uuid "0123", expected 64 lowercase hex digits'),
+    "duplicate_impl": ("ALREADY_EXISTS", "duplicate_impl.relu is registered already"),
+    "duplicate_provider": ("ALREADY_EXISTS", "provider cpu is there already (built in)"),
+    "huge_state": ("INVALID_ARGUMENT", "at most 1 GiB"),
+    "keyword_only": ("INVALID_ARGUMENT", "keyword-only parameters (*) are refused"),
+    "missing_library": ("FAILED_PRECONDITION", "libopd-test-missing.so"),
+    "name_native": ("INVALID_ARGUMENT", "provider name native is reserved"),
+    "name_unfused": ("INVALID_ARGUMENT", "provider name unfused is reserved"),
+    "no_name": ("INVALID_ARGUMENT", "expected [a-z_][a-z_0-9]*"),
+    "no_open": ("INVALID_ARGUMENT", "no open function"),
+    "no_symbol": ("INVALID_ARGUMENT", "no symbol opd_module_get"),
+    "null_table": ("INVALID_ARGUMENT", "opd_module_get returned NULL"),
+    "op_dims": ("INVALID_ARGUMENT", 'dims "rows,hidden" names 2 sizes'),
+    "op_in_place": ("INVALID_ARGUMENT", "in-place pair 0 names no Tensor parameter and result"),
+    "op_name": ("INVALID_ARGUMENT", "[a-z_][a-z_0-9]*"),
+    "op_native_schema": ("INVALID_ARGUMENT", "differs from the op's"),
+    "op_no_native": ("INVALID_ARGUMENT", "op bad_op has no native implementation"),
+    "op_no_shape": ("INVALID_ARGUMENT", "op bad_op has no shape function"),
+    "op_taken": ("ALREADY_EXISTS", "op relu is registered already"),
+    "open_fails": ("FAILED_PRECONDITION", "its library is too old: 1.2, at least 2.0"),
+    "open_mute": ("UNKNOWN", "open failed"),
+    "other_schema": ("INVALID_ARGUMENT", 'differs from the op\'s "relu(Tensor x) -> Tensor"'),
+    "short_backend": ("INVALID_ARGUMENT", "needs a kind"),
+    "short_impl": ("INVALID_ARGUMENT", "opd_impl has 24 bytes"),
+    "short_module": ("INVALID_ARGUMENT", "opd_module has 16 bytes"),
+    "unknown_op": ("NOT_FOUND", "no op no_such_op"),
+    "wrong_abi": ("FAILED_PRECONDITION", "built for provider ABI 2, this opd has 1"),
+}
+
+
+class Bad(unittest.TestCase):
+    """Each is refused for its reason, and nothing of it remains."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = tempfile.mkdtemp(prefix="opd-bad-")
+        cls.addClassCleanup(shutil.rmtree, cls.folder, True)
+        cls.daemon = Daemon("--priority", "relu=native")
+        cls.addClassCleanup(cls.daemon.stop)
+
+    def tearDown(self):
+        harness.check_healthy(self, self.daemon)
+
+    def registry(self):
+        return json.dumps([opctl(self.daemon, "providers"), opctl(self.daemon, "ops"), opctl(self.daemon, "describe", "relu")])
+
+    def refused(self, path, status, words):
+        before = self.registry()
+        logged = self.daemon.log_text().count("module not loaded")
+        failed = opctl(self.daemon, "module", "load", path, code=1)
+        self.assertEqual(failed["status"], status, failed)
+        self.assertIn(words, failed["message"])
+        self.assertNotRegex(failed["message"], "[\x00-\x1f]")
+        line = self.daemon.wait_log("warn", "module not loaded", count=logged + 1)
+        self.assertIn("path=", line)
+        self.assertEqual(self.registry(), before)
+        return line
+
+    def file(self, name, mode=0o755, source=DEVICE):
+        path = os.path.join(self.folder, name)
+        shutil.copyfile(source, path)
+        os.chmod(path, mode)
+        return path
+
+    def test_every_bad_module_is_there(self):
+        self.assertEqual({os.path.basename(path)[:-3] for path in glob.glob(bad("*"))} - {"forgetful", "late"}, set(BAD))
+
+    def test_bad_modules_are_refused_with_their_reason(self):
+        for name, (status, words) in BAD.items():
+            with self.subTest(name):
+                self.refused(bad(name), status, words)
+                self.refused(bad(name), status, words)
+
+    def test_an_open_that_fails_is_closed_with_its_state(self):
+        seen = self.daemon.log_text().count("closed with its memory")
+        self.refused(bad("open_fails"), "FAILED_PRECONDITION", "too old")
+        self.daemon.wait_log("closed with its memory", "provider=open_fails", count=seen + 1)
+        self.assertNotIn("closed without its memory", self.daemon.log_text())
+        with Client(self.daemon.address) as client, self.assertRaisesRegex(Failed, 'no op "bad_half"'):
+            client.ask(run("bad_half", inline([1], f32(0))))
+
+    def test_what_is_no_module_is_refused(self):
+        text = self.file("text.so")
+        with open(text, "w") as file:
+            file.write("not an ELF file at all, although it is long enough for a header of one" * 4)
+        self.refused(text, "FAILED_PRECONDITION", "invalid ELF header")
+        short = self.file("short.so")
+        with open(short, "w"):
+            pass
+        self.refused(short, "FAILED_PRECONDITION", "file too short")
+        self.refused(self.folder, "INVALID_ARGUMENT", "not a regular file")
+        self.refused("/dev/null", "INVALID_ARGUMENT", "not a regular file")
+        self.refused(os.path.join(self.folder, "nothing.so"), "NOT_FOUND", "No such file")
+        self.refused("relative.so", "INVALID_ARGUMENT", "expected an absolute path")
+
+    def test_a_cut_module_is_refused(self):
+        for size in (70, 2000, 4096):
+            path = self.file("cut-%d.so" % size)
+            with open(path, "r+b") as file:
+                file.truncate(size)
+            self.refused(path, "FAILED_PRECONDITION", "the file is cut off: %d bytes are less" % size)
+
+    def test_a_file_that_others_can_write_is_refused(self):
+        self.refused(self.file("others.so", 0o757), "PERMISSION_DENIED", "mode 0757: others could have written it")
+        self.refused(self.file("group.so", 0o775), "PERMISSION_DENIED", "mode 0775: others could have written it")
+
+    def test_a_file_in_a_folder_that_others_can_write_is_refused_also_behind_a_link(self):
+        folder = os.path.join(self.folder, "open")
+        os.mkdir(folder)
+        path = shutil.copy(DEVICE, folder + "/device.so")
+        os.chmod(path, 0o755)
+        os.chmod(folder, 0o777)
+        self.refused(path, "PERMISSION_DENIED", "its folder is owned by uid")
+        link = os.path.join(self.folder, "link.so")
+        os.symlink(path, link)
+        self.refused(link, "PERMISSION_DENIED", "its folder is owned by uid")
+
+    def test_somebody_elses_file_is_refused(self):
+        if os.geteuid() != 0:
+            self.skipTest("only root can give a file away")
+        path = self.file("foreign.so")
+        os.chown(path, 12345, 12345)
+        self.refused(path, "PERMISSION_DENIED", "owned by uid 12345")
+
+    def test_configured_names_stay_usable_in_lists_as_statically_unsupported(self):
+        flags = []
+        for name in BAD:
+            flags += ["--module", "m_%s=%s" % (name, bad(name))]
+        flags += ["--module", "gone=" + self.folder + "/never-there.so", "--priority", "relu=gone,m_wrong_abi,native"]
+        daemon = daemon_for(self, *flags)
+        with Client(daemon.address) as client:
+            reply, _ = client.ask(run("relu", inline([2], f32(-1, 1)), run_explain=True))
+            self.assertEqual(reply.run.provider, "native")
+            self.assertEqual([(skip.provider, skip.code) for skip in reply.run.explain.skipped], [("gone", REASON_MODULE), ("m_wrong_abi", REASON_MODULE)])
+            self.assertIn("No such file", reply.run.explain.skipped[0].reason)
+            self.assertIn("built for provider ABI 2", reply.run.explain.skipped[1].reason)
+            for name in BAD:
+                reply, _ = client.ask(run("relu", inline([1], f32(1)), run_priority=["m_" + name, "native"], run_explain=True))
+                self.assertEqual(reply.run.provider, "native")
+                self.assertEqual([(skip.provider, skip.code) for skip in reply.run.explain.skipped], [("m_" + name, REASON_MODULE)])
+            with self.assertRaises(Failed) as caught:
+                client.ask(run("relu", inline([1], f32(1)), run_priority=["m_bad_uuid"], run_strict=True))
+            self.assertEqual(caught.exception.status, harness.FAILED_PRECONDITION)
+        found = {provider["name"]: provider for provider in opctl(daemon, "providers")}
+        for name in BAD:
+            self.assertFalse(found["m_" + name]["available"])
+            self.assertTrue(found["m_" + name]["reason"])
+            self.assertEqual(found["m_" + name]["source"], bad(name))
+        self.assertFalse({"native", "cpu", "gone"} - set(found))
+        self.assertNotIn("unfused", found)
+        self.assertEqual(daemon.log_text().count("module not loaded"), len(BAD) + 1)
+
+    def test_without_a_configured_name_reserved_ones_are_not_remembered(self):
+        daemon = daemon_for(self, "--module", bad("name_unfused"), "--module", bad("name_native"), "--module", bad("duplicate_provider"))
+        self.assertEqual({provider["name"] for provider in opctl(daemon, "providers")}, {"native", "cpu"})
+
+    def test_a_module_that_comes_later_takes_the_place_of_its_missing_name(self):
+        path = os.path.join(self.folder, "later.so")
+        daemon = daemon_for(self, "--module", "testdev=" + path, "--priority", "relu=testdev,native")
+        with Client(daemon.address) as client:
+            request = run("relu", inline([2], f32(-1, 1)))
+            self.assertEqual(client.ask(request)[0].run.provider, "native")
+            self.file("later.so")
+            opctl(daemon, "module", "load", path)
+            self.assertEqual(client.ask(request)[0].run.provider, "testdev")
+
+    def test_registering_outside_of_open_is_refused(self):
+        daemon = daemon_for(self, "--module", bad("late"))
+        with Client(daemon.address) as client:
+            reply, _ = client.ask(run("relu", inline([1], f32(1)), run_priority=["late", "native"], run_explain=True))
+            self.assertIn("late: register_impl outside of its open function", reply.run.explain.skipped[0].reason)
+        self.assertNotIn("late", json.dumps(opctl(daemon, "describe", "silu")))
+
+    def test_memory_that_a_module_forgets_ends_in_a_warning_not_in_a_crash(self):
+        daemon = Daemon("--module", bad("forgetful"))
+        self.addCleanup(shutil.rmtree, daemon.folder, True)
+        daemon.own_folder = False
+        daemon.stop()
+        self.assertIn("providers left host memory unfreed allocations=2", daemon.log_text())
+
+    def test_a_module_that_takes_long_to_open_holds_up_nobody(self):
+        daemon = daemon_for(self, "--threads", "1", environment={"OPD_TEST_DEVICE_OPEN_US": "1500000"})
+        with Client(daemon.address) as loader, Client(daemon.address) as client:
+            loader.submit(pb.Request(load_module=pb.LoadModule(path=DEVICE)))
+            for _ in range(20):
+                request, payload, _ = harness.rms_norm(rows=64, columns=512)
+                client.ask(request, payload)
+            client.info()
+            with Client(daemon.address) as another:
+                another.ping()
+            self.assertFalse(select.select([loader.sock], [], [], 0)[0], "the module was loaded before anybody else was served")
+            self.assertEqual(loader.read_reply()[1].status, harness.OK)
+
+    def test_check_config_names_a_module_that_is_missing_from_the_lists(self):
+        command(harness.OPD, "--check-config", "--module", "gone=/nowhere.so", "--priority", "relu=gone,native")
+        done = subprocess.run([harness.OPD, "--check-config", "--priority", "relu=gone,native"], capture_output=True, text=True, timeout=harness.PATIENCE)
+        self.assertEqual(done.returncode, 2)
+        self.assertIn('"gone" is no provider of it', done.stderr)
+
+
+# ---- A device -------------------------------------------------------------------------------------------------------------------
+
+
+def numbers(count, start=0):
+    return [float((start + 7 * i) % 23 - 11) for i in range(count)]
+
+
+def add_request(start, count=32, **options):
+    """(request, wanted) of a + b, different for every start."""
+    a, b = numbers(count, start), numbers(count, start * 3 + 1)
+    shape = [count]
+    request = run("add", inline(shape, f32(*a)), inline(shape, f32(*b)), run_priority=["testdev"], run_strict=True, run_inline_results=True, **options)
+    return request, [x + y for x, y in zip(a, b)]
+
+
+def relu_request(start, count=32, **options):
+    x = numbers(count, start)
+    request = run("relu", inline([count], f32(*x)), run_priority=["testdev"], run_strict=True, run_inline_results=True, **options)
+    return request, [max(value, 0.0) for value in x]
+
+
+def inline_result(reply):
+    return list(unpack_f32(reply.run.outputs[0].tensor.inline))
+
+
+class DeviceDaemon(Daemon):
+    """With the test device; its end checks that the device got everything back."""
+
+    def __init__(self, *flags, fault=None, **settings):
+        environment = {"OPD_TEST_DEVICE_" + name.upper(): str(value) for name, value in settings.items()}
+        if fault is not None:
+            environment["OPD_TEST_DEVICE_FAULT"] = fault
+        super().__init__("--module", DEVICE, "--inline", "0", *flags, environment=environment)
+
+    def stop(self, code=0):
+        folder, self.own_folder = self.folder, False
+        try:
+            super().stop(code)
+            if "closed clean: 0 allocations, 0 streams, 0 events, 0 plans were left" not in self.log_text():
+                raise AssertionError("the device didn't get everything back: " + self.output())
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+class Device(unittest.TestCase):
+    """Work on a device: right, ordered, failing alone, and nobody else's trouble."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.shared = DeviceDaemon()
+        cls.addClassCleanup(cls.shared.stop)
+
+    def daemon(self, *flags, **settings):
+        daemon = DeviceDaemon(*flags, **settings)
+        self.addCleanup(daemon.stop)
+        return daemon
+
+    def client(self, daemon=None):
+        client = Client((daemon or self.shared).address)
+        self.addCleanup(client.close)
+        return client
+
+    def check(self, reply, wanted, provider="testdev"):
+        self.assertEqual((reply.status, reply.message), (harness.OK, ""))
+        self.assertEqual(reply.run.provider, provider)
+        self.assertEqual(inline_result(reply), wanted)
+
+    # ---- What runs where
+
+    def test_results_are_right_and_explain_names_device_and_moves(self):
+        client = self.client()
+        request, payload, wanted = harness.rms_norm(rows=3, columns=8)
+        request.run.priority.names.append("testdev")
+        request.run.explain = True
+        reply, data = client.ask(request, payload)
+        for got, want in zip(unpack_f32(data), wanted):
+            self.assertAlmostEqual(got, want, places=5)
+        explain = reply.run.explain
+        self.assertIn(explain.device, ("test:0", "test:1"))
+        moves = [(move.operand, getattr(move, "from"), move.to, move.bytes) for move in explain.moves]
+        here = explain.device
+        self.assertEqual(moves, [("x", "cpu", here, 96), ("weight", "cpu", here, 32), ("result", here, "cpu", 96)])
+        self.assertFalse(explain.on_loop)
+        for make in (add_request, relu_request):
+            request, wanted = make(5)
+            self.check(client.ask(request)[0], wanted)
+
+    def test_a_dry_run_names_device_and_moves(self):
+        done = opctl(self.shared, "explain", "relu", "f32[2,8]", "--priority", "testdev", "--device", "test:1")
+        self.assertEqual((done["provider"], done["explain"]["device"]), ("testdev", "test:1"))
+        self.assertEqual([move["bytes"] for move in done["explain"]["moves"]], [64, 64])
+
+    def test_views_offsets_and_empty_tensors_come_over_whole(self):
+        client = self.client()
+        data = numbers(40, 3)
+        strided = inline([3, 2], f32(*data), strides=[7, 3], byte_offset=84)
+        plain = inline([3, 2], f32(*numbers(6)))
+        request = run("add", strided, plain, run_priority=["testdev"], run_strict=True, run_inline_results=True)
+        wanted = [data[21 + 7 * i + 3 * j] + numbers(6)[2 * i + j] for i in range(3) for j in range(2)]
+        self.check(client.ask(request)[0], wanted)
+        overlapping = inline([4, 3], f32(*data), strides=[0, 1], byte_offset=140)
+        other = inline([4, 3], f32(*numbers(12)))
+        request = run("add", overlapping, other, run_priority=["testdev"], run_strict=True, run_inline_results=True)
+        self.check(client.ask(request)[0], [data[35 + i % 3] + numbers(12)[i] for i in range(12)])
+        for op, operands in (("add", 2), ("relu", 1)):
+            request = run(op, *[inline([0, 4], b"")] * operands, run_priority=["testdev"], run_strict=True, run_inline_results=True)
+            self.check(client.ask(request)[0], [])
+
+    def test_a_kept_result_is_an_operand_on_the_device(self):
+        client = self.client()
+        request, wanted = add_request(1)
+        request.run.outputs.add(keep=True)
+        first = client.submit(request)
+        second = run("relu", pb.Tensor(result=pb.ResultRef(request=first, output=0)), run_priority=["testdev"], run_inline_results=True)
+        client.submit(second)
+        replies = dict(client.read_reply()[:2] for _ in range(2))
+        self.check(replies[first], wanted)
+        self.check(replies[first + 1], [max(value, 0.0) for value in wanted])
+
+    def test_device_filters(self):
+        client = self.client()
+        for device, found in (("test", ("test:0", "test:1")), ("test:0", ("test:0",)), ("test:1", ("test:1",))):
+            request, wanted = add_request(2, run_device=device, run_explain=True)
+            reply, _ = client.ask(request)
+            self.check(reply, wanted)
+            self.assertIn(reply.run.explain.device, found)
+        request, wanted = add_request(2, run_device="cpu", run_explain=True)
+        request.run.strict = False
+        reply, _ = client.ask(request)
+        self.check(reply, wanted, "native")
+        self.assertEqual([(skip.provider, skip.code) for skip in reply.run.explain.skipped], [("testdev", REASON_DEVICE)])
+        for device in ("test:2", "test:65535", "nowhere", "nowhere:0"):
+            request, _ = add_request(2, run_device=device)
+            with self.assertRaises(Failed) as caught:
+                client.ask(request)
+            self.assertEqual(caught.exception.status, harness.FAILED_PRECONDITION, device)
+            self.assertIn("testdev (device: ", caught.exception.text)
+        for device in ("test:", "test:x", ":1", "Test", "test:0:0"):
+            with self.assertRaises(Failed) as caught:
+                client.ask(add_request(2, run_device=device)[0])
+            self.assertEqual(caught.exception.status, harness.INVALID_ARGUMENT, device)
+
+    def test_a_predicate_and_a_plan_on_the_device_refuse(self):
+        client = self.client()
+        double = inline([2], struct.pack("<2d", -1, 1), dtype=10)
+        reply, _ = client.ask(run("relu", double, run_priority=["testdev", "native"], run_explain=True))
+        self.assertEqual(reply.run.provider, "native")
+        self.assertEqual(reply.run.explain.skipped[0].code, REASON_DTYPE)
+        for _ in range(2):  # the second time the refusal is known before
+            request, wanted = relu_request(1, count=65537, run_explain=True)
+            request.run.priority.names.append("native")
+            reply, _ = client.ask(request)
+            self.check(reply, wanted, "native")
+            self.assertEqual(reply.run.explain.skipped[0].code, REASON_SIZE)
+        with self.assertRaisesRegex(Failed, "65537 elements, at most 65536") as caught:
+            client.ask(relu_request(1, count=65537)[0])
+        self.assertEqual(caught.exception.status, harness.FAILED_PRECONDITION)
+
+    def test_the_daemon_lists_its_devices(self):
+        self.assertEqual(self.client().info().devices, ["cpu", "test:0", "test:1"])
+        found = {provider["name"]: provider for provider in opctl(self.shared, "providers")}
+        self.assertEqual(found["testdev"]["devices"], ["test:0", "test:1"])
+
+    def test_a_second_backend_of_the_kind_is_refused(self):
+        self.assertEqual(opctl(self.shared, "module", "load", DEVICE, code=1)["status"], "ALREADY_EXISTS")
+        request, wanted = add_request(9)
+        self.check(self.client().ask(request)[0], wanted)
+
+    def test_checked_mode_works_on_a_device(self):
+        client = self.client(self.daemon("--checked"))
+        for make in (add_request, relu_request):
+            request, wanted = make(4)
+            self.check(client.ask(request)[0], wanted)
+
+    def test_embedded_it_is_the_same(self):
+        with tempfile.TemporaryDirectory() as folder:
+            with open(folder + "/opd.yaml", "w") as file:
+                file.write('modules: ["%s"]\npriorities: {"*": [testdev, cpu, native]}\n' % DEVICE)
+            out = command(OPCTL, "--connect", "embedded:" + folder + "/opd.yaml", "--json", "run", "relu", "f32[3]=-1,0,2", "--explain")
+            done = json.loads(out)
+            self.assertEqual((done["provider"], done["explain"]["device"], done["outputs"][0]["first"]), ("testdev", "test:0", [0, 0, 2]))
+
+    # ---- Many at once
+
+    def test_many_in_flight_from_several_clients_are_each_answered_right(self):
+        daemon = self.daemon(delay_us=300, event_us=500)
+        failures = []
+
+        def work(number):
+            try:
+                with Client(daemon.address) as client:
+                    wanted = {}
+                    for i in range(60):
+                        request, values = (add_request if i % 2 else relu_request)(number * 1000 + i, count=1 + (i * 13) % 300)
+                        wanted[client.submit(request)] = values
+                    for _ in range(60):
+                        found, reply, _ = client.read_reply()
+                        self.check(reply, wanted.pop(found))
+                    self.assertFalse(wanted)
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(failures, [])
+
+    def test_work_spreads_over_both_devices(self):
+        daemon = self.daemon(delay_us=2000)
+        client = self.client(daemon)
+        wanted = {}
+        for i in range(20):
+            request, values = add_request(i, run_explain=True)
+            wanted[client.submit(request)] = values
+        used = set()
+        for _ in range(20):
+            found, reply, _ = client.read_reply()
+            self.check(reply, wanted[found])
+            used.add(reply.run.explain.device)
+        self.assertEqual(used, {"test:0", "test:1"})
+
+    def test_a_late_completion_holds_up_nobody(self):
+        daemon = self.daemon("--threads", "1", event_us=2000000)
+        slow, other = self.client(daemon), self.client(daemon)
+        request, wanted = add_request(1)
+        slow.submit(request)
+        for _ in range(20):
+            fast, payload, values = harness.rms_norm()
+            other.ask(fast, payload)
+            slow.ping()  # overtakes on its own connection too: its reply comes first
+        self.assertFalse(select.select([slow.sock], [], [], 0)[0])
+        self.check(slow.read_reply()[1], wanted)
+
+    def test_a_deadline_passes_while_the_device_is_busy(self):
+        client = self.client(self.daemon(delay_us=20000))
+        for i in range(40):
+            client.submit(add_request(i, run_device="test:0")[0])
+        late = client.submit(add_request(0, run_device="test:0", run_timeout_us=1000)[0])
+        replies = dict(client.read_reply()[:2] for _ in range(41))
+        self.assertEqual(replies[late].status, harness.DEADLINE_EXCEEDED)
+        self.assertEqual({reply.status for found, reply in replies.items() if found != late}, {harness.OK})
+
+    def test_a_disconnect_in_flight_leaves_nothing(self):
+        daemon = self.daemon(delay_us=3000)
+        for number in range(3):
+            client = Client(daemon.address)
+            for i in range(64):
+                client.submit(add_request(i)[0])
+            if number == 1:
+                client.read_reply()
+            client.close()
+        request, wanted = relu_request(8)
+        self.check(self.client(daemon).ask(request)[0], wanted)
+        with Client(daemon.address) as client:
+            harness.wait_until(lambda: client.info().memory_bytes == 0, "the ledger at zero")
+
+    def test_a_drain_lets_work_in_flight_finish(self):
+        daemon = DeviceDaemon(delay_us=20000, event_us=20000)
+        client = self.client(daemon)
+        wanted = {}
+        for i in range(12):
+            request, values = add_request(i)
+            wanted[client.submit(request)] = values
+        found, reply, _ = client.read_reply()
+        self.check(reply, wanted.pop(found))
+        daemon.signal(15)
+        for _ in range(11):
+            found, reply, _ = client.read_reply()
+            self.check(reply, wanted.pop(found))
+        client.close()
+        daemon.wait()
+        daemon.stop(0)
+
+    def test_a_forced_end_waits_for_the_device_and_for_nothing_else(self):
+        daemon = DeviceDaemon("--priority", "relu=testdev,native", delay_us=30000)
+        client = self.client(daemon)
+        for i in range(20):
+            request, _ = add_request(i) if i % 2 else relu_request(i, count=70000)  # the plan refuses: native would be next
+            request.run.strict = False
+            client.submit(request)
+        client.read_reply()
+        daemon.signal(15)
+        daemon.wait_log("draining")
+        daemon.signal(15)
+        daemon.wait()  # a third signal would end it by force
+        daemon.stop(1)
+
+    # ---- Failures
+
+    def fails_once(self, fault, words, make=add_request, status=harness.INTERNAL, **settings):
+        """The first request fails with that; the next ones are right."""
+        with self.subTest(fault):
+            daemon = DeviceDaemon(fault=fault, **settings)
+            try:
+                with Client(daemon.address) as client:
+                    reply, _ = client.call(make(1)[0])
+                    self.assertEqual(reply.status, status, reply.message)
+                    self.assertIn(words, reply.message)
+                    for i in range(3):
+                        request, wanted = make(i)
+                        self.check(client.ask(request)[0], wanted)
+                    harness.check_healthy(self, daemon)
+            finally:
+                daemon.stop()
+
+    def test_a_failure_of_the_backend_is_that_requests_error(self):
+        self.fails_once("stream:1", "add on test:0: stream_create: injected failure", status=harness.UNAVAILABLE)
+        self.fails_once("event:1", "add on test:0: event_create: injected failure")
+        self.fails_once("record:1", "add on test:0: event_record: injected failure", delay_us=2000)
+        self.fails_once("copy_in:1", "add on test:0: copy_in: injected failure")
+        self.fails_once("copy_in:2", "add on test:0: copy_in: injected failure")
+        self.fails_once("copy_out:1", "add on test:0: copy_out: injected failure")
+        for count in (1, 2, 3):  # x, the result, scratch
+            self.fails_once("alloc:%d" % count, "relu on test:0: alloc: injected failure", relu_request)
+
+    def test_a_kernels_failure_is_that_requests_error(self):
+        self.fails_once("launch:1", "launch: injected failure")
+        self.fails_once("kernel:1", "add on test:0: kernel: injected failure")
+        self.fails_once("mute:1", "testdev.add failed", status=harness.UNKNOWN)
+
+    def test_one_failure_among_many_in_flight_is_one_failure(self):
+        for fault in ("kernel:4", "launch:4", "record:4", "copy_out:4", "event:4"):
+            with self.subTest(fault):
+                daemon = DeviceDaemon(fault=fault, delay_us=2000)
+                try:
+                    with Client(daemon.address) as client:
+                        wanted = {}
+                        for i in range(10):
+                            request, values = add_request(i, run_device="test:1")
+                            wanted[client.submit(request)] = values
+                        failed = []
+                        for _ in range(10):
+                            found, reply, _ = client.read_reply()
+                            if reply.status == harness.OK:
+                                self.check(reply, wanted[found])
+                            else:
+                                failed.append(found)
+                        self.assertEqual(failed, [4])
+                finally:
+                    daemon.stop()
+
+    def test_a_backend_that_always_fails_fails_always_and_alone(self):
+        for fault in ("stream:1+", "record:1+", "alloc:1+", "kernel:1+"):
+            with self.subTest(fault):
+                daemon = DeviceDaemon(fault=fault)
+                try:
+                    with Client(daemon.address) as client:
+                        for i in range(5):
+                            self.assertIn("injected failure", client.call(add_request(i)[0])[0].message)
+                    harness.check_healthy(self, daemon)
+                finally:
+                    daemon.stop()
+
+    def test_retry_goes_on_with_the_next_provider_after_a_kernels_failure(self):
+        client = self.client(self.daemon(fault="kernel:1,launch:3"))
+        for _ in range(2):
+            request, wanted = relu_request(3, run_retry=True, run_explain=True)
+            request.run.priority.names.append("native")
+            reply, _ = client.ask(request)
+            self.check(reply, wanted, "native")
+            self.assertEqual(reply.run.explain.device, "cpu")
+            self.assertEqual(reply.run.explain.skipped[0].provider, "testdev")
+            self.assertFalse(reply.run.explain.moves)
+            self.check(client.ask(relu_request(4)[0])[0], relu_request(4)[1])  # the 2nd launch, the 4th
+
+    def test_a_failed_kept_result_fails_its_dependents_and_names_it(self):
+        client = self.client(self.daemon(fault="kernel:1"))
+        request, _ = add_request(1)
+        request.run.outputs.add(keep=True)
+        first = client.submit(request)
+        second = client.submit(run("relu", pb.Tensor(result=pb.ResultRef(request=first, output=0)), run_priority=["testdev"]))
+        replies = dict(client.read_reply()[:2] for _ in range(2))
+        self.assertEqual((replies[first].status, replies[second].status), (harness.INTERNAL, harness.ABORTED))
+
+    def test_more_than_the_device_holds_is_resource_exhausted(self):
+        client = self.client(self.daemon(memory=1 << 16))
+        for _ in range(2):
+            reply, _ = client.call(add_request(1, count=1 << 13)[0])  # two operands and a result of 32 KiB
+            self.assertEqual(reply.status, harness.RESOURCE_EXHAUSTED)
+            self.assertIn("of 65536 in use", reply.message)
+            request, wanted = add_request(1, count=1 << 11)
+            self.check(client.ask(request)[0], wanted)
+
+    def test_requests_in_flight_share_the_devices_memory_instead_of_failing(self):
+        client = self.client(self.daemon(memory=1 << 20, delay_us=1000))
+        wanted = {}
+        for i in range(24):  # each 300 KiB
+            request, values = add_request(i, count=25600, run_device="test:0")
+            wanted[client.submit(request)] = values
+        for _ in range(24):
+            found, reply, _ = client.read_reply()
+            self.check(reply, wanted[found])
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)
