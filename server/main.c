@@ -538,12 +538,14 @@ static int serve(struct daemon *daemon, struct config *config)
 	set_server(daemon, server);
 	status = server_run(server);
 	set_server(daemon, NULL);
-	server_destroy(server);
-	if (status == OPD_OK)
-		LOG(daemon->log, LOG_INFO, "ended");
-	else
+	if (status != OPD_OK) {
+		/* Work was cut off: a kernel may still be running, for hours, and taking the daemon apart would wait for it. The drain has a limit. */
 		LOG(daemon->log, LOG_ERROR, "ended before all work was done", LOG_STR("status", opd_status_name(status)));
-	return status == OPD_OK ? EXIT_OK : EXIT_FAILED;
+		_exit(EXIT_FAILED);
+	}
+	server_destroy(server);
+	LOG(daemon->log, LOG_INFO, "ended");
+	return EXIT_OK;
 }
 
 /* Takes config. */

@@ -184,6 +184,31 @@ class Kept(DaemonCase):
         self.assertEqual(client.call(pb.Request(generate=pb.Generate(op="silu", dtype=9, keep=True)))[0].status, RESOURCE_EXHAUSTED)
 
 
+class Compute(DaemonCase):
+    flags = ("--threads", "2")
+
+    def test_a_view_is_no_larger_than_what_the_session_may_have(self):
+        client = self.client()
+        one = inline([1, 1 << 40], f32(1.0), strides=[0, 0])
+        reply, _ = client.call(run("linear", one, one))
+        self.assertEqual(reply.status, RESOURCE_EXHAUSTED, reply.message)
+        self.assertIn("linear: x is a view of 4398046511104 bytes", reply.message)
+
+    def test_a_drain_ends_within_its_limit_whatever_a_kernel_does(self):
+        daemon = Daemon("--threads", "2", config="limits: {drain: 1 s}\n")
+        try:
+            with Client(daemon.address) as client:
+                rows = inline([1 << 14, 1 << 14], f32(1.0), strides=[0, 0])  # hours of native's work from four bytes
+                client.submit(run("linear", rows, rows, run_priority=["native"]))
+                client.ping()
+                time.sleep(0.2)
+                daemon.signal(15)
+                self.assertEqual(daemon.wait(), 1)
+            self.assertIn("ended before all work was done", daemon.log_text())
+        finally:
+            daemon.stop(code=None)
+
+
 class Hello(DaemonCase):
     def test_a_refused_hello_is_answered_once(self):
         with Client(self.address, hello=False) as client:
