@@ -1,0 +1,45 @@
+/* A connection's own functions, for the files that make it up: conn.c (life, Hello, stalls), conn_read.c, conn_frame.c, conn_write.c.
+ *
+ * Layer: server, internal. Threads: its loop. */
+#ifndef OPD_SERVER_CONN_INTERNAL_H
+#define OPD_SERVER_CONN_INTERNAL_H
+
+#include "proto/arena.h"
+#include "proto/codec.h"
+#include "proto/frame.h"
+#include "server/conn.h"
+
+/* A frame of the session's own: Hello's reply, Goaway. Has its arena with it. */
+struct notice {
+	struct out out; /* first */
+	struct arena arena;
+};
+
+/* conn.c */
+void conn_refuse_hello(struct conn *conn, const opd_error *error);
+void conn_on_hello(struct conn *conn, const uint8_t *envelope, size_t bytes);
+
+/* conn_read.c */
+void conn_start_reading(struct conn *conn);
+
+/* conn_frame.c: what a header alone tells; a whole head; an end of what is half sent; the end of all reading. */
+bool conn_check_header(struct conn *conn, const struct frame_header *header);
+void conn_on_frame(struct conn *conn, const struct frame_header *header, const uint8_t *envelope);
+void conn_chunked_remove(struct conn *conn, struct request *request);
+void conn_abandon_half_sent(struct conn *conn, const char *why);
+void conn_protocol_error(struct conn *conn, const char *what);
+
+/* conn_write.c */
+void conn_new_turn(struct conn *conn);
+void conn_mark_dirty(struct conn *conn);
+void conn_stop_reading(struct conn *conn);
+/* Stops reading while too much is in flight. */
+void conn_throttle(struct conn *conn);
+void conn_on_reply(struct request *request);
+/* NULL: out of memory. */
+struct notice *conn_notice_create(void);
+void conn_notice_send(struct conn *conn, struct notice *notice, frame_type type, const struct codec_buffer *buffer);
+void conn_notice_written(struct out *out);
+void conn_say_goodbye(struct conn *conn, opd_status status, const char *why);
+
+#endif

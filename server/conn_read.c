@@ -1,0 +1,219 @@
+/* From bytes of a socket to frames and payloads in place. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "server/conn_internal.h"
+#include "server/daemon.h"
+#include "server/request.h"
+
+/* Kernel time on the loop after which a turn reads nothing more; what was read is still run, on a lane when it must. */
+#define TURN_KERNEL_NS 15000u
+
+/* ---- Reading ---- */
+
+static bool decode_header(struct conn *conn, const uint8_t *bytes, struct frame_header *header_out)
+{
+	opd_error error;
+	if (frame_decode(bytes, header_out, &error) == OPD_OK)
+		return conn_check_header(conn, header_out);
+	conn_protocol_error(conn, error.text);
+	return false;
+}
+
+/* Keeps what came of a header or envelope until the rest is there. */
+static bool keep_partial(struct conn *conn, const uint8_t *data, size_t bytes, uint32_t whole)
+{
+	if (conn->partial_room < whole) {
+		uint8_t *partial = realloc(conn->partial, whole);
+		if (partial == NULL) {
+			conn_close(conn, LOG_ERROR, "out of memory for an envelope");
+			return false;
+		}
+		conn->partial = partial;
+		conn->partial_room = whole;
+	}
+	memcpy(conn->partial + conn->partial_bytes, data, bytes);
+	conn->partial_bytes += (uint32_t)bytes;
+	return true;
+}
+
+/* An idle connection keeps no buffer. */
+static void drop_partial(struct conn *conn)
+{
+	conn->partial_bytes = 0;
+	if (conn->partial_room > 4096) {
+		free(conn->partial);
+		conn->partial = NULL;
+		conn->partial_room = 0;
+	}
+}
+
+/* Adds to the partial head up to `whole` bytes; returns how many were taken. */
+static size_t extend_partial(struct conn *conn, const uint8_t *data, size_t bytes, uint32_t whole)
+{
+	size_t missing = whole - conn->partial_bytes;
+	size_t taken = bytes < missing ? bytes : missing;
+	return keep_partial(conn, data, taken, whole) ? taken : bytes; /* out of memory: the connection is closing */
+}
+
+/* A head of which a part came before. Returns the bytes taken. */
+static size_t consume_partial(struct conn *conn, const uint8_t *data, size_t bytes)
+{
+	size_t taken = 0;
+	if (conn->partial_bytes < FRAME_HEADER_BYTES) {
+		taken = extend_partial(conn, data, bytes, FRAME_HEADER_BYTES);
+		if (conn->closing || conn->partial_bytes < FRAME_HEADER_BYTES)
+			return taken;
+	}
+	struct frame_header header;
+	if (!decode_header(conn, conn->partial, &header))
+		return bytes;
+	uint32_t whole = FRAME_HEADER_BYTES + header.envelope_bytes;
+	if (conn->partial_bytes < whole)
+		taken += extend_partial(conn, data + taken, bytes - taken, whole);
+	if (conn->closing || conn->partial_bytes < whole)
+		return taken;
+	conn->partial_bytes = 0; /* on_frame doesn't come back here */
+	conn_on_frame(conn, &header, conn->partial + FRAME_HEADER_BYTES);
+	drop_partial(conn);
+	return taken;
+}
+
+/* A head at the start of what was read. Returns the bytes taken. */
+static size_t consume_head(struct conn *conn, const uint8_t *data, size_t bytes)
+{
+	if (conn->partial_bytes != 0)
+		return consume_partial(conn, data, bytes);
+	if (bytes < FRAME_HEADER_BYTES) {
+		(void)keep_partial(conn, data, bytes, FRAME_HEADER_BYTES);
+		return bytes;
+	}
+	struct frame_header header;
+	if (!decode_header(conn, data, &header))
+		return bytes;
+	uint32_t whole = FRAME_HEADER_BYTES + header.envelope_bytes;
+	if (bytes < whole) {
+		(void)keep_partial(conn, data, bytes, whole);
+		return bytes;
+	}
+	conn_on_frame(conn, &header, data + FRAME_HEADER_BYTES);
+	return whole;
+}
+
+/* `bytes` of the payload are where they belong. */
+static void received_payload(struct conn *conn, uint64_t bytes)
+{
+	struct request *request = conn->reading;
+	conn->frame_left -= bytes;
+	if (request != NULL)
+		request->payload_received += bytes;
+	if (conn->frame_left != 0)
+		return;
+	conn->state = CONN_HEAD;
+	conn->reading = NULL;
+	if (request == NULL || request->payload_received != request->payload_bytes)
+		return;
+	if (request->chunked)
+		conn_chunked_remove(conn, request);
+	request_start(request);
+	conn_throttle(conn);
+}
+
+static unsigned char *payload_at(const struct conn *conn)
+{
+	return conn->reading->payload->data + conn->reading->payload_received;
+}
+
+static void conn_consume(struct conn *conn, const uint8_t *data, size_t bytes)
+{
+	while (bytes > 0 && !conn->closing && !conn->broken) {
+		size_t taken;
+		if (conn->state == CONN_HEAD) {
+			taken = consume_head(conn, data, bytes);
+		} else {
+			taken = bytes < conn->frame_left ? bytes : (size_t)conn->frame_left;
+			if (conn->state == CONN_PAYLOAD)
+				memcpy(payload_at(conn), data, taken);
+			received_payload(conn, taken);
+		}
+		data += taken;
+		bytes -= taken;
+	}
+}
+
+/* The buffer's slack takes in the next frame's head, so that a pipelined request costs one read. */
+static size_t slack_bytes(const struct conn *conn)
+{
+	const struct request *request = conn->reading;
+	if (request->chunked || conn->read_hint == 0 || conn->read_hint > BUFFER_SLACK_BYTES)
+		return 0;
+	return conn->read_hint;
+}
+
+/* This turn's share is used up, of the socket or of kernels on the loop: the others come first. */
+static bool turn_over(const struct conn *conn)
+{
+	return conn->turn_read >= CONN_TURN_BYTES || conn->server->context.inline_ns > TURN_KERNEL_NS;
+}
+
+/* An empty buffer makes libuv leave the socket for the next turn, without the two epoll_ctl of a stop and a start. */
+static void on_alloc(uv_handle_t *handle, size_t suggested, uv_buf_t *buf)
+{
+	struct conn *conn = handle->data;
+	(void)suggested;
+	conn_new_turn(conn);
+	*buf = uv_buf_init(NULL, 0);
+	if (turn_over(conn))
+		return;
+	if (conn->state == CONN_PAYLOAD) {
+		uint64_t left = conn->frame_left + slack_bytes(conn);
+		uint64_t share = CONN_TURN_BYTES - (conn->turn_read < CONN_TURN_BYTES / 2 ? conn->turn_read : CONN_TURN_BYTES / 2);
+		*buf = uv_buf_init((char *)payload_at(conn), (unsigned)(left < share ? left : share));
+		return;
+	}
+	size_t bytes = CONN_STAGE_BYTES;
+	if (conn->state == CONN_HEAD && conn->read_hint != 0)
+		bytes = conn->read_hint > conn->partial_bytes ? conn->read_hint - conn->partial_bytes : FRAME_HEADER_BYTES;
+	*buf = uv_buf_init(conn->server->stage, (unsigned)(bytes < CONN_STAGE_BYTES ? bytes : CONN_STAGE_BYTES));
+}
+
+/* Payload read in place, and perhaps the next frame's head behind it. */
+static void read_in_place(struct conn *conn, const uint8_t *base, size_t bytes)
+{
+	size_t payload = bytes < conn->frame_left ? bytes : (size_t)conn->frame_left;
+	uint8_t head[BUFFER_SLACK_BYTES];
+	size_t extra = bytes - payload;
+	memcpy(head, base + payload, extra); /* the buffer may be gone once its request has run */
+	received_payload(conn, payload);
+	conn_consume(conn, head, extra);
+}
+
+static void on_read(uv_stream_t *stream, ssize_t nread, const uv_buf_t *buf)
+{
+	struct conn *conn = stream->data;
+	if (nread == UV_ENOBUFS)
+		return;
+	if (nread < 0) {
+		conn_close(conn, LOG_INFO, nread == UV_EOF ? "the client closed" : uv_strerror((int)nread));
+		return;
+	}
+	if (nread == 0)
+		return;
+	conn->read_us = conn->server->turn_us;
+	conn->turn_read += (uint64_t)nread;
+	if (buf->base == conn->server->stage)
+		conn_consume(conn, (const uint8_t *)buf->base, (size_t)nread);
+	else
+		read_in_place(conn, (const uint8_t *)buf->base, (size_t)nread);
+}
+
+void conn_start_reading(struct conn *conn)
+{
+	if (conn->closing || conn->broken || conn->reading_on || conn->throttled)
+		return;
+	int failed = uv_read_start(&conn->stream, on_alloc, on_read);
+	if (failed < 0)
+		conn_close(conn, LOG_WARN, uv_strerror(failed));
+	else
+		conn->reading_on = true;
+}

@@ -1,0 +1,207 @@
+/* What a connection writes: replies, notices, a turn's share of them. */
+#include <stdlib.h>
+
+#include "proto/codec.h"
+#include "server/conn_internal.h"
+#include "server/daemon.h"
+#include "server/request.h"
+
+#define WRITE_BUFS 256u
+
+/* ---- Writing ---- */
+
+void conn_mark_dirty(struct conn *conn)
+{
+	if (conn->dirty || conn->closing)
+		return;
+	conn->dirty = true;
+	conn->next_dirty = conn->server->dirty;
+	conn->server->dirty = conn;
+	server_flush_soon(conn->server);
+}
+
+void conn_new_turn(struct conn *conn)
+{
+	if (conn->turn != conn->server->turn) {
+		conn->turn = conn->server->turn;
+		conn->turn_read = 0;
+		conn->turn_written = 0;
+	}
+}
+
+static void wrote(struct conn *conn, uint64_t bytes)
+{
+	conn->write_us = conn->server->turn_us;
+	conn->turn_written += bytes;
+	outbox_consume(&conn->outbox, bytes);
+}
+
+static void on_written(uv_write_t *write, int status)
+{
+	struct conn *conn = write->data;
+	conn->writing = false;
+	if (conn->closing)
+		return;
+	if (status < 0) {
+		conn_close(conn, LOG_INFO, uv_strerror(status));
+		return;
+	}
+	conn_new_turn(conn);
+	wrote(conn, conn->wrote_bytes);
+	conn_mark_dirty(conn);
+}
+
+/* The socket is full: libuv writes this batch when it can. */
+static void write_later(struct conn *conn, const uv_buf_t *bufs, unsigned count, uint64_t bytes)
+{
+	conn->write.data = conn;
+	conn->wrote_bytes = bytes;
+	int failed = uv_write(&conn->write, &conn->stream, bufs, count, on_written);
+	if (failed < 0)
+		conn_close(conn, LOG_WARN, uv_strerror(failed));
+	else
+		conn->writing = true;
+}
+
+void conn_stop_reading(struct conn *conn)
+{
+	if (conn->reading_on)
+		(void)uv_read_stop(&conn->stream);
+	conn->reading_on = false;
+}
+
+/* While payloads are half sent there is room for as many requests again: the DATA that requests in flight wait for comes behind them. */
+static bool too_much_in_flight(const struct conn *conn)
+{
+	uint32_t limit = conn->server->config->limits.in_flight;
+	return conn->session->in_flight >= (conn->chunked_count == 0 ? limit : 2 * limit);
+}
+
+/* Never within a payload: its request may be the one that the limit waits for. Its end looks again. */
+void conn_throttle(struct conn *conn)
+{
+	if (conn->throttled || conn->state == CONN_PAYLOAD || !too_much_in_flight(conn))
+		return;
+	conn->throttled = true;
+	conn_stop_reading(conn);
+}
+
+/* Replies were written: a session that had too much in flight may go on. */
+static void unthrottle(struct conn *conn)
+{
+	if (!conn->throttled || too_much_in_flight(conn))
+		return;
+	conn->throttled = false;
+	conn->read_us = conn->server->turn_us; /* it was not the client that stalled */
+	conn_start_reading(conn);
+}
+
+void conn_flush(struct conn *conn)
+{
+	conn_new_turn(conn);
+	while (!conn->closing && !conn->writing && conn->turn_written < CONN_TURN_BYTES) {
+		uv_buf_t bufs[WRITE_BUFS];
+		uint64_t bytes;
+		unsigned count = outbox_gather(&conn->outbox, bufs, WRITE_BUFS, CONN_TURN_BYTES - conn->turn_written, &bytes);
+		if (count == 0)
+			break;
+		int written = uv_try_write(&conn->stream, bufs, count);
+		if (written == UV_EAGAIN)
+			write_later(conn, bufs, count, bytes);
+		else if (written < 0)
+			conn_close(conn, LOG_INFO, uv_strerror(written));
+		else
+			wrote(conn, (uint64_t)written);
+	}
+	if (conn->closing)
+		return;
+	unthrottle(conn);
+	if (outbox_empty(&conn->outbox)) {
+		if (conn->last_words && conn->session->in_flight == 0)
+			conn_close(conn, LOG_INFO, "done");
+	} else if (!conn->writing) {
+		conn_mark_dirty(conn); /* the turn's share is written: the rest in the next one */
+	}
+}
+
+bool conn_idle(const struct conn *conn)
+{
+	return conn->session->in_flight == 0 && outbox_empty(&conn->outbox);
+}
+
+/* ---- Replies ---- */
+
+static void on_reply_written(struct out *out)
+{
+	struct request *request = (struct request *)((char *)out - offsetof(struct request, out));
+	request->session->in_flight--;
+	request_release(request);
+}
+
+/* The client's time to read begins with the first reply that waits for it, not with the last one it has read. */
+static void begin_writing(struct conn *conn)
+{
+	if (outbox_empty(&conn->outbox))
+		conn->write_us = conn->server->turn_us;
+}
+
+/* The one place where a reply without a reader is dropped. */
+void conn_on_reply(struct request *request)
+{
+	struct conn *conn = request->session->conn;
+	if (conn == NULL || conn->closing || request->frame.frame == NULL) {
+		request->session->in_flight--;
+		request_release(request);
+		return;
+	}
+	request->out.written = on_reply_written;
+	begin_writing(conn);
+	outbox_add(&conn->outbox, &request->out, FRAME_REPLY, request->id, request->frame.frame, request->frame.envelope_bytes, request->segments,
+	           request->reply_bytes, conn->chunk_bytes);
+	conn_mark_dirty(conn);
+}
+
+void conn_notice_written(struct out *out)
+{
+	struct notice *notice = (struct notice *)out;
+	arena_fini(&notice->arena);
+	free(notice);
+}
+
+struct notice *conn_notice_create(void)
+{
+	struct notice *notice = calloc(1, sizeof *notice);
+	if (notice != NULL) {
+		arena_init(&notice->arena, 64u << 10);
+		notice->out.written = conn_notice_written;
+	}
+	return notice;
+}
+
+void conn_notice_send(struct conn *conn, struct notice *notice, frame_type type, const struct codec_buffer *buffer)
+{
+	begin_writing(conn);
+	outbox_add(&conn->outbox, &notice->out, type, 0, buffer->frame, buffer->envelope_bytes, NULL, 0, 0);
+	conn_mark_dirty(conn);
+}
+
+/* The last thing that the client hears; the connection is closed when all is written. */
+void conn_say_goodbye(struct conn *conn, opd_status status, const char *why)
+{
+	conn->last_words = true;
+	struct notice *notice = conn_notice_create();
+	struct codec_buffer buffer;
+	const struct msg_goaway goaway = {.status = status, .message = msg_text(why)};
+	if (conn->greeted && notice != NULL && codec_encode_goaway(&notice->arena, &goaway, &buffer, NULL) == OPD_OK)
+		conn_notice_send(conn, notice, FRAME_GOAWAY, &buffer);
+	else if (notice != NULL)
+		conn_notice_written(&notice->out);
+	conn_mark_dirty(conn); /* an idle one is closed by the flush */
+}
+
+void conn_goaway(struct conn *conn, const char *why)
+{
+	if (!conn->closing && !conn->last_words)
+		conn_say_goodbye(conn, OPD_UNAVAILABLE, why);
+}
+
