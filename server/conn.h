@@ -71,6 +71,8 @@ struct conn {
 	uint64_t turn;
 	uint64_t turn_read;
 	uint64_t turn_written;
+	uint32_t turn_requests;
+	bool flooding; /* it sent as many as a turn may in the one before: it is read in small pieces */
 	uint64_t wrote_bytes; /* of the uv_write under way */
 };
 
