@@ -75,6 +75,12 @@ struct server {
 /* Any thread: the loop looks at lanes, posts and drain soon. */
 void server_wake(struct server *server);
 
+/* Makes the configuration's lists the registry's, all or none; an error says where in the file. */
+OPD_MUST_USE opd_status server_set_priorities(struct server *server, const struct config *config, opd_error *error);
+
+/* Keeps `config`; what lanes read of it is copied. The one before is the caller's to free. */
+void server_take_config(struct server *server, struct config *config);
+
 /* The loop's: the next poll doesn't sleep, so that on_flush sees what is dirty now. */
 void server_flush_soon(struct server *server);
 

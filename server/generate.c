@@ -284,16 +284,8 @@ static void generate_done(struct request *request)
 void generate_start(struct request *request)
 {
 	const struct msg_generate *message = &request->message.generate;
-	struct msg_text name = message->op;
-	const struct op *op = snapshot_op(request->snapshot, name.data == NULL ? "" : name.data, name.bytes);
-	opd_status status = OPD_OK;
-	if (op == NULL) {
-		char shown[160];
-		status = opd_fail(&request->error, OPD_NOT_FOUND, "no op \"%s\"",
-		                  text_escape(name.data == NULL ? "" : name.data, name.bytes, shown, sizeof shown));
-	} else {
-		status = check_generate(request, op, message);
-	}
+	const struct op *op = snapshot_find_op(request->snapshot, message->op, &request->error);
+	opd_status status = op == NULL ? OPD_NOT_FOUND : check_generate(request, op, message);
 	struct generation *generation = status == OPD_OK ? arena_zalloc(&request->arena, sizeof *generation) : NULL;
 	if (status == OPD_OK && generation == NULL)
 		status = opd_fail(&request->error, OPD_RESOURCE_EXHAUSTED, "generate: out of memory");

@@ -101,12 +101,8 @@ static bool fill_in_place(struct request *request, const struct op *op, struct m
 
 void inspect_op(struct request *request)
 {
-	struct msg_text name = request->message.op;
-	const struct op *op = snapshot_op(request->snapshot, name.data == NULL ? "" : name.data, name.bytes);
+	const struct op *op = snapshot_find_op(request->snapshot, request->message.op, &request->error);
 	if (op == NULL) {
-		char shown[160];
-		(void)opd_fail(&request->error, OPD_NOT_FOUND, "no op \"%s\"",
-		               text_escape(name.data == NULL ? "" : name.data, name.bytes, shown, sizeof shown));
 		request_fail(request);
 		return;
 	}

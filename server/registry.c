@@ -292,58 +292,101 @@ static struct plist **list_slot(struct registry *registry, int level, struct ent
 	return entry == NULL ? &registry->configuration_star : &entry->configuration;
 }
 
-static opd_status set_locked(struct registry *registry, int level, const char *name, const char *const *names, uint32_t count,
-                             opd_error *error)
+/* The list for an op (NULL or "*": for all), checked and made; names NULL: no list, *list_out is NULL. *slot_out: where it belongs. */
+static opd_status make_list(struct registry *registry, int level, const char *name, const char *const *names, uint32_t count,
+                            struct plist **list_out, struct plist ***slot_out, opd_error *error)
 {
 	bool star = name == NULL || strcmp(name, "*") == 0;
-	struct entry *entry = star ? NULL : registry_find(registry, name);
-	char shown[160];
-	if (!star && entry == NULL)
-		return opd_fail(error, OPD_NOT_FOUND, "no op %s", text_escape(name, strnlen(name, 256), shown, sizeof shown));
-	struct plist *list = NULL;
-	if (names != NULL) {
-		struct msg_text texts[BOUND_PROVIDERS];
-		if (count > BOUND_PROVIDERS)
-			return opd_fail(error, OPD_INVALID_ARGUMENT, "priority list of %u providers, at most %u", (unsigned)count, BOUND_PROVIDERS);
-		for (uint32_t i = 0; i < count; i++)
-			texts[i] = msg_text(names[i]);
-		const struct op *op = star ? NULL : &registry->current->ops[entry - registry->ops];
-		opd_status status = plist_check(registry->current, op, texts, count, error);
-		if (status != OPD_OK)
-			return status;
-		list = plist_create((msg_level)level, star, texts, count);
-		if (list == NULL)
-			return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "priority list: out of memory");
-	}
-	struct plist **slot = list_slot(registry, level, entry);
-	struct plist *before = *slot;
-	*slot = list;
-	opd_status status = registry_publish(registry, error);
+	const struct op *op = star ? NULL : snapshot_find_op(registry->current, msg_text(name), error);
+	if (!star && op == NULL)
+		return OPD_NOT_FOUND;
+	*slot_out = list_slot(registry, level, star ? NULL : &registry->ops[op->index]);
+	*list_out = NULL;
+	if (names == NULL)
+		return OPD_OK;
+	struct msg_text texts[BOUND_PROVIDERS];
+	if (count > BOUND_PROVIDERS)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "priority list of %u providers, at most %u", (unsigned)count, BOUND_PROVIDERS);
+	for (uint32_t i = 0; i < count; i++)
+		texts[i] = msg_text(names[i]);
+	opd_status status = plist_check(registry->current, op, texts, count, error);
 	if (status != OPD_OK)
-		*slot = before;
-	plist_unref(status == OPD_OK ? before : list);
-	return status;
+		return status;
+	*list_out = plist_create((msg_level)level, star, texts, count);
+	return *list_out != NULL ? OPD_OK : opd_fail(error, OPD_RESOURCE_EXHAUSTED, "priority list: out of memory");
 }
 
 opd_status registry_set_priority(struct registry *registry, int level, const char *op, const char *const *names, uint32_t count,
                                  opd_error *error)
 {
+	struct plist *list;
+	struct plist **slot;
 	(void)pthread_mutex_lock(&registry->mutex);
-	opd_status status = set_locked(registry, level, op, names, count, error);
+	opd_status status = make_list(registry, level, op, names, count, &list, &slot, error);
+	if (status == OPD_OK) {
+		struct plist *before = *slot;
+		*slot = list;
+		status = registry_publish(registry, error);
+		if (status != OPD_OK)
+			*slot = before;
+		plist_unref(status == OPD_OK ? before : list);
+	}
 	(void)pthread_mutex_unlock(&registry->mutex);
 	return status;
 }
 
-void registry_clear_configuration(struct registry *registry)
+/* The configuration's lists, all at once: those of ops by index, then the one for `*`. */
+struct configured {
+	struct plist *lists[REGISTRY_OPS_MAX + 1];
+};
+
+static void configured_swap(struct registry *registry, struct configured *configured)
 {
-	(void)pthread_mutex_lock(&registry->mutex);
-	for (uint32_t i = 0; i < registry->op_count; i++) {
-		plist_unref(registry->ops[i].configuration);
-		registry->ops[i].configuration = NULL;
+	for (uint32_t i = 0; i <= registry->op_count; i++) {
+		struct plist **slot = i < registry->op_count ? &registry->ops[i].configuration : &registry->configuration_star;
+		struct plist *before = *slot;
+		*slot = configured->lists[i];
+		configured->lists[i] = before;
 	}
-	plist_unref(registry->configuration_star);
-	registry->configuration_star = NULL;
-	if (registry_publish(registry, NULL) != OPD_OK)
-		LOG(registry->log, LOG_ERROR, "registry: out of memory");
+}
+
+static opd_status configured_fill(struct registry *registry, struct configured *configured, const struct registry_list *lists, size_t count,
+                                  size_t *failed_out, opd_error *error)
+{
+	for (size_t i = 0; i < count; i++) {
+		struct plist *list;
+		struct plist **slot;
+		opd_status status =
+			make_list(registry, MSG_LEVEL_CONFIGURATION, lists[i].op, lists[i].names, lists[i].count, &list, &slot, error);
+		if (status != OPD_OK) {
+			*failed_out = i;
+			return status;
+		}
+		uint32_t at = slot == &registry->configuration_star ? registry->op_count : (uint32_t)(registry_find(registry, lists[i].op) - registry->ops);
+		plist_unref(configured->lists[at]);
+		configured->lists[at] = list;
+	}
+	return OPD_OK;
+}
+
+opd_status registry_set_configuration(struct registry *registry, const struct registry_list *lists, size_t count, size_t *failed_out,
+                                      opd_error *error)
+{
+	struct configured *configured = calloc(1, sizeof *configured);
+	*failed_out = count;
+	if (configured == NULL)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "registry: out of memory");
+	(void)pthread_mutex_lock(&registry->mutex);
+	opd_status status = configured_fill(registry, configured, lists, count, failed_out, error);
+	if (status == OPD_OK) {
+		configured_swap(registry, configured);
+		status = registry_publish(registry, error);
+		if (status != OPD_OK)
+			configured_swap(registry, configured);
+	}
+	for (uint32_t i = 0; i <= registry->op_count; i++)
+		plist_unref(configured->lists[i]);
 	(void)pthread_mutex_unlock(&registry->mutex);
+	free(configured);
+	return status;
 }

@@ -12,6 +12,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "proto/message.h"
 #include "providers/provider.h"
 #include "server/log.h"
 #include "server/schema.h"
@@ -112,6 +113,8 @@ void snapshot_unref(struct snapshot *snapshot);
 
 /* NULL: no such op, provider, implementation. */
 const struct op *snapshot_op(const struct snapshot *snapshot, const char *name, size_t bytes);
+/* The same with NOT_FOUND written, and the op whose name comes closest. */
+const struct op *snapshot_find_op(const struct snapshot *snapshot, struct msg_text name, opd_error *error);
 const struct provider *snapshot_provider(const struct snapshot *snapshot, const char *name, size_t bytes);
 const struct impl *op_impl(const struct op *op, const struct provider *provider);
 
@@ -119,7 +122,13 @@ const struct impl *op_impl(const struct op *op, const struct provider *provider)
  * a provider of the op (SEMANTICS 16). level: MSG_LEVEL_SERVER or MSG_LEVEL_CONFIGURATION. */
 OPD_MUST_USE opd_status registry_set_priority(struct registry *registry, int level, const char *op, const char *const *names, uint32_t count,
                                               opd_error *error);
-/* Drops all of the configuration's lists, before a reload sets the new ones. */
-void registry_clear_configuration(struct registry *registry);
+/* All of the configuration's lists in one step: requests see the old ones or the new ones. On failure nothing changes, and *failed_out is the bad one's index (count: memory). */
+struct registry_list {
+	const char *op; /* or "*" */
+	const char *const *names;
+	uint32_t count;
+};
+OPD_MUST_USE opd_status registry_set_configuration(struct registry *registry, const struct registry_list *lists, size_t count,
+                                                   size_t *failed_out, opd_error *error);
 
 #endif

@@ -284,12 +284,9 @@ static opd_status expect_kept(struct request *request, const struct msg_run *run
 static opd_status check_and_take(struct request *request)
 {
 	const struct msg_run *run = &request->message.run;
-	const struct op *op = snapshot_op(request->snapshot, run->op.data == NULL ? "" : run->op.data, run->op.bytes);
-	if (op == NULL) {
-		char shown[160];
-		return opd_fail(&request->error, OPD_NOT_FOUND, "no op \"%s\"",
-		                text_escape(run->op.data == NULL ? "" : run->op.data, run->op.bytes, shown, sizeof shown));
-	}
+	const struct op *op = snapshot_find_op(request->snapshot, run->op, &request->error);
+	if (op == NULL)
+		return OPD_NOT_FOUND;
 	request->run.op = op;
 	if (run->output_count > op->schema->result_count)
 		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s: options for %u outputs, it has %u", op->schema->name,

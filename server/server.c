@@ -279,21 +279,6 @@ static opd_status open_providers(struct server *server, opd_error *error)
 	return OPD_OK;
 }
 
-static opd_status set_priorities(struct registry *registry, const struct config *config, opd_error *error)
-{
-	opd_status status = OPD_OK;
-	for (size_t i = 0; status == OPD_OK && i < config->priority_count; i++) {
-		const struct config_priority *priority = &config->priorities[i];
-		status = registry_set_priority(registry, MSG_LEVEL_CONFIGURATION, priority->op, (const char *const *)priority->providers,
-		                               (uint32_t)priority->count, error);
-		if (status != OPD_OK && priority->line != 0)
-			status = opd_error_prefix(error, status, "%s:%u: priorities", config->path == NULL ? "configuration" : config->path, priority->line);
-		else if (status != OPD_OK)
-			status = opd_error_prefix(error, status, "priorities");
-	}
-	return status;
-}
-
 /* 0 or libuv's error. The descriptor is closed with the server, also after a failure. */
 static int open_tick(struct server *server)
 {
@@ -378,13 +363,13 @@ static opd_status start(struct server *server, opd_error *error)
 	if (status == OPD_OK)
 		status = open_providers(server, error);
 	if (status == OPD_OK)
-		status = set_priorities(server->registry, config, error);
+		status = server_set_priorities(server, config, error);
 	for (size_t i = 0; status == OPD_OK && i < config->listener_count; i++)
 		status = listener_open(server, &config->listeners[i], error);
 	return status;
 }
 
-static void take_config(struct server *server, struct config *config)
+void server_take_config(struct server *server, struct config *config)
 {
 	server->config = config;
 	atomic_store_explicit(&server->checked, config->checked, memory_order_relaxed);
@@ -399,7 +384,7 @@ opd_status server_create(struct config *config, struct log *log, struct server *
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: out of memory");
 	}
 	server->log = log;
-	take_config(server, config);
+	server_take_config(server, config);
 	server->tick_fd = -1;
 	server->started_us = server->turn_us = request_now_ns() / 1000;
 	context_init(&server->context, server);
@@ -484,243 +469,4 @@ void server_destroy(struct server *server)
 	config_destroy(server->config);
 	(void)pthread_mutex_destroy(&server->mutex);
 	free(server);
-}
-
-/* ---- Reloading ---- */
-
-static bool same_listeners(const struct config *a, const struct config *b)
-{
-	if (a->listener_count != b->listener_count)
-		return false;
-	for (size_t i = 0; i < a->listener_count; i++)
-		if (strcmp(a->listeners[i].address, b->listeners[i].address) != 0)
-			return false;
-	return true;
-}
-
-/* The lists of `config` as they would stand, checked against the providers that are there. */
-static opd_status check_priorities(struct server *server, const struct config *config, opd_error *error)
-{
-	struct snapshot *snapshot = registry_snapshot(server->registry);
-	opd_status status = OPD_OK;
-	for (size_t i = 0; status == OPD_OK && i < config->priority_count; i++) {
-		const struct config_priority *priority = &config->priorities[i];
-		bool star = strcmp(priority->op, "*") == 0;
-		const struct op *op = star ? NULL : snapshot_op(snapshot, priority->op, strlen(priority->op));
-		if (!star && op == NULL)
-			status = opd_fail(error, OPD_NOT_FOUND, "priorities: no op %s", priority->op);
-		for (size_t k = 0; status == OPD_OK && k < priority->count; k++) {
-			struct msg_text name = msg_text(priority->providers[k]);
-			status = plist_check(snapshot, op, &name, 1, error);
-		}
-	}
-	snapshot_unref(snapshot);
-	return status;
-}
-
-static bool module_known(const struct config *config, const char *path)
-{
-	for (size_t i = 0; i < config->module_count; i++)
-		if (strcmp(config->modules[i].path, path) == 0)
-			return true;
-	return false;
-}
-
-opd_status server_reload(struct server *server, struct config *config, opd_error *error)
-{
-	const struct config *before = server->config;
-	if (!same_listeners(before, config))
-		return opd_fail(error, OPD_FAILED_PRECONDITION, "reload: listeners can't change while running: restart the daemon");
-	if (before->threads != config->threads)
-		return opd_fail(error, OPD_FAILED_PRECONDITION, "reload: threads can't change while running (%u to %u): restart the daemon",
-		                (unsigned)before->threads, (unsigned)config->threads);
-	for (size_t i = 0; i < config->module_count; i++) {
-		const struct config_module *module = &config->modules[i];
-		if (!module_known(before, module->path)) {
-			opd_status status = registry_load(server->registry, module->path, module->name, false, error);
-			if (status != OPD_OK)
-				return opd_error_prefix(error, status, "reload");
-		}
-	}
-	opd_status status = check_priorities(server, config, error);
-	if (status != OPD_OK)
-		return opd_error_prefix(error, status, "reload");
-	registry_clear_configuration(server->registry);
-	status = set_priorities(server->registry, config, error);
-	if (status != OPD_OK) /* only memory can be the reason now */
-		LOG(server->log, LOG_ERROR, "reload: priorities are incomplete", LOG_STR("reason", error->text));
-	log_set_level(server->log, config->level);
-	take_config(server, config);
-	atomic_store(&server->memory.limit_bytes, config->limits.memory_bytes);
-	atomic_store(&server->account->limit_bytes, config->limits.memory_bytes);
-	config_destroy((struct config *)before);
-	LOG(server->log, LOG_INFO, "configuration reloaded", LOG_STR("path", config->path));
-	return OPD_OK;
-}
-
-/* ---- Adopted sessions and direct calls ---- */
-
-/* A call that waits for the loop. */
-struct handshake {
-	struct server *server;
-	sem_t done;
-	int fd;
-	struct session *session;
-	opd_status status;
-	opd_error *error;
-};
-
-static void adopt_on_loop(void *argument)
-{
-	struct handshake *shake = argument;
-	struct server *server = shake->server;
-	struct conn *conn = server->draining ? NULL : conn_create(server, "embedded", true);
-	int failed = conn == NULL ? UV_ENOMEM : uv_pipe_init(&server->loop, &conn->pipe, 0);
-	if (failed == 0) {
-		conn->handle.data = conn;
-		failed = uv_pipe_open(&conn->pipe, shake->fd);
-	}
-	if (failed == 0) {
-		(void)snprintf(conn->peer, sizeof conn->peer, "embedded");
-		shake->session = session_ref(conn->session);
-		shake->status = OPD_OK;
-		conn_start(conn, NULL);
-	} else {
-		shake->status = opd_fail(shake->error, OPD_UNAVAILABLE, "server: %s", uv_strerror(failed));
-		if (conn != NULL)
-			conn_close(conn, LOG_WARN, uv_strerror(failed));
-	}
-	(void)sem_post(&shake->done);
-}
-
-static opd_status handshake(struct handshake *shake, void (*callback)(void *))
-{
-	(void)sem_init(&shake->done, 0, 0);
-	opd_status status = server_post(shake->server, callback, shake, shake->error);
-	if (status == OPD_OK) {
-		while (sem_wait(&shake->done) != 0)
-			;
-		status = shake->status;
-	}
-	(void)sem_destroy(&shake->done);
-	return status;
-}
-
-opd_status server_adopt(struct server *server, int fd, struct session **session_out, opd_error *error)
-{
-	struct handshake shake = {.server = server, .fd = fd, .error = error};
-	opd_status status = handshake(&shake, adopt_on_loop);
-	if (status == OPD_OK)
-		*session_out = shake.session;
-	return status;
-}
-
-/* What a direct call leaves to a lane comes back through the loop, which therefore doesn't end before the last direct scope. */
-static void end_direct(struct server *server, struct session *session)
-{
-	if (session->direct)
-		server->direct_count--;
-	session->direct = false;
-}
-
-static void forget_on_loop(void *argument)
-{
-	struct handshake *shake = argument;
-	end_direct(shake->server, shake->session);
-	session_unref(shake->session);
-	(void)sem_post(&shake->done);
-}
-
-void server_forget(struct server *server, struct session *session)
-{
-	struct handshake shake = {.server = server, .session = session, .status = OPD_OK};
-	if (handshake(&shake, forget_on_loop) != OPD_OK)
-		session_unref(session);
-}
-
-static void direct_begin_on_loop(void *argument)
-{
-	struct handshake *shake = argument;
-	if (shake->server->draining) {
-		shake->status = opd_fail(shake->error, OPD_UNAVAILABLE, "direct calls: the server is draining");
-	} else if (shake->session->in_flight != 0) {
-		shake->status = opd_fail(shake->error, OPD_FAILED_PRECONDITION, "direct calls: %u requests are in flight", (unsigned)shake->session->in_flight);
-	} else {
-		shake->session->direct = true;
-		shake->server->direct_count++;
-		shake->status = OPD_OK;
-	}
-	(void)sem_post(&shake->done);
-}
-
-static void direct_end_on_loop(void *argument)
-{
-	struct handshake *shake = argument;
-	end_direct(shake->server, shake->session);
-	(void)sem_post(&shake->done);
-}
-
-opd_status server_direct_begin(struct server *server, struct session *session, opd_error *error)
-{
-	struct handshake shake = {.server = server, .session = session, .error = error};
-	return handshake(&shake, direct_begin_on_loop);
-}
-
-void server_direct_end(struct server *server, struct session *session)
-{
-	struct handshake shake = {.server = server, .session = session, .status = OPD_OK};
-	(void)handshake(&shake, direct_end_on_loop);
-}
-
-struct server_reply {
-	struct context context; /* of this call alone */
-	struct request *request;
-	sem_t done;
-};
-
-static void on_direct_reply(struct request *request)
-{
-	(void)request; /* the caller reads request->reply */
-}
-
-struct server_reply *server_direct_call(struct server *server, struct session *session, uint64_t request_id, const struct msg_request *message)
-{
-	struct server_reply *reply = calloc(1, sizeof *reply);
-	if (reply == NULL)
-		return NULL;
-	context_init(&reply->context, server);
-	(void)sem_init(&reply->done, 0, 0);
-	struct request *request = request_create(&reply->context, session, request_id);
-	if (request == NULL) {
-		server_reply_release(reply);
-		return NULL;
-	}
-	reply->request = request;
-	request->direct = true;
-	request->owner = &reply->done;
-	request->on_reply = on_direct_reply;
-	request->message = *message;
-	request->clock.received = request_now_ns();
-	session->last_request = request_id;
-	if (request_accept_message(request, 0) != OPD_OK)
-		request_reject(request);
-	else
-		request_start(request);
-	return reply;
-}
-
-const struct msg_reply *server_reply_message(const struct server_reply *reply)
-{
-	return &reply->request->reply;
-}
-
-void server_reply_release(struct server_reply *reply)
-{
-	if (reply == NULL)
-		return;
-	if (reply->request != NULL)
-		request_release(reply->request);
-	context_fini(&reply->context);
-	(void)sem_destroy(&reply->done);
-	free(reply);
 }

@@ -117,11 +117,9 @@ static opd_status entry_op(const struct snapshot *snapshot, struct msg_text name
 	*index_out = STAR;
 	if (name.bytes == 1 && name.data[0] == '*')
 		return OPD_OK;
-	const struct op *op = snapshot_op(snapshot, name.data == NULL ? "" : name.data, name.bytes);
-	if (op == NULL) {
-		char shown[160];
-		return opd_fail(error, OPD_NOT_FOUND, "no op \"%s\"", text_escape(name.data == NULL ? "" : name.data, name.bytes, shown, sizeof shown));
-	}
+	const struct op *op = snapshot_find_op(snapshot, name, error);
+	if (op == NULL)
+		return OPD_NOT_FOUND;
 	*op_out = op;
 	*index_out = op->index;
 	return OPD_OK;

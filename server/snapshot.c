@@ -42,6 +42,51 @@ const struct op *snapshot_op(const struct snapshot *snapshot, const char *name, 
 	return NULL;
 }
 
+/* How many letters have to be put in, left out or changed to make `own` of `name` (Levenshtein's distance); both are short. */
+static unsigned name_distance(const char *own, const char *name, size_t bytes)
+{
+	unsigned row[65];
+	size_t own_bytes = strlen(own);
+	if (own_bytes > 64)
+		return UINT32_MAX;
+	for (size_t i = 0; i <= own_bytes; i++)
+		row[i] = (unsigned)i;
+	for (size_t k = 0; k < bytes; k++) {
+		unsigned diagonal = row[0]++;
+		for (size_t i = 1; i <= own_bytes; i++) {
+			unsigned changed = diagonal + (own[i - 1] != name[k]);
+			unsigned longer = row[i] < row[i - 1] ? row[i] + 1 : row[i - 1] + 1;
+			diagonal = row[i];
+			row[i] = changed < longer ? changed : longer;
+		}
+	}
+	return row[own_bytes];
+}
+
+const struct op *snapshot_find_op(const struct snapshot *snapshot, struct msg_text name, opd_error *error)
+{
+	const char *text = name.data == NULL ? "" : name.data;
+	const struct op *op = snapshot_op(snapshot, text, name.bytes);
+	if (op != NULL)
+		return op;
+	char shown[160];
+	const char *closest = NULL;
+	unsigned best = 3; /* from here on it is another word */
+	for (uint32_t i = 0; i < snapshot->op_count && name.bytes <= 64; i++) {
+		unsigned distance = name_distance(snapshot->ops[i].schema->name, text, name.bytes);
+		if (distance < best) {
+			best = distance;
+			closest = snapshot->ops[i].schema->name;
+		}
+	}
+	text_escape(text, name.bytes, shown, sizeof shown);
+	if (closest != NULL)
+		(void)opd_fail(error, OPD_NOT_FOUND, "no op \"%s\": did you mean %s?", shown, closest);
+	else
+		(void)opd_fail(error, OPD_NOT_FOUND, "no op \"%s\" among the %u that are here", shown, (unsigned)snapshot->op_count);
+	return NULL;
+}
+
 const struct provider *snapshot_provider(const struct snapshot *snapshot, const char *name, size_t bytes)
 {
 	uint32_t hash = schema_hash(name, bytes);

@@ -707,11 +707,11 @@ class Device(unittest.TestCase):
         daemon.stop(0)
 
     def test_a_forced_end_waits_for_the_device_and_for_nothing_else(self):
-        daemon = DeviceDaemon("--priority", "relu=testdev,native", delay_us=30000)
+        daemon = DeviceDaemon(fault="kernel:1+", delay_us=30000)
         client = self.client(daemon)
         for i in range(20):
-            request, _ = add_request(i) if i % 2 else relu_request(i, count=70000)  # the plan refuses: native would be next
-            request.run.strict = False
+            request, _ = add_request(i, run_retry=True)  # the kernel fails: native would be next, also when the daemon has ended
+            request.run.priority.names.append("native")
             client.submit(request)
         client.read_reply()
         daemon.signal(15)
@@ -817,7 +817,7 @@ class Device(unittest.TestCase):
             self.check(client.ask(request)[0], wanted)
 
     def test_requests_in_flight_share_the_devices_memory_instead_of_failing(self):
-        client = self.client(self.daemon(memory=1 << 20, delay_us=1000))
+        client = self.client(self.daemon(memory=1 << 20, delay_us=10000))
         wanted = {}
         for i in range(24):  # each 300 KiB
             request, values = add_request(i, count=25600, run_device="test:0")

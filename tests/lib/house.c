@@ -51,7 +51,8 @@ void house_start(struct house *house, const char *const *settings)
 	ck_assert_msg(config_add_listener(config, house->address, &error) == OPD_OK, "%s", error.text);
 	ck_assert_msg(config_check(config, false, &error) == OPD_OK, "%s", error.text);
 	ck_assert_msg(server_create(config, &house->log, &house->server, &error) == OPD_OK, "%s", error.text);
-	registry_clear_configuration(house->server->registry); /* the default list for every op */
+	size_t failed;
+	ck_assert_int_eq(registry_set_configuration(house->server->registry, NULL, 0, &failed, NULL), OPD_OK); /* the default list for every op */
 	ck_assert_msg(lab_open(house->server->registry, &error) == OPD_OK, "%s", error.text);
 	ck_assert_int_eq(pthread_create(&house->thread, NULL, serve, house), 0);
 }

@@ -1,0 +1,70 @@
+/* Taking over a configuration while running. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "server/daemon.h"
+
+opd_status server_set_priorities(struct server *server, const struct config *config, opd_error *error)
+{
+	struct registry_list *lists = calloc(config->priority_count + 1, sizeof lists[0]);
+	if (lists == NULL)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "priorities: out of memory");
+	for (size_t i = 0; i < config->priority_count; i++) {
+		const struct config_priority *priority = &config->priorities[i];
+		lists[i] = (struct registry_list){priority->op, (const char *const *)priority->providers, (uint32_t)priority->count};
+	}
+	size_t failed;
+	opd_status status = registry_set_configuration(server->registry, lists, config->priority_count, &failed, error);
+	free(lists);
+	if (status == OPD_OK)
+		return OPD_OK;
+	unsigned line = failed < config->priority_count ? config->priorities[failed].line : 0;
+	return line == 0 ? opd_error_prefix(error, status, "priorities")
+	                 : opd_error_prefix(error, status, "%s:%u: priorities", config->path == NULL ? "configuration" : config->path, line);
+}
+
+static bool same_listeners(const struct config *a, const struct config *b)
+{
+	if (a->listener_count != b->listener_count)
+		return false;
+	for (size_t i = 0; i < a->listener_count; i++)
+		if (strcmp(a->listeners[i].address, b->listeners[i].address) != 0)
+			return false;
+	return true;
+}
+
+static bool module_known(const struct config *config, const char *path)
+{
+	for (size_t i = 0; i < config->module_count; i++)
+		if (strcmp(config->modules[i].path, path) == 0)
+			return true;
+	return false;
+}
+
+opd_status server_reload(struct server *server, struct config *config, opd_error *error)
+{
+	const struct config *before = server->config;
+	if (!same_listeners(before, config))
+		return opd_fail(error, OPD_FAILED_PRECONDITION, "reload: listeners can't change while running: restart the daemon");
+	if (before->threads != config->threads)
+		return opd_fail(error, OPD_FAILED_PRECONDITION, "reload: threads can't change while running (%u to %u): restart the daemon",
+		                (unsigned)before->threads, (unsigned)config->threads);
+	for (size_t i = 0; i < config->module_count; i++) {
+		const struct config_module *module = &config->modules[i];
+		if (!module_known(before, module->path)) {
+			opd_status status = registry_load(server->registry, module->path, module->name, false, error);
+			if (status != OPD_OK)
+				return opd_error_prefix(error, status, "reload");
+		}
+	}
+	opd_status status = server_set_priorities(server, config, error);
+	if (status != OPD_OK)
+		return opd_error_prefix(error, status, "reload");
+	log_set_level(server->log, config->level);
+	server_take_config(server, config);
+	atomic_store(&server->memory.limit_bytes, config->limits.memory_bytes);
+	atomic_store(&server->account->limit_bytes, config->limits.memory_bytes);
+	config_destroy((struct config *)before);
+	LOG(server->log, LOG_INFO, "configuration reloaded", LOG_STR("path", config->path));
+	return OPD_OK;
+}
