@@ -17,6 +17,7 @@
 #include "server/session.h"
 
 #define CONN_TURN_BYTES (256u << 10)
+#define CONN_TURN_REQUESTS 128u /* that a turn accepts, give or take what one read brings */
 #define CONN_CHUNKED_BITS 5
 #define CONN_STAGE_BYTES (64u << 10)
 
@@ -71,6 +72,8 @@ struct conn {
 	uint64_t turn;
 	uint64_t turn_read;
 	uint64_t turn_written;
+	uint32_t turn_requests;
+	bool flooding; /* it sent as many as a turn may in the one before: it is read in small pieces */
 	uint64_t wrote_bytes; /* of the uv_write under way */
 };
 

@@ -136,6 +136,7 @@ static void on_request(struct conn *conn, const struct frame_header *header, con
 		return;
 	}
 	conn->session->in_flight++;
+	conn->turn_requests++;
 	request->on_reply = conn_on_reply;
 	uint32_t head = FRAME_HEADER_BYTES + header->envelope_bytes;
 	conn->read_hint = header->payload_bytes >= DIRECT_BYTES && (header->flags & FRAME_CHUNKED) == 0 ? head : 0;

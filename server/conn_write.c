@@ -26,6 +26,8 @@ void conn_new_turn(struct conn *conn)
 		conn->turn = conn->server->turn;
 		conn->turn_read = 0;
 		conn->turn_written = 0;
+		conn->flooding = conn->turn_requests >= CONN_TURN_REQUESTS;
+		conn->turn_requests = 0;
 	}
 }
 
