@@ -23,6 +23,11 @@ opd_status server_set_priorities(struct server *server, const struct config *con
 	                 : opd_error_prefix(error, status, "%s:%u: priorities", config->path == NULL ? "configuration" : config->path, line);
 }
 
+static bool same_text(const char *a, const char *b)
+{
+	return a == NULL || b == NULL ? a == b : strcmp(a, b) == 0;
+}
+
 static bool same_listeners(const struct config *a, const struct config *b)
 {
 	if (a->listener_count != b->listener_count)
@@ -49,6 +54,8 @@ opd_status server_reload(struct server *server, struct config *config, opd_error
 	if (before->threads != config->threads)
 		return opd_fail(error, OPD_FAILED_PRECONDITION, "reload: threads can't change while running (%u to %u): restart the daemon",
 		                (unsigned)before->threads, (unsigned)config->threads);
+	if (before->format != config->format || !same_text(before->log_path, config->log_path))
+		return opd_fail(error, OPD_FAILED_PRECONDITION, "reload: log.file and log.format can't change while running: restart the daemon");
 	for (size_t i = 0; i < config->module_count; i++) {
 		const struct config_module *module = &config->modules[i];
 		if (!module_known(before, module->path)) {

@@ -289,6 +289,10 @@ class Signals(WithFolder):
         self.assertIn("threads", daemon.wait_log("not reloaded"))
         reply, _ = self.client(daemon.address).ask(pb.Request(get_priority=pb.GetPriority(op="relu")))
         self.assertNotEqual(list(reply.priority.stored), ["native"])
+        for text in ("threads: 1\nlog: {format: json}\n", "threads: 1\nlog: {file: elsewhere.log}\n"):
+            daemon.write_config(text)
+            daemon.signal(signal.SIGHUP)
+            daemon.wait_log("not reloaded", "log.file and log.format")
 
     def test_sighup_changes_level_and_limits(self):
         daemon = self.start(config="log: {level: info}\n")
