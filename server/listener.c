@@ -66,6 +66,16 @@ static void identify_unix(struct conn *conn)
 	conn->session->admin = peer.uid == 0 || peer.uid == geteuid();
 }
 
+/* As much as the system lets a Unix socket hold (it doubles what is asked for): 64 replies of 16 KiB in flight then leave in half as many system calls. TCP finds
+ * its own size. */
+static void widen(struct conn *conn)
+{
+	uv_os_fd_t fd;
+	const int bytes = 1 << 20;
+	if (uv_fileno(&conn->handle, &fd) == 0)
+		(void)setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof bytes);
+}
+
 static int open_handle(struct listener *listener, struct conn *conn)
 {
 	conn->handle.data = conn;
@@ -107,6 +117,7 @@ static void on_connection(uv_stream_t *stream, int status)
 	}
 	if (listener->kind == LISTEN_UNIX) {
 		identify_unix(conn);
+		widen(conn);
 	} else {
 		describe_peer(conn);
 		(void)uv_tcp_nodelay(&conn->tcp, 1);
