@@ -210,7 +210,8 @@ static const struct impl *call_steps(struct parts *parts, step last)
 	const struct msg_run *run = &parts->request.run;
 	struct bound bound;
 	struct dispatch dispatch;
-	opd_error *error = NULL;
+	static opd_error own;
+	opd_error *error = &own; /* as a request has one */
 	arena_reset(&parts->arena);
 	const struct op *op = snapshot_op(parts->snapshot, run->op.data, run->op.bytes);
 	struct effective *effective = effective_ref(op->fallback);
