@@ -332,7 +332,11 @@ opd_status reader_receive(opd_client *client, bool wait, bool *more_out, opd_err
 	const size_t direct = reader->sink_to == NULL ? 0 : (size_t)reader->sink_left;
 	if (direct != 0)
 		pieces[count++] = (struct iovec){reader->sink_to, direct};
-	pieces[count++] = (struct iovec){reader->stage + reader->end, STAGE_BYTES - reader->end};
+	/* Behind a piece of a chunked payload only the next piece's head: its bytes then go straight to their block. */
+	const size_t room = direct != 0 && reader->flight != NULL && reader->flight->receiving && reader->begin == reader->end
+	                        ? FRAME_HEADER_BYTES + FRAME_DATA_OFFSET_BYTES
+	                        : STAGE_BYTES - reader->end;
+	pieces[count++] = (struct iovec){reader->stage + reader->end, room};
 	struct msghdr message = {.msg_iov = pieces, .msg_iovlen = count};
 	const int flags = wait ? 0 : MSG_DONTWAIT;
 	*more_out = false;
@@ -343,7 +347,7 @@ opd_status reader_receive(opd_client *client, bool wait, bool *more_out, opd_err
 	if (got <= 0)
 		return receive_end(client, got == 0 ? 0 : errno, error);
 	size_t bytes = (size_t)got;
-	*more_out = bytes == direct + STAGE_BYTES - reader->end;
+	*more_out = bytes == direct + room;
 	const size_t placed = bytes < direct ? bytes : direct;
 	if (placed != 0) {
 		reader->sink_to += placed;

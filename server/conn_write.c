@@ -24,6 +24,7 @@ void conn_new_turn(struct conn *conn)
 {
 	if (conn->turn != conn->server->turn) {
 		conn->turn = conn->server->turn;
+		conn->server->turn_conns++;
 		conn->turn_read = 0;
 		conn->turn_written = 0;
 		conn->flooding = conn->turn_requests >= CONN_TURN_REQUESTS;
@@ -101,10 +102,11 @@ static void unthrottle(struct conn *conn)
 void conn_flush(struct conn *conn)
 {
 	conn_new_turn(conn);
-	while (!conn->closing && !conn->writing && conn->turn_written < CONN_TURN_BYTES) {
+	const uint64_t share = conn->server->crowded ? CONN_TURN_BYTES : CONN_TURN_ALONE_BYTES;
+	while (!conn->closing && !conn->writing && conn->turn_written < share) {
 		uv_buf_t bufs[WRITE_BUFS];
 		uint64_t bytes;
-		unsigned count = outbox_gather(&conn->outbox, bufs, WRITE_BUFS, CONN_TURN_BYTES - conn->turn_written, &bytes);
+		unsigned count = outbox_gather(&conn->outbox, bufs, WRITE_BUFS, share - conn->turn_written, &bytes);
 		if (count == 0)
 			break;
 		int written = uv_try_write(&conn->stream, bufs, count);

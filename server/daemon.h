@@ -52,6 +52,8 @@ struct server {
 	struct conn *dirty;     /* have replies to write in this turn */
 	uint64_t turn;          /* number of the loop's turn */
 	uint64_t turn_us;       /* monotonic time of its start */
+	uint32_t turn_conns;    /* connections that did something in it */
+	bool crowded;           /* in the one before, more than one did */
 	struct listener *listeners;
 	uint64_t next_session;
 	bool draining;

@@ -7,6 +7,8 @@
 
 /* How much is put in order ahead of writing: what one turn may write. */
 #define WIRE_BYTES (256u << 10)
+/* By how much a turn may be passed to end a frame. */
+#define TAIL_BYTES (32u << 10)
 
 static void list_push(struct out_list *list, struct out *out)
 {
@@ -126,8 +128,13 @@ static bool gather_frame(struct gathering *gathering, const struct out *out)
 
 unsigned outbox_gather(struct outbox *box, uv_buf_t *bufs, unsigned max, uint64_t bytes, uint64_t *bytes_out)
 {
-	struct gathering gathering = {.bufs = bufs, .max = max, .left = bytes};
 	fill_wire(box);
+	/* The frame under way is ended rather than cut just before its end: its tail would be a packet of its own, and wake the reader for it. */
+	const struct out *first = box->wire.first;
+	const uint64_t rest = first == NULL ? 0 : first->head_bytes + first->frame_left;
+	if (rest > bytes && rest - bytes < TAIL_BYTES)
+		bytes = rest;
+	struct gathering gathering = {.bufs = bufs, .max = max, .left = bytes};
 	for (const struct out *out = box->wire.first; out != NULL && gather_frame(&gathering, out); out = out->next)
 		;
 	*bytes_out = bytes - gathering.left;

@@ -48,7 +48,7 @@ void outbox_add(struct outbox *box, struct out *out, frame_type type, uint64_t r
 
 bool outbox_empty(const struct outbox *box);
 
-/* Fills bufs[max] with what comes next, at most `bytes` in all; returns how many, and their size in *bytes_out. */
+/* Fills bufs[max] with what comes next, at most `bytes` in all (32 KiB more where that ends a frame); returns how many, and their size in *bytes_out. */
 unsigned outbox_gather(struct outbox *box, uv_buf_t *bufs, unsigned max, uint64_t bytes, uint64_t *bytes_out);
 /* The first `bytes` of what was gathered were written. Calls `written`. */
 void outbox_consume(struct outbox *box, uint64_t bytes);

@@ -163,6 +163,8 @@ static void on_flush(uv_check_t *check)
 {
 	struct server *server = check->data;
 	server->turn++;
+	server->crowded = server->turn_conns > 1;
+	server->turn_conns = 0;
 	server->turn_us = request_now_ns() / 1000;
 	server->context.inline_ns = 0;
 	struct conn *conn = server->dirty;
