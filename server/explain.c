@@ -18,14 +18,6 @@ static void fill_times(const struct request *request, struct msg_times *times)
 	times->pack = clock->ended == 0 ? 0 : between(clock->ended, request_now_ns());
 }
 
-static struct msg_text *effective_names(struct request *request, const struct dispatch *dispatch)
-{
-	struct msg_text *names = arena_array(&request->arena, dispatch->count, sizeof names[0]);
-	for (uint32_t i = 0; names != NULL && i < dispatch->count; i++)
-		names[i] = msg_text(dispatch->effective->impls[i]->provider->name);
-	return names;
-}
-
 /* Operands went to the device and results came back. */
 static void fill_moves(struct request *request, struct msg_explain *explain, struct msg_text device)
 {
@@ -56,7 +48,7 @@ void run_explain(struct request *request)
 	if (explain == NULL)
 		return; /* the reply goes without it; out of memory shows in what follows */
 	explain->skipped = dispatch_skips(dispatch, run->op, &run->bound.call, &request->arena, &explain->skip_count);
-	explain->effective = effective_names(request, dispatch);
+	explain->effective = effective_list_names(dispatch->effective, dispatch->count, &request->arena);
 	explain->effective_count = explain->effective == NULL ? 0 : dispatch->count;
 	explain->level = dispatch->effective->level;
 	explain->on_loop = run->on_loop;

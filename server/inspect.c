@@ -75,9 +75,7 @@ static bool fill_effective(struct request *request, const struct op *op, struct 
 {
 	struct plist *list = session_priority(request->session, op->index);
 	struct effective *effective = list != NULL ? effective_get(request->snapshot, op, list) : effective_ref(op->fallback);
-	struct msg_text *names = effective == NULL ? NULL : arena_array(&request->arena, effective->count, sizeof names[0]);
-	for (uint32_t i = 0; names != NULL && i < effective->count; i++)
-		names[i] = msg_text(effective->impls[i]->provider->name);
+	const struct msg_text *names = effective == NULL ? NULL : effective_list_names(effective, effective->count, &request->arena);
 	if (names != NULL) {
 		out->effective = names;
 		out->effective_count = effective->count;

@@ -283,6 +283,14 @@ struct effective *effective_get(const struct snapshot *snapshot, const struct op
 	return effective_ref(made);
 }
 
+const struct msg_text *effective_list_names(const struct effective *effective, uint32_t count, struct arena *arena)
+{
+	struct msg_text *names = arena_array(arena, count, sizeof names[0]);
+	for (uint32_t i = 0; names != NULL && i < count; i++)
+		names[i] = msg_text(effective->impls[i]->provider->name);
+	return names;
+}
+
 struct effective *effective_ref(struct effective *effective)
 {
 	(void)atomic_fetch_add_explicit(&effective->refs, 1, memory_order_relaxed);

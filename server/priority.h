@@ -10,6 +10,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "proto/arena.h"
 #include "proto/message.h"
 #include "server/registry.h"
 
@@ -72,6 +73,8 @@ struct effective *effective_create(const struct snapshot *snapshot, const struct
 struct effective *effective_create_none(const struct snapshot *snapshot, const struct op *op, const struct device_filter *filter);
 /* Of a session's stored list, from its cache or made now; referenced. */
 struct effective *effective_get(const struct snapshot *snapshot, const struct op *op, struct plist *list);
+/* The providers' names of its first `count`, in the arena; NULL: full. */
+const struct msg_text *effective_list_names(const struct effective *effective, uint32_t count, struct arena *arena);
 struct effective *effective_ref(struct effective *effective);
 void effective_unref(struct effective *effective);
 

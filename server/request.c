@@ -60,19 +60,6 @@ static void priority_set(struct request *request)
 	request_reply_empty(request);
 }
 
-/* The list that a run without one of its own would get, as names. */
-static bool fill_effective(struct request *request, const struct effective *effective, uint32_t *count_out, const struct msg_text **names_out)
-{
-	struct msg_text *names = arena_array(&request->arena, effective->count, sizeof names[0]);
-	if (names == NULL)
-		return false;
-	for (uint32_t i = 0; i < effective->count; i++)
-		names[i] = msg_text(effective->impls[i]->provider->name);
-	*names_out = names;
-	*count_out = effective->count;
-	return true;
-}
-
 static void priority_get(struct request *request)
 {
 	const struct op *op = snapshot_find_op(request->snapshot, request->message.op, &request->error);
@@ -86,7 +73,8 @@ static void priority_get(struct request *request)
 	*reply = (struct msg_priority_reply){0};
 	if (list == NULL && effective->level != MSG_LEVEL_NONE)
 		list = effective->list;
-	bool made = effective != NULL && fill_effective(request, effective, &reply->effective_count, &reply->effective);
+	reply->effective = effective == NULL ? NULL : effective_list_names(effective, effective->count, &request->arena);
+	bool made = reply->effective != NULL;
 	if (made && list != NULL) {
 		/* Copied: a pop may drop the list before the reply is encoded for a direct caller. */
 		struct msg_text *stored = arena_array(&request->arena, list->count, sizeof stored[0]);
@@ -96,8 +84,10 @@ static void priority_get(struct request *request)
 		reply->stored = stored;
 		reply->stored_count = list->count;
 	}
-	if (made)
+	if (made) {
+		reply->effective_count = effective->count;
 		reply->level = effective->level;
+	}
 	effective_unref(effective);
 	if (made) {
 		request_reply(request, MSG_REPLY_PRIORITY);
