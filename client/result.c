@@ -93,6 +93,8 @@ static opd_status bind_tensor(opd_result *result, struct msg_tensor *tensor, uin
 	case MSG_SOURCE_HANDLE:
 	case MSG_SOURCE_RESULT:
 	case MSG_SOURCE_SHARED:
+	case MSG_SOURCE_GRAPH_INPUT:
+	case MSG_SOURCE_NODE:
 		break;
 	}
 	return opd_fail(error, OPD_INVALID_ARGUMENT, "tensor %u has source %d, expected payload, inline or none", index,
