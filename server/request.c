@@ -121,6 +121,9 @@ static const struct step {
 	[MSG_REQUEST_LOAD_MODULE] = {"load_module", NULL, admin_load_module, true},
 	[MSG_REQUEST_SET_LOG_LEVEL] = {"set_log_level", NULL, admin_set_log_level, true},
 	[MSG_REQUEST_DRAIN] = {"drain", NULL, admin_drain, true},
+	[MSG_REQUEST_REGISTER_GRAPH] = {"register_graph", graph_register_accept, graph_register_start, false},
+	[MSG_REQUEST_RUN_GRAPH] = {"run_graph", run_accept, run_start, false},
+	[MSG_REQUEST_FREE_GRAPH] = {"free_graph", graph_free_accept, request_reply_empty, false},
 };
 
 /* ---- Life ---- */
@@ -215,7 +218,7 @@ opd_status request_accept_message(struct request *request, uint64_t payload_byte
 	if (step->admin && !request->session->admin)
 		return opd_fail(&request->error, OPD_PERMISSION_DENIED, "%s needs an administrator: over the Unix socket, the daemon's own user or root",
 		                step->name);
-	if (payload_bytes != 0 && request->message.kind != MSG_REQUEST_RUN)
+	if (payload_bytes != 0 && request->message.kind != MSG_REQUEST_RUN && request->message.kind != MSG_REQUEST_RUN_GRAPH)
 		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s has a payload of %" PRIu64 " bytes, expected none", step->name, payload_bytes);
 	request->payload_bytes = payload_bytes;
 	opd_status status = step->accept == NULL ? OPD_OK : step->accept(request);
