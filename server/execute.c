@@ -153,6 +153,11 @@ static bool is_late(struct request *request)
 	return true;
 }
 
+bool execute_unwanted(struct request *request)
+{
+	return is_unwanted(request) || is_late(request);
+}
+
 /* On a lane thread: the plan that is missing; false when it refused or failed. */
 static bool make_plan(struct request *request)
 {
@@ -169,7 +174,7 @@ static bool make_plan(struct request *request)
 static void lane_run(struct lane_job *job, struct lane_exec *exec)
 {
 	struct request *request = (struct request *)((char *)job - offsetof(struct request, job));
-	if (is_unwanted(request) || is_late(request))
+	if (execute_unwanted(request))
 		return;
 	if (request->run.dispatch.plan_missing && !make_plan(request))
 		return;
@@ -181,6 +186,11 @@ static void lane_plan(struct lane_job *job, struct lane_exec *exec)
 	(void)exec;
 	struct request *request = (struct request *)((char *)job - offsetof(struct request, job));
 	(void)make_plan(request);
+}
+
+static void lane_graph(struct lane_job *job, struct lane_exec *exec)
+{
+	graph_run_execute((struct request *)((char *)job - offsetof(struct request, job)), exec);
 }
 
 static void job_done(struct lane_job *job)
@@ -214,22 +224,27 @@ static void lane_start(struct request *request, void (*run)(struct lane_job *, s
 		wait_for_lane(request);
 }
 
+bool execute_fits_loop(struct request *request, uint64_t cost_ns)
+{
+	struct server *server = request->context->server;
+	if (cost_ns == 0 || cost_ns > atomic_load_explicit(&server->inline_ns, memory_order_relaxed))
+		return false;
+	if (request->direct)
+		return true;
+	if (lane_busy(server->lane) || request->context->inline_ns + cost_ns > INLINE_TURN_NS)
+		return false;
+	request->context->inline_ns += cost_ns;
+	return true;
+}
+
 /* Small enough for the loop: less than a hand-off costs, from a provider that is linked in, with nobody waiting for the lane before us. */
 static bool fits_loop(struct request *request)
 {
-	struct server *server = request->context->server;
 	const struct impl *impl = request->run.dispatch.impl;
 	if (impl->def->cost_ns == NULL || impl->provider->module->library != NULL || request->run.dispatch.plan_missing)
 		return false;
 	uint64_t cost = impl->def->cost_ns(impl->def, &request->run.bound.call);
-	if (cost == 0 || cost > atomic_load_explicit(&server->inline_ns, memory_order_relaxed))
-		return false;
-	if (request->direct)
-		return true;
-	if (lane_busy(server->lane) || request->context->inline_ns + cost > INLINE_TURN_NS)
-		return false;
-	request->context->inline_ns += cost;
-	return true;
+	return execute_fits_loop(request, cost);
 }
 
 /* ---- On a device ---- */
@@ -357,4 +372,10 @@ void execute_plan(struct request *request)
 		return;
 	request->run.written = false;
 	lane_start(request, lane_plan);
+}
+
+void execute_graph(struct request *request)
+{
+	if (!refused_at_end(request))
+		lane_start(request, lane_graph);
 }

@@ -125,11 +125,14 @@ static const struct step {
 	[MSG_REQUEST_WRITE] = {"write", write_accept, write_start, false},
 	[MSG_REQUEST_FETCH] = {"fetch", fetch_accept, fetch_start, false},
 	[MSG_REQUEST_LIST_TENSORS] = {"list_tensors", NULL, inspect_tensors, false},
+	[MSG_REQUEST_REGISTER_GRAPH] = {"register_graph", graph_register_accept, graph_register_start, false},
+	[MSG_REQUEST_RUN_GRAPH] = {"run_graph", run_accept, run_start, false},
+	[MSG_REQUEST_FREE_GRAPH] = {"free_graph", graph_free_accept, request_reply_empty, false},
 };
 
 static bool step_has_payload(msg_request_kind kind)
 {
-	return kind == MSG_REQUEST_RUN || kind == MSG_REQUEST_UPLOAD || kind == MSG_REQUEST_WRITE;
+	return kind == MSG_REQUEST_RUN || kind == MSG_REQUEST_RUN_GRAPH || kind == MSG_REQUEST_UPLOAD || kind == MSG_REQUEST_WRITE;
 }
 
 /* ---- Life ---- */

@@ -85,6 +85,7 @@ struct request {
 	struct kept_tensor *tensor; /* that a write or a fetch is about: referenced */
 	uint32_t free_waiting; /* a free's results still to come */
 	void *task_data;       /* a generation's tensors, in the arena */
+	struct graph_run *graph_run; /* of RUN_GRAPH, in the arena */
 	struct lane_job job;
 	struct device_job device_job;
 	request_task_fn task;      /* on a lane */
@@ -143,10 +144,30 @@ void run_failed(struct request *request);  /* the request ends with an error: wh
 /* It can't go on. True: it ends later, when what it waits for is there. */
 bool run_abandoned(struct request *request);
 void run_explain(struct request *request); /* explain.c: puts the record into the reply */
+void execute_graph(struct request *request); /* execute.c: graph_run_execute on a lane; then execute_done */
 void execute_run(struct request *request);  /* execute.c: the chosen implementation, on the loop, a lane or a device; then execute_done */
 void execute_place(struct request *request); /* execute.c: sets run.device for the chosen implementation */
 void execute_plan(struct request *request); /* execute.c: makes the plan that a dry run asks about; then execute_done */
 void execute_done(struct request *request); /* run.c: on the context's thread */
+/* A request that ends before it is run, or late; its status and error are written then. On a lane or the loop. */
+bool execute_unwanted(struct request *request);
+/* Whether this much kernel time fits into the loop's turn; counted if so. */
+bool execute_fits_loop(struct request *request, uint64_t cost_ns);
+/* run.c's, for graphs */
+OPD_MUST_USE opd_status run_take(struct request *request); /* payload, kept operands, room for kept results, deadline: run.op and run.bound are there */
+OPD_MUST_USE opd_status run_check_inline(struct request *request); /* results that are wanted inline fit */
+void run_reply_results(struct request *request);
+void run_reply_fake(struct request *request);
+/* graph.c, graph_run.c */
+OPD_MUST_USE opd_status graph_register_accept(struct request *request);
+void graph_register_start(struct request *request);
+OPD_MUST_USE opd_status graph_free_accept(struct request *request);
+OPD_MUST_USE opd_status graph_run_accept(struct request *request);
+void graph_run_ready(struct request *request); /* its operands are there: it runs when its turn has come */
+void graph_run_done(struct request *request);  /* from execute_done */
+void graph_run_failed(struct request *request); /* it ends with an error: its place in the order, its donations */
+void graph_run_release(struct request *request);
+void graph_run_execute(struct request *request, struct lane_exec *lane); /* on a lane */
 OPD_MUST_USE opd_status free_accept(struct request *request); /* free.c */
 void free_start(struct request *request);
 OPD_MUST_USE opd_status upload_accept(struct request *request); /* upload.c */
