@@ -2,6 +2,7 @@
 
 #include <inttypes.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/random.h>
 
 #include "proto/bounds.h"
@@ -85,6 +86,7 @@ void conn_close(struct conn *conn, log_level level, const char *reason)
 static void send_hello_reply(struct conn *conn, const opd_error *refused)
 {
 	const struct config_limits *limits = &conn->server->config->limits;
+	const struct msg_text features[] = {msg_text("cancel")};
 	struct msg_hello_reply reply = {
 		.status = refused == NULL ? OPD_OK : (opd_status)refused->status,
 		.message = msg_text(refused == NULL ? "" : refused->text),
@@ -95,6 +97,8 @@ static void send_hello_reply(struct conn *conn, const opd_error *refused)
 		.session = conn->session->id,
 		.tenant = msg_text(conn->session->tenant),
 		.admin = conn->session->admin,
+		.feature_count = conn->cancels ? 1 : 0,
+		.features = features,
 	};
 	struct notice *notice = conn_notice_create();
 	struct codec_buffer buffer;
@@ -130,6 +134,14 @@ static opd_status check_hello(const struct msg_hello *hello, opd_error *error)
 	return OPD_OK;
 }
 
+static bool names_feature(const struct msg_hello *hello, const char *name)
+{
+	for (uint32_t i = 0; i < hello->feature_count; i++)
+		if (hello->features[i].bytes == strlen(name) && memcmp(hello->features[i].data, name, strlen(name)) == 0)
+			return true;
+	return false;
+}
+
 void conn_on_hello(struct conn *conn, const uint8_t *envelope, size_t bytes)
 {
 	struct arena arena;
@@ -141,6 +153,7 @@ void conn_on_hello(struct conn *conn, const uint8_t *envelope, size_t bytes)
 		status = check_hello(&hello, &error);
 	if (status == OPD_OK) {
 		conn->greeted = true;
+		conn->cancels = names_feature(&hello, "cancel");
 		conn->chunk_bytes = hello.no_chunks ? 0 : hello.chunk_bytes == 0 ? BOUND_CHUNK_BYTES_DEFAULT : hello.chunk_bytes;
 		LOG(conn->server->log, LOG_INFO, "session opened", LOG_UINT("session", conn->session->id), LOG_STR("peer", conn->peer),
 		    LOG_STR("tenant", conn->session->tenant), LOG_STR("client", hello.client.data));

@@ -22,6 +22,7 @@
 #define CONN_TURN_ALONE_BYTES (1u << 20)
 #define CONN_TURN_REQUESTS 128u /* that a turn accepts, give or take what one read brings */
 #define CONN_CHUNKED_BITS 5
+#define CONN_ID_BITS 6
 #define CONN_STAGE_BYTES (64u << 10)
 
 struct server;
@@ -70,6 +71,8 @@ struct conn {
 	uint64_t frame_left;     /* payload bytes of the frame under way */
 	struct request *chunked[1 << CONN_CHUNKED_BITS]; /* by id: requests whose DATA frames are still to come */
 	uint32_t chunked_count;
+	bool cancels; /* feature "cancel": requests in flight are found by id */
+	struct request *by_id[1 << CONN_ID_BITS];
 	uint64_t chunked_seed;
 	struct outbox outbox;
 	uint64_t turn;

@@ -136,11 +136,13 @@ static void run_here(struct request *request, struct lane_exec *lane)
 }
 
 /* Nobody reads what a session that has ended still has queued: without this a drain's end, and other sessions, would wait for all of it. */
-static bool is_unwanted(struct request *request)
+static bool is_unwanted(struct request *request, const struct lane_exec *exec)
 {
-	if (!atomic_load_explicit(&request->session->gone, memory_order_relaxed))
+	const bool gone = atomic_load_explicit(&request->session->gone, memory_order_relaxed);
+	if (!gone && !lane_cancelled(exec))
 		return false;
-	request->status = opd_fail(&request->error, OPD_CANCELLED, "%s: the session has ended", request->run.op->schema->name);
+	request->status = opd_fail(&request->error, OPD_CANCELLED, "%s: the %s", request->run.op->schema->name,
+	                           gone ? "session has ended" : "client cancelled it");
 	return true;
 }
 
@@ -169,7 +171,7 @@ static bool make_plan(struct request *request)
 static void lane_run(struct lane_job *job, struct lane_exec *exec)
 {
 	struct request *request = (struct request *)((char *)job - offsetof(struct request, job));
-	if (is_unwanted(request) || is_late(request))
+	if (is_unwanted(request, exec) || is_late(request))
 		return;
 	if (request->run.dispatch.plan_missing && !make_plan(request))
 		return;
@@ -305,6 +307,7 @@ static void device_start(struct request *request)
 	};
 	if (wants_clock(request))
 		request->clock.queued = request_now_ns();
+	request->device_lane = lane;
 	device_lane_submit(lane, &request->device_job);
 	if (request->direct)
 		wait_for_lane(request);

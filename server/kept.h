@@ -29,6 +29,7 @@ struct kept_tensor {
 
 struct waiter {
 	struct waiter *next;
+	struct waiter **link; /* what points to it; NULL: it doesn't wait */
 	uint32_t output;
 	/* tensor (referenced for the waiter) when it is there; NULL with error when the request failed. */
 	void (*on_settled)(struct waiter *waiter, struct kept_tensor *tensor, const opd_error *error);
@@ -85,6 +86,8 @@ struct kept_tensor *kept_find(struct kept *kept, struct msg_handle handle, opd_e
 /* The same by request id and output. A result that is still to come: NULL, and *pending_out is true. */
 struct kept_tensor *kept_find_result(struct kept *kept, uint64_t request, uint32_t output, bool *pending_out, opd_error *error);
 void kept_wait(struct kept *kept, uint64_t request, struct waiter *waiter);
+/* It isn't called any more. False: it doesn't wait. */
+bool kept_unwait(struct kept *kept, uint64_t request, struct waiter *waiter);
 
 OPD_MUST_USE opd_status kept_free(struct kept *kept, struct msg_handle handle, opd_error *error);
 OPD_MUST_USE opd_status kept_free_result(struct kept *kept, uint64_t request, uint32_t output, opd_error *error);

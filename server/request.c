@@ -309,6 +309,33 @@ void request_abandon(struct request *request, opd_status status, const char *why
 	request_reject(request);
 }
 
+/* Its job hasn't begun, and never will. */
+static bool withdraw(struct request *request)
+{
+	if (request->device_lane != NULL && device_lane_withdraw(request->device_lane, &request->device_job))
+		return true;
+	return lane_withdraw(request->context->server->lane, &request->job);
+}
+
+bool request_cancel(struct request *request)
+{
+	const msg_request_kind kind = request->message.kind;
+	if (request->replied || request->cancelled || (kind != MSG_REQUEST_RUN && kind != MSG_REQUEST_GENERATE))
+		return false;
+	request->cancelled = true;
+	if (kind == MSG_REQUEST_RUN)
+		run_cancelled(request);
+	bool begun = request->started && request->job.run != NULL;
+	begun = begun || (request->device_lane != NULL);
+	if (begun && !withdraw(request) && !(request->run.failed)) {
+		lane_cancel(&request->job);
+		return true;
+	}
+	(void)opd_fail(&request->error, OPD_CANCELLED, "%s: the client cancelled the request", steps[kind].name);
+	request_fail(request);
+	return true;
+}
+
 /* ---- Tasks on the lane ---- */
 
 static void task_run(struct lane_job *job, struct lane_exec *exec)

@@ -45,6 +45,7 @@ struct request_run {
 	struct effective *effective;
 	struct dispatch dispatch;
 	uint32_t waiting; /* operands that are results still to come */
+	struct run_waiter *waiters; /* for those, newest first; in the arena */
 	bool failed;      /* error is written; ends once nothing is waited for */
 	bool expected;    /* kept_expect was called, neither settled nor failed yet */
 	bool on_loop;     /* small enough to run at once */
@@ -65,6 +66,8 @@ typedef void (*request_task_fn)(struct request *request);
 struct request {
 	struct request *next; /* of free ones, or of a conn's requests */
 	struct request *previous;
+	struct request *id_next; /* of a conn's requests that can be cancelled */
+	struct request **id_link; /* NULL: it can't be */
 	struct context *context;
 	struct session *session; /* referenced */
 	struct snapshot *snapshot; /* referenced from accept on */
@@ -78,6 +81,7 @@ struct request {
 	bool chunked;   /* the payload comes in DATA frames */
 	bool started;
 	bool replied;   /* on_reply was called */
+	bool cancelled; /* by request_cancel: what runs is told, nothing more is begun */
 	opd_status status; /* of what a lane ran */
 	opd_error error;
 	struct request_run run;
@@ -86,6 +90,7 @@ struct request {
 	void *task_data;       /* a generation's tensors, in the arena */
 	struct lane_job job;
 	struct device_job device_job;
+	struct device_lane *device_lane; /* that device_job was submitted to */
 	request_task_fn task;      /* on a lane */
 	request_task_fn task_done; /* back on the context's thread */
 
@@ -124,6 +129,10 @@ void request_reject(struct request *request);
 /* Its payload won't come (abort, disconnect): ends it with this status. */
 void request_abandon(struct request *request, opd_status status, const char *why);
 
+/* Nobody wants its result. What hasn't begun ends with CANCELLED before this returns; a kernel that runs is told and ends by itself. Only runs and
+ * generations: anything else is short, or changes the session. False: nothing was to be done. */
+bool request_cancel(struct request *request);
+
 /* ---- For the files that implement kinds of requests ---- */
 
 /* Ends with what request->reply says. */
@@ -141,6 +150,7 @@ void run_release(struct request *request); /* gives back what run_accept and lat
 void run_failed(struct request *request);  /* the request ends with an error: whoever waits for its results learns of it */
 /* It can't go on. True: it ends later, when what it waits for is there. */
 bool run_abandoned(struct request *request);
+void run_cancelled(struct request *request); /* run.c: it doesn't wait for results any more */
 void run_explain(struct request *request); /* explain.c: puts the record into the reply */
 void execute_run(struct request *request);  /* execute.c: the chosen implementation, on the loop, a lane or a device; then execute_done */
 void execute_place(struct request *request); /* execute.c: sets run.device for the chosen implementation */

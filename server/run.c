@@ -73,6 +73,7 @@ static void warn_of_fallback(struct request *request, const struct msg_run *run,
 
 struct run_waiter {
 	struct waiter waiter; /* first */
+	struct run_waiter *next;
 	struct request *request;
 	uint32_t operand;
 };
@@ -111,6 +112,8 @@ static opd_status wait_for_result(struct request *request, uint32_t index)
 	waiter->waiter.on_settled = on_settled;
 	waiter->request = request;
 	waiter->operand = index;
+	waiter->next = request->run.waiters;
+	request->run.waiters = waiter;
 	kept_wait(&request->session->kept, source->result.request, &waiter->waiter);
 	request->run.waiting++;
 	return OPD_OK;
@@ -324,6 +327,15 @@ void run_start(struct request *request)
 	run_proceed(request);
 }
 
+void run_cancelled(struct request *request)
+{
+	for (struct run_waiter *waiter = request->run.waiters; waiter != NULL; waiter = waiter->next) {
+		const struct msg_tensor *source = request->run.bound.operands[waiter->operand].source;
+		if (kept_unwait(&request->session->kept, source->result.request, &waiter->waiter))
+			request->run.waiting--;
+	}
+}
+
 bool run_abandoned(struct request *request)
 {
 	if (request->message.kind != MSG_REQUEST_RUN || request->run.waiting == 0)
@@ -503,6 +515,10 @@ void execute_done(struct request *request)
 {
 	struct request_run *run = &request->run;
 	bool again = run->plan_refused || (request->status != OPD_OK && request->status != OPD_CANCELLED && run->written && request->message.run.retry);
+	if (again && request->cancelled) {
+		request->status = opd_fail(&request->error, OPD_CANCELLED, "%s: the client cancelled the request", run->op->schema->name);
+		again = false;
+	}
 	if (again) {
 		if (!run->plan_refused)
 			LOG(request->context->server->log, LOG_WARN, "kernel failed, another provider may try", LOG_UINT("session", request->session->id),
