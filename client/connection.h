@@ -185,4 +185,10 @@ void connection_forget(opd_client *client, struct flight *flight);
 OPD_MUST_USE opd_status direct_call(opd_client *client, const struct msg_request *message, msg_reply_kind expected,
                                     opd_result **result_out, opd_error *error);
 
+/* ---- call.c ---- */
+
+/* Sends `message` and waits, by either way. The result is the caller's on success alone. */
+OPD_MUST_USE opd_status client_call(opd_client *client, const struct msg_request *message, msg_reply_kind expected, opd_result **result_out,
+                                    opd_error *error);
+
 #endif

@@ -23,6 +23,8 @@
 #define CONN_TURN_REQUESTS 128u /* that a turn accepts, give or take what one read brings */
 #define CONN_CHUNKED_BITS 5
 #define CONN_ID_BITS 6
+/* Features, as bits of conn.features. */
+#define CONN_CANCEL 1u
 #define CONN_STAGE_BYTES (64u << 10)
 
 struct server;
@@ -71,8 +73,8 @@ struct conn {
 	uint64_t frame_left;     /* payload bytes of the frame under way */
 	struct request *chunked[1 << CONN_CHUNKED_BITS]; /* by id: requests whose DATA frames are still to come */
 	uint32_t chunked_count;
-	bool cancels; /* feature "cancel": requests in flight are found by id */
-	struct request *by_id[1 << CONN_ID_BITS];
+	struct request *by_id[1 << CONN_ID_BITS];        /* by id: requests without a reply */
+	uint32_t features;                               /* CONN_CANCEL…: negotiated */
 	uint64_t chunked_seed;
 	struct outbox outbox;
 	uint64_t turn;

@@ -46,7 +46,7 @@ void conn_chunked_remove(struct conn *conn, struct request *request)
 	conn->chunked_count--;
 }
 
-/* ---- Requests that can be cancelled ---- */
+/* ---- Requests in flight ---- */
 
 static struct request **id_bucket(struct conn *conn, uint64_t id)
 {
@@ -73,19 +73,31 @@ void conn_forget_id(struct request *request)
 	request->id_link = NULL;
 }
 
-/* Answered ones aren't found, and others' never were here: a cancel may always come too late. */
+/* One that was answered isn't found, nor is another session's: a cancel may always come too late. */
 static void on_cancel(struct conn *conn, uint64_t id)
 {
-	if (!conn->cancels)
+	if ((conn->features & CONN_CANCEL) == 0)
 		return;
 	struct request *request = *id_bucket(conn, id);
 	while (request != NULL && request->id != id)
 		request = request->id_next;
-	struct request *half_sent = chunked_find(conn, id);
-	if (half_sent != NULL && half_sent == request)
-		conn_chunked_remove(conn, half_sent);
-	bool done = request != NULL && request_cancel(request);
-	LOG(conn->server->log, LOG_DEBUG, done ? "request cancelled" : "nothing to cancel", LOG_UINT("session", conn->session->id), LOG_UINT("request", id));
+	if (request != NULL && chunked_find(conn, id) == request)
+		conn_chunked_remove(conn, request);
+	const bool done = request != NULL && request_cancel(request);
+	LOG(conn->server->log, LOG_DEBUG, done ? "request cancelled" : "nothing to cancel", LOG_UINT("session", conn->session->id),
+	    LOG_UINT("request", id));
+}
+
+/* Requests end others that wait for them: each bucket is looked at anew after every one. */
+void conn_cancel_all(struct conn *conn)
+{
+	for (size_t i = 0; i < sizeof conn->by_id / sizeof conn->by_id[0]; i++) {
+		while (conn->by_id[i] != NULL) {
+			struct request *request = conn->by_id[i];
+			conn_forget_id(request);
+			(void)request_cancel(request);
+		}
+	}
 }
 
 /* ---- Frames ---- */
@@ -155,8 +167,7 @@ static void check_request(struct conn *conn, struct request *request, const stru
 		status = request_accept(request, envelope, header->envelope_bytes, header->payload_bytes);
 	if (header->request_id > session->last_request) {
 		session->last_request = header->request_id;
-		if (conn->cancels)
-			remember_id(conn, request);
+		remember_id(conn, request);
 	}
 
 	request->chunked = chunked && header->payload_bytes != 0;

@@ -42,7 +42,8 @@ struct device_job {
 OPD_MUST_USE opd_status device_lane_get(struct server *server, const struct device *device, uint32_t number, struct device_lane **lane_out,
                                         opd_error *error);
 void device_lane_submit(struct device_lane *lane, struct device_job *job);
-/* Takes a job that the lane's thread hasn't begun out of the queue: `done` is not called. False: it is on its way, or has ended. By its submitter. */
+/* Takes a job that the lane's thread hasn't begun out of the queue: `done` isn't called. False: it is on its way, or has ended, or was never
+ * submitted (zeroed memory). Only by the thread that submitted it. */
 OPD_MUST_USE bool device_lane_withdraw(struct device_lane *lane, struct device_job *job);
 /* Jobs of a device that haven't ended, of all sessions; any thread. */
 uint32_t device_lane_load(struct server *server, uint32_t number);

@@ -136,13 +136,13 @@ static void run_here(struct request *request, struct lane_exec *lane)
 }
 
 /* Nobody reads what a session that has ended still has queued: without this a drain's end, and other sessions, would wait for all of it. */
-static bool is_unwanted(struct request *request, const struct lane_exec *exec)
+static bool is_unwanted(struct request *request, const struct lane_exec *lane)
 {
 	const bool gone = atomic_load_explicit(&request->session->gone, memory_order_relaxed);
-	if (!gone && !lane_cancelled(exec))
+	if (!gone && !lane_cancelled(lane))
 		return false;
 	request->status = opd_fail(&request->error, OPD_CANCELLED, "%s: the %s", request->run.op->schema->name,
-	                           gone ? "session has ended" : "client cancelled it");
+	                           gone ? "session has ended" : "client cancelled the request");
 	return true;
 }
 
@@ -153,6 +153,11 @@ static bool is_late(struct request *request)
 	request->status = opd_fail(&request->error, OPD_DEADLINE_EXCEEDED, "%s: not started within its timeout of %" PRIu64 " us",
 	                           request->run.op->schema->name, request->message.run.timeout_us);
 	return true;
+}
+
+bool execute_unwanted(struct request *request, const struct lane_exec *lane)
+{
+	return is_unwanted(request, lane) || is_late(request);
 }
 
 /* On a lane thread: the plan that is missing; false when it refused or failed. */
@@ -171,7 +176,7 @@ static bool make_plan(struct request *request)
 static void lane_run(struct lane_job *job, struct lane_exec *exec)
 {
 	struct request *request = (struct request *)((char *)job - offsetof(struct request, job));
-	if (is_unwanted(request, exec) || is_late(request))
+	if (execute_unwanted(request, exec))
 		return;
 	if (request->run.dispatch.plan_missing && !make_plan(request))
 		return;
@@ -183,6 +188,11 @@ static void lane_plan(struct lane_job *job, struct lane_exec *exec)
 	(void)exec;
 	struct request *request = (struct request *)((char *)job - offsetof(struct request, job));
 	(void)make_plan(request);
+}
+
+static void lane_graph(struct lane_job *job, struct lane_exec *exec)
+{
+	graph_run_execute((struct request *)((char *)job - offsetof(struct request, job)), exec);
 }
 
 static void job_done(struct lane_job *job)
@@ -216,22 +226,27 @@ static void lane_start(struct request *request, void (*run)(struct lane_job *, s
 		wait_for_lane(request);
 }
 
+bool execute_fits_loop(struct request *request, uint64_t cost_ns)
+{
+	struct server *server = request->context->server;
+	if (cost_ns == 0 || cost_ns > atomic_load_explicit(&server->inline_ns, memory_order_relaxed))
+		return false;
+	if (request->direct)
+		return true;
+	if (lane_busy(server->lane) || request->context->inline_ns + cost_ns > INLINE_TURN_NS)
+		return false;
+	request->context->inline_ns += cost_ns;
+	return true;
+}
+
 /* Small enough for the loop: less than a hand-off costs, from a provider that is linked in, with nobody waiting for the lane before us. */
 static bool fits_loop(struct request *request)
 {
-	struct server *server = request->context->server;
 	const struct impl *impl = request->run.dispatch.impl;
 	if (impl->def->cost_ns == NULL || impl->provider->module->library != NULL || request->run.dispatch.plan_missing)
 		return false;
 	uint64_t cost = impl->def->cost_ns(impl->def, &request->run.bound.call);
-	if (cost == 0 || cost > atomic_load_explicit(&server->inline_ns, memory_order_relaxed))
-		return false;
-	if (request->direct)
-		return true;
-	if (lane_busy(server->lane) || request->context->inline_ns + cost > INLINE_TURN_NS)
-		return false;
-	request->context->inline_ns += cost;
-	return true;
+	return execute_fits_loop(request, cost);
 }
 
 /* ---- On a device ---- */
@@ -360,4 +375,10 @@ void execute_plan(struct request *request)
 		return;
 	request->run.written = false;
 	lane_start(request, lane_plan);
+}
+
+void execute_graph(struct request *request)
+{
+	if (!refused_at_end(request))
+		lane_start(request, lane_graph);
 }

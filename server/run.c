@@ -284,6 +284,21 @@ static opd_status expect_kept(struct request *request, const struct msg_run *run
 	return status;
 }
 
+opd_status run_take(struct request *request)
+{
+	const struct msg_run *run = &request->message.run;
+	opd_status status = check_payload(request);
+	if (status == OPD_OK)
+		status = take_all_kept(request);
+	if (status == OPD_OK)
+		status = expect_kept(request, run);
+	if (run->explain)
+		request->clock.accepted = request_now_ns();
+	if (run->timeout_us != 0)
+		request->run.deadline_ns = request->clock.received + (run->timeout_us < UINT64_MAX / 2000 ? run->timeout_us * 1000 : UINT64_MAX / 2);
+	return status;
+}
+
 static opd_status check_and_take(struct request *request)
 {
 	const struct msg_run *run = &request->message.run;
@@ -299,22 +314,12 @@ static opd_status check_and_take(struct request *request)
 		return opd_error_prefix(&request->error, status, "%s", op->schema->name);
 	warn_of_fallback(request, run, op);
 	status = bind_args(&request->arena, op, run, &request->run.bound, &request->error);
-	if (status == OPD_OK)
-		status = check_payload(request);
-	if (status == OPD_OK)
-		status = take_all_kept(request);
-	if (status == OPD_OK)
-		status = expect_kept(request, run);
-	if (run->explain)
-		request->clock.accepted = request_now_ns();
-	if (run->timeout_us != 0)
-		request->run.deadline_ns = request->clock.received + (run->timeout_us < UINT64_MAX / 2000 ? run->timeout_us * 1000 : UINT64_MAX / 2);
-	return status;
+	return status == OPD_OK ? run_take(request) : status;
 }
 
 opd_status run_accept(struct request *request)
 {
-	opd_status status = check_and_take(request);
+	opd_status status = request->message.kind == MSG_REQUEST_RUN_GRAPH ? graph_run_accept(request) : check_and_take(request);
 	struct kept *kept = &request->session->kept;
 	/* Those who name its results are told that it failed, not that there never was such a result. */
 	if (status != OPD_OK && !request->run.expected && keeps_any(&request->message.run) && kept_expect(kept, request->id, 0, NULL) == OPD_OK)
@@ -327,18 +332,16 @@ void run_start(struct request *request)
 	run_proceed(request);
 }
 
-void run_cancelled(struct request *request)
+void run_stop_waiting(struct request *request)
 {
-	for (struct run_waiter *waiter = request->run.waiters; waiter != NULL; waiter = waiter->next) {
-		const struct msg_tensor *source = request->run.bound.operands[waiter->operand].source;
-		if (kept_unwait(&request->session->kept, source->result.request, &waiter->waiter))
+	for (struct run_waiter *waiter = request->run.waiters; waiter != NULL; waiter = waiter->next)
+		if (kept_unwait(&waiter->waiter))
 			request->run.waiting--;
-	}
 }
 
 bool run_abandoned(struct request *request)
 {
-	if (request->message.kind != MSG_REQUEST_RUN || request->run.waiting == 0)
+	if ((request->message.kind != MSG_REQUEST_RUN && request->message.kind != MSG_REQUEST_RUN_GRAPH) || request->run.waiting == 0)
 		return false;
 	request->run.failed = true;
 	request->started = true;
@@ -347,7 +350,7 @@ bool run_abandoned(struct request *request)
 
 /* ---- Running ---- */
 
-static void reply_fake(struct request *request)
+void run_reply_fake(struct request *request)
 {
 	struct bound *bound = &request->run.bound;
 	uint32_t count = bound->call.output_count;
@@ -392,7 +395,7 @@ static void run_chosen(struct request *request, bool accepted)
 		execute_plan(request);
 	else {
 		run_explain(request);
-		reply_fake(request);
+		run_reply_fake(request);
 	}
 }
 
@@ -405,6 +408,10 @@ static void run_ready(struct request *request)
 		request->clock.ready = request_now_ns();
 	for (uint32_t i = 0; status == OPD_OK && i < run->bound.operand_count; i++)
 		status = place_operand(request, i);
+	if (status == OPD_OK && request->message.kind == MSG_REQUEST_RUN_GRAPH) {
+		graph_run_ready(request);
+		return;
+	}
 	if (status == OPD_OK)
 		status = bind_outputs(&request->arena, &run->bound, &request->error);
 	if (status == OPD_OK && message->mode != MSG_FAKE)
@@ -415,7 +422,7 @@ static void run_ready(struct request *request)
 		return;
 	}
 	if (message->mode == MSG_FAKE) {
-		reply_fake(request);
+		run_reply_fake(request);
 		return;
 	}
 	if (message->explain)
@@ -477,7 +484,7 @@ static bool fill_result(struct request *request, uint32_t index, struct msg_resu
 	return request_send(request, tensor, opd_tensor_data(output), bytes);
 }
 
-static opd_status check_inline_results(struct request *request)
+opd_status run_check_inline(struct request *request)
 {
 	if (!request->message.run.inline_results || request->direct)
 		return OPD_OK;
@@ -488,7 +495,7 @@ static opd_status check_inline_results(struct request *request)
 	return OPD_OK;
 }
 
-static void reply_results(struct request *request)
+void run_reply_results(struct request *request)
 {
 	struct request_run *run = &request->run;
 	uint32_t count = run->bound.call.output_count;
@@ -502,24 +509,29 @@ static void reply_results(struct request *request)
 		request_fail(request);
 		return;
 	}
-	request->reply.run.provider = msg_text(impl->provider->name);
-	if (request->message.run.uuid)
-		request->reply.run.uuid = msg_text(impl->def->uuid);
+	if (impl != NULL) { /* a graph has one a node */
+		request->reply.run.provider = msg_text(impl->provider->name);
+		if (request->message.run.uuid)
+			request->reply.run.uuid = msg_text(impl->def->uuid);
+		run_explain(request);
+	}
 	request->reply.run.outputs = results;
 	request->reply.run.output_count = count;
-	run_explain(request);
 	request_reply(request, MSG_REPLY_RUN);
 }
 
 void execute_done(struct request *request)
 {
 	struct request_run *run = &request->run;
-	bool again = run->plan_refused || (request->status != OPD_OK && request->status != OPD_CANCELLED && run->written && request->message.run.retry);
-	if (again && request->cancelled) {
-		request->status = opd_fail(&request->error, OPD_CANCELLED, "%s: the client cancelled the request", run->op->schema->name);
-		again = false;
+	if (request->graph_run != NULL) {
+		graph_run_done(request);
+		return;
 	}
-	if (again) {
+	bool again = run->plan_refused || (request->status != OPD_OK && request->status != OPD_CANCELLED && run->written && request->message.run.retry);
+	if (again && request->cancelled) { /* nothing more is begun for it */
+		run->plan_refused = false;
+		request->status = opd_fail(&request->error, OPD_CANCELLED, "%s: the client cancelled the request", run->op->schema->name);
+	} else if (again) {
 		if (!run->plan_refused)
 			LOG(request->context->server->log, LOG_WARN, "kernel failed, another provider may try", LOG_UINT("session", request->session->id),
 			    LOG_UINT("request", request->id), LOG_STR("provider", run->dispatch.impl->provider->name),
@@ -538,20 +550,21 @@ void execute_done(struct request *request)
 	}
 	opd_status status = request->status;
 	if (status == OPD_OK && request->message.run.mode == MSG_RUN)
-		status = check_inline_results(request);
+		status = run_check_inline(request);
 	if (status != OPD_OK) {
 		run_explain(request);
 		request_fail(request);
 	} else if (request->message.run.mode == MSG_RUN) {
-		reply_results(request);
+		run_reply_results(request);
 	} else {
 		run_explain(request);
-		reply_fake(request);
+		run_reply_fake(request);
 	}
 }
 
 void run_failed(struct request *request)
 {
+	graph_run_failed(request);
 	if (request->run.expected) {
 		request->run.expected = false;
 		kept_fail(&request->session->kept, request->id);
@@ -561,7 +574,7 @@ void run_failed(struct request *request)
 void run_release(struct request *request)
 {
 	struct request_run *run = &request->run;
-	if (request->message.kind != MSG_REQUEST_RUN)
+	if (request->message.kind != MSG_REQUEST_RUN && request->message.kind != MSG_REQUEST_RUN_GRAPH)
 		return;
 	for (uint32_t i = 0; i < run->bound.operand_count; i++) {
 		buffer_unref(run->bound.operands[i].buffer);
@@ -573,4 +586,5 @@ void run_release(struct request *request)
 	buffer_unref(run->scratch);
 	dispatch_fini(&run->dispatch);
 	effective_unref(run->effective);
+	graph_run_release(request);
 }
