@@ -225,7 +225,7 @@ static void minimal_serve(const char *path)
 
 int main(int argc, char **argv)
 {
-	struct peer_program program = minimal_client;
+	struct peer_program_ops program = minimal_client;
 	program.serve = minimal_serve;
 	return peer_program(&program, argc, argv);
 }

@@ -60,6 +60,6 @@ const struct minimal_header *minimal_buffer_next(struct minimal_buffer *buffer);
 /* Moves what is left to the front, into larger memory where a frame of so many bytes doesn't fit otherwise. */
 void minimal_buffer_make_room(struct minimal_buffer *buffer, size_t frame_bytes);
 
-extern const struct peer_program minimal_client;
+extern const struct peer_program_ops minimal_client;
 
 #endif

@@ -165,7 +165,7 @@ static uint64_t client_pipeline(const struct peer_call *call, uint64_t total, ui
 	return kernel_ns;
 }
 
-const struct peer_program minimal_client = {
+const struct peer_program_ops minimal_client = {
     .name = "minimal",
     .connect = client_connect,
     .close = client_close,

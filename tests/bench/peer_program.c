@@ -51,7 +51,7 @@ static float weight_at(size_t i)
 	return 1 + (float)(i % 5) / 4;
 }
 
-static void weight_keep(const struct peer_program *program)
+static void weight_keep(const struct peer_program_ops *program)
 {
 	static float weight[PEER_WEIGHT_ELEMENTS];
 	const float *result;
@@ -67,7 +67,7 @@ struct block {
 };
 
 /* One in flight: every call's time is looked at. */
-static void block_singly(const struct peer_program *program, const struct block *block)
+static void block_singly(const struct peer_program_ops *program, const struct block *block)
 {
 	static struct histogram histogram;
 	const float *result;
@@ -83,7 +83,7 @@ static void block_singly(const struct peer_program *program, const struct block 
 	       histogram_quantile(&histogram, 0.5), histogram_quantile(&histogram, 0.9), histogram_quantile(&histogram, 0.99));
 }
 
-static void block_run(const struct peer_program *program, const struct block *block)
+static void block_run(const struct peer_program_ops *program, const struct block *block)
 {
 	if (block->window == 1) {
 		block_singly(program, block);
@@ -94,7 +94,7 @@ static void block_run(const struct peer_program *program, const struct block *bl
 	printf("%" PRIu64 " %" PRIu64 " 0 0 0\n", clock_ns() - begin, kernel);
 }
 
-static void block_parse(const struct peer_program *program, const char *line)
+static void block_parse(const struct peer_program_ops *program, const char *line)
 {
 	char name[16];
 	int timed;
@@ -110,7 +110,7 @@ static void block_parse(const struct peer_program *program, const char *line)
 	free(x);
 }
 
-static int call_main(const struct peer_program *program, const char *path, uint16_t port)
+static int call_main(const struct peer_program_ops *program, const char *path, uint16_t port)
 {
 	char line[256];
 	while (fgets(line, sizeof line, stdin) != NULL) {
@@ -144,7 +144,7 @@ static double expected_at(const struct peer_call *call, size_t i)
 	return call->x[i] / sqrt(sum / (double)call->elements + PEER_EPSILON) * weight_at(i);
 }
 
-static void check_op(const struct peer_program *program, peer_op op, const float *x, size_t elements)
+static void check_op(const struct peer_program_ops *program, peer_op op, const float *x, size_t elements)
 {
 	const struct peer_call call = {op, x, elements, true};
 	const float *result = NULL;
@@ -158,7 +158,7 @@ static void check_op(const struct peer_program *program, peer_op op, const float
 	}
 }
 
-static void check_transport(const struct peer_program *program, const char *path, uint16_t port, bool tcp)
+static void check_transport(const struct peer_program_ops *program, const char *path, uint16_t port, bool tcp)
 {
 	enum { LARGE = 1 << 22 };
 	float *x = values_create(LARGE);
@@ -176,7 +176,7 @@ static void check_transport(const struct peer_program *program, const char *path
 	free(x);
 }
 
-static int check_main(const struct peer_program *program, const char *self)
+static int check_main(const struct peer_program_ops *program, const char *self)
 {
 	char folder[] = "/tmp/opd-peer-XXXXXX", path[64], command[4096];
 	unsigned port = 0;
@@ -197,7 +197,7 @@ static int check_main(const struct peer_program *program, const char *self)
 	return 0;
 }
 
-int peer_program(const struct peer_program *program, int argc, char **argv)
+int peer_program(const struct peer_program_ops *program, int argc, char **argv)
 {
 	(void)prctl(PR_SET_PDEATHSIG, SIGKILL); /* a benchmark that was interrupted leaves nothing behind */
 	(void)signal(SIGPIPE, SIG_IGN);

@@ -54,7 +54,7 @@ size_t peer_call_results(peer_op op, size_t elements);
 uint64_t peer_kernel(peer_op op, const float *x, const float *kept, size_t elements, float *y, bool timed);
 
 /* A client, one at a time; its own state is the program's. */
-struct peer_program {
+struct peer_program_ops {
 	const char *name;
 	/* Never returns. Calls peer_listening once it accepts connections. */
 	void (*serve)(const char *path);
@@ -66,7 +66,7 @@ struct peer_program {
 	uint64_t (*pipeline)(const struct peer_call *call, uint64_t total, uint64_t window);
 };
 
-int peer_program(const struct peer_program *program, int argc, char **argv);
+int peer_program(const struct peer_program_ops *program, int argc, char **argv);
 
 void peer_listening(uint16_t port);
 
