@@ -53,6 +53,7 @@ void peer_start(struct peer *peer, const char *binary, const char *directory)
 {
 	char port[32];
 	FILE *from;
+	(void)pin_allowed(); /* before anything is pinned */
 	if (binary == NULL)
 		return;
 	peer->why_skipped = NULL;
