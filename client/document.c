@@ -187,3 +187,35 @@ void *document_info(opd_result *result)
 	info->devices = texts(result, from->device_count, from->devices, &info->device_count);
 	return info;
 }
+
+uint32_t document_fill_kept(const opd_result *result, opd_kept_tensor *tensors_out)
+{
+	for (uint32_t i = 0; i < result->reply.tensors.count; i++) {
+		const struct msg_kept *from = &result->reply.tensors.items[i];
+		opd_kept_tensor *to = &tensors_out[i];
+		*to = (opd_kept_tensor){
+		    .handle = {.index = from->handle.index, .generation = from->handle.generation},
+		    .dtype = from->dtype,
+		    .rank = from->rank,
+		    .bytes = from->bytes,
+		    .received_bytes = from->received,
+		    .ticket = from->request,
+		    .output = from->output,
+		};
+		memcpy(to->shape, from->shape, sizeof to->shape);
+	}
+	return result->reply.tensors.count;
+}
+
+const opd_kept_list *document_kept(opd_result *result, const opd_kept_tensor *tensors, uint32_t count)
+{
+	opd_kept_list *list = document_alloc(result, sizeof *list);
+	opd_kept_tensor *copy = list == NULL ? NULL : arena_array(&result->arena, count, sizeof *copy);
+	if (copy == NULL)
+		return NULL;
+	if (count != 0)
+		memcpy(copy, tensors, count * sizeof *copy);
+	list->count = count;
+	list->tensors = copy;
+	return list;
+}

@@ -11,6 +11,10 @@ static struct msg_arg *request_add(opd_request *request, const char *name, msg_a
 	request->form = REQUEST_UNPREPARED;
 	if (request->error.status != OPD_OK)
 		return NULL;
+	if (request->kind != MSG_REQUEST_RUN) {
+		request_fail(request, OPD_INVALID_ARGUMENT, "%s: argument %s, which only runs have", run->op.data, name == NULL ? "" : name);
+		return NULL;
+	}
 	if (run->arg_count == BOUND_ARGS) {
 		request_fail(request, OPD_INVALID_ARGUMENT, "%s: more than %u arguments", run->op.data, BOUND_ARGS);
 		return NULL;

@@ -102,7 +102,7 @@ static opd_status submit_wire(opd_client *client, opd_request *request, struct f
 	    .pieces = request->pieces,
 	    .piece_count = request->piece_count,
 	    .payload_bytes = request->payload_bytes,
-	    .expected = MSG_REPLY_RUN,
+	    .expected = request_expected(request),
 	};
 	return connection_submit(client, &submission, flight_out, error);
 }
@@ -121,7 +121,7 @@ static opd_status submit_direct(opd_client *client, opd_request *request, struct
 	if (!flights_add(&client->flights, flight))
 		return submit_memory(client, flight, error);
 	opd_result *result = NULL;
-	status = direct_call(client, &request->message, MSG_REPLY_RUN, &result, error);
+	status = direct_call(client, request_message(request), request_expected(request), &result, error);
 	if (result == NULL) {
 		flights_remove(&client->flights, flight);
 		flight_settle(&client->flights, flight);

@@ -151,6 +151,19 @@ static opd_status read_request(struct reader *reader, const Opd__V1__Request *in
 		out->kind = MSG_REQUEST_DRAIN;
 		out->timeout_us = in->drain->timeout_us;
 		return OPD_OK;
+	case OPD__V1__REQUEST__BODY_UPLOAD:
+		out->kind = MSG_REQUEST_UPLOAD;
+		return read_upload(reader, in->upload, &out->upload);
+	case OPD__V1__REQUEST__BODY_WRITE:
+		out->kind = MSG_REQUEST_WRITE;
+		return read_write(reader, in->write, &out->write);
+	case OPD__V1__REQUEST__BODY_FETCH:
+		out->kind = MSG_REQUEST_FETCH;
+		return read_fetch(reader, in->fetch, &out->fetch);
+	case OPD__V1__REQUEST__BODY_LIST_TENSORS:
+		out->kind = MSG_REQUEST_LIST_TENSORS;
+		out->first = in->list_tensors->first;
+		return OPD_OK;
 	case OPD__V1__REQUEST__BODY_REGISTER_GRAPH:
 		out->kind = MSG_REQUEST_REGISTER_GRAPH;
 		return read_graph(reader, in->register_graph->graph, &out->graph);
@@ -392,6 +405,11 @@ static bool write_request(struct arena *arena, const struct msg_request *in, Opd
 		return write_empty(arena, OPD__V1__REQUEST__BODY_PING, out);
 	case MSG_REQUEST_INFO:
 		return write_empty(arena, OPD__V1__REQUEST__BODY_INFO, out);
+	case MSG_REQUEST_UPLOAD:
+	case MSG_REQUEST_WRITE:
+	case MSG_REQUEST_FETCH:
+	case MSG_REQUEST_LIST_TENSORS:
+		return write_kept_request(arena, in, out);
 	case MSG_REQUEST_GET_PRIORITY:
 	case MSG_REQUEST_DESCRIBE:
 	case MSG_REQUEST_LOAD_MODULE:

@@ -425,6 +425,17 @@ struct msg_generate {
 	bool keep;
 };
 
+struct msg_upload {
+	struct msg_tensor *tensor;
+	bool parts;
+};
+
+struct msg_write {
+	struct msg_handle handle;
+	uint64_t offset;
+	struct msg_tensor *data;
+};
+
 typedef enum msg_request_kind {
 	MSG_REQUEST_NONE = 0, /* no body, or one that this build doesn't know */
 	MSG_REQUEST_RUN,
@@ -442,6 +453,10 @@ typedef enum msg_request_kind {
 	MSG_REQUEST_LOAD_MODULE,
 	MSG_REQUEST_SET_LOG_LEVEL,
 	MSG_REQUEST_DRAIN,
+	MSG_REQUEST_UPLOAD,
+	MSG_REQUEST_WRITE,
+	MSG_REQUEST_FETCH,
+	MSG_REQUEST_LIST_TENSORS,
 	MSG_REQUEST_REGISTER_GRAPH,
 	MSG_REQUEST_RUN_GRAPH, /* in `run`, whose args are the graph's inputs */
 	MSG_REQUEST_FREE_GRAPH,
@@ -459,6 +474,10 @@ struct msg_request {
 		struct msg_text path;      /* LOAD_MODULE */
 		struct msg_text log_level; /* SET_LOG_LEVEL */
 		uint64_t timeout_us;       /* DRAIN */
+		struct msg_upload upload;
+		struct msg_write write;
+		struct msg_tensor *fetch;
+		uint32_t first; /* LIST_TENSORS */
 		struct msg_graph graph;    /* REGISTER_GRAPH */
 		uint64_t graph_id;         /* FREE_GRAPH */
 	};
@@ -472,6 +491,17 @@ struct msg_priority_reply {
 	const struct msg_text *stored;
 };
 
+struct msg_kept {
+	struct msg_handle handle;
+	opd_dtype dtype;
+	uint32_t rank;
+	int64_t shape[OPD_RANK_MAX];
+	uint64_t bytes;
+	uint64_t received;
+	uint64_t request;
+	uint32_t output;
+};
+
 typedef enum msg_reply_kind {
 	MSG_REPLY_NONE = 0,
 	MSG_REPLY_RUN,
@@ -482,6 +512,7 @@ typedef enum msg_reply_kind {
 	MSG_REPLY_INFO,
 	MSG_REPLY_GENERATED,
 	MSG_REPLY_EMPTY,
+	MSG_REPLY_TENSORS,
 	MSG_REPLY_REGISTERED,
 } msg_reply_kind;
 
@@ -506,6 +537,11 @@ struct msg_reply {
 			uint32_t count;
 			struct msg_arg *args;
 		} generated;
+		struct {
+			uint32_t count;
+			uint32_t next;
+			const struct msg_kept *items;
+		} tensors;
 		struct msg_registered registered;
 	};
 };

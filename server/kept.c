@@ -60,6 +60,7 @@ void kept_tensor_unref(struct kept_tensor *tensor)
 	if (tensor == NULL || atomic_fetch_sub_explicit(&tensor->refs, 1, memory_order_acq_rel) != 1)
 		return;
 	buffer_unref(tensor->buffer);
+	parts_destroy(tensor->parts);
 	free(tensor);
 }
 
@@ -91,7 +92,7 @@ static bool slots_grow(struct kept *kept)
 }
 
 /* Takes the reference. NO_SLOT: out of memory. */
-static uint32_t slot_take(struct kept *kept, struct kept_tensor *tensor, uint64_t request)
+static uint32_t slot_take(struct kept *kept, struct kept_tensor *tensor, uint64_t request, uint32_t output)
 {
 	uint32_t index = kept->first_free;
 	if (index != NO_SLOT) {
@@ -102,7 +103,7 @@ static uint32_t slot_take(struct kept *kept, struct kept_tensor *tensor, uint64_
 		index = kept->slot_count++;
 	}
 	uint64_t generation = random_generation();
-	kept->slots[index] = (struct kept_slot){.tensor = tensor, .generation = generation, .lineage = generation, .request = request};
+	kept->slots[index] = (struct kept_slot){.tensor = tensor, .generation = generation, .lineage = generation, .request = request, .output = output};
 	return index;
 }
 
@@ -302,7 +303,7 @@ void kept_settle(struct kept *kept, uint64_t request, struct kept_tensor *const 
 	struct kept_result *result = result_find(kept, request);
 	assert(result != NULL && result->state == RESULT_PENDING && result->count == count);
 	for (uint32_t i = 0; i < count; i++) {
-		uint32_t index = tensors[i] == NULL ? NO_SLOT : slot_take(kept, tensors[i], request);
+		uint32_t index = tensors[i] == NULL ? NO_SLOT : slot_take(kept, tensors[i], request, i);
 		if (index == NO_SLOT) { /* not kept, or no memory for its slot: then it is gone, and says so when named */
 			kept_tensor_unref(tensors[i]);
 			kept->live--;
@@ -331,7 +332,7 @@ struct msg_handle kept_add(struct kept *kept, struct kept_tensor *tensor, opd_er
 	struct msg_handle none = {0, 0};
 	if (check_limit(kept, 1, error) != OPD_OK)
 		return none;
-	uint32_t index = slot_take(kept, tensor, 0);
+	uint32_t index = slot_take(kept, tensor, 0, 0);
 	if (index == NO_SLOT) {
 		(void)opd_fail(error, OPD_RESOURCE_EXHAUSTED, "kept tensors: out of memory");
 		return none;
@@ -341,6 +342,17 @@ struct msg_handle kept_add(struct kept *kept, struct kept_tensor *tensor, opd_er
 }
 
 struct kept_tensor *kept_find(struct kept *kept, struct msg_handle handle, opd_error *error)
+{
+	struct kept_tensor *tensor = kept_find_any(kept, handle, error);
+	if (tensor == NULL || tensor->parts == NULL)
+		return tensor;
+	(void)opd_fail(error, OPD_FAILED_PRECONDITION, "handle %u.%016" PRIx64 ": %" PRIu64 " of its %" PRIu64 " bytes are uploaded",
+	               (unsigned)handle.index, handle.generation, tensor->parts->received_bytes, tensor->bytes);
+	kept_tensor_unref(tensor);
+	return NULL;
+}
+
+struct kept_tensor *kept_find_any(struct kept *kept, struct msg_handle handle, opd_error *error)
 {
 	struct kept_slot *slot = slot_find(kept, handle);
 	if (slot == NULL)

@@ -13,6 +13,7 @@
 #include <stdint.h>
 
 #include "proto/message.h"
+#include "server/parts.h"
 #include "server/tensors.h"
 
 /* One tensor that stays; row-major from the start of its buffer. */
@@ -25,6 +26,7 @@ struct kept_tensor {
 	uint64_t id; /* never reused in this daemon */
 	uint64_t version;
 	struct buffer *buffer;
+	struct parts *parts; /* the session's thread alone; NULL: all its bytes are there */
 };
 
 struct waiter {
@@ -39,6 +41,7 @@ struct kept_slot {
 	uint64_t generation;
 	uint32_t next_free;
 	uint64_t request; /* whose output it is, for kept_result's count */
+	uint32_t output;
 	uint64_t lineage; /* its first generation: donations change the generation, not this */
 	uint64_t donated_generation; /* the one before the last donation; 0: none */
 	uint64_t donated_to;         /* the request */
@@ -84,8 +87,10 @@ void kept_fail(struct kept *kept, uint64_t request);
 /* A tensor outside of any request's results (generated ones). generation 0: at the limit, error written. */
 struct msg_handle kept_add(struct kept *kept, struct kept_tensor *tensor, opd_error *error);
 
-/* Referenced; NULL with NOT_FOUND in error. */
+/* Referenced; NULL with NOT_FOUND in error, or FAILED_PRECONDITION: its upload isn't complete. */
 struct kept_tensor *kept_find(struct kept *kept, struct msg_handle handle, opd_error *error);
+/* The same, complete or not. */
+struct kept_tensor *kept_find_any(struct kept *kept, struct msg_handle handle, opd_error *error);
 /* The same by request id and output. A result that is still to come: NULL, and *pending_out is true. */
 struct kept_tensor *kept_find_result(struct kept *kept, uint64_t request, uint32_t output, bool *pending_out, opd_error *error);
 void kept_wait(struct kept *kept, uint64_t request, struct waiter *waiter);

@@ -121,10 +121,19 @@ static const struct step {
 	[MSG_REQUEST_LOAD_MODULE] = {"load_module", NULL, admin_load_module, true},
 	[MSG_REQUEST_SET_LOG_LEVEL] = {"set_log_level", NULL, admin_set_log_level, true},
 	[MSG_REQUEST_DRAIN] = {"drain", NULL, admin_drain, true},
+	[MSG_REQUEST_UPLOAD] = {"upload", upload_accept, upload_start, false},
+	[MSG_REQUEST_WRITE] = {"write", write_accept, write_start, false},
+	[MSG_REQUEST_FETCH] = {"fetch", fetch_accept, fetch_start, false},
+	[MSG_REQUEST_LIST_TENSORS] = {"list_tensors", NULL, inspect_tensors, false},
 	[MSG_REQUEST_REGISTER_GRAPH] = {"register_graph", graph_register_accept, graph_register_start, false},
 	[MSG_REQUEST_RUN_GRAPH] = {"run_graph", run_accept, run_start, false},
 	[MSG_REQUEST_FREE_GRAPH] = {"free_graph", graph_free_accept, request_reply_empty, false},
 };
+
+static bool step_has_payload(msg_request_kind kind)
+{
+	return kind == MSG_REQUEST_RUN || kind == MSG_REQUEST_RUN_GRAPH || kind == MSG_REQUEST_UPLOAD || kind == MSG_REQUEST_WRITE;
+}
 
 /* ---- Life ---- */
 
@@ -157,8 +166,10 @@ void request_destroy(struct request *request)
 void request_release(struct request *request)
 {
 	run_release(request);
-	generate_release(request);
+	if (request->message.kind == MSG_REQUEST_GENERATE)
+		generate_release(request);
 	buffer_unref(request->payload);
+	kept_tensor_unref(request->tensor);
 	snapshot_unref(request->snapshot);
 	if (request->arena_charged_bytes != 0)
 		account_release(request->session->account, request->arena_charged_bytes);
@@ -218,7 +229,7 @@ opd_status request_accept_message(struct request *request, uint64_t payload_byte
 	if (step->admin && !request->session->admin)
 		return opd_fail(&request->error, OPD_PERMISSION_DENIED, "%s needs an administrator: over the Unix socket, the daemon's own user or root",
 		                step->name);
-	if (payload_bytes != 0 && request->message.kind != MSG_REQUEST_RUN && request->message.kind != MSG_REQUEST_RUN_GRAPH)
+	if (payload_bytes != 0 && !step_has_payload(request->message.kind))
 		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s has a payload of %" PRIu64 " bytes, expected none", step->name, payload_bytes);
 	request->payload_bytes = payload_bytes;
 	opd_status status = step->accept == NULL ? OPD_OK : step->accept(request);

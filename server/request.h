@@ -82,6 +82,7 @@ struct request {
 	opd_error error;
 	struct request_run run;
 	struct request_clock clock;
+	struct kept_tensor *tensor; /* that a write or a fetch is about: referenced */
 	uint32_t free_waiting; /* a free's results still to come */
 	void *task_data;       /* a generation's tensors, in the arena */
 	struct graph_run *graph_run; /* of RUN_GRAPH, in the arena */
@@ -169,12 +170,19 @@ void graph_run_release(struct request *request);
 void graph_run_execute(struct request *request, struct lane_exec *lane); /* on a lane */
 OPD_MUST_USE opd_status free_accept(struct request *request); /* free.c */
 void free_start(struct request *request);
+OPD_MUST_USE opd_status upload_accept(struct request *request); /* upload.c */
+void upload_start(struct request *request);
+OPD_MUST_USE opd_status write_accept(struct request *request);
+void write_start(struct request *request);
+OPD_MUST_USE opd_status fetch_accept(struct request *request); /* fetch.c */
+void fetch_start(struct request *request);
 void generate_start(struct request *request); /* generate.c */
 void generate_release(struct request *request);
 void inspect_ops(struct request *request);    /* inspect.c */
 void inspect_op(struct request *request);
 void inspect_providers(struct request *request);
 void inspect_info(struct request *request);
+void inspect_tensors(struct request *request);
 void admin_load_module(struct request *request); /* admin.c */
 void admin_set_log_level(struct request *request);
 void admin_drain(struct request *request);

@@ -340,6 +340,53 @@ OPD_API opd_request *opd_request_once(const opd_graph *graph);
 
 /* ---- Kept tensors ------------------------------------------------------------------------------------------------------ */
 
+/* Requests that are no ops, for opd_run and opd_submit as those of ops are; they take no arguments and no output options. NULL: out of memory; what is wrong
+ * with an operand comes out of submit.
+ *   upload  a host tensor, row-major, becomes a kept one: the result has one output, its handle. Later requests may name it by the upload's ticket, answered or not.
+ *           With OPD_FROM_NOTHING the tensor is made without bytes, which come in writes; until all are there, naming it is FAILED_PRECONDITION.
+ *   write   `bytes` of `data` go to byte `offset` of such a tensor. Any order; a range may be written again while others are missing. After the last its bytes don't
+ *           change any more, and a write is FAILED_PRECONDITION. The result has no outputs. `data` is kept by reference, as a tensor's is.
+ *   fetch   a kept tensor (handle or result) comes back whole, or a view of it: the result has one output. */
+OPD_API opd_request *opd_upload_create(const opd_operand *operand);
+OPD_API opd_request *opd_write_create(opd_handle handle, uint64_t offset, const void *data, uint64_t bytes);
+OPD_API opd_request *opd_fetch_create(const opd_operand *operand);
+
+typedef struct opd_upload_options {
+	uint32_t struct_bytes;
+	uint32_t reserved;
+	uint64_t part_bytes; /* 0: in one piece, or in parts of 4 MiB where it is watched or exceeds what the server takes in one request */
+	void (*on_progress)(void *progress_data, uint64_t done_bytes, uint64_t total_bytes); /* after each part; NULL: none */
+	void *progress_data;
+} opd_upload_options;
+
+/* Uploads and waits; options NULL: the defaults. In parts, one that the server had no memory for is sent again, five times at most. A failed upload leaves nothing
+ * in the session. */
+OPD_API OPD_MUST_USE opd_status opd_upload(opd_client *client, const opd_operand *operand, const opd_upload_options *options, opd_handle *handle_out,
+                                           opd_error *error);
+/* Fetches and waits; *result_out as in opd_run. */
+OPD_API OPD_MUST_USE opd_status opd_fetch(opd_client *client, const opd_operand *operand, opd_result **result_out, opd_error *error);
+
+typedef struct opd_kept_tensor {
+	opd_handle handle;
+	opd_dtype dtype;
+	uint32_t rank;
+	int64_t shape[OPD_RANK_MAX];
+	uint64_t bytes;
+	uint64_t received_bytes; /* less than bytes: an upload in parts that isn't complete */
+	opd_ticket ticket;       /* of the request whose output or upload it is; 0: none's */
+	uint32_t output;
+	uint32_t reserved;
+} opd_kept_tensor;
+
+typedef struct opd_kept_list {
+	uint32_t count;
+	uint32_t reserved;
+	const opd_kept_tensor *tensors; /* by ascending handle index */
+} opd_kept_list;
+
+/* This session's kept tensors. */
+OPD_API OPD_MUST_USE opd_status opd_kept_tensors(opd_client *client, const opd_kept_list **list_out, opd_error *error);
+
 /* Frees kept tensors; requests submitted before it read them first. OPD_NOT_FOUND names the first that isn't there; the others are freed. */
 OPD_API OPD_MUST_USE opd_status opd_free(opd_client *client, const opd_handle *handles, size_t count, opd_error *error);
 

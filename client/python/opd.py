@@ -677,6 +677,47 @@ class Client:
 
     # ---- Kept tensors, generated inputs
 
+    def upload(self, value):
+        """A tensor that stays: a Future of its Handle. `future.output()` is an operand before that is here."""
+        tensor, payload = _tensor_of(value), _Payload()
+        if tensor is None or tensor.data is None:
+            raise InvalidArgument(f"upload of a {type(value).__name__}, expected a tensor with data")
+        if tensor.strides is not None or tensor.byte_offset:
+            raise InvalidArgument("upload of a tensor with strides or a byte offset, expected it row-major")
+        request = pb.Request(upload=pb.Upload())
+        _write_tensor(request.upload.tensor, tensor, payload, False)
+        return self._submit(request, _read_uploaded, payload)
+
+    def upload_parts(self, dtype, shape):
+        """A Handle without bytes, which `write` brings; FAILED_PRECONDITION to use until all are there."""
+        request = pb.Request(upload=pb.Upload(parts=True))
+        _write_tensor(request.upload.tensor, Tensor(None, dtype, shape), _Payload(), True)
+        return self._submit(request, _read_uploaded, _Payload()).result()
+
+    def write(self, handle, offset, data):
+        """Bytes of a tensor uploaded in parts, from `offset` on: a Future of None. Any order; again, if one was refused."""
+        payload, data = _Payload(), _bytes_of(data)
+        request = pb.Request(write=pb.Write(offset=offset))
+        request.write.handle.index, request.write.handle.generation = handle.index, handle.generation
+        _write_tensor(request.write.data, Tensor(data, "u8", [len(data)]), payload, False)
+        return self._submit(request, lambda reply, payload: None, payload)
+
+    def fetch(self, operand):
+        """A kept tensor (Handle or Future.output(), whole or a view) back: a Future of an array or Tensor."""
+        request = pb.Request(fetch=pb.Fetch())
+        operand._write(request.fetch.tensor)
+        return self._submit(request, lambda reply, payload: Result(reply, payload)[0], _Payload())
+
+    def tensors(self):
+        """This session's kept tensors, as protobuf KeptTensors: handle, dtype, shape, bytes, received, request, output."""
+        made, first = [], 0
+        while True:
+            page = self._call(pb.Request(list_tensors=pb.ListTensors(first=first))).tensors
+            made += page.tensors
+            if not page.next:
+                return made
+            first = page.next
+
     def free(self, *handles):
         request = pb.Request(free=pb.Free())
         for handle in handles:
@@ -896,6 +937,11 @@ def _read_operand(tensor, payload):
     if tensor.WhichOneof("source") == "handle":
         return _read_handle(tensor.handle, tensor)
     return _present(_read_tensor(tensor, payload))
+
+
+def _read_uploaded(reply, payload):
+    del payload
+    return _read_handle(reply.run.outputs[0].kept, reply.run.outputs[0].tensor)
 
 
 def _read_generated(reply, payload):

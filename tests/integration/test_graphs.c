@@ -655,7 +655,7 @@ START_TEST(a_quota_reached_in_mid_graph_leaks_nothing)
 {
 	opd_close(client);
 	house_stop(&house);
-	house_start(&house, (const char *const[]){"limits.session", "1048576", "limits.request", "1048576", NULL});
+	house_start(&house, (const char *const[]){"limits.session", "1048576", NULL});
 	client = house_client(&house);
 	opd_graph *graph = opd_graph_create("large");
 	opd_value x = opd_graph_input(graph, "x");

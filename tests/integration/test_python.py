@@ -528,6 +528,58 @@ class AgainstTheDaemon(unittest.TestCase):
                     answer += piece
             self.assertIn(b"HTTP", answer)
 
+    def test_an_upload_is_an_operand_before_and_after_its_answer(self):
+        x = np.arange(12, dtype="float32").reshape(3, 4)
+        future = self.client.upload(x)
+        self.assertTrue((self.client.fetch(future.output()).result() == x).all())
+        handle = future.result()
+        self.assertEqual((handle.dtype, handle.shape), ("f32", (3, 4)))
+        self.assertTrue((self.client.run("relu", handle)[0] == x).all())
+        self.assertTrue((self.client.fetch(handle.view([4], [1], 16)).result() == x[1]).all())
+
+    def test_parts_are_listed_until_they_are_whole(self):
+        x = np.arange(1000, dtype="float64")
+        handle = self.client.upload_parts("f64", [1000])
+        self.client.write(handle, 4000, x[500:]).result()
+        with self.assertRaises(opd.FailedPrecondition):
+            self.client.fetch(handle).result()
+        row, = self.client.tensors()
+        self.assertEqual((row.bytes, row.received, list(row.shape)), (8000, 4000, [1000]))
+        self.client.write(handle, 0, x[:500]).result()
+        self.assertTrue((self.client.fetch(handle).result() == x).all())
+        self.client.free(handle)
+        self.assertEqual(self.client.tensors(), [])
+
+    def test_malformed_uploads_are_refused_by_the_daemon_too(self):
+        def send(request, data=b""):
+            payload = opd._Payload()
+            if data:
+                payload.add(memoryview(data))
+            return self.client._submit(request, lambda reply, bytes_: reply, payload).result()
+
+        tensor = pb.Tensor(dtype=pb.F32, shape=[4])
+        bad = [
+            (pb.Request(upload=pb.Upload()), b"", "no dtype"),
+            (pb.Request(upload=pb.Upload(tensor=tensor)), b"", "neither payload nor inline"),
+            (pb.Request(upload=pb.Upload(tensor=pb.Tensor(dtype=pb.F32, shape=[4], inline=bytes(15)))), b"", "15"),
+            (pb.Request(upload=pb.Upload(tensor=pb.Tensor(
+                dtype=pb.F32, shape=[4], payload=pb.Range(offset=0, bytes=16)))), bytes(80), "the whole payload of 80"),
+            (pb.Request(upload=pb.Upload(tensor=pb.Tensor(dtype=pb.F32, shape=[1 << 40, 1 << 40]))), b"", "2^63"),
+            (pb.Request(upload=pb.Upload(tensor=pb.Tensor(dtype=pb.F32, shape=[-1]), parts=True)), b"", "negative"),
+            (pb.Request(upload=pb.Upload(tensor=pb.Tensor(dtype=pb.F32, shape=[4], inline=bytes(16)), parts=True)), b"",
+             "brings no bytes"),
+            (pb.Request(upload=pb.Upload(tensor=tensor, parts=True)), bytes(16), "brings no bytes"),
+            (pb.Request(upload=pb.Upload(tensor=pb.Tensor(dtype=pb.F32, shape=[4], inline=bytes(16), donate=True))), b"",
+             "donate"),
+            (pb.Request(write=pb.Write()), b"", "rank 1"),
+            (pb.Request(fetch=pb.Fetch()), b"", "neither a handle nor a result"),
+        ]
+        for request, data, words in bad:
+            with self.assertRaises(opd.InvalidArgument) as caught:
+                send(request, data)
+            self.assertIn(words, str(caught.exception))
+        self.assertEqual(self.client.tensors(), [])
+
 
 if __name__ == "__main__":
     unittest.main()

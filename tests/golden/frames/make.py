@@ -153,7 +153,13 @@ def requests():
             ("load-module", "LoadModule.", pb.Request(load_module=pb.LoadModule(path="/usr/lib/opd/provider.so"))),
             ("set-log-level", "SetLogLevel.", pb.Request(set_log_level=pb.SetLogLevel(level="debug"))),
             ("drain", "Drain.", pb.Request(drain=pb.Drain(timeout_us=5000000))),
-            ("no-body", "A request without a body.", pb.Request())]):
+            ("no-body", "A request without a body.", pb.Request()),
+            ("upload", "An upload in parts.", pb.Request(upload=pb.Upload(tensor=tensor(pb.F32, [1 << 20, 64]), parts=True))),
+            ("write", "The payload's 16 bytes go to byte 4 GiB of the tensor.", pb.Request(write=pb.Write(
+                handle=pb.Handle(index=1, generation=2), offset=1 << 32, data=tensor(pb.U8, [16], payload=pb.Range(offset=0, bytes=16))))),
+            ("fetch", "A view of a kept tensor: its second row of four.", pb.Request(fetch=pb.Fetch(tensor=tensor(
+                pb.F32, [1, 4], strides=[4, 1], byte_offset=16, handle=pb.Handle(index=1, generation=2))))),
+            ("list-tensors", "The second page.", pb.Request(list_tensors=pb.ListTensors(first=4096)))]):
         write("request-" + name, note, REQUEST, message, 10 + number)
 
 
@@ -194,7 +200,11 @@ def replies():
                 devices=["cpu"], sessions=4, requests=5, memory_bytes=6, memory_limit_bytes=7, session_memory_bytes=8, pid=9,
                 draining=True, graph_runs=10, graph_dispatches=11))),
             ("generated", "Generated.", pb.Reply(generated=pb.Generated(args=generated))),
-            ("empty", "Nothing more to say than OK.", empty("empty", reply=True))]):
+            ("empty", "Nothing more to say than OK.", empty("empty", reply=True)),
+            ("tensors", "KeptTensors with every field.", pb.Reply(tensors=pb.KeptTensors(tensors=[
+                pb.KeptTensor(handle=pb.Handle(index=7, generation=1 << 63), dtype=pb.BF16, shape=[2, 0, 3], bytes=12, received=4, request=5,
+                              output=1),
+                pb.KeptTensor(handle=pb.Handle(index=9, generation=3), dtype=pb.U8)], next=10)))]):
         write("every-reply-" + name, note, REPLY, message, 40 + number)
 
 
