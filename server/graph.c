@@ -89,9 +89,6 @@ static opd_status bind_kept(struct graph *graph, const struct msg_tensor *source
 	kept_tensor_unref(tensor);
 	input->slot = handle.index;
 	input->lineage = kept_lineage(kept, handle, error);
-	for (uint32_t i = 0; i < graph->state_count; i++)
-		if (graph->inputs[graph->states[i]].slot == input->slot)
-			return opd_fail(error, OPD_INVALID_ARGUMENT, "it is bound to the tensor that state '%s' has", graph->inputs[graph->states[i]].name.data);
 	return OPD_OK;
 }
 
@@ -128,6 +125,29 @@ static opd_status add_input(struct graph *graph, const struct msg_graph_input *m
 	return OPD_OK;
 }
 
+static int by_number(const void *a, const void *b)
+{
+	const uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
+	return (x > y) - (x < y);
+}
+
+/* Which tensors its runs change, so that runs that share one are soon found. */
+static opd_status sort_slots(struct graph *graph, opd_error *error)
+{
+	graph->slots = arena_array(&graph->arena, graph->state_count, sizeof graph->slots[0]);
+	if (graph->slots == NULL)
+		return out_of_memory(error);
+	for (uint32_t i = 0; i < graph->state_count; i++) {
+		graph->slots[i] = graph->inputs[graph->states[i]].slot;
+		graph->slot_mask |= 1ull << (graph->slots[i] % 64);
+	}
+	qsort(graph->slots, graph->state_count, sizeof graph->slots[0], by_number);
+	for (uint32_t i = 1; i < graph->state_count; i++)
+		if (graph->slots[i - 1] == graph->slots[i])
+			return opd_fail(error, OPD_INVALID_ARGUMENT, "graph: two states are bound to one tensor, index %u", (unsigned)graph->slots[i]);
+	return OPD_OK;
+}
+
 static opd_status add_inputs(struct graph *graph, const struct msg_graph *message, struct arena *scratch, opd_error *error)
 {
 	if (message->input_count > BOUND_GRAPH_INPUTS)
@@ -145,7 +165,8 @@ static opd_status add_inputs(struct graph *graph, const struct msg_graph *messag
 			return status;
 		names[i] = graph->inputs[i].name;
 	}
-	return graph_check_unique(scratch, "input", names, message->input_count, error);
+	opd_status status = sort_slots(graph, error);
+	return status == OPD_OK ? graph_check_unique(scratch, "input", names, message->input_count, error) : status;
 }
 
 /* ---- What its runs are calls of ---- */

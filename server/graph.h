@@ -85,6 +85,8 @@ struct graph {
 	struct graph_value *values;
 	struct graph_output *outputs;
 	uint32_t *states; /* [state_count]: which inputs they are */
+	uint32_t *slots;  /* [state_count]: theirs, rising */
+	uint64_t slot_mask; /* a bit for each slot, by its lowest six */
 	uint32_t *order;  /* [node_count]: in which nodes run */
 	struct graph_lists *lists;  /* newest; NULL: none yet */
 	struct prepared *prepared;  /* most recently used first, bounded */

@@ -237,7 +237,9 @@ static void describe_inputs(struct preparing *p)
 /* A view of an input or of a node's output: inside it, of its dtype. */
 static opd_status place_view(struct preparing *p, const struct op *op, struct operand *operand, const opd_tensor *from)
 {
-	const struct msg_tensor *view = operand->source;
+	struct msg_tensor *view = operand->source;
+	if (view->rank != 0 && view->shape[0] == -1 && from->rank != 0) /* as many rows as there are */
+		view->shape[0] = from->shape[0];
 	if (view->dtype != from->dtype)
 		return opd_fail(p->error, OPD_INVALID_ARGUMENT, "%s: %s views a tensor of %s as %s", op->schema->name, operand->param, opd_dtype_name(from->dtype),
 		                opd_dtype_name(view->dtype));

@@ -83,9 +83,27 @@ static opd_status accept_run(struct graph_run *run)
 	return status == OPD_OK ? donate_states(run) : status;
 }
 
+static bool share_a_state(const struct graph *a, const struct graph *b)
+{
+	uint32_t i = 0, k = 0;
+	if ((a->slot_mask & b->slot_mask) == 0)
+		return false;
+	while (i < a->state_count && k < b->state_count && a->slots[i] != b->slots[k])
+		*(a->slots[i] < b->slots[k] ? &i : &k) += 1;
+	return i < a->state_count && k < b->state_count;
+}
+
+/* One runs after the other: runs of one graph, or of one state. */
+static bool conflict(const struct graph_run *a, const struct graph_run *b)
+{
+	return a->graph == b->graph || share_a_state(a->graph, b->graph);
+}
+
 static void enqueue(struct graph_run *run)
 {
 	struct graphs *graphs = run->request->session->graphs;
+	for (const struct graph_run *other = graphs->first; other != NULL; other = other->next)
+		run->blockers += conflict(other, run);
 	run->previous = graphs->last;
 	*(graphs->last == NULL ? &graphs->first : &graphs->last->next) = run;
 	graphs->last = run;
@@ -115,27 +133,11 @@ static void dequeue(struct graph_run *run)
 	if (!run->queued)
 		return;
 	run->queued = false;
+	for (struct graph_run *later = run->next; later != NULL; later = later->next)
+		later->blockers -= conflict(run, later);
 	*(run->previous == NULL ? &graphs->first : &run->previous->next) = run->next;
 	*(run->next == NULL ? &graphs->last : &run->next->previous) = run->previous;
 	run->next = run->previous = NULL;
-}
-
-static bool share_a_state(const struct graph *a, const struct graph *b)
-{
-	for (uint32_t i = 0; i < a->state_count; i++)
-		for (uint32_t k = 0; k < b->state_count; k++)
-			if (a->inputs[a->states[i]].slot == b->inputs[b->states[k]].slot)
-				return true;
-	return false;
-}
-
-/* Every earlier run of the same graph, or of one of its states, has ended. */
-static bool has_turn(const struct graph_run *run)
-{
-	for (const struct graph_run *other = run->previous; other != NULL; other = other->previous)
-		if (other->graph == run->graph || share_a_state(other->graph, run->graph))
-			return false;
-	return true;
 }
 
 /* The tensors as the runs before have left them. */
@@ -196,7 +198,7 @@ static void schedule(struct session *session)
 	graphs->scheduling = true;
 	struct graph_run *run = graphs->first;
 	while (run != NULL) {
-		if (!run->ready || run->started || !has_turn(run)) {
+		if (!run->ready || run->started || run->blockers != 0) {
 			run = run->next;
 			continue;
 		}

@@ -100,7 +100,8 @@ struct graph_run {
 	struct state_use *states;   /* [graph->state_count] */
 	struct buffer *arena;
 	int64_t (*shapes)[2][OPD_RANK_MAX]; /* [output_count]: of the results; the prepared graph may be gone before the reply is */
-	bool queued;     /* in the session's order */
+	uint32_t blockers; /* earlier runs in the session's order that it waits for */
+	bool queued;       /* in that order */
 	bool ready;      /* its operands are there */
 	bool started;
 	bool dispatched; /* it prepared what it ran */

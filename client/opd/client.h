@@ -323,7 +323,7 @@ static inline opd_value opd_value_output(opd_value node, uint32_t output)
 	opd_value value = {node.node, output};
 	return value;
 }
-/* Appends an operand: a whole value. Views and donations: opd_request_tensor with OPD_FROM_VALUE. */
+/* Appends an operand: a whole value. Views and donations: opd_request_tensor with OPD_FROM_VALUE; a view's first extent may be -1, as many as the value has. */
 OPD_API void opd_request_value(opd_request *request, const char *name, opd_value value);
 
 /* What runs return, in this order: outputs of nodes that no other node donates; at most 64. */

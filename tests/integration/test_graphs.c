@@ -278,6 +278,42 @@ START_TEST(views_of_inputs_and_outputs_are_read_in_place)
 }
 END_TEST
 
+/* One graph for prompts of any length. */
+START_TEST(a_view_may_take_its_first_extent_from_what_it_views)
+{
+	static const int64_t halves[] = {-1, 1, 2}, columns[] = {-1, 1}, apart[] = {4, 1}, too_wide[] = {-1, 5};
+	opd_graph *graph = opd_graph_create("open");
+	opd_value x = opd_graph_input(graph, "x");
+	const opd_operand views[] = {
+		{.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_VALUE, .dtype = OPD_f32, .rank = 3, .shape = halves, .value = x},
+		{.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_VALUE, .dtype = OPD_f32, .rank = 2, .shape = columns, .strides = apart, .byte_offset = 8, .value = x},
+		{.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_VALUE, .dtype = OPD_f32, .rank = 2, .shape = too_wide, .value = x},
+	};
+	uint64_t ids[2];
+	for (uint32_t i = 0; i < 3; i++) {
+		opd_request *node = opd_request_create("relu");
+		opd_request_tensor(node, NULL, &views[i]);
+		opd_graph_output(graph, NULL, opd_graph_node(graph, NULL, node));
+		opd_request_destroy(node);
+		if (i != 0)
+			OK(opd_graph_register(client, graph, &ids[i - 1], &error));
+	}
+	opd_graph_destroy(graph);
+	for (int64_t rows = 1; rows <= 3; rows++) {
+		opd_request *request = opd_request_graph(ids[0]);
+		opd_request_tensor(request, NULL, &(opd_operand)OPD_OPERAND(OPD_f32, values, rows, 4));
+		opd_result *result = run(request);
+		ck_assert_int_eq(opd_result_tensor(result, 0)->shape[0], rows);
+		ck_assert_int_eq(opd_result_tensor(result, 1)->shape[0], rows);
+		ck_assert_float_eq(((const float *)opd_tensor_data(opd_result_tensor(result, 1)))[rows - 1], (float)(4 * rows - 1));
+		opd_result_destroy(result);
+	}
+	opd_request *request = opd_request_graph(ids[1]);
+	opd_request_tensor(request, NULL, &(opd_operand)OPD_OPERAND(OPD_f32, values, 3, 4));
+	fails(request, OPD_INVALID_ARGUMENT, "node 'n2': relu: x of f32, shape [3, 5]");
+}
+END_TEST
+
 START_TEST(constants_live_as_long_as_the_graph)
 {
 	opd_handle weight = kept_of(4, 10);
@@ -837,6 +873,7 @@ int main(void)
 	tcase_add_test(tests, a_rerun_is_not_dispatched_again_until_something_changes);
 	tcase_add_test(tests, explain_tells_of_every_node_and_of_memory);
 	tcase_add_test(tests, views_of_inputs_and_outputs_are_read_in_place);
+	tcase_add_test(tests, a_view_may_take_its_first_extent_from_what_it_views);
 	tcase_add_test(tests, constants_live_as_long_as_the_graph);
 	tcase_add_test(tests, results_are_kept_and_named_by_later_requests);
 	tcase_add_test(tests, a_graph_runs_once_without_being_registered);

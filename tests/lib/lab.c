@@ -161,6 +161,16 @@ static opd_status run_halfway(const opd_impl *impl, void *state, const opd_call 
 	return opd_fail(error, OPD_INTERNAL, "halfway: it always stops there");
 }
 
+static opd_status generate_add(const opd_op *op, opd_generator *generator, opd_error *error)
+{
+	opd_status status = generate_scale(op, generator, error);
+	void *by = status == OPD_OK ? generator->tensor(generator, "by", generator->dtype, 1, generator->dims) : NULL;
+	if (by == NULL)
+		return status == OPD_OK ? opd_fail(error, OPD_RESOURCE_EXHAUSTED, "lab: by") : status;
+	generator->fill(generator, by, generator->dtype, (uint64_t)generator->dims[0], 1);
+	return OPD_OK;
+}
+
 #define IMPL(op_name, text, function, ...)                                                                                       \
 	{                                                                                                                            \
 		.struct_bytes = sizeof(opd_impl), .op = (op_name), .schema = (text), .device = "cpu", .uuid = LAB_UUID,                  \
@@ -207,6 +217,10 @@ static const opd_op lab_add = {
     .doc = "y = x + by, in place where x is donated",
     .activations = "x,by",
     .shape = add_shape,
+    .generate = generate_add,
+    .dims = "elements",
+    .default_dims = default_dims,
+    .dim_count = 1,
     .in_place = add_pairs,
     .in_place_count = 1,
     .native = &add_native,
