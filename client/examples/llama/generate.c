@@ -121,15 +121,17 @@ static void account(struct llama *llama, const opd_graph_explain *explain, bool 
 		llama->times.kernel_ns += explain->nodes[i].explain.kernel_ns;
 }
 
-/* Steps that were read by their successors needn't stay; freed together, since a free is a round trip. */
+/* A token stays until the step that reads it is taken; they are freed together, since a free is a round trip. `handle` is the newest's. */
 static opd_status let_go(struct llama *llama, opd_handle handle, opd_error *error)
 {
 	const uint32_t room = sizeof llama->kept / sizeof llama->kept[0];
 	llama->kept[llama->kept_count++] = handle;
 	if (llama->kept_count < room)
 		return OPD_OK;
-	llama->kept_count = 0;
-	return opd_free(llama->client, llama->kept, room, error);
+	const opd_status status = opd_free(llama->client, llama->kept, room - 1, error);
+	llama->kept[0] = handle;
+	llama->kept_count = 1;
+	return status;
 }
 
 /* The oldest step's token. */

@@ -85,7 +85,7 @@ struct llama {
 	unsigned in_flight;
 	opd_ticket last; /* whose output is the next step's token */
 	uint32_t kept_count;
-	opd_handle kept[32]; /* read by nobody any more */
+	opd_handle kept[32]; /* tokens taken, the newest last */
 	struct llama_times times;
 };
 
