@@ -80,6 +80,12 @@ OPD_MUST_USE bool write_output_options(struct arena *arena, const struct msg_run
 OPD_MUST_USE opd_status read_explain(struct reader *reader, const Opd__V1__Explain *in, struct msg_explain *out);
 Opd__V1__Explain *write_explain(struct arena *arena, const struct msg_explain *in);
 
+/* codec_memory.c */
+void read_shared(const Opd__V1__SharedRange *in, struct msg_shared_range *out); /* NULL: none */
+OPD_MUST_USE bool write_memory_request(struct arena *arena, const struct msg_request *in, Opd__V1__Request *out);
+OPD_MUST_USE bool write_memory_reply(struct arena *arena, const struct msg_reply *in, Opd__V1__Reply *out);
+Opd__V1__SharedRange *write_shared(struct arena *arena, uint32_t region, uint64_t offset, uint64_t bytes); /* codec_tensor.c's */
+
 /* codec_graph.c */
 OPD_MUST_USE opd_status read_graph(struct reader *reader, const Opd__V1__Graph *in, struct msg_graph *out);
 OPD_MUST_USE opd_status read_run_graph(struct reader *reader, const Opd__V1__RunGraph *in, struct msg_run *out);

@@ -321,6 +321,11 @@ static opd_status read_body(struct reader *reader, const Opd__V1__Reply *in, str
 		out->kind = MSG_REPLY_REGISTERED;
 		out->registered = (struct msg_registered){in->graph->graph, in->graph->nodes, in->graph->bytes};
 		return OPD_OK;
+	case OPD__V1__REPLY__BODY_MEMORY:
+		out->kind = MSG_REPLY_MEMORY;
+		out->memory.region = in->memory->region;
+		out->memory.bytes = in->memory->bytes;
+		return OPD_OK;
 	default:
 		out->kind = MSG_REPLY_NONE;
 		return OPD_OK;

@@ -280,6 +280,8 @@ static bool write_body(struct arena *arena, const struct msg_reply *in, Opd__V1_
 	case MSG_REPLY_TENSORS:
 		out->body_case = OPD__V1__REPLY__BODY_TENSORS;
 		return (out->tensors = write_kept_tensors(arena, in)) != NULL;
+	case MSG_REPLY_MEMORY:
+		return write_memory_reply(arena, in, out);
 	case MSG_REPLY_REGISTERED:
 		out->body_case = OPD__V1__REPLY__BODY_GRAPH;
 		out->graph = write_new(arena, &opd__v1__graph_registered__descriptor);

@@ -21,8 +21,10 @@ opd_status read_output_options(struct reader *reader, size_t count, Opd__V1__Out
 	struct msg_output_option *options = arena_array(reader->arena, count, sizeof *options);
 	if (options == NULL)
 		return read_full(reader);
-	for (size_t i = 0; i < count; i++)
+	for (size_t i = 0; i < count; i++) {
 		options[i] = (struct msg_output_option){.keep = in[i]->keep, .no_copy = in[i]->no_copy};
+		read_shared(in[i]->shared, &options[i].shared);
+	}
 	out->output_count = (uint32_t)count;
 	out->outputs = options;
 	return OPD_OK;
@@ -174,6 +176,14 @@ static opd_status read_request(struct reader *reader, const Opd__V1__Request *in
 		out->kind = MSG_REQUEST_FREE_GRAPH;
 		out->graph_id = in->free_graph->graph;
 		return OPD_OK;
+	case OPD__V1__REQUEST__BODY_ATTACH_MEMORY:
+		out->kind = MSG_REQUEST_ATTACH_MEMORY;
+		out->memory_bytes = in->attach_memory->bytes;
+		return OPD_OK;
+	case OPD__V1__REQUEST__BODY_DETACH_MEMORY:
+		out->kind = MSG_REQUEST_DETACH_MEMORY;
+		out->region = in->detach_memory->region;
+		return OPD_OK;
 	default:
 		out->kind = MSG_REQUEST_NONE;
 		return OPD_OK;
@@ -218,6 +228,9 @@ bool write_output_options(struct arena *arena, const struct msg_run *in, size_t 
 			return false;
 		options[i]->keep = in->outputs[i].keep;
 		options[i]->no_copy = in->outputs[i].no_copy;
+		const struct msg_shared_range *shared = &in->outputs[i].shared;
+		if (shared->region != 0 && (options[i]->shared = write_shared(arena, shared->region, shared->offset, shared->bytes)) == NULL)
+			return false;
 	}
 	*out = options;
 	*count_out = in->output_count;
@@ -417,6 +430,9 @@ static bool write_request(struct arena *arena, const struct msg_request *in, Opd
 	case MSG_REQUEST_DRAIN:
 	case MSG_REQUEST_FREE_GRAPH:
 		return write_small(arena, in, out);
+	case MSG_REQUEST_ATTACH_MEMORY:
+	case MSG_REQUEST_DETACH_MEMORY:
+		return write_memory_request(arena, in, out);
 	}
 	return true;
 }

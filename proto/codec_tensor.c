@@ -202,7 +202,7 @@ static Opd__V1__ResultRef *write_result_ref(struct arena *arena, uint64_t reques
 	return out;
 }
 
-static Opd__V1__SharedRange *write_shared(struct arena *arena, uint32_t region, uint64_t offset, uint64_t bytes)
+Opd__V1__SharedRange *write_shared(struct arena *arena, uint32_t region, uint64_t offset, uint64_t bytes)
 {
 	Opd__V1__SharedRange *out = write_new(arena, &opd__v1__shared_range__descriptor);
 	if (out != NULL) {

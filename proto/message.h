@@ -162,9 +162,16 @@ typedef enum msg_mode {
 	MSG_DRY = 2,
 } msg_mode;
 
+struct msg_shared_range {
+	uint32_t region; /* 0: none */
+	uint64_t offset;
+	uint64_t bytes;
+};
+
 struct msg_output_option {
 	bool keep;
 	bool no_copy;
+	struct msg_shared_range shared;
 };
 
 struct msg_graph;
@@ -460,6 +467,8 @@ typedef enum msg_request_kind {
 	MSG_REQUEST_REGISTER_GRAPH,
 	MSG_REQUEST_RUN_GRAPH, /* in `run`, whose args are the graph's inputs */
 	MSG_REQUEST_FREE_GRAPH,
+	MSG_REQUEST_ATTACH_MEMORY,
+	MSG_REQUEST_DETACH_MEMORY,
 } msg_request_kind;
 
 struct msg_request {
@@ -480,6 +489,8 @@ struct msg_request {
 		uint32_t first; /* LIST_TENSORS */
 		struct msg_graph graph;    /* REGISTER_GRAPH */
 		uint64_t graph_id;         /* FREE_GRAPH */
+		uint64_t memory_bytes; /* ATTACH_MEMORY */
+		uint32_t region;       /* DETACH_MEMORY */
 	};
 };
 
@@ -514,6 +525,7 @@ typedef enum msg_reply_kind {
 	MSG_REPLY_EMPTY,
 	MSG_REPLY_TENSORS,
 	MSG_REPLY_REGISTERED,
+	MSG_REPLY_MEMORY,
 } msg_reply_kind;
 
 struct msg_reply {
@@ -543,6 +555,10 @@ struct msg_reply {
 			const struct msg_kept *items;
 		} tensors;
 		struct msg_registered registered;
+		struct {
+			uint32_t region;
+			uint64_t bytes;
+		} memory;
 	};
 };
 

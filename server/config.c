@@ -57,6 +57,8 @@ struct config *config_create(void)
 		.sessions = 4096,
 		.in_flight = 1024,
 		.kept = 65536,
+		.regions = 16,
+		.shared_bytes = 4ull << 30,
 		.handshake_us = 10 * 1000000,
 		.stall_us = 60 * 1000000,
 		.drain_us = 30 * 1000000,

@@ -51,6 +51,8 @@ struct config_limits {
 	uint32_t sessions;             /* open connections; default 4096 */
 	uint32_t in_flight;            /* requests of a session not yet answered; default 1024 */
 	uint32_t kept;                 /* kept tensors of a session; default 65536 */
+	uint32_t regions;              /* of shared memory, of a session; default 16 */
+	uint64_t shared_bytes;         /* of them together, mapped; default 4 GiB */
 	uint64_t handshake_us;         /* from accept to Hello; default 10 s */
 	uint64_t stall_us;             /* a frame begun and not finished, or a reply not read, without a byte of progress; default 60 s */
 	uint64_t drain_us;             /* default 30 s */

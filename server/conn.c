@@ -66,6 +66,7 @@ static void on_closed(uv_handle_t *handle)
 	conn_cancel_all(conn);
 	unlink_conn(conn);
 	session_unref(conn->session);
+	conn_drop_descriptors(conn);
 	free(conn->partial);
 	free(conn);
 	server_wake(server); /* a drain may wait for the last one */
@@ -87,7 +88,7 @@ void conn_close(struct conn *conn, log_level level, const char *reason)
 static const struct feature {
 	const char *name;
 	uint32_t bit;
-} known_features[] = {{"cancel", CONN_CANCEL}};
+} known_features[] = {{"cancel", CONN_CANCEL}, {"shm", CONN_SHM}};
 
 #define FEATURE_COUNT (sizeof known_features / sizeof known_features[0])
 
@@ -174,7 +175,9 @@ void conn_on_hello(struct conn *conn, const uint8_t *envelope, size_t bytes)
 		status = check_hello(&hello, &error);
 	if (status == OPD_OK) {
 		conn->greeted = true;
-		conn->features = common_features(&hello);
+		conn->features = common_features(&hello) & ~(conn->local ? 0u : CONN_SHM);
+		if ((conn->features & CONN_SHM) != 0)
+			conn->pipe.ipc = 1; /* from now on descriptors are received: until here, and from others, the system drops them */
 		conn->chunk_bytes = hello.no_chunks ? 0 : hello.chunk_bytes == 0 ? BOUND_CHUNK_BYTES_DEFAULT : hello.chunk_bytes;
 		LOG(conn->server->log, LOG_INFO, "session opened", LOG_UINT("session", conn->session->id), LOG_STR("peer", conn->peer),
 		    LOG_STR("tenant", conn->session->tenant), LOG_STR("client", hello.client.data));

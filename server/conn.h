@@ -25,6 +25,8 @@
 #define CONN_ID_BITS 6
 /* Features, as bits of conn.features. */
 #define CONN_CANCEL 1u
+#define CONN_SHM 2u
+#define CONN_DESCRIPTORS 4u
 #define CONN_STAGE_BYTES (64u << 10)
 
 struct server;
@@ -50,6 +52,7 @@ struct conn {
 	};
 	uv_write_t write;
 	char peer[80];
+	bool local;       /* a Unix socket: descriptors can be passed */
 	bool greeted;     /* Hello was answered */
 	bool closing;
 	bool opened;      /* the handle is initialised */
@@ -76,6 +79,8 @@ struct conn {
 	struct request *by_id[1 << CONN_ID_BITS];        /* by id: requests without a reply */
 	uint32_t features;                               /* CONN_CANCEL…: negotiated */
 	uint64_t chunked_seed;
+	int descriptors[CONN_DESCRIPTORS];               /* passed, and not yet taken by the frame that they came with; oldest first */
+	uint32_t descriptor_count;
 	struct outbox outbox;
 	uint64_t turn;
 	uint64_t turn_read;
@@ -97,6 +102,8 @@ void conn_tick(struct conn *conn, uint64_t now_us);
 void conn_goaway(struct conn *conn, const char *why);
 /* Nothing accepted, nothing to write. */
 bool conn_idle(const struct conn *conn);
+/* The oldest descriptor that came with the frames being read, now the caller's; -1: none. */
+int conn_take_descriptor(struct conn *conn);
 void conn_close(struct conn *conn, log_level level, const char *reason);
 
 #endif

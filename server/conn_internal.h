@@ -19,6 +19,10 @@ struct notice {
 void conn_refuse_hello(struct conn *conn, const opd_error *error);
 void conn_on_hello(struct conn *conn, const uint8_t *envelope, size_t bytes);
 
+/* conn_descriptor.c: what came with the bytes just read; what no frame of them took. */
+void conn_collect_descriptors(struct conn *conn);
+void conn_drop_descriptors(struct conn *conn);
+
 /* conn_read.c */
 void conn_start_reading(struct conn *conn);
 

@@ -203,10 +203,14 @@ static void on_read(uv_stream_t *stream, ssize_t nread, const uv_buf_t *buf)
 		return;
 	conn->read_us = conn->server->turn_us;
 	conn->turn_read += (uint64_t)nread;
+	if ((conn->features & CONN_SHM) != 0)
+		conn_collect_descriptors(conn);
 	if (buf->base == conn->server->stage)
 		conn_consume(conn, (const uint8_t *)buf->base, (size_t)nread);
 	else
 		read_in_place(conn, (const uint8_t *)buf->base, (size_t)nread);
+	if (conn->descriptor_count != 0 && conn->partial_bytes == 0) /* no frame under way that they could belong to */
+		conn_drop_descriptors(conn);
 }
 
 void conn_start_reading(struct conn *conn)

@@ -116,6 +116,7 @@ static void on_connection(uv_stream_t *stream, int status)
 		return;
 	}
 	if (listener->kind == LISTEN_UNIX) {
+		conn->local = true;
 		identify_unix(conn);
 		widen(conn);
 	} else {

@@ -58,6 +58,8 @@ struct request_run {
 	uint32_t device;            /* number of the device that it runs on */
 	uint64_t deadline_ns;       /* 0: none */
 	struct msg_handle *handles; /* [output_count], once settled */
+	struct region **regions;    /* [region_count]: shared memory of operands, then of results, referenced; NULL where none (shared.c) */
+	uint32_t region_count;
 };
 
 /* What other kinds run on a lane. */

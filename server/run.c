@@ -8,6 +8,7 @@
 #include "proto/text.h"
 #include "server/daemon.h"
 #include "server/request.h"
+#include "server/shared.h"
 
 static void run_ready(struct request *request);
 
@@ -129,9 +130,6 @@ static opd_status take_kept(struct request *request, uint32_t index)
 	if (source->donate)
 		return opd_fail(&request->error, OPD_UNIMPLEMENTED, "%s: %s: this server has no feature \"donate\"", request->run.op->schema->name,
 		                operand->param);
-	if (source->source == MSG_SOURCE_SHARED)
-		return opd_fail(&request->error, OPD_UNIMPLEMENTED, "%s: %s: this server has no feature \"shm\"", request->run.op->schema->name,
-		                operand->param);
 	if (source->source == MSG_SOURCE_HANDLE)
 		request->run.kept[index] = kept_find(kept, source->handle, &request->error);
 	else if (source->source == MSG_SOURCE_RESULT)
@@ -232,6 +230,8 @@ static opd_status place_source(struct request *request, uint32_t index)
 		return place_payload(request, operand);
 	if (operand->source->source == MSG_SOURCE_INLINE)
 		return place_inline(request, operand);
+	if (operand->source->source == MSG_SOURCE_SHARED)
+		return shared_place(request, index);
 	if (request->message.run.mode == MSG_RUN)
 		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s: %s has no bytes: give it a payload range, inline bytes, a handle or a result",
 		                request->run.op->schema->name, operand->param);
@@ -290,6 +290,8 @@ opd_status run_take(struct request *request)
 	opd_status status = check_payload(request);
 	if (status == OPD_OK)
 		status = take_all_kept(request);
+	if (status == OPD_OK)
+		status = shared_take(request);
 	if (status == OPD_OK)
 		status = expect_kept(request, run);
 	if (run->explain)
@@ -414,6 +416,8 @@ static void run_ready(struct request *request)
 	}
 	if (status == OPD_OK)
 		status = bind_outputs(&request->arena, &run->bound, &request->error);
+	if (status == OPD_OK)
+		status = shared_check_results(request);
 	if (status == OPD_OK && message->mode != MSG_FAKE)
 		status = dispatch_init(&run->dispatch, request->snapshot, run->effective, request->context->server->plans,
 		                       request->context->server->log, run->op, message->strict, &request->error);
@@ -472,7 +476,7 @@ static bool fill_result(struct request *request, uint32_t index, struct msg_resu
 	memcpy(tensor->shape, output->shape, output->rank * sizeof output->shape[0]);
 	if (request->run.handles != NULL)
 		result->kept = request->run.handles[index];
-	if (index < message->output_count && message->outputs[index].no_copy)
+	if (shared_fill(request, index, tensor) || (index < message->output_count && message->outputs[index].no_copy))
 		return true;
 	uint64_t bytes = output->elements * opd_dtype_bytes(output->dtype);
 	if (message->inline_results) {
@@ -584,6 +588,7 @@ void run_release(struct request *request)
 	for (uint32_t i = 0; run->outputs != NULL && i < run->bound.call.output_count; i++)
 		buffer_unref(run->outputs[i]);
 	buffer_unref(run->scratch);
+	shared_release(request);
 	dispatch_fini(&run->dispatch);
 	effective_unref(run->effective);
 	graph_run_release(request);

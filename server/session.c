@@ -102,6 +102,7 @@ void session_unref(struct session *session)
 		return;
 	graphs_destroy(session->graphs);
 	kept_fini(&session->kept);
+	regions_fini(&session->regions);
 	while (session->maps != NULL) {
 		struct priority_map *map = session->maps;
 		session->maps = map->below;

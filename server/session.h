@@ -13,6 +13,7 @@
 #include "proto/message.h"
 #include "server/kept.h"
 #include "server/priority.h"
+#include "server/region.h"
 
 struct server;
 struct conn;
@@ -29,6 +30,7 @@ struct session {
 	bool direct; /* handed over to a direct caller: its loop keeps its hands off */
 	struct account *account;
 	struct kept kept;
+	struct regions regions;
 	struct priority_map *maps; /* newest first; the last one is the base */
 	uint32_t map_depth;
 	uint64_t priority_epoch; /* rises whenever a list changes */
