@@ -57,6 +57,7 @@ void opd_close(opd_client *client)
 		client->direct_depth = 1;
 		opd_direct_end(client);
 	}
+	memory_detach_all(client->memories);
 	writer_clear(client); /* a connection that has failed already has nothing waiting */
 	close_flights(client);
 	if (client->fd >= 0)

@@ -13,6 +13,7 @@
 
 #include "client/flight.h"
 #include "client/list.h"
+#include "client/memory.h"
 #include "client/pool.h"
 #include "client/scheme.h"
 #include "opd/client.h"
@@ -36,6 +37,7 @@ struct writer {
 	struct list ready;   /* whole frames: REQUEST (ids rise), ABORT, CANCEL */
 	struct list bulk;    /* flights with DATA left, served in turn */
 	struct list waiting; /* beyond the server's limit of requests in flight */
+	uint32_t passing;    /* flights whose descriptor hasn't left yet */
 	size_t ready_bytes;  /* about; of ready and the batch */
 	struct batch batch;
 	bool broken; /* the peer doesn't read any more; what it has sent may still be read */
@@ -72,6 +74,8 @@ struct opd_client {
 	struct arena session_arena; /* its texts */
 	uint64_t envelope_limit;
 	bool greeted;
+	bool shares;  /* … "shm" */
+	struct opd_memory *memories;
 	bool cancels; /* the session has the feature "cancel" */
 
 	struct pool *pool;
@@ -174,6 +178,7 @@ struct submission {
 	size_t piece_count;
 	uint64_t payload_bytes;
 	msg_reply_kind expected;
+	int descriptor; /* passed with the frame's first byte, open until the answer; 0: none */
 };
 OPD_MUST_USE opd_status connection_submit(opd_client *client, const struct submission *submission, struct flight **flight_out,
                                           opd_error *error);

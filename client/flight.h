@@ -40,6 +40,7 @@ struct flight {
 	bool forgotten;   /* cancelled: the reply is to be dropped */
 	uint32_t batched; /* entries of the writer's batch that point to its memory or the caller's */
 	msg_reply_kind expected;
+	int descriptor; /* that goes with its first byte; 0: none, or gone */
 
 	/* Sending. The payload's pieces lie in the caller's memory until `detached` has what is left of them. */
 	uint8_t *frame; /* header, envelope, and a small payload */

@@ -94,6 +94,7 @@ static opd_status reply_decode(opd_client *client, struct flight *flight, const 
 	opd_result *result = flight->result;
 	opd_error reason;
 	opd_status status = codec_decode_reply(&result->arena, envelope, header->envelope_bytes, &result->reply, &reason);
+	result->memories = client->memories;
 	if (status == OPD_OK)
 		status = result_bind(result, flight->expected, header->payload_bytes, &reason);
 	if (status == OPD_OK && header->payload_bytes != 0) {

@@ -2,6 +2,7 @@
 
 #include <stdlib.h>
 
+#include "client/memory.h"
 #include "proto/bounds.h"
 #include "proto/tensor.h"
 #include "proto/text.h"
@@ -159,31 +160,52 @@ void opd_request_mode(opd_request *request, opd_mode mode)
 		request->message.run.mode = (msg_mode)mode;
 }
 
-void opd_request_output(opd_request *request, uint32_t output, bool keep, bool copy)
+/* The output's options, defaults where there were none; NULL: remembered. */
+static struct msg_output_option *output_option(opd_request *request, uint32_t output)
 {
 	struct msg_run *run = &request->message.run;
 	request->form = REQUEST_UNPREPARED;
 	if (request->kind != MSG_REQUEST_RUN) {
 		request_fail(request, OPD_INVALID_ARGUMENT, "%s: an output's options, which only runs have", run->op.data);
-		return;
+		return NULL;
 	}
 	if (output >= BOUND_OUTPUTS) {
 		request_fail(request, OPD_INVALID_ARGUMENT, "%s: output %u, expected less than %u", run->op.data, output, BOUND_OUTPUTS);
-		return;
+		return NULL;
 	}
 	while (request->output_capacity <= output) {
 		size_t capacity = 0;
 		struct msg_output_option *grown =
 		    request_grow(request, request->outputs, request->output_capacity, sizeof *grown, &capacity);
 		if (grown == NULL)
-			return;
+			return NULL;
 		request->outputs = grown;
 		request->output_capacity = (uint32_t)capacity;
 	}
-	request->outputs[output] = (struct msg_output_option){.keep = keep, .no_copy = !copy};
 	run->outputs = request->outputs;
 	if (run->output_count <= output)
 		run->output_count = output + 1;
+	return &request->outputs[output];
+}
+
+void opd_request_output(opd_request *request, uint32_t output, bool keep, bool copy)
+{
+	struct msg_output_option *option = output_option(request, output);
+	if (option != NULL)
+		*option = (struct msg_output_option){.keep = keep, .no_copy = !copy};
+}
+
+void opd_request_output_memory(opd_request *request, uint32_t output, const opd_memory *memory, void *to, uint64_t bytes)
+{
+	uint64_t offset = 0;
+	if (!memory_offset(memory, to, bytes, &offset) || offset % OPD_TENSOR_ALIGNMENT != 0) {
+		request_fail(request, OPD_INVALID_ARGUMENT, "%s: output %u, of %llu bytes, doesn't lie at a multiple of 64 in its shared memory of %llu",
+		             request->message.run.op.data, output, (unsigned long long)bytes, (unsigned long long)memory->bytes);
+		return;
+	}
+	struct msg_output_option *option = output_option(request, output);
+	if (option != NULL)
+		*option = (struct msg_output_option){.shared = {memory->region, offset, bytes}};
 }
 
 /* ---- Preparing ---- */

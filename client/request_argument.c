@@ -1,6 +1,7 @@
 /* The arguments of a request: names, values, operands, and those that the daemon has made. */
 #include "client/request.h"
 
+#include "client/memory.h"
 #include "proto/bounds.h"
 #include "proto/tensor.h"
 
@@ -123,6 +124,27 @@ static bool operand_host(opd_request *request, const char *name, const opd_opera
 	return request_add_host(request, tensor, end > begin ? (const uint8_t *)operand->data + begin : NULL, end - begin);
 }
 
+/* Ranges begin at multiples of 64; what that is before element 0 becomes the byte offset. */
+static bool operand_memory(opd_request *request, const char *name, const opd_operand *operand, struct msg_tensor *tensor)
+{
+	const char *op = request->message.run.op.data;
+	uint64_t end = 0, at;
+	if (!tensor_extent(tensor->dtype, tensor->rank, tensor->shape, tensor->strided ? tensor->strides : NULL, tensor->byte_offset, &end))
+		return false; /* operand_shape has checked it */
+	if (operand->memory == NULL || !memory_offset(operand->memory, operand->data, end, &at)) {
+		request_fail(request, OPD_INVALID_ARGUMENT, "%s: %s, with %llu bytes, doesn't lie in its shared memory of %llu", op, name, (unsigned long long)end,
+		             (unsigned long long)(operand->memory == NULL ? 0 : operand->memory->bytes));
+		return false;
+	}
+	const uint64_t first = at + tensor->byte_offset, offset = first & ~(uint64_t)(OPD_TENSOR_ALIGNMENT - 1);
+	tensor->byte_offset = first - offset;
+	tensor->source = MSG_SOURCE_SHARED;
+	tensor->shared.region = operand->memory->region;
+	tensor->shared.offset = offset;
+	tensor->shared.bytes = at + end - offset;
+	return true;
+}
+
 static bool operand_convert(opd_request *request, const char *name, const opd_operand *operand, struct msg_tensor *tensor)
 {
 	const bool whole =
@@ -143,6 +165,8 @@ static bool operand_convert(opd_request *request, const char *name, const opd_op
 		tensor->result.request = operand->ticket;
 		tensor->result.output = operand->output;
 		return true;
+	case OPD_FROM_MEMORY:
+		return operand_memory(request, name, operand, tensor);
 	case OPD_FROM_NOTHING:
 		tensor->source = MSG_SOURCE_NONE;
 		return true;

@@ -1,5 +1,6 @@
 #include "client/result.h"
 
+#include "client/memory.h"
 #include "proto/bounds.h"
 #include "proto/tensor.h"
 
@@ -67,6 +68,20 @@ static opd_status bind_inline(opd_result *result, struct msg_tensor *tensor, uin
 	return OPD_OK;
 }
 
+/* In memory that we gave; NULL data if that is destroyed by now. */
+static opd_status bind_shared(const opd_result *result, struct msg_tensor *tensor, uint32_t index, uint64_t extent, opd_error *error)
+{
+	const uint64_t offset = tensor->shared.offset;
+	const struct opd_memory *memory = memory_find(result->memories, tensor->shared.region);
+	if (tensor->shared.bytes != extent || (memory != NULL && (offset > memory->bytes || extent > memory->bytes - offset)))
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "tensor %u of %llu bytes lies at bytes %llu + %llu of shared memory", index, (unsigned long long)extent,
+		                (unsigned long long)offset, (unsigned long long)tensor->shared.bytes);
+	tensor->inlined.data = memory == NULL ? NULL : memory->data + offset;
+	tensor->inlined.bytes = (size_t)extent;
+	tensor->source = memory == NULL ? MSG_SOURCE_NONE : MSG_SOURCE_INLINE;
+	return OPD_OK;
+}
+
 /* Row-major tensors of host bytes or of none: outputs, and generated inputs that weren't kept. */
 static opd_status bind_tensor(opd_result *result, struct msg_tensor *tensor, uint32_t index, uint64_t payload_bytes,
                               uint64_t *end_out, opd_error *error)
@@ -90,9 +105,10 @@ static opd_status bind_tensor(opd_result *result, struct msg_tensor *tensor, uin
 		return bind_payload(tensor, index, extent, payload_bytes, end_out, error);
 	case MSG_SOURCE_INLINE:
 		return bind_inline(result, tensor, index, extent, error);
+	case MSG_SOURCE_SHARED:
+		return bind_shared(result, tensor, index, extent, error);
 	case MSG_SOURCE_HANDLE:
 	case MSG_SOURCE_RESULT:
-	case MSG_SOURCE_SHARED:
 	case MSG_SOURCE_GRAPH_INPUT:
 	case MSG_SOURCE_NODE:
 		break;

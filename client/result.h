@@ -21,6 +21,7 @@ struct opd_result {
 	struct opd_result *next; /* in the pool */
 	struct arena arena;      /* the decoded reply and what is derived from it */
 	struct block *payload;   /* NULL: none */
+	const struct opd_memory *memories; /* where results may lie: its client's, while it is bound */
 	bool direct;             /* the reply's texts and tensors belong to `owner`, not to the arena */
 	void *owner;
 	void (*release)(void *owner);

@@ -81,11 +81,13 @@ opd_status connection_submit(opd_client *client, const struct submission *submis
 	flight->id = client->last_id + 1;
 	flight->chunked = !copied && client->session.chunk_bytes != 0 && payload > client->session.chunk_bytes;
 	flight->expected = submission->expected;
+	flight->descriptor = submission->descriptor;
 	if (!flight_reserve(flight, head + (copied ? (size_t)payload : 0), copied ? 0 : submission->piece_count) ||
 	    !writer_reserve(&client->writer, submission->piece_count + 1) || !flights_add(&client->flights, flight))
 		return submit_memory(client, flight, error);
 	client->last_id++;
 	client->live++;
+	client->writer.passing += flight->descriptor != 0;
 	flight_fill(flight, submission, copied);
 	writer_add(client, flight);
 	*flight_out = flight;

@@ -91,6 +91,8 @@ void writer_stop(opd_client *client, struct flight *flight)
 	case FLIGHT_QUEUED:
 		list_remove(&flight->send);
 		flight->state = FLIGHT_SENT;
+		client->writer.passing -= flight->descriptor != 0;
+		flight->descriptor = 0;
 		if (flight->counted) {
 			flight->counted = false;
 			client->counted--;
@@ -250,15 +252,42 @@ static void batch_advance(opd_client *client, size_t bytes)
 
 /* ---- Writing ---- */
 
+/* A descriptor goes with the first byte of its frame, and with no other's: the call ends before the next frame that has one. Returns whose it passes; NULL: none. */
+static struct flight *batch_pass(const struct batch *batch, struct msghdr *message, void *control, size_t control_bytes)
+{
+	struct flight *passed = NULL;
+	for (size_t i = 0; i < message->msg_iovlen; i++) {
+		struct flight *owner = batch->owners[batch->index + i];
+		if (owner->descriptor == 0 || batch->pieces[batch->index + i].iov_base != owner->frame)
+			continue;
+		if (i != 0) {
+			message->msg_iovlen = i;
+			break;
+		}
+		memset(control, 0, control_bytes);
+		message->msg_control = control;
+		message->msg_controllen = control_bytes;
+		struct cmsghdr *header = CMSG_FIRSTHDR(message);
+		header->cmsg_level = SOL_SOCKET;
+		header->cmsg_type = SCM_RIGHTS;
+		header->cmsg_len = CMSG_LEN(sizeof owner->descriptor);
+		memcpy(CMSG_DATA(header), &owner->descriptor, sizeof owner->descriptor);
+		passed = owner;
+	}
+	return passed;
+}
+
 void writer_flush(opd_client *client)
 {
+	_Alignas(struct cmsghdr) uint8_t control[CMSG_SPACE(sizeof(int))];
 	struct batch *batch = &client->writer.batch;
 	while (!client->writer.broken) {
 		if (batch->index == batch->count && !batch_fill(client))
 			return;
 		const size_t left = batch->count - batch->index;
-		const struct msghdr message = {.msg_iov = &batch->pieces[batch->index],
+		struct msghdr message = {.msg_iov = &batch->pieces[batch->index],
 		                               .msg_iovlen = left < BATCH_PIECES_SENDMSG ? left : BATCH_PIECES_SENDMSG};
+		struct flight *passed = client->writer.passing == 0 ? NULL : batch_pass(batch, &message, control, sizeof control);
 		const ssize_t sent = sendmsg(client->fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
 		if (sent < 0 && errno == EINTR)
 			continue;
@@ -268,6 +297,10 @@ void writer_flush(opd_client *client)
 			writer_clear(client);
 			client->writer.broken = true;
 			return;
+		}
+		if (passed != NULL) {
+			passed->descriptor = 0;
+			client->writer.passing--;
 		}
 		const size_t end = batch->index + message.msg_iovlen;
 		batch_advance(client, (size_t)sent);
@@ -325,6 +358,7 @@ static void clear_list(opd_client *client, struct list *list)
 void writer_clear(opd_client *client)
 {
 	struct writer *writer = &client->writer;
+	writer->passing = 0;
 	clear_list(client, &writer->ready);
 	clear_list(client, &writer->bulk);
 	clear_list(client, &writer->waiting);

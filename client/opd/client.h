@@ -52,6 +52,7 @@ extern "C" {
 typedef struct opd_client opd_client;
 typedef struct opd_request opd_request;
 typedef struct opd_result opd_result;
+typedef struct opd_memory opd_memory;
 
 /* Names a request in flight on its client: the request id of the wire; they rise. 0 names none. */
 typedef uint64_t opd_ticket;
@@ -67,6 +68,7 @@ typedef struct opd_connect_options {
 	uint64_t timeout_us;    /* of connecting and of every blocking call; 0: 30 s to connect, none for calls */
 	uint64_t chunk_bytes;   /* 0: the server's default */
 	const char *client;     /* name for the daemon's log; NULL: "libopd" */
+	bool shared_memory;     /* opd_memory_create will be called: over a Unix socket the daemon then looks for descriptors */
 } opd_connect_options;
 
 /* Addresses: "unix:/path", "tcp://host:port" (IPv6 in brackets: "tcp://[::1]:7777"), "embedded:" once libopd-embedded has registered it (else OPD_UNIMPLEMENTED
@@ -104,7 +106,8 @@ typedef enum opd_operand_source {
 	OPD_FROM_HANDLE = 1, /* a kept tensor */
 	OPD_FROM_RESULT = 2, /* output `output` of the request `ticket`, submitted earlier on this client with keep, answered or not */
 	OPD_FROM_NOTHING = 3, /* dtype and shape only: for fake and dry runs */
-	OPD_FROM_VALUE = 4   /* of a graph's node: an input of the graph, or another node's output */
+	OPD_FROM_VALUE = 4,  /* of a graph's node: an input of the graph, or another node's output */
+	OPD_FROM_MEMORY = 5  /* `data` lies in `memory`, which the daemon maps too: nothing is sent */
 } opd_operand_source;
 
 /* Within one graph: output `output` of node number `node`; with node OPD_GRAPH_INPUT, the graph's input number `output`. */
@@ -130,6 +133,7 @@ typedef struct opd_operand {
 	uint32_t output;
 	bool donate; /* its result takes its place (the op must have such a pair): of a graph's nodes, a state or another node's output */
 	opd_value value;
+	const opd_memory *memory;
 } opd_operand;
 
 /* OPD_OPERAND(OPD_f32, pointer, 2, 4096): an initialiser for a row-major host tensor, shape given by its extents. */
@@ -174,6 +178,23 @@ OPD_API void opd_request_mode(opd_request *request, opd_mode mode);
 
 /* keep: the output stays in the session and can be named by later operands. copy: it is sent back too. Default: not kept, copied. */
 OPD_API void opd_request_output(opd_request *request, uint32_t output, bool keep, bool copy);
+
+/* The output goes to `to`, at a multiple of 64 in `memory`, which has room for `bytes` there: the result's tensor points to it, and nothing is sent. It must
+ * overlap neither other outputs nor operands, and can't be kept. */
+OPD_API void opd_request_output_memory(opd_request *request, uint32_t output, const opd_memory *memory, void *to, uint64_t bytes);
+
+/* ---- Shared memory ----------------------------------------------------------------------------------------------------- */
+
+/* Memory that this process and a daemon on this host both map (a sealed memfd): operands are read and outputs written where they lie, and no tensor byte
+ * crosses the socket. Page-aligned, zeroed. It takes a connection to a Unix socket with the option shared_memory (else FAILED_PRECONDITION); the daemon
+ * limits how many there are, and their bytes (RESOURCE_EXHAUSTED). While a request reads or writes a range, leave that alone: what it then computes is
+ * undefined (but harms nobody). Integers (ids, positions, block tables) are copied by the daemon: at most 4 MiB an operand or output. */
+OPD_API OPD_MUST_USE opd_status opd_memory_create(opd_client *client, uint64_t bytes, opd_memory **memory_out, opd_error *error);
+OPD_API void *opd_memory_data(const opd_memory *memory);
+OPD_API uint64_t opd_memory_bytes(const opd_memory *memory);
+/* Tells the daemon, and unmaps it: results that lie in it must not be read any more. Requests in flight end undisturbed. It may outlive its client, as memory.
+ * NULL is allowed. */
+OPD_API void opd_memory_destroy(opd_memory *memory);
 
 /* ---- Running ----------------------------------------------------------------------------------------------------------- */
 

@@ -1,0 +1,531 @@
+/* Shared memory: operands and results that lie in regions, what is refused, regions that go or change while a kernel runs, descriptors that nobody wants. */
+#include <check.h>
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include "opd/client.h"
+#include "proto/codec.h"
+#include "proto/frame.h"
+#include "server/daemon.h"
+#include "tests/lib/house.h"
+#include "tests/lib/lab.h"
+
+#define MEMORY_BYTES ((uint64_t)1 << 20)
+
+static struct house house;
+static opd_client *client;
+static opd_memory *memory;
+static opd_error error;
+
+#define OK(call) ck_assert_msg((call) == OPD_OK, "%s", error.text)
+
+static opd_client *sharing_client(void)
+{
+	const opd_connect_options options = {.struct_bytes = sizeof options, .shared_memory = true};
+	opd_client *made = NULL;
+	OK(opd_connect(house.address, &options, &made, &error));
+	return made;
+}
+
+static void open_with(const char *const *settings)
+{
+	house_start(&house, settings);
+	client = sharing_client();
+	OK(opd_memory_create(client, MEMORY_BYTES, &memory, &error));
+	float *values = opd_memory_data(memory);
+	for (size_t i = 0; i < MEMORY_BYTES / sizeof values[0]; i++)
+		values[i] = (float)(i % 1009);
+}
+
+static void open_house(void)
+{
+	open_with(NULL);
+}
+
+static void open_narrow(void)
+{
+	open_with((const char *const[]){"limits.regions", "2", "limits.shared", "2 MiB", NULL});
+}
+
+static void close_house(void)
+{
+	opd_memory_destroy(memory);
+	opd_close(client);
+	house_stop(&house);
+}
+
+static void fails(opd_status got, opd_status expected, const char *part)
+{
+	ck_assert_msg(got == expected, "%s: %s", opd_status_name(got), got == OPD_OK ? "" : error.text);
+	ck_assert_msg(strstr(error.text, part) != NULL, "\"%s\" isn't in \"%s\"", part, error.text);
+}
+
+static float *at(uint64_t offset)
+{
+	return (float *)((uint8_t *)opd_memory_data(memory) + offset);
+}
+
+/* Good until the next call. */
+static opd_operand vector(void *data, int64_t elements)
+{
+	static int64_t shape;
+	shape = elements;
+	return (opd_operand){
+	    .struct_bytes = sizeof(opd_operand), .dtype = OPD_f32, .rank = 1, .shape = &shape, .source = OPD_FROM_MEMORY, .data = data, .memory = memory};
+}
+
+static opd_request *relu_of(void *data, int64_t elements)
+{
+	opd_request *request = opd_request_create("relu");
+	const opd_operand x = vector(data, elements);
+	opd_request_tensor(request, "x", &x);
+	return request;
+}
+
+static opd_status run(opd_request *request, opd_result **result_out)
+{
+	const opd_status status = opd_run(client, request, result_out, &error);
+	opd_request_destroy(request);
+	return status;
+}
+
+static void refuses(opd_request *request, opd_status expected, const char *part)
+{
+	opd_result *result = NULL;
+	fails(run(request, &result), expected, part);
+	opd_result_destroy(result);
+}
+
+/* ---- What works ---- */
+
+START_TEST(operands_and_results_lie_in_shared_memory_and_nothing_is_copied)
+{
+	opd_result *result = NULL;
+	at(0)[3] = -3;
+	at(0)[4] = 4;
+	opd_request *request = relu_of(at(0), 1000);
+	opd_request_output_memory(request, 0, memory, at(8192), 4096);
+	OK(run(request, &result));
+	const opd_tensor *tensor = opd_result_tensor(result, 0);
+	ck_assert_ptr_eq(opd_tensor_data(tensor), at(8192));
+	ck_assert(at(8192)[3] == 0 && at(8192)[4] == 4 && at(8192)[999] == at(0)[999]);
+	opd_result_destroy(result);
+}
+END_TEST
+
+START_TEST(an_operand_may_begin_anywhere_that_its_elements_may)
+{
+	opd_result *result = NULL;
+	OK(run(relu_of(at(4), 100), &result));
+	ck_assert(memcmp(opd_tensor_data(opd_result_tensor(result, 0)), at(4), 400) == 0);
+	opd_result_destroy(result);
+	refuses(relu_of((uint8_t *)opd_memory_data(memory) + 6, 100), OPD_INVALID_ARGUMENT, "byte offset 6, expected a multiple of 4");
+}
+END_TEST
+
+START_TEST(a_last_result_byte_may_be_the_region_s_last)
+{
+	opd_result *result = NULL;
+	opd_request *request = relu_of(at(MEMORY_BYTES - 128), 16);
+	opd_request_output_memory(request, 0, memory, at(MEMORY_BYTES - 64), 64);
+	OK(run(request, &result));
+	ck_assert(memcmp(at(MEMORY_BYTES - 64), at(MEMORY_BYTES - 128), 64) == 0);
+	opd_result_destroy(result);
+}
+END_TEST
+
+START_TEST(a_region_detached_in_flight_stays_until_the_kernel_is_done)
+{
+	opd_ticket tickets[64];
+	for (int i = 0; i < 64; i++) {
+		opd_request *request = relu_of(at(0), 1 << 17);
+		opd_request_output_memory(request, 0, memory, at(1 << 19), 1 << 19);
+		OK(opd_submit(client, request, &tickets[i], &error));
+		opd_request_destroy(request);
+	}
+	opd_memory_destroy(memory);
+	memory = NULL;
+	for (int i = 0; i < 64; i++) {
+		opd_result *result = NULL;
+		OK(opd_wait(client, tickets[i], UINT64_MAX, &result, &error));
+		opd_result_destroy(result);
+	}
+	OK(opd_memory_create(client, MEMORY_BYTES, &memory, &error));
+}
+END_TEST
+
+START_TEST(memory_outlives_its_client)
+{
+	opd_close(client);
+	at(0)[0] = 7;
+	opd_memory_destroy(memory);
+	client = sharing_client();
+	OK(opd_memory_create(client, MEMORY_BYTES, &memory, &error));
+}
+END_TEST
+
+/* ---- What is refused ---- */
+
+START_TEST(results_overlap_neither_operands_nor_each_other)
+{
+	opd_request *request = relu_of(at(0), 100);
+	opd_request_output_memory(request, 0, memory, at(384), 400);
+	refuses(request, OPD_INVALID_ARGUMENT, "result 0 overlaps x in shared memory");
+}
+END_TEST
+
+START_TEST(a_range_that_is_too_small_for_the_result_is_refused_before_the_kernel)
+{
+	at(4096)[0] = 99;
+	opd_request *request = relu_of(at(0), 100);
+	opd_request_output_memory(request, 0, memory, at(4096), 399);
+	refuses(request, OPD_INVALID_ARGUMENT, "result 0 has 400 bytes, but 399 of region 1 were named");
+	ck_assert(at(4096)[0] == 99);
+}
+END_TEST
+
+START_TEST(the_limits_of_regions_and_bytes_hold)
+{
+	opd_memory *second = NULL, *third = NULL;
+	fails(opd_memory_create(client, 2 * MEMORY_BYTES, &second, &error), OPD_RESOURCE_EXHAUSTED, "1048576 of at most 2097152 in use");
+	OK(opd_memory_create(client, 4096, &second, &error));
+	fails(opd_memory_create(client, 4096, &third, &error), OPD_RESOURCE_EXHAUSTED, "2 regions, at most 2");
+	opd_memory_destroy(second);
+	OK(opd_memory_create(client, 4096, &second, &error));
+	opd_memory_destroy(second);
+}
+END_TEST
+
+START_TEST(a_client_that_did_not_ask_has_no_shared_memory)
+{
+	opd_client *plain = house_client(&house);
+	opd_memory *none = NULL;
+	fails(opd_memory_create(plain, 4096, &none, &error), OPD_FAILED_PRECONDITION, "shared_memory");
+	opd_close(plain);
+}
+END_TEST
+
+/* ---- Contents that change ---- */
+
+struct rewriter {
+	int64_t *ids;
+	_Atomic bool stop;
+};
+
+/* In turn an id that is good and one far outside of the table. */
+static void *rewrite(void *context)
+{
+	struct rewriter *rewriter = context;
+	for (uint64_t i = 0; !atomic_load(&rewriter->stop); i++)
+		*(volatile int64_t *)&rewriter->ids[i % 512] = i % 3 == 0 ? INT64_MAX / 8 : 1;
+	return NULL;
+}
+
+START_TEST(ids_rewritten_while_a_kernel_runs_are_read_once)
+{
+	struct rewriter rewriter = {.ids = (int64_t *)at(1 << 19)};
+	pthread_t thread;
+	for (int i = 0; i < 512; i++)
+		rewriter.ids[i] = 1;
+	ck_assert_int_eq(pthread_create(&thread, NULL, rewrite, &rewriter), 0);
+	unsigned answered = 0;
+	for (int i = 0; i < 300; i++) {
+		const int64_t ids_shape[] = {512}, table_shape[] = {4, 16};
+		opd_request *request = opd_request_create("embedding");
+		opd_operand ids = vector(rewriter.ids, 512), table = vector(at(0), 64);
+		ids.dtype = OPD_i64;
+		ids.shape = ids_shape;
+		table.rank = 2;
+		table.shape = table_shape;
+		opd_request_tensor(request, "ids", &ids);
+		opd_request_tensor(request, "table", &table);
+		opd_result *result = NULL;
+		const opd_status status = run(request, &result);
+		ck_assert_msg(status == OPD_OK || status == OPD_INVALID_ARGUMENT, "%s", error.text);
+		answered++;
+		opd_result_destroy(result);
+	}
+	atomic_store(&rewriter.stop, true);
+	(void)pthread_join(thread, NULL);
+	ck_assert_uint_eq(answered, 300);
+}
+END_TEST
+
+/* ---- Descriptors, by hand ---- */
+
+struct raw {
+	int fd;
+	uint64_t last;
+	struct arena arena;
+};
+
+static void send_with(struct raw *raw, struct codec_buffer *buffer, frame_type type, const int *fds, size_t count)
+{
+	const struct frame_header header = {
+	    .version = FRAME_VERSION, .type = (uint8_t)type, .request_id = type == FRAME_HELLO ? 0 : ++raw->last, .envelope_bytes = (uint32_t)buffer->envelope_bytes};
+	frame_encode(&header, buffer->frame);
+	_Alignas(struct cmsghdr) uint8_t control[CMSG_SPACE(16 * sizeof(int))] = {0};
+	struct iovec piece = {buffer->frame, FRAME_HEADER_BYTES + buffer->envelope_bytes};
+	struct msghdr message = {.msg_iov = &piece, .msg_iovlen = 1};
+	if (count != 0) {
+		message.msg_control = control;
+		message.msg_controllen = CMSG_SPACE(count * sizeof(int));
+		struct cmsghdr *rights = CMSG_FIRSTHDR(&message);
+		rights->cmsg_level = SOL_SOCKET;
+		rights->cmsg_type = SCM_RIGHTS;
+		rights->cmsg_len = CMSG_LEN(count * sizeof(int));
+		memcpy(CMSG_DATA(rights), fds, count * sizeof(int));
+	}
+	ck_assert_int_eq(sendmsg(raw->fd, &message, MSG_NOSIGNAL), (ssize_t)piece.iov_len);
+}
+
+static void receive(int fd, void *to, size_t bytes)
+{
+	ck_assert_int_eq(recv(fd, to, bytes, MSG_WAITALL), (ssize_t)bytes);
+}
+
+static struct msg_reply reply_of(struct raw *raw)
+{
+	uint8_t head[FRAME_HEADER_BYTES], envelope[4096];
+	struct frame_header header;
+	struct msg_reply reply = {0};
+	receive(raw->fd, head, sizeof head);
+	OK(frame_decode(head, &header, &error));
+	ck_assert_uint_le(header.envelope_bytes, sizeof envelope);
+	receive(raw->fd, envelope, header.envelope_bytes);
+	if (header.type == FRAME_REPLY)
+		OK(codec_decode_reply(&raw->arena, envelope, header.envelope_bytes, &reply, &error));
+	return reply;
+}
+
+static void raw_open(struct raw *raw, const char *feature)
+{
+	*raw = (struct raw){.fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0)};
+	arena_init(&raw->arena, 1u << 20);
+	struct sockaddr_un address = {.sun_family = AF_UNIX};
+	(void)snprintf(address.sun_path, sizeof address.sun_path, "%s", house.address + strlen("unix:"));
+	ck_assert_int_eq(connect(raw->fd, (const struct sockaddr *)&address, sizeof address), 0);
+	const struct msg_text features[] = {msg_text(feature)};
+	const struct msg_hello hello = {.version_min = 1, .version_max = 1, .feature_count = 1, .features = features};
+	struct codec_buffer buffer;
+	OK(codec_encode_hello(&raw->arena, &hello, &buffer, &error));
+	send_with(raw, &buffer, FRAME_HELLO, NULL, 0);
+	(void)reply_of(raw);
+}
+
+static void raw_close(struct raw *raw)
+{
+	(void)close(raw->fd);
+	arena_fini(&raw->arena);
+}
+
+static struct msg_reply ask(struct raw *raw, struct msg_request message, const int *fds, size_t count)
+{
+	struct codec_buffer buffer;
+	OK(codec_encode_request(&raw->arena, &message, &buffer, &error));
+	send_with(raw, &buffer, FRAME_REQUEST, fds, count);
+	return reply_of(raw);
+}
+
+static struct msg_reply attach(struct raw *raw, int fd, uint64_t bytes)
+{
+	return ask(raw, (struct msg_request){.kind = MSG_REQUEST_ATTACH_MEMORY, .memory_bytes = bytes}, &fd, fd < 0 ? 0 : 1);
+}
+
+static void says(const struct msg_reply *reply, opd_status expected, const char *part)
+{
+	ck_assert_msg(reply->status == expected, "%s: %s", opd_status_name(reply->status), reply->message.data);
+	ck_assert_msg(strstr(reply->message.data, part) != NULL, "\"%s\" isn't in \"%s\"", part, reply->message.data);
+}
+
+static int memfd_of(off_t bytes, int seals)
+{
+	const int fd = memfd_create("test", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+	ck_assert_int_ge(fd, 0);
+	ck_assert_int_eq(ftruncate(fd, bytes), 0);
+	ck_assert_int_eq(fcntl(fd, F_ADD_SEALS, seals), 0);
+	return fd;
+}
+
+static unsigned open_descriptors(void)
+{
+	unsigned count = 0;
+	DIR *folder = opendir("/proc/self/fd");
+	while (readdir(folder) != NULL)
+		count++;
+	(void)closedir(folder);
+	return count;
+}
+
+static void refuses_descriptor(struct raw *raw, int fd, uint64_t bytes, const char *part)
+{
+	ck_assert_int_ge(fd, 0);
+	const struct msg_reply reply = attach(raw, fd, bytes);
+	says(&reply, OPD_INVALID_ARGUMENT, part);
+	(void)close(fd);
+}
+
+START_TEST(every_other_descriptor_is_refused_and_none_is_leaked)
+{
+	struct raw raw;
+	int pipes[2];
+	raw_open(&raw, "shm");
+	const unsigned before = open_descriptors();
+	ck_assert_int_eq(pipe2(pipes, O_CLOEXEC), 0);
+	refuses_descriptor(&raw, pipes[0], 4096, "pipe:[");
+	(void)close(pipes[1]);
+	refuses_descriptor(&raw, open("/etc", O_RDONLY | O_CLOEXEC), 4096, "the descriptor is /etc, expected a memfd");
+	refuses_descriptor(&raw, open("/dev/zero", O_RDWR | O_CLOEXEC), 4096, "the descriptor is /dev/zero, expected a memfd");
+	refuses_descriptor(&raw, open("/proc/self/exe", O_RDONLY | O_CLOEXEC), 4096, "expected a memfd");
+	refuses_descriptor(&raw, memfd_of(8192, F_SEAL_GROW), 4096, "isn't sealed against shrinking");
+	refuses_descriptor(&raw, memfd_of(8192, F_SEAL_SHRINK | F_SEAL_WRITE), 4096, "can't be written");
+	refuses_descriptor(&raw, memfd_of(8192, F_SEAL_SHRINK), 8193, "8193 bytes of a memfd of 8192");
+	refuses_descriptor(&raw, memfd_of(8192, F_SEAL_SHRINK), 0, "0 bytes of a memfd of 8192");
+	refuses_descriptor(&raw, memfd_of(8192, F_SEAL_SHRINK), UINT64_MAX, "of a memfd of 8192");
+	const struct msg_reply none = attach(&raw, -1, 4096);
+	says(&none, OPD_INVALID_ARGUMENT, "no descriptor came");
+	ck_assert_uint_eq(open_descriptors(), before);
+	raw_close(&raw);
+}
+END_TEST
+
+START_TEST(descriptors_that_nobody_wants_are_closed)
+{
+	struct raw raw;
+	raw_open(&raw, "shm");
+	const int fd = memfd_of(4096, F_SEAL_SHRINK);
+	const unsigned before = open_descriptors();
+	const int many[16] = {fd, fd, fd, fd, fd, fd, fd, fd, fd, fd, fd, fd, fd, fd, fd, fd};
+	for (int i = 0; i < 50; i++) {
+		const struct msg_reply reply = ask(&raw, (struct msg_request){.kind = MSG_REQUEST_PING}, many, 16);
+		ck_assert_int_eq(reply.status, OPD_OK);
+	}
+	const struct msg_reply late = attach(&raw, -1, 4096);
+	says(&late, OPD_INVALID_ARGUMENT, "no descriptor came");
+	ck_assert_uint_eq(open_descriptors(), before);
+	(void)close(fd);
+	raw_close(&raw);
+	raw_open(&raw, "cancel"); /* and a session without the feature gets none at all */
+	const int other = memfd_of(4096, F_SEAL_SHRINK);
+	const struct msg_reply refused = attach(&raw, other, 4096);
+	says(&refused, OPD_FAILED_PRECONDITION, "no feature \"shm\"");
+	(void)close(other);
+	raw_close(&raw);
+}
+END_TEST
+
+START_TEST(an_attached_file_cannot_shrink_and_ranges_outside_are_refused)
+{
+	struct raw raw;
+	raw_open(&raw, "shm");
+	const int fd = memfd_of(8192, F_SEAL_SHRINK);
+	const struct msg_reply attached = attach(&raw, fd, 8192);
+	ck_assert_int_eq(attached.status, OPD_OK);
+	ck_assert_int_eq(attached.kind, MSG_REPLY_MEMORY);
+	ck_assert_int_eq(ftruncate(fd, 4096), -1);
+	ck_assert_int_eq(errno, EPERM);
+	const struct {
+		uint32_t region;
+		uint64_t offset, bytes;
+		opd_status status;
+		const char *part;
+	} cases[] = {
+	    {1, UINT64_MAX - 63, 64, OPD_INVALID_ARGUMENT, "which has 8192"},
+	    {1, 64, UINT64_MAX - 32, OPD_INVALID_ARGUMENT, "which has 8192"},
+	    {1, 8192, 64, OPD_INVALID_ARGUMENT, "which has 8192"},
+	    {1, 8160, 32, OPD_INVALID_ARGUMENT, "expected a multiple of 64"},
+	    {1, 0, 63, OPD_INVALID_ARGUMENT, "doesn't lie in its 63 bytes"},
+	    {1, 0, 128, OPD_INVALID_ARGUMENT, "128 were sent"},
+	    {2, 0, 64, OPD_NOT_FOUND, "region 2 isn't attached"},
+	    {0, 0, 64, OPD_NOT_FOUND, "region 0 isn't attached"},
+	};
+	for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+		struct msg_tensor tensor = {.dtype = OPD_f32, .rank = 1, .shape = {16}, .source = MSG_SOURCE_SHARED};
+		tensor.shared.region = cases[i].region;
+		tensor.shared.offset = cases[i].offset;
+		tensor.shared.bytes = cases[i].bytes;
+		struct msg_arg arg = {.kind = MSG_ARG_TENSOR, .count = 1, .tensor = &tensor};
+		const struct msg_request message = {.kind = MSG_REQUEST_RUN, .run = {.op = msg_text("relu"), .arg_count = 1, .args = &arg}};
+		const struct msg_reply reply = ask(&raw, message, NULL, 0);
+		says(&reply, cases[i].status, cases[i].part);
+	}
+	(void)close(fd);
+	raw_close(&raw);
+}
+END_TEST
+
+/* The same file twice is the same memory, whatever its regions are called. */
+START_TEST(overlap_is_seen_through_two_regions_of_one_file)
+{
+	struct raw raw;
+	raw_open(&raw, "shm");
+	const int fd = memfd_of(8192, F_SEAL_SHRINK);
+	ck_assert_int_eq(attach(&raw, fd, 8192).status, OPD_OK);
+	ck_assert_int_eq(attach(&raw, fd, 8192).status, OPD_OK);
+	struct msg_tensor tensor = {.dtype = OPD_f32, .rank = 1, .shape = {16}, .source = MSG_SOURCE_SHARED};
+	tensor.shared.region = 1;
+	tensor.shared.offset = 64;
+	tensor.shared.bytes = 64;
+	struct msg_arg arg = {.kind = MSG_ARG_TENSOR, .count = 1, .tensor = &tensor};
+	struct msg_output_option output = {.shared = {2, 64, 64}};
+	struct msg_request message = {.kind = MSG_REQUEST_RUN, .run = {.op = msg_text("relu"), .arg_count = 1, .args = &arg, .output_count = 1, .outputs = &output}};
+	const struct msg_reply overlapping = ask(&raw, message, NULL, 0);
+	says(&overlapping, OPD_INVALID_ARGUMENT, "result 0 overlaps x");
+	output.shared.offset = 128;
+	output.keep = true;
+	const struct msg_reply kept = ask(&raw, message, NULL, 0);
+	says(&kept, OPD_INVALID_ARGUMENT, "can't lie in shared memory");
+	output.keep = false;
+	ck_assert_int_eq(ask(&raw, message, NULL, 0).status, OPD_OK);
+	ck_assert_int_eq(ask(&raw, (struct msg_request){.kind = MSG_REQUEST_DETACH_MEMORY, .region = 1}, NULL, 0).status, OPD_OK);
+	const struct msg_reply twice = ask(&raw, (struct msg_request){.kind = MSG_REQUEST_DETACH_MEMORY, .region = 1}, NULL, 0);
+	says(&twice, OPD_NOT_FOUND, "region 1 isn't attached");
+	(void)close(fd);
+	raw_close(&raw);
+}
+END_TEST
+
+static Suite *suite(void)
+{
+	Suite *made = suite_create("memory");
+	TCase *wide = tcase_create("wide");
+	tcase_set_timeout(wide, 60);
+	tcase_add_checked_fixture(wide, open_house, close_house);
+	tcase_add_test(wide, operands_and_results_lie_in_shared_memory_and_nothing_is_copied);
+	tcase_add_test(wide, an_operand_may_begin_anywhere_that_its_elements_may);
+	tcase_add_test(wide, a_last_result_byte_may_be_the_region_s_last);
+	tcase_add_test(wide, a_region_detached_in_flight_stays_until_the_kernel_is_done);
+	tcase_add_test(wide, memory_outlives_its_client);
+	tcase_add_test(wide, results_overlap_neither_operands_nor_each_other);
+	tcase_add_test(wide, a_range_that_is_too_small_for_the_result_is_refused_before_the_kernel);
+	tcase_add_test(wide, a_client_that_did_not_ask_has_no_shared_memory);
+	tcase_add_test(wide, ids_rewritten_while_a_kernel_runs_are_read_once);
+	tcase_add_test(wide, every_other_descriptor_is_refused_and_none_is_leaked);
+	tcase_add_test(wide, descriptors_that_nobody_wants_are_closed);
+	tcase_add_test(wide, an_attached_file_cannot_shrink_and_ranges_outside_are_refused);
+	tcase_add_test(wide, overlap_is_seen_through_two_regions_of_one_file);
+	suite_add_tcase(made, wide);
+	TCase *narrow = tcase_create("narrow");
+	tcase_set_timeout(narrow, 60);
+	tcase_add_checked_fixture(narrow, open_narrow, close_house);
+	tcase_add_test(narrow, the_limits_of_regions_and_bytes_hold);
+	suite_add_tcase(made, narrow);
+	return made;
+}
+
+int main(void)
+{
+	SRunner *runner = srunner_create(suite());
+	srunner_run_all(runner, CK_ENV);
+	const int failed = srunner_ntests_failed(runner);
+	srunner_free(runner);
+	return failed == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}
