@@ -125,7 +125,8 @@ def every_run():
     write("every-run", "Run with every field, every kind of argument and every source of a tensor.", REQUEST, pb.Request(
         run=pb.Run(op="some_op", args=args, priority=pb.ProviderList(names=["onednn", "cpu"]), strict=True, mode=pb.DRY,
         explain=True,
-        device="cuda:1", outputs=[pb.OutputOption(keep=True), pb.OutputOption(no_copy=True), pb.OutputOption()], retry=True,
+        device="cuda:1", outputs=[pb.OutputOption(keep=True), pb.OutputOption(no_copy=True), pb.OutputOption(),
+            pb.OutputOption(shared=pb.SharedRange(region=1, offset=1 << 40, bytes=64))], retry=True,
         allow_tf32=True, timeout_us=1 << 63, uuid=True, inline_results=True)), (1 << 64) - 1)
     write("run-empty-list", "A priority list that is there and empty: native, with a warning.", REQUEST,
           pb.Request(run=pb.Run(op="relu", priority=pb.ProviderList(), mode=pb.FAKE)), 2)
@@ -159,7 +160,9 @@ def requests():
                 handle=pb.Handle(index=1, generation=2), offset=1 << 32, data=tensor(pb.U8, [16], payload=pb.Range(offset=0, bytes=16))))),
             ("fetch", "A view of a kept tensor: its second row of four.", pb.Request(fetch=pb.Fetch(tensor=tensor(
                 pb.F32, [1, 4], strides=[4, 1], byte_offset=16, handle=pb.Handle(index=1, generation=2))))),
-            ("list-tensors", "The second page.", pb.Request(list_tensors=pb.ListTensors(first=4096)))]):
+            ("list-tensors", "The second page.", pb.Request(list_tensors=pb.ListTensors(first=4096))),
+            ("attach-memory", "1 GiB of a memfd, which a real one would have with it.", pb.Request(attach_memory=pb.AttachMemory(bytes=1 << 30))),
+            ("detach-memory", "And away.", pb.Request(detach_memory=pb.DetachMemory(region=7)))]):
         write("request-" + name, note, REQUEST, message, 10 + number)
 
 
@@ -204,7 +207,8 @@ def replies():
             ("tensors", "KeptTensors with every field.", pb.Reply(tensors=pb.KeptTensors(tensors=[
                 pb.KeptTensor(handle=pb.Handle(index=7, generation=1 << 63), dtype=pb.BF16, shape=[2, 0, 3], bytes=12, received=4, request=5,
                               output=1),
-                pb.KeptTensor(handle=pb.Handle(index=9, generation=3), dtype=pb.U8)], next=10)))]):
+                pb.KeptTensor(handle=pb.Handle(index=9, generation=3), dtype=pb.U8)], next=10))),
+            ("memory", "MemoryAttached.", pb.Reply(memory=pb.MemoryAttached(region=7, bytes=1 << 30)))]):
         write("every-reply-" + name, note, REPLY, message, 40 + number)
 
 
