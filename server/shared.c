@@ -38,6 +38,9 @@ static bool is_integer(opd_dtype dtype)
 static opd_status take(struct request *request, uint32_t slot, uint32_t region, uint64_t offset, uint64_t bytes, const char *what)
 {
 	uint64_t end;
+	const struct conn *conn = request->session->conn;
+	if (conn == NULL || (conn->features & CONN_SHM) == 0)
+		return opd_fail(&request->error, OPD_UNIMPLEMENTED, "%s: %s: this session has no feature \"shm\"", op_name(request), what);
 	struct region *found = regions_find(&request->session->regions, region, &request->error);
 	if (found == NULL)
 		return opd_error_prefix(&request->error, OPD_NOT_FOUND, "%s: %s", op_name(request), what);

@@ -19,6 +19,7 @@ static const struct {
 } benchmarks[] = {
     {"latency", bench_latency},         {"rate", bench_rate},     {"bulk", bench_bulk},
     {"connections", bench_connections}, {"counts", bench_counts}, {"graph", bench_graph},
+    {"memory", bench_memory},
 };
 #define BENCHMARKS (sizeof benchmarks / sizeof benchmarks[0])
 

@@ -31,6 +31,7 @@ void bench_bulk(struct bench *bench);
 void bench_connections(struct bench *bench);
 void bench_counts(struct bench *bench);
 void bench_graph(struct bench *bench);
+void bench_memory(struct bench *bench);
 
 /* ---- Placement ---- */
 
