@@ -1,4 +1,5 @@
-/* Graphs, asked of a whole daemon through the client library: what they compute, how often they are dispatched, what becomes of states, what is refused. */
+/* Graphs, asked of a whole daemon through the client library: what they compute, how often they are dispatched, what becomes of
+ * states, what is refused. */
 #include <check.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -50,8 +51,8 @@ static opd_value scale_by(opd_graph *graph, const char *name, opd_value x, doubl
 static opd_value add_to(opd_graph *graph, const char *name, opd_value x, opd_value by, bool donate, const char *provider)
 {
 	opd_request *node = opd_request_create("lab_add");
-	opd_request_tensor(node, NULL,
-	                   &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_VALUE, .donate = donate, .value = x});
+	opd_request_tensor(
+	    node, NULL, &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_VALUE, .donate = donate, .value = x});
 	opd_request_value(node, NULL, by);
 	if (provider != NULL)
 		opd_request_priority(node, &provider, 1);
@@ -97,7 +98,8 @@ static void fails(opd_request *request, opd_status expected, const char *part)
 {
 	opd_result *result = NULL;
 	opd_status status = opd_run(client, request, &result, &error);
-	ck_assert_msg(status == expected, "%s instead of %s: %s", opd_status_name(status), opd_status_name(expected), status == OPD_OK ? "" : error.text);
+	ck_assert_msg(status == expected, "%s instead of %s: %s", opd_status_name(status), opd_status_name(expected),
+	              status == OPD_OK ? "" : error.text);
 	says(part);
 	ck_assert_uint_eq(result == NULL ? 0 : opd_result_count(result), 0);
 	opd_result_destroy(result);
@@ -135,7 +137,8 @@ static opd_handle kept_of(int64_t elements, double factor)
 static opd_request *read_of(opd_handle handle)
 {
 	opd_request *request = opd_request_create("lab_scale");
-	opd_request_tensor(request, NULL, &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_HANDLE, .handle = handle});
+	opd_request_tensor(request, NULL,
+	                   &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_HANDLE, .handle = handle});
 	opd_request_float(request, "factor", 1);
 	return request;
 }
@@ -208,7 +211,8 @@ START_TEST(a_rerun_is_not_dispatched_again_until_something_changes)
 	ck_assert_str_eq(opd_result_graph(result)->nodes[0].explain.level, "session");
 	opd_result_destroy(result);
 	ck_assert_uint_eq(dispatches(), before + 3);
-	ck_assert_int_eq(registry_set_shape(house.server->registry, "lab_scale", lab_shape_longer, &error), OPD_OK); /* another snapshot */
+	ck_assert_int_eq(registry_set_shape(house.server->registry, "lab_scale", lab_shape_longer, &error),
+	                 OPD_OK); /* another snapshot */
 	fails(run_of(id, 16), OPD_INTERNAL, "node 'twofold'");
 }
 END_TEST
@@ -258,13 +262,25 @@ START_TEST(views_of_inputs_and_outputs_are_read_in_place)
 	opd_graph *graph = opd_graph_create("views");
 	opd_value x = opd_graph_input(graph, "x");
 	opd_request *node = opd_request_create("relu");
-	opd_request_tensor(node, NULL, &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_VALUE, .dtype = OPD_f32, .rank = 1,
-	                                              .shape = four, .byte_offset = 16, .value = x});
+	opd_request_tensor(node, NULL,
+	                   &(opd_operand){.struct_bytes = sizeof(opd_operand),
+	                                  .source = OPD_FROM_VALUE,
+	                                  .dtype = OPD_f32,
+	                                  .rank = 1,
+	                                  .shape = four,
+	                                  .byte_offset = 16,
+	                                  .value = x});
 	opd_value part = opd_graph_node(graph, "part", node);
 	opd_request_destroy(node);
 	node = opd_request_create("relu");
-	opd_request_tensor(node, NULL, &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_VALUE, .dtype = OPD_f32, .rank = 2,
-	                                              .shape = two, .strides = twisted, .value = part});
+	opd_request_tensor(node, NULL,
+	                   &(opd_operand){.struct_bytes = sizeof(opd_operand),
+	                                  .source = OPD_FROM_VALUE,
+	                                  .dtype = OPD_f32,
+	                                  .rank = 2,
+	                                  .shape = two,
+	                                  .strides = twisted,
+	                                  .value = part});
 	opd_graph_output(graph, "y", opd_graph_node(graph, "turned", node));
 	opd_request_destroy(node);
 	uint64_t id = registered(graph);
@@ -285,9 +301,21 @@ START_TEST(a_view_may_take_its_first_extent_from_what_it_views)
 	opd_graph *graph = opd_graph_create("open");
 	opd_value x = opd_graph_input(graph, "x");
 	const opd_operand views[] = {
-		{.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_VALUE, .dtype = OPD_f32, .rank = 3, .shape = halves, .value = x},
-		{.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_VALUE, .dtype = OPD_f32, .rank = 2, .shape = columns, .strides = apart, .byte_offset = 8, .value = x},
-		{.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_VALUE, .dtype = OPD_f32, .rank = 2, .shape = too_wide, .value = x},
+	    {.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_VALUE, .dtype = OPD_f32, .rank = 3, .shape = halves, .value = x},
+	    {.struct_bytes = sizeof(opd_operand),
+	     .source = OPD_FROM_VALUE,
+	     .dtype = OPD_f32,
+	     .rank = 2,
+	     .shape = columns,
+	     .strides = apart,
+	     .byte_offset = 8,
+	     .value = x},
+	    {.struct_bytes = sizeof(opd_operand),
+	     .source = OPD_FROM_VALUE,
+	     .dtype = OPD_f32,
+	     .rank = 2,
+	     .shape = too_wide,
+	     .value = x},
 	};
 	uint64_t ids[2];
 	for (uint32_t i = 0; i < 3; i++) {
@@ -339,7 +367,8 @@ START_TEST(results_are_kept_and_named_by_later_requests)
 	OK(opd_submit(client, request, &ticket, &error));
 	/* answered or not: the next run reads it */
 	opd_request *next = opd_request_graph(id);
-	opd_request_tensor(next, "x", &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_RESULT, .ticket = ticket});
+	opd_request_tensor(next, "x",
+	                   &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_RESULT, .ticket = ticket});
 	gives(next, 36);
 	opd_result *result;
 	OK(opd_wait(client, ticket, UINT64_MAX, &result, &error));
@@ -436,7 +465,8 @@ START_TEST(a_state_that_is_still_read_is_copied)
 	uint64_t id = registered(counter_graph(sum, 1, NULL));
 	/* accepted before the run, executed after it */
 	opd_request *reader = opd_request_create("lab_wait");
-	opd_request_tensor(reader, NULL, &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_HANDLE, .handle = sum});
+	opd_request_tensor(reader, NULL,
+	                   &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_HANDLE, .handle = sum});
 	opd_request_float(reader, "factor", 1);
 	opd_ticket ticket;
 	OK(opd_submit(client, reader, &ticket, &error));
@@ -599,7 +629,8 @@ START_TEST(what_is_wrong_is_found_before_anything_runs)
 	graph = chain_graph();
 	scale_by(graph, "round", (opd_value){3, 0}, 1, NULL);
 	scale_by(graph, "about", (opd_value){2, 0}, 1, NULL);
-	refused(graph, OPD_INVALID_ARGUMENT, "graph 'chain': its nodes wait for each other: 'round' waits for 'about' waits for 'round'");
+	refused(graph, OPD_INVALID_ARGUMENT,
+	        "graph 'chain': its nodes wait for each other: 'round' waits for 'about' waits for 'round'");
 
 	graph = chain_graph();
 	scale_by(graph, "twofold", (opd_value){0, 0}, 1, NULL);
@@ -778,7 +809,10 @@ START_TEST(a_paged_cache_is_updated_in_place)
 	opd_handle caches[2];
 	for (int i = 0; i < 2; i++) {
 		opd_request *request = opd_request_create("relu");
-		opd_request_tensor(request, NULL, &(opd_operand){.struct_bytes = sizeof(opd_operand), .dtype = OPD_f32, .rank = 4, .shape = cache_shape, .data = zeros});
+		opd_request_tensor(
+		    request, NULL,
+		    &(opd_operand){
+		        .struct_bytes = sizeof(opd_operand), .dtype = OPD_f32, .rank = 4, .shape = cache_shape, .data = zeros});
 		opd_request_output(request, 0, true, false);
 		opd_result *result = run(request);
 		caches[i] = opd_result_handle(result, 0);
@@ -790,8 +824,10 @@ START_TEST(a_paged_cache_is_updated_in_place)
 	opd_request *node = opd_request_create("reshape_and_cache");
 	opd_request_value(node, NULL, k);
 	opd_request_value(node, NULL, k);
-	opd_request_tensor(node, NULL, &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_VALUE, .donate = true, .value = keys});
-	opd_request_tensor(node, NULL, &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_VALUE, .donate = true, .value = data});
+	opd_request_tensor(
+	    node, NULL, &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_VALUE, .donate = true, .value = keys});
+	opd_request_tensor(
+	    node, NULL, &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_VALUE, .donate = true, .value = data});
 	opd_request_value(node, NULL, slots);
 	opd_value updated = opd_graph_node(graph, "cache", node);
 	opd_request_destroy(node);
