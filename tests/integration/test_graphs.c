@@ -800,6 +800,124 @@ START_TEST(a_client_that_leaves_in_mid_run_leaves_nothing)
 }
 END_TEST
 
+static opd_graph *waiting_graph(opd_handle sum)
+{
+	opd_graph *graph = opd_graph_create("waiting");
+	opd_value x = opd_graph_input(graph, "x"), state = opd_graph_state(graph, "sum", sum);
+	opd_request *node = opd_request_create("lab_wait");
+	opd_request_value(node, NULL, x);
+	opd_value waited = opd_graph_node(graph, "wait", node);
+	opd_request_destroy(node);
+	opd_value part = scale_by(graph, "part", waited, 1, NULL);
+	opd_graph_output(graph, "y", add_to(graph, "more", state, part, true, NULL));
+	return graph;
+}
+
+START_TEST(a_run_behind_another_may_be_late_and_then_donates_nothing)
+{
+	opd_handle sum = kept_of(4, 1);
+	uint64_t id = registered(waiting_graph(sum));
+	opd_ticket first, late;
+	opd_request *request = run_of(id, 4);
+	OK(opd_submit(client, request, &first, &error));
+	house_await_count(&lab_counts.waiting, 1);
+	opd_request_timeout(request, 1);
+	OK(opd_submit(client, request, &late, &error));
+	OK(opd_ping(client, &error)); /* both are accepted */
+	lab_gate(true);
+	opd_result *result = NULL;
+	OK(opd_wait(client, first, UINT64_MAX, &result, &error));
+	ck_assert_float_eq(first_of(result, 0), 3);
+	opd_handle now = opd_result_state(result, 0);
+	opd_result_destroy(result);
+	ck_assert_int_eq(opd_wait(client, late, UINT64_MAX, &result, &error), OPD_DEADLINE_EXCEEDED);
+	says("not started within its timeout of 1 us");
+	opd_result_destroy(result);
+	gives(read_of(now), 3);
+	opd_request_destroy(request);
+}
+END_TEST
+
+START_TEST(lists_hold_as_they_were_when_the_run_was_sent)
+{
+	opd_handle sum = kept_of(4, 1);
+	uint64_t id = registered(waiting_graph(sum));
+	const char *plain = "plain";
+	const opd_priority_entry entry = {"lab_scale", &plain, 1};
+	opd_ticket tickets[3];
+	opd_request *request = run_of(id, 4);
+	opd_request_explain(request, true);
+	OK(opd_submit(client, request, &tickets[0], &error));
+	OK(opd_submit(client, request, &tickets[1], &error));
+	house_await_count(&lab_counts.waiting, 1);
+	OK(opd_priority_push(client, &entry, 1, &error));
+	OK(opd_submit(client, request, &tickets[2], &error));
+	OK(opd_priority_pop(client, &error));
+	lab_gate(true);
+	for (int i = 0; i < 3; i++) {
+		opd_result *result;
+		OK(opd_wait(client, tickets[i], UINT64_MAX, &result, &error));
+		ck_assert_str_eq(opd_result_graph(result)->nodes[1].provider, i == 2 ? "plain" : "native");
+		ck_assert_float_eq(first_of(result, 0), (float)(3 + 2 * i));
+		opd_result_destroy(result);
+	}
+	opd_request_destroy(request);
+}
+END_TEST
+
+START_TEST(canaries_stand_behind_every_result)
+{
+	opd_close(client);
+	house_stop(&house);
+	house_start(&house, (const char *const[]){"checked", "true", NULL});
+	client = house_client(&house);
+	opd_handle sum = kept_of(16, 0);
+	uint64_t counter = registered(counter_graph(sum, 1, NULL)), aside = registered(counter_graph(kept_of(16, 0), 1, "aside"));
+	for (int i = 1; i <= 2; i++) {
+		gives(run_of(counter, 16), (float)(2 * i));
+		gives(run_of(aside, 16), (float)(2 * i));
+	}
+	for (int wanted = 0; wanted < 2; wanted++) { /* in the arena, and in a buffer of the reply */
+		opd_graph *graph = opd_graph_create("spilling");
+		opd_value x = opd_graph_input(graph, "x");
+		opd_value spilt = scale_by(graph, "spilt", x, 2, "spills");
+		opd_graph_output(graph, "y", wanted ? spilt : scale_by(graph, "after", spilt, 2, NULL));
+		fails(run_of(registered(graph), 16), OPD_INTERNAL,
+		      "node 'spilt': spills.lab_scale wrote past the end of result 0, at byte 64 of 64");
+	}
+}
+END_TEST
+
+START_TEST(a_graph_is_its_sessions_alone)
+{
+	uint64_t id = registered(chain_graph());
+	opd_client *mine = client;
+	client = house_client(&house);
+	fails(run_of(id, 4), OPD_NOT_FOUND, "is not registered in this session");
+	ck_assert_int_eq(opd_graph_free(client, id, &error), OPD_NOT_FOUND);
+	opd_close(client);
+	client = mine;
+	gives(run_of(id, 4), 6);
+}
+END_TEST
+
+START_TEST(a_failed_run_explains_itself)
+{
+	opd_graph *graph = opd_graph_create("fails");
+	opd_value x = opd_graph_input(graph, "x");
+	opd_graph_output(graph, "y", scale_by(graph, "broken", scale_by(graph, "first", x, 2, "even_only"), 2, "breaks"));
+	opd_request *request = run_of(registered(graph), 3);
+	opd_request_explain(request, true);
+	opd_result *result = NULL;
+	ck_assert_int_eq(opd_run(client, request, &result, &error), OPD_INTERNAL);
+	ck_assert_ptr_nonnull(result);
+	ck_assert_str_eq(opd_result_graph(result)->nodes[0].explain.skipped[0].provider, "even_only");
+	ck_assert_str_eq(opd_result_graph(result)->nodes[1].provider, "breaks");
+	opd_result_destroy(result);
+	opd_request_destroy(request);
+}
+END_TEST
+
 /* A token's keys and values into a cache that stays, read by attention in the same run: the shape of a model's decode step. */
 START_TEST(a_paged_cache_is_updated_in_place)
 {
@@ -888,6 +1006,11 @@ int main(void)
 	tcase_add_test(tests, a_quota_reached_in_mid_graph_leaks_nothing);
 	tcase_add_test(tests, a_graph_freed_while_it_runs_ends_in_peace);
 	tcase_add_test(tests, a_client_that_leaves_in_mid_run_leaves_nothing);
+	tcase_add_test(tests, a_run_behind_another_may_be_late_and_then_donates_nothing);
+	tcase_add_test(tests, lists_hold_as_they_were_when_the_run_was_sent);
+	tcase_add_test(tests, canaries_stand_behind_every_result);
+	tcase_add_test(tests, a_graph_is_its_sessions_alone);
+	tcase_add_test(tests, a_failed_run_explains_itself);
 	tcase_add_test(tests, a_paged_cache_is_updated_in_place);
 	suite_add_tcase(suite, tests);
 	SRunner *runner = srunner_create(suite);
