@@ -136,11 +136,13 @@ static void run_here(struct request *request, struct lane_exec *lane)
 }
 
 /* Nobody reads what a session that has ended still has queued: without this a drain's end, and other sessions, would wait for all of it. */
-static bool is_unwanted(struct request *request)
+static bool is_unwanted(struct request *request, const struct lane_exec *lane)
 {
-	if (!atomic_load_explicit(&request->session->gone, memory_order_relaxed))
+	const bool gone = atomic_load_explicit(&request->session->gone, memory_order_relaxed);
+	if (!gone && !lane_cancelled(lane))
 		return false;
-	request->status = opd_fail(&request->error, OPD_CANCELLED, "%s: the session has ended", request->run.op->schema->name);
+	request->status = opd_fail(&request->error, OPD_CANCELLED, "%s: the %s", request->run.op->schema->name,
+	                           gone ? "session has ended" : "client cancelled the request");
 	return true;
 }
 
@@ -153,9 +155,9 @@ static bool is_late(struct request *request)
 	return true;
 }
 
-bool execute_unwanted(struct request *request)
+bool execute_unwanted(struct request *request, const struct lane_exec *lane)
 {
-	return is_unwanted(request) || is_late(request);
+	return is_unwanted(request, lane) || is_late(request);
 }
 
 /* On a lane thread: the plan that is missing; false when it refused or failed. */
@@ -174,7 +176,7 @@ static bool make_plan(struct request *request)
 static void lane_run(struct lane_job *job, struct lane_exec *exec)
 {
 	struct request *request = (struct request *)((char *)job - offsetof(struct request, job));
-	if (execute_unwanted(request))
+	if (execute_unwanted(request, exec))
 		return;
 	if (request->run.dispatch.plan_missing && !make_plan(request))
 		return;
@@ -320,6 +322,7 @@ static void device_start(struct request *request)
 	};
 	if (wants_clock(request))
 		request->clock.queued = request_now_ns();
+	request->device_lane = lane;
 	device_lane_submit(lane, &request->device_job);
 	if (request->direct)
 		wait_for_lane(request);

@@ -180,14 +180,14 @@ static void start(struct graph_run *run)
 	}
 	struct lane_exec serial = lane_exec_serial(NULL);
 	request->run.on_loop = true;
-	if (!execute_unwanted(request))
+	if (!execute_unwanted(request, &serial))
 		graph_execute(run, &serial);
 	execute_done(request);
 }
 
 void graph_run_execute(struct request *request, struct lane_exec *lane)
 {
-	if (!execute_unwanted(request))
+	if (!execute_unwanted(request, lane))
 		graph_execute(request->graph_run, lane);
 }
 

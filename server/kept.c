@@ -253,6 +253,7 @@ static void call_waiters(struct kept *kept, struct kept_result *result)
 	result->waiters = NULL;
 	while (waiter != NULL) {
 		struct waiter *next = waiter->next; /* the waiter's memory may be gone after the call */
+		waiter->result = NULL;
 		opd_error error;
 		bool pending;
 		struct kept_tensor *tensor = kept_find_result(kept, result->request, waiter->output, &pending, &error);
@@ -392,8 +393,24 @@ void kept_wait(struct kept *kept, uint64_t request, struct waiter *waiter)
 	struct kept_result *result = result_find(kept, request);
 	assert(result != NULL && result->state == RESULT_PENDING);
 	waiter->next = NULL;
+	waiter->link = result->waiters_end;
+	waiter->result = result;
 	*result->waiters_end = waiter;
 	result->waiters_end = &waiter->next;
+}
+
+bool kept_unwait(struct waiter *waiter)
+{
+	struct kept_result *result = waiter->result;
+	if (result == NULL)
+		return false;
+	*waiter->link = waiter->next;
+	if (waiter->next != NULL)
+		waiter->next->link = waiter->link;
+	else
+		result->waiters_end = waiter->link;
+	waiter->result = NULL;
+	return true;
 }
 
 /* ---- Donations ---- */

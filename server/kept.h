@@ -31,6 +31,8 @@ struct kept_tensor {
 
 struct waiter {
 	struct waiter *next;
+	struct waiter **link;       /* what points to it */
+	struct kept_result *result; /* that it waits for; NULL: for none */
 	uint32_t output;
 	/* tensor (referenced for the waiter) when it is there; NULL with error when the request failed. */
 	void (*on_settled)(struct waiter *waiter, struct kept_tensor *tensor, const opd_error *error);
@@ -94,6 +96,8 @@ struct kept_tensor *kept_find_any(struct kept *kept, struct msg_handle handle, o
 /* The same by request id and output. A result that is still to come: NULL, and *pending_out is true. */
 struct kept_tensor *kept_find_result(struct kept *kept, uint64_t request, uint32_t output, bool *pending_out, opd_error *error);
 void kept_wait(struct kept *kept, uint64_t request, struct waiter *waiter);
+/* It won't be called. False: it waits for nothing (it was called, or zeroed and never waited). Not from a waiter's callback. */
+bool kept_unwait(struct waiter *waiter);
 
 /* ---- A tensor that a graph has as its state: followed through donations by slot and lineage ---- */
 

@@ -45,6 +45,7 @@ struct request_run {
 	struct effective *effective;
 	struct dispatch dispatch;
 	uint32_t waiting; /* operands that are results still to come */
+	struct run_waiter *waiters; /* for those, newest first; in the arena */
 	bool failed;      /* error is written; ends once nothing is waited for */
 	bool expected;    /* kept_expect was called, neither settled nor failed yet */
 	bool on_loop;     /* small enough to run at once */
@@ -65,6 +66,8 @@ typedef void (*request_task_fn)(struct request *request);
 struct request {
 	struct request *next; /* of free ones, or of a conn's requests */
 	struct request *previous;
+	struct request *id_next;  /* of a conn's requests in flight */
+	struct request **id_link; /* NULL: it isn't one of them any more */
 	struct context *context;
 	struct session *session; /* referenced */
 	struct snapshot *snapshot; /* referenced from accept on */
@@ -78,6 +81,7 @@ struct request {
 	bool chunked;   /* the payload comes in DATA frames */
 	bool started;
 	bool replied;   /* on_reply was called */
+	bool cancelled; /* by request_cancel: what runs is told, nothing more is begun */
 	opd_status status; /* of what a lane ran */
 	opd_error error;
 	struct request_run run;
@@ -88,6 +92,7 @@ struct request {
 	struct graph_run *graph_run; /* of RUN_GRAPH, in the arena */
 	struct lane_job job;
 	struct device_job device_job;
+	struct device_lane *device_lane; /* that device_job was submitted to */
 	request_task_fn task;      /* on a lane */
 	request_task_fn task_done; /* back on the context's thread */
 
@@ -126,6 +131,10 @@ void request_reject(struct request *request);
 /* Its payload won't come (abort, disconnect): ends it with this status. */
 void request_abandon(struct request *request, opd_status status, const char *why);
 
+/* Nobody wants its result. One that hasn't begun on a lane ends with CANCELLED before this returns, and may be gone then; a kernel that runs is told,
+ * and its end is the request's. Its owner expects no more of its payload. False: nothing was to be done. Not from on_reply or a waiter's callback. */
+bool request_cancel(struct request *request);
+
 /* ---- For the files that implement kinds of requests ---- */
 
 /* Ends with what request->reply says. */
@@ -143,6 +152,7 @@ void run_release(struct request *request); /* gives back what run_accept and lat
 void run_failed(struct request *request);  /* the request ends with an error: whoever waits for its results learns of it */
 /* It can't go on. True: it ends later, when what it waits for is there. */
 bool run_abandoned(struct request *request);
+void run_stop_waiting(struct request *request); /* for results of others; it is about to end */
 void run_explain(struct request *request); /* explain.c: puts the record into the reply */
 void execute_graph(struct request *request); /* execute.c: graph_run_execute on a lane; then execute_done */
 void execute_run(struct request *request);  /* execute.c: the chosen implementation, on the loop, a lane or a device; then execute_done */
@@ -150,7 +160,7 @@ void execute_place(struct request *request); /* execute.c: sets run.device for t
 void execute_plan(struct request *request); /* execute.c: makes the plan that a dry run asks about; then execute_done */
 void execute_done(struct request *request); /* run.c: on the context's thread */
 /* A request that ends before it is run, or late; its status and error are written then. On a lane or the loop. */
-bool execute_unwanted(struct request *request);
+bool execute_unwanted(struct request *request, const struct lane_exec *lane);
 /* Whether this much kernel time fits into the loop's turn; counted if so. */
 bool execute_fits_loop(struct request *request, uint64_t cost_ns);
 /* run.c's, for graphs */
@@ -176,6 +186,7 @@ OPD_MUST_USE opd_status write_accept(struct request *request);
 void write_start(struct request *request);
 OPD_MUST_USE opd_status fetch_accept(struct request *request); /* fetch.c */
 void fetch_start(struct request *request);
+void fetch_stop_waiting(struct request *request);
 void generate_start(struct request *request); /* generate.c */
 void generate_release(struct request *request);
 void inspect_ops(struct request *request);    /* inspect.c */

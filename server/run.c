@@ -73,6 +73,7 @@ static void warn_of_fallback(struct request *request, const struct msg_run *run,
 
 struct run_waiter {
 	struct waiter waiter; /* first */
+	struct run_waiter *next;
 	struct request *request;
 	uint32_t operand;
 };
@@ -111,6 +112,8 @@ static opd_status wait_for_result(struct request *request, uint32_t index)
 	waiter->waiter.on_settled = on_settled;
 	waiter->request = request;
 	waiter->operand = index;
+	waiter->next = request->run.waiters;
+	request->run.waiters = waiter;
 	kept_wait(&request->session->kept, source->result.request, &waiter->waiter);
 	request->run.waiting++;
 	return OPD_OK;
@@ -329,6 +332,13 @@ void run_start(struct request *request)
 	run_proceed(request);
 }
 
+void run_stop_waiting(struct request *request)
+{
+	for (struct run_waiter *waiter = request->run.waiters; waiter != NULL; waiter = waiter->next)
+		if (kept_unwait(&waiter->waiter))
+			request->run.waiting--;
+}
+
 bool run_abandoned(struct request *request)
 {
 	if ((request->message.kind != MSG_REQUEST_RUN && request->message.kind != MSG_REQUEST_RUN_GRAPH) || request->run.waiting == 0)
@@ -518,7 +528,10 @@ void execute_done(struct request *request)
 		return;
 	}
 	bool again = run->plan_refused || (request->status != OPD_OK && request->status != OPD_CANCELLED && run->written && request->message.run.retry);
-	if (again) {
+	if (again && request->cancelled) { /* nothing more is begun for it */
+		run->plan_refused = false;
+		request->status = opd_fail(&request->error, OPD_CANCELLED, "%s: the client cancelled the request", run->op->schema->name);
+	} else if (again) {
 		if (!run->plan_refused)
 			LOG(request->context->server->log, LOG_WARN, "kernel failed, another provider may try", LOG_UINT("session", request->session->id),
 			    LOG_UINT("request", request->id), LOG_STR("provider", run->dispatch.impl->provider->name),

@@ -193,7 +193,8 @@ OPD_API OPD_MUST_USE opd_status opd_wait(opd_client *client, opd_ticket ticket, 
 OPD_API OPD_MUST_USE opd_status opd_wait_any(opd_client *client, uint64_t timeout_us, opd_ticket *ticket_out, opd_result **result_out,
                                              opd_error *error);
 
-/* Forgets a request: its reply is dropped when it comes. Its operands' data may be freed on return. No-op for an unknown ticket. */
+/* Forgets a request: its reply is dropped when it comes. Its operands' data may be freed on return. A server that can (the feature "cancel") is told: what
+ * it hasn't begun it doesn't begin, and a kernel that runs is asked to stop; requests that read its results fail with ABORTED. No-op for an unknown ticket. */
 OPD_API void opd_cancel(opd_client *client, opd_ticket ticket);
 
 /* For your own event loop: poll opd_client_fd for opd_client_events (POLLIN, with POLLOUT while something waits to be written), call opd_process, then take

@@ -700,7 +700,7 @@ class Client:
             self._link = _Connection(_dial(address, timeout))
         except (OSError, UnicodeError) as error:
             raise Unavailable(f"{address}: {error}") from error
-        hello = pb.Hello(version_min=1, version_max=1, client=name, chunk_bytes=chunk_bytes, no_chunks=no_chunks)
+        hello = pb.Hello(version_min=1, version_max=1, features=["cancel"], client=name, chunk_bytes=chunk_bytes, no_chunks=no_chunks)
         envelope = hello.SerializeToString()
         self._link.send([memoryview(_header(_HELLO, 0, len(envelope), 0) + envelope)])
         self._pump_until(lambda: self.hello is not None, self._deadline(timeout))
@@ -728,7 +728,12 @@ class Client:
         priority: list of providers, for this request. strict: no fallback. explain, uuid: more in the result. keep: True, or the
         indices of outputs that stay in the session. copy: False leaves kept outputs out of the reply. device: "cpu", "cuda:1".
         timeout: seconds, the server's. retry, allow_tf32, inline_results: as in the protocol."""
-        return self.submit(op, *args, **options).result()
+        future = self.submit(op, *args, **options)
+        try:
+            return future.result()
+        except (KeyboardInterrupt, DeadlineExceeded):
+            self.cancel(future)  # nobody else has it
+            raise
 
     def fake(self, op, *args, **options):
         """The results' dtypes and shapes, as Tensors without data; no tensor byte is sent."""
@@ -774,11 +779,17 @@ class Client:
         return future._take()
 
     def cancel(self, future):
-        """Forgets a request: its reply is dropped when it comes."""
+        """Forgets a request: its reply is dropped when it comes. A server that can is told: it doesn't begin it, and asks its
+        kernel to stop if that runs. Never blocks."""
+        if future.answered or future.forgotten or self._dead is not None:
+            return
         future.forgotten = True
         if future.upload in self._link.uploads:
             self._link.uploads.remove(future.upload)
             self._link.send([memoryview(_header(_ABORT, future.request, 0, 0))])
+        elif "cancel" in self.hello.features:
+            self._link.send([memoryview(_header(_CANCEL, future.request, 0, 0))])
+        self._guard(self._link.flush)
 
     # ---- Graphs
 

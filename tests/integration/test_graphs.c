@@ -800,6 +800,47 @@ START_TEST(a_client_that_leaves_in_mid_run_leaves_nothing)
 }
 END_TEST
 
+/* One is running, the others wait for their turn; the state has what those that weren't cancelled added. */
+START_TEST(cancelled_runs_leave_the_state_to_the_others)
+{
+	enum { RUNS = 6 };
+	opd_handle sum = kept_of(4, 0);
+	opd_graph *graph = opd_graph_create("slow");
+	opd_value x = opd_graph_input(graph, "x");
+	opd_request *node = opd_request_create("lab_wait");
+	opd_request_value(node, NULL, x);
+	opd_value waited = opd_graph_node(graph, "wait", node);
+	opd_request_destroy(node);
+	opd_graph_output(graph, "y", add_to(graph, "more", opd_graph_state(graph, "sum", sum), waited, true, NULL));
+	uint64_t id = registered(graph);
+	opd_ticket tickets[RUNS];
+	for (int i = 0; i < RUNS; i++) {
+		opd_request *request = run_of(id, 4);
+		OK(opd_submit(client, request, &tickets[i], &error));
+		opd_request_destroy(request);
+	}
+	house_await_count(&lab_counts.waiting, 1);
+	opd_cancel(client, tickets[2]);
+	opd_cancel(client, tickets[0]); /* running: ends before the node that writes the state */
+	opd_cancel(client, tickets[RUNS - 1]);
+	OK(opd_ping(client, &error)); /* the server has heard of it */
+	lab_gate(true);
+	float seen[RUNS] = {0};
+	for (int i = 0; i < RUNS; i++) {
+		opd_result *result;
+		if (i == 0 || i == 2 || i == RUNS - 1)
+			continue;
+		OK(opd_wait(client, tickets[i], UINT64_MAX, &result, &error));
+		seen[i] = first_of(result, 0);
+		opd_result_destroy(result);
+	}
+	ck_assert_float_ne(seen[1], 0);
+	ck_assert_float_eq(seen[3], 2 * seen[1]);
+	ck_assert_float_eq(seen[4], 3 * seen[1]);
+	ck_assert_uint_eq(atomic_load(&lab_counts.waiting), 4);
+}
+END_TEST
+
 static opd_graph *waiting_graph(opd_handle sum)
 {
 	opd_graph *graph = opd_graph_create("waiting");
@@ -1006,6 +1047,7 @@ int main(void)
 	tcase_add_test(tests, a_quota_reached_in_mid_graph_leaks_nothing);
 	tcase_add_test(tests, a_graph_freed_while_it_runs_ends_in_peace);
 	tcase_add_test(tests, a_client_that_leaves_in_mid_run_leaves_nothing);
+	tcase_add_test(tests, cancelled_runs_leave_the_state_to_the_others);
 	tcase_add_test(tests, a_run_behind_another_may_be_late_and_then_donates_nothing);
 	tcase_add_test(tests, lists_hold_as_they_were_when_the_run_was_sent);
 	tcase_add_test(tests, canaries_stand_behind_every_result);
