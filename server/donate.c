@@ -52,6 +52,8 @@ static opd_status prepare(struct request *request, uint32_t index, struct donati
 	if (donation->result == UINT32_MAX)
 		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s: %s is donated, but no result may take its place; schema: %s", name, operand->param,
 		                run->op->schema->text);
+	if (run->kept[index]->hold != NULL)
+		return opd_fail(&request->error, OPD_FAILED_PRECONDITION, "%s: %s is donated, but it is published, hence read-only", name, operand->param);
 	opd_status status = check_readers(request, index);
 	if (status == OPD_OK)
 		status = find_handle(request, source, &donation->handle);

@@ -45,7 +45,10 @@ static opd_status donate_states(struct graph_run *run)
 	const struct graph *graph = run->graph;
 	for (uint32_t i = 0; i < graph->state_count; i++) {
 		const struct graph_input *input = &graph->inputs[graph->states[i]];
-		if (kept_follow(kept, input->slot, input->lineage, &run->states[i].handle, &request->error) == NULL)
+		const struct kept_tensor *tensor = kept_follow(kept, input->slot, input->lineage, &run->states[i].handle, &request->error);
+		if (tensor != NULL && tensor->hold != NULL && input->donated != GRAPH_NONE)
+			(void)opd_fail(&request->error, OPD_FAILED_PRECONDITION, "it is published, hence read-only");
+		if (tensor == NULL || request->error.status != OPD_OK)
 			return state_error(graph, i, (opd_status)request->error.status, &request->error);
 		run->states[i].donated = input->donated != GRAPH_NONE && request->message.run.mode == MSG_RUN;
 	}

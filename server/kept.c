@@ -6,6 +6,8 @@
 #include <string.h>
 #include <sys/random.h>
 
+#include "server/publications.h"
+
 #define NO_SLOT UINT32_MAX
 #define FAILED_MAX 1024 /* remembered failures, so that late references say ABORTED */
 #define RESULT_BUCKETS_MIN 64
@@ -61,6 +63,7 @@ void kept_tensor_unref(struct kept_tensor *tensor)
 		return;
 	buffer_unref(tensor->buffer);
 	parts_destroy(tensor->parts);
+	hold_release(tensor->hold);
 	free(tensor);
 }
 
@@ -519,6 +522,16 @@ void kept_replace(struct kept *kept, uint32_t index, uint64_t lineage, struct ke
 	kept_tensor_unref(slot == NULL ? tensor : slot->tensor);
 	if (slot != NULL)
 		slot->tensor = tensor;
+}
+
+struct msg_handle kept_exchange(struct kept *kept, struct msg_handle handle, const struct kept_tensor *expected, struct kept_tensor *tensor)
+{
+	struct kept_slot *slot = slot_find(kept, handle);
+	const bool there = slot != NULL && slot->tensor == expected;
+	kept_tensor_unref(there ? slot->tensor : tensor);
+	if (there)
+		slot->tensor = tensor;
+	return there ? handle : (struct msg_handle){0, 0};
 }
 
 void kept_lose(struct kept *kept, uint32_t index, uint64_t lineage, uint64_t request)

@@ -26,6 +26,7 @@ struct kept_tensor {
 	uint64_t id; /* never reused in this daemon */
 	uint64_t version;
 	struct buffer *buffer;
+	struct hold *hold;   /* published: read-only, and others have it too; NULL: not */
 	struct parts *parts; /* the session's thread alone; NULL: all its bytes are there */
 };
 
@@ -117,6 +118,9 @@ struct msg_handle kept_give(struct kept *kept, uint32_t index, uint64_t request)
 void kept_given(struct kept *kept, struct msg_handle donated);
 /* The slot's tensor from now on; takes the reference (dropped when the slot was freed meanwhile). */
 void kept_replace(struct kept *kept, uint32_t index, uint64_t lineage, struct kept_tensor *tensor);
+/* The slot of `handle` has `tensor` in place of `expected`, whose contents are the same; takes the reference. Result: the handle, or generation 0 where the slot has something
+ * else by now. */
+struct msg_handle kept_exchange(struct kept *kept, struct msg_handle handle, const struct kept_tensor *expected, struct kept_tensor *tensor);
 /* A kernel of `request` failed while it wrote: whoever names it gets DATA_LOSS. */
 void kept_lose(struct kept *kept, uint32_t index, uint64_t lineage, uint64_t request);
 

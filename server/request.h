@@ -188,8 +188,24 @@ void upload_start(struct request *request);
 OPD_MUST_USE opd_status write_accept(struct request *request);
 void write_start(struct request *request);
 OPD_MUST_USE opd_status fetch_accept(struct request *request); /* fetch.c */
-void fetch_start(struct request *request);
-void fetch_stop_waiting(struct request *request);
+OPD_MUST_USE opd_status publish_accept(struct request *request); /* publish.c */
+void publish_open(struct request *request);
+void publish_withdraw(struct request *request);
+void publish_list(struct request *request);
+
+/* A request about one kept tensor (fetch, publish): request->tensor is taken when it is accepted, or when the result that it names is there; then `ready` is called, with
+ * request->tensor NULL and the error written where that failed. In the arena; request->task_data is it. */
+struct take {
+	struct waiter waiter; /* first */
+	struct request *request;
+	bool waiting;
+	void (*ready)(struct request *request);
+};
+OPD_MUST_USE opd_status take_accept(struct request *request, struct take *take, const struct msg_tensor *source, const char *what,
+                                    void (*ready)(struct request *request));
+void take_start(struct request *request);
+void take_stop_waiting(struct request *request);
+
 void generate_start(struct request *request); /* generate.c */
 void generate_release(struct request *request);
 void inspect_ops(struct request *request);    /* inspect.c */

@@ -10,7 +10,7 @@
 set -euo pipefail
 
 build=(gcc libc6-dev cmake ninja-build pkg-config libuv1-dev libprotobuf-c-dev protobuf-c-compiler protobuf-compiler libyaml-dev
-	libcjson-dev)
+	libcjson-dev libssl-dev)
 test=(check libsubunit-dev python3 python3-protobuf python3-numpy binutils procps)
 full=(clang)
 bench=(g++ libgrpc++-dev libprotobuf-dev protobuf-compiler protobuf-compiler-grpc)

@@ -836,6 +836,27 @@ class Client:
         operand._write(request.fetch.tensor)
         return self._submit(request, lambda reply, payload: Result(reply, payload)[0], _Payload())
 
+    def publish(self, handle, name, all=False, lasting=False):
+        """Publishes a kept tensor by name, read-only: a protobuf Publication with handle and sha256."""
+        request = pb.Request(publish=pb.Publish(name=name, all=all, lasting=lasting))
+        handle._write(request.publish.tensor)
+        return self._call(request).publications.items[0]
+
+    def open(self, name=None, sha256=None):
+        """A Handle of what is published to this tenant, by name or by the SHA-256 of its bytes."""
+        request = pb.Request(open_tensor=pb.OpenTensor(name=name or "", sha256=sha256 or b""))
+        made = self._call(request).publications.items[0]
+        return Handle(made.handle.index, made.handle.generation, _NAMES.get(made.dtype), made.shape)
+
+    def withdraw(self, name):
+        self._call(pb.Request(withdraw=pb.Withdraw(name=name)))
+
+    def publications(self):
+        """What this session may open, as protobuf Publications, oldest first."""
+        request = pb.Request()
+        request.list_publications.SetInParent()
+        return list(self._call(request).publications.items)
+
     def tensors(self):
         """This session's kept tensors, as protobuf KeptTensors: handle, dtype, shape, bytes, received, request, output."""
         made, first = [], 0
