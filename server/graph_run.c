@@ -218,6 +218,16 @@ void graph_run_ready(struct request *request)
 	schedule(request->session);
 }
 
+bool graphs_run_uses(const struct session *session, uint32_t slot)
+{
+	const struct graph_run *run = session->graphs == NULL ? NULL : session->graphs->first;
+	for (; run != NULL; run = run->next)
+		for (uint32_t i = 0; i < run->graph->state_count; i++)
+			if (run->graph->slots[i] == slot)
+				return true;
+	return false;
+}
+
 /* ---- Ending ---- */
 
 /* What became of the states. */

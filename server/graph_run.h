@@ -130,4 +130,7 @@ void graph_execute(struct graph_run *run, struct lane_exec *lane);
 /* graph_explain.c */
 void graph_explain(struct graph_run *run);
 
+/* A run that was accepted and hasn't ended has the slot's tensor as a state. */
+bool graphs_run_uses(const struct session *session, uint32_t slot);
+
 #endif

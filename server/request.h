@@ -16,6 +16,7 @@
 #include "server/context.h"
 #include "server/device_lane.h"
 #include "server/dispatch.h"
+#include "server/donate.h"
 #include "server/lane.h"
 #include "server/outbox.h"
 #include "server/session.h"
@@ -54,6 +55,8 @@ struct request_run {
 	bool written;               /* a kernel has begun: outputs may hold half of a result */
 	struct buffer **outputs;    /* [output_count]; NULL: not allocated yet */
 	struct kept_tensor **kept;  /* [operand_count]: kept operands, referenced */
+	struct donation *donations; /* in the arena */
+	uint32_t donation_count;
 	struct buffer *scratch;
 	uint32_t device;            /* number of the device that it runs on */
 	uint64_t deadline_ns;       /* 0: none */

@@ -128,7 +128,8 @@ typedef struct opd_operand {
 	opd_handle handle;
 	opd_ticket ticket;
 	uint32_t output;
-	bool donate; /* its result takes its place (the op must have such a pair): of a graph's nodes, a state or another node's output */
+	bool donate; /* its result takes its place (the op has such a pair, and dtype and shape are the result's): a kept tensor, whole; of a graph's nodes, a state or another
+	              * node's output. The result's handle has the same index; from submission on the old one is OPD_FAILED_PRECONDITION */
 	opd_value value;
 } opd_operand;
 

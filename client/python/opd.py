@@ -196,19 +196,24 @@ def _f8_table(dtype):
 class Handle:
     """A kept tensor of this session, usable as an operand. `view` names a part of it, without copying."""
 
-    def __init__(self, index, generation, dtype=None, shape=(), view=None):
-        self.index, self.generation = index, generation
+    def __init__(self, index, generation, dtype=None, shape=(), view=None, donated=False):
+        self.index, self.generation, self._donated = index, generation, donated
         self.dtype, self.shape = dtype, tuple(shape)
         self._view = view
 
     def view(self, shape, strides=None, byte_offset=0, dtype=None):
         return Handle(self.index, self.generation, dtype or self.dtype, shape, (strides, byte_offset))
 
+    def donate(self):
+        """The operand whose result takes its place: the handle isn't good any more, the result's is, in the same memory if the implementation can."""
+        return Handle(self.index, self.generation, self.dtype, self.shape, self._view, True)
+
     def __repr__(self):
         return f"Handle({self.index}, {self.dtype}{list(self.shape)})"
 
     def _write(self, tensor):
         tensor.handle.index, tensor.handle.generation = self.index, self.generation
+        tensor.donate = self._donated
         _write_view(tensor, self)
 
 
