@@ -102,13 +102,14 @@ struct graph_run {
 	struct state_use *states;  /* [graph->state_count] */
 	struct buffer *arena;
 	int64_t (*shapes)[2][OPD_RANK_MAX]; /* [output_count]: of the results; the prepared graph may be gone before the reply is */
-	uint32_t blockers;                  /* earlier runs in the session's order that it waits for */
-	bool queued;                        /* in that order */
-	bool ready;                         /* its operands are there */
+	uint32_t blockers; /* earlier runs in the session's order that it waits for */
+	bool queued;       /* in that order */
+	bool ready;        /* its operands are there */
 	bool started;
-	bool dispatched; /* it prepared what it ran */
+	/* A lane's while it runs. Not beside the flags above: the loop reads those together, of every run in the order. */
 	uint64_t prepare_ns;
 	uint64_t *node_ns; /* [node_count], by step; NULL: nobody asked */
+	bool dispatched;   /* it prepared what it ran */
 };
 
 /* graph_prepare.c. The one that fits, moved to the front; NULL: none. */
