@@ -233,6 +233,22 @@ int cmd_get(struct opctl *ctl)
 
 /* ---- rm, publish ---- */
 
+static opd_status withdraw_under(struct opctl *ctl, const char *prefix, opd_error *error)
+{
+	const opd_publication_list *list;
+	opd_status status = opd_publications(ctl->client, &list, error);
+	if (status != OPD_OK)
+		return status;
+	uint32_t found = 0;
+	for (uint32_t i = 0; i < list->count && status == OPD_OK; i++)
+		if (strncmp(list->publications[i].name, prefix, strlen(prefix)) == 0) {
+			status = opd_withdraw(ctl->client, list->publications[i].name, error);
+			found++;
+		}
+	opd_document_free(list);
+	return status == OPD_OK && found == 0 ? opd_fail(error, OPD_NOT_FOUND, "nothing is published under %s", shown(prefix)) : status;
+}
+
 int cmd_rm(struct opctl *ctl)
 {
 	opd_error error;
@@ -240,7 +256,8 @@ int cmd_rm(struct opctl *ctl)
 		return usage(ctl, "rm NAME…");
 	opd_status status = opctl_connect(ctl, CONNECT_DAEMON, &error);
 	for (size_t i = 1; i < ctl->options.count && status == OPD_OK; i++)
-		status = opd_withdraw(ctl->client, ctl->options.positional[i], &error);
+		status = ends_in(ctl->options.positional[i], "/") ? withdraw_under(ctl, ctl->options.positional[i], &error)
+		                                                  : opd_withdraw(ctl->client, ctl->options.positional[i], &error);
 	return done(ctl, status, &error);
 }
 

@@ -35,7 +35,7 @@ const struct command opctl_commands[] = {
      ".npy: as NAME; .safetensors: each tensor as NAME/its-name. They are the tenant's (its sessions find them by name or contents) and held once.\n", put_options,
      cmd_put},
     {"get", "NAME --output FILE", "write what is published by that name to a file", NULL, get_options, cmd_get},
-    {"rm", "NAME…", "withdraw publications; who has one open keeps it", NULL, no_options, cmd_rm},
+    {"rm", "NAME…", "withdraw publications; who has one open keeps it", "NAME/ withdraws all whose names begin so.\n", no_options, cmd_rm},
     {"publish", "NAME --as NAME", "publish the same bytes by another name, or (--all) for every tenant", NULL, publish_options, cmd_publish},
     {"tensors", "", "list what is published to you", NULL, no_options, cmd_tensors},
     {"ops", "", "list the ops", NULL, no_options, cmd_ops},
