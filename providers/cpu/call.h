@@ -15,6 +15,8 @@ extern const opd_impl cpu_fused_add_rms_norm;
 extern const opd_impl cpu_silu_and_mul;
 extern const opd_impl cpu_softmax;
 extern const opd_impl cpu_linear;
+extern const opd_impl cpu_attention;
+extern const opd_impl cpu_paged_attention;
 
 static inline const struct cpu_kernels *cpu_kernels_of(const opd_impl *impl)
 {
@@ -27,12 +29,17 @@ static inline const opd_tensor *cpu_tensor(const opd_call *call, uint32_t index)
 	return call->args[index].kind == OPD_ARG_TENSOR ? call->args[index].tensor : NULL;
 }
 
-/* f32, bf16 or f16. Its other operands' dtypes follow from x's by the op's own rules, which the host has checked. */
+/* f32, bf16 or f16. Its other operands' dtypes follow from the first's by the op's own rules, which the host has checked. */
+static inline bool cpu_accept_dtype_of(const char *name, const opd_tensor *tensor, opd_reason *reason)
+{
+	if (cpu_dtype_index(tensor->dtype) == CPU_DTYPES)
+		return OPD_REFUSE(reason, OPD_REASON_DTYPE, "%s %s, only f32, bf16, f16", name, opd_dtype_name(tensor->dtype));
+	return true;
+}
+
 static inline bool cpu_accept_dtype(const opd_tensor *x, opd_reason *reason)
 {
-	if (cpu_dtype_index(x->dtype) == CPU_DTYPES)
-		return OPD_REFUSE(reason, OPD_REASON_DTYPE, "x %s, only f32, bf16, f16", opd_dtype_name(x->dtype));
-	return true;
+	return cpu_accept_dtype_of("x", x, reason);
 }
 
 /* Elements of the last dimension lie next to each other. NULL passes. */
