@@ -56,11 +56,4 @@ OPD_MUST_USE opd_status attend_run(const struct attend *attend, const opd_exec *
 uint64_t attend_cost_ns(const struct cpu_kernels *kernels, opd_dtype dtype, double rows, double keys, double head_size,
                         double cache_elements);
 
-/* Element of an index operand (i32 or i64) at a distance of elements. */
-static inline int64_t cpu_index(const opd_tensor *tensor, uint64_t offset)
-{
-	const void *data = opd_tensor_data(tensor);
-	return tensor->dtype == OPD_i32 ? ((const int32_t *)data)[offset] : ((const int64_t *)data)[offset];
-}
-
 #endif

@@ -7,6 +7,7 @@
 #ifndef OPD_CPU_KERNELS_H
 #define OPD_CPU_KERNELS_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -66,6 +67,22 @@ struct cpu_attend_row {
 	float sum;
 };
 
+/* Heads of one token: `elements` in all, of which each head's first 2·half turn. */
+struct cpu_rotary {
+	size_t elements, head_size, half;
+};
+
+/* cos_sin: half cosines, then half sines. to may be from. */
+typedef void (*cpu_rotary_fn)(const void *from, const void *cos_sin, void *to, const struct cpu_rotary *shape);
+
+/* Index of the greatest of x [count], 1 to 2^31 − 1: the first of equals, the first NaN before all. */
+typedef size_t (*cpu_argmax_fn)(const void *x, size_t count);
+
+struct cpu_position_kernels {
+	cpu_rotary_fn rotary[CPU_DTYPES][2][2]; /* [cos_sin of the heads' dtype, f32][neighbours are pairs, halves are] */
+	cpu_argmax_fn argmax[CPU_DTYPES];
+};
+
 struct cpu_norm_kernels {
 	cpu_rms_norm_fn rms_norm[CPU_DTYPES][CPU_WEIGHTS];
 	cpu_fused_add_rms_norm_fn fused_add_rms_norm[CPU_DTYPES][CPU_WEIGHTS];
@@ -122,6 +139,8 @@ struct cpu_costs {
 	struct cpu_cost linear_weight;      /* elements of weight, read once */
 	uint32_t linear_product_fs;         /* femtoseconds a product */
 	struct cpu_cost attend_cache;       /* elements of keys and values, read once */
+	struct cpu_cost rotary;             /* elements of query and key */
+	struct cpu_cost argmax;             /* elements of x */
 	uint32_t attend_product_fs;         /* femtoseconds a product of a score or a result */
 };
 
@@ -132,6 +151,7 @@ struct cpu_kernels {
 	const struct cpu_softmax_kernels *softmax;
 	const struct cpu_linear_kernels *linear;
 	const struct cpu_attend_kernels *attend;
+	const struct cpu_position_kernels *position;
 	struct cpu_costs costs;
 };
 
@@ -154,7 +174,8 @@ struct cpu_kernels {
 	extern const struct cpu_activation_kernels cpu_activation_##isa; \
 	extern const struct cpu_softmax_kernels cpu_softmax_##isa;       \
 	extern const struct cpu_linear_kernels cpu_linear_##isa;         \
-	extern const struct cpu_attend_kernels cpu_attend_##isa;
+	extern const struct cpu_attend_kernels cpu_attend_##isa;         \
+	extern const struct cpu_position_kernels cpu_position_##isa;
 CPU_ISA_MAP(X)
 #undef X
 
