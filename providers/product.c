@@ -2,6 +2,9 @@
 
 #include <limits.h>
 
+/* Below this a call stays on one thread: waking another takes a few microseconds. */
+#define PARALLEL_NS 20000
+
 /* rows x columns with these strides (elements); strides of extents up to 1 don't count. */
 static bool matrix_of(int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride, struct product_matrix *matrix_out)
 {
@@ -129,23 +132,66 @@ static const void *factor_at(const struct product *product, const opd_tensor *fa
 	return (const unsigned char *)opd_tensor_data(factor) + (uint64_t)offset * opd_dtype_bytes(factor->dtype);
 }
 
-const void *product_left(const struct product *product, uint64_t batch)
+static uint64_t row_blocks(const struct product *product)
 {
-	return factor_at(product, product->left_tensor, batch);
+	return ((uint64_t)product->rows + PRODUCT_BLOCK_ROWS - 1) / PRODUCT_BLOCK_ROWS;
 }
 
-const void *product_right(const struct product *product, uint64_t batch)
+static uint64_t column_blocks(const struct product *product)
 {
-	return factor_at(product, product->right_tensor, batch);
+	return (uint64_t)((product->columns + product_block_columns(product) - 1) / product_block_columns(product));
 }
 
-opd_status product_expect_output(const opd_impl *impl, const struct product *product, opd_error *error)
+uint64_t product_blocks(const struct product *product)
+{
+	return product->batches * row_blocks(product) * column_blocks(product);
+}
+
+static int64_t least(int64_t a, int64_t b)
+{
+	return a < b ? a : b;
+}
+
+struct product_block product_block_at(const struct product *product, uint64_t index)
+{
+	const struct product_matrix *left = &product->left, *right = &product->right;
+	uint64_t bytes = opd_dtype_bytes(product->left_tensor->dtype);
+	uint64_t batch = index / column_blocks(product) / row_blocks(product);
+	int64_t row = (int64_t)(index % row_blocks(product)) * PRODUCT_BLOCK_ROWS;
+	struct product_block block = {
+		.column = (int64_t)(index / row_blocks(product) % column_blocks(product)) * product_block_columns(product),
+		.rows = least(product->rows - row, PRODUCT_BLOCK_ROWS),
+		.y = opd_tensor_data(product->y),
+	};
+	block.columns = least(product->columns - block.column, product_block_columns(product));
+	block.y += ((batch * (uint64_t)product->rows + (uint64_t)row) * (uint64_t)product->columns + (uint64_t)block.column) *
+	           opd_dtype_bytes(product->y->dtype);
+	if (product->depth == 0)
+		return block;
+	block.left = factor_at(product, product->left_tensor, batch);
+	block.left += (uint64_t)(row * (left->transposed ? 1 : left->lead)) * bytes;
+	block.right = factor_at(product, product->right_tensor, batch);
+	block.right += (uint64_t)(block.column * (right->transposed ? right->lead : 1)) * bytes;
+	return block;
+}
+
+void product_for(const opd_exec *exec, const struct product *product, double cost_ns, opd_range_fn run, void *argument)
+{
+	uint64_t blocks = product_blocks(product);
+	double block_ns = cost_ns / (double)blocks;
+	if (blocks > 1 && cost_ns > PARALLEL_NS)
+		exec->host->parallel_for(exec, blocks, block_ns > PARALLEL_NS / 2 ? 1 : (uint64_t)(PARALLEL_NS / 2 / block_ns) + 1, run, argument);
+	else
+		run(argument, 0, blocks, 0);
+}
+
+opd_status product_expect_output(const opd_impl *impl, const struct product *product, opd_dtype dtype, opd_error *error)
 {
 	uint64_t elements = product->batches * (uint64_t)product->rows * (uint64_t)product->columns;
 	const opd_tensor *y = product->y;
-	if (y->dtype != product->left_tensor->dtype)
+	if (y->dtype != dtype)
 		return opd_fail(error, OPD_INTERNAL, "%s: the result is %s, the kernel writes %s", impl->op, opd_dtype_name(y->dtype),
-		                opd_dtype_name(product->left_tensor->dtype));
+		                opd_dtype_name(dtype));
 	if (y->elements != elements || !opd_tensor_contiguous(y))
 		return opd_fail(error, OPD_INTERNAL, "%s: the result has %llu elements or is strided, the kernel writes %llu contiguous ones", impl->op,
 		                (unsigned long long)y->elements, (unsigned long long)elements);

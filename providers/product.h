@@ -33,11 +33,31 @@ struct product {
 bool product_of_linear(const opd_call *call, struct product *product_out, opd_reason *reason);
 bool product_of_matmul(const opd_call *call, struct product *product_out, opd_reason *reason);
 
-/* First element of the factor's matrix of batch `batch`; only in run, of a product that isn't empty (depth included). */
-const void *product_left(const struct product *product, uint64_t batch);
-const void *product_right(const struct product *product, uint64_t batch);
+/* One call to the library: which results of which batch, and where they and the factors begin (factors only if depth > 0). */
+struct product_block {
+	int64_t column, rows, columns;
+	const unsigned char *left;
+	const unsigned char *right;
+	unsigned char *y;
+};
 
-/* OPD_INTERNAL unless the result has the dtype of the left factor, the product's elements, and is contiguous. */
-OPD_MUST_USE opd_status product_expect_output(const opd_impl *impl, const struct product *product, opd_error *error);
+/* Rows of a block, and columns for a product of several rows. Blocks follow from the shape alone, never from the number of threads: that is why bits
+ * don't depend on it. Larger blocks repeat less packing, smaller ones share better. */
+enum { PRODUCT_BLOCK_ROWS = 512, PRODUCT_BLOCK_COLUMNS = 512, PRODUCT_BLOCK_COLUMNS_ROW = 256 };
+
+static inline int64_t product_block_columns(const struct product *product)
+{
+	return product->rows == 1 ? PRODUCT_BLOCK_COLUMNS_ROW : PRODUCT_BLOCK_COLUMNS;
+}
+
+uint64_t product_blocks(const struct product *product);
+/* index: below product_blocks. */
+struct product_block product_block_at(const struct product *product, uint64_t index);
+
+/* Calls run(argument, begin, end, thread) for all blocks, on the lane's threads when `cost_ns` is worth it. */
+void product_for(const opd_exec *exec, const struct product *product, double cost_ns, opd_range_fn run, void *argument);
+
+/* OPD_INTERNAL unless the result has this dtype, the product's elements, and is contiguous. */
+OPD_MUST_USE opd_status product_expect_output(const opd_impl *impl, const struct product *product, opd_dtype dtype, opd_error *error);
 
 #endif

@@ -10,15 +10,6 @@
 #include "providers/product.h"
 #include "uuid/openblas_product.h"
 
-/* Results of one call to the library. Larger ones repeat less packing, smaller ones share better: with 512 x 4096 x 4096 in f32 a block of 256
- * columns costs 5 % over no blocks, one of 512 under 2 %. */
-#define BLOCK_ROWS 512
-#define BLOCK_COLUMNS 512
-/* A single row's product reads weights at memory's rate, whatever the block. */
-#define BLOCK_COLUMNS_ROW 256
-/* Below this a call stays on one thread: waking another takes a few microseconds. */
-#define PARALLEL_NS 20000
-
 /* cblas.h's values and the prototypes of what is called (blasint is int in every packaged build but those named libopenblas64). */
 enum { CBLAS_ROWS = 101, CBLAS_PLAIN = 111, CBLAS_TRANSPOSED = 112 };
 
@@ -92,46 +83,15 @@ struct work {
 	const struct openblas *blas;
 	const opd_exec *exec;
 	struct product product;
-	int64_t block_columns;
-	uint64_t row_blocks;
-	uint64_t column_blocks;
 	atomic_bool cancelled;
 };
-
-/* Which results a call makes, and where its factors begin. */
-struct block {
-	int64_t column, rows, columns;
-	const unsigned char *left;
-	const unsigned char *right;
-	unsigned char *y;
-};
-
-static struct block block_at(const struct work *work, uint64_t item)
-{
-	const struct product *product = &work->product;
-	uint64_t bytes = opd_dtype_bytes(product->y->dtype);
-	uint64_t batch = item / work->column_blocks / work->row_blocks;
-	int64_t row = (int64_t)(item % work->row_blocks) * BLOCK_ROWS;
-	struct block block = {.column = (int64_t)(item / work->row_blocks % work->column_blocks) * work->block_columns};
-	block.rows = product->rows - row < BLOCK_ROWS ? product->rows - row : BLOCK_ROWS;
-	block.columns = product->columns - block.column < work->block_columns ? product->columns - block.column : work->block_columns;
-	block.y = opd_tensor_data(product->y);
-	block.y += ((batch * (uint64_t)product->rows + (uint64_t)row) * (uint64_t)product->columns + (uint64_t)block.column) * bytes;
-	if (product->depth == 0)
-		return block;
-	block.left = product_left(product, batch);
-	block.left += (uint64_t)(row * (product->left.transposed ? 1 : product->left.lead)) * bytes;
-	block.right = product_right(product, batch);
-	block.right += (uint64_t)(block.column * (product->right.transposed ? product->right.lead : 1)) * bytes;
-	return block;
-}
 
 static int trans_of(bool transposed)
 {
 	return transposed ? CBLAS_TRANSPOSED : CBLAS_PLAIN;
 }
 
-static void multiply_rows(const struct work *work, const struct block *block)
+static void multiply_rows(const struct work *work, const struct product_block *block)
 {
 	const struct product *p = &work->product;
 	int left = trans_of(p->left.transposed), right = trans_of(p->right.transposed);
@@ -146,7 +106,7 @@ static void multiply_rows(const struct work *work, const struct block *block)
 }
 
 /* y = rightᵀ · the one row of left. */
-static void multiply_row(const struct work *work, const struct block *block)
+static void multiply_row(const struct work *work, const struct product_block *block)
 {
 	const struct product *p = &work->product;
 	bool dots = p->right.transposed; /* a column of right is contiguous */
@@ -160,7 +120,7 @@ static void multiply_row(const struct work *work, const struct block *block)
 		                  (void *)block->y, 1);
 }
 
-static void add_bias(const struct product *product, const struct block *block)
+static void add_bias(const struct product *product, const struct product_block *block)
 {
 	int64_t step = product->bias->strides[0];
 	for (int64_t r = 0; r < block->rows; r++) {
@@ -178,7 +138,7 @@ static void add_bias(const struct product *product, const struct block *block)
 	}
 }
 
-static void clear(const struct product *product, const struct block *block)
+static void clear(const struct product *product, const struct product_block *block)
 {
 	uint64_t bytes = opd_dtype_bytes(product->y->dtype);
 	for (int64_t r = 0; r < block->rows; r++)
@@ -190,7 +150,7 @@ static void run_blocks(void *argument, uint64_t begin, uint64_t end, uint32_t th
 	(void)thread;
 	struct work *work = argument;
 	for (uint64_t i = begin; i < end && !atomic_load_explicit(&work->cancelled, memory_order_relaxed); i++) {
-		struct block block = block_at(work, i);
+		struct product_block block = product_block_at(&work->product, i);
 		if (work->product.depth == 0)
 			clear(&work->product, &block);
 		else if (work->product.rows == 1)
@@ -211,19 +171,11 @@ static opd_status run(const opd_impl *impl, void *state, const opd_call *call, c
 	if (!reader_of(impl)(call, &work.product, &reason))
 		return opd_fail(error, OPD_INTERNAL, "%s: the operands' layout isn't what the predicate accepted", impl->op);
 	const struct product *product = &work.product;
-	opd_status status = product_expect_output(impl, product, error);
+	opd_status status = product_expect_output(impl, product, product->left_tensor->dtype, error);
 	if (status != OPD_OK || product->y->elements == 0)
 		return status;
-	work.block_columns = product->rows == 1 ? BLOCK_COLUMNS_ROW : BLOCK_COLUMNS;
-	work.row_blocks = ((uint64_t)product->rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
-	work.column_blocks = (uint64_t)((product->columns + work.block_columns - 1) / work.block_columns);
 	atomic_init(&work.cancelled, false);
-	uint64_t items = product->batches * work.row_blocks * work.column_blocks;
-	double item_ns = product_ns(product) / (double)items;
-	if (item_ns * (double)items > PARALLEL_NS && items > 1)
-		exec->host->parallel_for(exec, items, item_ns > PARALLEL_NS / 2 ? 1 : (uint64_t)(PARALLEL_NS / 2 / item_ns) + 1, run_blocks, &work);
-	else
-		run_blocks(&work, 0, items, 0);
+	product_for(exec, product, product_ns(product), run_blocks, &work);
 	return atomic_load(&work.cancelled) ? opd_fail(error, OPD_CANCELLED, "%s: cancelled while the kernel ran", impl->op) : OPD_OK;
 }
 
