@@ -9,6 +9,7 @@
 #include "proto/codec.h"
 #include "server/conn_internal.h"
 #include "server/daemon.h"
+#include "server/publications.h"
 #include "server/request.h"
 
 /* ---- Life ---- */
@@ -64,6 +65,7 @@ static void on_closed(uv_handle_t *handle)
 	atomic_store_explicit(&conn->session->gone, true, memory_order_relaxed);
 	conn_abandon_half_sent(conn, "the connection ended before the payload was there");
 	conn_cancel_all(conn);
+	publications_session_ended(server->publications, conn->session);
 	unlink_conn(conn);
 	session_unref(conn->session);
 	conn_drop_descriptors(conn);

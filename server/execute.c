@@ -48,13 +48,15 @@ static opd_status outputs_alloc(struct request *request)
 		uint64_t bytes = output->elements * opd_dtype_bytes(output->dtype); /* checked by bind_outputs */
 		if ((output->data = shared_result(request, i)) != NULL)
 			continue; /* no canary there: what lies behind is the client's */
+		if (run->outputs[i] == NULL)
+			run->outputs[i] = donate_output(request, i);
 		if (run->outputs[i] == NULL) {
 			opd_status status = buffer_alloc(request->session->account, bytes, checked ? CANARY_BYTES : 0, &run->outputs[i], &request->error);
 			if (status != OPD_OK)
 				return opd_error_prefix(&request->error, status, "%s: result %u", run->op->schema->name, (unsigned)i);
 		}
 		output->data = run->outputs[i]->data;
-		if (checked)
+		if (checked && !donate_is_in_place(request, i))
 			memset(run->outputs[i]->data + bytes, CANARY, CANARY_BYTES);
 	}
 	return OPD_OK;
@@ -66,7 +68,7 @@ static opd_status canaries_check(struct request *request)
 	for (uint32_t i = 0; i < run->bound.call.output_count; i++) {
 		const opd_tensor *output = &run->bound.outputs[i];
 		uint64_t bytes = output->elements * opd_dtype_bytes(output->dtype);
-		for (uint32_t k = 0; run->outputs[i] != NULL && k < CANARY_BYTES; k++)
+		for (uint32_t k = 0; run->outputs[i] != NULL && k < CANARY_BYTES && !donate_is_in_place(request, i); k++)
 			if (run->outputs[i]->data[bytes + k] != CANARY)
 				return opd_fail(&request->error, OPD_INTERNAL, "%s.%s wrote past the end of result %u, at byte %" PRIu64 " of %" PRIu64,
 				                run->dispatch.impl->provider->name, run->op->schema->name, (unsigned)i, bytes + k, bytes);
@@ -351,6 +353,7 @@ void execute_run(struct request *request)
 	request->run.written = false;
 	request->run.on_loop = false;
 	request->run.device = 0;
+	donate_again(request);
 	request->status = outputs_alloc(request);
 	if (request->status != OPD_OK) {
 		outputs_drop(&request->run);

@@ -124,7 +124,11 @@ static const struct step {
 	[MSG_REQUEST_DRAIN] = {"drain", NULL, admin_drain, true},
 	[MSG_REQUEST_UPLOAD] = {"upload", upload_accept, upload_start, false},
 	[MSG_REQUEST_WRITE] = {"write", write_accept, write_start, false},
-	[MSG_REQUEST_FETCH] = {"fetch", fetch_accept, fetch_start, false},
+	[MSG_REQUEST_FETCH] = {"fetch", fetch_accept, take_start, false},
+	[MSG_REQUEST_PUBLISH] = {"publish", publish_accept, take_start, false},
+	[MSG_REQUEST_OPEN] = {"open_tensor", NULL, publish_open, false},
+	[MSG_REQUEST_WITHDRAW] = {"withdraw", NULL, publish_withdraw, false},
+	[MSG_REQUEST_LIST_PUBLICATIONS] = {"list_publications", NULL, publish_list, false},
 	[MSG_REQUEST_LIST_TENSORS] = {"list_tensors", NULL, inspect_tensors, false},
 	[MSG_REQUEST_ATTACH_MEMORY] = {"attach_memory", NULL, region_attach_start, false},
 	[MSG_REQUEST_DETACH_MEMORY] = {"detach_memory", NULL, region_detach_start, false},
@@ -332,13 +336,14 @@ void request_abandon(struct request *request, opd_status status, const char *why
 static bool can_be_cancelled(const struct request *request)
 {
 	const msg_request_kind kind = request->message.kind;
-	return !request->started || kind == MSG_REQUEST_RUN || kind == MSG_REQUEST_RUN_GRAPH || kind == MSG_REQUEST_GENERATE || kind == MSG_REQUEST_FETCH;
+	return !request->started || kind == MSG_REQUEST_RUN || kind == MSG_REQUEST_RUN_GRAPH || kind == MSG_REQUEST_GENERATE || kind == MSG_REQUEST_FETCH ||
+	       kind == MSG_REQUEST_PUBLISH;
 }
 
 static void stop_waiting(struct request *request)
 {
-	if (request->message.kind == MSG_REQUEST_FETCH)
-		fetch_stop_waiting(request);
+	if (request->message.kind == MSG_REQUEST_FETCH || request->message.kind == MSG_REQUEST_PUBLISH)
+		take_stop_waiting(request);
 	else
 		run_stop_waiting(request);
 }

@@ -16,6 +16,7 @@
 #include "server/context.h"
 #include "server/device_lane.h"
 #include "server/dispatch.h"
+#include "server/donate.h"
 #include "server/lane.h"
 #include "server/outbox.h"
 #include "server/session.h"
@@ -54,6 +55,8 @@ struct request_run {
 	bool written;               /* a kernel has begun: outputs may hold half of a result */
 	struct buffer **outputs;    /* [output_count]; NULL: not allocated yet */
 	struct kept_tensor **kept;  /* [operand_count]: kept operands, referenced */
+	struct donation *donations; /* in the arena */
+	uint32_t donation_count;
 	struct buffer *scratch;
 	uint32_t device;            /* number of the device that it runs on */
 	uint64_t deadline_ns;       /* 0: none */
@@ -187,8 +190,24 @@ void upload_start(struct request *request);
 OPD_MUST_USE opd_status write_accept(struct request *request);
 void write_start(struct request *request);
 OPD_MUST_USE opd_status fetch_accept(struct request *request); /* fetch.c */
-void fetch_start(struct request *request);
-void fetch_stop_waiting(struct request *request);
+OPD_MUST_USE opd_status publish_accept(struct request *request); /* publish.c */
+void publish_open(struct request *request);
+void publish_withdraw(struct request *request);
+void publish_list(struct request *request);
+
+/* A request about one kept tensor (fetch, publish): request->tensor is taken when it is accepted, or when the result that it names is there; then `ready` is called, with
+ * request->tensor NULL and the error written where that failed. In the arena; request->task_data is it. */
+struct take {
+	struct waiter waiter; /* first */
+	struct request *request;
+	bool waiting;
+	void (*ready)(struct request *request);
+};
+OPD_MUST_USE opd_status take_accept(struct request *request, struct take *take, const struct msg_tensor *source, const char *what,
+                                    void (*ready)(struct request *request));
+void take_start(struct request *request);
+void take_stop_waiting(struct request *request);
+
 void generate_start(struct request *request); /* generate.c */
 void generate_release(struct request *request);
 void inspect_ops(struct request *request);    /* inspect.c */

@@ -127,9 +127,6 @@ static opd_status take_kept(struct request *request, uint32_t index)
 	const struct operand *operand = &request->run.bound.operands[index];
 	const struct msg_tensor *source = operand->source;
 	bool pending = false;
-	if (source->donate)
-		return opd_fail(&request->error, OPD_UNIMPLEMENTED, "%s: %s: this server has no feature \"donate\"", request->run.op->schema->name,
-		                operand->param);
 	if (source->source == MSG_SOURCE_HANDLE)
 		request->run.kept[index] = kept_find(kept, source->handle, &request->error);
 	else if (source->source == MSG_SOURCE_RESULT)
@@ -204,7 +201,8 @@ static opd_status place_kept(struct request *request, struct operand *operand, c
 	if (status == OPD_OK) {
 		operand->tensor.id = kept->id;
 		operand->tensor.version = kept->version;
-		operand->tensor.flags |= OPD_TENSOR_CONSTANT;
+		if (!source->donate)
+			operand->tensor.flags |= OPD_TENSOR_CONSTANT;
 	}
 	return status;
 }
@@ -277,7 +275,7 @@ static bool keeps_any(const struct msg_run *run)
 
 static opd_status expect_kept(struct request *request, const struct msg_run *run)
 {
-	if (!keeps_any(run))
+	if (!keeps_any(run) && request->run.donation_count == 0)
 		return OPD_OK;
 	opd_status status = kept_expect(&request->session->kept, request->id, request->run.op->schema->result_count, &request->error);
 	request->run.expected = status == OPD_OK;
@@ -292,6 +290,8 @@ opd_status run_take(struct request *request)
 		status = take_all_kept(request);
 	if (status == OPD_OK)
 		status = shared_take(request);
+	if (status == OPD_OK)
+		status = donate_accept(request);
 	if (status == OPD_OK)
 		status = expect_kept(request, run);
 	if (run->explain)
@@ -417,6 +417,8 @@ static void run_ready(struct request *request)
 	if (status == OPD_OK)
 		status = bind_outputs(&request->arena, &run->bound, &request->error);
 	if (status == OPD_OK)
+		status = donate_check(request);
+	if (status == OPD_OK)
 		status = shared_check_results(request);
 	if (status == OPD_OK && message->mode != MSG_FAKE)
 		status = dispatch_init(&run->dispatch, request->snapshot, run->effective, request->context->server->plans,
@@ -439,6 +441,14 @@ static void run_ready(struct request *request)
 
 /* ---- Results ---- */
 
+static bool donates(const struct request_run *run, uint32_t output)
+{
+	for (uint32_t i = 0; i < run->donation_count; i++)
+		if (run->donations[i].result == output)
+			return true;
+	return false;
+}
+
 /* Kept outputs go into the session's table; false when there is no memory for that. */
 static bool keep_outputs(struct request *request)
 {
@@ -450,13 +460,13 @@ static bool keep_outputs(struct request *request)
 	bool made = tensors != NULL && run->handles != NULL;
 	for (uint32_t i = 0; made && i < count && i < message->output_count; i++) {
 		const opd_tensor *output = &run->bound.outputs[i];
-		if (!message->outputs[i].keep)
+		if (!message->outputs[i].keep || donates(run, i))
 			continue;
 		tensors[i] = kept_tensor_create(output->dtype, output->rank, output->shape, output->elements * opd_dtype_bytes(output->dtype),
 		                                run->outputs[i]);
 		made = tensors[i] != NULL;
 	}
-	if (!made) {
+	if (!made || !donate_settle(request, run->handles)) {
 		for (uint32_t i = 0; tensors != NULL && i < count; i++)
 			kept_tensor_unref(tensors[i]);
 		return false;
@@ -531,7 +541,8 @@ void execute_done(struct request *request)
 		graph_run_done(request);
 		return;
 	}
-	bool again = run->plan_refused || (request->status != OPD_OK && request->status != OPD_CANCELLED && run->written && request->message.run.retry);
+	bool again = run->plan_refused || (request->status != OPD_OK && request->status != OPD_CANCELLED && run->written && request->message.run.retry &&
+	                                  !donate_is_written(request));
 	if (again && request->cancelled) { /* nothing more is begun for it */
 		run->plan_refused = false;
 		request->status = opd_fail(&request->error, OPD_CANCELLED, "%s: the client cancelled the request", run->op->schema->name);
@@ -569,6 +580,7 @@ void execute_done(struct request *request)
 void run_failed(struct request *request)
 {
 	graph_run_failed(request);
+	donate_failed(request);
 	if (request->run.expected) {
 		request->run.expected = false;
 		kept_fail(&request->session->kept, request->id);

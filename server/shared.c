@@ -7,6 +7,7 @@
 #include "proto/tensor.h"
 #include "server/conn.h"
 #include "server/daemon.h"
+#include "server/donate.h"
 
 /* Of integers, which are copied on the loop: 0.4 ms of it. */
 #define COPY_BYTES (4ull << 20)
@@ -181,6 +182,8 @@ opd_status shared_check_results(struct request *request)
 		(void)snprintf(what, sizeof what, "result %u", (unsigned)i);
 		if (range == NULL)
 			continue;
+		if (donate_is_in_place(request, i))
+			return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s: %s takes a donated operand's place, and can't lie in shared memory", op_name(request), what);
 		if (bytes > range->bytes)
 			return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s: %s has %" PRIu64 " bytes, but %" PRIu64 " of region %u were named", op_name(request),
 			                what, bytes, range->bytes, (unsigned)range->region);

@@ -10,10 +10,12 @@
 set -euo pipefail
 
 build=(gcc libc6-dev cmake ninja-build pkg-config libuv1-dev libprotobuf-c-dev protobuf-c-compiler protobuf-compiler libyaml-dev
-	libcjson-dev)
+	libcjson-dev libssl-dev)
 test=(check libsubunit-dev python3 python3-protobuf python3-numpy binutils procps)
 full=(clang)
 bench=(g++ libgrpc++-dev libprotobuf-dev protobuf-compiler protobuf-compiler-grpc)
+# Libraries that providers wrap. Nothing needs them to be built or to pass: modules say what they miss. So a failure to get them is none.
+optional=(libopenblas0-pthread libdnnl-dev)
 
 is_installed() {
 	[ "$(dpkg-query -W -f '${db:Status-Abbrev}' "$1" 2>/dev/null)" = 'ii ' ]
@@ -62,3 +64,5 @@ if ! command -v dpkg-query >/dev/null || ! command -v apt-get >/dev/null; then
 fi
 mapfile -t needed < <(missing "${wanted[@]}")
 [ ${#needed[@]} -eq 0 ] || install_needed "${needed[@]}"
+mapfile -t needed < <(missing "${optional[@]}")
+[ ${#needed[@]} -eq 0 ] || install_needed "${needed[@]}" || echo "install: went on without ${needed[*]}"

@@ -23,14 +23,16 @@ static void print_graph(const opd_graph_explain *explain, bool ran)
 {
 	for (uint32_t i = 0; i < explain->count; i++) {
 		const opd_node_explain *node = &explain->nodes[i];
-		(void)printf("node       %s: %s by %s (%s)", shown(node->node), shown(node->op), shown(node->provider), shown(node->explain.level));
+		(void)printf("node       %s: %s by %s (%s)", shown(node->node), shown(node->op), shown(node->provider),
+		             shown(node->explain.level));
 		(void)printf(ran ? ", %s\n" : "%s\n", ran ? duration_text((double)node->explain.kernel_ns) : "");
 		for (uint32_t k = 0; k < node->explain.skip_count; k++)
 			(void)printf("skipped    %s: %s\n", shown(node->explain.skipped[k].provider), shown(node->explain.skipped[k].reason));
 	}
 	if (explain->count < explain->node_count)
 		(void)printf("           … of %u nodes\n", explain->node_count);
-	(void)printf("memory     %s of intermediate results, %s without reuse\n", bytes_text(explain->arena_bytes), bytes_text(explain->unshared_bytes));
+	(void)printf("memory     %s of intermediate results, %s without reuse\n", bytes_text(explain->arena_bytes),
+	             bytes_text(explain->unshared_bytes));
 	if (explain->dispatched)
 		(void)printf("dispatched in %s\n", duration_text((double)explain->prepare_ns));
 	else
@@ -86,8 +88,8 @@ static int print_result_json(const struct graph_file *file, const opd_result *re
 
 /* ---- Running ---- */
 
-static opd_status run_often(const struct opctl *ctl, const struct graph_file *file, const struct call *call, int64_t count, opd_result **result_out,
-                            opd_error *error)
+static opd_status run_often(const struct opctl *ctl, const struct graph_file *file, const struct call *call, int64_t count,
+                            opd_result **result_out, opd_error *error)
 {
 	opd_status status = OPD_OK;
 	for (int64_t i = 0; status == OPD_OK && i < count; i++) {

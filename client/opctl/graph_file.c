@@ -17,7 +17,7 @@ struct names {
 	struct name {
 		const char *text;
 		opd_value value;
-	} *items; /* sorted */
+	} * items; /* sorted */
 };
 
 /* ---- Reading ---- */
@@ -31,7 +31,8 @@ static opd_status read_text(const char *path, char **text_out, opd_error *error)
 		return status;
 	char *text = bytes > FILE_BYTES_MAX ? NULL : malloc((size_t)bytes + 1);
 	if (text == NULL)
-		status = opd_fail(error, OPD_RESOURCE_EXHAUSTED, "%s: %llu bytes are too many for a graph's description", path, (unsigned long long)bytes);
+		status = opd_fail(error, OPD_RESOURCE_EXHAUSTED, "%s: %llu bytes are too many for a graph's description", path,
+		                  (unsigned long long)bytes);
 	else
 		status = file_read_at(fd, path, 0, text, bytes, error);
 	(void)close(fd);
@@ -55,12 +56,16 @@ static opd_status check_member(const struct graph_file *file, const char *key, b
 	const cJSON *item = cJSON_GetObjectItemCaseSensitive(file->document, key);
 	if (item == NULL || (array && cJSON_IsArray(item)) || (object && cJSON_IsObject(item)))
 		return OPD_OK;
-	return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: \"%s\" is no %s", file->path, key, array && object ? "list and no object" : array ? "list" : "object");
+	return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: \"%s\" is no %s", file->path, key,
+	                array && object ? "list and no object"
+	                : array         ? "list"
+	                                : "object");
 }
 
 static opd_status check_document(const struct graph_file *file, opd_error *error)
 {
-	opd_status status = cJSON_IsObject(file->document) ? OPD_OK : opd_fail(error, OPD_INVALID_ARGUMENT, "%s: not a JSON object", file->path);
+	opd_status status =
+	    cJSON_IsObject(file->document) ? OPD_OK : opd_fail(error, OPD_INVALID_ARGUMENT, "%s: not a JSON object", file->path);
 	if (status == OPD_OK)
 		status = check_member(file, "inputs", true, false, error);
 	if (status == OPD_OK)
@@ -78,7 +83,8 @@ static opd_status read_inputs(struct graph_file *file, opd_error *error)
 	cJSON_ArrayForEach(item, cJSON_GetObjectItemCaseSensitive(file->document, "inputs"))
 	{
 		if (!cJSON_IsString(item) || strlen(item->valuestring) > BOUND_NAME_BYTES || file->inputs.count == BOUND_ARGS)
-			return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: inputs[%zu] is no name of at most %u bytes", file->path, file->inputs.count, BOUND_NAME_BYTES);
+			return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: inputs[%zu] is no name of at most %u bytes", file->path,
+			                file->inputs.count, BOUND_NAME_BYTES);
 		struct schema_param *param = &file->inputs.params[file->inputs.count++];
 		(void)snprintf(param->name, sizeof param->name, "%s", item->valuestring);
 		param->type = PARAM_TENSOR;
@@ -157,13 +163,20 @@ static opd_status upload(struct graph_file *file, opd_client *client, const cJSO
 {
 	struct file_tensor tensor = {0};
 	if (!cJSON_IsString(item))
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: %s is no text such as \"@file.npy\" or \"zeros:f32[2,4]\"", file->path, item->string);
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: %s is no text such as \"@file.npy\" or \"zeros:f32[2,4]\"", file->path,
+		                item->string);
 	opd_status status = tensor_spec_read(item->string, item->valuestring, &file->seed, &tensor, error);
 	if (status == OPD_OK && tensor.data == NULL)
-		status = opd_fail(error, OPD_INVALID_ARGUMENT, "%s: %s has no values (zeros:, ones:, arange:, randn: make some)", file->path, item->string);
+		status = opd_fail(error, OPD_INVALID_ARGUMENT, "%s: %s has no values (zeros:, ones:, arange:, randn: make some)",
+		                  file->path, item->string);
 	if (status == OPD_OK) {
-		const opd_operand operand = {.struct_bytes = sizeof operand, .dtype = tensor.dtype, .rank = tensor.rank, .shape = tensor.shape,
-		                             .strides = tensor.strides, .data = tensor.data, .data_bytes = tensor.bytes};
+		const opd_operand operand = {.struct_bytes = sizeof operand,
+		                             .dtype = tensor.dtype,
+		                             .rank = tensor.rank,
+		                             .shape = tensor.shape,
+		                             .strides = tensor.strides,
+		                             .data = tensor.data,
+		                             .data_bytes = tensor.bytes};
 		status = opd_upload(client, &operand, NULL, handle_out, error);
 	}
 	file_tensor_fini(&tensor);
@@ -179,8 +192,9 @@ static opd_status add_kept(struct graph_file *file, opd_client *client, struct n
 		const opd_status status = upload(file, client, item, &handle, error);
 		if (status != OPD_OK)
 			return status;
-		names_add(names, item->string, key[0] == 's' ? opd_graph_state(file->graph, item->string, handle)
-		                                             : opd_graph_constant(file->graph, item->string, handle));
+		names_add(names, item->string,
+		          key[0] == 's' ? opd_graph_state(file->graph, item->string, handle)
+		                        : opd_graph_constant(file->graph, item->string, handle));
 	}
 	return OPD_OK;
 }
@@ -201,12 +215,14 @@ static size_t ints_of(const cJSON *list, int64_t out[OPD_RANK_MAX])
 }
 
 /* {"of": "$name", "donate": true} or {"of": "$name", "dtype": "f32", "shape": [2, 4], "strides": [1, 2], "offset": 16} */
-static opd_status add_reference(const struct names *names, struct call *call, const char *param, const cJSON *value, opd_error *error)
+static opd_status add_reference(const struct names *names, struct call *call, const char *param, const cJSON *value,
+                                opd_error *error)
 {
 	int64_t shape[OPD_RANK_MAX], strides[OPD_RANK_MAX];
 	const cJSON *offset = cJSON_GetObjectItemCaseSensitive(value, "offset");
 	const cJSON *given = cJSON_GetObjectItemCaseSensitive(value, "strides");
-	opd_operand operand = {.struct_bytes = sizeof operand, .source = OPD_FROM_VALUE,
+	opd_operand operand = {.struct_bytes = sizeof operand,
+	                       .source = OPD_FROM_VALUE,
 	                       .donate = cJSON_IsTrue(cJSON_GetObjectItemCaseSensitive(value, "donate"))};
 	const char *of = text_of(value, "of", ""), *dtype = text_of(value, "dtype", NULL);
 	if (of[0] != '$')
@@ -217,8 +233,10 @@ static opd_status add_reference(const struct names *names, struct call *call, co
 	if (status != OPD_OK)
 		return status;
 	const size_t rank = ints_of(cJSON_GetObjectItemCaseSensitive(value, "shape"), shape);
-	if (rank > OPD_RANK_MAX || (given != NULL && ints_of(given, strides) != rank) || (dtype == NULL) != (rank == 0 && offset == NULL))
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: a view has dtype, shape of at most %d sizes, as many strides or none, and an offset in bytes", param,
+	if (rank > OPD_RANK_MAX || (given != NULL && ints_of(given, strides) != rank) ||
+	    (dtype == NULL) != (rank == 0 && offset == NULL))
+		return opd_fail(error, OPD_INVALID_ARGUMENT,
+		                "%s: a view has dtype, shape of at most %d sizes, as many strides or none, and an offset in bytes", param,
 		                OPD_RANK_MAX);
 	operand.rank = (uint32_t)rank;
 	operand.shape = shape;
@@ -236,8 +254,9 @@ static opd_status add_list(const struct names *names, struct call *call, const c
 	int i = 0;
 	for (const cJSON *item = value->child; status == OPD_OK && item != NULL; item = item->next, i++) {
 		operands[i] = (opd_operand){.struct_bytes = sizeof *operands, .source = OPD_FROM_VALUE};
-		status = cJSON_IsString(item) && item->valuestring[0] == '$' ? names_find(names, item->valuestring, &operands[i].value, error)
-		                                                             : opd_fail(error, OPD_INVALID_ARGUMENT, "%s[%d] is no \"$NAME\"", param, i);
+		status = cJSON_IsString(item) && item->valuestring[0] == '$'
+		             ? names_find(names, item->valuestring, &operands[i].value, error)
+		             : opd_fail(error, OPD_INVALID_ARGUMENT, "%s[%d] is no \"$NAME\"", param, i);
 	}
 	if (status == OPD_OK)
 		opd_request_tensors(call->request, param, operands, (size_t)count);
@@ -271,14 +290,16 @@ static opd_status add_priority(struct call *call, const cJSON *list, opd_error *
 	cJSON_ArrayForEach(item, list)
 	{
 		if (!cJSON_IsString(item) || count == BOUND_PROVIDERS)
-			return opd_fail(error, OPD_INVALID_ARGUMENT, "priority[%zu] is no name, or more than %u are given", count, BOUND_PROVIDERS);
+			return opd_fail(error, OPD_INVALID_ARGUMENT, "priority[%zu] is no name, or more than %u are given", count,
+			                BOUND_PROVIDERS);
 		names[count++] = item->valuestring;
 	}
 	opd_request_priority(call->request, names, count);
 	return OPD_OK;
 }
 
-static opd_status add_node(struct graph_file *file, opd_client *client, const struct names *names, const cJSON *node, opd_error *error)
+static opd_status add_node(struct graph_file *file, opd_client *client, const struct names *names, const cJSON *node,
+                           opd_error *error)
 {
 	struct call call;
 	const char *name = text_of(node, "name", NULL);
@@ -308,8 +329,9 @@ static opd_status add_outputs(struct graph_file *file, const struct names *names
 	cJSON_ArrayForEach(item, cJSON_GetObjectItemCaseSensitive(file->document, "outputs"))
 	{
 		opd_value value;
-		opd_status status = cJSON_IsString(item) && item->valuestring[0] == '$' ? names_find(names, item->valuestring, &value, error)
-		                                                                        : opd_fail(error, OPD_INVALID_ARGUMENT, "no \"$NODE\"");
+		opd_status status = cJSON_IsString(item) && item->valuestring[0] == '$'
+		                        ? names_find(names, item->valuestring, &value, error)
+		                        : opd_fail(error, OPD_INVALID_ARGUMENT, "no \"$NODE\"");
 		if (status == OPD_OK && file->output_count == BOUND_OUTPUTS)
 			status = opd_fail(error, OPD_INVALID_ARGUMENT, "more than %u", BOUND_OUTPUTS);
 		if (status != OPD_OK)
@@ -339,7 +361,8 @@ static opd_status describe(struct graph_file *file, opd_client *client, struct n
 	qsort(names->items, names->count, sizeof names->items[0], by_text);
 	for (size_t i = 1; status == OPD_OK && i < names->count; i++)
 		if (strcmp(names->items[i - 1].text, names->items[i].text) == 0)
-			status = opd_fail(error, OPD_INVALID_ARGUMENT, "%s: two inputs or nodes are called '%.128s'", file->path, names->items[i].text);
+			status = opd_fail(error, OPD_INVALID_ARGUMENT, "%s: two inputs or nodes are called '%.128s'", file->path,
+			                  names->items[i].text);
 	for (node = nodes == NULL ? NULL : nodes->child; status == OPD_OK && node != NULL; node = node->next)
 		status = add_node(file, client, names, node, error);
 	return status == OPD_OK ? add_outputs(file, names, error) : status;

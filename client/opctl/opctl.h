@@ -56,6 +56,11 @@ int cmd_run(struct opctl *ctl);
 int cmd_fake(struct opctl *ctl);
 int cmd_explain(struct opctl *ctl);
 int cmd_graph(struct opctl *ctl);
+int cmd_put(struct opctl *ctl);
+int cmd_get(struct opctl *ctl);
+int cmd_rm(struct opctl *ctl);
+int cmd_publish(struct opctl *ctl);
+int cmd_tensors(struct opctl *ctl);
 int cmd_ops(struct opctl *ctl);
 int cmd_describe(struct opctl *ctl);
 int cmd_providers(struct opctl *ctl);
@@ -69,7 +74,7 @@ int cmd_log_level(struct opctl *ctl);
 int cmd_drain(struct opctl *ctl);
 int cmd_help(struct opctl *ctl);
 
-extern const struct option_use run_options[], fake_options[], explain_options[], graph_options[], verify_options[], bench_options[],
+extern const struct option_use run_options[], fake_options[], explain_options[], graph_options[], put_options[], get_options[], publish_options[], verify_options[], bench_options[],
     ping_options[], drain_options[], no_options[];
 
 #endif

@@ -196,19 +196,24 @@ def _f8_table(dtype):
 class Handle:
     """A kept tensor of this session, usable as an operand. `view` names a part of it, without copying."""
 
-    def __init__(self, index, generation, dtype=None, shape=(), view=None):
-        self.index, self.generation = index, generation
+    def __init__(self, index, generation, dtype=None, shape=(), view=None, donated=False):
+        self.index, self.generation, self._donated = index, generation, donated
         self.dtype, self.shape = dtype, tuple(shape)
         self._view = view
 
     def view(self, shape, strides=None, byte_offset=0, dtype=None):
         return Handle(self.index, self.generation, dtype or self.dtype, shape, (strides, byte_offset))
 
+    def donate(self):
+        """The operand whose result takes its place: the handle isn't good any more, the result's is, in the same memory if the implementation can."""
+        return Handle(self.index, self.generation, self.dtype, self.shape, self._view, True)
+
     def __repr__(self):
         return f"Handle({self.index}, {self.dtype}{list(self.shape)})"
 
     def _write(self, tensor):
         tensor.handle.index, tensor.handle.generation = self.index, self.generation
+        tensor.donate = self._donated
         _write_view(tensor, self)
 
 
@@ -830,6 +835,27 @@ class Client:
         request = pb.Request(fetch=pb.Fetch())
         operand._write(request.fetch.tensor)
         return self._submit(request, lambda reply, payload: Result(reply, payload)[0], _Payload())
+
+    def publish(self, handle, name, all=False, lasting=False):
+        """Publishes a kept tensor by name, read-only: a protobuf Publication with handle and sha256."""
+        request = pb.Request(publish=pb.Publish(name=name, all=all, lasting=lasting))
+        handle._write(request.publish.tensor)
+        return self._call(request).publications.items[0]
+
+    def open(self, name=None, sha256=None):
+        """A Handle of what is published to this tenant, by name or by the SHA-256 of its bytes."""
+        request = pb.Request(open_tensor=pb.OpenTensor(name=name or "", sha256=sha256 or b""))
+        made = self._call(request).publications.items[0]
+        return Handle(made.handle.index, made.handle.generation, _NAMES.get(made.dtype), made.shape)
+
+    def withdraw(self, name):
+        self._call(pb.Request(withdraw=pb.Withdraw(name=name)))
+
+    def publications(self):
+        """What this session may open, as protobuf Publications, oldest first."""
+        request = pb.Request()
+        request.list_publications.SetInParent()
+        return list(self._call(request).publications.items)
 
     def tensors(self):
         """This session's kept tensors, as protobuf KeptTensors: handle, dtype, shape, bytes, received, request, output."""

@@ -66,10 +66,17 @@ static void print_graph(opd_client *client, const struct bench *bench, const cha
 	}
 	double each = report_median(run, rounds) / NODES, of_kernel = report_median(kernel, rounds);
 	(void)snprintf(what, sizeof what, "graph of %d relu of %d f32, a node, %s", NODES, ELEMENTS, where);
-	(void)snprintf(note, sizeof note, "kernel included; run %.0f us, of one node %.1f us%s", each * NODES, report_median(single, rounds),
-	               direct ? ", no frames" : "");
-	report_row(&(struct report_row){.what = what, .unit = "us", .floor = REPORT_NONE, .value = each, .kernel = of_kernel, .ratio = REPORT_NONE,
-	                                .bound = REPORT_VALUE_MAX, .limit = 0.5, .note = note});
+	(void)snprintf(note, sizeof note, "kernel included; run %.0f us, of one node %.1f us%s", each * NODES,
+	               report_median(single, rounds), direct ? ", no frames" : "");
+	report_row(&(struct report_row){.what = what,
+	                                .unit = "us",
+	                                .floor = REPORT_NONE,
+	                                .value = each,
+	                                .kernel = of_kernel,
+	                                .ratio = REPORT_NONE,
+	                                .bound = REPORT_VALUE_MAX,
+	                                .limit = 0.5,
+	                                .note = note});
 	opd_request_destroy(graph);
 	opd_request_destroy(one);
 	opd_request_destroy(op);
@@ -79,7 +86,8 @@ void bench_graph(struct bench *bench)
 {
 	struct daemon daemon;
 	daemon_start(&daemon, bench->binary, bench->directory, NULL);
-	report_section("A registered graph: time of a run over its nodes; the kernel's own, with two reads of the clock, may be more than a node's");
+	report_section("A registered graph: time of a run over its nodes; the kernel's own, with two reads of the clock, may be more "
+	               "than a node's");
 	opd_client *client = call_connect(daemon.unix_address);
 	placement_apply(&placement_same, bench, &daemon);
 	print_graph(client, bench, "Unix, one core", false);

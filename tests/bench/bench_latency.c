@@ -115,7 +115,8 @@ static void duel_round(struct duel *duel, unsigned calls, unsigned round, struct
 		peer_round(duel, calls, round, i, figures);
 }
 
-static void figures_print(struct figures *figures, const struct duel *duel, unsigned rounds, const char *title, report_bound bound)
+static void figures_print(struct figures *figures, const struct duel *duel, unsigned rounds, const char *title,
+                          report_bound bound)
 {
 	for (int q = 0; q < QUANTILES; q++) {
 		char what[128], note[64];

@@ -186,14 +186,15 @@ class Pipeline
 	void finish(Flight *flight, const grpc::Status &status)
 	{
 		reply_check(call, status, flight->reply);
+		uint64_t flight_kernel_ns = flight->reply.kernel_ns();
+		delete flight; /* before the end is told: it holds on to the channel, which mustn't end in a callback */
 		std::unique_lock lock(mutex);
-		kernel_ns += flight->reply.kernel_ns();
+		kernel_ns += flight_kernel_ns;
 		bool more = to_start > 0;
 		to_start -= more;
 		if (--to_end == 0)
 			ended.notify_one();
 		lock.unlock();
-		delete flight;
 		if (more)
 			start();
 	}

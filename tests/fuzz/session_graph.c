@@ -1,4 +1,5 @@
-/* Graphs of a few nodes whose operands nearly fit, and runs of them: right and wrong names, views, donations, states that are bound to what is there. */
+/* Graphs of a few nodes whose operands nearly fit, and runs of them: right and wrong names, views, donations, states that are
+ * bound to what is there. */
 #include "session.h"
 
 #define NODES_MAX 6u
@@ -25,7 +26,8 @@ static void pick_value(struct fuzz_input *input, const struct msg_graph *graph, 
 	}
 }
 
-static void pick_node(struct arena *arena, struct peer *peer, struct fuzz_input *input, const struct msg_graph *graph, struct msg_graph_node *node)
+static void pick_node(struct arena *arena, struct peer *peer, struct fuzz_input *input, const struct msg_graph *graph,
+                      struct msg_graph_node *node)
 {
 	const struct schema *op = script_pick_op(input);
 	uint8_t byte = fuzz_u8(input);
@@ -56,14 +58,17 @@ static void pick_inputs(struct peer *peer, struct fuzz_input *input, struct msg_
 		if (made->kind == MSG_GRAPH_INPUT)
 			continue;
 		made->tensor.source = MSG_SOURCE_HANDLE;
-		made->tensor.handle = peer->handle_count == 0 ? (struct msg_handle){byte, byte} : peer->handles[byte % peer->handle_count].handle;
+		made->tensor.handle =
+		    peer->handle_count == 0 ? (struct msg_handle){byte, byte} : peer->handles[byte % peer->handle_count].handle;
 	}
 }
 
 static void pick_graph(struct arena *arena, struct peer *peer, struct fuzz_input *input, struct msg_graph *graph)
 {
 	uint8_t byte = fuzz_u8(input);
-	*graph = (struct msg_graph){.name = msg_text(byte % 32 == 31 ? "a b" : "g"), .input_count = byte % (INPUTS_MAX + 1), .node_count = 1 + byte % NODES_MAX,
+	*graph = (struct msg_graph){.name = msg_text(byte % 32 == 31 ? "a b" : "g"),
+	                            .input_count = byte % (INPUTS_MAX + 1),
+	                            .node_count = 1 + byte % NODES_MAX,
 	                            .output_count = byte % 3};
 	graph->inputs = script_take(arena, INPUTS_MAX, sizeof graph->inputs[0]);
 	graph->nodes = script_take(arena, NODES_MAX, sizeof graph->nodes[0]);
@@ -80,7 +85,8 @@ static void run_graph(struct arena *arena, struct peer *peer, struct fuzz_input 
 	uint8_t byte = fuzz_u8(input);
 	uint64_t payload = 0;
 	struct msg_output_option *options = script_take(arena, 2, sizeof options[0]);
-	struct msg_request request = {.kind = MSG_REQUEST_RUN_GRAPH, .run = {.graph = once == NULL ? id : 0, .once = once, .outputs = options}};
+	struct msg_request request = {.kind = MSG_REQUEST_RUN_GRAPH,
+	                              .run = {.graph = once == NULL ? id : 0, .once = once, .outputs = options}};
 	options[0] = (struct msg_output_option){.keep = byte % 2 != 0, .no_copy = byte % 3 == 0};
 	request.run.output_count = byte % 4 == 0;
 	request.run.explain = byte % 5 == 0;

@@ -80,6 +80,26 @@ class Llama(unittest.TestCase):
         words = self.expect(REFERENCE[0], "--connect", self.unix, "--trace", "--provider", "native", count=2)
         self.assertNotIn(" cpu ", words)
 
+    def test_clients_share_published_weights(self):
+        """The second finds what the first has published, and memory is taken once."""
+        opctl = os.environ["OPCTL_BIN"]
+
+        def ask(*words):
+            return json.loads(subprocess.run([opctl, "--connect", self.unix, "--json", *words], capture_output=True, check=True, timeout=60).stdout)
+
+        for case in REFERENCE[:2]:
+            self.expect(case, "--connect", self.unix, "--share", "kjv")
+            listed = ask("tensors")
+            held = sum(item["bytes"] for item in listed)
+            self.assertEqual(len(listed), 4 * 6 + 3)
+        both = [subprocess.Popen([LLAMA, "--connect", self.unix, "--model", MODEL, "--share", "kjv", "--prompt", case["prompt"], "-n", "160"],
+                                 stdout=subprocess.PIPE) for case in REFERENCE[2:4]]
+        for process, case in zip(both, REFERENCE[2:4]):
+            self.assertEqual(process.communicate(timeout=300)[0].decode("latin-1"), case["greedy"])
+        self.assertEqual(sum(item["bytes"] for item in ask("tensors")), held)
+        ask("rm", "kjv/")
+        self.assertEqual(ask("tensors"), [])
+
     def test_ids_in_place_of_text(self):
         case = REFERENCE[1]
         done = llama("--connect", self.unix, "--ids", ",".join(str(byte) for byte in case["prompt"].encode("latin-1")), "-n", "20")

@@ -28,7 +28,7 @@ static void on_settled(struct waiter *waiter, struct kept_tensor *tensor, const 
 		ck_assert_int_eq(error->status, OPD_ABORTED);
 		kept_fail(link->kept, link->request);
 	} else {
-		struct msg_handle handle;
+		struct msg_handle handle = {0};
 		struct kept_tensor *own[] = {kept_tensor_ref(tensor)};
 		kept_settle(link->kept, link->request, own, 1, &handle);
 		kept_tensor_unref(tensor);
@@ -106,7 +106,7 @@ START_TEST(a_chain_of_results_is_no_deep_stack)
 {
 	struct kept kept;
 	struct link *links = calloc(MANY, sizeof links[0]);
-	struct msg_handle handle;
+	struct msg_handle handle = {0};
 	begin(&kept, MANY + 1);
 	for (uint32_t i = 0; i < MANY; i++)
 		wait_for(&links[i], &kept, i + 2, i + 1);

@@ -78,6 +78,7 @@ struct llama {
 	int64_t length;    /* tokens submitted */
 	uint64_t decoding; /* graph of one token */
 	unsigned ahead;    /* steps in flight */
+	const char *share; /* NULL: the weights are this session's alone */
 	bool trace;
 	bool stats;
 	struct llama_step steps[LLAMA_AHEAD_MAX]; /* a ring */

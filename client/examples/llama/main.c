@@ -23,6 +23,7 @@ static const char help[] =
 	"  -n COUNT           tokens to generate (default 128); fewer if the model ends its text\n"
 	"  --dtype TYPE       f32 (default), bf16 or f16: what weights, activations and cache are kept in\n"
 	"  --provider NAME    this provider alone runs every op, where it can: the session's list for all ops\n"
+	"  --share NAME       the weights are published as NAME/… and kept until withdrawn (opctl rm NAME/): whoever names them next finds them there\n"
 	"  --ahead COUNT      tokens under way before the first of them is answered (default 4, at most 64)\n"
 	"  --trace            of every step: which provider ran each node, and for how long\n"
 	"  --stats            tokens a second, and the share of time outside kernels\n"
@@ -36,6 +37,7 @@ struct arguments {
 	const char *prompt;
 	const char *ids;
 	const char *provider;
+	const char *share;
 	opd_dtype dtype;
 	int64_t count;
 	int64_t ahead;
@@ -43,12 +45,13 @@ struct arguments {
 	bool stats;
 };
 
-enum option_key { KEY_CONNECT = 256, KEY_MODEL, KEY_PROMPT, KEY_IDS, KEY_DTYPE, KEY_PROVIDER, KEY_AHEAD, KEY_TRACE, KEY_STATS, KEY_HELP };
+enum option_key { KEY_CONNECT = 256, KEY_MODEL, KEY_PROMPT, KEY_IDS, KEY_DTYPE, KEY_PROVIDER, KEY_SHARE, KEY_AHEAD, KEY_TRACE, KEY_STATS, KEY_HELP };
 
 static const struct option options[] = {
 	{"connect", required_argument, NULL, KEY_CONNECT}, {"model", required_argument, NULL, KEY_MODEL},
 	{"prompt", required_argument, NULL, KEY_PROMPT},   {"ids", required_argument, NULL, KEY_IDS},
 	{"dtype", required_argument, NULL, KEY_DTYPE},     {"provider", required_argument, NULL, KEY_PROVIDER},
+	{"share", required_argument, NULL, KEY_SHARE},
 	{"ahead", required_argument, NULL, KEY_AHEAD},     {"trace", no_argument, NULL, KEY_TRACE},
 	{"stats", no_argument, NULL, KEY_STATS},           {"help", no_argument, NULL, KEY_HELP},
 	{0},
@@ -107,6 +110,9 @@ static void parse_one(struct arguments *arguments, int key)
 		return;
 	case KEY_PROVIDER:
 		arguments->provider = optarg;
+		return;
+	case KEY_SHARE:
+		arguments->share = optarg;
 		return;
 	case KEY_AHEAD:
 		arguments->ahead = number("--ahead: expected 1 to 64", optarg, 1, LLAMA_AHEAD_MAX);
@@ -300,6 +306,7 @@ int main(int argc, char **argv)
 		return 1;
 	llama->dtype = arguments.dtype;
 	llama->ahead = (unsigned)arguments.ahead;
+	llama->share = arguments.share;
 	llama->trace = arguments.trace;
 	llama->stats = arguments.stats;
 	const opd_status status = work(llama, &arguments, &error);

@@ -120,7 +120,7 @@ static opd_status send(struct llama *llama, const struct file_tensor *tensor, in
 }
 
 /* A weight of one tensor, or of several of the same columns and dtype, one below the other. */
-static opd_status load(struct llama *llama, struct files *files, const struct piece *pieces, uint32_t count, int64_t columns, opd_handle *out,
+static opd_status upload(struct llama *llama, struct files *files, const struct piece *pieces, uint32_t count, int64_t columns, opd_handle *out,
                        opd_error *error)
 {
 	struct file_tensor all = {0};
@@ -151,6 +151,36 @@ static opd_status load(struct llama *llama, struct files *files, const struct pi
 	files->done += all.bytes;
 	file_tensor_fini(&all);
 	show_progress(files);
+	return status;
+}
+
+/* What it is published as: the first tensor's name, which others are with it, and the dtype. */
+static void shared_name(const struct llama *llama, const struct piece *pieces, uint32_t count, char *out, size_t bytes)
+{
+	static const char *const with[] = {"", "", ".gate_up", ".qkv"};
+	(void)snprintf(out, bytes, "%s/%s%s:%s", llama->share, pieces[0].name, with[count], opd_dtype_name(llama->dtype));
+}
+
+/* Opened where it is published already; else uploaded, and published until withdrawn. */
+static opd_status load(struct llama *llama, struct files *files, const struct piece *pieces, uint32_t count, int64_t columns, opd_handle *out,
+                       opd_error *error)
+{
+	char name[256];
+	const opd_publication *publication;
+	const opd_publish_options lasting = {.struct_bytes = sizeof lasting, .lasting = true};
+	if (llama->share == NULL)
+		return upload(llama, files, pieces, count, columns, out, error);
+	shared_name(llama, pieces, count, name, sizeof name);
+	opd_status status = opd_open(llama->client, name, &publication, error);
+	if (status == OPD_NOT_FOUND) {
+		status = upload(llama, files, pieces, count, columns, out, error);
+		if (status == OPD_OK)
+			status = opd_publish(llama->client, *out, name, &lasting, &publication, error);
+	}
+	if (status == OPD_OK) {
+		*out = publication->handle;
+		opd_document_free(publication);
+	}
 	return status;
 }
 

@@ -162,7 +162,12 @@ def requests():
                 pb.F32, [1, 4], strides=[4, 1], byte_offset=16, handle=pb.Handle(index=1, generation=2))))),
             ("list-tensors", "The second page.", pb.Request(list_tensors=pb.ListTensors(first=4096))),
             ("attach-memory", "1 GiB of a memfd, which a real one would have with it.", pb.Request(attach_memory=pb.AttachMemory(bytes=1 << 30))),
-            ("detach-memory", "And away.", pb.Request(detach_memory=pb.DetachMemory(region=7)))]):
+            ("detach-memory", "And away.", pb.Request(detach_memory=pb.DetachMemory(region=7))),
+            ("publish", "Every field of Publish.", pb.Request(publish=pb.Publish(tensor=handle, name="llama/layer0.qkv", all=True, lasting=True))),
+            ("open-name", "OpenTensor by name.", pb.Request(open_tensor=pb.OpenTensor(name="llama/norm"))),
+            ("open-contents", "OpenTensor by contents.", pb.Request(open_tensor=pb.OpenTensor(sha256=bytes(range(32))))),
+            ("withdraw", "Withdraw.", pb.Request(withdraw=pb.Withdraw(name="llama/norm"))),
+            ("list-publications", "ListPublications.", empty("list_publications"))]):
         write("request-" + name, note, REQUEST, message, 10 + number)
 
 
@@ -208,7 +213,10 @@ def replies():
                 pb.KeptTensor(handle=pb.Handle(index=7, generation=1 << 63), dtype=pb.BF16, shape=[2, 0, 3], bytes=12, received=4, request=5,
                               output=1),
                 pb.KeptTensor(handle=pb.Handle(index=9, generation=3), dtype=pb.U8)], next=10))),
-            ("memory", "MemoryAttached.", pb.Reply(memory=pb.MemoryAttached(region=7, bytes=1 << 30)))]):
+            ("memory", "MemoryAttached.", pb.Reply(memory=pb.MemoryAttached(region=7, bytes=1 << 30))),
+            ("publications", "Publications with every field.", pb.Reply(publications=pb.Publications(items=[
+                pb.Publication(name="w", sha256=bytes(range(32)), dtype=pb.BF16, shape=[2, 3], bytes=12, all=True, lasting=True,
+                               tenant="uid:1000", holders=4, handle=pb.Handle(index=7, generation=1 << 63))])))]):
         write("every-reply-" + name, note, REPLY, message, 40 + number)
 
 
