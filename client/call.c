@@ -7,8 +7,7 @@
 #include "proto/bounds.h"
 #include "proto/codec.h"
 
-/* Sends `message` and waits. The result is the caller's on success alone. */
-static opd_status call(opd_client *client, const struct msg_request *message, msg_reply_kind expected, opd_result **result_out,
+opd_status client_call(opd_client *client, const struct msg_request *message, msg_reply_kind expected, opd_result **result_out,
                        opd_error *error)
 {
 	opd_result *result = NULL;
@@ -38,7 +37,7 @@ static opd_status call(opd_client *client, const struct msg_request *message, ms
 static opd_status call_empty(opd_client *client, const struct msg_request *message, opd_error *error)
 {
 	opd_result *result;
-	opd_status status = call(client, message, MSG_REPLY_EMPTY, &result, error);
+	opd_status status = client_call(client, message, MSG_REPLY_EMPTY, &result, error);
 	if (status == OPD_OK)
 		opd_result_destroy(result);
 	return status;
@@ -79,6 +78,51 @@ opd_status opd_free(opd_client *client, const opd_handle *handles, size_t count,
 			first = status;
 	}
 	return first;
+}
+
+/* One page of the list, behind what there is; *next_inout: where it begins, and where the next one does (0: nowhere). */
+static opd_status kept_page(opd_client *client, opd_kept_tensor **tensors, uint32_t *count, uint32_t *next_inout, opd_result **result_out,
+                            opd_error *error)
+{
+	const struct msg_request message = {.kind = MSG_REQUEST_LIST_TENSORS, .first = *next_inout};
+	opd_status status = client_call(client, &message, MSG_REPLY_TENSORS, result_out, error);
+	if (status != OPD_OK)
+		return status;
+	const uint32_t more = (*result_out)->reply.tensors.count, next = (*result_out)->reply.tensors.next;
+	const bool stuck = next != 0 && next <= *next_inout; /* a server that would have us ask for ever */
+	opd_kept_tensor *grown = stuck ? NULL : realloc(*tensors, ((size_t)*count + more + 1) * sizeof *grown);
+	if (grown == NULL) {
+		opd_result_destroy(*result_out);
+		return stuck ? opd_fail(error, OPD_DATA_LOSS, "malformed answer from the server: the list of tensors goes on at %u", next)
+		             : opd_fail(error, OPD_RESOURCE_EXHAUSTED, "list of kept tensors: out of memory for %u", *count + more);
+	}
+	*tensors = grown;
+	*count += document_fill_kept(*result_out, grown + *count);
+	*next_inout = next;
+	return OPD_OK;
+}
+
+opd_status opd_kept_tensors(opd_client *client, const opd_kept_list **list_out, opd_error *error)
+{
+	opd_kept_tensor *tensors = NULL;
+	uint32_t count = 0, next = 0;
+	opd_result *result = NULL;
+	opd_status status = kept_page(client, &tensors, &count, &next, &result, error);
+	while (status == OPD_OK && next != 0) {
+		opd_result_destroy(result);
+		status = kept_page(client, &tensors, &count, &next, &result, error);
+	}
+	if (status == OPD_OK) {
+		const opd_kept_list *list = document_kept(result, tensors, count);
+		if (list != NULL)
+			*list_out = list;
+		else
+			opd_result_destroy(result);
+		if (list == NULL)
+			status = opd_fail(error, OPD_RESOURCE_EXHAUSTED, "list of kept tensors: out of memory for %u", count);
+	}
+	free(tensors);
+	return status;
 }
 
 /* ---- Priorities ---- */
@@ -179,7 +223,7 @@ static opd_status call_document(opd_client *client, const struct msg_request *me
                                 const void **document_out, opd_error *error)
 {
 	opd_result *result;
-	opd_status status = call(client, message, expected, &result, error);
+	opd_status status = client_call(client, message, expected, &result, error);
 	return status == OPD_OK ? document_create(result, make, document_out, error) : status;
 }
 
@@ -291,7 +335,7 @@ opd_status opd_generate(opd_client *client, const char *op, const opd_generate_o
 	                 .keep = options->keep},
 	};
 	opd_result *result;
-	status = call(client, &message, MSG_REPLY_GENERATED, &result, error);
+	status = client_call(client, &message, MSG_REPLY_GENERATED, &result, error);
 	return status == OPD_OK ? generated_request(result, op, request_out, error) : status;
 }
 

@@ -181,7 +181,78 @@ void *document_info(opd_result *result)
 	info->loops = from->loops;
 	info->threads = from->threads;
 	info->draining = from->draining;
+	info->graph_runs = from->graph_runs;
+	info->graph_dispatches = from->graph_dispatches;
 	info->listeners = texts(result, from->listener_count, from->listeners, &info->listener_count);
 	info->devices = texts(result, from->device_count, from->devices, &info->device_count);
 	return info;
+}
+
+uint32_t document_fill_kept(const opd_result *result, opd_kept_tensor *tensors_out)
+{
+	for (uint32_t i = 0; i < result->reply.tensors.count; i++) {
+		const struct msg_kept *from = &result->reply.tensors.items[i];
+		opd_kept_tensor *to = &tensors_out[i];
+		*to = (opd_kept_tensor){
+		    .handle = {.index = from->handle.index, .generation = from->handle.generation},
+		    .dtype = from->dtype,
+		    .rank = from->rank,
+		    .bytes = from->bytes,
+		    .received_bytes = from->received,
+		    .ticket = from->request,
+		    .output = from->output,
+		};
+		memcpy(to->shape, from->shape, sizeof to->shape);
+	}
+	return result->reply.tensors.count;
+}
+
+const opd_kept_list *document_kept(opd_result *result, const opd_kept_tensor *tensors, uint32_t count)
+{
+	opd_kept_list *list = document_alloc(result, sizeof *list);
+	opd_kept_tensor *copy = list == NULL ? NULL : arena_array(&result->arena, count, sizeof *copy);
+	if (copy == NULL)
+		return NULL;
+	if (count != 0)
+		memcpy(copy, tensors, count * sizeof *copy);
+	list->count = count;
+	list->tensors = copy;
+	return list;
+}
+
+static void fill_publication(opd_result *result, const struct msg_publication *from, opd_publication *to)
+{
+	to->name = result_text(result, from->name);
+	to->tenant = result_text(result, from->tenant);
+	to->dtype = from->dtype;
+	to->rank = from->rank;
+	to->bytes = from->bytes;
+	to->all = from->all;
+	to->lasting = from->lasting;
+	to->holders = from->holders;
+	to->handle = (opd_handle){.index = from->handle.index, .generation = from->handle.generation};
+	memcpy(to->shape, from->shape, sizeof to->shape);
+	memcpy(to->sha256, from->sha256, sizeof to->sha256);
+}
+
+void *document_publication(opd_result *result)
+{
+	opd_publication *publication = document_alloc(result, sizeof *publication);
+	if (publication != NULL)
+		fill_publication(result, &result->reply.publications.items[0], publication);
+	return publication;
+}
+
+void *document_publications(opd_result *result)
+{
+	const uint32_t count = result->reply.publications.count;
+	opd_publication_list *list = document_alloc(result, sizeof *list);
+	opd_publication *items = list == NULL ? NULL : arena_array(&result->arena, count, sizeof *items);
+	if (items == NULL)
+		return NULL;
+	for (uint32_t i = 0; i < count; i++)
+		fill_publication(result, &result->reply.publications.items[i], &items[i]);
+	list->count = count;
+	list->publications = items;
+	return list;
 }

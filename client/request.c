@@ -63,6 +63,7 @@ opd_request *opd_request_create(const char *op)
 	arena_init(&request->arena, REQUEST_ARENA_BYTES);
 	arena_init(&request->encoded, REQUEST_ARENA_BYTES);
 	request->message.kind = MSG_REQUEST_RUN;
+	request->kind = MSG_REQUEST_RUN;
 	const char *name = op == NULL ? "" : op;
 	char *copy = arena_text(&request->arena, name, strlen(name));
 	if (copy == NULL) {
@@ -162,6 +163,10 @@ void opd_request_output(opd_request *request, uint32_t output, bool keep, bool c
 {
 	struct msg_run *run = &request->message.run;
 	request->form = REQUEST_UNPREPARED;
+	if (request->kind != MSG_REQUEST_RUN) {
+		request_fail(request, OPD_INVALID_ARGUMENT, "%s: an output's options, which only runs have", run->op.data);
+		return;
+	}
 	if (output >= BOUND_OUTPUTS) {
 		request_fail(request, OPD_INVALID_ARGUMENT, "%s: output %u, expected less than %u", run->op.data, output, BOUND_OUTPUTS);
 		return;
@@ -225,6 +230,31 @@ static void request_point(opd_request *request, msg_source source)
 	}
 }
 
+const struct msg_request *request_message(opd_request *request)
+{
+	struct msg_request *other = &request->other;
+	const struct msg_run *run = &request->message.run;
+	other->kind = request->kind;
+	switch (request->kind) {
+	case MSG_REQUEST_UPLOAD:
+		other->upload = (struct msg_upload){.tensor = run->args[0].tensor, .parts = run->args[0].tensor->source == MSG_SOURCE_NONE};
+		return other;
+	case MSG_REQUEST_WRITE:
+		other->write = (struct msg_write){.handle = request->handle, .offset = request->offset, .data = run->args[0].tensor};
+		return other;
+	case MSG_REQUEST_FETCH:
+		other->fetch = run->args[0].tensor;
+		return other;
+	default:
+		return &request->message;
+	}
+}
+
+msg_reply_kind request_expected(const opd_request *request)
+{
+	return request->kind == MSG_REQUEST_WRITE ? MSG_REPLY_EMPTY : MSG_REPLY_RUN;
+}
+
 opd_status request_prepare(opd_request *request, request_form form, opd_error *error)
 {
 	if (request->form == form)
@@ -235,7 +265,9 @@ opd_status request_prepare(opd_request *request, request_form form, opd_error *e
 	arena_reset(&request->encoded);
 	request->piece_count = 0;
 	request->payload_bytes = 0;
-	opd_status status = OPD_OK;
+	opd_status status = request->once == NULL ? OPD_OK : graph_description(request->once, &request->message.run.once, error);
+	if (status != OPD_OK)
+		return status;
 	if (request->message.run.mode != MSG_RUN)
 		request_point(request, MSG_SOURCE_NONE);
 	else if (form == REQUEST_DIRECT)
@@ -243,7 +275,7 @@ opd_status request_prepare(opd_request *request, request_form form, opd_error *e
 	else
 		status = request_lay_out(request, error);
 	if (status == OPD_OK && form == REQUEST_WIRE)
-		status = codec_encode_request(&request->encoded, &request->message, &request->envelope, error);
+		status = codec_encode_request(&request->encoded, request_message(request), &request->envelope, error);
 	if (status == OPD_OK)
 		request->form = form;
 	return status;

@@ -102,7 +102,7 @@ static opd_status submit_wire(opd_client *client, opd_request *request, struct f
 	    .pieces = request->pieces,
 	    .piece_count = request->piece_count,
 	    .payload_bytes = request->payload_bytes,
-	    .expected = MSG_REPLY_RUN,
+	    .expected = request_expected(request),
 	};
 	return connection_submit(client, &submission, flight_out, error);
 }
@@ -121,7 +121,7 @@ static opd_status submit_direct(opd_client *client, opd_request *request, struct
 	if (!flights_add(&client->flights, flight))
 		return submit_memory(client, flight, error);
 	opd_result *result = NULL;
-	status = direct_call(client, &request->message, MSG_REPLY_RUN, &result, error);
+	status = direct_call(client, request_message(request), request_expected(request), &result, error);
 	if (result == NULL) {
 		flights_remove(&client->flights, flight);
 		flight_settle(&client->flights, flight);
@@ -197,7 +197,7 @@ void connection_forget(opd_client *client, struct flight *flight)
 		flight_settle(&client->flights, flight);
 		return;
 	}
-	const bool unsent = flight->state == FLIGHT_QUEUED;
+	const bool unsent = flight->state == FLIGHT_QUEUED, whole = flight->state == FLIGHT_SENT;
 	client->live--;
 	flight->forgotten = true;
 	writer_stop(client, flight);
@@ -206,6 +206,8 @@ void connection_forget(opd_client *client, struct flight *flight)
 		flight_settle(&client->flights, flight);
 		writer_admit(client);
 	} else {
+		if (whole)
+			writer_cancel(client, flight);
 		release_operands(client, flight);
 	}
 	writer_flush(client);

@@ -75,11 +75,18 @@ typedef enum msg_source {
 	MSG_SOURCE_HANDLE,
 	MSG_SOURCE_RESULT,
 	MSG_SOURCE_SHARED,
+	MSG_SOURCE_GRAPH_INPUT, /* within a graph's nodes */
+	MSG_SOURCE_NODE,        /* … */
 } msg_source;
 
 struct msg_handle {
 	uint32_t index;
 	uint64_t generation; /* 0: no handle */
+};
+
+struct msg_node_output {
+	uint32_t node;
+	uint32_t output;
 };
 
 struct msg_tensor {
@@ -110,6 +117,8 @@ struct msg_tensor {
 			uint64_t offset;
 			uint64_t bytes;
 		} shared;
+		uint32_t graph_input;
+		struct msg_node_output node;
 	};
 };
 
@@ -158,8 +167,12 @@ struct msg_output_option {
 	bool no_copy;
 };
 
+struct msg_graph;
+
 struct msg_run {
-	struct msg_text op;
+	struct msg_text op; /* of RUN_GRAPH: empty, or the client's name for it */
+	uint64_t graph;     /* of RUN_GRAPH: 0 is `once` */
+	const struct msg_graph *once;
 	uint32_t arg_count;
 	struct msg_arg *args;
 	struct msg_list priority;
@@ -228,12 +241,32 @@ struct msg_explain {
 	bool on_loop;
 };
 
+struct msg_node_explain {
+	struct msg_text node;
+	struct msg_text op;
+	struct msg_text provider;
+	struct msg_explain explain;
+};
+
+struct msg_graph_explain {
+	uint32_t count;
+	const struct msg_node_explain *nodes;
+	uint32_t node_count;
+	bool dispatched;
+	uint64_t arena_bytes;
+	uint64_t unshared_bytes;
+	uint64_t prepare_ns;
+};
+
 struct msg_run_reply {
 	struct msg_text provider;
 	uint32_t output_count;
 	struct msg_result *outputs;
 	const struct msg_explain *explain; /* NULL: not asked for */
 	struct msg_text uuid;
+	const struct msg_graph_explain *graph; /* NULL: not asked for, or no graph */
+	uint32_t state_count;
+	const struct msg_handle *states;
 };
 
 /* ---- Inspecting ---- */
@@ -303,6 +336,54 @@ struct msg_info {
 	uint64_t session_memory_bytes;
 	uint64_t pid;
 	bool draining;
+	uint64_t graph_runs;
+	uint64_t graph_dispatches;
+};
+
+/* ---- Graphs ---- */
+
+typedef enum msg_graph_kind {
+	MSG_GRAPH_INPUT = 0,
+	MSG_GRAPH_STATE = 1,
+	MSG_GRAPH_CONSTANT = 2,
+} msg_graph_kind;
+
+struct msg_graph_input {
+	struct msg_text name;
+	msg_graph_kind kind;
+	struct msg_tensor tensor; /* of a state or a constant */
+};
+
+struct msg_graph_node {
+	struct msg_text name;
+	struct msg_text op;
+	uint32_t arg_count;
+	struct msg_arg *args;
+	struct msg_list priority;
+	bool strict;
+	bool allow_tf32;
+	struct msg_text device;
+};
+
+struct msg_graph_output {
+	struct msg_text name;
+	struct msg_node_output node;
+};
+
+struct msg_graph {
+	struct msg_text name;
+	uint32_t input_count;
+	uint32_t node_count;
+	uint32_t output_count;
+	struct msg_graph_input *inputs;
+	struct msg_graph_node *nodes;
+	struct msg_graph_output *outputs;
+};
+
+struct msg_registered {
+	uint64_t graph;
+	uint32_t nodes;
+	uint64_t bytes;
 };
 
 /* ---- Requests ---- */
@@ -344,6 +425,31 @@ struct msg_generate {
 	bool keep;
 };
 
+struct msg_upload {
+	struct msg_tensor *tensor;
+	bool parts;
+};
+
+struct msg_write {
+	struct msg_handle handle;
+	uint64_t offset;
+	struct msg_tensor *data;
+};
+
+struct msg_publish {
+	struct msg_tensor *tensor;
+	struct msg_text name;
+	bool all;
+	bool lasting;
+};
+
+#define MSG_SHA256_BYTES 32u
+
+struct msg_open {
+	struct msg_text name;
+	const uint8_t *sha256; /* [MSG_SHA256_BYTES]; NULL: by name */
+};
+
 typedef enum msg_request_kind {
 	MSG_REQUEST_NONE = 0, /* no body, or one that this build doesn't know */
 	MSG_REQUEST_RUN,
@@ -361,6 +467,17 @@ typedef enum msg_request_kind {
 	MSG_REQUEST_LOAD_MODULE,
 	MSG_REQUEST_SET_LOG_LEVEL,
 	MSG_REQUEST_DRAIN,
+	MSG_REQUEST_UPLOAD,
+	MSG_REQUEST_WRITE,
+	MSG_REQUEST_FETCH,
+	MSG_REQUEST_LIST_TENSORS,
+	MSG_REQUEST_PUBLISH,
+	MSG_REQUEST_OPEN,
+	MSG_REQUEST_WITHDRAW,
+	MSG_REQUEST_LIST_PUBLICATIONS,
+	MSG_REQUEST_REGISTER_GRAPH,
+	MSG_REQUEST_RUN_GRAPH, /* in `run`, whose args are the graph's inputs */
+	MSG_REQUEST_FREE_GRAPH,
 } msg_request_kind;
 
 struct msg_request {
@@ -375,6 +492,15 @@ struct msg_request {
 		struct msg_text path;      /* LOAD_MODULE */
 		struct msg_text log_level; /* SET_LOG_LEVEL */
 		uint64_t timeout_us;       /* DRAIN */
+		struct msg_upload upload;
+		struct msg_write write;
+		struct msg_tensor *fetch;
+		uint32_t first; /* LIST_TENSORS */
+		struct msg_publish publish;
+		struct msg_open open;
+		struct msg_text withdraw;
+		struct msg_graph graph;    /* REGISTER_GRAPH */
+		uint64_t graph_id;         /* FREE_GRAPH */
 	};
 };
 
@@ -384,6 +510,31 @@ struct msg_priority_reply {
 	msg_level level;
 	uint32_t stored_count;
 	const struct msg_text *stored;
+};
+
+struct msg_kept {
+	struct msg_handle handle;
+	opd_dtype dtype;
+	uint32_t rank;
+	int64_t shape[OPD_RANK_MAX];
+	uint64_t bytes;
+	uint64_t received;
+	uint64_t request;
+	uint32_t output;
+};
+
+struct msg_publication {
+	struct msg_text name;
+	uint8_t sha256[MSG_SHA256_BYTES];
+	opd_dtype dtype;
+	uint32_t rank;
+	int64_t shape[OPD_RANK_MAX];
+	uint64_t bytes;
+	bool all;
+	bool lasting;
+	uint32_t holders;
+	struct msg_text tenant;
+	struct msg_handle handle;
 };
 
 typedef enum msg_reply_kind {
@@ -396,6 +547,9 @@ typedef enum msg_reply_kind {
 	MSG_REPLY_INFO,
 	MSG_REPLY_GENERATED,
 	MSG_REPLY_EMPTY,
+	MSG_REPLY_TENSORS,
+	MSG_REPLY_PUBLICATIONS,
+	MSG_REPLY_REGISTERED,
 } msg_reply_kind;
 
 struct msg_reply {
@@ -419,6 +573,16 @@ struct msg_reply {
 			uint32_t count;
 			struct msg_arg *args;
 		} generated;
+		struct {
+			uint32_t count;
+			uint32_t next;
+			const struct msg_kept *items;
+		} tensors;
+		struct {
+			uint32_t count;
+			const struct msg_publication *items;
+		} publications;
+		struct msg_registered registered;
 	};
 };
 

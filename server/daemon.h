@@ -33,6 +33,7 @@ struct server {
 	struct plans *plans;
 	struct memory memory;
 	struct account *account; /* what modules allocate */
+	struct publications *publications;
 	struct lane *lane;
 	_Atomic(struct device_lane *) device_lanes[REGISTRY_DEVICES_MAX]; /* by device number; started on first use, under the mutex */
 	uint64_t started_us;
@@ -63,6 +64,8 @@ struct server {
 
 	struct log_limit list_warnings; /* of fallbacks that requests' own lists allow */
 	_Atomic uint64_t requests; /* accepted since the start */
+	_Atomic uint64_t graph_runs;       /* begun since the start */
+	_Atomic uint64_t graph_dispatches; /* of them, those that had to prepare anew */
 	_Atomic bool device_done;  /* a device lane has finished jobs */
 
 	pthread_mutex_t mutex; /* of what other threads ask for: */

@@ -43,7 +43,7 @@ static opd_status free_one(struct request *request, const struct msg_tensor *ten
 		return opd_fail(error, OPD_INVALID_ARGUMENT, "free: a tensor is neither a handle nor a result");
 	bool pending;
 	struct kept_tensor *there = kept_find_result(kept, tensor->result.request, tensor->result.output, &pending, error);
-	if (there == NULL && !pending)
+	if (there == NULL && !pending && error->status != OPD_FAILED_PRECONDITION) /* an unfinished upload may be freed too */
 		return (opd_status)error->status;
 	kept_tensor_unref(there);
 	if (!pending)

@@ -202,6 +202,48 @@ void inspect_info(struct request *request)
 		.session_memory_bytes = atomic_load_explicit(&request->session->account->used_bytes, memory_order_relaxed),
 		.pid = (uint64_t)getpid(),
 		.draining = server->draining,
+		.graph_runs = atomic_load_explicit(&server->graph_runs, memory_order_relaxed),
+		.graph_dispatches = atomic_load_explicit(&server->graph_dispatches, memory_order_relaxed),
 	};
 	request_reply(request, MSG_REPLY_INFO);
+}
+
+/* A tensor's row of the list. */
+static void fill_kept(const struct kept *kept, uint32_t index, struct msg_kept *out)
+{
+	const struct kept_slot *slot = &kept->slots[index];
+	const struct kept_tensor *tensor = slot->tensor;
+	*out = (struct msg_kept){
+		.handle = {index, slot->generation},
+		.dtype = tensor->dtype,
+		.rank = tensor->rank,
+		.bytes = tensor->bytes,
+		.received = tensor->parts == NULL ? tensor->bytes : tensor->parts->received_bytes,
+		.request = slot->request,
+		.output = slot->output,
+	};
+	memcpy(out->shape, tensor->shape, sizeof out->shape);
+}
+
+void inspect_tensors(struct request *request)
+{
+	const struct kept *kept = &request->session->kept;
+	const uint32_t first = request->message.first;
+	uint32_t count = 0;
+	uint32_t next = first;
+	for (; next < kept->slot_count && count < BOUND_LIST; next++)
+		count += kept->slots[next].tensor != NULL;
+	struct msg_kept *items = arena_array(&request->arena, count, sizeof items[0]);
+	if (items == NULL) {
+		fail_memory(request, "list_tensors");
+		return;
+	}
+	uint32_t filled = 0;
+	for (uint32_t i = first; i < next; i++)
+		if (kept->slots[i].tensor != NULL)
+			fill_kept(kept, i, &items[filled++]);
+	request->reply.tensors.items = items;
+	request->reply.tensors.count = count;
+	request->reply.tensors.next = next < kept->slot_count ? next : 0;
+	request_reply(request, MSG_REPLY_TENSORS);
 }

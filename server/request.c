@@ -121,7 +121,23 @@ static const struct step {
 	[MSG_REQUEST_LOAD_MODULE] = {"load_module", NULL, admin_load_module, true},
 	[MSG_REQUEST_SET_LOG_LEVEL] = {"set_log_level", NULL, admin_set_log_level, true},
 	[MSG_REQUEST_DRAIN] = {"drain", NULL, admin_drain, true},
+	[MSG_REQUEST_UPLOAD] = {"upload", upload_accept, upload_start, false},
+	[MSG_REQUEST_WRITE] = {"write", write_accept, write_start, false},
+	[MSG_REQUEST_FETCH] = {"fetch", fetch_accept, take_start, false},
+	[MSG_REQUEST_PUBLISH] = {"publish", publish_accept, take_start, false},
+	[MSG_REQUEST_OPEN] = {"open_tensor", NULL, publish_open, false},
+	[MSG_REQUEST_WITHDRAW] = {"withdraw", NULL, publish_withdraw, false},
+	[MSG_REQUEST_LIST_PUBLICATIONS] = {"list_publications", NULL, publish_list, false},
+	[MSG_REQUEST_LIST_TENSORS] = {"list_tensors", NULL, inspect_tensors, false},
+	[MSG_REQUEST_REGISTER_GRAPH] = {"register_graph", graph_register_accept, graph_register_start, false},
+	[MSG_REQUEST_RUN_GRAPH] = {"run_graph", run_accept, run_start, false},
+	[MSG_REQUEST_FREE_GRAPH] = {"free_graph", graph_free_accept, request_reply_empty, false},
 };
+
+static bool step_has_payload(msg_request_kind kind)
+{
+	return kind == MSG_REQUEST_RUN || kind == MSG_REQUEST_RUN_GRAPH || kind == MSG_REQUEST_UPLOAD || kind == MSG_REQUEST_WRITE;
+}
 
 /* ---- Life ---- */
 
@@ -154,8 +170,10 @@ void request_destroy(struct request *request)
 void request_release(struct request *request)
 {
 	run_release(request);
-	generate_release(request);
+	if (request->message.kind == MSG_REQUEST_GENERATE)
+		generate_release(request);
 	buffer_unref(request->payload);
+	kept_tensor_unref(request->tensor);
 	snapshot_unref(request->snapshot);
 	if (request->arena_charged_bytes != 0)
 		account_release(request->session->account, request->arena_charged_bytes);
@@ -215,7 +233,7 @@ opd_status request_accept_message(struct request *request, uint64_t payload_byte
 	if (step->admin && !request->session->admin)
 		return opd_fail(&request->error, OPD_PERMISSION_DENIED, "%s needs an administrator: over the Unix socket, the daemon's own user or root",
 		                step->name);
-	if (payload_bytes != 0 && request->message.kind != MSG_REQUEST_RUN)
+	if (payload_bytes != 0 && !step_has_payload(request->message.kind))
 		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s has a payload of %" PRIu64 " bytes, expected none", step->name, payload_bytes);
 	request->payload_bytes = payload_bytes;
 	opd_status status = step->accept == NULL ? OPD_OK : step->accept(request);
@@ -307,6 +325,49 @@ void request_abandon(struct request *request, opd_status status, const char *why
 {
 	(void)opd_fail(&request->error, status, "%s", why);
 	request_reject(request);
+}
+
+/* ---- Cancelling ---- */
+
+/* Before its payload is whole every kind can be. Later those that compute or send; the others are short, or change what the session has. */
+static bool can_be_cancelled(const struct request *request)
+{
+	const msg_request_kind kind = request->message.kind;
+	return !request->started || kind == MSG_REQUEST_RUN || kind == MSG_REQUEST_RUN_GRAPH || kind == MSG_REQUEST_GENERATE || kind == MSG_REQUEST_FETCH ||
+	       kind == MSG_REQUEST_PUBLISH;
+}
+
+static void stop_waiting(struct request *request)
+{
+	if (request->message.kind == MSG_REQUEST_FETCH || request->message.kind == MSG_REQUEST_PUBLISH)
+		take_stop_waiting(request);
+	else
+		run_stop_waiting(request);
+}
+
+/* It has no job, or one that hasn't begun and now never will. */
+static bool withdraw(struct request *request)
+{
+	if (request->job.run == NULL && request->device_lane == NULL)
+		return true;
+	return (request->device_lane != NULL && device_lane_withdraw(request->device_lane, &request->device_job)) ||
+	       lane_withdraw(request->context->server->lane, &request->job);
+}
+
+bool request_cancel(struct request *request)
+{
+	if (request->replied || request->cancelled || !can_be_cancelled(request))
+		return false;
+	request->cancelled = true;
+	stop_waiting(request);
+	if (!withdraw(request)) {
+		lane_cancel(&request->job);
+		return true;
+	}
+	const char *name = request->run.op != NULL ? request->run.op->schema->name : steps[request->message.kind].name;
+	(void)opd_fail(&request->error, OPD_CANCELLED, "%s: the client cancelled the request", name);
+	request_fail(request);
+	return true;
 }
 
 /* ---- Tasks on the lane ---- */

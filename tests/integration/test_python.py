@@ -528,6 +528,91 @@ class AgainstTheDaemon(unittest.TestCase):
                     answer += piece
             self.assertIn(b"HTTP", answer)
 
+    def test_an_upload_is_an_operand_before_and_after_its_answer(self):
+        x = np.arange(12, dtype="float32").reshape(3, 4)
+        future = self.client.upload(x)
+        self.assertTrue((self.client.fetch(future.output()).result() == x).all())
+        handle = future.result()
+        self.assertEqual((handle.dtype, handle.shape), ("f32", (3, 4)))
+        self.assertTrue((self.client.run("relu", handle)[0] == x).all())
+        self.assertTrue((self.client.fetch(handle.view([4], [1], 16)).result() == x[1]).all())
+
+    def test_a_graph_is_described_registered_and_run(self):
+        x, w = RNG.normal(size=(3, 8)).astype("float32"), RNG.normal(size=(6, 8)).astype("float32")
+        graph = opd.Graph("mlp")
+        given = graph.input("x")
+        total = graph.state("total", self.client.upload(np.zeros((3, 6), "float32")).result())
+        up = graph.node("linear", given, graph.constant("w", self.client.upload(w).result()), name="up")
+        norm = graph.node("fused_add_rms_norm", up, total.donate(), None, 1e-5, name="norm", priority=["native"])
+        graph.output(norm.output(1), "sum")
+        graph.output(graph.node("relu", up.view("f32", [6, 3], [1, 6]), name="turned"))
+        mlp = self.client.register(graph)
+        futures = [mlp.submit(x=x) for _ in range(4)]
+        for count, future in enumerate(futures, 1):
+            total, turned = future.result()
+            np.testing.assert_allclose(total, count * (x @ w.T), rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(turned, np.maximum(x @ w.T, 0).T, rtol=1e-4, atol=1e-5)
+        result = mlp(x, explain=True, keep=[0], copy=False)
+        self.assertEqual([(n.node, n.op) for n in result.graph.nodes], [("up", "linear"), ("norm", "fused_add_rms_norm"), ("turned", "relu")])
+        self.assertEqual(result.graph.nodes[1].provider, "native")
+        self.assertFalse(result.graph.dispatched)
+        self.assertIsNone(result[0])
+        np.testing.assert_allclose(self.client.fetch(result.states[0]).result(), self.client.fetch(result.handles[0]).result())
+        with self.assertRaisesRegex(opd.InvalidArgument, "mlp: argument x \\(Tensor\\) is missing"):
+            mlp()
+        mlp.free()
+        with self.assertRaises(opd.NotFound):
+            mlp(x)
+        graph = opd.Graph()
+        later = graph.node("relu", opd.Value(graph, 99))
+        with self.assertRaisesRegex(opd.NotFound, "node 'n0': x names node 99"):
+            self.client.register(graph)
+        with self.assertRaises(opd.InvalidArgument):
+            graph.node("add", later, x)
+
+    def test_parts_are_listed_until_they_are_whole(self):
+        x = np.arange(1000, dtype="float64")
+        handle = self.client.upload_parts("f64", [1000])
+        self.client.write(handle, 4000, x[500:]).result()
+        with self.assertRaises(opd.FailedPrecondition):
+            self.client.fetch(handle).result()
+        row, = self.client.tensors()
+        self.assertEqual((row.bytes, row.received, list(row.shape)), (8000, 4000, [1000]))
+        self.client.write(handle, 0, x[:500]).result()
+        self.assertTrue((self.client.fetch(handle).result() == x).all())
+        self.client.free(handle)
+        self.assertEqual(self.client.tensors(), [])
+
+    def test_malformed_uploads_are_refused_by_the_daemon_too(self):
+        def send(request, data=b""):
+            payload = opd._Payload()
+            if data:
+                payload.add(memoryview(data))
+            return self.client._submit(request, lambda reply, bytes_: reply, payload).result()
+
+        tensor = pb.Tensor(dtype=pb.F32, shape=[4])
+        bad = [
+            (pb.Request(upload=pb.Upload()), b"", "no dtype"),
+            (pb.Request(upload=pb.Upload(tensor=tensor)), b"", "neither payload nor inline"),
+            (pb.Request(upload=pb.Upload(tensor=pb.Tensor(dtype=pb.F32, shape=[4], inline=bytes(15)))), b"", "15"),
+            (pb.Request(upload=pb.Upload(tensor=pb.Tensor(
+                dtype=pb.F32, shape=[4], payload=pb.Range(offset=0, bytes=16)))), bytes(80), "the whole payload of 80"),
+            (pb.Request(upload=pb.Upload(tensor=pb.Tensor(dtype=pb.F32, shape=[1 << 40, 1 << 40]))), b"", "2^63"),
+            (pb.Request(upload=pb.Upload(tensor=pb.Tensor(dtype=pb.F32, shape=[-1]), parts=True)), b"", "negative"),
+            (pb.Request(upload=pb.Upload(tensor=pb.Tensor(dtype=pb.F32, shape=[4], inline=bytes(16)), parts=True)), b"",
+             "brings no bytes"),
+            (pb.Request(upload=pb.Upload(tensor=tensor, parts=True)), bytes(16), "brings no bytes"),
+            (pb.Request(upload=pb.Upload(tensor=pb.Tensor(dtype=pb.F32, shape=[4], inline=bytes(16), donate=True))), b"",
+             "donate"),
+            (pb.Request(write=pb.Write()), b"", "rank 1"),
+            (pb.Request(fetch=pb.Fetch()), b"", "neither a handle nor a result"),
+        ]
+        for request, data, words in bad:
+            with self.assertRaises(opd.InvalidArgument) as caught:
+                send(request, data)
+            self.assertIn(words, str(caught.exception))
+        self.assertEqual(self.client.tensors(), [])
+
 
 if __name__ == "__main__":
     unittest.main()
