@@ -1,60 +1,133 @@
-/* silu_and_mul: what is taken, what it costs, rows to kernels. */
+/* silu_and_mul, mul_and_silu, gelu_and_mul, silu, gelu, relu, relu2, sigmoid: what is taken, what it costs, rows to kernels. */
+#include <string.h>
+
 #include "providers/cpu/call.h"
 #include "uuid/cpu_activation.h"
 
-static bool silu_predicate(const opd_impl *impl, void *state, const opd_call *call, opd_reason *reason)
+/* Elements that are an item where x is one run of memory: its rows don't count then. */
+#define FLAT_ITEM 4096
+
+static bool activation_predicate(const opd_impl *impl, void *state, const opd_call *call, opd_reason *reason)
 {
 	(void)impl, (void)state;
 	const opd_tensor *x = cpu_tensor(call, 0);
 	return cpu_accept_dtype(x, reason) && cpu_accept_rows("x", x, reason);
 }
 
-static uint64_t silu_cost(const opd_impl *impl, const opd_call *call)
+static uint64_t activation_cost(const opd_impl *impl, const opd_call *call)
 {
 	const opd_tensor *x = cpu_tensor(call, 0);
-	return cpu_cost_ns(&cpu_kernels_of(impl)->costs.silu_and_mul, x->dtype, x->elements / 2);
+	return cpu_cost_ns(&cpu_kernels_of(impl)->costs.silu_and_mul, x->dtype, call->outputs[0]->elements);
 }
 
-struct silu_work {
-	cpu_silu_and_mul_fn kernel;
+static uint64_t relu_cost(const opd_impl *impl, const opd_call *call)
+{
+	const opd_tensor *x = cpu_tensor(call, 0);
+	return cpu_cost_ns(&cpu_kernels_of(impl)->costs.rms_norm, x->dtype, x->elements);
+}
+
+struct activation_work {
+	cpu_activation_fn kernel;
 	struct cpu_rows x, y;
-	size_t count; /* of y's row */
+	size_t count;        /* of y's row; of y, where flat */
+	uint64_t first, other; /* bytes into x's row: what goes through the function, what multiplies */
+	size_t element_bytes;
 };
 
-static void silu_rows(const void *context, uint64_t begin, uint64_t end, uint32_t thread)
+static void activation_rows(const void *context, uint64_t begin, uint64_t end, uint32_t thread)
 {
 	(void)thread;
-	const struct silu_work *work = context;
+	const struct activation_work *work = context;
 	for (uint64_t r = begin; r < end; r++) {
-		const unsigned char *gate = cpu_row(&work->x, r);
-		work->kernel(gate, gate + work->y.row_bytes, cpu_row(&work->y, r), work->count);
+		const unsigned char *row = cpu_row(&work->x, r);
+		work->kernel(row + work->first, row + work->other, cpu_row(&work->y, r), work->count);
 	}
 }
 
-static opd_status silu_run(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error)
+static void activation_flat(const void *context, uint64_t begin, uint64_t end, uint32_t thread)
 {
-	(void)state;
+	(void)thread;
+	const struct activation_work *work = context;
+	uint64_t from = begin * FLAT_ITEM;
+	uint64_t count = end * FLAT_ITEM < work->count ? end * FLAT_ITEM - from : work->count - from;
+	work->kernel(work->x.base + from * work->element_bytes, NULL, work->y.base + from * work->element_bytes, (size_t)count);
+}
+
+static opd_status activation_alone(const opd_impl *impl, const opd_call *call, const opd_exec *exec, unsigned function, uint64_t cost_ns,
+                                   opd_error *error)
+{
+	const opd_tensor *x = cpu_tensor(call, 0);
+	opd_status status = cpu_expect_output(impl, call, 0, x, opd_tensor_last(x), error);
+	if (status != OPD_OK || x->elements == 0)
+		return status;
+	struct activation_work work = {
+		.kernel = cpu_kernels_of(impl)->activation->alone[function][cpu_dtype_index(x->dtype)],
+		.x = cpu_rows_of(x),
+		.y = cpu_rows_of(call->outputs[0]),
+		.count = (size_t)opd_tensor_last(x),
+		.element_bytes = opd_dtype_bytes(x->dtype),
+	};
+	if (work.x.scattered != NULL)
+		return cpu_for(exec, x->elements / work.count, cost_ns, activation_rows, &work, error);
+	work.count = (size_t)x->elements;
+	return cpu_for(exec, (x->elements + FLAT_ITEM - 1) / FLAT_ITEM, cost_ns, activation_flat, &work, error);
+}
+
+/* `second`: it is the second half that goes through the function. */
+static opd_status activation_times(const opd_impl *impl, const opd_call *call, const opd_exec *exec, unsigned function, bool second,
+                                   opd_error *error)
+{
 	const opd_tensor *x = cpu_tensor(call, 0);
 	opd_status status = cpu_expect_output(impl, call, 0, x, opd_tensor_last(x) / 2, error);
 	if (status != OPD_OK || x->elements == 0)
 		return status;
-	struct silu_work work = {
-		.kernel = cpu_kernels_of(impl)->activation->silu_and_mul[cpu_dtype_index(x->dtype)],
+	struct activation_work work = {
+		.kernel = cpu_kernels_of(impl)->activation->times[function][cpu_dtype_index(x->dtype)],
 		.x = cpu_rows_of(x),
 		.y = cpu_rows_of(call->outputs[0]),
 		.count = (size_t)opd_tensor_last(x) / 2,
 	};
-	return cpu_for(exec, call->outputs[0]->elements / work.count, silu_cost(impl, call), silu_rows, &work, error);
+	work.first = second ? work.y.row_bytes : 0;
+	work.other = second ? 0 : work.y.row_bytes;
+	return cpu_for(exec, call->outputs[0]->elements / work.count, activation_cost(impl, call), activation_rows, &work, error);
 }
 
-const opd_impl cpu_silu_and_mul = {
-	.struct_bytes = sizeof(opd_impl),
-	.flags = OPD_IMPL_THREAD_INVARIANT | OPD_IMPL_BATCH_INVARIANT,
-	.op = "silu_and_mul",
-	.schema = "silu_and_mul(Tensor x) -> Tensor",
-	.device = "cpu",
-	.uuid = OPD_UUID_cpu_activation,
-	.predicate = silu_predicate,
-	.cost_ns = silu_cost,
-	.run = silu_run,
-};
+/* Which gelu parameter 1 asks for. */
+static unsigned gelu_function(const opd_call *call)
+{
+	return strcmp(call->args[1].str, "tanh") == 0 ? CPU_GELU_TANH : CPU_GELU;
+}
+
+/* An op: its run calls one of the two above with `function`, and for the halved ones whether it is the second half's. */
+#define IMPL(name, schema_text, cost, expression)                                                                              \
+	static opd_status name##_run(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error) \
+	{                                                                                                                          \
+		(void)state;                                                                                                           \
+		return expression;                                                                                                     \
+	}                                                                                                                          \
+	const opd_impl cpu_##name = {                                                                                              \
+		.struct_bytes = sizeof(opd_impl),                                                                                      \
+		.flags = OPD_IMPL_THREAD_INVARIANT | OPD_IMPL_BATCH_INVARIANT,                                                         \
+		.op = #name,                                                                                                           \
+		.schema = (schema_text),                                                                                               \
+		.device = "cpu",                                                                                                       \
+		.uuid = OPD_UUID_cpu_activation,                                                                                       \
+		.predicate = activation_predicate,                                                                                     \
+		.cost_ns = (cost),                                                                                                     \
+		.run = name##_run,                                                                                                     \
+	};
+#define ALONE(name, cost, function) \
+	IMPL(name, #name "(Tensor x) -> Tensor", cost, activation_alone(impl, call, exec, function, cost(impl, call), error))
+
+ALONE(sigmoid, activation_cost, CPU_SIGMOID)
+ALONE(silu, activation_cost, CPU_SILU)
+ALONE(relu, relu_cost, CPU_RELU)
+ALONE(relu2, relu_cost, CPU_RELU2)
+IMPL(gelu, "gelu(Tensor x, str approximate=\"none\") -> Tensor", activation_cost,
+     activation_alone(impl, call, exec, gelu_function(call), activation_cost(impl, call), error))
+IMPL(silu_and_mul, "silu_and_mul(Tensor x) -> Tensor", activation_cost,
+     activation_times(impl, call, exec, CPU_SILU, false, error))
+IMPL(mul_and_silu, "mul_and_silu(Tensor x) -> Tensor", activation_cost,
+     activation_times(impl, call, exec, CPU_SILU, true, error))
+IMPL(gelu_and_mul, "gelu_and_mul(Tensor x, str approximate=\"none\") -> Tensor", activation_cost,
+     activation_times(impl, call, exec, gelu_function(call), false, error))

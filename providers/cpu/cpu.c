@@ -8,6 +8,7 @@
 static const opd_impl *const cpu_templates[] = {
 	&cpu_rms_norm, &cpu_fused_add_rms_norm, &cpu_silu_and_mul, &cpu_softmax, &cpu_linear, &cpu_attention, &cpu_paged_attention,
 	&cpu_rotary_embedding, &cpu_reshape_and_cache, &cpu_embedding, &cpu_argmax,
+	&cpu_mul_and_silu, &cpu_gelu_and_mul, &cpu_silu, &cpu_gelu, &cpu_relu, &cpu_relu2, &cpu_sigmoid,
 };
 
 #define IMPLS (sizeof cpu_templates / sizeof cpu_templates[0])

@@ -31,8 +31,11 @@ typedef void (*cpu_rms_norm_fn)(const void *x, const void *weight, void *y, size
 typedef void (*cpu_fused_add_rms_norm_fn)(const void *x, const void *residual, const void *weight, void *y, void *sum, size_t count,
                                           float epsilon);
 
-/* y = gate / (1 + e^-gate) · up, [count] each. */
-typedef void (*cpu_silu_and_mul_fn)(const void *gate, const void *up, void *y, size_t count);
+/* The functions of activations. */
+enum { CPU_SIGMOID, CPU_SILU, CPU_RELU, CPU_RELU2, CPU_GELU, CPU_GELU_TANH, CPU_ACTIVATIONS };
+
+/* y = f(x), or f(x) · other, [count] each. */
+typedef void (*cpu_activation_fn)(const void *x, const void *other, void *y, size_t count);
 
 typedef void (*cpu_softmax_fn)(const void *x, void *y, size_t count);
 
@@ -89,7 +92,8 @@ struct cpu_norm_kernels {
 };
 
 struct cpu_activation_kernels {
-	cpu_silu_and_mul_fn silu_and_mul[CPU_DTYPES];
+	cpu_activation_fn alone[CPU_ACTIVATIONS][CPU_DTYPES]; /* other isn't looked at */
+	cpu_activation_fn times[CPU_ACTIVATIONS][CPU_DTYPES];
 };
 
 struct cpu_softmax_kernels {
@@ -132,9 +136,9 @@ struct cpu_cost {
 };
 
 struct cpu_costs {
-	struct cpu_cost rms_norm;           /* elements of x */
+	struct cpu_cost rms_norm;           /* elements of x; for relu and relu2 too */
 	struct cpu_cost fused_add_rms_norm; /* elements of x */
-	struct cpu_cost silu_and_mul;       /* elements of y */
+	struct cpu_cost silu_and_mul;       /* elements of y; for every activation with an exponential */
 	struct cpu_cost softmax;            /* elements of x */
 	struct cpu_cost linear_weight;      /* elements of weight, read once */
 	uint32_t linear_product_fs;         /* femtoseconds a product */
