@@ -219,3 +219,40 @@ const opd_kept_list *document_kept(opd_result *result, const opd_kept_tensor *te
 	list->tensors = copy;
 	return list;
 }
+
+static void fill_publication(opd_result *result, const struct msg_publication *from, opd_publication *to)
+{
+	to->name = result_text(result, from->name);
+	to->tenant = result_text(result, from->tenant);
+	to->dtype = from->dtype;
+	to->rank = from->rank;
+	to->bytes = from->bytes;
+	to->all = from->all;
+	to->lasting = from->lasting;
+	to->holders = from->holders;
+	to->handle = (opd_handle){.index = from->handle.index, .generation = from->handle.generation};
+	memcpy(to->shape, from->shape, sizeof to->shape);
+	memcpy(to->sha256, from->sha256, sizeof to->sha256);
+}
+
+void *document_publication(opd_result *result)
+{
+	opd_publication *publication = document_alloc(result, sizeof *publication);
+	if (publication != NULL)
+		fill_publication(result, &result->reply.publications.items[0], publication);
+	return publication;
+}
+
+void *document_publications(opd_result *result)
+{
+	const uint32_t count = result->reply.publications.count;
+	opd_publication_list *list = document_alloc(result, sizeof *list);
+	opd_publication *items = list == NULL ? NULL : arena_array(&result->arena, count, sizeof *items);
+	if (items == NULL)
+		return NULL;
+	for (uint32_t i = 0; i < count; i++)
+		fill_publication(result, &result->reply.publications.items[i], &items[i]);
+	list->count = count;
+	list->publications = items;
+	return list;
+}

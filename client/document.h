@@ -19,6 +19,8 @@ void *document_ops(opd_result *result);
 void *document_op(opd_result *result);
 void *document_providers(opd_result *result);
 void *document_info(opd_result *result);
+void *document_publication(opd_result *result);
+void *document_publications(opd_result *result);
 /* Fills in what the reply has of them; returns how many. */
 uint32_t document_fill_kept(const opd_result *result, opd_kept_tensor *tensors_out);
 /* The list is copied; NULL: out of memory, and the result stays the caller's. */

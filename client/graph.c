@@ -1,4 +1,5 @@
-/* Describing, registering and running graphs. A graph is the wire's message being built: everything in it is copied but kept tensors' names. */
+/* Describing, registering and running graphs. A graph is the wire's message being built: everything in it is copied but kept
+ * tensors' names. */
 #include <stdlib.h>
 
 #include "client/connection.h"
@@ -39,7 +40,8 @@ static bool copy_text(opd_graph *graph, const char *what, const char *text, stru
 {
 	const size_t bytes = text == NULL ? 0 : strlen(text);
 	if (bytes > BOUND_NAME_BYTES || !text_valid(text == NULL ? "" : text, bytes)) {
-		graph_fail(graph, OPD_INVALID_ARGUMENT, "graph: %s's name has %zu bytes, expected UTF-8 of at most %u", what, bytes, BOUND_NAME_BYTES);
+		graph_fail(graph, OPD_INVALID_ARGUMENT, "graph: %s's name has %zu bytes, expected UTF-8 of at most %u", what, bytes,
+		           BOUND_NAME_BYTES);
 		return false;
 	}
 	*out = (struct msg_text){bytes == 0 ? "" : arena_text(&graph->arena, text, bytes), bytes};
@@ -49,7 +51,8 @@ static bool copy_text(opd_graph *graph, const char *what, const char *text, stru
 }
 
 /* The array with room for one more; NULL: remembered. */
-static void *grow(opd_graph *graph, void *array, uint32_t count, uint32_t bound, uint32_t *room, size_t element_bytes, const char *what)
+static void *grow(opd_graph *graph, void *array, uint32_t count, uint32_t bound, uint32_t *room, size_t element_bytes,
+                  const char *what)
 {
 	if (graph->error.status != OPD_OK)
 		return NULL;
@@ -129,8 +132,10 @@ opd_value opd_graph_constant(opd_graph *graph, const char *name, opd_handle hand
 static bool copy_value(opd_graph *graph, const struct msg_arg *from, struct msg_arg *to)
 {
 	const bool tensors = from->kind == MSG_ARG_TENSOR || from->kind == MSG_ARG_TENSORS;
-	const void *data = tensors ? (const void *)from->tensor : from->kind == MSG_ARG_INTS ? (const void *)from->ints : from->str.data;
-	const size_t bytes = tensors ? (from->kind == MSG_ARG_TENSOR ? 1 : from->count) * sizeof *from->tensor
+	const void *data = tensors                      ? (const void *)from->tensor
+	                   : from->kind == MSG_ARG_INTS ? (const void *)from->ints
+	                                                : from->str.data;
+	const size_t bytes = tensors                      ? (from->kind == MSG_ARG_TENSOR ? 1 : from->count) * sizeof *from->tensor
 	                     : from->kind == MSG_ARG_INTS ? from->count * sizeof *from->ints
 	                                                  : from->str.bytes;
 	*to = *from;
@@ -171,7 +176,8 @@ static bool copy_node(opd_graph *graph, const opd_request *request, struct msg_g
 	node->arg_count = run->arg_count;
 	node->args = arena_array(&graph->arena, run->arg_count, sizeof *node->args);
 	bool copied = node->args != NULL && copy_text(graph, "an op", run->op.data, &node->op) &&
-	              copy_text(graph, "a device", run->device.data, &node->device) && copy_list(graph, &run->priority, &node->priority);
+	              copy_text(graph, "a device", run->device.data, &node->device) &&
+	              copy_list(graph, &run->priority, &node->priority);
 	for (uint32_t i = 0; copied && i < run->arg_count; i++)
 		copied = copy_value(graph, &run->args[i], &node->args[i]);
 	return copied;
@@ -185,9 +191,11 @@ opd_value opd_graph_node(opd_graph *graph, const char *name, const opd_request *
 	if (request->error.status != OPD_OK)
 		graph_fail(graph, (opd_status)request->error.status, "%s", request->error.text);
 	else if (request->host_count != 0)
-		graph_fail(graph, OPD_INVALID_ARGUMENT, "graph: node '%s' (%s) has an operand in host memory: give it as an input of the graph",
+		graph_fail(graph, OPD_INVALID_ARGUMENT,
+		           "graph: node '%s' (%s) has an operand in host memory: give it as an input of the graph",
 		           name == NULL ? "" : name, op);
-	struct msg_graph_node *nodes = grow(graph, message->nodes, message->node_count, BOUND_GRAPH_NODES, &graph->node_room, sizeof *nodes, "node");
+	struct msg_graph_node *nodes =
+	    grow(graph, message->nodes, message->node_count, BOUND_GRAPH_NODES, &graph->node_room, sizeof *nodes, "node");
 	if (nodes == NULL)
 		return value;
 	message->nodes = nodes;
@@ -211,7 +219,8 @@ void opd_graph_output(opd_graph *graph, const char *name, opd_value value)
 		return;
 	message->outputs = outputs;
 	if (value.node == OPD_GRAPH_INPUT) {
-		graph_fail(graph, OPD_INVALID_ARGUMENT, "graph: output '%s' is an input: outputs are what nodes give", name == NULL ? "" : name);
+		graph_fail(graph, OPD_INVALID_ARGUMENT, "graph: output '%s' is an input: outputs are what nodes give",
+		           name == NULL ? "" : name);
 		return;
 	}
 	struct msg_graph_output *output = &outputs[message->output_count];

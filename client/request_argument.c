@@ -76,6 +76,9 @@ static bool operand_shape(opd_request *request, const char *name, const opd_oper
 		tensor->shape[i] = operand->shape[i];
 	tensor->byte_offset = operand->byte_offset;
 	uint64_t end;
+	const bool open = operand->source == OPD_FROM_VALUE && operand->rank > 0 && operand->shape[0] == -1;
+	if (open) /* known when the graph runs */
+		tensor->shape[0] = 1;
 	if (!tensor_extent(operand->dtype, operand->rank, tensor->shape, operand->strides, operand->byte_offset, &end)) {
 		request_fail(request, OPD_INVALID_ARGUMENT,
 		             "%s: %s: extents and strides must be at least 0, the byte offset (%llu) a multiple of the %zu-byte element, "
@@ -84,6 +87,8 @@ static bool operand_shape(opd_request *request, const char *name, const opd_oper
 		             op, name, (unsigned long long)operand->byte_offset, opd_dtype_bytes(operand->dtype));
 		return false;
 	}
+	if (open)
+		tensor->shape[0] = -1;
 	if (operand->strides == NULL)
 		return true;
 	int64_t row_major[OPD_RANK_MAX];

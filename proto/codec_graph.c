@@ -6,7 +6,8 @@
 static opd_status read_graph_input(struct reader *reader, const Opd__V1__GraphInput *in, struct msg_graph_input *out)
 {
 	if ((int)in->kind < MSG_GRAPH_INPUT || (int)in->kind > MSG_GRAPH_CONSTANT)
-		return opd_fail(reader->error, OPD_INVALID_ARGUMENT, "kind %d, expected 0 (input), 1 (state) or 2 (constant)", (int)in->kind);
+		return opd_fail(reader->error, OPD_INVALID_ARGUMENT, "kind %d, expected 0 (input), 1 (state) or 2 (constant)",
+		                (int)in->kind);
 	out->kind = (msg_graph_kind)in->kind;
 	opd_status status = read_text(reader, "name", in->name, BOUND_NAME_BYTES, &out->name);
 	if (status == OPD_OK && in->tensor != NULL)

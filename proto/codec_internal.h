@@ -88,6 +88,13 @@ Opd__V1__RegisterGraph *write_register_graph(struct arena *arena, const struct m
 Opd__V1__RunGraph *write_run_graph(struct arena *arena, const struct msg_run *in);
 OPD_MUST_USE bool write_graph_reply(struct arena *arena, const struct msg_run_reply *in, Opd__V1__RunReply *out);
 
+/* codec_publish.c: publications. */
+OPD_MUST_USE opd_status read_publish(struct reader *reader, const Opd__V1__Publish *in, struct msg_publish *out);
+OPD_MUST_USE opd_status read_open(struct reader *reader, const Opd__V1__OpenTensor *in, struct msg_open *out);
+OPD_MUST_USE opd_status read_publications(struct reader *reader, const Opd__V1__Publications *in, struct msg_reply *out);
+OPD_MUST_USE bool write_publish_request(struct arena *arena, const struct msg_request *in, Opd__V1__Request *out);
+Opd__V1__Publications *write_publications(struct arena *arena, const struct msg_reply *in);
+
 /* Borrows: protobuf-c writes nothing through it. */
 static inline ProtobufCBinaryData write_text(struct msg_text in)
 {

@@ -317,6 +317,9 @@ static opd_status read_body(struct reader *reader, const Opd__V1__Reply *in, str
 	case OPD__V1__REPLY__BODY_TENSORS:
 		out->kind = MSG_REPLY_TENSORS;
 		return read_kept_tensors(reader, in->tensors, out);
+	case OPD__V1__REPLY__BODY_PUBLICATIONS:
+		out->kind = MSG_REPLY_PUBLICATIONS;
+		return read_publications(reader, in->publications, out);
 	case OPD__V1__REPLY__BODY_GRAPH:
 		out->kind = MSG_REPLY_REGISTERED;
 		out->registered = (struct msg_registered){in->graph->graph, in->graph->nodes, in->graph->bytes};

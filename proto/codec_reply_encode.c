@@ -280,6 +280,9 @@ static bool write_body(struct arena *arena, const struct msg_reply *in, Opd__V1_
 	case MSG_REPLY_TENSORS:
 		out->body_case = OPD__V1__REPLY__BODY_TENSORS;
 		return (out->tensors = write_kept_tensors(arena, in)) != NULL;
+	case MSG_REPLY_PUBLICATIONS:
+		out->body_case = OPD__V1__REPLY__BODY_PUBLICATIONS;
+		return (out->publications = write_publications(arena, in)) != NULL;
 	case MSG_REPLY_REGISTERED:
 		out->body_case = OPD__V1__REPLY__BODY_GRAPH;
 		out->graph = write_new(arena, &opd__v1__graph_registered__descriptor);

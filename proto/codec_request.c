@@ -164,6 +164,18 @@ static opd_status read_request(struct reader *reader, const Opd__V1__Request *in
 		out->kind = MSG_REQUEST_LIST_TENSORS;
 		out->first = in->list_tensors->first;
 		return OPD_OK;
+	case OPD__V1__REQUEST__BODY_PUBLISH:
+		out->kind = MSG_REQUEST_PUBLISH;
+		return read_publish(reader, in->publish, &out->publish);
+	case OPD__V1__REQUEST__BODY_OPEN_TENSOR:
+		out->kind = MSG_REQUEST_OPEN;
+		return read_open(reader, in->open_tensor, &out->open);
+	case OPD__V1__REQUEST__BODY_WITHDRAW:
+		out->kind = MSG_REQUEST_WITHDRAW;
+		return read_text(reader, "name", in->withdraw->name, BOUND_NAME_BYTES, &out->withdraw);
+	case OPD__V1__REQUEST__BODY_LIST_PUBLICATIONS:
+		out->kind = MSG_REQUEST_LIST_PUBLICATIONS;
+		return OPD_OK;
 	case OPD__V1__REQUEST__BODY_REGISTER_GRAPH:
 		out->kind = MSG_REQUEST_REGISTER_GRAPH;
 		return read_graph(reader, in->register_graph->graph, &out->graph);
@@ -410,6 +422,11 @@ static bool write_request(struct arena *arena, const struct msg_request *in, Opd
 	case MSG_REQUEST_FETCH:
 	case MSG_REQUEST_LIST_TENSORS:
 		return write_kept_request(arena, in, out);
+	case MSG_REQUEST_PUBLISH:
+	case MSG_REQUEST_OPEN:
+	case MSG_REQUEST_WITHDRAW:
+	case MSG_REQUEST_LIST_PUBLICATIONS:
+		return write_publish_request(arena, in, out);
 	case MSG_REQUEST_GET_PRIORITY:
 	case MSG_REQUEST_DESCRIBE:
 	case MSG_REQUEST_LOAD_MODULE:

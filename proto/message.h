@@ -436,6 +436,20 @@ struct msg_write {
 	struct msg_tensor *data;
 };
 
+struct msg_publish {
+	struct msg_tensor *tensor;
+	struct msg_text name;
+	bool all;
+	bool lasting;
+};
+
+#define MSG_SHA256_BYTES 32u
+
+struct msg_open {
+	struct msg_text name;
+	const uint8_t *sha256; /* [MSG_SHA256_BYTES]; NULL: by name */
+};
+
 typedef enum msg_request_kind {
 	MSG_REQUEST_NONE = 0, /* no body, or one that this build doesn't know */
 	MSG_REQUEST_RUN,
@@ -457,6 +471,10 @@ typedef enum msg_request_kind {
 	MSG_REQUEST_WRITE,
 	MSG_REQUEST_FETCH,
 	MSG_REQUEST_LIST_TENSORS,
+	MSG_REQUEST_PUBLISH,
+	MSG_REQUEST_OPEN,
+	MSG_REQUEST_WITHDRAW,
+	MSG_REQUEST_LIST_PUBLICATIONS,
 	MSG_REQUEST_REGISTER_GRAPH,
 	MSG_REQUEST_RUN_GRAPH, /* in `run`, whose args are the graph's inputs */
 	MSG_REQUEST_FREE_GRAPH,
@@ -478,6 +496,9 @@ struct msg_request {
 		struct msg_write write;
 		struct msg_tensor *fetch;
 		uint32_t first; /* LIST_TENSORS */
+		struct msg_publish publish;
+		struct msg_open open;
+		struct msg_text withdraw;
 		struct msg_graph graph;    /* REGISTER_GRAPH */
 		uint64_t graph_id;         /* FREE_GRAPH */
 	};
@@ -502,6 +523,20 @@ struct msg_kept {
 	uint32_t output;
 };
 
+struct msg_publication {
+	struct msg_text name;
+	uint8_t sha256[MSG_SHA256_BYTES];
+	opd_dtype dtype;
+	uint32_t rank;
+	int64_t shape[OPD_RANK_MAX];
+	uint64_t bytes;
+	bool all;
+	bool lasting;
+	uint32_t holders;
+	struct msg_text tenant;
+	struct msg_handle handle;
+};
+
 typedef enum msg_reply_kind {
 	MSG_REPLY_NONE = 0,
 	MSG_REPLY_RUN,
@@ -513,6 +548,7 @@ typedef enum msg_reply_kind {
 	MSG_REPLY_GENERATED,
 	MSG_REPLY_EMPTY,
 	MSG_REPLY_TENSORS,
+	MSG_REPLY_PUBLICATIONS,
 	MSG_REPLY_REGISTERED,
 } msg_reply_kind;
 
@@ -542,6 +578,10 @@ struct msg_reply {
 			uint32_t next;
 			const struct msg_kept *items;
 		} tensors;
+		struct {
+			uint32_t count;
+			const struct msg_publication *items;
+		} publications;
 		struct msg_registered registered;
 	};
 };

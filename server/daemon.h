@@ -33,6 +33,7 @@ struct server {
 	struct plans *plans;
 	struct memory memory;
 	struct account *account; /* what modules allocate */
+	struct publications *publications;
 	struct lane *lane;
 	_Atomic(struct device_lane *) device_lanes[REGISTRY_DEVICES_MAX]; /* by device number; started on first use, under the mutex */
 	uint64_t started_us;

@@ -6,9 +6,7 @@
 #include "server/request.h"
 
 struct fetch {
-	struct waiter waiter; /* first */
-	struct request *request;
-	bool waiting;
+	struct take take; /* first */
 	struct operand operand;
 	opd_tensor output;
 };
@@ -103,44 +101,57 @@ static void fetch_ready(struct request *request)
 
 static void on_settled(struct waiter *waiter, struct kept_tensor *tensor, const opd_error *error)
 {
-	struct fetch *fetch = (struct fetch *)waiter;
-	struct request *request = fetch->request;
+	struct take *take = (struct take *)waiter;
+	struct request *request = take->request;
 	request->tensor = tensor;
 	if (tensor == NULL)
 		request->error = *error;
-	fetch->waiting = false;
+	take->waiting = false;
 	if (request->started)
-		fetch_ready(request);
+		take->ready(request);
 }
 
-opd_status fetch_accept(struct request *request)
+opd_status take_accept(struct request *request, struct take *take, const struct msg_tensor *source, const char *what, void (*ready)(struct request *))
 {
 	struct kept *kept = &request->session->kept;
-	const struct msg_tensor *source = request->message.fetch;
-	struct fetch *fetch = arena_zalloc(&request->arena, sizeof *fetch);
-	if (fetch == NULL)
-		return opd_fail(&request->error, OPD_RESOURCE_EXHAUSTED, "fetch: out of memory");
-	request->task_data = fetch;
+	request->task_data = take;
+	take->request = request;
+	take->ready = ready;
 	if (source->donate)
-		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "fetch: the tensor has donate");
+		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s: the tensor has donate", what);
 	if (source->source == MSG_SOURCE_HANDLE)
 		request->tensor = kept_find(kept, source->handle, &request->error);
 	else if (source->source == MSG_SOURCE_RESULT)
-		request->tensor = kept_find_result(kept, source->result.request, source->result.output, &fetch->waiting, &request->error);
+		request->tensor = kept_find_result(kept, source->result.request, source->result.output, &take->waiting, &request->error);
 	else
-		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "fetch: the tensor is neither a handle nor a result");
-	if (fetch->waiting) {
-		fetch->waiter = (struct waiter){.output = source->result.output, .on_settled = on_settled};
-		fetch->request = request;
-		kept_wait(kept, source->result.request, &fetch->waiter);
+		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s: the tensor is neither a handle nor a result", what);
+	if (take->waiting) {
+		take->waiter = (struct waiter){.output = source->result.output, .on_settled = on_settled};
+		kept_wait(kept, source->result.request, &take->waiter);
 	} else if (request->tensor == NULL) {
-		return opd_error_prefix(&request->error, (opd_status)request->error.status, "fetch");
+		return opd_error_prefix(&request->error, (opd_status)request->error.status, "%s", what);
 	}
 	return OPD_OK;
 }
 
-void fetch_start(struct request *request)
+void take_start(struct request *request)
 {
-	if (!((const struct fetch *)request->task_data)->waiting)
-		fetch_ready(request);
+	struct take *take = request->task_data;
+	if (!take->waiting)
+		take->ready(request);
+}
+
+opd_status fetch_accept(struct request *request)
+{
+	struct fetch *fetch = arena_zalloc(&request->arena, sizeof *fetch);
+	if (fetch == NULL)
+		return opd_fail(&request->error, OPD_RESOURCE_EXHAUSTED, "fetch: out of memory");
+	return take_accept(request, &fetch->take, request->message.fetch, "fetch", fetch_ready);
+}
+
+void take_stop_waiting(struct request *request)
+{
+	struct take *take = request->task_data;
+	if (take != NULL && kept_unwait(&take->waiter))
+		take->waiting = false;
 }

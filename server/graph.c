@@ -22,7 +22,8 @@ static opd_status out_of_memory(opd_error *error)
 
 static bool name_char(char c)
 {
-	return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || (c != '\0' && strchr("_.-:/", c) != NULL);
+	return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') ||
+	       (c != '\0' && strchr("_.-:/", c) != NULL);
 }
 
 opd_status graph_check_name(const char *what, struct msg_text name, opd_error *error)
@@ -37,7 +38,8 @@ opd_status graph_check_name(const char *what, struct msg_text name, opd_error *e
 	                text_escape(name.data == NULL ? "" : name.data, name.bytes, shown, sizeof shown), BOUND_NAME_BYTES);
 }
 
-opd_status graph_check_unique(struct arena *scratch, const char *what, const struct msg_text *names, uint32_t count, opd_error *error)
+opd_status graph_check_unique(struct arena *scratch, const char *what, const struct msg_text *names, uint32_t count,
+                              opd_error *error)
 {
 	uint32_t size = 16;
 	while (size < 2 * (uint64_t)count)
@@ -70,7 +72,8 @@ static opd_status bind_kept(struct graph *graph, const struct msg_tensor *source
 {
 	struct kept *kept = &graph->session->kept;
 	if (source->source != MSG_SOURCE_HANDLE && source->source != MSG_SOURCE_RESULT)
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "a state or a constant is bound to a kept tensor: give it a handle or a result");
+		return opd_fail(error, OPD_INVALID_ARGUMENT,
+		                "a state or a constant is bound to a kept tensor: give it a handle or a result");
 	if (source->dtype != OPD_DTYPE_NONE || source->donate)
 		return opd_fail(error, OPD_INVALID_ARGUMENT, "it is bound whole: views and donations belong to the nodes");
 	struct msg_handle handle = source->handle;
@@ -89,13 +92,11 @@ static opd_status bind_kept(struct graph *graph, const struct msg_tensor *source
 	kept_tensor_unref(tensor);
 	input->slot = handle.index;
 	input->lineage = kept_lineage(kept, handle, error);
-	for (uint32_t i = 0; i < graph->state_count; i++)
-		if (graph->inputs[graph->states[i]].slot == input->slot)
-			return opd_fail(error, OPD_INVALID_ARGUMENT, "it is bound to the tensor that state '%s' has", graph->inputs[graph->states[i]].name.data);
 	return OPD_OK;
 }
 
-static opd_status add_input(struct graph *graph, const struct msg_graph_input *message, struct graph_input *input, opd_error *error)
+static opd_status add_input(struct graph *graph, const struct msg_graph_input *message, struct graph_input *input,
+                            opd_error *error)
 {
 	opd_status status = graph_check_name("input", message->name, error);
 	if (status != OPD_OK)
@@ -106,13 +107,14 @@ static opd_status add_input(struct graph *graph, const struct msg_graph_input *m
 		return out_of_memory(error);
 	if (input->kind == MSG_GRAPH_INPUT) {
 		if (graph->schema.param_count == BOUND_GRAPH_RUN_INPUTS)
-			return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "graph: more than %u inputs are given at each run", BOUND_GRAPH_RUN_INPUTS);
+			return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "graph: more than %u inputs are given at each run",
+			                BOUND_GRAPH_RUN_INPUTS);
 		input->param = graph->schema.param_count;
 		graph->schema.params[graph->schema.param_count++] = (struct schema_param){
-			.name = input->name.data,
-			.name_bytes = (uint32_t)input->name.bytes,
-			.hash = schema_hash(input->name.data, input->name.bytes),
-			.type = SCHEMA_TENSOR,
+		    .name = input->name.data,
+		    .name_bytes = (uint32_t)input->name.bytes,
+		    .hash = schema_hash(input->name.data, input->name.bytes),
+		    .type = SCHEMA_TENSOR,
 		};
 		return OPD_OK;
 	}
@@ -128,10 +130,35 @@ static opd_status add_input(struct graph *graph, const struct msg_graph_input *m
 	return OPD_OK;
 }
 
+static int by_number(const void *a, const void *b)
+{
+	const uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
+	return (x > y) - (x < y);
+}
+
+/* Which tensors its runs change, so that runs that share one are soon found. */
+static opd_status sort_slots(struct graph *graph, opd_error *error)
+{
+	graph->slots = arena_array(&graph->arena, graph->state_count, sizeof graph->slots[0]);
+	if (graph->slots == NULL)
+		return out_of_memory(error);
+	for (uint32_t i = 0; i < graph->state_count; i++) {
+		graph->slots[i] = graph->inputs[graph->states[i]].slot;
+		graph->slot_mask |= 1ull << (graph->slots[i] % 64);
+	}
+	qsort(graph->slots, graph->state_count, sizeof graph->slots[0], by_number);
+	for (uint32_t i = 1; i < graph->state_count; i++)
+		if (graph->slots[i - 1] == graph->slots[i])
+			return opd_fail(error, OPD_INVALID_ARGUMENT, "graph: two states are bound to one tensor, index %u",
+			                (unsigned)graph->slots[i]);
+	return OPD_OK;
+}
+
 static opd_status add_inputs(struct graph *graph, const struct msg_graph *message, struct arena *scratch, opd_error *error)
 {
 	if (message->input_count > BOUND_GRAPH_INPUTS)
-		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "graph: %u inputs, at most %u", (unsigned)message->input_count, BOUND_GRAPH_INPUTS);
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "graph: %u inputs, at most %u", (unsigned)message->input_count,
+		                BOUND_GRAPH_INPUTS);
 	graph->inputs = arena_array(&graph->arena, message->input_count, sizeof graph->inputs[0]);
 	graph->states = arena_array(&graph->arena, message->input_count, sizeof graph->states[0]);
 	graph->schema.params = arena_array(&graph->arena, BOUND_GRAPH_RUN_INPUTS, sizeof graph->schema.params[0]);
@@ -145,7 +172,8 @@ static opd_status add_inputs(struct graph *graph, const struct msg_graph *messag
 			return status;
 		names[i] = graph->inputs[i].name;
 	}
-	return graph_check_unique(scratch, "input", names, message->input_count, error);
+	opd_status status = sort_slots(graph, error);
+	return status == OPD_OK ? graph_check_unique(scratch, "input", names, message->input_count, error) : status;
 }
 
 /* ---- What its runs are calls of ---- */
@@ -181,7 +209,8 @@ static opd_status fill(struct graph *graph, const struct snapshot *snapshot, con
 	struct arena scratch;
 	arena_init(&scratch, GRAPH_ARENA_BYTES);
 	graph->name = message->name.bytes == 0 ? msg_text("graph")
-	                                       : (struct msg_text){arena_text(&graph->arena, message->name.data, message->name.bytes), message->name.bytes};
+	                                       : (struct msg_text){arena_text(&graph->arena, message->name.data, message->name.bytes),
+	                                                           message->name.bytes};
 	opd_status status = graph->name.data == NULL ? out_of_memory(error) : graph_check_name("name", graph->name, error);
 	if (status == OPD_OK)
 		status = add_inputs(graph, message, &scratch, error);
@@ -305,7 +334,8 @@ opd_status graph_register_accept(struct request *request)
 	struct graph *graph = NULL;
 	if (graphs_get(request->session) == NULL)
 		return out_of_memory(&request->error);
-	opd_status status = graph_create(request->session, request->snapshot, &request->message.graph, request->id, &graph, &request->error);
+	opd_status status =
+	    graph_create(request->session, request->snapshot, &request->message.graph, request->id, &graph, &request->error);
 	if (status == OPD_OK)
 		status = table_add(request->session, graph, &request->error);
 	if (status == OPD_OK)
@@ -332,96 +362,4 @@ opd_status graph_free_accept(struct request *request)
 	memmove(&graphs->items[place], &graphs->items[place + 1], (graphs->count - place) * sizeof graphs->items[0]);
 	graph_unref(graph);
 	return OPD_OK;
-}
-
-/* ---- Lists ---- */
-
-void graph_lists_unref(struct graph_lists *lists)
-{
-	if (lists == NULL || atomic_fetch_sub_explicit(&lists->refs, 1, memory_order_acq_rel) != 1)
-		return;
-	for (uint32_t i = 0; i < lists->count; i++)
-		effective_unref(lists->effective[i]);
-	free(lists);
-}
-
-/* A list of the node's own, or one that its device filters: cut for it alone. */
-static struct effective *cut_list(const struct graph_node *node, const struct snapshot *snapshot, const struct plist *list)
-{
-	const struct msg_list *own = &node->run.priority;
-	struct device_filter filter;
-	bool filtered = node->run.device.bytes != 0 && device_filter_parse(node->run.device, &filter, NULL) == OPD_OK;
-	return effective_create(snapshot, &snapshot->ops[node->op_index], own->present ? MSG_LEVEL_NODE : list->level,
-	                        own->present ? own->names : list->names, own->present ? own->count : list->count, filtered ? &filter : NULL, NULL);
-}
-
-/* before: what held for the node at the last run, of the same snapshot; NULL: nothing. */
-static opd_status find_list(const struct graph_node *node, struct request *request, struct effective *before, struct effective **effective_out)
-{
-	const struct snapshot *snapshot = request->snapshot;
-	const struct op *op = &snapshot->ops[node->op_index];
-	const struct msg_list *own = &node->run.priority;
-	struct plist *list = session_priority(request->session, node->op_index);
-	opd_status status = own->present ? plist_check(snapshot, op, own->names, own->count, &request->error) : OPD_OK;
-	if (status != OPD_OK)
-		return status;
-	if (own->present && before != NULL)
-		*effective_out = effective_ref(before);
-	else if (own->present || node->run.device.bytes != 0)
-		*effective_out = cut_list(node, snapshot, list != NULL ? list : op->fallback->list);
-	else
-		*effective_out = list != NULL ? effective_get(snapshot, op, list) : effective_ref(op->fallback);
-	if (*effective_out == NULL)
-		return out_of_memory(&request->error);
-	_Atomic uint32_t *once = own->present ? NULL : list != NULL ? list->warned : op->fallback->list->warned;
-	if (!node->run.strict && *effective_out != before)
-		effective_warn(*effective_out, op, request->context->server->log, once, &request->context->server->list_warnings);
-	return OPD_OK;
-}
-
-static bool lists_equal(const struct graph_lists *a, const struct graph_lists *b)
-{
-	return a->version == b->version && memcmp(a->effective, b->effective, a->count * sizeof a->effective[0]) == 0;
-}
-
-static struct graph_lists *lists_create(const struct graph *graph, struct request *request)
-{
-	struct graph_lists *lists = calloc(1, sizeof *lists + graph->node_count * sizeof lists->effective[0]);
-	if (lists == NULL) {
-		(void)out_of_memory(&request->error);
-		return NULL;
-	}
-	lists->refs = 1;
-	lists->epoch = request->session->priority_epoch;
-	lists->version = request->snapshot->version;
-	const struct graph_lists *seen = graph->lists != NULL && graph->lists->version == lists->version ? graph->lists : NULL;
-	for (uint32_t i = 0; i < graph->node_count; i++) {
-		opd_status status = find_list(&graph->nodes[i], request, seen == NULL ? NULL : seen->effective[i], &lists->effective[i]);
-		if (status != OPD_OK) {
-			(void)graph_node_error(graph, i, status, &request->error);
-			graph_lists_unref(lists);
-			return NULL;
-		}
-		lists->count = i + 1;
-	}
-	return lists;
-}
-
-struct graph_lists *graph_lists_get(struct graph *graph, struct request *request)
-{
-	struct graph_lists *seen = graph->lists;
-	if (seen == NULL || seen->epoch != request->session->priority_epoch || seen->version != request->snapshot->version) {
-		struct graph_lists *lists = lists_create(graph, request);
-		if (lists == NULL)
-			return NULL;
-		if (seen != NULL && lists_equal(seen, lists)) { /* a list elsewhere has changed, or came back: what is prepared still holds */
-			seen->epoch = lists->epoch;
-			graph_lists_unref(lists);
-		} else {
-			graph_lists_unref(seen);
-			graph->lists = lists;
-		}
-	}
-	(void)atomic_fetch_add_explicit(&graph->lists->refs, 1, memory_order_relaxed);
-	return graph->lists;
 }

@@ -1,11 +1,12 @@
 /* A registered graph: ops whose operands are the graph's inputs or other nodes' outputs, checked once, run many times.
  *
  * Layer: server, beside run.c. Threads: its session's; while a run of it is in a lane that run alone has `prepared`.
- * Life: graph_create (checks everything that needs no shapes) → runs (server/graph_run.h) → graph_unref by the table and by each run.
- * Ownership: the description is copied into the graph's own arena and charged to the session; constants are referenced, so that a freed handle doesn't
- * touch them; a state is followed by slot and lineage through every donation, by this graph's runs, another's or a request's.
- * Errors name the graph, the node ("node 'attn'"), the parameter, the value and what was expected; a cycle names its nodes.
- * Not here: shapes, dispatch and memory (server/graph_prepare.c), runs and their order (server/graph_run.c). */
+ * Life: graph_create (checks everything that needs no shapes) → runs (server/graph_run.h) → graph_unref by the table and by each
+ * run. Ownership: the description is copied into the graph's own arena and charged to the session; constants are referenced, so
+ * that a freed handle doesn't touch them; a state is followed by slot and lineage through every donation, by this graph's runs,
+ * another's or a request's. Errors name the graph, the node ("node 'attn'"), the parameter, the value and what was expected; a
+ * cycle names its nodes. Not here: shapes, dispatch and memory (server/graph_prepare.c), runs and their order
+ * (server/graph_run.c). */
 #ifndef OPD_SERVER_GRAPH_H
 #define OPD_SERVER_GRAPH_H
 
@@ -68,7 +69,7 @@ struct graph_lists {
 
 struct graph {
 	uint32_t refs;
-	uint64_t id; /* 0: not registered, to be run once */
+	uint64_t id;             /* 0: not registered, to be run once */
 	struct session *session; /* not referenced: it outlives the graph */
 	uint64_t charged_bytes;
 	struct arena arena;
@@ -84,32 +85,37 @@ struct graph {
 	struct graph_node *nodes;
 	struct graph_value *values;
 	struct graph_output *outputs;
-	uint32_t *states; /* [state_count]: which inputs they are */
-	uint32_t *order;  /* [node_count]: in which nodes run */
-	struct graph_lists *lists;  /* newest; NULL: none yet */
-	struct prepared *prepared;  /* most recently used first, bounded */
+	uint32_t *states;          /* [state_count]: which inputs they are */
+	uint32_t *slots;           /* [state_count]: theirs, rising */
+	uint64_t slot_mask;        /* a bit for each slot, by its lowest six */
+	uint32_t *order;           /* [node_count]: in which nodes run */
+	struct graph_lists *lists; /* newest; NULL: none yet */
+	struct prepared *prepared; /* most recently used first, bounded */
 };
 
 /* What a session has of graphs. */
 struct graphs {
 	uint32_t count;
 	uint32_t room;
-	struct graph **items; /* registered, by rising id */
+	struct graph **items;    /* registered, by rising id */
 	struct graph_run *first; /* accepted runs, in order */
 	struct graph_run *last;
 	bool scheduling;
 };
 
 /* Checks and copies. Everything of `message` may go afterwards. */
-OPD_MUST_USE opd_status graph_create(struct session *session, const struct snapshot *snapshot, const struct msg_graph *message, uint64_t id,
-                                     struct graph **graph_out, opd_error *error);
+OPD_MUST_USE opd_status graph_create(struct session *session, const struct snapshot *snapshot, const struct msg_graph *message,
+                                     uint64_t id, struct graph **graph_out, opd_error *error);
 struct graph *graph_ref(struct graph *graph);
 void graph_unref(struct graph *graph);
 /* "node 'attn'" before the error's text. */
 opd_status graph_node_error(const struct graph *graph, uint32_t node, opd_status status, opd_error *error);
 
 /* graph_check.c: nodes, donations, order, outputs; the graph's inputs are there. */
-OPD_MUST_USE opd_status graph_check(struct graph *graph, const struct snapshot *snapshot, const struct msg_graph *message, opd_error *error);
+OPD_MUST_USE opd_status graph_check(struct graph *graph, const struct snapshot *snapshot, const struct msg_graph *message,
+                                    opd_error *error);
+/* graph_order.c, called by graph_check: fills in graph->order. INVALID_ARGUMENT names the nodes that wait for each other. */
+OPD_MUST_USE opd_status graph_order(struct graph *graph, opd_error *error);
 /* Index of a value that a checked operand names. */
 static inline uint32_t graph_value_of(const struct graph *graph, const struct msg_tensor *tensor)
 {
@@ -117,14 +123,15 @@ static inline uint32_t graph_value_of(const struct graph *graph, const struct ms
 }
 /* graph.c's, for graph_check.c: a name of 1 to 128 of the allowed characters. */
 OPD_MUST_USE opd_status graph_check_name(const char *what, struct msg_text name, opd_error *error);
-OPD_MUST_USE opd_status graph_check_unique(struct arena *scratch, const char *what, const struct msg_text *names, uint32_t count, opd_error *error);
+OPD_MUST_USE opd_status graph_check_unique(struct arena *scratch, const char *what, const struct msg_text *names, uint32_t count,
+                                           opd_error *error);
 
 /* The session's table. NOT_FOUND: no such graph. */
 struct graphs *graphs_get(struct session *session); /* NULL: out of memory */
 void graphs_destroy(struct graphs *graphs);
 OPD_MUST_USE opd_status graphs_find(struct session *session, uint64_t id, struct graph **graph_out, opd_error *error);
 
-/* The nodes' lists as they hold now; referenced. NULL: error written. On the session's thread. */
+/* graph_lists.c. The nodes' lists as they hold now; referenced. NULL: error written. On the session's thread. */
 struct graph_lists *graph_lists_get(struct graph *graph, struct request *request);
 void graph_lists_unref(struct graph_lists *lists);
 

@@ -1,4 +1,5 @@
-/* What can be said of a graph without shapes: its nodes' ops and arguments, what they name, who donates what, in which order they run. */
+/* What can be said of a graph without shapes: its nodes' ops and arguments, what they name, who donates what, in which order they
+ * run. */
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -130,20 +131,21 @@ static opd_status check_source(struct checking *check, const struct operand *ope
 	if (source->source == MSG_SOURCE_GRAPH_INPUT) {
 		if (source->graph_input < graph->input_count)
 			return OPD_OK;
-		return opd_fail(check->error, OPD_NOT_FOUND, "%s names input %u, but the graph has %u", operand->param, (unsigned)source->graph_input,
-		                (unsigned)graph->input_count);
+		return opd_fail(check->error, OPD_NOT_FOUND, "%s names input %u, but the graph has %u", operand->param,
+		                (unsigned)source->graph_input, (unsigned)graph->input_count);
 	}
 	if (source->source != MSG_SOURCE_NODE)
-		return opd_fail(check->error, OPD_INVALID_ARGUMENT, "%s names neither an input of the graph nor a node's output: bytes and handles come as inputs",
+		return opd_fail(check->error, OPD_INVALID_ARGUMENT,
+		                "%s names neither an input of the graph nor a node's output: bytes and handles come as inputs",
 		                operand->param);
 	if (source->node.node >= graph->node_count)
-		return opd_fail(check->error, OPD_NOT_FOUND, "%s names node %u, but the graph has %u", operand->param, (unsigned)source->node.node,
-		                (unsigned)graph->node_count);
+		return opd_fail(check->error, OPD_NOT_FOUND, "%s names node %u, but the graph has %u", operand->param,
+		                (unsigned)source->node.node, (unsigned)graph->node_count);
 	const struct graph_node *from = &graph->nodes[source->node.node];
 	if (source->node.output < from->result_count)
 		return OPD_OK;
-	return opd_fail(check->error, OPD_NOT_FOUND, "%s names output %u of node '%s', but %s has %u", operand->param, (unsigned)source->node.output,
-	                from->name.data, from->run.op.data, (unsigned)from->result_count);
+	return opd_fail(check->error, OPD_NOT_FOUND, "%s names output %u of node '%s', but %s has %u", operand->param,
+	                (unsigned)source->node.output, from->name.data, from->run.op.data, (unsigned)from->result_count);
 }
 
 static bool has_pair(const opd_op *def, uint32_t param)
@@ -158,7 +160,8 @@ static bool same_source(const struct msg_tensor *a, const struct msg_tensor *b)
 {
 	if (a->source != b->source)
 		return false;
-	return a->source == MSG_SOURCE_NODE ? a->node.node == b->node.node && a->node.output == b->node.output : a->graph_input == b->graph_input;
+	return a->source == MSG_SOURCE_NODE ? a->node.node == b->node.node && a->node.output == b->node.output
+	                                    : a->graph_input == b->graph_input;
 }
 
 /* SEMANTICS 32 within a graph: a state or a node's output, once, in a pair of the op's, and nothing else of the node reads it. */
@@ -170,24 +173,30 @@ static opd_status check_donation(struct checking *check, uint32_t index, const s
 	uint32_t *donated;
 	bool paired = false;
 	for (uint32_t i = 0; i < bound->call.arg_count; i++)
-		paired = paired || (bound->args[i].kind == OPD_ARG_TENSOR && bound->args[i].tensor == &operand->tensor && has_pair(op->def, i));
+		paired = paired ||
+		         (bound->args[i].kind == OPD_ARG_TENSOR && bound->args[i].tensor == &operand->tensor && has_pair(op->def, i));
 	if (!paired)
-		return opd_fail(check->error, OPD_INVALID_ARGUMENT, "%s can't be donated: %s has no result that may take its place", operand->param, op->schema->name);
+		return opd_fail(check->error, OPD_INVALID_ARGUMENT, "%s can't be donated: %s has no result that may take its place",
+		                operand->param, op->schema->name);
 	if (source->strided || source->byte_offset != 0)
-		return opd_fail(check->error, OPD_INVALID_ARGUMENT, "%s is donated as a view: a donated operand is a whole tensor", operand->param);
+		return opd_fail(check->error, OPD_INVALID_ARGUMENT, "%s is donated as a view: a donated operand is a whole tensor",
+		                operand->param);
 	for (uint32_t i = 0; i < bound->operand_count; i++)
 		if (&bound->operands[i] != operand && same_source(bound->operands[i].source, source))
-			return opd_fail(check->error, OPD_INVALID_ARGUMENT, "%s is donated, and %s reads the same tensor", operand->param, bound->operands[i].param);
+			return opd_fail(check->error, OPD_INVALID_ARGUMENT, "%s is donated, and %s reads the same tensor", operand->param,
+			                bound->operands[i].param);
 	if (source->source == MSG_SOURCE_GRAPH_INPUT) {
 		struct graph_input *input = &graph->inputs[source->graph_input];
 		if (input->kind != MSG_GRAPH_STATE)
-			return opd_fail(check->error, OPD_INVALID_ARGUMENT, "%s donates input '%s', which is no state", operand->param, input->name.data);
+			return opd_fail(check->error, OPD_INVALID_ARGUMENT, "%s donates input '%s', which is no state", operand->param,
+			                input->name.data);
 		donated = &input->donated;
 	} else {
 		donated = &graph->values[graph_value_of(graph, source)].donated;
 	}
 	if (*donated != GRAPH_NONE)
-		return opd_fail(check->error, OPD_INVALID_ARGUMENT, "%s is donated by node '%s' already", operand->param, graph->nodes[*donated].name.data);
+		return opd_fail(check->error, OPD_INVALID_ARGUMENT, "%s is donated by node '%s' already", operand->param,
+		                graph->nodes[*donated].name.data);
 	*donated = index;
 	return OPD_OK;
 }
@@ -207,150 +216,6 @@ static opd_status check_node(struct checking *check, uint32_t index)
 	return status == OPD_OK ? OPD_OK : graph_node_error(check->graph, index, status, check->error);
 }
 
-/* ---- Order ---- */
-
-/* Who must run before whom: edge_count pairs, then by node, as offsets into one array. */
-struct edges {
-	uint32_t count;
-	uint32_t room;
-	uint32_t (*pairs)[2]; /* {node, the one before it} */
-	uint32_t *first;      /* [node_count + 1] */
-	uint32_t *before;     /* [count] */
-};
-
-static bool edge_add(struct edges *edges, uint32_t node, uint32_t before)
-{
-	if (edges->count == edges->room) {
-		uint32_t room = edges->room == 0 ? 256 : edges->room * 2;
-		void *pairs = realloc(edges->pairs, room * sizeof edges->pairs[0]);
-		if (pairs == NULL)
-			return false;
-		edges->pairs = pairs;
-		edges->room = room;
-	}
-	edges->pairs[edges->count][0] = node;
-	edges->pairs[edges->count++][1] = before;
-	return true;
-}
-
-/* A node runs after those that it names, and one that donates after all other readers of the old value. */
-static bool edges_of_operand(const struct graph *graph, struct edges *edges, uint32_t index, const struct msg_tensor *source)
-{
-	bool from_node = source->source == MSG_SOURCE_NODE;
-	uint32_t donated = from_node ? graph->values[graph_value_of(graph, source)].donated : graph->inputs[source->graph_input].donated;
-	if (from_node && !edge_add(edges, index, source->node.node))
-		return false;
-	return donated == GRAPH_NONE || donated == index || edge_add(edges, donated, index);
-}
-
-static bool edges_sort(const struct graph *graph, struct edges *edges)
-{
-	edges->first = calloc((size_t)graph->node_count + 2, sizeof edges->first[0]);
-	edges->before = calloc((size_t)edges->count + 1, sizeof edges->before[0]);
-	if (edges->first == NULL || edges->before == NULL)
-		return false;
-	for (uint32_t i = 0; i < edges->count; i++)
-		edges->first[edges->pairs[i][0] + 2]++;
-	for (uint32_t i = 2; i < graph->node_count + 2; i++)
-		edges->first[i] += edges->first[i - 1];
-	for (uint32_t i = 0; i < edges->count; i++)
-		edges->before[edges->first[edges->pairs[i][0] + 1]++] = edges->pairs[i][1];
-	return true;
-}
-
-static bool edges_make(const struct graph *graph, struct edges *edges)
-{
-	for (uint32_t n = 0; n < graph->node_count; n++) {
-		const struct msg_run *run = &graph->nodes[n].run;
-		for (uint32_t i = 0; i < run->arg_count; i++) {
-			const struct msg_arg *arg = &run->args[i];
-			uint32_t count = arg->kind == MSG_ARG_TENSOR ? 1 : arg->kind == MSG_ARG_TENSORS ? arg->count : 0;
-			for (uint32_t k = 0; k < count; k++)
-				if (!edges_of_operand(graph, edges, n, &arg->tensor[k]))
-					return false;
-		}
-	}
-	return edges_sort(graph, edges);
-}
-
-static void edges_fini(struct edges *edges)
-{
-	free(edges->pairs);
-	free(edges->first);
-	free(edges->before);
-}
-
-/* The path from a node back to itself, as "'a' waits for 'b', 'b' for 'c', …". */
-static opd_status refuse_cycle(struct checking *check, const uint32_t *path, uint32_t depth, uint32_t again)
-{
-	const struct graph *graph = check->graph;
-	char text[300];
-	size_t at = 0;
-	uint32_t from = depth;
-	while (from > 0 && path[from - 1] != again)
-		from--;
-	from = from == 0 ? 0 : from - 1;
-	for (uint32_t i = from; i < depth && i < from + 8 && at < sizeof text; i++)
-		at += (size_t)snprintf(text + at, sizeof text - at, "'%s' waits for ", graph->nodes[path[i]].name.data);
-	if (depth - from > 8 && at < sizeof text)
-		at += (size_t)snprintf(text + at, sizeof text - at, "… ");
-	return opd_fail(check->error, OPD_INVALID_ARGUMENT,
-	                "graph '%s': its nodes wait for each other: %s'%s' (a node that donates waits for all readers of the old value)", graph->name.data,
-	                text, graph->nodes[again].name.data);
-}
-
-enum mark { MARK_NEW, MARK_OPEN, MARK_DONE };
-
-/* Depth first from node `root`, along what must run before. path and next: [node_count]. */
-static opd_status visit(struct checking *check, const struct edges *edges, uint32_t root, uint32_t *path, uint32_t *next, uint8_t *marks,
-                        uint32_t *placed)
-{
-	struct graph *graph = check->graph;
-	uint32_t depth = 0;
-	path[depth] = root;
-	next[depth++] = edges->first[root];
-	marks[root] = MARK_OPEN;
-	while (depth > 0) {
-		uint32_t node = path[depth - 1];
-		if (next[depth - 1] == edges->first[node + 1]) {
-			marks[node] = MARK_DONE;
-			graph->order[(*placed)++] = node;
-			depth--;
-			continue;
-		}
-		uint32_t before = edges->before[next[depth - 1]++];
-		if (marks[before] == MARK_OPEN)
-			return refuse_cycle(check, path, depth, before);
-		if (marks[before] == MARK_DONE)
-			continue;
-		marks[before] = MARK_OPEN;
-		path[depth] = before;
-		next[depth++] = edges->first[before];
-	}
-	return OPD_OK;
-}
-
-/* In the order given, but for what must run earlier. */
-static opd_status find_order(struct checking *check)
-{
-	struct graph *graph = check->graph;
-	struct edges edges = {0};
-	uint32_t *path = calloc(graph->node_count, sizeof path[0]);
-	uint32_t *next = calloc(graph->node_count, sizeof next[0]);
-	uint8_t *marks = calloc(graph->node_count, 1);
-	uint32_t placed = 0;
-	bool made = path != NULL && next != NULL && marks != NULL && edges_make(graph, &edges);
-	opd_status status = made ? OPD_OK : out_of_memory(check);
-	for (uint32_t i = 0; status == OPD_OK && i < graph->node_count; i++)
-		if (marks[i] == MARK_NEW)
-			status = visit(check, &edges, i, path, next, marks, &placed);
-	edges_fini(&edges);
-	free(path);
-	free(next);
-	free(marks);
-	return status;
-}
-
 /* ---- Outputs ---- */
 
 static opd_status add_output(struct checking *check, uint32_t index)
@@ -364,22 +229,25 @@ static opd_status add_output(struct checking *check, uint32_t index)
 	if (status != OPD_OK)
 		return status;
 	if (message->node.node >= graph->node_count)
-		return opd_fail(check->error, OPD_NOT_FOUND, "graph '%s': output '%s' names node %u, but there are %u", graph->name.data, output->name.data,
-		                (unsigned)message->node.node, (unsigned)graph->node_count);
+		return opd_fail(check->error, OPD_NOT_FOUND, "graph '%s': output '%s' names node %u, but there are %u", graph->name.data,
+		                output->name.data, (unsigned)message->node.node, (unsigned)graph->node_count);
 	const struct graph_node *node = &graph->nodes[message->node.node];
 	if (message->node.output >= node->result_count)
-		return opd_fail(check->error, OPD_NOT_FOUND, "graph '%s': output '%s' names output %u of node '%s', but %s has %u", graph->name.data,
-		                output->name.data, (unsigned)message->node.output, node->name.data, node->run.op.data, (unsigned)node->result_count);
+		return opd_fail(check->error, OPD_NOT_FOUND, "graph '%s': output '%s' names output %u of node '%s', but %s has %u",
+		                graph->name.data, output->name.data, (unsigned)message->node.output, node->name.data, node->run.op.data,
+		                (unsigned)node->result_count);
 	output->value = node->first_value + message->node.output;
 	struct graph_value *value = &graph->values[output->value];
 	if (value->donated != GRAPH_NONE)
-		return opd_fail(check->error, OPD_INVALID_ARGUMENT, "graph '%s': output '%s' names a result of node '%s' that node '%s' donates", graph->name.data,
+		return opd_fail(check->error, OPD_INVALID_ARGUMENT,
+		                "graph '%s': output '%s' names a result of node '%s' that node '%s' donates", graph->name.data,
 		                output->name.data, node->name.data, graph->nodes[value->donated].name.data);
 	value->output = index;
 	return OPD_OK;
 }
 
-static opd_status check_names(struct checking *check, const char *what, uint32_t count, struct msg_text (*name)(const struct graph *, uint32_t))
+static opd_status check_names(struct checking *check, const char *what, uint32_t count,
+                              struct msg_text (*name)(const struct graph *, uint32_t))
 {
 	struct arena *scratch = &check->scratch;
 	arena_reset(scratch);
@@ -409,7 +277,8 @@ static opd_status add_nodes(struct checking *check)
 	const struct msg_graph *message = check->message;
 	if (message->node_count == 0 || message->node_count > BOUND_GRAPH_NODES)
 		return opd_fail(check->error, message->node_count == 0 ? OPD_INVALID_ARGUMENT : OPD_RESOURCE_EXHAUSTED,
-		                "graph '%s': %u nodes, expected 1 to %u", graph->name.data, (unsigned)message->node_count, BOUND_GRAPH_NODES);
+		                "graph '%s': %u nodes, expected 1 to %u", graph->name.data, (unsigned)message->node_count,
+		                BOUND_GRAPH_NODES);
 	graph->nodes = arena_array(&graph->arena, message->node_count, sizeof graph->nodes[0]);
 	graph->order = arena_array(&graph->arena, message->node_count, sizeof graph->order[0]);
 	if (graph->nodes == NULL || graph->order == NULL)
@@ -441,7 +310,8 @@ static opd_status add_outputs(struct checking *check)
 	struct graph *graph = check->graph;
 	uint32_t count = check->message->output_count;
 	if (count > BOUND_OUTPUTS)
-		return opd_fail(check->error, OPD_RESOURCE_EXHAUSTED, "graph '%s': %u outputs, at most %u", graph->name.data, (unsigned)count, BOUND_OUTPUTS);
+		return opd_fail(check->error, OPD_RESOURCE_EXHAUSTED, "graph '%s': %u outputs, at most %u", graph->name.data,
+		                (unsigned)count, BOUND_OUTPUTS);
 	graph->outputs = arena_array(&graph->arena, count, sizeof graph->outputs[0]);
 	if (graph->outputs == NULL)
 		return out_of_memory(check);
@@ -462,7 +332,7 @@ opd_status graph_check(struct graph *graph, const struct snapshot *snapshot, con
 	if (status == OPD_OK)
 		status = add_outputs(&check);
 	if (status == OPD_OK)
-		status = find_order(&check);
+		status = graph_order(graph, error);
 	arena_fini(&check.scratch);
 	return status;
 }

@@ -37,7 +37,8 @@ static opd_status alloc_outputs(struct graph_run *run, opd_error *error)
 		uint64_t bytes = tensor_size(&prepared->outputs[i]);
 		opd_status status = buffer_alloc(request->session->account, bytes, canary, &request->run.outputs[i], error);
 		if (status != OPD_OK)
-			return opd_error_prefix(error, status, "graph '%s': output '%s'", run->graph->name.data, run->graph->outputs[i].name.data);
+			return opd_error_prefix(error, status, "graph '%s': output '%s'", run->graph->name.data,
+			                        run->graph->outputs[i].name.data);
 		describe_output(run, i)->data = request->run.outputs[i]->data;
 	}
 	request->run.bound.output_bytes = prepared->output_bytes;
@@ -147,7 +148,8 @@ static opd_status check_canaries(const struct step *step, opd_error *error)
 		for (uint32_t k = 0; k < GRAPH_CANARY_BYTES; k++)
 			if (behind[k] != CANARY)
 				return opd_fail(error, OPD_INTERNAL, "%s.%s wrote past the end of result %u, at byte %" PRIu64 " of %" PRIu64,
-				                step->impl->provider->name, step->bound.op->schema->name, (unsigned)i, tensor_size(output) + k, tensor_size(output));
+				                step->impl->provider->name, step->bound.op->schema->name, (unsigned)i, tensor_size(output) + k,
+				                tensor_size(output));
 	}
 	return OPD_OK;
 }
@@ -189,7 +191,8 @@ static opd_status run_steps(struct graph_run *run, struct lane_exec *lane)
 		const struct step *step = &prepared->steps[i];
 		uint64_t began = run->node_ns == NULL ? 0 : request_now_ns();
 		if (atomic_load_explicit(&request->session->gone, memory_order_relaxed) || lane_cancelled(lane))
-			return opd_fail(&request->error, OPD_CANCELLED, "graph '%s': nobody wants its results any more", run->graph->name.data);
+			return opd_fail(&request->error, OPD_CANCELLED, "graph '%s': nobody wants its results any more",
+			                run->graph->name.data);
 		opd_status status = run_step(run, step, &exec, &request->error);
 		if (status != OPD_OK)
 			return graph_node_error(run->graph, step->node, status, &request->error);

@@ -1,4 +1,5 @@
-/* What a run of a graph says of itself: per node who ran, who was passed over and how long it took; memory; whether it was dispatched anew. */
+/* What a run of a graph says of itself: per node who ran, who was passed over and how long it took; memory; whether it was
+ * dispatched anew. */
 #include "server/graph_run.h"
 #include "server/request.h"
 
@@ -33,11 +34,11 @@ static void explain_times(struct graph_run *run)
 	explain->device = msg_text("cpu");
 	explain->on_loop = request->run.on_loop;
 	explain->times = (struct msg_times){
-		.decode = between(clock->received, clock->accepted),
-		.dispatch = run->prepare_ns,
-		.queue = between(clock->queued, clock->started),
-		.kernel = between(clock->started, clock->ended),
-		.pack = clock->ended == 0 ? 0 : between(clock->ended, request_now_ns()),
+	    .decode = between(clock->received, clock->accepted),
+	    .dispatch = run->prepare_ns,
+	    .queue = between(clock->queued, clock->started),
+	    .kernel = between(clock->started, clock->ended),
+	    .pack = clock->ended == 0 ? 0 : between(clock->ended, request_now_ns()),
 	};
 	request->reply.run.explain = explain;
 }
@@ -57,13 +58,13 @@ void graph_explain(struct graph_run *run)
 	for (uint32_t i = 0; i < count; i++)
 		nodes[i] = explain_node(run, i);
 	*explain = (struct msg_graph_explain){
-		.count = count,
-		.nodes = nodes,
-		.node_count = prepared->step_count,
-		.dispatched = run->dispatched,
-		.arena_bytes = prepared->sizes.peak_bytes,
-		.unshared_bytes = prepared->sizes.sum_bytes,
-		.prepare_ns = run->prepare_ns,
+	    .count = count,
+	    .nodes = nodes,
+	    .node_count = prepared->step_count,
+	    .dispatched = run->dispatched,
+	    .arena_bytes = prepared->sizes.peak_bytes,
+	    .unshared_bytes = prepared->sizes.sum_bytes,
+	    .prepare_ns = run->prepare_ns,
 	};
 	request->reply.kind = MSG_REPLY_RUN;
 	request->reply.run.graph = explain;

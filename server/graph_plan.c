@@ -97,7 +97,8 @@ static int by_last(const void *a, const void *b)
 	return x->last != y->last ? (x->last < y->last ? -1 : 1) : (x->item > y->item) - (x->item < y->item);
 }
 
-static bool place_all(struct layout *layout, struct plan_item *items, uint32_t count, const struct ending *endings, struct plan_sizes *sizes)
+static bool place_all(struct layout *layout, struct plan_item *items, uint32_t count, const struct ending *endings,
+                      struct plan_sizes *sizes)
 {
 	uint32_t ended = 0;
 	for (uint32_t i = 0; i < count; i++) {
@@ -108,7 +109,8 @@ static bool place_all(struct layout *layout, struct plan_item *items, uint32_t c
 				give(layout, (struct gap){item->offset, item->bytes});
 		}
 		items[i].offset = 0;
-		if (items[i].bytes != 0 && (!take(layout, items[i].bytes, &items[i].offset) || !size_add(sizes->sum_bytes, items[i].bytes, &sizes->sum_bytes)))
+		if (items[i].bytes != 0 &&
+		    (!take(layout, items[i].bytes, &items[i].offset) || !size_add(sizes->sum_bytes, items[i].bytes, &sizes->sum_bytes)))
 			return false;
 		if (layout->top > sizes->peak_bytes)
 			sizes->peak_bytes = layout->top;

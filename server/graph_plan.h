@@ -20,8 +20,8 @@ struct plan_sizes {
 	uint64_t sum_bytes;  /* of all items */
 };
 
-/* Items stand by rising `first`. Best fit among the first free gaps; a gap's bytes are used again from the step after its last use. False: out of memory, or
- * past 2^63 bytes. */
+/* Items stand by rising `first`. Best fit among the first free gaps; a gap's bytes are used again from the step after its last
+ * use. False: out of memory, or past 2^63 bytes. */
 bool graph_plan(struct plan_item *items, uint32_t count, struct plan_sizes *sizes_out);
 
 #endif

@@ -23,7 +23,8 @@ static opd_status find_graph(struct request *request, struct graph **graph_out)
 	if (message->once != NULL && message->graph == 0)
 		return graph_create(request->session, request->snapshot, message->once, 0, graph_out, &request->error);
 	if (message->once != NULL)
-		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "run_graph: names graph %" PRIu64 " and brings one: expected one of them", message->graph);
+		return opd_fail(&request->error, OPD_INVALID_ARGUMENT,
+		                "run_graph: names graph %" PRIu64 " and brings one: expected one of them", message->graph);
 	opd_status status = graphs_find(request->session, message->graph, graph_out, &request->error);
 	if (status == OPD_OK)
 		(void)graph_ref(*graph_out);
@@ -32,7 +33,8 @@ static opd_status find_graph(struct request *request, struct graph **graph_out)
 
 static opd_status state_error(const struct graph *graph, uint32_t state, opd_status status, opd_error *error)
 {
-	return opd_error_prefix(error, status, "graph '%s': state '%s'", graph->name.data, graph->inputs[graph->states[state]].name.data);
+	return opd_error_prefix(error, status, "graph '%s': state '%s'", graph->name.data,
+	                        graph->inputs[graph->states[state]].name.data);
 }
 
 /* From here on the states' former handles are refused. A run that only asks donates nothing. */
@@ -43,7 +45,10 @@ static opd_status donate_states(struct graph_run *run)
 	const struct graph *graph = run->graph;
 	for (uint32_t i = 0; i < graph->state_count; i++) {
 		const struct graph_input *input = &graph->inputs[graph->states[i]];
-		if (kept_follow(kept, input->slot, input->lineage, &run->states[i].handle, &request->error) == NULL)
+		const struct kept_tensor *tensor = kept_follow(kept, input->slot, input->lineage, &run->states[i].handle, &request->error);
+		if (tensor != NULL && tensor->hold != NULL && input->donated != GRAPH_NONE)
+			(void)opd_fail(&request->error, OPD_FAILED_PRECONDITION, "it is published, hence read-only");
+		if (tensor == NULL || request->error.status != OPD_OK)
 			return state_error(graph, i, (opd_status)request->error.status, &request->error);
 		run->states[i].donated = input->donated != GRAPH_NONE && request->message.run.mode == MSG_RUN;
 	}
@@ -69,7 +74,8 @@ static opd_status accept_run(struct graph_run *run)
 		return out_of_memory(request);
 	opd_status status = bind_args(&request->arena, &graph->op, message, &request->run.bound, &request->error);
 	struct bound *bound = &request->run.bound;
-	request->run.outputs = status != OPD_OK ? NULL : arena_array(&request->arena, graph->output_count, sizeof request->run.outputs[0]);
+	request->run.outputs =
+	    status != OPD_OK ? NULL : arena_array(&request->arena, graph->output_count, sizeof request->run.outputs[0]);
 	bound->outputs = status != OPD_OK ? NULL : arena_array(&request->arena, graph->output_count, sizeof bound->outputs[0]);
 	run->shapes = status != OPD_OK ? NULL : arena_array(&request->arena, graph->output_count, sizeof run->shapes[0]);
 	if (status == OPD_OK && (request->run.outputs == NULL || bound->outputs == NULL || run->shapes == NULL))
@@ -83,9 +89,27 @@ static opd_status accept_run(struct graph_run *run)
 	return status == OPD_OK ? donate_states(run) : status;
 }
 
+static bool share_a_state(const struct graph *a, const struct graph *b)
+{
+	uint32_t i = 0, k = 0;
+	if ((a->slot_mask & b->slot_mask) == 0)
+		return false;
+	while (i < a->state_count && k < b->state_count && a->slots[i] != b->slots[k])
+		*(a->slots[i] < b->slots[k] ? &i : &k) += 1;
+	return i < a->state_count && k < b->state_count;
+}
+
+/* One runs after the other: runs of one graph, or of one state. */
+static bool conflict(const struct graph_run *a, const struct graph_run *b)
+{
+	return a->graph == b->graph || share_a_state(a->graph, b->graph);
+}
+
 static void enqueue(struct graph_run *run)
 {
 	struct graphs *graphs = run->request->session->graphs;
+	for (const struct graph_run *other = graphs->first; other != NULL; other = other->next)
+		run->blockers += conflict(other, run);
 	run->previous = graphs->last;
 	*(graphs->last == NULL ? &graphs->first : &graphs->last->next) = run;
 	graphs->last = run;
@@ -115,27 +139,11 @@ static void dequeue(struct graph_run *run)
 	if (!run->queued)
 		return;
 	run->queued = false;
+	for (struct graph_run *later = run->next; later != NULL; later = later->next)
+		later->blockers -= conflict(run, later);
 	*(run->previous == NULL ? &graphs->first : &run->previous->next) = run->next;
 	*(run->next == NULL ? &graphs->last : &run->next->previous) = run->previous;
 	run->next = run->previous = NULL;
-}
-
-static bool share_a_state(const struct graph *a, const struct graph *b)
-{
-	for (uint32_t i = 0; i < a->state_count; i++)
-		for (uint32_t k = 0; k < b->state_count; k++)
-			if (a->inputs[a->states[i]].slot == b->inputs[b->states[k]].slot)
-				return true;
-	return false;
-}
-
-/* Every earlier run of the same graph, or of one of its states, has ended. */
-static bool has_turn(const struct graph_run *run)
-{
-	for (const struct graph_run *other = run->previous; other != NULL; other = other->previous)
-		if (other->graph == run->graph || share_a_state(other->graph, run->graph))
-			return false;
-	return true;
 }
 
 /* The tensors as the runs before have left them. */
@@ -175,14 +183,14 @@ static void start(struct graph_run *run)
 	}
 	struct lane_exec serial = lane_exec_serial(NULL);
 	request->run.on_loop = true;
-	if (!execute_unwanted(request))
+	if (!execute_unwanted(request, &serial))
 		graph_execute(run, &serial);
 	execute_done(request);
 }
 
 void graph_run_execute(struct request *request, struct lane_exec *lane)
 {
-	if (!execute_unwanted(request))
+	if (!execute_unwanted(request, lane))
 		graph_execute(request->graph_run, lane);
 }
 
@@ -196,7 +204,7 @@ static void schedule(struct session *session)
 	graphs->scheduling = true;
 	struct graph_run *run = graphs->first;
 	while (run != NULL) {
-		if (!run->ready || run->started || !has_turn(run)) {
+		if (!run->ready || run->started || run->blockers != 0) {
 			run = run->next;
 			continue;
 		}
@@ -211,6 +219,16 @@ void graph_run_ready(struct request *request)
 {
 	request->graph_run->ready = true;
 	schedule(request->session);
+}
+
+bool graphs_run_uses(const struct session *session, uint32_t slot)
+{
+	const struct graph_run *run = session->graphs == NULL ? NULL : session->graphs->first;
+	for (; run != NULL; run = run->next)
+		for (uint32_t i = 0; i < run->graph->state_count; i++)
+			if (run->graph->slots[i] == slot)
+				return true;
+	return false;
 }
 
 /* ---- Ending ---- */
@@ -270,7 +288,8 @@ void graph_run_failed(struct request *request)
 		schedule(request->session);
 }
 
-/* The order of things: what is told of the prepared graph is told before the next run may use it; the states are settled before it starts. */
+/* The order of things: what is told of the prepared graph is told before the next run may use it; the states are settled before
+ * it starts. */
 void graph_run_done(struct request *request)
 {
 	struct graph_run *run = request->graph_run;

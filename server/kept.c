@@ -6,6 +6,8 @@
 #include <string.h>
 #include <sys/random.h>
 
+#include "server/publications.h"
+
 #define NO_SLOT UINT32_MAX
 #define FAILED_MAX 1024 /* remembered failures, so that late references say ABORTED */
 #define RESULT_BUCKETS_MIN 64
@@ -61,6 +63,7 @@ void kept_tensor_unref(struct kept_tensor *tensor)
 		return;
 	buffer_unref(tensor->buffer);
 	parts_destroy(tensor->parts);
+	hold_release(tensor->hold);
 	free(tensor);
 }
 
@@ -127,6 +130,8 @@ static opd_status no_tensor(const struct kept *kept, struct msg_handle handle, o
 
 static opd_status check_whole(const struct kept_slot *slot, opd_error *error)
 {
+	if (slot->giving)
+		return opd_fail(error, OPD_FAILED_PRECONDITION, "the tensor is donated to request %" PRIu64 ", which hasn't ended", slot->donated_to);
 	if (slot->lost_to == 0)
 		return OPD_OK;
 	return opd_fail(error, OPD_DATA_LOSS, "the tensor is lost: a kernel of request %" PRIu64 " failed while it wrote it", slot->lost_to);
@@ -253,6 +258,7 @@ static void call_waiters(struct kept *kept, struct kept_result *result)
 	result->waiters = NULL;
 	while (waiter != NULL) {
 		struct waiter *next = waiter->next; /* the waiter's memory may be gone after the call */
+		waiter->result = NULL;
 		opd_error error;
 		bool pending;
 		struct kept_tensor *tensor = kept_find_result(kept, result->request, waiter->output, &pending, &error);
@@ -298,11 +304,42 @@ static void tell(struct kept *kept, struct kept_result *result)
 	kept->telling = false;
 }
 
+/* A slot's handle leaves the result that it came from. */
+static void slot_leave(struct kept *kept, struct kept_slot *slot, uint32_t index)
+{
+	struct kept_result *result = slot->request == 0 ? NULL : result_find(kept, slot->request);
+	if (result == NULL || slot->output >= result->count || result->handles[slot->output].index != index || result->handles[slot->output].generation == 0)
+		return;
+	result->handles[slot->output].generation = 0;
+	if (--result->live == 0)
+		result_remove(kept, slot->request);
+}
+
+/* A tensor that took another's place is its request's output; false: it was freed meanwhile. */
+static bool slot_adopt(struct kept *kept, struct msg_handle handle, uint64_t request, uint32_t output)
+{
+	struct kept_slot *slot = slot_find(kept, handle);
+	if (slot == NULL)
+		return false;
+	slot_leave(kept, slot, handle.index);
+	slot->request = request;
+	slot->output = output;
+	return true;
+}
+
 void kept_settle(struct kept *kept, uint64_t request, struct kept_tensor *const *tensors, uint32_t count, struct msg_handle *handles_out)
 {
 	struct kept_result *result = result_find(kept, request);
 	assert(result != NULL && result->state == RESULT_PENDING && result->count == count);
 	for (uint32_t i = 0; i < count; i++) {
+		if (handles_out[i].generation != 0) {
+			kept->live--;
+			if (!slot_adopt(kept, handles_out[i], request, i))
+				handles_out[i].generation = 0;
+			result->handles[i] = handles_out[i];
+			result->live += handles_out[i].generation != 0;
+			continue;
+		}
 		uint32_t index = tensors[i] == NULL ? NO_SLOT : slot_take(kept, tensors[i], request, i);
 		if (index == NO_SLOT) { /* not kept, or no memory for its slot: then it is gone, and says so when named */
 			kept_tensor_unref(tensors[i]);
@@ -392,8 +429,24 @@ void kept_wait(struct kept *kept, uint64_t request, struct waiter *waiter)
 	struct kept_result *result = result_find(kept, request);
 	assert(result != NULL && result->state == RESULT_PENDING);
 	waiter->next = NULL;
+	waiter->link = result->waiters_end;
+	waiter->result = result;
 	*result->waiters_end = waiter;
 	result->waiters_end = &waiter->next;
+}
+
+bool kept_unwait(struct waiter *waiter)
+{
+	struct kept_result *result = waiter->result;
+	if (result == NULL)
+		return false;
+	*waiter->link = waiter->next;
+	if (waiter->next != NULL)
+		waiter->next->link = waiter->link;
+	else
+		result->waiters_end = waiter->link;
+	waiter->result = NULL;
+	return true;
 }
 
 /* ---- Donations ---- */
@@ -441,6 +494,19 @@ struct msg_handle kept_donate(struct kept *kept, uint32_t index, uint64_t reques
 	return (struct msg_handle){index, slot->generation};
 }
 
+struct msg_handle kept_give(struct kept *kept, uint32_t index, uint64_t request)
+{
+	kept->slots[index].giving = true;
+	return kept_donate(kept, index, request);
+}
+
+void kept_given(struct kept *kept, struct msg_handle donated)
+{
+	struct kept_slot *slot = slot_find(kept, donated);
+	if (slot != NULL)
+		slot->giving = false;
+}
+
 void kept_take_back(struct kept *kept, struct msg_handle donated)
 {
 	struct kept_slot *slot = slot_find(kept, donated);
@@ -458,6 +524,16 @@ void kept_replace(struct kept *kept, uint32_t index, uint64_t lineage, struct ke
 		slot->tensor = tensor;
 }
 
+struct msg_handle kept_exchange(struct kept *kept, struct msg_handle handle, const struct kept_tensor *expected, struct kept_tensor *tensor)
+{
+	struct kept_slot *slot = slot_find(kept, handle);
+	const bool there = slot != NULL && slot->tensor == expected;
+	kept_tensor_unref(there ? slot->tensor : tensor);
+	if (there)
+		slot->tensor = tensor;
+	return there ? handle : (struct msg_handle){0, 0};
+}
+
 void kept_lose(struct kept *kept, uint32_t index, uint64_t lineage, uint64_t request)
 {
 	struct kept_slot *slot = slot_follow(kept, index, lineage);
@@ -470,14 +546,7 @@ opd_status kept_free(struct kept *kept, struct msg_handle handle, opd_error *err
 	struct kept_slot *slot = slot_find(kept, handle);
 	if (slot == NULL)
 		return no_tensor(kept, handle, error);
-	struct kept_result *result = slot->request == 0 ? NULL : result_find(kept, slot->request);
-	if (result != NULL) {
-		for (uint32_t i = 0; i < result->count; i++)
-			if (result->handles[i].index == handle.index && result->handles[i].generation == handle.generation)
-				result->handles[i].generation = 0;
-		if (--result->live == 0)
-			result_remove(kept, slot->request);
-	}
+	slot_leave(kept, slot, handle.index);
 	kept_tensor_unref(slot->tensor);
 	*slot = (struct kept_slot){.next_free = kept->first_free};
 	kept->first_free = handle.index;

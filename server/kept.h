@@ -26,11 +26,14 @@ struct kept_tensor {
 	uint64_t id; /* never reused in this daemon */
 	uint64_t version;
 	struct buffer *buffer;
+	struct hold *hold;   /* published: read-only, and others have it too; NULL: not */
 	struct parts *parts; /* the session's thread alone; NULL: all its bytes are there */
 };
 
 struct waiter {
 	struct waiter *next;
+	struct waiter **link;       /* what points to it */
+	struct kept_result *result; /* that it waits for; NULL: for none */
 	uint32_t output;
 	/* tensor (referenced for the waiter) when it is there; NULL with error when the request failed. */
 	void (*on_settled)(struct waiter *waiter, struct kept_tensor *tensor, const opd_error *error);
@@ -46,6 +49,7 @@ struct kept_slot {
 	uint64_t donated_generation; /* the one before the last donation; 0: none */
 	uint64_t donated_to;         /* the request */
 	uint64_t lost_to;            /* the request whose kernel failed on it; 0: it is whole */
+	bool giving;                 /* donated to a run that hasn't ended: nobody reads it meanwhile */
 };
 
 struct kept_result;
@@ -79,7 +83,8 @@ void kept_tensor_unref(struct kept_tensor *tensor);
 
 /* Room for `count` outputs of a request that keeps some; RESOURCE_EXHAUSTED at the limit. */
 OPD_MUST_USE opd_status kept_expect(struct kept *kept, uint64_t request, uint32_t count, opd_error *error);
-/* Its tensors (NULL: that output isn't kept), whose references pass to the table; handles_out[count] are written. Calls the waiters; the caller holds the session. */
+/* Its tensors (NULL: that output isn't kept), whose references pass to the table; handles_out[count] are written, but those that are there already: outputs that are
+ * in a slot because they were donated to it. Calls the waiters; the caller holds the session. */
 void kept_settle(struct kept *kept, uint64_t request, struct kept_tensor *const *tensors, uint32_t count, struct msg_handle *handles_out);
 /* It failed: waiters and later requests get ABORTED, naming it. */
 void kept_fail(struct kept *kept, uint64_t request);
@@ -94,6 +99,8 @@ struct kept_tensor *kept_find_any(struct kept *kept, struct msg_handle handle, o
 /* The same by request id and output. A result that is still to come: NULL, and *pending_out is true. */
 struct kept_tensor *kept_find_result(struct kept *kept, uint64_t request, uint32_t output, bool *pending_out, opd_error *error);
 void kept_wait(struct kept *kept, uint64_t request, struct waiter *waiter);
+/* It won't be called. False: it waits for nothing (it was called, or zeroed and never waited). Not from a waiter's callback. */
+bool kept_unwait(struct waiter *waiter);
 
 /* ---- A tensor that a graph has as its state: followed through donations by slot and lineage ---- */
 
@@ -106,8 +113,14 @@ struct kept_tensor *kept_follow(const struct kept *kept, uint32_t index, uint64_
  * unless another request has it by now. */
 struct msg_handle kept_donate(struct kept *kept, uint32_t index, uint64_t request);
 void kept_take_back(struct kept *kept, struct msg_handle donated);
+/* The same to a single run: until kept_given nobody reads the slot, not even by its new handle. */
+struct msg_handle kept_give(struct kept *kept, uint32_t index, uint64_t request);
+void kept_given(struct kept *kept, struct msg_handle donated);
 /* The slot's tensor from now on; takes the reference (dropped when the slot was freed meanwhile). */
 void kept_replace(struct kept *kept, uint32_t index, uint64_t lineage, struct kept_tensor *tensor);
+/* The slot of `handle` has `tensor` in place of `expected`, whose contents are the same; takes the reference. Result: the handle, or generation 0 where the slot has something
+ * else by now. */
+struct msg_handle kept_exchange(struct kept *kept, struct msg_handle handle, const struct kept_tensor *expected, struct kept_tensor *tensor);
 /* A kernel of `request` failed while it wrote: whoever names it gets DATA_LOSS. */
 void kept_lose(struct kept *kept, uint32_t index, uint64_t lineage, uint64_t request);
 

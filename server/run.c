@@ -73,6 +73,7 @@ static void warn_of_fallback(struct request *request, const struct msg_run *run,
 
 struct run_waiter {
 	struct waiter waiter; /* first */
+	struct run_waiter *next;
 	struct request *request;
 	uint32_t operand;
 };
@@ -111,6 +112,8 @@ static opd_status wait_for_result(struct request *request, uint32_t index)
 	waiter->waiter.on_settled = on_settled;
 	waiter->request = request;
 	waiter->operand = index;
+	waiter->next = request->run.waiters;
+	request->run.waiters = waiter;
 	kept_wait(&request->session->kept, source->result.request, &waiter->waiter);
 	request->run.waiting++;
 	return OPD_OK;
@@ -123,9 +126,6 @@ static opd_status take_kept(struct request *request, uint32_t index)
 	const struct operand *operand = &request->run.bound.operands[index];
 	const struct msg_tensor *source = operand->source;
 	bool pending = false;
-	if (source->donate)
-		return opd_fail(&request->error, OPD_UNIMPLEMENTED, "%s: %s: this server has no feature \"donate\"", request->run.op->schema->name,
-		                operand->param);
 	if (source->source == MSG_SOURCE_SHARED)
 		return opd_fail(&request->error, OPD_UNIMPLEMENTED, "%s: %s: this server has no feature \"shm\"", request->run.op->schema->name,
 		                operand->param);
@@ -203,7 +203,8 @@ static opd_status place_kept(struct request *request, struct operand *operand, c
 	if (status == OPD_OK) {
 		operand->tensor.id = kept->id;
 		operand->tensor.version = kept->version;
-		operand->tensor.flags |= OPD_TENSOR_CONSTANT;
+		if (!source->donate)
+			operand->tensor.flags |= OPD_TENSOR_CONSTANT;
 	}
 	return status;
 }
@@ -274,7 +275,7 @@ static bool keeps_any(const struct msg_run *run)
 
 static opd_status expect_kept(struct request *request, const struct msg_run *run)
 {
-	if (!keeps_any(run))
+	if (!keeps_any(run) && request->run.donation_count == 0)
 		return OPD_OK;
 	opd_status status = kept_expect(&request->session->kept, request->id, request->run.op->schema->result_count, &request->error);
 	request->run.expected = status == OPD_OK;
@@ -287,6 +288,8 @@ opd_status run_take(struct request *request)
 	opd_status status = check_payload(request);
 	if (status == OPD_OK)
 		status = take_all_kept(request);
+	if (status == OPD_OK)
+		status = donate_accept(request);
 	if (status == OPD_OK)
 		status = expect_kept(request, run);
 	if (run->explain)
@@ -327,6 +330,13 @@ opd_status run_accept(struct request *request)
 void run_start(struct request *request)
 {
 	run_proceed(request);
+}
+
+void run_stop_waiting(struct request *request)
+{
+	for (struct run_waiter *waiter = request->run.waiters; waiter != NULL; waiter = waiter->next)
+		if (kept_unwait(&waiter->waiter))
+			request->run.waiting--;
 }
 
 bool run_abandoned(struct request *request)
@@ -404,6 +414,8 @@ static void run_ready(struct request *request)
 	}
 	if (status == OPD_OK)
 		status = bind_outputs(&request->arena, &run->bound, &request->error);
+	if (status == OPD_OK)
+		status = donate_check(request);
 	if (status == OPD_OK && message->mode != MSG_FAKE)
 		status = dispatch_init(&run->dispatch, request->snapshot, run->effective, request->context->server->plans,
 		                       request->context->server->log, run->op, message->strict, &request->error);
@@ -425,6 +437,14 @@ static void run_ready(struct request *request)
 
 /* ---- Results ---- */
 
+static bool donates(const struct request_run *run, uint32_t output)
+{
+	for (uint32_t i = 0; i < run->donation_count; i++)
+		if (run->donations[i].result == output)
+			return true;
+	return false;
+}
+
 /* Kept outputs go into the session's table; false when there is no memory for that. */
 static bool keep_outputs(struct request *request)
 {
@@ -436,13 +456,13 @@ static bool keep_outputs(struct request *request)
 	bool made = tensors != NULL && run->handles != NULL;
 	for (uint32_t i = 0; made && i < count && i < message->output_count; i++) {
 		const opd_tensor *output = &run->bound.outputs[i];
-		if (!message->outputs[i].keep)
+		if (!message->outputs[i].keep || donates(run, i))
 			continue;
 		tensors[i] = kept_tensor_create(output->dtype, output->rank, output->shape, output->elements * opd_dtype_bytes(output->dtype),
 		                                run->outputs[i]);
 		made = tensors[i] != NULL;
 	}
-	if (!made) {
+	if (!made || !donate_settle(request, run->handles)) {
 		for (uint32_t i = 0; tensors != NULL && i < count; i++)
 			kept_tensor_unref(tensors[i]);
 		return false;
@@ -517,8 +537,12 @@ void execute_done(struct request *request)
 		graph_run_done(request);
 		return;
 	}
-	bool again = run->plan_refused || (request->status != OPD_OK && request->status != OPD_CANCELLED && run->written && request->message.run.retry);
-	if (again) {
+	bool again = run->plan_refused || (request->status != OPD_OK && request->status != OPD_CANCELLED && run->written && request->message.run.retry &&
+	                                  !donate_is_written(request));
+	if (again && request->cancelled) { /* nothing more is begun for it */
+		run->plan_refused = false;
+		request->status = opd_fail(&request->error, OPD_CANCELLED, "%s: the client cancelled the request", run->op->schema->name);
+	} else if (again) {
 		if (!run->plan_refused)
 			LOG(request->context->server->log, LOG_WARN, "kernel failed, another provider may try", LOG_UINT("session", request->session->id),
 			    LOG_UINT("request", request->id), LOG_STR("provider", run->dispatch.impl->provider->name),
@@ -552,6 +576,7 @@ void execute_done(struct request *request)
 void run_failed(struct request *request)
 {
 	graph_run_failed(request);
+	donate_failed(request);
 	if (request->run.expected) {
 		request->run.expected = false;
 		kept_fail(&request->session->kept, request->id);

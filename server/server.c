@@ -12,6 +12,7 @@
 #include "providers/builtin.h"
 #include "server/conn.h"
 #include "server/daemon.h"
+#include "server/publications.h"
 #include "server/listener.h"
 #include "server/module.h"
 #include "server/request.h"
@@ -354,8 +355,9 @@ static opd_status start(struct server *server, opd_error *error)
 		status = memory_init(&server->memory, config->limits.memory_bytes, config->limits.cache_bytes, error);
 	if (status == OPD_OK) {
 		server->account = account_create(&server->memory, config->limits.memory_bytes);
+		server->publications = publications_create(&server->memory);
 		server->stage = malloc(CONN_STAGE_BYTES);
-		if (server->account == NULL || server->stage == NULL)
+		if (server->account == NULL || server->publications == NULL || server->stage == NULL)
 			status = opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: out of memory");
 	}
 	if (status == OPD_OK)
@@ -462,6 +464,7 @@ void server_destroy(struct server *server)
 	registry_destroy(server->registry);
 	free_forgotten(server);
 	if (server->account != NULL) {
+		publications_destroy(server->publications);
 		account_unref(server->account);
 		memory_fini(&server->memory);
 	}

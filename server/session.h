@@ -35,7 +35,7 @@ struct session {
 	struct graphs *graphs;   /* registered ones and their runs; NULL: none yet */
 	uint64_t last_request; /* highest id seen */
 	uint32_t in_flight;    /* accepted, reply not yet written */
-	_Atomic bool gone;     /* its connection has ended: lanes don't start what is still queued */
+	_Atomic bool gone;     /* its connection has ended: lanes start nothing more of it */
 };
 
 /* NULL: out of memory. */

@@ -218,6 +218,15 @@ opd_status buffer_alloc(struct account *account, uint64_t bytes, uint64_t slack_
 	return OPD_OK;
 }
 
+void buffer_recharge(struct buffer *buffer, struct account *account)
+{
+	struct account *before = buffer->account;
+	(void)atomic_fetch_add_explicit(&account->used_bytes, buffer->charged_bytes, memory_order_relaxed);
+	buffer->account = account_ref(account);
+	(void)atomic_fetch_sub_explicit(&before->used_bytes, buffer->charged_bytes, memory_order_relaxed);
+	account_unref(before);
+}
+
 struct buffer *buffer_ref(struct buffer *buffer)
 {
 	(void)atomic_fetch_add_explicit(&buffer->refs, 1, memory_order_relaxed);

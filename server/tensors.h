@@ -61,6 +61,8 @@ void account_release(struct account *account, uint64_t bytes);
 /* Charges `bytes` and allocates at least as many, plus `slack_bytes` uncharged ones behind. Contents are whatever was there before: of any session, so every byte must be written before
  * it can be read. bytes 0 is allowed. */
 OPD_MUST_USE opd_status buffer_alloc(struct account *account, uint64_t bytes, uint64_t slack_bytes, struct buffer **buffer_out, opd_error *error);
+/* Another account pays from now on, whatever its limit. The caller holds a reference; one such call at a time. */
+void buffer_recharge(struct buffer *buffer, struct account *account);
 struct buffer *buffer_ref(struct buffer *buffer);
 void buffer_unref(struct buffer *buffer);
 

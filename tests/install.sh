@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
-# Installs what opd needs, from Debian's packages, where it is missing: tests/install.sh [build] [test] [full]
+# Installs what opd needs, from Debian's packages, where it is missing: tests/install.sh [build] [test] [full] [bench]
 #
 #   build  to build the daemon, opctl and libopd
 #   test   to run the tests as well
 #   full   clang, for tests/run --full
+#   bench  gRPC for C++, which the benchmarks compare with where it is
 #
 # Without a word: build and test. It says what it does, and does nothing when all is there. As another user than root it uses sudo.
 set -euo pipefail
 
 build=(gcc libc6-dev cmake ninja-build pkg-config libuv1-dev libprotobuf-c-dev protobuf-c-compiler protobuf-compiler libyaml-dev
-	libcjson-dev)
+	libcjson-dev libssl-dev)
 test=(check libsubunit-dev python3 python3-protobuf python3-numpy binutils procps)
 full=(clang)
+bench=(g++ libgrpc++-dev libprotobuf-dev protobuf-compiler protobuf-compiler-grpc)
 # Libraries that providers wrap. Nothing needs them to be built or to pass: modules say what they miss. So a failure to get them is none.
 optional=(libopenblas0-pthread libdnnl-dev)
 
@@ -48,8 +50,9 @@ for word in "$@"; do
 	build) wanted+=("${build[@]}") ;;
 	test) wanted+=("${test[@]}") ;;
 	full) wanted+=("${full[@]}") ;;
+	bench) wanted+=("${bench[@]}") ;;
 	*)
-		echo "install: no such word: $word (build, test, full)" >&2
+		echo "install: no such word: $word (build, test, full, bench)" >&2
 		exit 2
 		;;
 	esac

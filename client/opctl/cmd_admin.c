@@ -115,6 +115,8 @@ static int print_info_json(const opd_server_info *info, const opd_session *sessi
 	cJSON_AddItemToObject(document, "threads", json_u64(info->threads));
 	cJSON_AddItemToObject(document, "sessions", json_u64(info->sessions));
 	cJSON_AddItemToObject(document, "requests", json_u64(info->requests));
+	cJSON_AddItemToObject(document, "graph_runs", json_u64(info->graph_runs));
+	cJSON_AddItemToObject(document, "graph_dispatches", json_u64(info->graph_dispatches));
 	cJSON_AddItemToObject(document, "memory_bytes", json_u64(info->memory_bytes));
 	cJSON_AddItemToObject(document, "memory_limit_bytes", json_u64(info->memory_limit_bytes));
 	cJSON *own = cJSON_AddObjectToObject(document, "session");
@@ -136,6 +138,8 @@ static void print_info(const opd_server_info *info, const opd_session *session)
 	print_list("devices    ", info->devices, info->device_count);
 	(void)printf("threads    %u kernel, %u I/O\n", info->threads, info->loops);
 	(void)printf("sessions   %" PRIu64 "\nrequests   %" PRIu64 "\n", info->sessions, info->requests);
+	if (info->graph_runs != 0)
+		(void)printf("graphs     %" PRIu64 " runs, %" PRIu64 " of them dispatched\n", info->graph_runs, info->graph_dispatches);
 	(void)printf("memory     %s of %s\n", bytes_text(info->memory_bytes), bytes_text(info->memory_limit_bytes));
 	(void)printf("session    %" PRIu64 ", tenant %s%s, %s of %s, %u requests in flight at most\n", session->session,
 	             shown(session->tenant), session->admin ? ", administrator" : "", bytes_text(info->session_memory_bytes),

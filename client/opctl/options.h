@@ -30,6 +30,7 @@
 	X(TF32, "allow-tf32", 0, NULL)                                                                                               \
 	X(SEED, "seed", 0, "N")                                                                                                      \
 	X(PROVIDER, "provider", 0, "PROVIDER")                                                                                       \
+	X(AS, "as", 0, "NAME")                                                                                                       \
 	X(ALL, "all", 0, NULL)                                                                                                       \
 	X(SHAPE, "shape", 0, "SIZES")                                                                                                \
 	X(DTYPE, "dtype", 0, "DTYPE")                                                                                                \

@@ -128,7 +128,8 @@ typedef struct opd_operand {
 	opd_handle handle;
 	opd_ticket ticket;
 	uint32_t output;
-	bool donate; /* its result takes its place (the op must have such a pair): of a graph's nodes, a state or another node's output */
+	bool donate; /* its result takes its place (the op has such a pair, and dtype and shape are the result's): a kept tensor, whole; of a graph's nodes, a state or another
+	              * node's output. The result's handle has the same index; from submission on the old one is OPD_FAILED_PRECONDITION */
 	opd_value value;
 } opd_operand;
 
@@ -193,7 +194,8 @@ OPD_API OPD_MUST_USE opd_status opd_wait(opd_client *client, opd_ticket ticket, 
 OPD_API OPD_MUST_USE opd_status opd_wait_any(opd_client *client, uint64_t timeout_us, opd_ticket *ticket_out, opd_result **result_out,
                                              opd_error *error);
 
-/* Forgets a request: its reply is dropped when it comes. Its operands' data may be freed on return. No-op for an unknown ticket. */
+/* Forgets a request: its reply is dropped when it comes. Its operands' data may be freed on return. A server that can (the feature "cancel") is told: what
+ * it hasn't begun it doesn't begin, and a kernel that runs is asked to stop; requests that read its results fail with ABORTED. No-op for an unknown ticket. */
 OPD_API void opd_cancel(opd_client *client, opd_ticket ticket);
 
 /* For your own event loop: poll opd_client_fd for opd_client_events (POLLIN, with POLLOUT while something waits to be written), call opd_process, then take
@@ -322,7 +324,7 @@ static inline opd_value opd_value_output(opd_value node, uint32_t output)
 	opd_value value = {node.node, output};
 	return value;
 }
-/* Appends an operand: a whole value. Views and donations: opd_request_tensor with OPD_FROM_VALUE. */
+/* Appends an operand: a whole value. Views and donations: opd_request_tensor with OPD_FROM_VALUE; a view's first extent may be -1, as many as the value has. */
 OPD_API void opd_request_value(opd_request *request, const char *name, opd_value value);
 
 /* What runs return, in this order: outputs of nodes that no other node donates; at most 64. */
@@ -386,6 +388,47 @@ typedef struct opd_kept_list {
 
 /* This session's kept tensors. */
 OPD_API OPD_MUST_USE opd_status opd_kept_tensors(opd_client *client, const opd_kept_list **list_out, opd_error *error);
+
+/* ---- Publications: tensors that several sessions have, once in memory -------------------------------------------------- */
+
+typedef struct opd_publication {
+	const char *name;
+	const char *tenant; /* whose it is */
+	opd_dtype dtype;
+	uint32_t rank;
+	int64_t shape[OPD_RANK_MAX];
+	uint64_t bytes;
+	uint8_t sha256[32]; /* of the tensor's bytes, computed by the daemon */
+	bool all;           /* for every tenant, else for its own */
+	bool lasting;       /* until withdrawn, else as long as its session */
+	uint32_t holders;   /* handles of these bytes, in all sessions */
+	opd_handle handle;  /* this session's, of opd_publish and opd_open */
+} opd_publication;
+
+typedef struct opd_publication_list {
+	uint32_t count;
+	uint32_t reserved;
+	const opd_publication *publications; /* oldest first */
+} opd_publication_list;
+
+typedef struct opd_publish_options {
+	uint32_t struct_bytes;
+	bool all;
+	bool lasting;
+} opd_publish_options;
+
+/* Publishes a kept tensor, which is read-only from then on: donating it is FAILED_PRECONDITION. Name: 1 to 128 of A-Z a-z 0-9 _ . - : /, each tenant's own. The handle stays
+ * good, and names the bytes already there where the tenant has published the same before. The same name with the same contents again is no error; with others
+ * OPD_ALREADY_EXISTS. options NULL: for the own tenant, as long as this session. The publication is a document (opd_document_free). */
+OPD_API OPD_MUST_USE opd_status opd_publish(opd_client *client, opd_handle handle, const char *name, const opd_publish_options *options,
+                                            const opd_publication **publication_out, opd_error *error);
+/* A handle of what is published to this session's tenant (its own names first), to be freed like any other. It outlives the publication. OPD_NOT_FOUND. */
+OPD_API OPD_MUST_USE opd_status opd_open(opd_client *client, const char *name, const opd_publication **publication_out, opd_error *error);
+OPD_API OPD_MUST_USE opd_status opd_open_contents(opd_client *client, const uint8_t sha256[32], const opd_publication **publication_out, opd_error *error);
+/* The tenant's own (an administrator: anybody's). Those who have it keep it. */
+OPD_API OPD_MUST_USE opd_status opd_withdraw(opd_client *client, const char *name, opd_error *error);
+/* What this session may open (an administrator: all). */
+OPD_API OPD_MUST_USE opd_status opd_publications(opd_client *client, const opd_publication_list **list_out, opd_error *error);
 
 /* Frees kept tensors; requests submitted before it read them first. OPD_NOT_FOUND names the first that isn't there; the others are freed. */
 OPD_API OPD_MUST_USE opd_status opd_free(opd_client *client, const opd_handle *handles, size_t count, opd_error *error);

@@ -54,6 +54,22 @@ opd_status cpu_expect_output(const opd_impl *impl, const opd_call *call, uint32_
 	return OPD_OK;
 }
 
+opd_status cpu_expect_shape(const opd_impl *impl, const opd_call *call, uint32_t index, opd_dtype dtype, uint32_t rank,
+                            const int64_t *shape, opd_error *error)
+{
+	if (call->output_count <= index)
+		return opd_fail(error, OPD_INTERNAL, "%s: %u results, the kernel writes more", impl->op, call->output_count);
+	const opd_tensor *output = call->outputs[index];
+	bool same = output->dtype == dtype && output->rank == rank && opd_tensor_contiguous(output);
+	for (uint32_t i = 0; same && i < rank; i++)
+		same = output->shape[i] == shape[i];
+	if (!same)
+		return opd_fail(error, OPD_INTERNAL,
+		                "%s: result %u is %s of rank %u, or of another shape or layout than the kernel writes (%s of rank %u)", impl->op, index,
+		                opd_dtype_name(output->dtype), output->rank, opd_dtype_name(dtype), rank);
+	return OPD_OK;
+}
+
 struct steps {
 	const opd_exec *exec;
 	cpu_items_fn run;

@@ -15,6 +15,12 @@ extern const opd_impl cpu_fused_add_rms_norm;
 extern const opd_impl cpu_silu_and_mul;
 extern const opd_impl cpu_softmax;
 extern const opd_impl cpu_linear;
+extern const opd_impl cpu_attention;
+extern const opd_impl cpu_paged_attention;
+extern const opd_impl cpu_rotary_embedding;
+extern const opd_impl cpu_argmax;
+extern const opd_impl cpu_embedding;
+extern const opd_impl cpu_reshape_and_cache;
 
 static inline const struct cpu_kernels *cpu_kernels_of(const opd_impl *impl)
 {
@@ -27,12 +33,17 @@ static inline const opd_tensor *cpu_tensor(const opd_call *call, uint32_t index)
 	return call->args[index].kind == OPD_ARG_TENSOR ? call->args[index].tensor : NULL;
 }
 
-/* f32, bf16 or f16. Its other operands' dtypes follow from x's by the op's own rules, which the host has checked. */
+/* f32, bf16 or f16. Its other operands' dtypes follow from the first's by the op's own rules, which the host has checked. */
+static inline bool cpu_accept_dtype_of(const char *name, const opd_tensor *tensor, opd_reason *reason)
+{
+	if (cpu_dtype_index(tensor->dtype) == CPU_DTYPES)
+		return OPD_REFUSE(reason, OPD_REASON_DTYPE, "%s %s, only f32, bf16, f16", name, opd_dtype_name(tensor->dtype));
+	return true;
+}
+
 static inline bool cpu_accept_dtype(const opd_tensor *x, opd_reason *reason)
 {
-	if (cpu_dtype_index(x->dtype) == CPU_DTYPES)
-		return OPD_REFUSE(reason, OPD_REASON_DTYPE, "x %s, only f32, bf16, f16", opd_dtype_name(x->dtype));
-	return true;
+	return cpu_accept_dtype_of("x", x, reason);
 }
 
 /* Elements of the last dimension lie next to each other. NULL passes. */
@@ -52,6 +63,13 @@ static inline unsigned cpu_weight_index(const opd_tensor *x, const opd_tensor *w
 	if (weight == NULL)
 		return CPU_WEIGHT_NONE;
 	return weight->dtype == x->dtype ? CPU_WEIGHT_SAME : CPU_WEIGHT_F32;
+}
+
+/* Element of an index operand (i32 or i64) at a distance of elements. */
+static inline int64_t cpu_index(const opd_tensor *tensor, uint64_t offset)
+{
+	const void *data = opd_tensor_data(tensor);
+	return tensor->dtype == OPD_i32 ? ((const int32_t *)data)[offset] : ((const int64_t *)data)[offset];
 }
 
 /* A tensor as rows. */
@@ -76,6 +94,10 @@ static inline void *cpu_row(const struct cpu_rows *rows, uint64_t index)
  * a rank-0 result. */
 OPD_MUST_USE opd_status cpu_expect_output(const opd_impl *impl, const opd_call *call, uint32_t index, const opd_tensor *x, int64_t last,
                                           opd_error *error);
+
+/* OPD_INTERNAL unless result `index` is contiguous and has this dtype and shape [rank]. */
+OPD_MUST_USE opd_status cpu_expect_shape(const opd_impl *impl, const opd_call *call, uint32_t index, opd_dtype dtype, uint32_t rank,
+                                         const int64_t *shape, opd_error *error);
 
 /* Nanoseconds of a call on so many elements. */
 static inline uint64_t cpu_cost_ns(const struct cpu_cost *cost, opd_dtype dtype, uint64_t elements)

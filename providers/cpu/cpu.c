@@ -5,7 +5,10 @@
 #include "providers/cpu/call.h"
 #include "providers/cpu/isa.h"
 
-static const opd_impl *const cpu_templates[] = {&cpu_rms_norm, &cpu_fused_add_rms_norm, &cpu_silu_and_mul, &cpu_softmax, &cpu_linear};
+static const opd_impl *const cpu_templates[] = {
+	&cpu_rms_norm, &cpu_fused_add_rms_norm, &cpu_silu_and_mul, &cpu_softmax, &cpu_linear, &cpu_attention, &cpu_paged_attention,
+	&cpu_rotary_embedding, &cpu_reshape_and_cache, &cpu_embedding, &cpu_argmax,
+};
 
 #define IMPLS (sizeof cpu_templates / sizeof cpu_templates[0])
 

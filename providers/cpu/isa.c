@@ -9,7 +9,8 @@
 
 /* Costs: measured with one thread on a Zen 4 core, rows of 4096, operands in cache; linear with 4096x4096 weights from memory (README.md). */
 #define TABLE(set) .isa = #set, .norm = &cpu_norm_##set, .activation = &cpu_activation_##set, .softmax = &cpu_softmax_##set, \
-                   .linear = &cpu_linear_##set
+                   .linear = &cpu_linear_##set, .attend = &cpu_attend_##set, \
+                   .position = &cpu_position_##set
 
 static const struct cpu_kernels cpu_isa_baseline = {
 	TABLE(baseline),
@@ -21,6 +22,10 @@ static const struct cpu_kernels cpu_isa_baseline = {
 			.softmax = {30, {1570, 2100, 3000}},
 			.linear_weight = {100, {110, 170, 430}},
 			.linear_product_fs = 75000,
+			.attend_cache = {300, {110, 170, 430}},
+			.attend_product_fs = 250000,
+			.rotary = {30, {600, 1900, 4000}},
+			.argmax = {30, {400, 600, 1200}},
 		},
 };
 
@@ -35,6 +40,10 @@ static const struct cpu_kernels cpu_isa_avx2 = {
 			.softmax = {30, {470, 600, 530}},
 			.linear_weight = {100, {140, 58, 48}},
 			.linear_product_fs = 29000,
+			.attend_cache = {300, {140, 70, 70}},
+			.attend_product_fs = 60000,
+			.rotary = {30, {150, 350, 250}},
+			.argmax = {30, {120, 140, 140}},
 		},
 };
 
@@ -48,6 +57,10 @@ static const struct cpu_kernels cpu_isa_avx512 = {
 			.softmax = {30, {280, 375, 345}},
 			.linear_weight = {100, {135, 55, 50}},
 			.linear_product_fs = 27000,
+			.attend_cache = {300, {140, 70, 70}},
+			.attend_product_fs = 30000,
+			.rotary = {30, {110, 250, 180}},
+			.argmax = {30, {70, 80, 80}},
 		},
 };
 #endif

@@ -1,12 +1,13 @@
 /* The kernels of provider `cpu`, one table for each instruction set.
  *
  * Layer: providers/cpu. Threads: constants and pure functions; any number of threads at once.
- * A kernel does one row (or one tile); who calls it for which rows is rows.h's business, which is why results can't depend on how
+ * A kernel does one row (or one tile); who calls it for which rows is call.h's business, which is why results can't depend on how
  * work is split. Rows are contiguous, of any alignment. Dtypes are indexed by cpu_dtype_index.
- * Not here: predicates, checks, strides (norm.c, activation.c, softmax.c, linear.c). */
+ * Not here: predicates, checks, strides (norm.c and its like). */
 #ifndef OPD_CPU_KERNELS_H
 #define OPD_CPU_KERNELS_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -48,6 +49,40 @@ typedef void (*cpu_linear_pack_fn)(const void *source, size_t count, size_t padd
 /* y[n] = sums[n] + bias[n], rounded; bias may be NULL. */
 typedef void (*cpu_linear_finish_fn)(const float *sums, const void *bias, void *y, size_t count);
 
+/* Attention: query rows that share a pass over keys, and keys of one step of that pass. */
+#define CPU_ATTEND_ROWS 32
+#define CPU_ATTEND_KEYS 64
+
+/* Rows of a cache: row j lies at base + places[j]. `ahead` places are known, `count` are meant. */
+struct cpu_attend_run {
+	const unsigned char *base;
+	const uint64_t *places;
+	size_t count; /* at most CPU_ATTEND_KEYS */
+	size_t ahead;
+};
+
+/* A softmax whose scores come step by step: Σ e^(score − maximum). */
+struct cpu_attend_row {
+	float maximum;
+	float sum;
+};
+
+/* Heads of one token: `elements` in all, of which each head's first 2·half turn. */
+struct cpu_rotary {
+	size_t elements, head_size, half;
+};
+
+/* cos_sin: half cosines, then half sines. to may be from. */
+typedef void (*cpu_rotary_fn)(const void *from, const void *cos_sin, void *to, const struct cpu_rotary *shape);
+
+/* Index of the greatest of x [count], 1 to 2^31 − 1: the first of equals, the first NaN before all. */
+typedef size_t (*cpu_argmax_fn)(const void *x, size_t count);
+
+struct cpu_position_kernels {
+	cpu_rotary_fn rotary[CPU_DTYPES][2][2]; /* [cos_sin of the heads' dtype, f32][neighbours are pairs, halves are] */
+	cpu_argmax_fn argmax[CPU_DTYPES];
+};
+
 struct cpu_norm_kernels {
 	cpu_rms_norm_fn rms_norm[CPU_DTYPES][CPU_WEIGHTS];
 	cpu_fused_add_rms_norm_fn fused_add_rms_norm[CPU_DTYPES][CPU_WEIGHTS];
@@ -71,6 +106,25 @@ struct cpu_linear_kernels {
 	void (*tile)(const float *x, const float *weight, size_t padded, float *sums, size_t stride);
 };
 
+/* f32 rows of queries and mixed values are `padded` floats apart: the head size rounded up to whole vectors, zeros behind it. Scores and weights
+ * of a row are CPU_ATTEND_KEYS floats. Kernels of a dtype read whole vectors: head sizes that aren't go through pack. */
+struct cpu_attend_kernels {
+	size_t lanes;
+	/* to[j] = row j of the run. */
+	void (*pack[CPU_DTYPES])(const struct cpu_attend_run *run, size_t head_size, size_t padded, float *to);
+	/* scores[r][j] = query r · key j. */
+	void (*scores[CPU_DTYPES])(const float *query, size_t rows, size_t padded, const struct cpu_attend_run *run, float *scores);
+	/* One row's scores, times scale, to weights e^(score − maximum); maximum and sum go on. Returns what older weights shrink by. */
+	float (*weigh)(float *scores, size_t count, float scale, float *maximum, float *sum);
+	/* mixed[r] = mixed[r] · shrinks[r] + Σ weights[r][j] · value j. */
+	void (*mix[CPU_DTYPES])(const float *weights, const float *shrinks, size_t rows, size_t padded, const struct cpu_attend_run *run,
+	                        float *mixed);
+	/* Joins a part's softmax and mixed values to a row's. */
+	void (*merge)(struct cpu_attend_row *row, float *mixed, const struct cpu_attend_row *part, const float *part_mixed, size_t padded);
+	/* y = mixed / sum, rounded. */
+	void (*finish[CPU_DTYPES])(const float *mixed, float sum, void *y, size_t head_size);
+};
+
 /* Thousandths of a nanosecond an element of the work's longer operand, and nanoseconds a call, on one thread. */
 struct cpu_cost {
 	uint32_t call_ns;
@@ -84,6 +138,10 @@ struct cpu_costs {
 	struct cpu_cost softmax;            /* elements of x */
 	struct cpu_cost linear_weight;      /* elements of weight, read once */
 	uint32_t linear_product_fs;         /* femtoseconds a product */
+	struct cpu_cost attend_cache;       /* elements of keys and values, read once */
+	struct cpu_cost rotary;             /* elements of query and key */
+	struct cpu_cost argmax;             /* elements of x */
+	uint32_t attend_product_fs;         /* femtoseconds a product of a score or a result */
 };
 
 struct cpu_kernels {
@@ -92,6 +150,8 @@ struct cpu_kernels {
 	const struct cpu_activation_kernels *activation;
 	const struct cpu_softmax_kernels *softmax;
 	const struct cpu_linear_kernels *linear;
+	const struct cpu_attend_kernels *attend;
+	const struct cpu_position_kernels *position;
 	struct cpu_costs costs;
 };
 
@@ -113,7 +173,9 @@ struct cpu_kernels {
 	extern const struct cpu_norm_kernels cpu_norm_##isa;             \
 	extern const struct cpu_activation_kernels cpu_activation_##isa; \
 	extern const struct cpu_softmax_kernels cpu_softmax_##isa;       \
-	extern const struct cpu_linear_kernels cpu_linear_##isa;
+	extern const struct cpu_linear_kernels cpu_linear_##isa;         \
+	extern const struct cpu_attend_kernels cpu_attend_##isa;         \
+	extern const struct cpu_position_kernels cpu_position_##isa;
 CPU_ISA_MAP(X)
 #undef X
 

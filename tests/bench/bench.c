@@ -18,15 +18,17 @@ static const struct {
 	void (*run)(struct bench *bench);
 } benchmarks[] = {
     {"latency", bench_latency},         {"rate", bench_rate},     {"bulk", bench_bulk},
-    {"connections", bench_connections}, {"counts", bench_counts},
+    {"connections", bench_connections}, {"counts", bench_counts}, {"graph", bench_graph},
 };
 #define BENCHMARKS (sizeof benchmarks / sizeof benchmarks[0])
 
 static _Noreturn void usage(FILE *to, int code)
 {
-	(void)fprintf(to, "usage: opd-bench --daemon FILE [--counter FILE] [--quick] [NAME...]\n"
+	(void)fprintf(to, "usage: opd-bench --daemon FILE [--counter FILE] [--minimal FILE] [--grpc FILE] [--quick] [NAME...]\n"
 	                  "  --daemon FILE   the opd binary to measure\n"
 	                  "  --counter FILE  the library that counts a daemon's allocations and system calls\n"
+	                  "  --minimal FILE  the program of the minimal peer; without it, its rows are skipped\n"
+	                  "  --grpc FILE     the program of the gRPC peer; likewise\n"
 	                  "  --quick         short blocks: a look, not a measurement\n"
 	                  "names:");
 	for (size_t i = 0; i < BENCHMARKS; i++)
@@ -35,11 +37,19 @@ static _Noreturn void usage(FILE *to, int code)
 	exit(code);
 }
 
-static void options_parse(struct bench *bench, int argc, char **argv)
+/* Of the peers; NULL: not there. */
+struct programs {
+	const char *minimal;
+	const char *grpc;
+};
+
+static void options_parse(struct bench *bench, struct programs *programs, int argc, char **argv)
 {
 	static const struct option options[] = {
 	    {"daemon", required_argument, NULL, 'd'},
 	    {"counter", required_argument, NULL, 'c'},
+	    {"minimal", required_argument, NULL, 'm'},
+	    {"grpc", required_argument, NULL, 'g'},
 	    {"quick", no_argument, NULL, 'q'},
 	    {"help", no_argument, NULL, 'h'},
 	    {NULL, 0, NULL, 0},
@@ -49,6 +59,10 @@ static void options_parse(struct bench *bench, int argc, char **argv)
 			bench->binary = optarg;
 		else if (option == 'c')
 			bench->counter = optarg;
+		else if (option == 'm')
+			programs->minimal = optarg;
+		else if (option == 'g')
+			programs->grpc = optarg;
 		else if (option == 'q')
 			bench->quick = true;
 		else
@@ -97,19 +111,28 @@ static void benchmark_run(struct bench *bench, const char *name)
 
 int main(int argc, char **argv)
 {
-	struct bench bench = {.directory = "/tmp/opd-bench-XXXXXX"};
-	options_parse(&bench, argc, argv);
+	struct bench bench = {
+	    .directory = "/tmp/opd-bench-XXXXXX",
+	    .peers = {{.name = "minimal", .why_skipped = "no --minimal", .divisor = 1},
+	              {.name = "grpc", .why_skipped = "not built: tests/install.sh bench, then cmake again", .divisor = 8}},
+	};
+	struct programs programs = {0};
+	options_parse(&bench, &programs, argc, argv);
 	(void)pin_allowed();
 	raise_descriptors();
 	if (mkdtemp(bench.directory) == NULL)
 		bench_fail("%s: %s", bench.directory, strerror(errno));
 	machine_print(&bench);
 	floor_start(&bench.floor, bench.directory);
+	peer_start(&bench.peers[0], programs.minimal, bench.directory);
+	peer_start(&bench.peers[1], programs.grpc, bench.directory);
 	uint64_t begin = clock_ns();
 	for (int i = optind; i < argc; i++)
 		benchmark_run(&bench, argv[i]);
 	for (size_t i = 0; optind == argc && i < BENCHMARKS; i++)
 		benchmark_run(&bench, benchmarks[i].name);
+	for (int i = 0; i < PEERS; i++)
+		peer_stop(&bench.peers[i]);
 	floor_stop(&bench.floor);
 	(void)rmdir(bench.directory);
 	report_note("\n%.0f s", (double)(clock_ns() - begin) / 1e9);

@@ -12,6 +12,7 @@
 #include "opd/client.h"
 #include "tests/bench/daemon.h"
 #include "tests/bench/floor.h"
+#include "tests/bench/peers.h"
 #include "tests/bench/report.h"
 
 struct bench {
@@ -20,6 +21,7 @@ struct bench {
 	const char *counter; /* path of the preloaded counter (counter.h); NULL: not built */
 	char directory[64];  /* for sockets */
 	struct floor_server floor;
+	struct peer peers[PEERS];
 };
 
 /* Each starts a daemon of its own and prints one section. */
@@ -28,6 +30,7 @@ void bench_rate(struct bench *bench);
 void bench_bulk(struct bench *bench);
 void bench_connections(struct bench *bench);
 void bench_counts(struct bench *bench);
+void bench_graph(struct bench *bench);
 
 /* ---- Placement ---- */
 
@@ -39,7 +42,7 @@ struct placement {
 };
 extern const struct placement placement_same, placement_two;
 
-/* Pins the caller to the client's core, and the floor and all threads of the daemon to the server's. */
+/* Pins the caller and the peers' clients to the client's core; the floor, the peers and all threads of the daemon to the server's. */
 void placement_apply(const struct placement *placement, const struct bench *bench, const struct daemon *daemon);
 
 /* ---- Calls ---- */

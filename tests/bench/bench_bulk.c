@@ -83,12 +83,14 @@ struct bulk_case {
 	opd_request *(*build)(opd_client *client, const float *data);
 	struct floor_shape shape;
 	report_bound bound;
+	const char *peer_op;
+	const char *peer_before; /* NULL: nothing has to be there */
 };
 
 static const struct bulk_case cases[] = {
-    {"64 MiB up (two elements read)", request_probe, {BULK_BYTES, SMALL_BYTES, 1}, REPORT_RATIO_MIN},
-    {"64 MiB up, relu, result kept", request_upload, {BULK_BYTES, SMALL_BYTES, 1}, REPORT_NO_TARGET},
-    {"64 MiB down (relu of a kept one)", request_download, {SMALL_BYTES, BULK_BYTES, 1}, REPORT_RATIO_MIN},
+    {"64 MiB up (two elements read)", request_probe, {BULK_BYTES, SMALL_BYTES, 1}, REPORT_RATIO_MIN, "probe", NULL},
+    {"64 MiB up, relu, result kept", request_upload, {BULK_BYTES, SMALL_BYTES, 1}, REPORT_NO_TARGET, "keep", NULL},
+    {"64 MiB down (relu of a kept one)", request_download, {SMALL_BYTES, BULK_BYTES, 1}, REPORT_RATIO_MIN, "fetch", "keep"},
 };
 
 static double rate_gib(uint64_t bytes, uint64_t ns)
@@ -112,6 +114,22 @@ static uint64_t opd_transfers(opd_client *client, const opd_request *request)
 	return ns;
 }
 
+/* What must be there, and warm memory. */
+static void bulk_peer_begin(struct peer *peer, bool tcp, const struct bulk_case *bulk)
+{
+	peer_connect(peer, tcp);
+	if (bulk->peer_before != NULL)
+		(void)peer_block(peer, bulk->peer_before, (size_t)BULK_ELEMENTS, 1, 1, true);
+	(void)peer_block(peer, bulk->peer_op, (size_t)BULK_ELEMENTS, 1, 1, true);
+}
+
+static void bulk_peer_round(struct peer *peer, const struct bulk_case *bulk, double floor, double opd, struct peer_series *series)
+{
+	struct peer_block block = peer_block(peer, bulk->peer_op, (size_t)BULK_ELEMENTS, TRANSFERS, 1, true);
+	if (block.total_ns > block.kernel_ns)
+		peer_series_add(series, rate_gib(block.calls * BULK_BYTES, block.total_ns - block.kernel_ns), 0, floor, opd);
+}
+
 static void bulk_run(struct bench *bench, const struct daemon *daemon, bool tcp, const struct bulk_case *bulk, float *data,
                      void *room)
 {
@@ -124,10 +142,15 @@ static void bulk_run(struct bench *bench, const struct daemon *daemon, bool tcp,
 	placement_apply(&placement_two, bench, daemon);
 	(void)floor_transfers(fd, &bulk->shape, data, room);
 	(void)opd_transfers(client, request);
+	struct peer_series peers[PEERS] = {0};
+	for (int p = 0; p < PEERS; p++)
+		bulk_peer_begin(&bench->peers[p], tcp, bulk);
 	for (unsigned i = 0; i < rounds; i++) {
 		floor[i] = rate_gib(TRANSFERS * BULK_BYTES, floor_transfers(fd, &bulk->shape, data, room));
 		opd[i] = rate_gib(TRANSFERS * BULK_BYTES, opd_transfers(client, request));
 		ratio[i] = opd[i] / floor[i];
+		for (int p = 0; p < PEERS; p++)
+			bulk_peer_round(&bench->peers[p], bulk, floor[i], opd[i], &peers[p]);
 	}
 	(void)snprintf(what, sizeof what, "%s, %s, %s", bulk->name, tcp ? "TCP" : "Unix", placement_two.name);
 	(void)snprintf(note, sizeof note, "ratios %.2f to %.2f", report_quantile(ratio, rounds, 0.1),
@@ -141,6 +164,10 @@ static void bulk_run(struct bench *bench, const struct daemon *daemon, bool tcp,
 	                                .bound = bulk->bound,
 	                                .limit = 0.9,
 	                                .note = note});
+	for (int p = 0; p < PEERS; p++) {
+		peer_series_print(&peers[p], &bench->peers[p], "GiB/s", false);
+		peer_close(&bench->peers[p]);
+	}
 	(void)close(fd);
 	opd_request_destroy(request);
 	opd_close(client);

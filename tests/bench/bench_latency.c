@@ -12,8 +12,20 @@
 static const double quantiles[QUANTILES] = {0.5, 0.9, 0.99};
 static const char *const quantile_names[QUANTILES] = {"p50", "p90", "p99"};
 
-/* Both ends of one transport, ready to be called. */
+/* A call as opd makes it and as the peers do. */
+struct latency_case {
+	const char *name;
+	call_build_fn build;
+	const char *peer_op;
+	size_t elements;
+};
+static const struct latency_case norm_case = {"rms_norm 1x4096 f32", call_norm, "rms_norm", 4096};
+static const struct latency_case tiny_case = {"relu 16 f32", call_tiny, "relu", 16};
+
+/* All ends of one transport, ready to be called. */
 struct duel {
+	const struct latency_case *what;
+	struct peer *peers; /* PEERS */
 	struct floor_shape shape;
 	int fd;
 	void *request_bytes;
@@ -22,18 +34,25 @@ struct duel {
 	opd_request *request;
 };
 
-static void duel_init(struct duel *duel, const struct bench *bench, const struct daemon *daemon, bool tcp, call_build_fn build)
+static void duel_init(struct duel *duel, struct bench *bench, const struct daemon *daemon, bool tcp,
+                      const struct latency_case *what)
 {
-	duel->shape = call_shape(daemon, build, 1);
+	duel->what = what;
+	duel->peers = bench->peers;
+	for (int i = 0; i < PEERS; i++)
+		peer_connect(&duel->peers[i], tcp);
+	duel->shape = call_shape(daemon, what->build, 1);
 	duel->fd = floor_connect(&bench->floor, tcp, &duel->shape);
 	duel->request_bytes = floor_memory(duel->shape.request_bytes);
 	duel->reply_bytes = floor_memory(duel->shape.reply_bytes);
 	duel->client = call_connect(tcp ? daemon->tcp_address : daemon->unix_address);
-	duel->request = build(duel->client);
+	duel->request = what->build(duel->client);
 }
 
 static void duel_fini(struct duel *duel)
 {
+	for (int i = 0; i < PEERS; i++)
+		peer_close(&duel->peers[i]);
 	opd_request_destroy(duel->request);
 	opd_close(duel->client);
 	(void)close(duel->fd);
@@ -67,7 +86,19 @@ struct figures {
 	double opd[QUANTILES][ROUNDS_MAX];
 	double kernel[ROUNDS_MAX];
 	double ratio[QUANTILES][ROUNDS_MAX];
+	struct peer_series peers[PEERS][QUANTILES];
 };
+
+/* After the round's floor and opd. */
+static void peer_round(struct duel *duel, unsigned calls, unsigned round, int peer, struct figures *figures)
+{
+	struct peer_block block = peer_block(&duel->peers[peer], duel->what->peer_op, duel->what->elements, calls, 1, false);
+	struct peer_block timed = peer_block(&duel->peers[peer], duel->what->peer_op, duel->what->elements, 100, 1, true);
+	double kernel = (double)timed.kernel_ns / (double)timed.calls / 1e3;
+	for (int q = 0; q < QUANTILES; q++)
+		peer_series_add(&figures->peers[peer][q], (double)block.quantile_ns[q] / 1e3, kernel, figures->floor[q][round],
+		                figures->opd[q][round] - figures->kernel[round]);
+}
 
 static void duel_round(struct duel *duel, unsigned calls, unsigned round, struct figures *figures)
 {
@@ -80,9 +111,12 @@ static void duel_round(struct duel *duel, unsigned calls, unsigned round, struct
 		figures->opd[q][round] = (double)histogram_quantile(&opd, quantiles[q]) / 1e3;
 		figures->ratio[q][round] = (figures->opd[q][round] - figures->kernel[round]) / figures->floor[q][round];
 	}
+	for (int i = 0; i < PEERS; i++)
+		peer_round(duel, calls, round, i, figures);
 }
 
-static void figures_print(struct figures *figures, unsigned rounds, const char *title, report_bound bound, double limit)
+static void figures_print(struct figures *figures, const struct duel *duel, unsigned rounds, const char *title,
+                          report_bound bound)
 {
 	for (int q = 0; q < QUANTILES; q++) {
 		char what[128], note[64];
@@ -97,28 +131,33 @@ static void figures_print(struct figures *figures, unsigned rounds, const char *
 		    .kernel = report_median(figures->kernel, rounds),
 		    .ratio = report_median(figures->ratio[q], rounds),
 		    .bound = q == 0 ? bound : REPORT_NO_TARGET,
-		    .limit = limit,
+		    .limit = 1.25,
 		    .note = note,
 		});
+		for (int i = 0; i < PEERS; i++)
+			peer_series_print(&figures->peers[i][q], &duel->peers[i], "us", true);
 	}
 }
 
 static void latency_run(struct bench *bench, const struct daemon *daemon, const struct placement *placement, bool tcp,
-                        call_build_fn build, const char *name, bool target)
+                        const struct latency_case *what, bool target)
 {
 	unsigned rounds = bench->quick ? 5 : ROUNDS_MAX, calls = bench->quick ? 500 : 2000;
 	static struct figures figures;
 	static struct histogram warm;
 	struct duel duel;
 	char title[96];
-	duel_init(&duel, bench, daemon, tcp, build);
+	memset(&figures, 0, sizeof figures);
+	duel_init(&duel, bench, daemon, tcp, what);
 	placement_apply(placement, bench, daemon);
 	floor_block(&duel, calls / 4, &warm);
 	opd_block(&duel, calls / 4, &warm);
+	for (int i = 0; i < PEERS; i++)
+		(void)peer_block(&duel.peers[i], what->peer_op, what->elements, calls / 4, 1, false);
 	for (unsigned round = 0; round < rounds; round++)
 		duel_round(&duel, calls, round, &figures);
-	(void)snprintf(title, sizeof title, "%s, %s, %s", name, tcp ? "TCP" : "Unix", placement->name);
-	figures_print(&figures, rounds, title, target ? REPORT_RATIO_MAX : REPORT_NO_TARGET, 1.25);
+	(void)snprintf(title, sizeof title, "%s, %s, %s", what->name, tcp ? "TCP" : "Unix", placement->name);
+	figures_print(&figures, &duel, rounds, title, target ? REPORT_RATIO_MAX : REPORT_NO_TARGET);
 	if (placement == &placement_same)
 		report_note("    (%llu bytes to the server, %llu back)", (unsigned long long)duel.shape.request_bytes,
 		            (unsigned long long)duel.shape.reply_bytes);
@@ -130,10 +169,10 @@ void bench_latency(struct bench *bench)
 	struct daemon daemon;
 	daemon_start(&daemon, bench->binary, bench->directory, NULL);
 	report_section("One op at a time, against a libuv echo of the same bytes; the ratio is without the kernel's time");
-	latency_run(bench, &daemon, &placement_same, false, call_norm, "rms_norm 1x4096 f32", true);
-	latency_run(bench, &daemon, &placement_same, true, call_norm, "rms_norm 1x4096 f32", true);
-	latency_run(bench, &daemon, &placement_two, false, call_norm, "rms_norm 1x4096 f32", false);
-	latency_run(bench, &daemon, &placement_two, true, call_norm, "rms_norm 1x4096 f32", false);
-	latency_run(bench, &daemon, &placement_same, false, call_tiny, "relu 16 f32", false);
+	latency_run(bench, &daemon, &placement_same, false, &norm_case, true);
+	latency_run(bench, &daemon, &placement_same, true, &norm_case, true);
+	latency_run(bench, &daemon, &placement_two, false, &norm_case, false);
+	latency_run(bench, &daemon, &placement_two, true, &norm_case, false);
+	latency_run(bench, &daemon, &placement_same, false, &tiny_case, false);
 	daemon_stop(&daemon);
 }

@@ -49,11 +49,32 @@ static double per_second(uint64_t count, uint64_t ns)
 	return (double)count * 1e9 / (double)ns;
 }
 
+/* A call as opd makes it and as the peers do. */
+struct rate_case {
+	const char *name;
+	call_build_fn build;
+	const char *peer_op;
+	size_t elements;
+};
+static const struct rate_case norm_case = {"rms_norm 1x4096 f32", call_norm, "rms_norm", 4096};
+static const struct rate_case tiny_case = {"relu 16 f32 (64 bytes)", call_tiny, "relu", 16};
+
 struct rates {
 	double floor[ROUNDS_MAX];
 	double opd[ROUNDS_MAX];
 	double ratio[ROUNDS_MAX];
+	struct peer_series peers[PEERS];
 };
+
+/* After the round's floor and opd. */
+static void rate_peers(struct bench *bench, const struct rate_case *what, uint64_t calls, unsigned round, struct rates *rates)
+{
+	for (int i = 0; i < PEERS; i++) {
+		struct peer_block block = peer_block(&bench->peers[i], what->peer_op, what->elements, calls, IN_FLIGHT, false);
+		if (block.total_ns != 0)
+			peer_series_add(&rates->peers[i], per_second(block.calls, block.total_ns), 0, rates->floor[round], rates->opd[round]);
+	}
+}
 
 static void rates_print(struct rates *rates, unsigned rounds, const char *what, report_bound bound, double limit)
 {
@@ -72,27 +93,36 @@ static void rates_print(struct rates *rates, unsigned rounds, const char *what, 
 }
 
 static void rate_single(struct bench *bench, const struct daemon *daemon, const struct placement *placement, bool tcp,
-                        call_build_fn build, const char *name, uint64_t total, double limit)
+                        const struct rate_case *what, uint64_t total, double limit)
 {
 	unsigned rounds = bench->quick ? 3 : ROUNDS_MAX;
 	uint64_t calls = bench->quick ? total / 4 : total;
-	struct floor_shape shape = call_shape(daemon, build, IN_FLIGHT);
+	struct floor_shape shape = call_shape(daemon, what->build, IN_FLIGHT);
 	int fd = floor_connect(&bench->floor, tcp, &shape);
 	void *memory = floor_memory(floor_pipeline_bytes(&shape));
 	opd_client *client = call_connect(tcp ? daemon->tcp_address : daemon->unix_address);
-	opd_request *request = build(client);
-	struct rates rates;
-	char what[96];
+	opd_request *request = what->build(client);
+	struct rates rates = {0};
+	char title[96];
+	for (int i = 0; i < PEERS; i++)
+		peer_connect(&bench->peers[i], tcp);
 	placement_apply(placement, bench, daemon);
 	(void)floor_pipeline(fd, &shape, calls / 8, memory);
 	(void)rate_pipeline(client, request, calls / 8, IN_FLIGHT);
+	for (int i = 0; i < PEERS; i++)
+		(void)peer_block(&bench->peers[i], what->peer_op, what->elements, calls / 8, IN_FLIGHT, false);
 	for (unsigned i = 0; i < rounds; i++) {
 		rates.floor[i] = per_second(calls, floor_pipeline(fd, &shape, calls, memory));
 		rates.opd[i] = per_second(calls, rate_pipeline(client, request, calls, IN_FLIGHT));
 		rates.ratio[i] = rates.opd[i] / rates.floor[i];
+		rate_peers(bench, what, calls, i, &rates);
 	}
-	(void)snprintf(what, sizeof what, "%s, %s, %s", name, tcp ? "TCP" : "Unix", placement->name);
-	rates_print(&rates, rounds, what, limit > 0 ? REPORT_VALUE_MIN : REPORT_NO_TARGET, limit);
+	(void)snprintf(title, sizeof title, "%s, %s, %s", what->name, tcp ? "TCP" : "Unix", placement->name);
+	rates_print(&rates, rounds, title, limit > 0 ? REPORT_VALUE_MIN : REPORT_NO_TARGET, limit);
+	for (int i = 0; i < PEERS; i++) {
+		peer_series_print(&rates.peers[i], &bench->peers[i], "ops/s", false);
+		peer_close(&bench->peers[i]);
+	}
 	opd_request_destroy(request);
 	opd_close(client);
 	(void)close(fd);
@@ -197,12 +227,12 @@ void bench_rate(struct bench *bench)
 	struct daemon daemon;
 	daemon_start(&daemon, bench->binary, bench->directory, NULL);
 	report_section("64 in flight, against a libuv echo of the same bytes that coalesces; the kernel is counted in");
-	rate_single(bench, &daemon, &placement_two, false, call_norm, "rms_norm 1x4096 f32", 40000, 133000);
-	rate_single(bench, &daemon, &placement_two, true, call_norm, "rms_norm 1x4096 f32", 40000, 73000);
-	rate_single(bench, &daemon, &placement_same, false, call_norm, "rms_norm 1x4096 f32", 20000, 0);
-	rate_single(bench, &daemon, &placement_two, false, call_tiny, "relu 16 f32 (64 bytes)", 200000, 600000);
-	rate_single(bench, &daemon, &placement_two, true, call_tiny, "relu 16 f32 (64 bytes)", 200000, 0);
-	rate_single(bench, &daemon, &placement_same, false, call_tiny, "relu 16 f32 (64 bytes)", 100000, 0);
+	rate_single(bench, &daemon, &placement_two, false, &norm_case, 40000, 133000);
+	rate_single(bench, &daemon, &placement_two, true, &norm_case, 40000, 73000);
+	rate_single(bench, &daemon, &placement_same, false, &norm_case, 20000, 0);
+	rate_single(bench, &daemon, &placement_two, false, &tiny_case, 200000, 600000);
+	rate_single(bench, &daemon, &placement_two, true, &tiny_case, 200000, 0);
+	rate_single(bench, &daemon, &placement_same, false, &tiny_case, 100000, 0);
 	rate_clients(bench, &daemon, &placement_two, call_norm, "rms_norm 1x4096 f32");
 	rate_clients(bench, &daemon, &placement_two, call_tiny, "relu 16 f32 (64 bytes)");
 	daemon_stop(&daemon);

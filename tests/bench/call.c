@@ -17,6 +17,8 @@ void placement_apply(const struct placement *placement, const struct bench *benc
 	int server = placement->server < last ? placement->server : last;
 	if (!pin_self(placement->client) || !pin_process(bench->floor.pid, server) || !pin_process(daemon->pid, server))
 		bench_fail("can't pin the processes to cores %d and %d", placement->client, server);
+	for (int i = 0; i < PEERS; i++)
+		peer_pin(&bench->peers[i], server, placement->client);
 }
 
 opd_client *call_connect(const char *address)

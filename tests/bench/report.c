@@ -66,6 +66,19 @@ void report_row(const struct report_row *row)
 	(void)fflush(stdout);
 }
 
+void report_peer(const struct report_row *row)
+{
+	char what[64], value[32], kernel[32], ratio[32];
+	(void)snprintf(what, sizeof what, "  peer: %s", row->what);
+	number_format(value, sizeof value, row->value);
+	number_format(kernel, sizeof kernel, row->kernel);
+	number_format(ratio, sizeof ratio, row->ratio);
+	bool skipped = row->value <= 0;
+	printf("%-58s %-7s %10s %10s %9s %7s  %-16s %s\n", what, row->unit, "", skipped ? "skipped" : value, skipped ? "-" : kernel,
+	       skipped ? "-" : ratio, "", row->note);
+	(void)fflush(stdout);
+}
+
 void report_note(const char *format, ...)
 {
 	va_list args;

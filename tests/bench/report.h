@@ -33,6 +33,9 @@ struct report_row {
 /* A heading, with the columns' names below it. */
 void report_section(const char *title);
 void report_row(const struct report_row *row);
+/* A peer's row, below the one it is compared with: its figure stands in opd's column, `note` says how opd compares. With value 0
+ * the peer was skipped, and `note` says why. */
+void report_peer(const struct report_row *row);
 /* A free line below the rows. */
 void report_note(const char *format, ...) __attribute__((format(printf, 1, 2)));
 

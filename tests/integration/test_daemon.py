@@ -39,6 +39,15 @@ def slow_request(size=256):
     return request, data
 
 
+def listens(path):
+    """A socket file is there a moment before it listens."""
+    try:
+        Client("unix:" + path).close()
+        return True
+    except OSError:
+        return False
+
+
 class WithFolder(unittest.TestCase):
     def start(self, *flags, **options):
         daemon = Daemon(*flags, **options)
@@ -471,7 +480,7 @@ class Logs(WithFolder):
         process = subprocess.Popen([harness.OPD, "--listen", "unix:" + path, "--log-level", "debug"], stderr=subprocess.PIPE)
         self.addCleanup(process.stderr.close)
         self.addCleanup(process.kill)
-        wait_until(lambda: os.path.exists(path))
+        wait_until(lambda: listens(path))
         for _ in range(600):  # more lines than a pipe of 64 KiB holds
             with Client("unix:" + path) as client:
                 client.call(run("no_such_op_%s" % ("x" * 90)))

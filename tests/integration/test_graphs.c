@@ -1,4 +1,5 @@
-/* Graphs, asked of a whole daemon through the client library: what they compute, how often they are dispatched, what becomes of states, what is refused. */
+/* Graphs, asked of a whole daemon through the client library: what they compute, how often they are dispatched, what becomes of
+ * states, what is refused. */
 #include <check.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -50,8 +51,8 @@ static opd_value scale_by(opd_graph *graph, const char *name, opd_value x, doubl
 static opd_value add_to(opd_graph *graph, const char *name, opd_value x, opd_value by, bool donate, const char *provider)
 {
 	opd_request *node = opd_request_create("lab_add");
-	opd_request_tensor(node, NULL,
-	                   &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_VALUE, .donate = donate, .value = x});
+	opd_request_tensor(
+	    node, NULL, &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_VALUE, .donate = donate, .value = x});
 	opd_request_value(node, NULL, by);
 	if (provider != NULL)
 		opd_request_priority(node, &provider, 1);
@@ -97,7 +98,8 @@ static void fails(opd_request *request, opd_status expected, const char *part)
 {
 	opd_result *result = NULL;
 	opd_status status = opd_run(client, request, &result, &error);
-	ck_assert_msg(status == expected, "%s instead of %s: %s", opd_status_name(status), opd_status_name(expected), status == OPD_OK ? "" : error.text);
+	ck_assert_msg(status == expected, "%s instead of %s: %s", opd_status_name(status), opd_status_name(expected),
+	              status == OPD_OK ? "" : error.text);
 	says(part);
 	ck_assert_uint_eq(result == NULL ? 0 : opd_result_count(result), 0);
 	opd_result_destroy(result);
@@ -135,7 +137,8 @@ static opd_handle kept_of(int64_t elements, double factor)
 static opd_request *read_of(opd_handle handle)
 {
 	opd_request *request = opd_request_create("lab_scale");
-	opd_request_tensor(request, NULL, &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_HANDLE, .handle = handle});
+	opd_request_tensor(request, NULL,
+	                   &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_HANDLE, .handle = handle});
 	opd_request_float(request, "factor", 1);
 	return request;
 }
@@ -208,7 +211,8 @@ START_TEST(a_rerun_is_not_dispatched_again_until_something_changes)
 	ck_assert_str_eq(opd_result_graph(result)->nodes[0].explain.level, "session");
 	opd_result_destroy(result);
 	ck_assert_uint_eq(dispatches(), before + 3);
-	ck_assert_int_eq(registry_set_shape(house.server->registry, "lab_scale", lab_shape_longer, &error), OPD_OK); /* another snapshot */
+	ck_assert_int_eq(registry_set_shape(house.server->registry, "lab_scale", lab_shape_longer, &error),
+	                 OPD_OK); /* another snapshot */
 	fails(run_of(id, 16), OPD_INTERNAL, "node 'twofold'");
 }
 END_TEST
@@ -258,13 +262,25 @@ START_TEST(views_of_inputs_and_outputs_are_read_in_place)
 	opd_graph *graph = opd_graph_create("views");
 	opd_value x = opd_graph_input(graph, "x");
 	opd_request *node = opd_request_create("relu");
-	opd_request_tensor(node, NULL, &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_VALUE, .dtype = OPD_f32, .rank = 1,
-	                                              .shape = four, .byte_offset = 16, .value = x});
+	opd_request_tensor(node, NULL,
+	                   &(opd_operand){.struct_bytes = sizeof(opd_operand),
+	                                  .source = OPD_FROM_VALUE,
+	                                  .dtype = OPD_f32,
+	                                  .rank = 1,
+	                                  .shape = four,
+	                                  .byte_offset = 16,
+	                                  .value = x});
 	opd_value part = opd_graph_node(graph, "part", node);
 	opd_request_destroy(node);
 	node = opd_request_create("relu");
-	opd_request_tensor(node, NULL, &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_VALUE, .dtype = OPD_f32, .rank = 2,
-	                                              .shape = two, .strides = twisted, .value = part});
+	opd_request_tensor(node, NULL,
+	                   &(opd_operand){.struct_bytes = sizeof(opd_operand),
+	                                  .source = OPD_FROM_VALUE,
+	                                  .dtype = OPD_f32,
+	                                  .rank = 2,
+	                                  .shape = two,
+	                                  .strides = twisted,
+	                                  .value = part});
 	opd_graph_output(graph, "y", opd_graph_node(graph, "turned", node));
 	opd_request_destroy(node);
 	uint64_t id = registered(graph);
@@ -275,6 +291,54 @@ START_TEST(views_of_inputs_and_outputs_are_read_in_place)
 	ck_assert(data[0] == 5 && data[1] == 7 && data[2] == 6 && data[3] == 8);
 	opd_result_destroy(result);
 	fails(run_of(id, 6), OPD_INVALID_ARGUMENT, "node 'part': relu: x of f32, shape [4]");
+}
+END_TEST
+
+/* One graph for prompts of any length. */
+START_TEST(a_view_may_take_its_first_extent_from_what_it_views)
+{
+	static const int64_t halves[] = {-1, 1, 2}, columns[] = {-1, 1}, apart[] = {4, 1}, too_wide[] = {-1, 5};
+	opd_graph *graph = opd_graph_create("open");
+	opd_value x = opd_graph_input(graph, "x");
+	const opd_operand views[] = {
+	    {.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_VALUE, .dtype = OPD_f32, .rank = 3, .shape = halves, .value = x},
+	    {.struct_bytes = sizeof(opd_operand),
+	     .source = OPD_FROM_VALUE,
+	     .dtype = OPD_f32,
+	     .rank = 2,
+	     .shape = columns,
+	     .strides = apart,
+	     .byte_offset = 8,
+	     .value = x},
+	    {.struct_bytes = sizeof(opd_operand),
+	     .source = OPD_FROM_VALUE,
+	     .dtype = OPD_f32,
+	     .rank = 2,
+	     .shape = too_wide,
+	     .value = x},
+	};
+	uint64_t ids[2];
+	for (uint32_t i = 0; i < 3; i++) {
+		opd_request *node = opd_request_create("relu");
+		opd_request_tensor(node, NULL, &views[i]);
+		opd_graph_output(graph, NULL, opd_graph_node(graph, NULL, node));
+		opd_request_destroy(node);
+		if (i != 0)
+			OK(opd_graph_register(client, graph, &ids[i - 1], &error));
+	}
+	opd_graph_destroy(graph);
+	for (int64_t rows = 1; rows <= 3; rows++) {
+		opd_request *request = opd_request_graph(ids[0]);
+		opd_request_tensor(request, NULL, &(opd_operand)OPD_OPERAND(OPD_f32, values, rows, 4));
+		opd_result *result = run(request);
+		ck_assert_int_eq(opd_result_tensor(result, 0)->shape[0], rows);
+		ck_assert_int_eq(opd_result_tensor(result, 1)->shape[0], rows);
+		ck_assert_float_eq(((const float *)opd_tensor_data(opd_result_tensor(result, 1)))[rows - 1], (float)(4 * rows - 1));
+		opd_result_destroy(result);
+	}
+	opd_request *request = opd_request_graph(ids[1]);
+	opd_request_tensor(request, NULL, &(opd_operand)OPD_OPERAND(OPD_f32, values, 3, 4));
+	fails(request, OPD_INVALID_ARGUMENT, "node 'n2': relu: x of f32, shape [3, 5]");
 }
 END_TEST
 
@@ -303,7 +367,8 @@ START_TEST(results_are_kept_and_named_by_later_requests)
 	OK(opd_submit(client, request, &ticket, &error));
 	/* answered or not: the next run reads it */
 	opd_request *next = opd_request_graph(id);
-	opd_request_tensor(next, "x", &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_RESULT, .ticket = ticket});
+	opd_request_tensor(next, "x",
+	                   &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_RESULT, .ticket = ticket});
 	gives(next, 36);
 	opd_result *result;
 	OK(opd_wait(client, ticket, UINT64_MAX, &result, &error));
@@ -400,7 +465,8 @@ START_TEST(a_state_that_is_still_read_is_copied)
 	uint64_t id = registered(counter_graph(sum, 1, NULL));
 	/* accepted before the run, executed after it */
 	opd_request *reader = opd_request_create("lab_wait");
-	opd_request_tensor(reader, NULL, &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_HANDLE, .handle = sum});
+	opd_request_tensor(reader, NULL,
+	                   &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_HANDLE, .handle = sum});
 	opd_request_float(reader, "factor", 1);
 	opd_ticket ticket;
 	OK(opd_submit(client, reader, &ticket, &error));
@@ -563,7 +629,8 @@ START_TEST(what_is_wrong_is_found_before_anything_runs)
 	graph = chain_graph();
 	scale_by(graph, "round", (opd_value){3, 0}, 1, NULL);
 	scale_by(graph, "about", (opd_value){2, 0}, 1, NULL);
-	refused(graph, OPD_INVALID_ARGUMENT, "graph 'chain': its nodes wait for each other: 'round' waits for 'about' waits for 'round'");
+	refused(graph, OPD_INVALID_ARGUMENT,
+	        "graph 'chain': its nodes wait for each other: 'round' waits for 'about' waits for 'round'");
 
 	graph = chain_graph();
 	scale_by(graph, "twofold", (opd_value){0, 0}, 1, NULL);
@@ -733,6 +800,165 @@ START_TEST(a_client_that_leaves_in_mid_run_leaves_nothing)
 }
 END_TEST
 
+/* One is running, the others wait for their turn; the state has what those that weren't cancelled added. */
+START_TEST(cancelled_runs_leave_the_state_to_the_others)
+{
+	enum { RUNS = 6 };
+	opd_handle sum = kept_of(4, 0);
+	opd_graph *graph = opd_graph_create("slow");
+	opd_value x = opd_graph_input(graph, "x");
+	opd_request *node = opd_request_create("lab_wait");
+	opd_request_value(node, NULL, x);
+	opd_value waited = opd_graph_node(graph, "wait", node);
+	opd_request_destroy(node);
+	opd_graph_output(graph, "y", add_to(graph, "more", opd_graph_state(graph, "sum", sum), waited, true, NULL));
+	uint64_t id = registered(graph);
+	opd_ticket tickets[RUNS];
+	for (int i = 0; i < RUNS; i++) {
+		opd_request *request = run_of(id, 4);
+		OK(opd_submit(client, request, &tickets[i], &error));
+		opd_request_destroy(request);
+	}
+	house_await_count(&lab_counts.waiting, 1);
+	opd_cancel(client, tickets[2]);
+	opd_cancel(client, tickets[0]); /* running: ends before the node that writes the state */
+	opd_cancel(client, tickets[RUNS - 1]);
+	OK(opd_ping(client, &error)); /* the server has heard of it */
+	lab_gate(true);
+	float seen[RUNS] = {0};
+	for (int i = 0; i < RUNS; i++) {
+		opd_result *result;
+		if (i == 0 || i == 2 || i == RUNS - 1)
+			continue;
+		OK(opd_wait(client, tickets[i], UINT64_MAX, &result, &error));
+		seen[i] = first_of(result, 0);
+		opd_result_destroy(result);
+	}
+	ck_assert_float_ne(seen[1], 0);
+	ck_assert_float_eq(seen[3], 2 * seen[1]);
+	ck_assert_float_eq(seen[4], 3 * seen[1]);
+	ck_assert_uint_eq(atomic_load(&lab_counts.waiting), 4);
+}
+END_TEST
+
+static opd_graph *waiting_graph(opd_handle sum)
+{
+	opd_graph *graph = opd_graph_create("waiting");
+	opd_value x = opd_graph_input(graph, "x"), state = opd_graph_state(graph, "sum", sum);
+	opd_request *node = opd_request_create("lab_wait");
+	opd_request_value(node, NULL, x);
+	opd_value waited = opd_graph_node(graph, "wait", node);
+	opd_request_destroy(node);
+	opd_value part = scale_by(graph, "part", waited, 1, NULL);
+	opd_graph_output(graph, "y", add_to(graph, "more", state, part, true, NULL));
+	return graph;
+}
+
+START_TEST(a_run_behind_another_may_be_late_and_then_donates_nothing)
+{
+	opd_handle sum = kept_of(4, 1);
+	uint64_t id = registered(waiting_graph(sum));
+	opd_ticket first, late;
+	opd_request *request = run_of(id, 4);
+	OK(opd_submit(client, request, &first, &error));
+	house_await_count(&lab_counts.waiting, 1);
+	opd_request_timeout(request, 1);
+	OK(opd_submit(client, request, &late, &error));
+	OK(opd_ping(client, &error)); /* both are accepted */
+	lab_gate(true);
+	opd_result *result = NULL;
+	OK(opd_wait(client, first, UINT64_MAX, &result, &error));
+	ck_assert_float_eq(first_of(result, 0), 3);
+	opd_handle now = opd_result_state(result, 0);
+	opd_result_destroy(result);
+	ck_assert_int_eq(opd_wait(client, late, UINT64_MAX, &result, &error), OPD_DEADLINE_EXCEEDED);
+	says("not started within its timeout of 1 us");
+	opd_result_destroy(result);
+	gives(read_of(now), 3);
+	opd_request_destroy(request);
+}
+END_TEST
+
+START_TEST(lists_hold_as_they_were_when_the_run_was_sent)
+{
+	opd_handle sum = kept_of(4, 1);
+	uint64_t id = registered(waiting_graph(sum));
+	const char *plain = "plain";
+	const opd_priority_entry entry = {"lab_scale", &plain, 1};
+	opd_ticket tickets[3];
+	opd_request *request = run_of(id, 4);
+	opd_request_explain(request, true);
+	OK(opd_submit(client, request, &tickets[0], &error));
+	OK(opd_submit(client, request, &tickets[1], &error));
+	house_await_count(&lab_counts.waiting, 1);
+	OK(opd_priority_push(client, &entry, 1, &error));
+	OK(opd_submit(client, request, &tickets[2], &error));
+	OK(opd_priority_pop(client, &error));
+	lab_gate(true);
+	for (int i = 0; i < 3; i++) {
+		opd_result *result;
+		OK(opd_wait(client, tickets[i], UINT64_MAX, &result, &error));
+		ck_assert_str_eq(opd_result_graph(result)->nodes[1].provider, i == 2 ? "plain" : "native");
+		ck_assert_float_eq(first_of(result, 0), (float)(3 + 2 * i));
+		opd_result_destroy(result);
+	}
+	opd_request_destroy(request);
+}
+END_TEST
+
+START_TEST(canaries_stand_behind_every_result)
+{
+	opd_close(client);
+	house_stop(&house);
+	house_start(&house, (const char *const[]){"checked", "true", NULL});
+	client = house_client(&house);
+	opd_handle sum = kept_of(16, 0);
+	uint64_t counter = registered(counter_graph(sum, 1, NULL)), aside = registered(counter_graph(kept_of(16, 0), 1, "aside"));
+	for (int i = 1; i <= 2; i++) {
+		gives(run_of(counter, 16), (float)(2 * i));
+		gives(run_of(aside, 16), (float)(2 * i));
+	}
+	for (int wanted = 0; wanted < 2; wanted++) { /* in the arena, and in a buffer of the reply */
+		opd_graph *graph = opd_graph_create("spilling");
+		opd_value x = opd_graph_input(graph, "x");
+		opd_value spilt = scale_by(graph, "spilt", x, 2, "spills");
+		opd_graph_output(graph, "y", wanted ? spilt : scale_by(graph, "after", spilt, 2, NULL));
+		fails(run_of(registered(graph), 16), OPD_INTERNAL,
+		      "node 'spilt': spills.lab_scale wrote past the end of result 0, at byte 64 of 64");
+	}
+}
+END_TEST
+
+START_TEST(a_graph_is_its_sessions_alone)
+{
+	uint64_t id = registered(chain_graph());
+	opd_client *mine = client;
+	client = house_client(&house);
+	fails(run_of(id, 4), OPD_NOT_FOUND, "is not registered in this session");
+	ck_assert_int_eq(opd_graph_free(client, id, &error), OPD_NOT_FOUND);
+	opd_close(client);
+	client = mine;
+	gives(run_of(id, 4), 6);
+}
+END_TEST
+
+START_TEST(a_failed_run_explains_itself)
+{
+	opd_graph *graph = opd_graph_create("fails");
+	opd_value x = opd_graph_input(graph, "x");
+	opd_graph_output(graph, "y", scale_by(graph, "broken", scale_by(graph, "first", x, 2, "even_only"), 2, "breaks"));
+	opd_request *request = run_of(registered(graph), 3);
+	opd_request_explain(request, true);
+	opd_result *result = NULL;
+	ck_assert_int_eq(opd_run(client, request, &result, &error), OPD_INTERNAL);
+	ck_assert_ptr_nonnull(result);
+	ck_assert_str_eq(opd_result_graph(result)->nodes[0].explain.skipped[0].provider, "even_only");
+	ck_assert_str_eq(opd_result_graph(result)->nodes[1].provider, "breaks");
+	opd_result_destroy(result);
+	opd_request_destroy(request);
+}
+END_TEST
+
 /* A token's keys and values into a cache that stays, read by attention in the same run: the shape of a model's decode step. */
 START_TEST(a_paged_cache_is_updated_in_place)
 {
@@ -742,7 +968,10 @@ START_TEST(a_paged_cache_is_updated_in_place)
 	opd_handle caches[2];
 	for (int i = 0; i < 2; i++) {
 		opd_request *request = opd_request_create("relu");
-		opd_request_tensor(request, NULL, &(opd_operand){.struct_bytes = sizeof(opd_operand), .dtype = OPD_f32, .rank = 4, .shape = cache_shape, .data = zeros});
+		opd_request_tensor(
+		    request, NULL,
+		    &(opd_operand){
+		        .struct_bytes = sizeof(opd_operand), .dtype = OPD_f32, .rank = 4, .shape = cache_shape, .data = zeros});
 		opd_request_output(request, 0, true, false);
 		opd_result *result = run(request);
 		caches[i] = opd_result_handle(result, 0);
@@ -754,8 +983,10 @@ START_TEST(a_paged_cache_is_updated_in_place)
 	opd_request *node = opd_request_create("reshape_and_cache");
 	opd_request_value(node, NULL, k);
 	opd_request_value(node, NULL, k);
-	opd_request_tensor(node, NULL, &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_VALUE, .donate = true, .value = keys});
-	opd_request_tensor(node, NULL, &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_VALUE, .donate = true, .value = data});
+	opd_request_tensor(
+	    node, NULL, &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_VALUE, .donate = true, .value = keys});
+	opd_request_tensor(
+	    node, NULL, &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_VALUE, .donate = true, .value = data});
 	opd_request_value(node, NULL, slots);
 	opd_value updated = opd_graph_node(graph, "cache", node);
 	opd_request_destroy(node);
@@ -796,6 +1027,7 @@ int main(void)
 	tcase_add_test(tests, a_rerun_is_not_dispatched_again_until_something_changes);
 	tcase_add_test(tests, explain_tells_of_every_node_and_of_memory);
 	tcase_add_test(tests, views_of_inputs_and_outputs_are_read_in_place);
+	tcase_add_test(tests, a_view_may_take_its_first_extent_from_what_it_views);
 	tcase_add_test(tests, constants_live_as_long_as_the_graph);
 	tcase_add_test(tests, results_are_kept_and_named_by_later_requests);
 	tcase_add_test(tests, a_graph_runs_once_without_being_registered);
@@ -815,6 +1047,12 @@ int main(void)
 	tcase_add_test(tests, a_quota_reached_in_mid_graph_leaks_nothing);
 	tcase_add_test(tests, a_graph_freed_while_it_runs_ends_in_peace);
 	tcase_add_test(tests, a_client_that_leaves_in_mid_run_leaves_nothing);
+	tcase_add_test(tests, cancelled_runs_leave_the_state_to_the_others);
+	tcase_add_test(tests, a_run_behind_another_may_be_late_and_then_donates_nothing);
+	tcase_add_test(tests, lists_hold_as_they_were_when_the_run_was_sent);
+	tcase_add_test(tests, canaries_stand_behind_every_result);
+	tcase_add_test(tests, a_graph_is_its_sessions_alone);
+	tcase_add_test(tests, a_failed_run_explains_itself);
 	tcase_add_test(tests, a_paged_cache_is_updated_in_place);
 	suite_add_tcase(suite, tests);
 	SRunner *runner = srunner_create(suite);

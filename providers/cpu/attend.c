@@ -1,0 +1,420 @@
+#include "providers/cpu/attend.h"
+
+#include <math.h>
+#include <stdatomic.h>
+#include <string.h>
+
+/* Rows from which on a chunk is first converted to f32 side by side: each element is then read often enough. */
+#define PACKED_ROWS 8
+/* With fewer items than so many a thread, splits are items of their own. */
+#define ITEMS_A_THREAD 4
+
+bool attend_accept(const opd_tensor *query, const opd_tensor *key, const char *key_name, const opd_tensor *value, const char *value_name,
+                   opd_reason *reason)
+{
+	if (opd_tensor_last(query) > ATTEND_HEAD_SIZE_MAX)
+		return OPD_REFUSE(reason, OPD_REASON_SHAPE, "head size %lld, at most %d", (long long)opd_tensor_last(query),
+		                  ATTEND_HEAD_SIZE_MAX);
+	return cpu_accept_dtype_of("query", query, reason) && cpu_accept_rows("query", query, reason) &&
+	       cpu_accept_rows(key_name, key, reason) && cpu_accept_rows(value_name, value, reason);
+}
+
+uint64_t attend_cost_ns(const struct cpu_kernels *kernels, opd_dtype dtype, double rows, double keys, double head_size,
+                        double cache_elements)
+{
+	unsigned index = cpu_dtype_index(dtype);
+	if (index == CPU_DTYPES)
+		return 0;
+	const struct cpu_cost *cost = &kernels->costs.attend_cache;
+	double ns = cost->call_ns + cache_elements * cost->element_ps[index] * 1e-3 +
+	            rows * (60 + 2 * keys * (head_size + 8) * kernels->costs.attend_product_fs * 1e-6);
+	return ns < 1e18 ? (uint64_t)ns : (uint64_t)1e18;
+}
+
+/* A thread's or a split's results: `rows` rows of state, and their mixed values. */
+struct attend_part {
+	struct cpu_attend_row *rows; /* [CPU_ATTEND_ROWS] */
+	float *mixed;                /* [CPU_ATTEND_ROWS][padded] */
+};
+
+struct attend_work {
+	const struct attend *attend;
+	const opd_exec *exec;
+	const struct cpu_attend_kernels *kernels;
+	size_t padded;       /* head size, rounded up to whole vectors */
+	uint64_t group;      /* heads that share a kv head */
+	bool splits_apart;   /* each split is an item, parts [items] keep their results */
+	uint64_t tile_rows;  /* most rows of a tile */
+	const uint64_t *first; /* [sequences + 1]: first item of each sequence */
+	unsigned char *parts;
+	uint64_t part_bytes;
+	unsigned char *scratch; /* of thread t: at t·scratch_bytes */
+	uint64_t scratch_bytes;
+	atomic_bool *cancelled;
+};
+
+/* What a tile is: rows [row, row + count) of a sequence's queries times group, with one kv head. */
+struct attend_tile {
+	struct attend_sequence sequence;
+	uint64_t kv_head, row, count;
+	uint64_t longest; /* keys that its last row sees */
+	uint64_t split;   /* where splits are items */
+};
+
+static uint64_t divide_up(uint64_t value, uint64_t by)
+{
+	return (value + by - 1) / by;
+}
+
+static uint64_t attend_tiles(const struct attend_work *work, const struct attend_sequence *sequence)
+{
+	return divide_up(sequence->queries * work->group, CPU_ATTEND_ROWS);
+}
+
+static uint64_t attend_splits(const struct attend_work *work, const struct attend_sequence *sequence)
+{
+	return work->splits_apart && sequence->keys > ATTEND_SPLIT ? divide_up(sequence->keys, ATTEND_SPLIT) : 1;
+}
+
+/* Keys that row `row` of a sequence sees. */
+static uint64_t attend_visible(const struct attend_work *work, const struct attend_sequence *sequence, uint64_t row)
+{
+	uint64_t query = row / work->group;
+	if (!work->attend->causal)
+		return sequence->keys;
+	/* query + keys − queries + 1, at least 0 */
+	uint64_t hidden = sequence->queries - 1 - query;
+	return hidden < sequence->keys ? sequence->keys - hidden : 0;
+}
+
+static uint64_t attend_sequence_of(const struct attend_work *work, uint64_t item)
+{
+	uint64_t low = 0, high = work->attend->sequences;
+	while (high - low > 1) {
+		uint64_t middle = low + (high - low) / 2;
+		if (work->first[middle] <= item)
+			low = middle;
+		else
+			high = middle;
+	}
+	return low;
+}
+
+static struct attend_tile attend_tile_of(const struct attend_work *work, uint64_t item)
+{
+	struct attend_tile tile;
+	uint64_t b = attend_sequence_of(work, item);
+	work->attend->sequence(work->attend, b, &tile.sequence);
+	uint64_t splits = attend_splits(work, &tile.sequence);
+	uint64_t tiles = attend_tiles(work, &tile.sequence);
+	uint64_t number = item - work->first[b];
+	tile.split = number % splits;
+	tile.row = number / splits % tiles * CPU_ATTEND_ROWS;
+	tile.kv_head = number / splits / tiles;
+	uint64_t rows = tile.sequence.queries * work->group;
+	tile.count = rows - tile.row < CPU_ATTEND_ROWS ? rows - tile.row : CPU_ATTEND_ROWS;
+	tile.longest = attend_visible(work, &tile.sequence, tile.row + tile.count - 1);
+	return tile;
+}
+
+/* Distance in bytes of token and head of a tile's row, in query (strided) or y (contiguous). */
+static uint64_t attend_row_at(const struct attend_work *work, const struct attend_tile *tile, uint64_t r, uint64_t token_bytes,
+                              uint64_t head_bytes)
+{
+	uint64_t row = tile->row + r;
+	return row / work->group * token_bytes + (tile->kv_head * work->group + row % work->group) * head_bytes;
+}
+
+/* Where keys [begin, end) of the tile's sequence and kv head lie. */
+static void attend_places(const struct attend *attend, const struct attend_tile *tile, uint64_t begin, uint64_t end, uint64_t *keys,
+                          uint64_t *values)
+{
+	uint64_t key = tile->kv_head * attend->key_head, value = tile->kv_head * attend->value_head;
+	const opd_tensor *table = attend->block_table;
+	if (table == NULL) {
+		for (uint64_t j = begin; j < end; j++) {
+			*keys++ = key + j * attend->key_token;
+			*values++ = value + j * attend->value_token;
+		}
+		return;
+	}
+	uint64_t row = tile->sequence.index * (uint64_t)table->strides[0];
+	uint64_t slot = begin % attend->block_size;
+	for (uint64_t j = begin; j < end; slot = 0) {
+		uint64_t block = (uint64_t)cpu_index(table, row + j / attend->block_size * (uint64_t)table->strides[1]);
+		for (; slot < attend->block_size && j < end; slot++, j++) {
+			*keys++ = key + block * attend->key_block + slot * attend->key_token;
+			*values++ = value + block * attend->value_block + slot * attend->value_token;
+		}
+	}
+}
+
+/* A thread's scratch. */
+struct attend_scratch {
+	float *query;  /* [CPU_ATTEND_ROWS][padded] */
+	float *packed; /* [CPU_ATTEND_KEYS][padded] */
+	float *scores; /* [CPU_ATTEND_ROWS][CPU_ATTEND_KEYS] */
+	struct attend_part part, whole;
+	uint64_t packed_places[CPU_ATTEND_KEYS];
+	uint64_t keys[ATTEND_SPLIT], values[ATTEND_SPLIT];
+};
+
+static uint64_t attend_part_bytes(uint64_t rows, size_t padded)
+{
+	return divide_up(rows * (sizeof(struct cpu_attend_row) + padded * sizeof(float)), OPD_TENSOR_ALIGNMENT) * OPD_TENSOR_ALIGNMENT;
+}
+
+static struct attend_part attend_part_at(const struct attend_work *work, unsigned char *memory, uint64_t rows)
+{
+	(void)work;
+	struct attend_part part = {.rows = (struct cpu_attend_row *)(void *)memory};
+	part.mixed = (float *)(void *)(part.rows + rows);
+	return part;
+}
+
+static uint64_t attend_scratch_bytes(size_t padded)
+{
+	uint64_t floats = (CPU_ATTEND_ROWS + CPU_ATTEND_KEYS) * padded + CPU_ATTEND_ROWS * CPU_ATTEND_KEYS;
+	return floats * sizeof(float) + 2 * attend_part_bytes(CPU_ATTEND_ROWS, padded);
+}
+
+static void attend_scratch_init(const struct attend_work *work, uint32_t thread, struct attend_scratch *scratch)
+{
+	unsigned char *memory = work->scratch + thread * work->scratch_bytes;
+	uint64_t part_bytes = attend_part_bytes(CPU_ATTEND_ROWS, work->padded);
+	scratch->part = attend_part_at(work, memory, CPU_ATTEND_ROWS);
+	scratch->whole = attend_part_at(work, memory + part_bytes, CPU_ATTEND_ROWS);
+	scratch->query = (float *)(void *)(memory + 2 * part_bytes);
+	scratch->packed = scratch->query + CPU_ATTEND_ROWS * work->padded;
+	scratch->scores = scratch->packed + CPU_ATTEND_KEYS * work->padded;
+	for (uint64_t j = 0; j < CPU_ATTEND_KEYS; j++)
+		scratch->packed_places[j] = j * work->padded * sizeof(float);
+}
+
+static void attend_part_clear(const struct attend_work *work, struct attend_part *part, uint64_t rows)
+{
+	for (uint64_t r = 0; r < rows; r++)
+		part->rows[r] = (struct cpu_attend_row){.maximum = -INFINITY, .sum = 0.0f};
+	memset(part->mixed, 0, rows * work->padded * sizeof(float));
+}
+
+static void attend_load_query(const struct attend_work *work, const struct attend_tile *tile, float *query)
+{
+	const struct attend *attend = work->attend;
+	uint64_t places[CPU_ATTEND_ROWS];
+	for (uint64_t r = 0; r < tile->count; r++)
+		places[r] = attend_row_at(work, tile, r, attend->query_token, attend->query_head);
+	struct cpu_attend_run run = {.base = tile->sequence.query, .places = places, .count = (size_t)tile->count};
+	work->kernels->pack[attend->dtype](&run, (size_t)attend->head_size, work->padded, query);
+}
+
+/* The run as the kernels of *dtype can read it: where it lies, or converted to f32 in scratch. */
+static struct cpu_attend_run attend_readable(const struct attend_work *work, const struct attend_tile *tile,
+                                             const struct cpu_attend_run *run, struct attend_scratch *scratch, unsigned *dtype)
+{
+	const struct attend *attend = work->attend;
+	bool whole_vectors = work->padded == attend->head_size;
+	*dtype = attend->dtype;
+	if (whole_vectors && (tile->count < PACKED_ROWS || attend->dtype == CPU_F32))
+		return *run;
+	work->kernels->pack[attend->dtype](run, (size_t)attend->head_size, work->padded, scratch->packed);
+	*dtype = CPU_F32;
+	return (struct cpu_attend_run){
+		.base = (const unsigned char *)scratch->packed, .places = scratch->packed_places, .count = run->count};
+}
+
+/* Rows that see equally many keys of a chunk mix its values together. */
+static void attend_mix_chunk(const struct attend_work *work, const struct attend_tile *tile, uint64_t begin, struct cpu_attend_run *run,
+                             unsigned dtype, struct attend_scratch *scratch, struct attend_part *part)
+{
+	const size_t count = run->count;
+	float shrinks[CPU_ATTEND_ROWS];
+	for (uint64_t r = 0, next; r < tile->count; r = next) {
+		uint64_t visible = attend_visible(work, &tile->sequence, tile->row + r);
+		uint64_t seen = visible <= begin ? 0 : visible - begin < count ? visible - begin : count;
+		for (next = r; next < tile->count; next++) {
+			uint64_t other = attend_visible(work, &tile->sequence, tile->row + next);
+			if ((other <= begin ? 0 : other - begin < count ? other - begin : count) != seen)
+				break;
+			if (seen > 0)
+				shrinks[next] = work->kernels->weigh(scratch->scores + next * CPU_ATTEND_KEYS, (size_t)seen, work->attend->scale,
+				                                     &part->rows[next].maximum, &part->rows[next].sum);
+		}
+		run->count = (size_t)seen;
+		if (seen > 0)
+			work->kernels->mix[dtype](scratch->scores + r * CPU_ATTEND_KEYS, shrinks + r, (size_t)(next - r), work->padded, run,
+			                          part->mixed + r * work->padded);
+	}
+	run->count = count;
+}
+
+/* Keys [begin, end) of one split, to `part`. */
+static void attend_split(const struct attend_work *work, const struct attend_tile *tile, uint64_t begin, uint64_t end,
+                         struct attend_scratch *scratch, struct attend_part *part)
+{
+	const struct attend_sequence *sequence = &tile->sequence;
+	attend_part_clear(work, part, tile->count);
+	attend_places(work->attend, tile, begin, end, scratch->keys, scratch->values);
+	for (uint64_t at = begin; at < end; at += CPU_ATTEND_KEYS) {
+		size_t count = (size_t)(end - at < CPU_ATTEND_KEYS ? end - at : CPU_ATTEND_KEYS);
+		size_t ahead = (size_t)(end - at);
+		struct cpu_attend_run keys = {sequence->key, scratch->keys + (at - begin), count, ahead};
+		struct cpu_attend_run values = {sequence->value, scratch->values + (at - begin), count, ahead};
+		unsigned dtype;
+		keys = attend_readable(work, tile, &keys, scratch, &dtype);
+		work->kernels->scores[dtype](scratch->query, (size_t)tile->count, work->padded, &keys, scratch->scores);
+		values = attend_readable(work, tile, &values, scratch, &dtype);
+		attend_mix_chunk(work, tile, at, &values, dtype, scratch, part);
+	}
+}
+
+static void attend_merge(const struct attend_work *work, uint64_t rows, struct attend_part *whole, const struct attend_part *part)
+{
+	for (uint64_t r = 0; r < rows; r++)
+		work->kernels->merge(&whole->rows[r], whole->mixed + r * work->padded, &part->rows[r], part->mixed + r * work->padded,
+		                     work->padded);
+}
+
+/* A row that sees no key is zeros. */
+static void attend_finish(const struct attend_work *work, const struct attend_tile *tile, struct attend_part *whole)
+{
+	const struct attend *attend = work->attend;
+	uint64_t head_bytes = attend->head_size * attend->element_bytes;
+	for (uint64_t r = 0; r < tile->count; r++) {
+		unsigned char *y = tile->sequence.y + attend_row_at(work, tile, r, attend->heads * head_bytes, head_bytes);
+		if (attend_visible(work, &tile->sequence, tile->row + r) == 0)
+			memset(y, 0, head_bytes);
+		else
+			work->kernels->finish[attend->dtype](whole->mixed + r * work->padded, whole->rows[r].sum, y, (size_t)attend->head_size);
+	}
+}
+
+static void attend_tile_run(const struct attend_work *work, const struct attend_tile *tile, struct attend_scratch *scratch)
+{
+	attend_part_clear(work, &scratch->whole, tile->count);
+	attend_load_query(work, tile, scratch->query);
+	for (uint64_t begin = 0; begin < tile->longest; begin += ATTEND_SPLIT) {
+		uint64_t end = tile->longest - begin < ATTEND_SPLIT ? tile->longest : begin + ATTEND_SPLIT;
+		attend_split(work, tile, begin, end, scratch, &scratch->part);
+		attend_merge(work, tile->count, &scratch->whole, &scratch->part);
+		if (atomic_load_explicit(work->cancelled, memory_order_relaxed))
+			return;
+		if (work->exec->host->cancelled(work->exec))
+			atomic_store(work->cancelled, true);
+	}
+	attend_finish(work, tile, &scratch->whole);
+}
+
+static void attend_items(const void *context, uint64_t begin, uint64_t end, uint32_t thread)
+{
+	const struct attend_work *work = context;
+	struct attend_scratch scratch;
+	attend_scratch_init(work, thread, &scratch);
+	for (uint64_t i = begin; i < end; i++) {
+		struct attend_tile tile = attend_tile_of(work, i);
+		if (!work->splits_apart) {
+			attend_tile_run(work, &tile, &scratch);
+			continue;
+		}
+		uint64_t from = tile.split * ATTEND_SPLIT;
+		if (from >= tile.longest)
+			continue;
+		struct attend_part part = attend_part_at(work, work->parts + i * work->part_bytes, work->tile_rows);
+		attend_load_query(work, &tile, scratch.query);
+		attend_split(work, &tile, from, tile.longest - from < ATTEND_SPLIT ? tile.longest : from + ATTEND_SPLIT, &scratch, &part);
+	}
+}
+
+/* Items are those of attend_items; the first split's of each tile merges all of them. */
+static void attend_merges(const void *context, uint64_t begin, uint64_t end, uint32_t thread)
+{
+	const struct attend_work *work = context;
+	struct attend_scratch scratch;
+	attend_scratch_init(work, thread, &scratch);
+	for (uint64_t i = begin; i < end; i++) {
+		struct attend_tile tile = attend_tile_of(work, i);
+		if (tile.split != 0)
+			continue;
+		attend_part_clear(work, &scratch.whole, tile.count);
+		for (uint64_t from = 0; from < tile.longest; from += ATTEND_SPLIT) {
+			struct attend_part part =
+				attend_part_at(work, work->parts + (i + from / ATTEND_SPLIT) * work->part_bytes, work->tile_rows);
+			attend_merge(work, tile.count, &scratch.whole, &part);
+		}
+		attend_finish(work, &tile, &scratch.whole);
+	}
+}
+
+/* Numbers the items; *cost_ns_out is their time on one thread. */
+static uint64_t attend_count(struct attend_work *work, uint64_t *first, uint64_t *cost_ns_out)
+{
+	const struct attend *attend = work->attend;
+	uint64_t items = 0;
+	double rows = 0, pairs = 0, elements = 0;
+	work->tile_rows = 1;
+	for (uint64_t b = 0; b < attend->sequences; b++) {
+		struct attend_sequence sequence;
+		attend->sequence(attend, b, &sequence);
+		uint64_t here = sequence.queries * work->group;
+		first[b] = items;
+		items += attend->kv_heads * attend_tiles(work, &sequence) * attend_splits(work, &sequence);
+		rows += (double)here * (double)attend->kv_heads;
+		pairs += (double)here * (double)attend->kv_heads * (double)sequence.keys;
+		elements += 2 * (double)attend_tiles(work, &sequence) * (double)sequence.keys * (double)(attend->kv_heads * attend->head_size);
+		if (here > work->tile_rows)
+			work->tile_rows = here < CPU_ATTEND_ROWS ? here : CPU_ATTEND_ROWS;
+	}
+	first[attend->sequences] = items;
+	*cost_ns_out = attend_cost_ns(attend->kernels, attend->dtype == CPU_F32 ? OPD_f32 : attend->dtype == CPU_BF16 ? OPD_bf16 : OPD_f16,
+	                              rows, rows > 0 ? pairs / rows : 0, (double)attend->head_size, elements);
+	return items;
+}
+
+static opd_status attend_go(struct attend_work *work, uint64_t items, uint64_t cost_ns, opd_error *error)
+{
+	const opd_exec *exec = work->exec;
+	uint64_t threads = cpu_threads(exec, items, cost_ns);
+	work->scratch_bytes = attend_scratch_bytes(work->padded);
+	work->part_bytes = work->splits_apart ? attend_part_bytes(work->tile_rows, work->padded) : 0;
+	uint64_t bytes = threads * work->scratch_bytes + items * work->part_bytes;
+	work->scratch = exec->host->alloc(exec->host, bytes);
+	if (work->scratch == NULL)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "attention: no %llu bytes of host memory for scratch", (unsigned long long)bytes);
+	work->parts = work->scratch + threads * work->scratch_bytes;
+	opd_status status = cpu_for(exec, items, cost_ns, attend_items, work, error);
+	if (status == OPD_OK && atomic_load(work->cancelled))
+		status = opd_fail(error, OPD_CANCELLED, "cpu: cancelled while the kernel ran");
+	if (status == OPD_OK && work->splits_apart)
+		status = cpu_for(exec, items, items * (uint64_t)work->tile_rows * work->padded / 4, attend_merges, work, error);
+	exec->host->free(exec->host, work->scratch);
+	return status;
+}
+
+opd_status attend_run(const struct attend *attend, const opd_exec *exec, opd_error *error)
+{
+	const struct cpu_attend_kernels *kernels = attend->kernels->attend;
+	atomic_bool cancelled;
+	atomic_init(&cancelled, false);
+	struct attend_work work = {
+		.attend = attend,
+		.exec = exec,
+		.kernels = kernels,
+		.padded = (size_t)divide_up(attend->head_size, kernels->lanes) * kernels->lanes,
+		.group = attend->heads / attend->kv_heads,
+		.cancelled = &cancelled,
+	};
+	uint64_t *first = exec->host->alloc(exec->host, (attend->sequences + 1) * sizeof *first);
+	uint64_t cost_ns;
+	if (first == NULL)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "attention: no host memory for a list of %llu sequences",
+		                (unsigned long long)attend->sequences);
+	uint64_t items = attend_count(&work, first, &cost_ns);
+	if (cpu_threads(exec, 2, cost_ns) > 1 && items < (uint64_t)exec->threads * ITEMS_A_THREAD) {
+		work.splits_apart = true;
+		items = attend_count(&work, first, &cost_ns);
+	}
+	work.first = first;
+	opd_status status = attend_go(&work, items, cost_ns, error);
+	exec->host->free(exec->host, first);
+	return status;
+}

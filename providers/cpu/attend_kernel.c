@@ -1,0 +1,261 @@
+/* Attention, pieces of one tile of query rows against a chunk of keys: compiled once for each instruction set (kernels.h).
+ *
+ * Every sum has one order, whichever block of rows and keys computes it: a score takes head elements in VEC_LANES chains, folded as vec_sum
+ * does; a result takes values key by key. So a row's bits don't show how many rows shared the pass. */
+#include <math.h>
+
+#include "providers/cpu/kernels.h"
+#include "providers/cpu/vec_dtype.h"
+
+#if defined(VEC_AVX512)
+#define ROWS 4  /* rows that share loads of keys and values */
+#define KEYS 4  /* keys that share loads of those rows */
+#define ALONE 16 /* keys at a time for a single row */
+#define VECTORS 4 /* of a value row, for ROWS rows; twice as many for a single row */
+#else
+#define ROWS 2
+#define KEYS 4
+#define ALONE 4
+#define VECTORS 2
+#endif
+
+/* Rows of a cache lie pages apart, where no hardware prefetcher follows: so many keys are asked for ahead. */
+#define AHEAD 16
+
+VEC_INLINE void attend_prefetch(const struct cpu_attend_run *run, size_t key, uint64_t byte)
+{
+	if (key + AHEAD < run->ahead)
+		__builtin_prefetch(run->base + run->places[key + AHEAD] + byte, 0, 3);
+}
+
+/* ---- Scores ------------------------------------------------------------------------------------------------------------- */
+
+/* to[4·i + j] = vec_sum(sums[i][j]), i's four at distance `stride`. */
+VEC_INLINE void attend_fold(const vec_f32 *sums, size_t rows, size_t keys, float *to, size_t stride)
+{
+#if defined(VEC_AVX512)
+	if (rows * keys == 16) {
+		__m512 quarters[4]; /* of key j: row i in 128-bit lane i */
+		for (size_t j = 0; j < 4; j++) {
+			__m512 a = sums[j], b = sums[4 + j], c = sums[8 + j], d = sums[12 + j];
+			__m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+			__m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
+			quarters[j] = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+		}
+		__m512d q0 = _mm512_castps_pd(quarters[0]), q1 = _mm512_castps_pd(quarters[1]);
+		__m512d q2 = _mm512_castps_pd(quarters[2]), q3 = _mm512_castps_pd(quarters[3]);
+		__m512 low = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(q0, q1)), _mm512_castpd_ps(_mm512_unpackhi_pd(q0, q1)));
+		__m512 high = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(q2, q3)), _mm512_castpd_ps(_mm512_unpackhi_pd(q2, q3)));
+		__m512 all = _mm512_add_ps(_mm512_shuffle_ps(low, high, 0x88), _mm512_shuffle_ps(low, high, 0xdd));
+		_mm_storeu_ps(to, _mm512_castps512_ps128(all));
+		_mm_storeu_ps(to + stride, _mm512_extractf32x4_ps(all, 1));
+		_mm_storeu_ps(to + 2 * stride, _mm512_extractf32x4_ps(all, 2));
+		_mm_storeu_ps(to + 3 * stride, _mm512_extractf32x4_ps(all, 3));
+		return;
+	}
+#endif
+	for (size_t i = 0; i < rows; i++)
+		for (size_t j = 0; j < keys; j++)
+			to[i * stride + j] = vec_sum(sums[i * keys + j]);
+}
+
+/* Rows r < rows against keys key … key + keys − 1; rows and keys are constants of the caller. */
+VEC_INLINE void attend_scores_block(opd_dtype dtype, const float *query, size_t rows, size_t padded, const struct cpu_attend_run *run,
+                                    size_t key, size_t keys, float *scores)
+{
+	vec_f32 sums[16];
+	for (size_t i = 0; i < rows * keys; i++)
+		sums[i] = vec_splat(0.0f);
+	for (size_t d = 0; d < padded; d += VEC_LANES) {
+		vec_f32 q[ROWS];
+		for (size_t r = 0; r < rows; r++)
+			q[r] = vec_load(OPD_f32, query + r * padded, d);
+		for (size_t j = 0; j < keys; j++) {
+			vec_f32 k = vec_load(dtype, run->base + run->places[key + j], d);
+			attend_prefetch(run, key + j, d * opd_dtype_bytes(dtype));
+			for (size_t r = 0; r < rows; r++)
+				sums[r * keys + j] = vec_fma(q[r], k, sums[r * keys + j]);
+		}
+	}
+	if (rows == 1 && keys == 16)
+		attend_fold(sums, 4, 4, scores + key, 4);
+	else
+		attend_fold(sums, rows, keys, scores + key, CPU_ATTEND_KEYS);
+}
+
+VEC_INLINE void attend_scores(opd_dtype dtype, const float *query, size_t rows, size_t padded, const struct cpu_attend_run *run,
+                              float *scores)
+{
+	size_t r = 0;
+	for (; r + ROWS <= rows; r += ROWS) {
+		size_t j = 0;
+		for (; j + KEYS <= run->count; j += KEYS)
+			attend_scores_block(dtype, query + r * padded, ROWS, padded, run, j, KEYS, scores + r * CPU_ATTEND_KEYS);
+		for (; j < run->count; j++)
+			attend_scores_block(dtype, query + r * padded, ROWS, padded, run, j, 1, scores + r * CPU_ATTEND_KEYS);
+	}
+	for (; r < rows; r++) {
+		size_t j = 0;
+		for (; j + ALONE <= run->count; j += ALONE)
+			attend_scores_block(dtype, query + r * padded, 1, padded, run, j, ALONE, scores + r * CPU_ATTEND_KEYS);
+		for (; j < run->count; j++)
+			attend_scores_block(dtype, query + r * padded, 1, padded, run, j, 1, scores + r * CPU_ATTEND_KEYS);
+	}
+}
+
+/* ---- Weights ------------------------------------------------------------------------------------------------------------ */
+
+/* What is taken off scores before exp: the maximum; 0 before the first score above −inf, so that e^−inf is 0 there too. */
+static inline float attend_shift(float maximum)
+{
+	return maximum == -INFINITY ? 0.0f : maximum;
+}
+
+static inline float attend_exp(float x)
+{
+	return vec_exp(vec_splat(x))[0];
+}
+
+static float attend_weigh(float *scores, size_t count, float scale, float *maximum, float *sum)
+{
+	vec_f32 highest = vec_splat(*maximum);
+	vec_f32 total = vec_splat(0.0f);
+	float before = *maximum;
+	for (size_t i = 0; i < CPU_ATTEND_KEYS; i += VEC_LANES) {
+		vec_f32 v = i + VEC_LANES <= count ? vec_load(OPD_f32, scores, i) * vec_splat(scale)
+		            : i < count            ? vec_load_part(OPD_f32, scores, i, count - i, 0.0f) * vec_splat(scale)
+		                                   : vec_splat(-INFINITY);
+		vec_store(OPD_f32, scores, i, v);
+		for (size_t j = i < count ? count - i : 0; j < VEC_LANES; j++)
+			scores[i + j] = -INFINITY;
+		highest = vec_max(vec_load(OPD_f32, scores, i), highest);
+	}
+	*maximum = vec_highest(highest);
+	float shift = attend_shift(*maximum);
+	for (size_t i = 0; i < CPU_ATTEND_KEYS; i += VEC_LANES) {
+		vec_f32 e = vec_exp(vec_load(OPD_f32, scores, i) - vec_splat(shift));
+		vec_store(OPD_f32, scores, i, e);
+		total = total + e;
+	}
+	float shrink = before == *maximum && before - before == 0.0f ? 1.0f : attend_exp(before - shift);
+	*sum = *sum * shrink + vec_sum(total);
+	return shrink;
+}
+
+/* ---- Values ------------------------------------------------------------------------------------------------------------- */
+
+/* Rows r < rows, `vectors` vectors of their values from element `at` on; both are constants of the caller. */
+VEC_INLINE void attend_mix_block(opd_dtype dtype, const float *weights, const float *shrinks, size_t rows, size_t vectors, size_t padded,
+                                 const struct cpu_attend_run *run, size_t at, float *mixed)
+{
+	vec_f32 sums[ROWS * VECTORS];
+	for (size_t r = 0; r < rows; r++)
+		for (size_t v = 0; v < vectors; v++)
+			sums[r * vectors + v] = vec_load(OPD_f32, mixed + r * padded, at + v * VEC_LANES) * vec_splat(shrinks[r]);
+	for (size_t j = 0; j < run->count; j++) {
+		vec_f32 w[ROWS];
+		for (size_t r = 0; r < rows; r++)
+			w[r] = vec_splat(weights[r * CPU_ATTEND_KEYS + j]);
+		for (size_t v = 0; v < vectors; v++) {
+			vec_f32 x = vec_load(dtype, run->base + run->places[j], at + v * VEC_LANES);
+			attend_prefetch(run, j, (at + v * VEC_LANES) * opd_dtype_bytes(dtype));
+			for (size_t r = 0; r < rows; r++)
+				sums[r * vectors + v] = vec_fma(w[r], x, sums[r * vectors + v]);
+		}
+	}
+	for (size_t r = 0; r < rows; r++)
+		for (size_t v = 0; v < vectors; v++)
+			vec_store(OPD_f32, mixed + r * padded, at + v * VEC_LANES, sums[r * vectors + v]);
+}
+
+VEC_INLINE void attend_mix_rows(opd_dtype dtype, const float *weights, const float *shrinks, size_t rows, size_t vectors, size_t padded,
+                                const struct cpu_attend_run *run, float *mixed)
+{
+	size_t at = 0;
+	for (; at + vectors * VEC_LANES <= padded; at += vectors * VEC_LANES)
+		attend_mix_block(dtype, weights, shrinks, rows, vectors, padded, run, at, mixed);
+	for (; at < padded; at += VEC_LANES)
+		attend_mix_block(dtype, weights, shrinks, rows, 1, padded, run, at, mixed);
+}
+
+VEC_INLINE void attend_mix(opd_dtype dtype, const float *weights, const float *shrinks, size_t rows, size_t padded,
+                           const struct cpu_attend_run *run, float *mixed)
+{
+	size_t r = 0;
+	for (; r + ROWS <= rows; r += ROWS)
+		attend_mix_rows(dtype, weights + r * CPU_ATTEND_KEYS, shrinks + r, ROWS, VECTORS, padded, run, mixed + r * padded);
+	for (; r < rows; r++)
+		attend_mix_rows(dtype, weights + r * CPU_ATTEND_KEYS, shrinks + r, 1, 2 * VECTORS, padded, run, mixed + r * padded);
+}
+
+static void attend_merge(struct cpu_attend_row *row, float *mixed, const struct cpu_attend_row *part, const float *part_mixed, size_t padded)
+{
+	float maximum = part->maximum > row->maximum ? part->maximum : row->maximum;
+	float shift = attend_shift(maximum);
+	float keep = attend_exp(row->maximum - shift);
+	float add = attend_exp(part->maximum - shift);
+	row->maximum = maximum;
+	row->sum = row->sum * keep + part->sum * add;
+	for (size_t d = 0; d < padded; d += VEC_LANES) {
+		vec_f32 old = vec_load(OPD_f32, mixed, d) * vec_splat(keep);
+		vec_store(OPD_f32, mixed, d, vec_fma(vec_load(OPD_f32, part_mixed, d), vec_splat(add), old));
+	}
+}
+
+/* ---- Rows in and out ------------------------------------------------------------------------------------------------------ */
+
+VEC_INLINE void attend_pack(opd_dtype dtype, const struct cpu_attend_run *run, size_t head_size, size_t padded, float *to)
+{
+	for (size_t j = 0; j < run->count; j++, to += padded) {
+		const void *row = run->base + run->places[j];
+		size_t d = 0;
+		for (; d + VEC_LANES <= head_size; d += VEC_LANES) {
+			attend_prefetch(run, j, d * opd_dtype_bytes(dtype));
+			vec_store(OPD_f32, to, d, vec_load(dtype, row, d));
+		}
+		if (d < head_size)
+			vec_store(OPD_f32, to, d, vec_load_part(dtype, row, d, head_size - d, 0.0f));
+	}
+}
+
+VEC_INLINE void attend_finish(opd_dtype dtype, const float *mixed, float sum, void *y, size_t head_size)
+{
+	for (size_t d = 0; d < head_size; d += VEC_LANES) {
+		size_t here = head_size - d < VEC_LANES ? head_size - d : VEC_LANES;
+		vec_store_part(dtype, y, d, here, vec_one_nan(vec_load(OPD_f32, mixed, d) / vec_splat(sum)));
+	}
+}
+
+#define X(name)                                                                                                                \
+	static void attend_pack_##name(const struct cpu_attend_run *run, size_t head_size, size_t padded, float *to)               \
+	{                                                                                                                          \
+		attend_pack(OPD_##name, run, head_size, padded, to);                                                                   \
+	}                                                                                                                          \
+	static void attend_scores_##name(const float *query, size_t rows, size_t padded, const struct cpu_attend_run *run,         \
+	                                 float *scores)                                                                            \
+	{                                                                                                                          \
+		attend_scores(OPD_##name, query, rows, padded, run, scores);                                                           \
+	}                                                                                                                          \
+	static void attend_mix_##name(const float *weights, const float *shrinks, size_t rows, size_t padded,                      \
+	                              const struct cpu_attend_run *run, float *mixed)                                              \
+	{                                                                                                                          \
+		attend_mix(OPD_##name, weights, shrinks, rows, padded, run, mixed);                                                    \
+	}                                                                                                                          \
+	static void attend_finish_##name(const float *mixed, float sum, void *y, size_t head_size)                                 \
+	{                                                                                                                          \
+		attend_finish(OPD_##name, mixed, sum, y, head_size);                                                                   \
+	}
+X(f32)
+X(bf16)
+X(f16)
+#undef X
+
+const struct cpu_attend_kernels CPU_SYMBOL(cpu_attend) = {
+	.lanes = VEC_LANES,
+	.pack = {attend_pack_f32, attend_pack_bf16, attend_pack_f16},
+	.scores = {attend_scores_f32, attend_scores_bf16, attend_scores_f16},
+	.weigh = attend_weigh,
+	.mix = {attend_mix_f32, attend_mix_bf16, attend_mix_f16},
+	.merge = attend_merge,
+	.finish = {attend_finish_f32, attend_finish_bf16, attend_finish_f16},
+};

@@ -1,0 +1,151 @@
+/* rotary_embedding and argmax: what is taken, what it costs, rows to kernels. */
+#include "providers/cpu/call.h"
+#include "uuid/cpu_position.h"
+
+/* ---- rotary_embedding --------------------------------------------------------------------------------------------------- */
+
+enum { ROTARY_POSITIONS, ROTARY_QUERY, ROTARY_KEY, ROTARY_HEAD_SIZE, ROTARY_CACHE, ROTARY_NEOX };
+
+static bool rotary_predicate(const opd_impl *impl, void *state, const opd_call *call, opd_reason *reason)
+{
+	(void)impl, (void)state;
+	const opd_tensor *query = cpu_tensor(call, ROTARY_QUERY);
+	return cpu_accept_dtype_of("query", query, reason) && cpu_accept_rows("query", query, reason) &&
+	       cpu_accept_rows("key", cpu_tensor(call, ROTARY_KEY), reason) &&
+	       cpu_accept_rows("cos_sin_cache", cpu_tensor(call, ROTARY_CACHE), reason);
+}
+
+static uint64_t rotary_cost(const opd_impl *impl, const opd_call *call)
+{
+	const opd_tensor *query = cpu_tensor(call, ROTARY_QUERY);
+	return cpu_cost_ns(&cpu_kernels_of(impl)->costs.rotary, query->dtype, query->elements + cpu_tensor(call, ROTARY_KEY)->elements);
+}
+
+struct rotary_work {
+	cpu_rotary_fn kernel;
+	const opd_tensor *positions;
+	struct cpu_rows from[2], to[2], cos_sin; /* of query and key */
+	struct cpu_rotary shape[2];
+};
+
+static void rotary_tokens(const void *context, uint64_t begin, uint64_t end, uint32_t thread)
+{
+	(void)thread;
+	const struct rotary_work *work = context;
+	for (uint64_t t = begin; t < end; t++) {
+		uint64_t position = (uint64_t)cpu_index(work->positions, t * (uint64_t)work->positions->strides[0]);
+		const void *cos_sin = work->shape[0].half == 0 ? NULL : cpu_row(&work->cos_sin, position);
+		for (int i = 0; i < 2; i++)
+			if (work->shape[i].elements > 0)
+				work->kernel(cpu_row(&work->from[i], t), cos_sin, cpu_row(&work->to[i], t), &work->shape[i]);
+	}
+}
+
+static opd_status rotary_run(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error)
+{
+	(void)state;
+	const opd_tensor *heads[2] = {cpu_tensor(call, ROTARY_QUERY), cpu_tensor(call, ROTARY_KEY)};
+	const opd_tensor *cache = cpu_tensor(call, ROTARY_CACHE);
+	struct rotary_work work = {.positions = cpu_tensor(call, ROTARY_POSITIONS)};
+	work.kernel = cpu_kernels_of(impl)->position->rotary[cpu_dtype_index(heads[0]->dtype)][cache->dtype != heads[0]->dtype]
+	                                                    [call->args[ROTARY_NEOX].b];
+	for (uint32_t i = 0; i < 2; i++) {
+		opd_status status = cpu_expect_output(impl, call, i, heads[i], opd_tensor_last(heads[i]), error);
+		if (status != OPD_OK)
+			return status;
+		work.shape[i] = (struct cpu_rotary){
+			.elements = heads[i]->elements == 0 ? 0 : (size_t)opd_tensor_last(heads[i]),
+			.head_size = (size_t)call->args[ROTARY_HEAD_SIZE].i,
+			.half = (size_t)opd_tensor_last(cache) / 2,
+		};
+		if (heads[i]->elements == 0)
+			continue;
+		work.from[i] = cpu_rows_of(heads[i]);
+		work.to[i] = cpu_rows_of(call->outputs[i]);
+	}
+	if (heads[0]->elements + heads[1]->elements == 0)
+		return OPD_OK;
+	if (cache->elements > 0)
+		work.cos_sin = cpu_rows_of(cache);
+	return cpu_for(exec, work.positions->elements, rotary_cost(impl, call), rotary_tokens, &work, error);
+}
+
+const opd_impl cpu_rotary_embedding = {
+	.struct_bytes = sizeof(opd_impl),
+	.flags = OPD_IMPL_THREAD_INVARIANT | OPD_IMPL_BATCH_INVARIANT | OPD_IMPL_IN_PLACE,
+	.op = "rotary_embedding",
+	.schema = "rotary_embedding(Tensor positions, Tensor query, Tensor key, int head_size, Tensor cos_sin_cache, "
+			  "bool is_neox_style=True) -> (Tensor, Tensor)",
+	.device = "cpu",
+	.uuid = OPD_UUID_cpu_position,
+	.predicate = rotary_predicate,
+	.cost_ns = rotary_cost,
+	.run = rotary_run,
+};
+
+/* ---- argmax ------------------------------------------------------------------------------------------------------------- */
+
+static bool argmax_predicate(const opd_impl *impl, void *state, const opd_call *call, opd_reason *reason)
+{
+	(void)impl, (void)state;
+	const opd_tensor *x = cpu_tensor(call, 0);
+	int64_t dim = call->args[1].i;
+	if (dim != -1 && dim + 1 != (int64_t)(x->rank == 0 ? 1 : x->rank))
+		return OPD_REFUSE(reason, OPD_REASON_ATTRIBUTE, "dim %lld of rank %u, only the last", (long long)dim, x->rank);
+	if (opd_tensor_last(x) > INT32_MAX)
+		return OPD_REFUSE(reason, OPD_REASON_SHAPE, "last dimension %lld, at most %d", (long long)opd_tensor_last(x), INT32_MAX);
+	return cpu_accept_dtype(x, reason) && cpu_accept_rows("x", x, reason);
+}
+
+static uint64_t argmax_cost(const opd_impl *impl, const opd_call *call)
+{
+	const opd_tensor *x = cpu_tensor(call, 0);
+	return cpu_cost_ns(&cpu_kernels_of(impl)->costs.argmax, x->dtype, x->elements);
+}
+
+struct argmax_work {
+	cpu_argmax_fn kernel;
+	struct cpu_rows x;
+	int64_t *y;
+	size_t count;
+};
+
+static void argmax_rows(const void *context, uint64_t begin, uint64_t end, uint32_t thread)
+{
+	(void)thread;
+	const struct argmax_work *work = context;
+	for (uint64_t r = begin; r < end; r++)
+		work->y[r] = (int64_t)work->kernel(cpu_row(&work->x, r), work->count);
+}
+
+static opd_status argmax_run(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error)
+{
+	(void)state;
+	const opd_tensor *x = cpu_tensor(call, 0);
+	bool keep = call->args[2].b && x->rank > 0;
+	int64_t shape[OPD_RANK_MAX];
+	for (uint32_t i = 0; i < x->rank; i++)
+		shape[i] = i + 1 == x->rank ? 1 : x->shape[i];
+	opd_status status = cpu_expect_shape(impl, call, 0, OPD_i64, keep || x->rank == 0 ? x->rank : x->rank - 1, shape, error);
+	if (status != OPD_OK || x->elements == 0)
+		return status;
+	struct argmax_work work = {
+		.kernel = cpu_kernels_of(impl)->position->argmax[cpu_dtype_index(x->dtype)],
+		.x = cpu_rows_of(x),
+		.y = opd_tensor_data(call->outputs[0]),
+		.count = (size_t)opd_tensor_last(x),
+	};
+	return cpu_for(exec, x->elements / work.count, argmax_cost(impl, call), argmax_rows, &work, error);
+}
+
+const opd_impl cpu_argmax = {
+	.struct_bytes = sizeof(opd_impl),
+	.flags = OPD_IMPL_THREAD_INVARIANT | OPD_IMPL_BATCH_INVARIANT,
+	.op = "argmax",
+	.schema = "argmax(Tensor x, int dim=-1, bool keepdim=False) -> Tensor",
+	.device = "cpu",
+	.uuid = OPD_UUID_cpu_position,
+	.predicate = argmax_predicate,
+	.cost_ns = argmax_cost,
+	.run = argmax_run,
+};
