@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "element.h"
 #include "providers/onednn/onednn.h"
 #include "uuid/onednn_product.h"
 
@@ -271,42 +272,6 @@ static float scale_at(const opd_tensor *scale, int64_t index)
 	return ((const float *)opd_tensor_data(scale))[scale->elements == 1 ? 0 : index * scale->strides[0]];
 }
 
-/* One float of any of scaled_mm's result dtypes. Slow beside the product only when K is a few dozens. */
-static float load_float(opd_dtype dtype, const unsigned char *at)
-{
-	uint16_t bits;
-	float value;
-	if (dtype == OPD_f32) {
-		memcpy(&value, at, sizeof value);
-		return value;
-	}
-	memcpy(&bits, at, sizeof bits);
-	if (dtype == OPD_f16) {
-		_Float16 half;
-		memcpy(&half, &bits, sizeof half);
-		return (float)half;
-	}
-	uint32_t wide = (uint32_t)bits << 16;
-	memcpy(&value, &wide, sizeof value);
-	return value;
-}
-
-static void store_float(opd_dtype dtype, unsigned char *at, float value)
-{
-	uint32_t wide;
-	if (dtype == OPD_f32) {
-		memcpy(at, &value, sizeof value);
-	} else if (dtype == OPD_f16) {
-		_Float16 half = (_Float16)value;
-		memcpy(at, &half, sizeof half);
-	} else {
-		memcpy(&wide, &value, sizeof wide);
-		bool nan = (wide & 0x7fffffffu) > 0x7f800000u;
-		uint16_t bits = (uint16_t)(nan ? wide >> 16 | 0x40u : (wide + 0x7fffu + (wide >> 16 & 1u)) >> 16);
-		memcpy(at, &bits, sizeof bits);
-	}
-}
-
 /* y = sums · scale_a · scale_b + bias for one block. sums: NULL where nothing was summed. */
 static void scale_block(const struct work *work, const struct product_block *block, const int32_t *sums)
 {
@@ -322,8 +287,8 @@ static void scale_block(const struct work *work, const struct product_block *blo
 			float value = sums == NULL ? 0 : (float)sums[r * block->columns + c];
 			value = value * row_scale * scale_at(scale_b, block->column + c);
 			if (bias != NULL)
-				value += load_float(dtype, (unsigned char *)opd_tensor_data(bias) + (uint64_t)((block->column + c) * bias->strides[0]) * bytes);
-			store_float(dtype, block->y + (uint64_t)(r * work->product.columns + c) * bytes, value);
+				value += element_load_f32(dtype, (unsigned char *)opd_tensor_data(bias) + (uint64_t)((block->column + c) * bias->strides[0]) * bytes);
+			element_store_f32(dtype, block->y + (uint64_t)(r * work->product.columns + c) * bytes, value);
 		}
 	}
 }
