@@ -654,7 +654,7 @@ class Handles(Hardening):
         self.expect_status(UNIMPLEMENTED, run("relu", pb.Tensor(dtype=9, shape=[1], shared=pb.SharedRange(bytes=4))))
         client = self.client()
         handle = self.keep(client)
-        self.expect_status(UNIMPLEMENTED, run("relu", pb.Tensor(handle=handle, donate=True)), client=client)
+        self.expect_status(INVALID_ARGUMENT, run("relu", pb.Tensor(handle=handle, donate=True)), client=client)
 
 
 class Sessions(Hardening):
