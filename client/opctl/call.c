@@ -41,6 +41,9 @@ void call_fini(struct call *call)
 	for (size_t i = 0; i < call->tensor_count; i++)
 		file_tensor_fini(&call->tensors[i]);
 	free(call->tensors);
+	for (size_t i = 0; i < call->memory_count; i++)
+		opd_memory_destroy(call->memories[i]);
+	free(call->memories);
 	memset(call, 0, sizeof *call);
 }
 
@@ -68,6 +71,60 @@ static opd_operand operand_of(const struct call *call, const struct file_tensor 
 	return operand;
 }
 
+/* The operand's bytes move to memory of their own that the daemon maps. */
+static opd_status share(struct call *call, opd_operand *operand, opd_error *error)
+{
+	opd_memory *memory;
+	if (call->shares == NULL || call->bare || operand->data_bytes == 0)
+		return OPD_OK;
+	opd_memory **grown = realloc(call->memories, (call->memory_count + 1) * sizeof *grown);
+	if (grown == NULL)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "out of memory");
+	call->memories = grown;
+	opd_status status = opd_memory_create(call->shares, operand->data_bytes, &memory, error);
+	if (status != OPD_OK)
+		return status;
+	call->memories[call->memory_count++] = memory;
+	memcpy(opd_memory_data(memory), operand->data, operand->data_bytes);
+	operand->source = OPD_FROM_MEMORY;
+	operand->memory = memory;
+	operand->data = opd_memory_data(memory);
+	return OPD_OK;
+}
+
+/* Room for the results, whose shapes a fake run tells. */
+opd_status call_share_results(struct call *call, opd_error *error)
+{
+	opd_result *result;
+	opd_memory **grown = realloc(call->memories, (call->memory_count + 1) * sizeof *grown);
+	if (grown == NULL)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "out of memory");
+	call->memories = grown;
+	opd_request_mode(call->request, OPD_MODE_FAKE);
+	opd_status status = opd_run(call->shares, call->request, &result, error);
+	opd_request_mode(call->request, OPD_MODE_RUN);
+	uint64_t room = 0;
+	for (uint32_t i = 0; status == OPD_OK && i < opd_result_count(result); i++) {
+		const opd_tensor *tensor = opd_result_tensor(result, i);
+		room += (tensor->elements * opd_dtype_bytes(tensor->dtype) + 63) / 64 * 64;
+	}
+	opd_memory *memory = NULL;
+	if (status == OPD_OK && room != 0)
+		status = opd_memory_create(call->shares, room, &memory, error);
+	if (memory != NULL)
+		call->memories[call->memory_count++] = memory;
+	uint64_t at = 0;
+	for (uint32_t i = 0; memory != NULL && i < opd_result_count(result); i++) {
+		const opd_tensor *tensor = opd_result_tensor(result, i);
+		const uint64_t bytes = tensor->elements * opd_dtype_bytes(tensor->dtype);
+		if (bytes != 0)
+			opd_request_output_memory(call->request, i, memory, (char *)opd_memory_data(memory) + at, bytes);
+		at += (bytes + 63) / 64 * 64;
+	}
+	opd_result_destroy(result);
+	return status;
+}
+
 opd_status call_add_tensor(struct call *call, const char *name, struct file_tensor *tensor, opd_error *error)
 {
 	struct file_tensor *place = grow(call, 1);
@@ -76,9 +133,11 @@ opd_status call_add_tensor(struct call *call, const char *name, struct file_tens
 	*place = *tensor;
 	memset(tensor, 0, sizeof *tensor);
 	call->tensor_count++;
-	const opd_operand operand = operand_of(call, place);
-	opd_request_tensor(call->request, name, &operand);
-	return OPD_OK;
+	opd_operand operand = operand_of(call, place);
+	const opd_status status = share(call, &operand, error);
+	if (status == OPD_OK)
+		opd_request_tensor(call->request, name, &operand);
+	return status;
 }
 
 static opd_status read_spec(struct call *call, const char *what, const char *text, struct file_tensor *tensor, opd_error *error)
@@ -127,8 +186,10 @@ static opd_status add_tensors_text(struct call *call, const char *name, const ch
 	}
 	/* Only now: growing moves the tensors that operands point to. */
 	const size_t count = call->tensor_count - first;
-	for (size_t i = 0; i < count && status == OPD_OK; i++)
+	for (size_t i = 0; i < count && status == OPD_OK; i++) {
 		operands[i] = operand_of(call, &call->tensors[first + i]);
+		status = share(call, &operands[i], error);
+	}
 	if (status == OPD_OK)
 		opd_request_tensors(call->request, name, operands, count);
 	free(operands);

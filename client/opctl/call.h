@@ -21,6 +21,9 @@ struct call {
 	uint64_t seed;     /* of the next randn */
 	size_t positional; /* arguments without a name so far */
 	size_t named;      /* … and of those with one, from call_add_text */
+	opd_client *shares; /* its tensors go through memory shared with the daemon; NULL: they are sent */
+	size_t memory_count;
+	opd_memory **memories;
 	size_t tensor_count;
 	struct file_tensor *tensors; /* owned; their data is read by the request */
 };
@@ -30,6 +33,9 @@ OPD_MUST_USE opd_status call_init(struct call *call, opd_client *client, const c
 /* The same with a schema already at hand; NULL: none. */
 OPD_MUST_USE opd_status call_init_schema(struct call *call, const char *op, const struct schema *schema, opd_error *error);
 void call_fini(struct call *call);
+
+/* Results go to memory shared with the daemon, as operands do; once all arguments are added. */
+OPD_MUST_USE opd_status call_share_results(struct call *call, opd_error *error);
 
 /* "value" or "name=value". */
 OPD_MUST_USE opd_status call_add_text(struct call *call, const char *text, opd_error *error);

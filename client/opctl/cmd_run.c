@@ -20,6 +20,7 @@
 const struct option_use run_options[] = {
     {OPTION_OUTPUT, "write the results: .safetensors (all, as out.0, out.1) or .npy (one; several as FILE.0.npy …)"},
     DISPATCH_OPTIONS,
+    {OPTION_SHM, "tensors go through memory shared with the daemon, not over the socket (Unix sockets)"},
     {OPTION_EXPLAIN, "also what was skipped and why, and the times"},
     {OPTION_UUID, "also the id of the source that ran"},
     {OPTION_RETRY, "a failed kernel lets the next provider try"},
@@ -219,7 +220,11 @@ static int run_mode(struct opctl *ctl, opd_mode mode)
 	status = call_init(&call, ctl->client, ctl->options.positional[1], &error);
 	if (status != OPD_OK)
 		return report_failure(ctl, status, &error);
+	const bool shm = options_has(&ctl->options, OPTION_SHM);
+	call.shares = shm ? ctl->client : NULL;
 	int code = prepare(ctl, &call, mode);
+	if (code == EXIT_DONE && shm && (status = call_share_results(&call, &error)) != OPD_OK)
+		code = report_failure(ctl, status, &error);
 	if (code == EXIT_DONE)
 		code = submit(ctl, &call, mode);
 	call_fini(&call);

@@ -11,7 +11,8 @@ static opd_status connect_to(struct opctl *ctl, const char *address, opd_error *
 	/* The daemon gets the time that was asked for, and a second to say that it is over: its words are better than "no answer
 	 * yet". */
 	const uint64_t timeout_us = ctl->timeout_us == 0 ? 0 : ctl->timeout_us + 1000000;
-	opd_connect_options options = {.struct_bytes = sizeof options, .timeout_us = timeout_us, .client = "opctl " OPD_VERSION};
+	opd_connect_options options = {.struct_bytes = sizeof options, .timeout_us = timeout_us, .client = "opctl " OPD_VERSION,
+	                                     .shared_memory = options_has(&ctl->options, OPTION_SHM)};
 	return opd_connect(address, &options, &ctl->client, error);
 }
 

@@ -40,6 +40,7 @@
 	X(VARIANT, "variant", 0, "N")                                                                                                \
 	X(RESIDENT, "resident", 0, NULL)                                                                                             \
 	X(COUNT, "count", 'c', "N")                                                                                                  \
+	X(SHM, "shm", 0, NULL)                                                                                                       \
 	X(MODULE, "module", 0, "PATH")
 
 typedef enum option_id {

@@ -57,6 +57,13 @@ class Llama(unittest.TestCase):
             self.expect(case, "--connect", self.tcp)
             self.expect(case, "--connect", "embedded:")
 
+    def test_with_inputs_in_shared_memory(self):
+        for case in REFERENCE[:3]:
+            self.expect(case, "--connect", self.unix, "--shm")
+        done = llama("--connect", self.tcp, "--prompt", "x", "--shm")
+        self.assertEqual((done.returncode, done.stdout), (1, b""))
+        self.assertIn("FAILED_PRECONDITION", done.stderr.decode())
+
     def test_native_alone(self):
         for case in REFERENCE:
             self.expect(case, "--connect", self.unix, "--provider", "native")

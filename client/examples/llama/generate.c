@@ -35,11 +35,27 @@ static opd_status upload_blocks(struct llama *llama, int64_t count, opd_error *e
 	return status;
 }
 
+static opd_status make_inputs(struct llama *llama, opd_error *error)
+{
+	const size_t bytes = LLAMA_AHEAD_MAX * sizeof *llama->inputs;
+	opd_status status = llama->shm ? opd_memory_create(llama->client, bytes, &llama->memory, error) : OPD_OK;
+	if (status != OPD_OK)
+		return status;
+	llama->inputs = llama->shm ? opd_memory_data(llama->memory) : aligned_alloc(64, bytes);
+	if (llama->inputs == NULL)
+		return no_memory(error);
+	for (unsigned i = 0; i < LLAMA_AHEAD_MAX; i++)
+		llama->steps[i].inputs = &llama->inputs[i];
+	return OPD_OK;
+}
+
 opd_status llama_begin(struct llama *llama, int64_t tokens, opd_error *error)
 {
 	const struct llama_config *config = &llama->config;
 	const int64_t blocks = (tokens + LLAMA_BLOCK - 1) / LLAMA_BLOCK;
-	opd_status status = upload_blocks(llama, blocks, error);
+	opd_status status = make_inputs(llama, error);
+	if (status == OPD_OK)
+		status = upload_blocks(llama, blocks, error);
 	const size_t bytes = (size_t)(blocks * LLAMA_BLOCK * config->kv_heads * config->head_dim) * opd_dtype_bytes(llama->dtype);
 	void *zeros = calloc(1, bytes);
 	if (status == OPD_OK && zeros == NULL)
@@ -57,9 +73,10 @@ opd_status llama_begin(struct llama *llama, int64_t tokens, opd_error *error)
 
 /* ---- Submitting ---- */
 
-static opd_operand host(opd_dtype dtype, const int64_t *shape, const void *data)
+static opd_operand input(const struct llama *llama, opd_dtype dtype, const int64_t *shape, const void *data)
 {
-	return (opd_operand){.struct_bytes = sizeof(opd_operand), .dtype = dtype, .rank = 1, .shape = shape, .data = data};
+	return (opd_operand){.struct_bytes = sizeof(opd_operand), .dtype = dtype, .rank = 1, .shape = shape, .data = data,
+	                     .source = llama->shm ? OPD_FROM_MEMORY : OPD_FROM_HOST, .memory = llama->memory};
 }
 
 /* ids NULL: the last step's token. */
@@ -70,17 +87,18 @@ static opd_status submit(struct llama *llama, uint64_t graph, const int64_t *ids
 	step->request = opd_request_graph(graph);
 	if (step->request == NULL)
 		return no_memory(error);
+	struct llama_inputs *inputs = step->inputs;
 	for (int64_t i = 0; i < count; i++) {
-		step->ids[i] = ids == NULL ? 0 : ids[i];
-		step->positions[i] = step->slots[i] = llama->length + i;
+		inputs->ids[i] = ids == NULL ? 0 : ids[i];
+		inputs->positions[i] = inputs->slots[i] = llama->length + i;
 	}
-	step->length = (int32_t)(llama->length + count);
+	inputs->length = (int32_t)(llama->length + count);
 	const opd_operand operands[] = {
-		ids != NULL ? host(OPD_i64, &count, step->ids)
+		ids != NULL ? input(llama, OPD_i64, &count, inputs->ids)
 	                : (opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_RESULT, .ticket = llama->last},
-		host(OPD_i64, &count, step->positions),
-		host(OPD_i64, &count, step->slots),
-		host(OPD_i32, (const int64_t[]){1}, &step->length),
+		input(llama, OPD_i64, &count, inputs->positions),
+		input(llama, OPD_i64, &count, inputs->slots),
+		input(llama, OPD_i32, (const int64_t[]){1}, &inputs->length),
 	};
 	for (size_t i = 0; i < sizeof operands / sizeof operands[0]; i++)
 		opd_request_tensor(step->request, NULL, &operands[i]);
@@ -101,7 +119,7 @@ static opd_status submit(struct llama *llama, uint64_t graph, const int64_t *ids
 
 static void show(const struct llama *llama, const opd_graph_explain *explain)
 {
-	(void)fprintf(stderr, "step at %lld: %u nodes, %llu bytes between them\n", (long long)llama->steps[llama->first].positions[0], explain->node_count,
+	(void)fprintf(stderr, "step at %lld: %u nodes, %llu bytes between them\n", (long long)llama->steps[llama->first].inputs->positions[0], explain->node_count,
 	              (unsigned long long)explain->arena_bytes);
 	for (uint32_t i = 0; i < explain->count; i++)
 		(void)fprintf(stderr, "  %-22s %-20s %-10s %8.1f us\n", explain->nodes[i].node, explain->nodes[i].op, explain->nodes[i].provider,
@@ -193,4 +211,8 @@ void llama_fini(struct llama *llama)
 			opd_cancel(llama->client, llama->steps[i].ticket);
 		opd_request_destroy(llama->steps[i].request);
 	}
+	if (llama->shm)
+		opd_memory_destroy(llama->memory);
+	else
+		free(llama->inputs);
 }

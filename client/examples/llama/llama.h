@@ -46,14 +46,19 @@ struct llama_layer {
 	opd_handle values;
 };
 
-/* A run of a graph, and the host tensors that it reads. */
+/* The host tensors that a step reads: in memory shared with the daemon, or sent. */
+struct llama_inputs {
+	_Alignas(64) int64_t ids[LLAMA_CHUNK];
+	_Alignas(64) int64_t positions[LLAMA_CHUNK];
+	_Alignas(64) int64_t slots[LLAMA_CHUNK];
+	_Alignas(64) int32_t length; /* of the text with this step's tokens */
+};
+
+/* A run of a graph. */
 struct llama_step {
 	opd_request *request;
 	opd_ticket ticket; /* 0: none in flight */
-	int64_t ids[LLAMA_CHUNK];
-	int64_t positions[LLAMA_CHUNK];
-	int64_t slots[LLAMA_CHUNK];
-	int32_t length; /* of the text with this step's tokens */
+	struct llama_inputs *inputs;
 };
 
 struct llama_times {
@@ -81,6 +86,9 @@ struct llama {
 	const char *share; /* NULL: the weights are this session's alone */
 	bool trace;
 	bool stats;
+	bool shm;             /* inputs lie in `memory` */
+	opd_memory *memory;
+	struct llama_inputs *inputs; /* [LLAMA_AHEAD_MAX] */
 	struct llama_step steps[LLAMA_AHEAD_MAX]; /* a ring */
 	unsigned first;
 	unsigned in_flight;

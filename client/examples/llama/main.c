@@ -24,6 +24,7 @@ static const char help[] =
 	"  --dtype TYPE       f32 (default), bf16 or f16: what weights, activations and cache are kept in\n"
 	"  --provider NAME    this provider alone runs every op, where it can: the session's list for all ops\n"
 	"  --share NAME       the weights are published as NAME/… and kept until withdrawn (opctl rm NAME/): whoever names them next finds them there\n"
+	"  --shm              a step's inputs lie in memory shared with the daemon (Unix sockets)\n"
 	"  --ahead COUNT      tokens under way before the first of them is answered (default 4, at most 64)\n"
 	"  --trace            of every step: which provider ran each node, and for how long\n"
 	"  --stats            tokens a second, and the share of time outside kernels\n"
@@ -43,15 +44,17 @@ struct arguments {
 	int64_t ahead;
 	bool trace;
 	bool stats;
+	bool shm;
 };
 
-enum option_key { KEY_CONNECT = 256, KEY_MODEL, KEY_PROMPT, KEY_IDS, KEY_DTYPE, KEY_PROVIDER, KEY_SHARE, KEY_AHEAD, KEY_TRACE, KEY_STATS, KEY_HELP };
+enum option_key { KEY_CONNECT = 256, KEY_MODEL, KEY_PROMPT, KEY_IDS, KEY_DTYPE, KEY_PROVIDER, KEY_SHARE, KEY_SHM, KEY_AHEAD, KEY_TRACE, KEY_STATS, KEY_HELP };
 
 static const struct option options[] = {
 	{"connect", required_argument, NULL, KEY_CONNECT}, {"model", required_argument, NULL, KEY_MODEL},
 	{"prompt", required_argument, NULL, KEY_PROMPT},   {"ids", required_argument, NULL, KEY_IDS},
 	{"dtype", required_argument, NULL, KEY_DTYPE},     {"provider", required_argument, NULL, KEY_PROVIDER},
 	{"share", required_argument, NULL, KEY_SHARE},
+	{"shm", no_argument, NULL, KEY_SHM},
 	{"ahead", required_argument, NULL, KEY_AHEAD},     {"trace", no_argument, NULL, KEY_TRACE},
 	{"stats", no_argument, NULL, KEY_STATS},           {"help", no_argument, NULL, KEY_HELP},
 	{0},
@@ -113,6 +116,9 @@ static void parse_one(struct arguments *arguments, int key)
 		return;
 	case KEY_SHARE:
 		arguments->share = optarg;
+		return;
+	case KEY_SHM:
+		arguments->shm = true;
 		return;
 	case KEY_AHEAD:
 		arguments->ahead = number("--ahead: expected 1 to 64", optarg, 1, LLAMA_AHEAD_MAX);
@@ -219,7 +225,7 @@ static void put(const struct llama *llama, int64_t id)
 
 static opd_status connect_to(const struct arguments *arguments, opd_client **client_out, opd_error *error)
 {
-	const opd_connect_options how = {.struct_bytes = sizeof how, .client = "opd-llama " OPD_VERSION};
+	const opd_connect_options how = {.struct_bytes = sizeof how, .client = "opd-llama " OPD_VERSION, .shared_memory = arguments->shm};
 	const char *address = arguments->address != NULL ? arguments->address : getenv("OPD_ADDRESS");
 	opd_embedded_register();
 	if (address != NULL)
@@ -309,6 +315,7 @@ int main(int argc, char **argv)
 	llama->share = arguments.share;
 	llama->trace = arguments.trace;
 	llama->stats = arguments.stats;
+	llama->shm = arguments.shm;
 	const opd_status status = work(llama, &arguments, &error);
 	if (isatty(STDOUT_FILENO))
 		(void)putchar('\n');
