@@ -19,7 +19,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 OPD = os.environ.get("OPD_BIN", os.path.join(ROOT, "build/bin/opd"))
 OPCTL = os.environ.get("OPCTL_BIN", os.path.join(ROOT, "build/bin/opctl"))
 GOLDEN = os.environ.get("OPD_GOLDEN", os.path.join(ROOT, "tests/golden"))
-COMMANDS = ["run", "fake", "explain", "graph", "ops", "describe", "providers", "priority", "verify", "bench", "ping", "info", "module", "log-level", "drain", "help"]
+COMMANDS = ["run", "fake", "explain", "graph", "put", "get", "rm", "publish", "tensors", "ops", "describe", "providers", "priority", "verify", "bench", "ping", "info", "module", "log-level", "drain", "help"]
 
 
 def start_daemon(folder, *flags):
@@ -174,6 +174,34 @@ class Help(Case):
 
 
 class Run(Case):
+    def test_files_are_published_listed_fetched_and_withdrawn(self):
+        path, back = os.path.join(self.folder, "w.npy"), os.path.join(self.folder, "back.npy")
+        write_npy(path, "<f4", [2, 3], struct.pack("<6f", *range(6)))
+        both = os.path.join(self.folder, "both.safetensors")
+        write_safetensors(both, {"a": ("F32", [2, 3], struct.pack("<6f", *range(6))), "b": ("I64", [], struct.pack("<q", 7))})
+        self.assertIn("lasting", self.opctl("put", path, "--as", "w")[0])
+        self.opctl("put", both, "--as", "both", "--all")
+        rows = {row["name"]: row for row in self.json("tensors")}
+        self.assertEqual(sorted(rows), ["both/a", "both/b", "w"])
+        self.assertEqual(rows["w"]["sha256"], rows["both/a"]["sha256"])
+        self.assertEqual((rows["both/b"]["dtype"], rows["both/b"]["shape"], rows["both/b"]["all"]), ("i64", [], True))
+        self.opctl("get", "w", "--output", back)
+        with open(path, "rb") as one, open(back, "rb") as other:
+            self.assertEqual(one.read()[-24:], other.read()[-24:])
+        self.opctl("publish", "w", "--as", "again")
+        self.fails(1, "NOT_FOUND", "get", "nothing", "-o", back)
+        self.fails(1, "NOT_FOUND", "rm", "nothing")
+        self.fails(2, "INVALID_ARGUMENT", "put", path)
+        self.fails(2, "INVALID_ARGUMENT", "put", "w.txt", "--as", "w")
+        self.fails(1, "INVALID_ARGUMENT", "put", path, "--as", "not a name")
+        self.opctl("rm", "w", "again", "both/")
+        self.assertEqual(self.json("tensors"), [])
+        self.assertEqual(self.json("info")["memory_bytes"], 0)
+
+    def test_tensors_through_shared_memory_give_the_same(self):
+        for words in (["relu", "randn:f32[3,5]"], ["embedding", "ids=i64[3]=0,2,1", "table=randn:bf16[4,6]"], ["topk", "randn:f32[2,9]", "3"], ["relu", "f32[0,4]=1"]):
+            self.assertEqual(self.opctl("run", *words, "--shm"), self.opctl("run", *words))
+
     def test_values_of_every_kind(self):
         out = self.opctl("run", "rms_norm", "x=f32[2,4]=1,2,3,4,1,2,3,4", "weight=ones:f32[4]", "epsilon=1e-5")[0]
         self.assertRegex(out, r"^rms_norm: \w+ ran it\n0: f32 \[2, 4\]  min 0\.365\d+  max 1\.46\d+  mean 0\.91\d+  nan 0  inf 0\n   \[0\.365")
