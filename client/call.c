@@ -7,8 +7,7 @@
 #include "proto/bounds.h"
 #include "proto/codec.h"
 
-/* Sends `message` and waits. The result is the caller's on success alone. */
-static opd_status call(opd_client *client, const struct msg_request *message, msg_reply_kind expected, opd_result **result_out,
+opd_status client_call(opd_client *client, const struct msg_request *message, msg_reply_kind expected, opd_result **result_out,
                        opd_error *error)
 {
 	opd_result *result = NULL;
@@ -38,7 +37,7 @@ static opd_status call(opd_client *client, const struct msg_request *message, ms
 static opd_status call_empty(opd_client *client, const struct msg_request *message, opd_error *error)
 {
 	opd_result *result;
-	opd_status status = call(client, message, MSG_REPLY_EMPTY, &result, error);
+	opd_status status = client_call(client, message, MSG_REPLY_EMPTY, &result, error);
 	if (status == OPD_OK)
 		opd_result_destroy(result);
 	return status;
@@ -86,7 +85,7 @@ static opd_status kept_page(opd_client *client, opd_kept_tensor **tensors, uint3
                             opd_error *error)
 {
 	const struct msg_request message = {.kind = MSG_REQUEST_LIST_TENSORS, .first = *next_inout};
-	opd_status status = call(client, &message, MSG_REPLY_TENSORS, result_out, error);
+	opd_status status = client_call(client, &message, MSG_REPLY_TENSORS, result_out, error);
 	if (status != OPD_OK)
 		return status;
 	const uint32_t more = (*result_out)->reply.tensors.count, next = (*result_out)->reply.tensors.next;
@@ -224,7 +223,7 @@ static opd_status call_document(opd_client *client, const struct msg_request *me
                                 const void **document_out, opd_error *error)
 {
 	opd_result *result;
-	opd_status status = call(client, message, expected, &result, error);
+	opd_status status = client_call(client, message, expected, &result, error);
 	return status == OPD_OK ? document_create(result, make, document_out, error) : status;
 }
 
@@ -336,7 +335,7 @@ opd_status opd_generate(opd_client *client, const char *op, const opd_generate_o
 	                 .keep = options->keep},
 	};
 	opd_result *result;
-	status = call(client, &message, MSG_REPLY_GENERATED, &result, error);
+	status = client_call(client, &message, MSG_REPLY_GENERATED, &result, error);
 	return status == OPD_OK ? generated_request(result, op, request_out, error) : status;
 }
 

@@ -33,7 +33,7 @@ struct batch {
 };
 
 struct writer {
-	struct list ready;   /* whole frames: REQUEST (ids rise) and ABORT */
+	struct list ready;   /* whole frames: REQUEST (ids rise), ABORT, CANCEL */
 	struct list bulk;    /* flights with DATA left, served in turn */
 	struct list waiting; /* beyond the server's limit of requests in flight */
 	size_t ready_bytes;  /* about; of ready and the batch */
@@ -72,6 +72,7 @@ struct opd_client {
 	struct arena session_arena; /* its texts */
 	uint64_t envelope_limit;
 	bool greeted;
+	bool cancels; /* the session has the feature "cancel" */
 
 	struct pool *pool;
 	struct arena scratch; /* encoding of what isn't a built request */
@@ -124,6 +125,9 @@ bool writer_pending(const opd_client *client);
 
 /* The flight was answered or cancelled: nothing of it that hasn't begun is sent, a half-sent payload ends with ABORT. */
 void writer_stop(opd_client *client, struct flight *flight);
+
+/* The flight is on its way, and its reply isn't wanted: tells a server that takes CANCEL. */
+void writer_cancel(opd_client *client, struct flight *flight);
 
 /* The caller's memory goes: copies what the batch still needs of it. False: out of memory. */
 OPD_MUST_USE bool writer_detach(opd_client *client, struct flight *flight);
@@ -184,5 +188,11 @@ void connection_forget(opd_client *client, struct flight *flight);
 /* Runs the message on this thread; result_out is always set unless memory ran out. */
 OPD_MUST_USE opd_status direct_call(opd_client *client, const struct msg_request *message, msg_reply_kind expected,
                                     opd_result **result_out, opd_error *error);
+
+/* ---- call.c ---- */
+
+/* Sends `message` and waits, by either way. The result is the caller's on success alone. */
+OPD_MUST_USE opd_status client_call(opd_client *client, const struct msg_request *message, msg_reply_kind expected, opd_result **result_out,
+                                    opd_error *error);
 
 #endif

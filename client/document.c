@@ -181,6 +181,8 @@ void *document_info(opd_result *result)
 	info->loops = from->loops;
 	info->threads = from->threads;
 	info->draining = from->draining;
+	info->graph_runs = from->graph_runs;
+	info->graph_dispatches = from->graph_dispatches;
 	info->listeners = texts(result, from->listener_count, from->listeners, &info->listener_count);
 	info->devices = texts(result, from->device_count, from->devices, &info->device_count);
 	return info;

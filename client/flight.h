@@ -23,6 +23,7 @@ typedef enum flight_state {
 	FLIGHT_QUEUED = 0, /* its REQUEST frame waits, for the socket or for room under the server's limit */
 	FLIGHT_DATA,       /* the REQUEST frame is out, DATA frames remain */
 	FLIGHT_ABORT,      /* answered early: an ABORT frame waits instead of the remaining DATA */
+	FLIGHT_CANCEL,     /* sent, and nobody wants the reply: a CANCEL frame waits */
 	FLIGHT_SENT,       /* nothing to be put into a batch any more */
 } flight_state;
 
@@ -44,7 +45,7 @@ struct flight {
 	uint8_t *frame; /* header, envelope, and a small payload */
 	size_t frame_bytes;
 	size_t frame_capacity;
-	uint8_t data_header[FRAME_HEADER_BYTES + FRAME_DATA_OFFSET_BYTES]; /* of the DATA or ABORT frame in the batch */
+	uint8_t data_header[FRAME_HEADER_BYTES + FRAME_DATA_OFFSET_BYTES]; /* of the DATA, ABORT or CANCEL frame in the batch */
 	uint64_t data_batch;                                               /* the last batch that has a DATA frame of it */
 	bool chunked;
 	struct iovec inline_pieces[FLIGHT_PIECES];

@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <poll.h>
+#include <string.h>
 #include <sys/socket.h>
 
 #include "proto/bounds.h"
@@ -26,6 +27,16 @@ static void refused(opd_client *client, const struct msg_hello_reply *reply, opd
 	               (int)(reply->message.bytes < 400 ? reply->message.bytes : 400),
 	               reply->message.data == NULL ? "" : reply->message.data);
 	client->leaving = true;
+}
+
+static const char cancel_feature[] = "cancel";
+
+static bool has_feature(const struct msg_hello_reply *reply, const char *name)
+{
+	for (uint32_t i = 0; i < reply->feature_count; i++)
+		if (reply->features[i].bytes == strlen(name) && memcmp(reply->features[i].data, name, reply->features[i].bytes) == 0)
+			return true;
+	return false;
 }
 
 opd_status greeting_accept(opd_client *client, const uint8_t *envelope, size_t bytes, opd_error *error)
@@ -58,6 +69,7 @@ opd_status greeting_accept(opd_client *client, const uint8_t *envelope, size_t b
 	    .in_flight = reply.limits.in_flight,
 	};
 	client->envelope_limit = reply.limits.envelope_bytes;
+	client->cancels = has_feature(&reply, cancel_feature);
 	client->greeted = true;
 	return OPD_OK;
 }
@@ -86,9 +98,12 @@ static opd_status send_all(int fd, const uint8_t *data, size_t bytes, uint64_t d
 static opd_status send_hello(opd_client *client, const opd_connect_options *options, uint64_t deadline_us, opd_error *error)
 {
 	const char *name = options->client == NULL ? "libopd " OPD_VERSION : options->client;
+	const struct msg_text features[] = {msg_text(cancel_feature)};
 	const struct msg_hello hello = {
 	    .version_min = FRAME_VERSION,
 	    .version_max = FRAME_VERSION,
+	    .feature_count = sizeof features / sizeof features[0],
+	    .features = features,
 	    .client = msg_text(name),
 	    .chunk_bytes = options->chunk_bytes,
 	    .no_chunks = options->no_chunks,

@@ -265,7 +265,9 @@ opd_status request_prepare(opd_request *request, request_form form, opd_error *e
 	arena_reset(&request->encoded);
 	request->piece_count = 0;
 	request->payload_bytes = 0;
-	opd_status status = OPD_OK;
+	opd_status status = request->once == NULL ? OPD_OK : graph_description(request->once, &request->message.run.once, error);
+	if (status != OPD_OK)
+		return status;
 	if (request->message.run.mode != MSG_RUN)
 		request_point(request, MSG_SOURCE_NONE);
 	else if (form == REQUEST_DIRECT)

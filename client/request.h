@@ -41,6 +41,7 @@ struct opd_request {
 	struct request_host *hosts; /* in the payload's order */
 	size_t host_count;
 	size_t host_capacity;
+	const opd_graph *once; /* the graph that it runs; NULL: a registered one, or an op */
 	opd_result *owned; /* whose memory host tensors lie in; NULL: the caller's */
 	request_form form;
 	struct codec_buffer envelope;
@@ -68,6 +69,9 @@ void *request_grow(opd_request *request, const void *array, size_t count, size_t
 
 /* UTF-8 of at most `limit` bytes, copied; NULL is empty. False: remembered, `what` in front. */
 bool request_copy_text(opd_request *request, const char *what, const char *text, size_t limit, struct msg_text *out);
+
+/* graph.c: the description, or what was wrong with it. */
+OPD_MUST_USE opd_status graph_description(const opd_graph *graph, const struct msg_graph **graph_out, opd_error *error);
 
 /* Appends an argument that the server made. Host bytes stay where they are. False: remembered in request->error. */
 bool request_add_generated(opd_request *request, const struct msg_arg *arg);

@@ -76,6 +76,9 @@ static bool operand_shape(opd_request *request, const char *name, const opd_oper
 		tensor->shape[i] = operand->shape[i];
 	tensor->byte_offset = operand->byte_offset;
 	uint64_t end;
+	const bool open = operand->source == OPD_FROM_VALUE && operand->rank > 0 && operand->shape[0] == -1;
+	if (open) /* known when the graph runs */
+		tensor->shape[0] = 1;
 	if (!tensor_extent(operand->dtype, operand->rank, tensor->shape, operand->strides, operand->byte_offset, &end)) {
 		request_fail(request, OPD_INVALID_ARGUMENT,
 		             "%s: %s: extents and strides must be at least 0, the byte offset (%llu) a multiple of the %zu-byte element, "
@@ -84,6 +87,8 @@ static bool operand_shape(opd_request *request, const char *name, const opd_oper
 		             op, name, (unsigned long long)operand->byte_offset, opd_dtype_bytes(operand->dtype));
 		return false;
 	}
+	if (open)
+		tensor->shape[0] = -1;
 	if (operand->strides == NULL)
 		return true;
 	int64_t row_major[OPD_RANK_MAX];
@@ -121,7 +126,9 @@ static bool operand_host(opd_request *request, const char *name, const opd_opera
 static bool operand_convert(opd_request *request, const char *name, const opd_operand *operand, struct msg_tensor *tensor)
 {
 	const bool whole =
-	    operand->dtype == OPD_DTYPE_NONE && (operand->source == OPD_FROM_HANDLE || operand->source == OPD_FROM_RESULT);
+	    operand->dtype == OPD_DTYPE_NONE &&
+	    (operand->source == OPD_FROM_HANDLE || operand->source == OPD_FROM_RESULT || operand->source == OPD_FROM_VALUE);
+	tensor->donate = operand->donate;
 	if (!whole && !operand_shape(request, name, operand, tensor))
 		return false;
 	switch (operand->source) {
@@ -138,6 +145,15 @@ static bool operand_convert(opd_request *request, const char *name, const opd_op
 		return true;
 	case OPD_FROM_NOTHING:
 		tensor->source = MSG_SOURCE_NONE;
+		return true;
+	case OPD_FROM_VALUE:
+		if (operand->value.node == OPD_GRAPH_INPUT) {
+			tensor->source = MSG_SOURCE_GRAPH_INPUT;
+			tensor->graph_input = operand->value.output;
+		} else {
+			tensor->source = MSG_SOURCE_NODE;
+			tensor->node = (struct msg_node_output){operand->value.node, operand->value.output};
+		}
 		return true;
 	}
 	request_fail(request, OPD_INVALID_ARGUMENT, "%s: %s has source %d, which is none", request->message.run.op.data, name,
@@ -176,6 +192,11 @@ void opd_request_tensor(opd_request *request, const char *name, const opd_operan
 	struct msg_arg *arg = request_add(request, name, MSG_ARG_TENSOR);
 	if (arg != NULL)
 		(void)request_operands(request, arg, operand, 1);
+}
+
+void opd_request_value(opd_request *request, const char *name, opd_value value)
+{
+	opd_request_tensor(request, name, &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_VALUE, .value = value});
 }
 
 static bool request_list_fits(opd_request *request, const char *name, size_t count)

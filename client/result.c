@@ -93,6 +93,8 @@ static opd_status bind_tensor(opd_result *result, struct msg_tensor *tensor, uin
 	case MSG_SOURCE_HANDLE:
 	case MSG_SOURCE_RESULT:
 	case MSG_SOURCE_SHARED:
+	case MSG_SOURCE_GRAPH_INPUT:
+	case MSG_SOURCE_NODE:
 		break;
 	}
 	return opd_fail(error, OPD_INVALID_ARGUMENT, "tensor %u has source %d, expected payload, inline or none", index,
@@ -165,13 +167,8 @@ static const struct opd_move *explain_moves(opd_result *result, const struct msg
 	return moves;
 }
 
-static opd_status bind_explain(opd_result *result, const struct msg_explain *from, opd_error *error)
+static void fill_explain(opd_result *result, const struct msg_explain *from, opd_explain *explain)
 {
-	if (from == NULL)
-		return OPD_OK;
-	opd_explain *explain = arena_zalloc(&result->arena, sizeof *explain);
-	if (explain == NULL)
-		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "no memory for the explain record");
 	explain->struct_bytes = sizeof *explain;
 	explain->on_loop = from->on_loop;
 	explain->level = msg_level_name(from->level);
@@ -188,7 +185,45 @@ static opd_status bind_explain(opd_result *result, const struct msg_explain *fro
 	explain->kernel_ns = from->times.kernel;
 	explain->moves_ns = from->times.moves;
 	explain->pack_ns = from->times.pack;
+}
+
+static opd_status bind_explain(opd_result *result, const struct msg_explain *from, opd_error *error)
+{
+	if (from == NULL)
+		return OPD_OK;
+	opd_explain *explain = arena_zalloc(&result->arena, sizeof *explain);
+	if (explain == NULL)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "no memory for the explain record");
+	fill_explain(result, from, explain);
 	result->explain = explain;
+	return OPD_OK;
+}
+
+static opd_status bind_graph(opd_result *result, const struct msg_graph_explain *from, opd_error *error)
+{
+	if (from == NULL)
+		return OPD_OK;
+	opd_graph_explain *graph = arena_zalloc(&result->arena, sizeof *graph);
+	opd_node_explain *nodes = arena_array(&result->arena, from->count, sizeof *nodes);
+	if (graph == NULL || nodes == NULL)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "no memory for the graph's explain record");
+	for (uint32_t i = 0; i < from->count; i++) {
+		nodes[i].node = result_text(result, from->nodes[i].node);
+		nodes[i].op = result_text(result, from->nodes[i].op);
+		nodes[i].provider = result_text(result, from->nodes[i].provider);
+		fill_explain(result, &from->nodes[i].explain, &nodes[i].explain);
+	}
+	*graph = (opd_graph_explain){
+	    .struct_bytes = sizeof *graph,
+	    .count = from->count,
+	    .node_count = from->node_count,
+	    .dispatched = from->dispatched,
+	    .nodes = nodes,
+	    .arena_bytes = from->arena_bytes,
+	    .unshared_bytes = from->unshared_bytes,
+	    .prepare_ns = from->prepare_ns,
+	};
+	result->graph = graph;
 	return OPD_OK;
 }
 
@@ -200,7 +235,7 @@ static opd_status bind_run(opd_result *result, uint64_t payload_bytes, uint64_t 
 	opd_status status = bind_outputs(result, payload_bytes, end_out, error);
 	if (status == OPD_OK)
 		status = bind_explain(result, run->explain, error);
-	return status;
+	return status == OPD_OK ? bind_graph(result, run->graph, error) : status;
 }
 
 /* ---- Generated arguments ---- */
@@ -307,6 +342,7 @@ void result_set_failure(opd_result *result, const opd_error *error)
 	result->output_count = 0;
 	result->outputs = NULL;
 	result->explain = NULL;
+	result->graph = NULL;
 }
 
 opd_status result_report(const opd_result *result, opd_error *error)
@@ -369,4 +405,17 @@ opd_handle opd_result_handle(const opd_result *result, uint32_t output)
 const opd_explain *opd_result_explain(const opd_result *result)
 {
 	return result->explain;
+}
+
+const opd_graph_explain *opd_result_graph(const opd_result *result)
+{
+	return result->graph;
+}
+
+opd_handle opd_result_state(const opd_result *result, uint32_t state)
+{
+	const struct msg_run_reply *run = &result->reply.run;
+	if (result->reply.kind != MSG_REPLY_RUN || state >= run->state_count)
+		return (opd_handle){0};
+	return (opd_handle){.index = run->states[state].index, .generation = run->states[state].generation};
 }

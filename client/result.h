@@ -31,6 +31,7 @@ struct opd_result {
 	uint32_t output_count;
 	struct result_output *outputs;
 	const opd_explain *explain;
+	const opd_graph_explain *graph;
 };
 
 /* A whole envelope and what the arena makes of it. */

@@ -197,7 +197,7 @@ void connection_forget(opd_client *client, struct flight *flight)
 		flight_settle(&client->flights, flight);
 		return;
 	}
-	const bool unsent = flight->state == FLIGHT_QUEUED;
+	const bool unsent = flight->state == FLIGHT_QUEUED, whole = flight->state == FLIGHT_SENT;
 	client->live--;
 	flight->forgotten = true;
 	writer_stop(client, flight);
@@ -206,6 +206,8 @@ void connection_forget(opd_client *client, struct flight *flight)
 		flight_settle(&client->flights, flight);
 		writer_admit(client);
 	} else {
+		if (whole)
+			writer_cancel(client, flight);
 		release_operands(client, flight);
 	}
 	writer_flush(client);

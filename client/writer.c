@@ -102,9 +102,18 @@ void writer_stop(opd_client *client, struct flight *flight)
 		list_append(&client->writer.ready, &flight->send);
 		return;
 	case FLIGHT_ABORT:
+	case FLIGHT_CANCEL:
 	case FLIGHT_SENT:
 		return;
 	}
+}
+
+void writer_cancel(opd_client *client, struct flight *flight)
+{
+	if (!client->cancels || client->writer.broken || flight->state != FLIGHT_SENT)
+		return;
+	flight->state = FLIGHT_CANCEL;
+	list_append(&client->writer.ready, &flight->send);
 }
 
 /* ---- Batches ---- */
@@ -135,12 +144,14 @@ static bool batch_add_request(opd_client *client, struct flight *flight)
 	return true;
 }
 
-static bool batch_add_abort(opd_client *client, struct flight *flight)
+/* ABORT or CANCEL, as its state says. */
+static bool batch_add_end(opd_client *client, struct flight *flight)
 {
 	struct batch *batch = &client->writer.batch;
 	if (batch->capacity == batch->count)
 		return false;
-	const struct frame_header header = {.version = FRAME_VERSION, .type = FRAME_ABORT, .request_id = flight->id};
+	const frame_type type = flight->state == FLIGHT_ABORT ? FRAME_ABORT : FRAME_CANCEL;
+	const struct frame_header header = {.version = FRAME_VERSION, .type = (uint8_t)type, .request_id = flight->id};
 	frame_encode(&header, flight->data_header);
 	batch_add(batch, flight, flight->data_header, FRAME_HEADER_BYTES);
 	list_remove(&flight->send);
@@ -202,7 +213,7 @@ static bool batch_fill(opd_client *client)
 	batch->number++;
 	while (!list_empty(&writer->ready) && batch->bytes < BATCH_BYTES) {
 		struct flight *flight = LIST_ENTRY(writer->ready.next, struct flight, send);
-		if (!(flight->state == FLIGHT_ABORT ? batch_add_abort(client, flight) : batch_add_request(client, flight)))
+		if (!(flight->state == FLIGHT_QUEUED ? batch_add_request(client, flight) : batch_add_end(client, flight)))
 			break;
 	}
 	if (list_empty(&writer->ready))

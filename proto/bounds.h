@@ -19,5 +19,11 @@
 #define BOUND_PRIORITY_DEPTH 64u             /* pushed maps of a session */
 #define BOUND_OUTPUTS 64u                    /* results of an op */
 #define BOUND_FEATURES 64u
+#define BOUND_GRAPH_NODES 65536u             /* of a graph */
+#define BOUND_GRAPH_INPUTS 8192u             /* of a graph, constants and states included */
+#define BOUND_GRAPH_RUN_INPUTS 64u           /* of them, those given at each run */
+#define BOUND_GRAPH_STATES 1024u             /* of them, those that a run donates */
+#define BOUND_GRAPHS 1024u                   /* registered by a session */
+#define BOUND_GRAPH_EXPLAIN 4096u            /* nodes that an explain record tells of */
 
 #endif

@@ -66,6 +66,27 @@ OPD_MUST_USE opd_status read_fetch(struct reader *reader, const Opd__V1__Fetch *
 OPD_MUST_USE opd_status read_kept_tensors(struct reader *reader, const Opd__V1__KeptTensors *in, struct msg_reply *out);
 OPD_MUST_USE bool write_kept_request(struct arena *arena, const struct msg_request *in, Opd__V1__Request *out);
 Opd__V1__KeptTensors *write_kept_tensors(struct arena *arena, const struct msg_reply *in);
+Opd__V1__NodeOutput *write_node_output(struct arena *arena, struct msg_node_output in);
+
+/* codec_request.c's, for codec_graph.c. */
+OPD_MUST_USE opd_status read_list(struct reader *reader, const Opd__V1__ProviderList *in, struct msg_list *out);
+OPD_MUST_USE opd_status read_output_options(struct reader *reader, size_t count, Opd__V1__OutputOption *const *in, struct msg_run *out);
+OPD_MUST_USE opd_status read_mode(struct reader *reader, int mode, msg_mode *out);
+/* NULL also for a list that isn't there; *fits_out tells. */
+Opd__V1__ProviderList *write_list(struct arena *arena, const struct msg_list *in, bool *fits_out);
+OPD_MUST_USE bool write_output_options(struct arena *arena, const struct msg_run *in, size_t *count_out, Opd__V1__OutputOption ***out);
+
+/* codec_reply_*.c's, for codec_graph.c. */
+OPD_MUST_USE opd_status read_explain(struct reader *reader, const Opd__V1__Explain *in, struct msg_explain *out);
+Opd__V1__Explain *write_explain(struct arena *arena, const struct msg_explain *in);
+
+/* codec_graph.c */
+OPD_MUST_USE opd_status read_graph(struct reader *reader, const Opd__V1__Graph *in, struct msg_graph *out);
+OPD_MUST_USE opd_status read_run_graph(struct reader *reader, const Opd__V1__RunGraph *in, struct msg_run *out);
+OPD_MUST_USE opd_status read_graph_reply(struct reader *reader, const Opd__V1__RunReply *in, struct msg_run_reply *out);
+Opd__V1__RegisterGraph *write_register_graph(struct arena *arena, const struct msg_graph *in);
+Opd__V1__RunGraph *write_run_graph(struct arena *arena, const struct msg_run *in);
+OPD_MUST_USE bool write_graph_reply(struct arena *arena, const struct msg_run_reply *in, Opd__V1__RunReply *out);
 
 /* Borrows: protobuf-c writes nothing through it. */
 static inline ProtobufCBinaryData write_text(struct msg_text in)

@@ -93,11 +93,8 @@ static opd_status read_moves(struct reader *reader, const Opd__V1__Explain *in, 
 	return status;
 }
 
-static opd_status read_explain(struct reader *reader, const Opd__V1__Explain *in, const struct msg_explain **out)
+opd_status read_explain(struct reader *reader, const Opd__V1__Explain *in, struct msg_explain *explain)
 {
-	struct msg_explain *explain = arena_zalloc(reader->arena, sizeof *explain);
-	if (explain == NULL)
-		return read_full(reader);
 	explain->level = (msg_level)in->level;
 	explain->on_loop = in->on_loop;
 	if (in->times != NULL)
@@ -110,8 +107,14 @@ static opd_status read_explain(struct reader *reader, const Opd__V1__Explain *in
 		status = read_moves(reader, in, explain);
 	if (status == OPD_OK)
 		status = read_names(reader, "effective", in->n_effective, in->effective, &explain->effective_count, &explain->effective);
-	*out = explain;
 	return status;
+}
+
+static opd_status read_new_explain(struct reader *reader, const Opd__V1__Explain *in, const struct msg_explain **out)
+{
+	struct msg_explain *explain = arena_zalloc(reader->arena, sizeof *explain);
+	*out = explain;
+	return explain == NULL ? read_full(reader) : read_explain(reader, in, explain);
 }
 
 static opd_status read_run_reply(struct reader *reader, const Opd__V1__RunReply *in, struct msg_run_reply *out)
@@ -124,8 +127,8 @@ static opd_status read_run_reply(struct reader *reader, const Opd__V1__RunReply 
 	if (status == OPD_OK)
 		status = read_results(reader, in, out);
 	if (status == OPD_OK && in->explain != NULL)
-		status = read_explain(reader, in->explain, &out->explain);
-	return status;
+		status = read_new_explain(reader, in->explain, &out->explain);
+	return status != OPD_OK ? status : read_graph_reply(reader, in, out);
 }
 
 static opd_status read_priority(struct reader *reader, const Opd__V1__PriorityReply *in, struct msg_priority_reply *out)
@@ -274,6 +277,8 @@ static opd_status read_info(struct reader *reader, const Opd__V1__Info *in, stru
 	out->session_memory_bytes = in->session_memory_bytes;
 	out->pid = in->pid;
 	out->draining = in->draining;
+	out->graph_runs = in->graph_runs;
+	out->graph_dispatches = in->graph_dispatches;
 	opd_status status = read_text(reader, "version", in->version, BOUND_STR_BYTES, &out->version);
 	if (status == OPD_OK)
 		status = read_names(reader, "listeners", in->n_listeners, in->listeners, &out->listener_count, &out->listeners);
@@ -312,6 +317,10 @@ static opd_status read_body(struct reader *reader, const Opd__V1__Reply *in, str
 	case OPD__V1__REPLY__BODY_TENSORS:
 		out->kind = MSG_REPLY_TENSORS;
 		return read_kept_tensors(reader, in->tensors, out);
+	case OPD__V1__REPLY__BODY_GRAPH:
+		out->kind = MSG_REPLY_REGISTERED;
+		out->registered = (struct msg_registered){in->graph->graph, in->graph->nodes, in->graph->bytes};
+		return OPD_OK;
 	default:
 		out->kind = MSG_REPLY_NONE;
 		return OPD_OK;

@@ -62,7 +62,7 @@ static Opd__V1__Times *write_times(struct arena *arena, const struct msg_times *
 	return out;
 }
 
-static Opd__V1__Explain *write_explain(struct arena *arena, const struct msg_explain *in)
+Opd__V1__Explain *write_explain(struct arena *arena, const struct msg_explain *in)
 {
 	Opd__V1__Explain *out = write_new(arena, &opd__v1__explain__descriptor);
 	if (out == NULL)
@@ -95,7 +95,7 @@ static Opd__V1__RunReply *write_run_reply(struct arena *arena, const struct msg_
 	out->n_outputs = in->output_count;
 	if (in->explain != NULL && (out->explain = write_explain(arena, in->explain)) == NULL)
 		return NULL;
-	return out;
+	return write_graph_reply(arena, in, out) ? out : NULL;
 }
 
 static Opd__V1__PriorityReply *write_priority(struct arena *arena, const struct msg_priority_reply *in)
@@ -235,6 +235,8 @@ static Opd__V1__Info *write_info(struct arena *arena, const struct msg_info *in)
 	out->session_memory_bytes = in->session_memory_bytes;
 	out->pid = in->pid;
 	out->draining = in->draining;
+	out->graph_runs = in->graph_runs;
+	out->graph_dispatches = in->graph_dispatches;
 	return out;
 }
 
@@ -278,6 +280,15 @@ static bool write_body(struct arena *arena, const struct msg_reply *in, Opd__V1_
 	case MSG_REPLY_TENSORS:
 		out->body_case = OPD__V1__REPLY__BODY_TENSORS;
 		return (out->tensors = write_kept_tensors(arena, in)) != NULL;
+	case MSG_REPLY_REGISTERED:
+		out->body_case = OPD__V1__REPLY__BODY_GRAPH;
+		out->graph = write_new(arena, &opd__v1__graph_registered__descriptor);
+		if (out->graph == NULL)
+			return false;
+		out->graph->graph = in->registered.graph;
+		out->graph->nodes = in->registered.nodes;
+		out->graph->bytes = in->registered.bytes;
+		return true;
 	}
 	return true;
 }

@@ -5,7 +5,7 @@
 
 /* ---- Reading ---- */
 
-static opd_status read_list(struct reader *reader, const Opd__V1__ProviderList *in, struct msg_list *out)
+opd_status read_list(struct reader *reader, const Opd__V1__ProviderList *in, struct msg_list *out)
 {
 	out->present = in != NULL;
 	if (in == NULL)
@@ -13,26 +13,31 @@ static opd_status read_list(struct reader *reader, const Opd__V1__ProviderList *
 	return read_texts(reader, "providers", in->n_names, in->names, BOUND_PROVIDERS, BOUND_NAME_BYTES, &out->count, &out->names);
 }
 
-static opd_status read_output_options(struct reader *reader, const Opd__V1__Run *in, struct msg_run *out)
+opd_status read_output_options(struct reader *reader, size_t count, Opd__V1__OutputOption *const *in, struct msg_run *out)
 {
-	opd_status status = read_count(reader, "outputs", in->n_outputs, BOUND_OUTPUTS);
+	opd_status status = read_count(reader, "outputs", count, BOUND_OUTPUTS);
 	if (status != OPD_OK)
 		return status;
-	struct msg_output_option *options = arena_array(reader->arena, in->n_outputs, sizeof *options);
+	struct msg_output_option *options = arena_array(reader->arena, count, sizeof *options);
 	if (options == NULL)
 		return read_full(reader);
-	for (size_t i = 0; i < in->n_outputs; i++)
-		options[i] = (struct msg_output_option){.keep = in->outputs[i]->keep, .no_copy = in->outputs[i]->no_copy};
-	out->output_count = (uint32_t)in->n_outputs;
+	for (size_t i = 0; i < count; i++)
+		options[i] = (struct msg_output_option){.keep = in[i]->keep, .no_copy = in[i]->no_copy};
+	out->output_count = (uint32_t)count;
 	out->outputs = options;
+	return OPD_OK;
+}
+
+opd_status read_mode(struct reader *reader, int mode, msg_mode *out)
+{
+	if (mode < MSG_RUN || mode > MSG_DRY)
+		return opd_fail(reader->error, OPD_INVALID_ARGUMENT, "mode: %d, expected 0 (run), 1 (fake) or 2 (dry)", mode);
+	*out = (msg_mode)mode;
 	return OPD_OK;
 }
 
 static opd_status read_run(struct reader *reader, const Opd__V1__Run *in, struct msg_run *out)
 {
-	if ((int)in->mode < MSG_RUN || (int)in->mode > MSG_DRY)
-		return opd_fail(reader->error, OPD_INVALID_ARGUMENT, "mode: %d, expected 0 (run), 1 (fake) or 2 (dry)", (int)in->mode);
-	out->mode = (msg_mode)in->mode;
 	out->strict = in->strict;
 	out->explain = in->explain;
 	out->retry = in->retry;
@@ -40,7 +45,9 @@ static opd_status read_run(struct reader *reader, const Opd__V1__Run *in, struct
 	out->uuid = in->uuid;
 	out->inline_results = in->inline_results;
 	out->timeout_us = in->timeout_us;
-	opd_status status = read_text(reader, "op", in->op, BOUND_NAME_BYTES, &out->op);
+	opd_status status = read_mode(reader, (int)in->mode, &out->mode);
+	if (status == OPD_OK)
+		status = read_text(reader, "op", in->op, BOUND_NAME_BYTES, &out->op);
 	if (status == OPD_OK)
 		status = read_args(reader, in->n_args, in->args, &out->arg_count, &out->args);
 	if (status == OPD_OK)
@@ -48,7 +55,7 @@ static opd_status read_run(struct reader *reader, const Opd__V1__Run *in, struct
 	if (status == OPD_OK)
 		status = read_text(reader, "device", in->device, BOUND_NAME_BYTES, &out->device);
 	if (status == OPD_OK)
-		status = read_output_options(reader, in, out);
+		status = read_output_options(reader, in->n_outputs, in->outputs, out);
 	return status;
 }
 
@@ -157,6 +164,16 @@ static opd_status read_request(struct reader *reader, const Opd__V1__Request *in
 		out->kind = MSG_REQUEST_LIST_TENSORS;
 		out->first = in->list_tensors->first;
 		return OPD_OK;
+	case OPD__V1__REQUEST__BODY_REGISTER_GRAPH:
+		out->kind = MSG_REQUEST_REGISTER_GRAPH;
+		return read_graph(reader, in->register_graph->graph, &out->graph);
+	case OPD__V1__REQUEST__BODY_RUN_GRAPH:
+		out->kind = MSG_REQUEST_RUN_GRAPH;
+		return read_run_graph(reader, in->run_graph, &out->run);
+	case OPD__V1__REQUEST__BODY_FREE_GRAPH:
+		out->kind = MSG_REQUEST_FREE_GRAPH;
+		out->graph_id = in->free_graph->graph;
+		return OPD_OK;
 	default:
 		out->kind = MSG_REQUEST_NONE;
 		return OPD_OK;
@@ -180,8 +197,7 @@ opd_status codec_decode_request(struct arena *arena, const uint8_t *envelope, si
 
 /* ---- Writing ---- */
 
-/* NULL also for a list that isn't there; *fits_out tells. */
-static Opd__V1__ProviderList *write_list(struct arena *arena, const struct msg_list *in, bool *fits_out)
+Opd__V1__ProviderList *write_list(struct arena *arena, const struct msg_list *in, bool *fits_out)
 {
 	*fits_out = true;
 	if (!in->present)
@@ -191,19 +207,20 @@ static Opd__V1__ProviderList *write_list(struct arena *arena, const struct msg_l
 	return out;
 }
 
-static bool write_output_options(struct arena *arena, const struct msg_run *in, Opd__V1__Run *out)
+bool write_output_options(struct arena *arena, const struct msg_run *in, size_t *count_out, Opd__V1__OutputOption ***out)
 {
-	out->outputs = arena_array(arena, in->output_count, sizeof *out->outputs);
-	if (out->outputs == NULL)
+	Opd__V1__OutputOption **options = arena_array(arena, in->output_count, sizeof *options);
+	if (options == NULL)
 		return false;
 	for (uint32_t i = 0; i < in->output_count; i++) {
-		out->outputs[i] = write_new(arena, &opd__v1__output_option__descriptor);
-		if (out->outputs[i] == NULL)
+		options[i] = write_new(arena, &opd__v1__output_option__descriptor);
+		if (options[i] == NULL)
 			return false;
-		out->outputs[i]->keep = in->outputs[i].keep;
-		out->outputs[i]->no_copy = in->outputs[i].no_copy;
+		options[i]->keep = in->outputs[i].keep;
+		options[i]->no_copy = in->outputs[i].no_copy;
 	}
-	out->n_outputs = in->output_count;
+	*out = options;
+	*count_out = in->output_count;
 	return true;
 }
 
@@ -224,7 +241,7 @@ static Opd__V1__Run *write_run(struct arena *arena, const struct msg_run *in)
 	out->inline_results = in->inline_results;
 	bool fits;
 	out->priority = write_list(arena, &in->priority, &fits);
-	if (!fits || !write_args(arena, in->arg_count, in->args, &out->n_args, &out->args) || !write_output_options(arena, in, out))
+	if (!fits || !write_args(arena, in->arg_count, in->args, &out->n_args, &out->args) || !write_output_options(arena, in, &out->n_outputs, &out->outputs))
 		return NULL;
 	return out;
 }
@@ -332,6 +349,13 @@ static bool write_small(struct arena *arena, const struct msg_request *in, Opd__
 			return false;
 		out->drain->timeout_us = in->timeout_us;
 		return true;
+	case MSG_REQUEST_FREE_GRAPH:
+		out->body_case = OPD__V1__REQUEST__BODY_FREE_GRAPH;
+		out->free_graph = write_new(arena, &opd__v1__free_graph__descriptor);
+		if (out->free_graph == NULL)
+			return false;
+		out->free_graph->graph = in->graph_id;
+		return true;
 	default:
 		return true;
 	}
@@ -365,6 +389,12 @@ static bool write_request(struct arena *arena, const struct msg_request *in, Opd
 	case MSG_REQUEST_GENERATE:
 		out->body_case = OPD__V1__REQUEST__BODY_GENERATE;
 		return (out->generate = write_generate(arena, &in->generate)) != NULL;
+	case MSG_REQUEST_REGISTER_GRAPH:
+		out->body_case = OPD__V1__REQUEST__BODY_REGISTER_GRAPH;
+		return (out->register_graph = write_register_graph(arena, &in->graph)) != NULL;
+	case MSG_REQUEST_RUN_GRAPH:
+		out->body_case = OPD__V1__REQUEST__BODY_RUN_GRAPH;
+		return (out->run_graph = write_run_graph(arena, &in->run)) != NULL;
 	case MSG_REQUEST_POP_PRIORITY:
 		return write_empty(arena, OPD__V1__REQUEST__BODY_POP_PRIORITY, out);
 	case MSG_REQUEST_LIST_OPS:
@@ -385,6 +415,7 @@ static bool write_request(struct arena *arena, const struct msg_request *in, Opd
 	case MSG_REQUEST_LOAD_MODULE:
 	case MSG_REQUEST_SET_LOG_LEVEL:
 	case MSG_REQUEST_DRAIN:
+	case MSG_REQUEST_FREE_GRAPH:
 		return write_small(arena, in, out);
 	}
 	return true;

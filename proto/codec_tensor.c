@@ -45,6 +45,14 @@ static void read_source(const Opd__V1__Tensor *in, struct msg_tensor *out)
 		out->shared.offset = in->shared->offset;
 		out->shared.bytes = in->shared->bytes;
 		break;
+	case OPD__V1__TENSOR__SOURCE_GRAPH_INPUT:
+		out->source = MSG_SOURCE_GRAPH_INPUT;
+		out->graph_input = in->graph_input;
+		break;
+	case OPD__V1__TENSOR__SOURCE_NODE:
+		out->source = MSG_SOURCE_NODE;
+		out->node = (struct msg_node_output){in->node->node, in->node->output};
+		break;
 	default: /* none, or one that this build doesn't know */
 		break;
 	}
@@ -205,6 +213,16 @@ static Opd__V1__SharedRange *write_shared(struct arena *arena, uint32_t region, 
 	return out;
 }
 
+Opd__V1__NodeOutput *write_node_output(struct arena *arena, struct msg_node_output in)
+{
+	Opd__V1__NodeOutput *out = write_new(arena, &opd__v1__node_output__descriptor);
+	if (out != NULL) {
+		out->node = in.node;
+		out->output = in.output;
+	}
+	return out;
+}
+
 static bool write_source(struct arena *arena, const struct msg_tensor *in, Opd__V1__Tensor *out)
 {
 	switch (in->source) {
@@ -226,6 +244,13 @@ static bool write_source(struct arena *arena, const struct msg_tensor *in, Opd__
 	case MSG_SOURCE_SHARED:
 		out->source_case = OPD__V1__TENSOR__SOURCE_SHARED;
 		return (out->shared = write_shared(arena, in->shared.region, in->shared.offset, in->shared.bytes)) != NULL;
+	case MSG_SOURCE_GRAPH_INPUT:
+		out->source_case = OPD__V1__TENSOR__SOURCE_GRAPH_INPUT;
+		out->graph_input = in->graph_input;
+		return true;
+	case MSG_SOURCE_NODE:
+		out->source_case = OPD__V1__TENSOR__SOURCE_NODE;
+		return (out->node = write_node_output(arena, in->node)) != NULL;
 	}
 	return true;
 }

@@ -75,11 +75,18 @@ typedef enum msg_source {
 	MSG_SOURCE_HANDLE,
 	MSG_SOURCE_RESULT,
 	MSG_SOURCE_SHARED,
+	MSG_SOURCE_GRAPH_INPUT, /* within a graph's nodes */
+	MSG_SOURCE_NODE,        /* … */
 } msg_source;
 
 struct msg_handle {
 	uint32_t index;
 	uint64_t generation; /* 0: no handle */
+};
+
+struct msg_node_output {
+	uint32_t node;
+	uint32_t output;
 };
 
 struct msg_tensor {
@@ -110,6 +117,8 @@ struct msg_tensor {
 			uint64_t offset;
 			uint64_t bytes;
 		} shared;
+		uint32_t graph_input;
+		struct msg_node_output node;
 	};
 };
 
@@ -158,8 +167,12 @@ struct msg_output_option {
 	bool no_copy;
 };
 
+struct msg_graph;
+
 struct msg_run {
-	struct msg_text op;
+	struct msg_text op; /* of RUN_GRAPH: empty, or the client's name for it */
+	uint64_t graph;     /* of RUN_GRAPH: 0 is `once` */
+	const struct msg_graph *once;
 	uint32_t arg_count;
 	struct msg_arg *args;
 	struct msg_list priority;
@@ -228,12 +241,32 @@ struct msg_explain {
 	bool on_loop;
 };
 
+struct msg_node_explain {
+	struct msg_text node;
+	struct msg_text op;
+	struct msg_text provider;
+	struct msg_explain explain;
+};
+
+struct msg_graph_explain {
+	uint32_t count;
+	const struct msg_node_explain *nodes;
+	uint32_t node_count;
+	bool dispatched;
+	uint64_t arena_bytes;
+	uint64_t unshared_bytes;
+	uint64_t prepare_ns;
+};
+
 struct msg_run_reply {
 	struct msg_text provider;
 	uint32_t output_count;
 	struct msg_result *outputs;
 	const struct msg_explain *explain; /* NULL: not asked for */
 	struct msg_text uuid;
+	const struct msg_graph_explain *graph; /* NULL: not asked for, or no graph */
+	uint32_t state_count;
+	const struct msg_handle *states;
 };
 
 /* ---- Inspecting ---- */
@@ -303,6 +336,54 @@ struct msg_info {
 	uint64_t session_memory_bytes;
 	uint64_t pid;
 	bool draining;
+	uint64_t graph_runs;
+	uint64_t graph_dispatches;
+};
+
+/* ---- Graphs ---- */
+
+typedef enum msg_graph_kind {
+	MSG_GRAPH_INPUT = 0,
+	MSG_GRAPH_STATE = 1,
+	MSG_GRAPH_CONSTANT = 2,
+} msg_graph_kind;
+
+struct msg_graph_input {
+	struct msg_text name;
+	msg_graph_kind kind;
+	struct msg_tensor tensor; /* of a state or a constant */
+};
+
+struct msg_graph_node {
+	struct msg_text name;
+	struct msg_text op;
+	uint32_t arg_count;
+	struct msg_arg *args;
+	struct msg_list priority;
+	bool strict;
+	bool allow_tf32;
+	struct msg_text device;
+};
+
+struct msg_graph_output {
+	struct msg_text name;
+	struct msg_node_output node;
+};
+
+struct msg_graph {
+	struct msg_text name;
+	uint32_t input_count;
+	uint32_t node_count;
+	uint32_t output_count;
+	struct msg_graph_input *inputs;
+	struct msg_graph_node *nodes;
+	struct msg_graph_output *outputs;
+};
+
+struct msg_registered {
+	uint64_t graph;
+	uint32_t nodes;
+	uint64_t bytes;
 };
 
 /* ---- Requests ---- */
@@ -376,6 +457,9 @@ typedef enum msg_request_kind {
 	MSG_REQUEST_WRITE,
 	MSG_REQUEST_FETCH,
 	MSG_REQUEST_LIST_TENSORS,
+	MSG_REQUEST_REGISTER_GRAPH,
+	MSG_REQUEST_RUN_GRAPH, /* in `run`, whose args are the graph's inputs */
+	MSG_REQUEST_FREE_GRAPH,
 } msg_request_kind;
 
 struct msg_request {
@@ -394,6 +478,8 @@ struct msg_request {
 		struct msg_write write;
 		struct msg_tensor *fetch;
 		uint32_t first; /* LIST_TENSORS */
+		struct msg_graph graph;    /* REGISTER_GRAPH */
+		uint64_t graph_id;         /* FREE_GRAPH */
 	};
 };
 
@@ -427,6 +513,7 @@ typedef enum msg_reply_kind {
 	MSG_REPLY_GENERATED,
 	MSG_REPLY_EMPTY,
 	MSG_REPLY_TENSORS,
+	MSG_REPLY_REGISTERED,
 } msg_reply_kind;
 
 struct msg_reply {
@@ -455,6 +542,7 @@ struct msg_reply {
 			uint32_t next;
 			const struct msg_kept *items;
 		} tensors;
+		struct msg_registered registered;
 	};
 };
 

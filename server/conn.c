@@ -2,6 +2,7 @@
 
 #include <inttypes.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/random.h>
 
 #include "proto/bounds.h"
@@ -62,6 +63,7 @@ static void on_closed(uv_handle_t *handle)
 	conn->session->conn = NULL; /* what is in a lane ends without a reader */
 	atomic_store_explicit(&conn->session->gone, true, memory_order_relaxed);
 	conn_abandon_half_sent(conn, "the connection ended before the payload was there");
+	conn_cancel_all(conn);
 	unlink_conn(conn);
 	session_unref(conn->session);
 	free(conn->partial);
@@ -82,9 +84,38 @@ void conn_close(struct conn *conn, log_level level, const char *reason)
 
 /* ---- Hello ---- */
 
+static const struct feature {
+	const char *name;
+	uint32_t bit;
+} known_features[] = {{"cancel", CONN_CANCEL}};
+
+#define FEATURE_COUNT (sizeof known_features / sizeof known_features[0])
+
+static uint32_t feature_names(uint32_t features, struct msg_text names_out[FEATURE_COUNT])
+{
+	uint32_t count = 0;
+	for (size_t i = 0; i < FEATURE_COUNT; i++)
+		if ((features & known_features[i].bit) != 0)
+			names_out[count++] = msg_text(known_features[i].name);
+	return count;
+}
+
+/* Those that the client named and this server has. */
+static uint32_t common_features(const struct msg_hello *hello)
+{
+	uint32_t features = 0;
+	for (uint32_t i = 0; i < hello->feature_count; i++)
+		for (size_t k = 0; k < FEATURE_COUNT; k++)
+			if (hello->features[i].bytes == strlen(known_features[k].name) &&
+			    memcmp(hello->features[i].data, known_features[k].name, hello->features[i].bytes) == 0)
+				features |= known_features[k].bit;
+	return features;
+}
+
 static void send_hello_reply(struct conn *conn, const opd_error *refused)
 {
 	const struct config_limits *limits = &conn->server->config->limits;
+	struct msg_text features[FEATURE_COUNT];
 	struct msg_hello_reply reply = {
 		.status = refused == NULL ? OPD_OK : (opd_status)refused->status,
 		.message = msg_text(refused == NULL ? "" : refused->text),
@@ -95,6 +126,8 @@ static void send_hello_reply(struct conn *conn, const opd_error *refused)
 		.session = conn->session->id,
 		.tenant = msg_text(conn->session->tenant),
 		.admin = conn->session->admin,
+		.feature_count = feature_names(conn->features, features),
+		.features = features,
 	};
 	struct notice *notice = conn_notice_create();
 	struct codec_buffer buffer;
@@ -141,6 +174,7 @@ void conn_on_hello(struct conn *conn, const uint8_t *envelope, size_t bytes)
 		status = check_hello(&hello, &error);
 	if (status == OPD_OK) {
 		conn->greeted = true;
+		conn->features = common_features(&hello);
 		conn->chunk_bytes = hello.no_chunks ? 0 : hello.chunk_bytes == 0 ? BOUND_CHUNK_BYTES_DEFAULT : hello.chunk_bytes;
 		LOG(conn->server->log, LOG_INFO, "session opened", LOG_UINT("session", conn->session->id), LOG_STR("peer", conn->peer),
 		    LOG_STR("tenant", conn->session->tenant), LOG_STR("client", hello.client.data));

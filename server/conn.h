@@ -22,6 +22,9 @@
 #define CONN_TURN_ALONE_BYTES (1u << 20)
 #define CONN_TURN_REQUESTS 128u /* that a turn accepts, give or take what one read brings */
 #define CONN_CHUNKED_BITS 5
+#define CONN_ID_BITS 6
+/* Features, as bits of conn.features. */
+#define CONN_CANCEL 1u
 #define CONN_STAGE_BYTES (64u << 10)
 
 struct server;
@@ -70,6 +73,8 @@ struct conn {
 	uint64_t frame_left;     /* payload bytes of the frame under way */
 	struct request *chunked[1 << CONN_CHUNKED_BITS]; /* by id: requests whose DATA frames are still to come */
 	uint32_t chunked_count;
+	struct request *by_id[1 << CONN_ID_BITS];        /* by id: requests without a reply */
+	uint32_t features;                               /* CONN_CANCEL…: negotiated */
 	uint64_t chunked_seed;
 	struct outbox outbox;
 	uint64_t turn;

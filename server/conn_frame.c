@@ -46,6 +46,60 @@ void conn_chunked_remove(struct conn *conn, struct request *request)
 	conn->chunked_count--;
 }
 
+/* ---- Requests in flight ---- */
+
+static struct request **id_bucket(struct conn *conn, uint64_t id)
+{
+	return &conn->by_id[((id ^ conn->chunked_seed) * (conn->chunked_seed | 1)) >> (64 - CONN_ID_BITS)];
+}
+
+static void remember_id(struct conn *conn, struct request *request)
+{
+	struct request **link = id_bucket(conn, request->id);
+	request->id_next = *link;
+	request->id_link = link;
+	if (request->id_next != NULL)
+		request->id_next->id_link = &request->id_next;
+	*link = request;
+}
+
+void conn_forget_id(struct request *request)
+{
+	if (request->id_link == NULL)
+		return;
+	*request->id_link = request->id_next;
+	if (request->id_next != NULL)
+		request->id_next->id_link = request->id_link;
+	request->id_link = NULL;
+}
+
+/* One that was answered isn't found, nor is another session's: a cancel may always come too late. */
+static void on_cancel(struct conn *conn, uint64_t id)
+{
+	if ((conn->features & CONN_CANCEL) == 0)
+		return;
+	struct request *request = *id_bucket(conn, id);
+	while (request != NULL && request->id != id)
+		request = request->id_next;
+	if (request != NULL && chunked_find(conn, id) == request)
+		conn_chunked_remove(conn, request);
+	const bool done = request != NULL && request_cancel(request);
+	LOG(conn->server->log, LOG_DEBUG, done ? "request cancelled" : "nothing to cancel", LOG_UINT("session", conn->session->id),
+	    LOG_UINT("request", id));
+}
+
+/* Requests end others that wait for them: each bucket is looked at anew after every one. */
+void conn_cancel_all(struct conn *conn)
+{
+	for (size_t i = 0; i < sizeof conn->by_id / sizeof conn->by_id[0]; i++) {
+		while (conn->by_id[i] != NULL) {
+			struct request *request = conn->by_id[i];
+			conn_forget_id(request);
+			(void)request_cancel(request);
+		}
+	}
+}
+
 /* ---- Frames ---- */
 
 /* Requests whose payload is not there yet end now: it won't come. */
@@ -111,8 +165,10 @@ static void check_request(struct conn *conn, struct request *request, const stru
 		status = opd_fail(&request->error, OPD_INVALID_ARGUMENT, "a chunked request, but this connection negotiated no chunks");
 	else
 		status = request_accept(request, envelope, header->envelope_bytes, header->payload_bytes);
-	if (header->request_id > session->last_request)
+	if (header->request_id > session->last_request) {
 		session->last_request = header->request_id;
+		remember_id(conn, request);
+	}
 
 	request->chunked = chunked && header->payload_bytes != 0;
 	uint64_t follows = chunked ? 0 : header->payload_bytes;
@@ -196,7 +252,8 @@ void conn_on_frame(struct conn *conn, const struct frame_header *header, const u
 		on_abort(conn, header->request_id);
 		break;
 	case FRAME_CANCEL:
-		break; /* a wish; this server lets the request end by itself */
+		on_cancel(conn, header->request_id);
+		break;
 	default:
 		conn_protocol_error(conn, "a frame of a type that only servers send");
 	}

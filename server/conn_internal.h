@@ -25,6 +25,10 @@ void conn_start_reading(struct conn *conn);
 /* conn_frame.c: what a header alone tells; a whole head; an end of what is half sent; the end of all reading. */
 bool conn_check_header(struct conn *conn, const struct frame_header *header);
 void conn_on_frame(struct conn *conn, const struct frame_header *header, const uint8_t *envelope);
+/* Its reply is made: it can't be cancelled any more. */
+void conn_forget_id(struct request *request);
+/* The connection is gone: what is queued ends, what runs is asked to. */
+void conn_cancel_all(struct conn *conn);
 void conn_chunked_remove(struct conn *conn, struct request *request);
 void conn_abandon_half_sent(struct conn *conn, const char *why);
 void conn_protocol_error(struct conn *conn, const char *what);

@@ -153,6 +153,7 @@ static void begin_writing(struct conn *conn)
 void conn_on_reply(struct request *request)
 {
 	struct conn *conn = request->session->conn;
+	conn_forget_id(request);
 	if (conn == NULL || conn->closing || request->frame.frame == NULL) {
 		request->session->in_flight--;
 		request_release(request);

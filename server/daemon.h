@@ -63,6 +63,8 @@ struct server {
 
 	struct log_limit list_warnings; /* of fallbacks that requests' own lists allow */
 	_Atomic uint64_t requests; /* accepted since the start */
+	_Atomic uint64_t graph_runs;       /* begun since the start */
+	_Atomic uint64_t graph_dispatches; /* of them, those that had to prepare anew */
 	_Atomic bool device_done;  /* a device lane has finished jobs */
 
 	pthread_mutex_t mutex; /* of what other threads ask for: */

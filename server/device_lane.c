@@ -386,6 +386,17 @@ static bool poll_flight(struct device_lane *lane)
 	return any;
 }
 
+/* Under the mutex. */
+static void dequeue(struct device_lane *lane, struct device_job *job)
+{
+	*job->link = job->next;
+	if (job->next != NULL)
+		job->next->link = job->link;
+	else
+		lane->queue_end = job->link;
+	job->link = NULL;
+}
+
 /* The next job, waiting for one only when nothing is in flight; NULL: none now. *stop_out: stopping, and nothing is left. */
 static struct device_job *next_job(struct device_lane *lane, bool *stop_out)
 {
@@ -394,9 +405,7 @@ static struct device_job *next_job(struct device_lane *lane, bool *stop_out)
 		(void)pthread_cond_wait(&lane->wake, &lane->mutex);
 	struct device_job *job = lane->in_flight < IN_FLIGHT_MAX ? lane->queue : NULL;
 	if (job != NULL) {
-		lane->queue = job->next;
-		if (lane->queue == NULL)
-			lane->queue_end = &lane->queue;
+		dequeue(lane, job);
 		job->next = NULL;
 	}
 	*stop_out = lane->stopping && job == NULL && lane->queue == NULL && lane->in_flight == 0;
@@ -476,9 +485,22 @@ void device_lane_submit(struct device_lane *lane, struct device_job *job)
 	(void)atomic_fetch_add_explicit(&lane->load, 1, memory_order_relaxed);
 	(void)pthread_mutex_lock(&lane->mutex);
 	*lane->queue_end = job;
+	job->link = lane->queue_end;
 	lane->queue_end = &job->next;
 	(void)pthread_cond_signal(&lane->wake);
 	(void)pthread_mutex_unlock(&lane->mutex);
+}
+
+bool device_lane_withdraw(struct device_lane *lane, struct device_job *job)
+{
+	(void)pthread_mutex_lock(&lane->mutex);
+	bool queued = job->link != NULL;
+	if (queued)
+		dequeue(lane, job);
+	(void)pthread_mutex_unlock(&lane->mutex);
+	if (queued)
+		(void)atomic_fetch_sub_explicit(&lane->load, 1, memory_order_relaxed);
+	return queued;
 }
 
 void device_lane_finish_done(struct device_lane *lane)

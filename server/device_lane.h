@@ -22,6 +22,7 @@ struct device_work;
 /* Embedded in what its owner runs; the owner keeps everything that it points to until `done`. */
 struct device_job {
 	struct device_job *next;
+	struct device_job **link; /* the lane's: what points to it while it is queued, else NULL */
 	const struct op *op;
 	struct dispatch *dispatch; /* impl, and plan or plan_missing */
 	const opd_call *call;      /* bound to host memory */
@@ -41,6 +42,9 @@ struct device_job {
 OPD_MUST_USE opd_status device_lane_get(struct server *server, const struct device *device, uint32_t number, struct device_lane **lane_out,
                                         opd_error *error);
 void device_lane_submit(struct device_lane *lane, struct device_job *job);
+/* Takes a job that the lane's thread hasn't begun out of the queue: `done` isn't called. False: it is on its way, or has ended, or was never
+ * submitted (zeroed memory). Only by the thread that submitted it. */
+OPD_MUST_USE bool device_lane_withdraw(struct device_lane *lane, struct device_job *job);
 /* Jobs of a device that haven't ended, of all sessions; any thread. */
 uint32_t device_lane_load(struct server *server, uint32_t number);
 

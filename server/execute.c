@@ -45,13 +45,15 @@ static opd_status outputs_alloc(struct request *request)
 	for (uint32_t i = 0; i < run->bound.call.output_count; i++) {
 		opd_tensor *output = &run->bound.outputs[i];
 		uint64_t bytes = output->elements * opd_dtype_bytes(output->dtype); /* checked by bind_outputs */
+		if (run->outputs[i] == NULL)
+			run->outputs[i] = donate_output(request, i);
 		if (run->outputs[i] == NULL) {
 			opd_status status = buffer_alloc(request->session->account, bytes, checked ? CANARY_BYTES : 0, &run->outputs[i], &request->error);
 			if (status != OPD_OK)
 				return opd_error_prefix(&request->error, status, "%s: result %u", run->op->schema->name, (unsigned)i);
 		}
 		output->data = run->outputs[i]->data;
-		if (checked)
+		if (checked && !donate_is_in_place(request, i))
 			memset(run->outputs[i]->data + bytes, CANARY, CANARY_BYTES);
 	}
 	return OPD_OK;
@@ -63,7 +65,7 @@ static opd_status canaries_check(struct request *request)
 	for (uint32_t i = 0; i < run->bound.call.output_count; i++) {
 		const opd_tensor *output = &run->bound.outputs[i];
 		uint64_t bytes = output->elements * opd_dtype_bytes(output->dtype);
-		for (uint32_t k = 0; k < CANARY_BYTES; k++)
+		for (uint32_t k = 0; k < CANARY_BYTES && !donate_is_in_place(request, i); k++)
 			if (run->outputs[i]->data[bytes + k] != CANARY)
 				return opd_fail(&request->error, OPD_INTERNAL, "%s.%s wrote past the end of result %u, at byte %" PRIu64 " of %" PRIu64,
 				                run->dispatch.impl->provider->name, run->op->schema->name, (unsigned)i, bytes + k, bytes);
@@ -136,11 +138,13 @@ static void run_here(struct request *request, struct lane_exec *lane)
 }
 
 /* Nobody reads what a session that has ended still has queued: without this a drain's end, and other sessions, would wait for all of it. */
-static bool is_unwanted(struct request *request)
+static bool is_unwanted(struct request *request, const struct lane_exec *lane)
 {
-	if (!atomic_load_explicit(&request->session->gone, memory_order_relaxed))
+	const bool gone = atomic_load_explicit(&request->session->gone, memory_order_relaxed);
+	if (!gone && !lane_cancelled(lane))
 		return false;
-	request->status = opd_fail(&request->error, OPD_CANCELLED, "%s: the session has ended", request->run.op->schema->name);
+	request->status = opd_fail(&request->error, OPD_CANCELLED, "%s: the %s", request->run.op->schema->name,
+	                           gone ? "session has ended" : "client cancelled the request");
 	return true;
 }
 
@@ -151,6 +155,11 @@ static bool is_late(struct request *request)
 	request->status = opd_fail(&request->error, OPD_DEADLINE_EXCEEDED, "%s: not started within its timeout of %" PRIu64 " us",
 	                           request->run.op->schema->name, request->message.run.timeout_us);
 	return true;
+}
+
+bool execute_unwanted(struct request *request, const struct lane_exec *lane)
+{
+	return is_unwanted(request, lane) || is_late(request);
 }
 
 /* On a lane thread: the plan that is missing; false when it refused or failed. */
@@ -169,7 +178,7 @@ static bool make_plan(struct request *request)
 static void lane_run(struct lane_job *job, struct lane_exec *exec)
 {
 	struct request *request = (struct request *)((char *)job - offsetof(struct request, job));
-	if (is_unwanted(request) || is_late(request))
+	if (execute_unwanted(request, exec))
 		return;
 	if (request->run.dispatch.plan_missing && !make_plan(request))
 		return;
@@ -181,6 +190,11 @@ static void lane_plan(struct lane_job *job, struct lane_exec *exec)
 	(void)exec;
 	struct request *request = (struct request *)((char *)job - offsetof(struct request, job));
 	(void)make_plan(request);
+}
+
+static void lane_graph(struct lane_job *job, struct lane_exec *exec)
+{
+	graph_run_execute((struct request *)((char *)job - offsetof(struct request, job)), exec);
 }
 
 static void job_done(struct lane_job *job)
@@ -214,22 +228,27 @@ static void lane_start(struct request *request, void (*run)(struct lane_job *, s
 		wait_for_lane(request);
 }
 
+bool execute_fits_loop(struct request *request, uint64_t cost_ns)
+{
+	struct server *server = request->context->server;
+	if (cost_ns == 0 || cost_ns > atomic_load_explicit(&server->inline_ns, memory_order_relaxed))
+		return false;
+	if (request->direct)
+		return true;
+	if (lane_busy(server->lane) || request->context->inline_ns + cost_ns > INLINE_TURN_NS)
+		return false;
+	request->context->inline_ns += cost_ns;
+	return true;
+}
+
 /* Small enough for the loop: less than a hand-off costs, from a provider that is linked in, with nobody waiting for the lane before us. */
 static bool fits_loop(struct request *request)
 {
-	struct server *server = request->context->server;
 	const struct impl *impl = request->run.dispatch.impl;
 	if (impl->def->cost_ns == NULL || impl->provider->module->library != NULL || request->run.dispatch.plan_missing)
 		return false;
 	uint64_t cost = impl->def->cost_ns(impl->def, &request->run.bound.call);
-	if (cost == 0 || cost > atomic_load_explicit(&server->inline_ns, memory_order_relaxed))
-		return false;
-	if (request->direct)
-		return true;
-	if (lane_busy(server->lane) || request->context->inline_ns + cost > INLINE_TURN_NS)
-		return false;
-	request->context->inline_ns += cost;
-	return true;
+	return execute_fits_loop(request, cost);
 }
 
 /* ---- On a device ---- */
@@ -305,6 +324,7 @@ static void device_start(struct request *request)
 	};
 	if (wants_clock(request))
 		request->clock.queued = request_now_ns();
+	request->device_lane = lane;
 	device_lane_submit(lane, &request->device_job);
 	if (request->direct)
 		wait_for_lane(request);
@@ -330,6 +350,7 @@ void execute_run(struct request *request)
 	request->run.written = false;
 	request->run.on_loop = false;
 	request->run.device = 0;
+	donate_again(request);
 	request->status = outputs_alloc(request);
 	if (request->status != OPD_OK) {
 		outputs_drop(&request->run);
@@ -357,4 +378,10 @@ void execute_plan(struct request *request)
 		return;
 	request->run.written = false;
 	lane_start(request, lane_plan);
+}
+
+void execute_graph(struct request *request)
+{
+	if (!refused_at_end(request))
+		lane_start(request, lane_graph);
 }

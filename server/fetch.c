@@ -144,3 +144,10 @@ void fetch_start(struct request *request)
 	if (!((const struct fetch *)request->task_data)->waiting)
 		fetch_ready(request);
 }
+
+void fetch_stop_waiting(struct request *request)
+{
+	struct fetch *fetch = request->task_data;
+	if (fetch != NULL && kept_unwait(&fetch->waiter))
+		fetch->waiting = false;
+}

@@ -202,6 +202,8 @@ void inspect_info(struct request *request)
 		.session_memory_bytes = atomic_load_explicit(&request->session->account->used_bytes, memory_order_relaxed),
 		.pid = (uint64_t)getpid(),
 		.draining = server->draining,
+		.graph_runs = atomic_load_explicit(&server->graph_runs, memory_order_relaxed),
+		.graph_dispatches = atomic_load_explicit(&server->graph_dispatches, memory_order_relaxed),
 	};
 	request_reply(request, MSG_REPLY_INFO);
 }

@@ -102,7 +102,8 @@ static uint32_t slot_take(struct kept *kept, struct kept_tensor *tensor, uint64_
 			return NO_SLOT;
 		index = kept->slot_count++;
 	}
-	kept->slots[index] = (struct kept_slot){.tensor = tensor, .generation = random_generation(), .request = request, .output = output};
+	uint64_t generation = random_generation();
+	kept->slots[index] = (struct kept_slot){.tensor = tensor, .generation = generation, .lineage = generation, .request = request, .output = output};
 	return index;
 }
 
@@ -112,6 +113,25 @@ static struct kept_slot *slot_find(const struct kept *kept, struct msg_handle ha
 		return NULL;
 	struct kept_slot *slot = &kept->slots[handle.index];
 	return slot->tensor != NULL && slot->generation == handle.generation ? slot : NULL;
+}
+
+/* Why a handle names nothing. */
+static opd_status no_tensor(const struct kept *kept, struct msg_handle handle, opd_error *error)
+{
+	const struct kept_slot *slot = handle.index < kept->slot_count ? &kept->slots[handle.index] : NULL;
+	if (slot != NULL && slot->tensor != NULL && handle.generation != 0 && slot->donated_generation == handle.generation)
+		return opd_fail(error, OPD_FAILED_PRECONDITION, "handle %u.%016" PRIx64 " was donated to request %" PRIu64, (unsigned)handle.index,
+		                handle.generation, slot->donated_to);
+	return opd_fail(error, OPD_NOT_FOUND, "handle %u.%016" PRIx64 " is no tensor of this session", (unsigned)handle.index, handle.generation);
+}
+
+static opd_status check_whole(const struct kept_slot *slot, opd_error *error)
+{
+	if (slot->giving)
+		return opd_fail(error, OPD_FAILED_PRECONDITION, "the tensor is donated to request %" PRIu64 ", which hasn't ended", slot->donated_to);
+	if (slot->lost_to == 0)
+		return OPD_OK;
+	return opd_fail(error, OPD_DATA_LOSS, "the tensor is lost: a kernel of request %" PRIu64 " failed while it wrote it", slot->lost_to);
 }
 
 /* ---- Results ---- */
@@ -235,6 +255,7 @@ static void call_waiters(struct kept *kept, struct kept_result *result)
 	result->waiters = NULL;
 	while (waiter != NULL) {
 		struct waiter *next = waiter->next; /* the waiter's memory may be gone after the call */
+		waiter->result = NULL;
 		opd_error error;
 		bool pending;
 		struct kept_tensor *tensor = kept_find_result(kept, result->request, waiter->output, &pending, &error);
@@ -280,11 +301,42 @@ static void tell(struct kept *kept, struct kept_result *result)
 	kept->telling = false;
 }
 
+/* A slot's handle leaves the result that it came from. */
+static void slot_leave(struct kept *kept, struct kept_slot *slot, uint32_t index)
+{
+	struct kept_result *result = slot->request == 0 ? NULL : result_find(kept, slot->request);
+	if (result == NULL || slot->output >= result->count || result->handles[slot->output].index != index || result->handles[slot->output].generation == 0)
+		return;
+	result->handles[slot->output].generation = 0;
+	if (--result->live == 0)
+		result_remove(kept, slot->request);
+}
+
+/* A tensor that took another's place is its request's output; false: it was freed meanwhile. */
+static bool slot_adopt(struct kept *kept, struct msg_handle handle, uint64_t request, uint32_t output)
+{
+	struct kept_slot *slot = slot_find(kept, handle);
+	if (slot == NULL)
+		return false;
+	slot_leave(kept, slot, handle.index);
+	slot->request = request;
+	slot->output = output;
+	return true;
+}
+
 void kept_settle(struct kept *kept, uint64_t request, struct kept_tensor *const *tensors, uint32_t count, struct msg_handle *handles_out)
 {
 	struct kept_result *result = result_find(kept, request);
 	assert(result != NULL && result->state == RESULT_PENDING && result->count == count);
 	for (uint32_t i = 0; i < count; i++) {
+		if (handles_out[i].generation != 0) {
+			kept->live--;
+			if (!slot_adopt(kept, handles_out[i], request, i))
+				handles_out[i].generation = 0;
+			result->handles[i] = handles_out[i];
+			result->live += handles_out[i].generation != 0;
+			continue;
+		}
 		uint32_t index = tensors[i] == NULL ? NO_SLOT : slot_take(kept, tensors[i], request, i);
 		if (index == NO_SLOT) { /* not kept, or no memory for its slot: then it is gone, and says so when named */
 			kept_tensor_unref(tensors[i]);
@@ -337,12 +389,9 @@ struct kept_tensor *kept_find(struct kept *kept, struct msg_handle handle, opd_e
 struct kept_tensor *kept_find_any(struct kept *kept, struct msg_handle handle, opd_error *error)
 {
 	struct kept_slot *slot = slot_find(kept, handle);
-	if (slot == NULL) {
-		(void)opd_fail(error, OPD_NOT_FOUND, "handle %u.%016" PRIx64 " is no tensor of this session", (unsigned)handle.index,
-		               handle.generation);
-		return NULL;
-	}
-	return kept_tensor_ref(slot->tensor);
+	if (slot == NULL)
+		(void)no_tensor(kept, handle, error);
+	return slot == NULL || check_whole(slot, error) != OPD_OK ? NULL : kept_tensor_ref(slot->tensor);
 }
 
 /* The handle of a settled result; generation 0 with the error written, or pending. */
@@ -377,24 +426,114 @@ void kept_wait(struct kept *kept, uint64_t request, struct waiter *waiter)
 	struct kept_result *result = result_find(kept, request);
 	assert(result != NULL && result->state == RESULT_PENDING);
 	waiter->next = NULL;
+	waiter->link = result->waiters_end;
+	waiter->result = result;
 	*result->waiters_end = waiter;
 	result->waiters_end = &waiter->next;
+}
+
+bool kept_unwait(struct waiter *waiter)
+{
+	struct kept_result *result = waiter->result;
+	if (result == NULL)
+		return false;
+	*waiter->link = waiter->next;
+	if (waiter->next != NULL)
+		waiter->next->link = waiter->link;
+	else
+		result->waiters_end = waiter->link;
+	waiter->result = NULL;
+	return true;
+}
+
+/* ---- Donations ---- */
+
+uint64_t kept_lineage(const struct kept *kept, struct msg_handle handle, opd_error *error)
+{
+	const struct kept_slot *slot = slot_find(kept, handle);
+	if (slot == NULL)
+		(void)no_tensor(kept, handle, error);
+	return slot == NULL ? 0 : slot->lineage;
+}
+
+struct msg_handle kept_handle(const struct kept *kept, uint64_t request, uint32_t output, opd_error *error)
+{
+	bool pending;
+	struct msg_handle handle = result_handle(kept, request, output, &pending, error);
+	if (pending)
+		(void)opd_fail(error, OPD_FAILED_PRECONDITION, "result %" PRIu64 ".%u is still to come", request, (unsigned)output);
+	return handle;
+}
+
+static struct kept_slot *slot_follow(const struct kept *kept, uint32_t index, uint64_t lineage)
+{
+	struct kept_slot *slot = index < kept->slot_count ? &kept->slots[index] : NULL;
+	return slot != NULL && slot->tensor != NULL && slot->lineage == lineage ? slot : NULL;
+}
+
+struct kept_tensor *kept_follow(const struct kept *kept, uint32_t index, uint64_t lineage, struct msg_handle *handle_out, opd_error *error)
+{
+	const struct kept_slot *slot = slot_follow(kept, index, lineage);
+	if (slot == NULL)
+		(void)opd_fail(error, OPD_NOT_FOUND, "the tensor that it was bound to (index %u) was freed", (unsigned)index);
+	if (slot == NULL || check_whole(slot, error) != OPD_OK)
+		return NULL;
+	*handle_out = (struct msg_handle){index, slot->generation};
+	return slot->tensor;
+}
+
+struct msg_handle kept_donate(struct kept *kept, uint32_t index, uint64_t request)
+{
+	struct kept_slot *slot = &kept->slots[index];
+	slot->donated_generation = slot->generation;
+	slot->donated_to = request;
+	slot->generation = random_generation();
+	return (struct msg_handle){index, slot->generation};
+}
+
+struct msg_handle kept_give(struct kept *kept, uint32_t index, uint64_t request)
+{
+	kept->slots[index].giving = true;
+	return kept_donate(kept, index, request);
+}
+
+void kept_given(struct kept *kept, struct msg_handle donated)
+{
+	struct kept_slot *slot = slot_find(kept, donated);
+	if (slot != NULL)
+		slot->giving = false;
+}
+
+void kept_take_back(struct kept *kept, struct msg_handle donated)
+{
+	struct kept_slot *slot = slot_find(kept, donated);
+	if (slot == NULL || slot->donated_generation == 0)
+		return;
+	slot->generation = slot->donated_generation;
+	slot->donated_generation = 0;
+}
+
+void kept_replace(struct kept *kept, uint32_t index, uint64_t lineage, struct kept_tensor *tensor)
+{
+	struct kept_slot *slot = slot_follow(kept, index, lineage);
+	kept_tensor_unref(slot == NULL ? tensor : slot->tensor);
+	if (slot != NULL)
+		slot->tensor = tensor;
+}
+
+void kept_lose(struct kept *kept, uint32_t index, uint64_t lineage, uint64_t request)
+{
+	struct kept_slot *slot = slot_follow(kept, index, lineage);
+	if (slot != NULL)
+		slot->lost_to = request;
 }
 
 opd_status kept_free(struct kept *kept, struct msg_handle handle, opd_error *error)
 {
 	struct kept_slot *slot = slot_find(kept, handle);
 	if (slot == NULL)
-		return opd_fail(error, OPD_NOT_FOUND, "handle %u.%016" PRIx64 " is no tensor of this session", (unsigned)handle.index,
-		                handle.generation);
-	struct kept_result *result = slot->request == 0 ? NULL : result_find(kept, slot->request);
-	if (result != NULL) {
-		for (uint32_t i = 0; i < result->count; i++)
-			if (result->handles[i].index == handle.index && result->handles[i].generation == handle.generation)
-				result->handles[i].generation = 0;
-		if (--result->live == 0)
-			result_remove(kept, slot->request);
-	}
+		return no_tensor(kept, handle, error);
+	slot_leave(kept, slot, handle.index);
 	kept_tensor_unref(slot->tensor);
 	*slot = (struct kept_slot){.next_free = kept->first_free};
 	kept->first_free = handle.index;

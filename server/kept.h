@@ -31,6 +31,8 @@ struct kept_tensor {
 
 struct waiter {
 	struct waiter *next;
+	struct waiter **link;       /* what points to it */
+	struct kept_result *result; /* that it waits for; NULL: for none */
 	uint32_t output;
 	/* tensor (referenced for the waiter) when it is there; NULL with error when the request failed. */
 	void (*on_settled)(struct waiter *waiter, struct kept_tensor *tensor, const opd_error *error);
@@ -42,6 +44,11 @@ struct kept_slot {
 	uint32_t next_free;
 	uint64_t request; /* whose output it is, for kept_result's count */
 	uint32_t output;
+	uint64_t lineage; /* its first generation: donations change the generation, not this */
+	uint64_t donated_generation; /* the one before the last donation; 0: none */
+	uint64_t donated_to;         /* the request */
+	uint64_t lost_to;            /* the request whose kernel failed on it; 0: it is whole */
+	bool giving;                 /* donated to a run that hasn't ended: nobody reads it meanwhile */
 };
 
 struct kept_result;
@@ -75,7 +82,8 @@ void kept_tensor_unref(struct kept_tensor *tensor);
 
 /* Room for `count` outputs of a request that keeps some; RESOURCE_EXHAUSTED at the limit. */
 OPD_MUST_USE opd_status kept_expect(struct kept *kept, uint64_t request, uint32_t count, opd_error *error);
-/* Its tensors (NULL: that output isn't kept), whose references pass to the table; handles_out[count] are written. Calls the waiters; the caller holds the session. */
+/* Its tensors (NULL: that output isn't kept), whose references pass to the table; handles_out[count] are written, but those that are there already: outputs that are
+ * in a slot because they were donated to it. Calls the waiters; the caller holds the session. */
 void kept_settle(struct kept *kept, uint64_t request, struct kept_tensor *const *tensors, uint32_t count, struct msg_handle *handles_out);
 /* It failed: waiters and later requests get ABORTED, naming it. */
 void kept_fail(struct kept *kept, uint64_t request);
@@ -90,6 +98,27 @@ struct kept_tensor *kept_find_any(struct kept *kept, struct msg_handle handle, o
 /* The same by request id and output. A result that is still to come: NULL, and *pending_out is true. */
 struct kept_tensor *kept_find_result(struct kept *kept, uint64_t request, uint32_t output, bool *pending_out, opd_error *error);
 void kept_wait(struct kept *kept, uint64_t request, struct waiter *waiter);
+/* It won't be called. False: it waits for nothing (it was called, or zeroed and never waited). Not from a waiter's callback. */
+bool kept_unwait(struct waiter *waiter);
+
+/* ---- A tensor that a graph has as its state: followed through donations by slot and lineage ---- */
+
+/* 0: NOT_FOUND. Result: once it is there, by the handle that kept_handle gives. */
+uint64_t kept_lineage(const struct kept *kept, struct msg_handle handle, opd_error *error);
+struct msg_handle kept_handle(const struct kept *kept, uint64_t request, uint32_t output, opd_error *error);
+/* What the slot holds now, borrowed; NULL: NOT_FOUND (freed), or DATA_LOSS. handle_out: its name now. */
+struct kept_tensor *kept_follow(const struct kept *kept, uint32_t index, uint64_t lineage, struct msg_handle *handle_out, opd_error *error);
+/* Donated to a request: the handle that the slot has from now on. kept_take_back: the request ended before it wrote, and the slot has its former handle again,
+ * unless another request has it by now. */
+struct msg_handle kept_donate(struct kept *kept, uint32_t index, uint64_t request);
+void kept_take_back(struct kept *kept, struct msg_handle donated);
+/* The same to a single run: until kept_given nobody reads the slot, not even by its new handle. */
+struct msg_handle kept_give(struct kept *kept, uint32_t index, uint64_t request);
+void kept_given(struct kept *kept, struct msg_handle donated);
+/* The slot's tensor from now on; takes the reference (dropped when the slot was freed meanwhile). */
+void kept_replace(struct kept *kept, uint32_t index, uint64_t lineage, struct kept_tensor *tensor);
+/* A kernel of `request` failed while it wrote: whoever names it gets DATA_LOSS. */
+void kept_lose(struct kept *kept, uint32_t index, uint64_t lineage, uint64_t request);
 
 OPD_MUST_USE opd_status kept_free(struct kept *kept, struct msg_handle handle, opd_error *error);
 OPD_MUST_USE opd_status kept_free_result(struct kept *kept, uint64_t request, uint32_t output, opd_error *error);

@@ -277,6 +277,8 @@ void lane_submit_list(struct lane *lane, struct lane_job *first)
 	(void)pthread_mutex_lock(&lane->mutex);
 	assert(!lane->stopping);
 	*lane->tail = first;
+	for (struct lane_job **link = lane->tail; *link != NULL; link = &(*link)->next)
+		(*link)->link = link;
 	lane->tail = &last->next;
 	lane->queued += count;
 	unlock_and_wake(lane);
@@ -318,6 +320,31 @@ uint32_t lane_finish_done(struct lane *lane)
 	return count;
 }
 
+/* Under the mutex. */
+static void dequeue(struct lane *lane, struct lane_job *job)
+{
+	*job->link = job->next;
+	if (job->next != NULL)
+		job->next->link = job->link;
+	else
+		lane->tail = job->link;
+	job->link = NULL;
+	lane->queued--;
+	(void)atomic_fetch_sub_explicit(&lane->hints, 1, memory_order_relaxed);
+}
+
+bool lane_withdraw(struct lane *lane, struct lane_job *job)
+{
+	(void)pthread_mutex_lock(&lane->mutex);
+	bool queued = job->link != NULL;
+	if (queued)
+		dequeue(lane, job);
+	(void)pthread_mutex_unlock(&lane->mutex);
+	if (queued)
+		(void)atomic_fetch_sub_explicit(&lane->load, 1, memory_order_relaxed);
+	return queued;
+}
+
 /* Under the mutex, before and after; false: nothing is queued. */
 static bool run_next(struct worker *worker)
 {
@@ -325,11 +352,7 @@ static bool run_next(struct worker *worker)
 	struct lane_job *job = lane->head;
 	if (job == NULL)
 		return false;
-	lane->head = job->next;
-	if (lane->head == NULL)
-		lane->tail = &lane->head;
-	lane->queued--;
-	(void)atomic_fetch_sub_explicit(&lane->hints, 1, memory_order_relaxed);
+	dequeue(lane, job);
 	unlock_and_wake(lane);
 	struct lane_exec exec = {.lane = lane, .job = job, .threads = lane->threads};
 	job->run(job, &exec);

@@ -125,11 +125,14 @@ static const struct step {
 	[MSG_REQUEST_WRITE] = {"write", write_accept, write_start, false},
 	[MSG_REQUEST_FETCH] = {"fetch", fetch_accept, fetch_start, false},
 	[MSG_REQUEST_LIST_TENSORS] = {"list_tensors", NULL, inspect_tensors, false},
+	[MSG_REQUEST_REGISTER_GRAPH] = {"register_graph", graph_register_accept, graph_register_start, false},
+	[MSG_REQUEST_RUN_GRAPH] = {"run_graph", run_accept, run_start, false},
+	[MSG_REQUEST_FREE_GRAPH] = {"free_graph", graph_free_accept, request_reply_empty, false},
 };
 
 static bool step_has_payload(msg_request_kind kind)
 {
-	return kind == MSG_REQUEST_RUN || kind == MSG_REQUEST_UPLOAD || kind == MSG_REQUEST_WRITE;
+	return kind == MSG_REQUEST_RUN || kind == MSG_REQUEST_RUN_GRAPH || kind == MSG_REQUEST_UPLOAD || kind == MSG_REQUEST_WRITE;
 }
 
 /* ---- Life ---- */
@@ -318,6 +321,48 @@ void request_abandon(struct request *request, opd_status status, const char *why
 {
 	(void)opd_fail(&request->error, status, "%s", why);
 	request_reject(request);
+}
+
+/* ---- Cancelling ---- */
+
+/* Before its payload is whole every kind can be. Later those that compute or send; the others are short, or change what the session has. */
+static bool can_be_cancelled(const struct request *request)
+{
+	const msg_request_kind kind = request->message.kind;
+	return !request->started || kind == MSG_REQUEST_RUN || kind == MSG_REQUEST_RUN_GRAPH || kind == MSG_REQUEST_GENERATE || kind == MSG_REQUEST_FETCH;
+}
+
+static void stop_waiting(struct request *request)
+{
+	if (request->message.kind == MSG_REQUEST_FETCH)
+		fetch_stop_waiting(request);
+	else
+		run_stop_waiting(request);
+}
+
+/* It has no job, or one that hasn't begun and now never will. */
+static bool withdraw(struct request *request)
+{
+	if (request->job.run == NULL && request->device_lane == NULL)
+		return true;
+	return (request->device_lane != NULL && device_lane_withdraw(request->device_lane, &request->device_job)) ||
+	       lane_withdraw(request->context->server->lane, &request->job);
+}
+
+bool request_cancel(struct request *request)
+{
+	if (request->replied || request->cancelled || !can_be_cancelled(request))
+		return false;
+	request->cancelled = true;
+	stop_waiting(request);
+	if (!withdraw(request)) {
+		lane_cancel(&request->job);
+		return true;
+	}
+	const char *name = request->run.op != NULL ? request->run.op->schema->name : steps[request->message.kind].name;
+	(void)opd_fail(&request->error, OPD_CANCELLED, "%s: the client cancelled the request", name);
+	request_fail(request);
+	return true;
 }
 
 /* ---- Tasks on the lane ---- */

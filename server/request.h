@@ -16,6 +16,7 @@
 #include "server/context.h"
 #include "server/device_lane.h"
 #include "server/dispatch.h"
+#include "server/donate.h"
 #include "server/lane.h"
 #include "server/outbox.h"
 #include "server/session.h"
@@ -45,6 +46,7 @@ struct request_run {
 	struct effective *effective;
 	struct dispatch dispatch;
 	uint32_t waiting; /* operands that are results still to come */
+	struct run_waiter *waiters; /* for those, newest first; in the arena */
 	bool failed;      /* error is written; ends once nothing is waited for */
 	bool expected;    /* kept_expect was called, neither settled nor failed yet */
 	bool on_loop;     /* small enough to run at once */
@@ -53,6 +55,8 @@ struct request_run {
 	bool written;               /* a kernel has begun: outputs may hold half of a result */
 	struct buffer **outputs;    /* [output_count]; NULL: not allocated yet */
 	struct kept_tensor **kept;  /* [operand_count]: kept operands, referenced */
+	struct donation *donations; /* in the arena */
+	uint32_t donation_count;
 	struct buffer *scratch;
 	uint32_t device;            /* number of the device that it runs on */
 	uint64_t deadline_ns;       /* 0: none */
@@ -65,6 +69,8 @@ typedef void (*request_task_fn)(struct request *request);
 struct request {
 	struct request *next; /* of free ones, or of a conn's requests */
 	struct request *previous;
+	struct request *id_next;  /* of a conn's requests in flight */
+	struct request **id_link; /* NULL: it isn't one of them any more */
 	struct context *context;
 	struct session *session; /* referenced */
 	struct snapshot *snapshot; /* referenced from accept on */
@@ -78,6 +84,7 @@ struct request {
 	bool chunked;   /* the payload comes in DATA frames */
 	bool started;
 	bool replied;   /* on_reply was called */
+	bool cancelled; /* by request_cancel: what runs is told, nothing more is begun */
 	opd_status status; /* of what a lane ran */
 	opd_error error;
 	struct request_run run;
@@ -85,8 +92,10 @@ struct request {
 	struct kept_tensor *tensor; /* that a write or a fetch is about: referenced */
 	uint32_t free_waiting; /* a free's results still to come */
 	void *task_data;       /* a generation's tensors, in the arena */
+	struct graph_run *graph_run; /* of RUN_GRAPH, in the arena */
 	struct lane_job job;
 	struct device_job device_job;
+	struct device_lane *device_lane; /* that device_job was submitted to */
 	request_task_fn task;      /* on a lane */
 	request_task_fn task_done; /* back on the context's thread */
 
@@ -125,6 +134,10 @@ void request_reject(struct request *request);
 /* Its payload won't come (abort, disconnect): ends it with this status. */
 void request_abandon(struct request *request, opd_status status, const char *why);
 
+/* Nobody wants its result. One that hasn't begun on a lane ends with CANCELLED before this returns, and may be gone then; a kernel that runs is told,
+ * and its end is the request's. Its owner expects no more of its payload. False: nothing was to be done. Not from on_reply or a waiter's callback. */
+bool request_cancel(struct request *request);
+
 /* ---- For the files that implement kinds of requests ---- */
 
 /* Ends with what request->reply says. */
@@ -142,11 +155,32 @@ void run_release(struct request *request); /* gives back what run_accept and lat
 void run_failed(struct request *request);  /* the request ends with an error: whoever waits for its results learns of it */
 /* It can't go on. True: it ends later, when what it waits for is there. */
 bool run_abandoned(struct request *request);
+void run_stop_waiting(struct request *request); /* for results of others; it is about to end */
 void run_explain(struct request *request); /* explain.c: puts the record into the reply */
+void execute_graph(struct request *request); /* execute.c: graph_run_execute on a lane; then execute_done */
 void execute_run(struct request *request);  /* execute.c: the chosen implementation, on the loop, a lane or a device; then execute_done */
 void execute_place(struct request *request); /* execute.c: sets run.device for the chosen implementation */
 void execute_plan(struct request *request); /* execute.c: makes the plan that a dry run asks about; then execute_done */
 void execute_done(struct request *request); /* run.c: on the context's thread */
+/* A request that ends before it is run, or late; its status and error are written then. On a lane or the loop. */
+bool execute_unwanted(struct request *request, const struct lane_exec *lane);
+/* Whether this much kernel time fits into the loop's turn; counted if so. */
+bool execute_fits_loop(struct request *request, uint64_t cost_ns);
+/* run.c's, for graphs */
+OPD_MUST_USE opd_status run_take(struct request *request); /* payload, kept operands, room for kept results, deadline: run.op and run.bound are there */
+OPD_MUST_USE opd_status run_check_inline(struct request *request); /* results that are wanted inline fit */
+void run_reply_results(struct request *request);
+void run_reply_fake(struct request *request);
+/* graph.c, graph_run.c */
+OPD_MUST_USE opd_status graph_register_accept(struct request *request);
+void graph_register_start(struct request *request);
+OPD_MUST_USE opd_status graph_free_accept(struct request *request);
+OPD_MUST_USE opd_status graph_run_accept(struct request *request);
+void graph_run_ready(struct request *request); /* its operands are there: it runs when its turn has come */
+void graph_run_done(struct request *request);  /* from execute_done */
+void graph_run_failed(struct request *request); /* it ends with an error: its place in the order, its donations */
+void graph_run_release(struct request *request);
+void graph_run_execute(struct request *request, struct lane_exec *lane); /* on a lane */
 OPD_MUST_USE opd_status free_accept(struct request *request); /* free.c */
 void free_start(struct request *request);
 OPD_MUST_USE opd_status upload_accept(struct request *request); /* upload.c */
@@ -155,6 +189,7 @@ OPD_MUST_USE opd_status write_accept(struct request *request);
 void write_start(struct request *request);
 OPD_MUST_USE opd_status fetch_accept(struct request *request); /* fetch.c */
 void fetch_start(struct request *request);
+void fetch_stop_waiting(struct request *request);
 void generate_start(struct request *request); /* generate.c */
 void generate_release(struct request *request);
 void inspect_ops(struct request *request);    /* inspect.c */

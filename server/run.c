@@ -73,6 +73,7 @@ static void warn_of_fallback(struct request *request, const struct msg_run *run,
 
 struct run_waiter {
 	struct waiter waiter; /* first */
+	struct run_waiter *next;
 	struct request *request;
 	uint32_t operand;
 };
@@ -111,6 +112,8 @@ static opd_status wait_for_result(struct request *request, uint32_t index)
 	waiter->waiter.on_settled = on_settled;
 	waiter->request = request;
 	waiter->operand = index;
+	waiter->next = request->run.waiters;
+	request->run.waiters = waiter;
 	kept_wait(&request->session->kept, source->result.request, &waiter->waiter);
 	request->run.waiting++;
 	return OPD_OK;
@@ -123,9 +126,6 @@ static opd_status take_kept(struct request *request, uint32_t index)
 	const struct operand *operand = &request->run.bound.operands[index];
 	const struct msg_tensor *source = operand->source;
 	bool pending = false;
-	if (source->donate)
-		return opd_fail(&request->error, OPD_UNIMPLEMENTED, "%s: %s: this server has no feature \"donate\"", request->run.op->schema->name,
-		                operand->param);
 	if (source->source == MSG_SOURCE_SHARED)
 		return opd_fail(&request->error, OPD_UNIMPLEMENTED, "%s: %s: this server has no feature \"shm\"", request->run.op->schema->name,
 		                operand->param);
@@ -203,7 +203,8 @@ static opd_status place_kept(struct request *request, struct operand *operand, c
 	if (status == OPD_OK) {
 		operand->tensor.id = kept->id;
 		operand->tensor.version = kept->version;
-		operand->tensor.flags |= OPD_TENSOR_CONSTANT;
+		if (!source->donate)
+			operand->tensor.flags |= OPD_TENSOR_CONSTANT;
 	}
 	return status;
 }
@@ -274,10 +275,27 @@ static bool keeps_any(const struct msg_run *run)
 
 static opd_status expect_kept(struct request *request, const struct msg_run *run)
 {
-	if (!keeps_any(run))
+	if (!keeps_any(run) && request->run.donation_count == 0)
 		return OPD_OK;
 	opd_status status = kept_expect(&request->session->kept, request->id, request->run.op->schema->result_count, &request->error);
 	request->run.expected = status == OPD_OK;
+	return status;
+}
+
+opd_status run_take(struct request *request)
+{
+	const struct msg_run *run = &request->message.run;
+	opd_status status = check_payload(request);
+	if (status == OPD_OK)
+		status = take_all_kept(request);
+	if (status == OPD_OK)
+		status = donate_accept(request);
+	if (status == OPD_OK)
+		status = expect_kept(request, run);
+	if (run->explain)
+		request->clock.accepted = request_now_ns();
+	if (run->timeout_us != 0)
+		request->run.deadline_ns = request->clock.received + (run->timeout_us < UINT64_MAX / 2000 ? run->timeout_us * 1000 : UINT64_MAX / 2);
 	return status;
 }
 
@@ -296,22 +314,12 @@ static opd_status check_and_take(struct request *request)
 		return opd_error_prefix(&request->error, status, "%s", op->schema->name);
 	warn_of_fallback(request, run, op);
 	status = bind_args(&request->arena, op, run, &request->run.bound, &request->error);
-	if (status == OPD_OK)
-		status = check_payload(request);
-	if (status == OPD_OK)
-		status = take_all_kept(request);
-	if (status == OPD_OK)
-		status = expect_kept(request, run);
-	if (run->explain)
-		request->clock.accepted = request_now_ns();
-	if (run->timeout_us != 0)
-		request->run.deadline_ns = request->clock.received + (run->timeout_us < UINT64_MAX / 2000 ? run->timeout_us * 1000 : UINT64_MAX / 2);
-	return status;
+	return status == OPD_OK ? run_take(request) : status;
 }
 
 opd_status run_accept(struct request *request)
 {
-	opd_status status = check_and_take(request);
+	opd_status status = request->message.kind == MSG_REQUEST_RUN_GRAPH ? graph_run_accept(request) : check_and_take(request);
 	struct kept *kept = &request->session->kept;
 	/* Those who name its results are told that it failed, not that there never was such a result. */
 	if (status != OPD_OK && !request->run.expected && keeps_any(&request->message.run) && kept_expect(kept, request->id, 0, NULL) == OPD_OK)
@@ -324,9 +332,16 @@ void run_start(struct request *request)
 	run_proceed(request);
 }
 
+void run_stop_waiting(struct request *request)
+{
+	for (struct run_waiter *waiter = request->run.waiters; waiter != NULL; waiter = waiter->next)
+		if (kept_unwait(&waiter->waiter))
+			request->run.waiting--;
+}
+
 bool run_abandoned(struct request *request)
 {
-	if (request->message.kind != MSG_REQUEST_RUN || request->run.waiting == 0)
+	if ((request->message.kind != MSG_REQUEST_RUN && request->message.kind != MSG_REQUEST_RUN_GRAPH) || request->run.waiting == 0)
 		return false;
 	request->run.failed = true;
 	request->started = true;
@@ -335,7 +350,7 @@ bool run_abandoned(struct request *request)
 
 /* ---- Running ---- */
 
-static void reply_fake(struct request *request)
+void run_reply_fake(struct request *request)
 {
 	struct bound *bound = &request->run.bound;
 	uint32_t count = bound->call.output_count;
@@ -380,7 +395,7 @@ static void run_chosen(struct request *request, bool accepted)
 		execute_plan(request);
 	else {
 		run_explain(request);
-		reply_fake(request);
+		run_reply_fake(request);
 	}
 }
 
@@ -393,8 +408,14 @@ static void run_ready(struct request *request)
 		request->clock.ready = request_now_ns();
 	for (uint32_t i = 0; status == OPD_OK && i < run->bound.operand_count; i++)
 		status = place_operand(request, i);
+	if (status == OPD_OK && request->message.kind == MSG_REQUEST_RUN_GRAPH) {
+		graph_run_ready(request);
+		return;
+	}
 	if (status == OPD_OK)
 		status = bind_outputs(&request->arena, &run->bound, &request->error);
+	if (status == OPD_OK)
+		status = donate_check(request);
 	if (status == OPD_OK && message->mode != MSG_FAKE)
 		status = dispatch_init(&run->dispatch, request->snapshot, run->effective, request->context->server->plans,
 		                       request->context->server->log, run->op, message->strict, &request->error);
@@ -403,7 +424,7 @@ static void run_ready(struct request *request)
 		return;
 	}
 	if (message->mode == MSG_FAKE) {
-		reply_fake(request);
+		run_reply_fake(request);
 		return;
 	}
 	if (message->explain)
@@ -416,6 +437,14 @@ static void run_ready(struct request *request)
 
 /* ---- Results ---- */
 
+static bool donates(const struct request_run *run, uint32_t output)
+{
+	for (uint32_t i = 0; i < run->donation_count; i++)
+		if (run->donations[i].result == output)
+			return true;
+	return false;
+}
+
 /* Kept outputs go into the session's table; false when there is no memory for that. */
 static bool keep_outputs(struct request *request)
 {
@@ -427,13 +456,13 @@ static bool keep_outputs(struct request *request)
 	bool made = tensors != NULL && run->handles != NULL;
 	for (uint32_t i = 0; made && i < count && i < message->output_count; i++) {
 		const opd_tensor *output = &run->bound.outputs[i];
-		if (!message->outputs[i].keep)
+		if (!message->outputs[i].keep || donates(run, i))
 			continue;
 		tensors[i] = kept_tensor_create(output->dtype, output->rank, output->shape, output->elements * opd_dtype_bytes(output->dtype),
 		                                run->outputs[i]);
 		made = tensors[i] != NULL;
 	}
-	if (!made) {
+	if (!made || !donate_settle(request, run->handles)) {
 		for (uint32_t i = 0; tensors != NULL && i < count; i++)
 			kept_tensor_unref(tensors[i]);
 		return false;
@@ -465,7 +494,7 @@ static bool fill_result(struct request *request, uint32_t index, struct msg_resu
 	return request_send(request, tensor, opd_tensor_data(output), bytes);
 }
 
-static opd_status check_inline_results(struct request *request)
+opd_status run_check_inline(struct request *request)
 {
 	if (!request->message.run.inline_results || request->direct)
 		return OPD_OK;
@@ -476,7 +505,7 @@ static opd_status check_inline_results(struct request *request)
 	return OPD_OK;
 }
 
-static void reply_results(struct request *request)
+void run_reply_results(struct request *request)
 {
 	struct request_run *run = &request->run;
 	uint32_t count = run->bound.call.output_count;
@@ -490,20 +519,30 @@ static void reply_results(struct request *request)
 		request_fail(request);
 		return;
 	}
-	request->reply.run.provider = msg_text(impl->provider->name);
-	if (request->message.run.uuid)
-		request->reply.run.uuid = msg_text(impl->def->uuid);
+	if (impl != NULL) { /* a graph has one a node */
+		request->reply.run.provider = msg_text(impl->provider->name);
+		if (request->message.run.uuid)
+			request->reply.run.uuid = msg_text(impl->def->uuid);
+		run_explain(request);
+	}
 	request->reply.run.outputs = results;
 	request->reply.run.output_count = count;
-	run_explain(request);
 	request_reply(request, MSG_REPLY_RUN);
 }
 
 void execute_done(struct request *request)
 {
 	struct request_run *run = &request->run;
-	bool again = run->plan_refused || (request->status != OPD_OK && request->status != OPD_CANCELLED && run->written && request->message.run.retry);
-	if (again) {
+	if (request->graph_run != NULL) {
+		graph_run_done(request);
+		return;
+	}
+	bool again = run->plan_refused || (request->status != OPD_OK && request->status != OPD_CANCELLED && run->written && request->message.run.retry &&
+	                                  !donate_is_written(request));
+	if (again && request->cancelled) { /* nothing more is begun for it */
+		run->plan_refused = false;
+		request->status = opd_fail(&request->error, OPD_CANCELLED, "%s: the client cancelled the request", run->op->schema->name);
+	} else if (again) {
 		if (!run->plan_refused)
 			LOG(request->context->server->log, LOG_WARN, "kernel failed, another provider may try", LOG_UINT("session", request->session->id),
 			    LOG_UINT("request", request->id), LOG_STR("provider", run->dispatch.impl->provider->name),
@@ -522,20 +561,22 @@ void execute_done(struct request *request)
 	}
 	opd_status status = request->status;
 	if (status == OPD_OK && request->message.run.mode == MSG_RUN)
-		status = check_inline_results(request);
+		status = run_check_inline(request);
 	if (status != OPD_OK) {
 		run_explain(request);
 		request_fail(request);
 	} else if (request->message.run.mode == MSG_RUN) {
-		reply_results(request);
+		run_reply_results(request);
 	} else {
 		run_explain(request);
-		reply_fake(request);
+		run_reply_fake(request);
 	}
 }
 
 void run_failed(struct request *request)
 {
+	graph_run_failed(request);
+	donate_failed(request);
 	if (request->run.expected) {
 		request->run.expected = false;
 		kept_fail(&request->session->kept, request->id);
@@ -545,7 +586,7 @@ void run_failed(struct request *request)
 void run_release(struct request *request)
 {
 	struct request_run *run = &request->run;
-	if (request->message.kind != MSG_REQUEST_RUN)
+	if (request->message.kind != MSG_REQUEST_RUN && request->message.kind != MSG_REQUEST_RUN_GRAPH)
 		return;
 	for (uint32_t i = 0; i < run->bound.operand_count; i++) {
 		buffer_unref(run->bound.operands[i].buffer);
@@ -557,4 +598,5 @@ void run_release(struct request *request)
 	buffer_unref(run->scratch);
 	dispatch_fini(&run->dispatch);
 	effective_unref(run->effective);
+	graph_run_release(request);
 }

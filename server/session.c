@@ -5,6 +5,7 @@
 
 #include "proto/bounds.h"
 #include "proto/text.h"
+#include "server/graph.h"
 
 #define STAR UINT32_MAX
 
@@ -99,6 +100,7 @@ void session_unref(struct session *session)
 {
 	if (session == NULL || atomic_fetch_sub_explicit(&session->refs, 1, memory_order_acq_rel) != 1)
 		return;
+	graphs_destroy(session->graphs);
 	kept_fini(&session->kept);
 	while (session->maps != NULL) {
 		struct priority_map *map = session->maps;
@@ -168,6 +170,7 @@ opd_status session_push_priority(struct session *session, const struct snapshot 
 	map->below = session->maps;
 	session->maps = map;
 	session->map_depth++;
+	session->priority_epoch++;
 	return OPD_OK;
 }
 
@@ -178,6 +181,7 @@ opd_status session_pop_priority(struct session *session, opd_error *error)
 		return opd_fail(error, OPD_FAILED_PRECONDITION, "priorities: nothing is pushed, so nothing can be popped");
 	session->maps = map->below;
 	session->map_depth--;
+	session->priority_epoch++;
 	map_destroy(map);
 	return OPD_OK;
 }
@@ -185,6 +189,7 @@ opd_status session_pop_priority(struct session *session, opd_error *error)
 opd_status session_set_priority(struct session *session, const struct snapshot *snapshot, struct msg_text op, const struct msg_list *list,
                                 opd_error *error)
 {
+	session->priority_epoch++;
 	return put_entry(session->maps, snapshot, op, list, error);
 }
 

@@ -17,6 +17,7 @@
 struct server;
 struct conn;
 struct priority_map;
+struct graphs;
 
 struct session {
 	_Atomic uint32_t refs;
@@ -30,9 +31,11 @@ struct session {
 	struct kept kept;
 	struct priority_map *maps; /* newest first; the last one is the base */
 	uint32_t map_depth;
+	uint64_t priority_epoch; /* rises whenever a list changes */
+	struct graphs *graphs;   /* registered ones and their runs; NULL: none yet */
 	uint64_t last_request; /* highest id seen */
 	uint32_t in_flight;    /* accepted, reply not yet written */
-	_Atomic bool gone;     /* its connection has ended: lanes don't start what is still queued */
+	_Atomic bool gone;     /* its connection has ended: lanes start nothing more of it */
 };
 
 /* NULL: out of memory. */

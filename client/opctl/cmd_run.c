@@ -62,7 +62,7 @@ static bool ends_with(const char *text, const char *end)
 	return bytes > end_bytes && strcmp(text + bytes - end_bytes, end) == 0;
 }
 
-static opd_status check_output(const char *path, opd_error *error)
+opd_status opctl_check_output(const char *path, opd_error *error)
 {
 	if (path == NULL || ends_with(path, ".npy") || ends_with(path, ".safetensors"))
 		return OPD_OK;
@@ -109,12 +109,12 @@ static opd_status write_safetensors(const char *path, const char *op, const opd_
 	return safetensors_write(path, items, count, texts, 2, error);
 }
 
-static opd_status write_results(const struct opctl *ctl, const struct call *call, const opd_result *result, opd_error *error)
+opd_status opctl_write_results(const struct opctl *ctl, const char *op, const opd_result *result, opd_error *error)
 {
 	const char *path = ctl->options.values[OPTION_OUTPUT];
 	if (path == NULL)
 		return OPD_OK;
-	return ends_with(path, ".npy") ? write_npys(path, result, error) : write_safetensors(path, call->op, result, error);
+	return ends_with(path, ".npy") ? write_npys(path, result, error) : write_safetensors(path, op, result, error);
 }
 
 /* ---- Printing ---- */
@@ -168,7 +168,7 @@ static int submit(const struct opctl *ctl, struct call *call, opd_mode mode)
 	opd_result *result = NULL;
 	opd_status status = opd_run(ctl->client, call->request, &result, &error);
 	if (status == OPD_OK)
-		status = write_results(ctl, call, result, &error);
+		status = opctl_write_results(ctl, call->op, result, &error);
 	else if (result != NULL)
 		print_skips(result);
 	int code = EXIT_DONE;
@@ -207,7 +207,7 @@ static int run_mode(struct opctl *ctl, opd_mode mode)
 		(void)opd_fail(&error, OPD_INVALID_ARGUMENT, "%s needs an op", ctl->options.positional[0]);
 		return report_usage(ctl, &error);
 	}
-	if (check_output(ctl->options.values[OPTION_OUTPUT], &error) != OPD_OK ||
+	if (opctl_check_output(ctl->options.values[OPTION_OUTPUT], &error) != OPD_OK ||
 	    options_seconds(&ctl->options, OPTION_TIMEOUT, 0, &ctl->timeout_us, &error) != OPD_OK)
 		return report_usage(ctl, &error);
 	opd_status status = opctl_connect(ctl, CONNECT_ANY, &error);

@@ -48,9 +48,14 @@ OPD_MUST_USE opd_status opctl_connect(struct opctl *ctl, connect_need need, opd_
 /* Loads the modules of --module, if any. */
 OPD_MUST_USE opd_status opctl_load_modules(struct opctl *ctl, opd_error *error);
 
+/* cmd_run.c: the file that --output names, by its ending; the name is checked before anything runs. */
+OPD_MUST_USE opd_status opctl_check_output(const char *path, opd_error *error);
+OPD_MUST_USE opd_status opctl_write_results(const struct opctl *ctl, const char *op, const opd_result *result, opd_error *error);
+
 int cmd_run(struct opctl *ctl);
 int cmd_fake(struct opctl *ctl);
 int cmd_explain(struct opctl *ctl);
+int cmd_graph(struct opctl *ctl);
 int cmd_ops(struct opctl *ctl);
 int cmd_describe(struct opctl *ctl);
 int cmd_providers(struct opctl *ctl);
@@ -64,7 +69,7 @@ int cmd_log_level(struct opctl *ctl);
 int cmd_drain(struct opctl *ctl);
 int cmd_help(struct opctl *ctl);
 
-extern const struct option_use run_options[], fake_options[], explain_options[], verify_options[], bench_options[],
+extern const struct option_use run_options[], fake_options[], explain_options[], graph_options[], verify_options[], bench_options[],
     ping_options[], drain_options[], no_options[];
 
 #endif

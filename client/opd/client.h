@@ -103,10 +103,18 @@ typedef enum opd_operand_source {
 	OPD_FROM_HOST = 0,   /* `data`, sent with the request */
 	OPD_FROM_HANDLE = 1, /* a kept tensor */
 	OPD_FROM_RESULT = 2, /* output `output` of the request `ticket`, submitted earlier on this client with keep, answered or not */
-	OPD_FROM_NOTHING = 3 /* dtype and shape only: for fake and dry runs */
+	OPD_FROM_NOTHING = 3, /* dtype and shape only: for fake and dry runs */
+	OPD_FROM_VALUE = 4   /* of a graph's node: an input of the graph, or another node's output */
 } opd_operand_source;
 
-/* An operand. With a handle or a ticket, dtype OPD_DTYPE_NONE takes the tensor whole; otherwise dtype, shape, strides and byte_offset are a view of it. */
+/* Within one graph: output `output` of node number `node`; with node OPD_GRAPH_INPUT, the graph's input number `output`. */
+typedef struct opd_value {
+	uint32_t node;
+	uint32_t output;
+} opd_value;
+#define OPD_GRAPH_INPUT UINT32_MAX
+
+/* An operand. With a handle, a ticket or a value, dtype OPD_DTYPE_NONE takes the tensor whole; otherwise dtype, shape, strides and byte_offset are a view of it. */
 typedef struct opd_operand {
 	uint32_t struct_bytes;
 	opd_dtype dtype;
@@ -120,6 +128,9 @@ typedef struct opd_operand {
 	opd_handle handle;
 	opd_ticket ticket;
 	uint32_t output;
+	bool donate; /* its result takes its place (the op has such a pair, and dtype and shape are the result's): a kept tensor, whole; of a graph's nodes, a state or another
+	              * node's output. The result's handle has the same index; from submission on the old one is OPD_FAILED_PRECONDITION */
+	opd_value value;
 } opd_operand;
 
 /* OPD_OPERAND(OPD_f32, pointer, 2, 4096): an initialiser for a row-major host tensor, shape given by its extents. */
@@ -183,7 +194,8 @@ OPD_API OPD_MUST_USE opd_status opd_wait(opd_client *client, opd_ticket ticket, 
 OPD_API OPD_MUST_USE opd_status opd_wait_any(opd_client *client, uint64_t timeout_us, opd_ticket *ticket_out, opd_result **result_out,
                                              opd_error *error);
 
-/* Forgets a request: its reply is dropped when it comes. Its operands' data may be freed on return. No-op for an unknown ticket. */
+/* Forgets a request: its reply is dropped when it comes. Its operands' data may be freed on return. A server that can (the feature "cancel") is told: what
+ * it hasn't begun it doesn't begin, and a kernel that runs is asked to stop; requests that read its results fail with ABORTED. No-op for an unknown ticket. */
 OPD_API void opd_cancel(opd_client *client, opd_ticket ticket);
 
 /* For your own event loop: poll opd_client_fd for opd_client_events (POLLIN, with POLLOUT while something waits to be written), call opd_process, then take
@@ -247,6 +259,86 @@ typedef struct opd_move {
 
 /* NULL unless asked for. */
 OPD_API const opd_explain *opd_result_explain(const opd_result *result);
+
+/* What a run of a graph says of itself. */
+typedef struct opd_node_explain {
+	const char *node;
+	const char *op;
+	const char *provider;
+	opd_explain explain; /* of its times: kernel_ns alone */
+} opd_node_explain;
+
+typedef struct opd_graph_explain {
+	uint32_t struct_bytes;
+	uint32_t count;      /* of `nodes`: at most 4096, in the order in which they ran */
+	uint32_t node_count; /* of the graph */
+	bool dispatched;     /* this run inferred shapes, dispatched and planned; false: an earlier one had */
+	const opd_node_explain *nodes;
+	uint64_t arena_bytes;    /* peak of the intermediate results */
+	uint64_t unshared_bytes; /* what they would take if no memory were used again */
+	uint64_t prepare_ns;
+} opd_graph_explain;
+/* NULL unless asked for, and of a graph. */
+OPD_API const opd_graph_explain *opd_result_graph(const opd_result *result);
+/* A graph's states by number, as they are called from now on; generation 0 past the last. */
+OPD_API opd_handle opd_result_state(const opd_result *result, uint32_t state);
+
+/* ---- Graphs ------------------------------------------------------------------------------------------------------------ */
+
+/* Ops that run as one request: described once, registered with a session, run many times. What a node gives stays in the daemon; only the outputs come back.
+ *
+ *     opd_graph *graph = opd_graph_create("mlp");
+ *     opd_value x = opd_graph_input(graph, "x");
+ *     opd_value w = opd_graph_constant(graph, "w", weights);
+ *     opd_request *node = opd_request_create("linear");
+ *     opd_request_value(node, NULL, x);
+ *     opd_request_value(node, NULL, w);
+ *     opd_value y = opd_graph_node(graph, "up", node);
+ *     opd_request_destroy(node);
+ *     opd_graph_output(graph, "y", y);
+ *     uint64_t id;
+ *     opd_graph_register(client, graph, &id, &error);
+ *     opd_request *request = opd_request_graph(id);
+ *     opd_request_tensor(request, "x", &operand);          // run and submit it like any other, as often as you like
+ */
+typedef struct opd_graph opd_graph;
+
+/* NULL: out of memory. Names of graphs, inputs, nodes and outputs: 1 to 128 of A-Z a-z 0-9 _ . - : / (NULL: the server numbers them). Like a request's builder
+ * it never fails half-way: what was wrong comes out of opd_graph_register, or of the submit of opd_request_once. */
+OPD_API opd_graph *opd_graph_create(const char *name);
+OPD_API void opd_graph_destroy(opd_graph *graph);
+
+/* Given at each run, as an argument of the request by this name or in this order; at most 64. */
+OPD_API opd_value opd_graph_input(opd_graph *graph, const char *name);
+/* A kept tensor that nodes donate (opd_operand.donate): what they make of it is what the next run sees, in the same memory. Graphs may share states; their runs
+ * then follow each other in the order of their submission. From a run's submission on only its result's opd_result_state names the tensor. */
+OPD_API opd_value opd_graph_state(opd_graph *graph, const char *name, opd_handle handle);
+/* A kept tensor as it is when the graph is registered; it may be freed afterwards. */
+OPD_API opd_value opd_graph_constant(opd_graph *graph, const char *name, opd_handle handle);
+
+/* Adds a node: op, arguments, priority, strict, device and allow_tf32 of `request`, which stays the caller's; its tensors come from values. Returns output 0.
+ * Nodes may name nodes added later (by their number: they count from 0). */
+OPD_API opd_value opd_graph_node(opd_graph *graph, const char *name, const opd_request *request);
+static inline opd_value opd_value_output(opd_value node, uint32_t output)
+{
+	opd_value value = {node.node, output};
+	return value;
+}
+/* Appends an operand: a whole value. Views and donations: opd_request_tensor with OPD_FROM_VALUE; a view's first extent may be -1, as many as the value has. */
+OPD_API void opd_request_value(opd_request *request, const char *name, opd_value value);
+
+/* What runs return, in this order: outputs of nodes that no other node donates; at most 64. */
+OPD_API void opd_graph_output(opd_graph *graph, const char *name, opd_value value);
+
+/* Checks everything that needs no shapes: names, ops, arguments, values, donations, cycles; an error names graph and node. The graph object isn't needed
+ * afterwards. The registration ends with the session, or by opd_graph_free (runs submitted before are not touched). */
+OPD_API OPD_MUST_USE opd_status opd_graph_register(opd_client *client, opd_graph *graph, uint64_t *id_out, opd_error *error);
+OPD_API OPD_MUST_USE opd_status opd_graph_free(opd_client *client, uint64_t id, opd_error *error);
+
+/* A run: its arguments are the graph's inputs; opd_request_output, _explain, _timeout and _mode hold, and all of opd_run, opd_submit, opd_wait. Runs of one graph
+ * are ordered. `once`: of a graph that isn't registered; it must live as long as the request. NULL: out of memory. */
+OPD_API opd_request *opd_request_graph(uint64_t id);
+OPD_API opd_request *opd_request_once(const opd_graph *graph);
 
 /* ---- Kept tensors ------------------------------------------------------------------------------------------------------ */
 
@@ -405,6 +497,8 @@ typedef struct opd_server_info {
 	uint32_t device_count;
 	const char *const *listeners;
 	const char *const *devices;
+	uint64_t graph_runs;       /* begun since the start */
+	uint64_t graph_dispatches; /* of them, those that had to infer, dispatch and plan */
 } opd_server_info;
 
 OPD_API OPD_MUST_USE opd_status opd_ops(opd_client *client, const opd_op_list **list_out, opd_error *error);

@@ -34,7 +34,7 @@ except ImportError as error:
     raise ImportError("opd needs opd_pb2.py, made by `protoc --python_out=FOLDER opd.proto`, beside opd.py or in $OPD_PB2: "
                       f"{error}") from error
 
-__all__ = ["Client", "Tensor", "Handle", "Future", "Result", "Error", "bf16_from_float32", "float32_from_bf16"]
+__all__ = ["Client", "Graph", "Registered", "Tensor", "Handle", "Future", "Result", "Error", "bf16_from_float32", "float32_from_bf16"]
 
 VERSION = "0.1.0"
 
@@ -196,19 +196,24 @@ def _f8_table(dtype):
 class Handle:
     """A kept tensor of this session, usable as an operand. `view` names a part of it, without copying."""
 
-    def __init__(self, index, generation, dtype=None, shape=(), view=None):
-        self.index, self.generation = index, generation
+    def __init__(self, index, generation, dtype=None, shape=(), view=None, donated=False):
+        self.index, self.generation, self._donated = index, generation, donated
         self.dtype, self.shape = dtype, tuple(shape)
         self._view = view
 
     def view(self, shape, strides=None, byte_offset=0, dtype=None):
         return Handle(self.index, self.generation, dtype or self.dtype, shape, (strides, byte_offset))
 
+    def donate(self):
+        """The operand whose result takes its place: the handle isn't good any more, the result's is, in the same memory if the implementation can."""
+        return Handle(self.index, self.generation, self.dtype, self.shape, self._view, True)
+
     def __repr__(self):
         return f"Handle({self.index}, {self.dtype}{list(self.shape)})"
 
     def _write(self, tensor):
         tensor.handle.index, tensor.handle.generation = self.index, self.generation
+        tensor.donate = self._donated
         _write_view(tensor, self)
 
 
@@ -224,6 +229,33 @@ class Ref:
 
     def _write(self, tensor):
         tensor.result.request, tensor.result.output = self.request, self.output
+        _write_view(tensor, self)
+
+
+class Value:
+    """Within a graph: an input, or output `output` of a node. An operand of nodes: whole, as a view, or donated."""
+
+    def __init__(self, graph, node, output=0, dtype=None, shape=(), view=None, donated=False):
+        self.graph, self.node, self._output = graph, node, output
+        self.dtype, self.shape, self._view, self._donated = dtype, tuple(shape), view, donated
+
+    def output(self, index):
+        """Another output of the same node."""
+        return Value(self.graph, self.node, index)
+
+    def view(self, dtype, shape, strides=None, byte_offset=0):
+        return Value(self.graph, self.node, self._output, dtype, shape, (strides, byte_offset))
+
+    def donate(self):
+        """The operand of a node whose result takes its place: a state, or another node's output."""
+        return Value(self.graph, self.node, self._output, self.dtype, self.shape, self._view, True)
+
+    def _write(self, tensor):
+        if self.node is None:
+            tensor.graph_input = self._output
+        else:
+            tensor.node.node, tensor.node.output = self.node, self._output
+        tensor.donate = self._donated
         _write_view(tensor, self)
 
 
@@ -281,7 +313,7 @@ class _Payload:
 
 
 def _write_tensor(out, value, payload, bare):
-    if isinstance(value, (Handle, Ref)):
+    if isinstance(value, (Handle, Ref, Value)):
         value._write(out)
         return
     out.dtype = DTYPES[value.dtype][0]
@@ -298,7 +330,7 @@ def _write_tensor(out, value, payload, bare):
 
 
 def _operand(value):
-    return value if isinstance(value, (Handle, Ref)) else _tensor_of(value)
+    return value if isinstance(value, (Handle, Ref, Value)) else _tensor_of(value)
 
 
 def _write_list(arg, values, payload, bare):
@@ -344,10 +376,86 @@ def _write_args(run, args, attrs, payload, bare):
         _write_value(run.args.add(name=name), value, payload, bare)
 
 
+class Graph:
+    """Ops that run as one request. Described here, registered by Client.register, run by what that gives:
+
+        graph = opd.Graph("mlp")
+        x, w = graph.input("x"), graph.constant("w", weights)
+        graph.output(graph.node("linear", x, w, name="up"), "y")
+        mlp = client.register(graph)
+        y, = mlp(x=array)
+    """
+
+    def __init__(self, name=""):
+        self.message = pb.Graph(name=name)
+
+    def _input(self, name, kind, kept=None):
+        made = self.message.inputs.add(name=name, kind=kind)
+        if kept is not None:
+            kept._write(made.tensor)
+        return Value(self, None, len(self.message.inputs) - 1)
+
+    def input(self, name):
+        """Given at each run; at most 64."""
+        return self._input(name, pb.GRAPH_INPUT)
+
+    def state(self, name, kept):
+        """A kept tensor (Handle or Future.output()) that a node donates; what becomes of it is what the next run sees."""
+        return self._input(name, pb.GRAPH_STATE, kept)
+
+    def constant(self, name, kept):
+        """A kept tensor as it is when the graph is registered; it may be freed afterwards."""
+        return self._input(name, pb.GRAPH_CONSTANT, kept)
+
+    def node(self, op, *args, name="", priority=None, strict=False, device="", allow_tf32=False, attrs=None, **named):
+        """Adds an op on Values; arguments and options are those of Client.run. Its output 0, a Value."""
+        payload = _Payload()
+        node = self.message.nodes.add(name=name, op=op, strict=strict, device=device, allow_tf32=allow_tf32)
+        _write_args(node, args, {**named, **(attrs or {})}, payload, False)
+        if payload.bytes:
+            raise InvalidArgument(f"node {name or op!r} has an operand in memory: give it as an input of the graph")
+        if priority is not None:
+            node.priority.SetInParent()
+            node.priority.names.extend(priority)
+        return Value(self, len(self.message.nodes) - 1)
+
+    def output(self, value, name=""):
+        """What a run returns, in the order of the calls: outputs of nodes."""
+        if value.node is None:
+            raise InvalidArgument(f"output {name!r} is an input: outputs are what nodes give")
+        self.message.outputs.add(name=name, node=pb.NodeOutput(node=value.node, output=value._output))
+
+
+class Registered:
+    """A graph that a session has: call it with its inputs, by position or name. `submit` doesn't wait; runs are ordered."""
+
+    def __init__(self, client, id, outputs):
+        self.client, self.id, self._outputs = client, id, outputs
+
+    def __call__(self, *args, **options):
+        return self.submit(*args, **options).result()
+
+    def submit(self, *args, explain=False, keep=False, copy=True, timeout=None, inline_results=False, mode=pb.RUN, attrs=None, **named):
+        """A Future of the Result: options as of Client.run; its `graph` (with explain) and `states` are the graph's."""
+        payload = _Payload()
+        run = pb.RunGraph(graph=self.id, explain=explain, inline_results=inline_results, mode=mode)
+        for name, value in [("", value) for value in args] + list({**named, **(attrs or {})}.items()):
+            _write_value(run.inputs.add(name=name), value, payload, mode != pb.RUN)
+        if timeout is not None:
+            run.timeout_us = max(1, int(timeout * 1e6))
+        wanted = range(self._outputs) if keep is True else keep or ()
+        for index in range(max(wanted, default=-1) + 1):
+            run.outputs.add(keep=index in wanted, no_copy=index in wanted and not copy)
+        return self.client._submit(pb.Request(run_graph=run), Result, payload)
+
+    def free(self):
+        self.client._call(pb.Request(free_graph=pb.FreeGraph(graph=self.id)))
+
+
 class Result:
     """What a run gave: `outputs` (NumPy arrays, or Tensors for bf16, f8 and without NumPy; None where nothing was sent),
     `tensors` (always Tensors, also where nothing was sent), `handles` (None where an output isn't kept), `provider`, `uuid`,
-    `explain`."""
+    `explain`; of a graph `graph`, its explain record, and `states`, the Handles of its states from now on."""
 
     def __init__(self, reply, payload):
         run = reply.run
@@ -356,6 +464,8 @@ class Result:
         self.tensors = [_read_tensor(result.tensor, payload) for result in run.outputs]
         self.handles = [_read_handle(result.kept, result.tensor) if result.HasField("kept") else None for result in run.outputs]
         self.outputs = [_present(tensor) for tensor in self.tensors]
+        self.graph = run.graph if run.HasField("graph") else None
+        self.states = [Handle(handle.index, handle.generation) for handle in run.states]
 
     def __getitem__(self, index):
         return self.outputs[index]
@@ -595,7 +705,7 @@ class Client:
             self._link = _Connection(_dial(address, timeout))
         except (OSError, UnicodeError) as error:
             raise Unavailable(f"{address}: {error}") from error
-        hello = pb.Hello(version_min=1, version_max=1, client=name, chunk_bytes=chunk_bytes, no_chunks=no_chunks)
+        hello = pb.Hello(version_min=1, version_max=1, features=["cancel"], client=name, chunk_bytes=chunk_bytes, no_chunks=no_chunks)
         envelope = hello.SerializeToString()
         self._link.send([memoryview(_header(_HELLO, 0, len(envelope), 0) + envelope)])
         self._pump_until(lambda: self.hello is not None, self._deadline(timeout))
@@ -623,7 +733,12 @@ class Client:
         priority: list of providers, for this request. strict: no fallback. explain, uuid: more in the result. keep: True, or the
         indices of outputs that stay in the session. copy: False leaves kept outputs out of the reply. device: "cpu", "cuda:1".
         timeout: seconds, the server's. retry, allow_tf32, inline_results: as in the protocol."""
-        return self.submit(op, *args, **options).result()
+        future = self.submit(op, *args, **options)
+        try:
+            return future.result()
+        except (KeyboardInterrupt, DeadlineExceeded):
+            self.cancel(future)  # nobody else has it
+            raise
 
     def fake(self, op, *args, **options):
         """The results' dtypes and shapes, as Tensors without data; no tensor byte is sent."""
@@ -669,11 +784,24 @@ class Client:
         return future._take()
 
     def cancel(self, future):
-        """Forgets a request: its reply is dropped when it comes."""
+        """Forgets a request: its reply is dropped when it comes. A server that can is told: it doesn't begin it, and asks its
+        kernel to stop if that runs. Never blocks."""
+        if future.answered or future.forgotten or self._dead is not None:
+            return
         future.forgotten = True
         if future.upload in self._link.uploads:
             self._link.uploads.remove(future.upload)
             self._link.send([memoryview(_header(_ABORT, future.request, 0, 0))])
+        elif "cancel" in self.hello.features:
+            self._link.send([memoryview(_header(_CANCEL, future.request, 0, 0))])
+        self._guard(self._link.flush)
+
+    # ---- Graphs
+
+    def register(self, graph):
+        """Checks a Graph and keeps it for this session: a Registered."""
+        request = pb.Request(register_graph=pb.RegisterGraph(graph=graph.message))
+        return Registered(self, self._call(request).graph.graph, len(graph.message.outputs))
 
     # ---- Kept tensors, generated inputs
 

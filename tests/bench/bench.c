@@ -18,7 +18,7 @@ static const struct {
 	void (*run)(struct bench *bench);
 } benchmarks[] = {
     {"latency", bench_latency},         {"rate", bench_rate},     {"bulk", bench_bulk},
-    {"connections", bench_connections}, {"counts", bench_counts},
+    {"connections", bench_connections}, {"counts", bench_counts}, {"graph", bench_graph},
 };
 #define BENCHMARKS (sizeof benchmarks / sizeof benchmarks[0])
 

@@ -30,6 +30,7 @@ void bench_rate(struct bench *bench);
 void bench_bulk(struct bench *bench);
 void bench_connections(struct bench *bench);
 void bench_counts(struct bench *bench);
+void bench_graph(struct bench *bench);
 
 /* ---- Placement ---- */
 

@@ -72,6 +72,11 @@ def session():
         write("session", "random-%02d" % i, bytes(random.randrange(256) for _ in range(random.choice((40, 200, 800)))))
     for i in range(96):  # each op: generated arguments, then a run of them
         write("session", "op-%02d" % i, b"\1" + b"".join(bytes([4, i, 128 + variant, dtype]) + bytes(8) + bytes([255, 2]) for variant in range(0, 6) for dtype in (9, 7, 8, 3)))
+    for i in range(24):  # generated inputs of an op, then graphs that may bind them
+        script = b"\1" + bytes([4, i, 128, 9]) + bytes(8) + bytes([255, 2])
+        for _ in range(6):
+            script += bytes([224]) + bytes(random.randrange(240) for _ in range(random.choice((60, 150, 300))))
+        write("session", "graph-%02d" % i, script)
 
 
 if __name__ == "__main__":

@@ -268,7 +268,9 @@ void peer_open(struct peer *peer, struct server *to, bool chunks)
 	peer->session->admin = false; /* nothing was sent yet: the loop doesn't look at it before Hello */
 	struct arena arena;
 	struct codec_buffer buffer;
-	const struct msg_hello hello = {.version_min = 1, .version_max = 1, .no_chunks = !chunks, .chunk_bytes = chunks ? 65536 : 0};
+	const struct msg_text cancel = msg_text("cancel");
+	const struct msg_hello hello = {
+		.version_min = 1, .version_max = 1, .feature_count = 1, .features = &cancel, .no_chunks = !chunks, .chunk_bytes = chunks ? 65536 : 0};
 	arena_init(&arena, 65536);
 	if (codec_encode_hello(&arena, &hello, &buffer, &error) != OPD_OK)
 		fuzz_fail("%s", error.text);

@@ -10,6 +10,7 @@
 #include "fuzz.h"
 #include "proto/arena.h"
 #include "proto/codec.h"
+#include "server/schema.h"
 #include "server/server.h"
 
 #define PEER_IDS 512u
@@ -60,5 +61,15 @@ void peer_finish(struct peer *peer, struct server *server);
 void script_learn(const struct msg_reply *ops);
 void script_run(struct peer *peer, struct fuzz_input *input);
 void script_free(void);
+/* session_graph.c: registers, runs or frees a graph of a few nodes. */
+void script_graph(struct arena *arena, struct peer *peer, struct fuzz_input *input);
+
+/* What scripts are made of. */
+void *script_take(struct arena *arena, size_t count, size_t bytes);
+const struct schema *script_pick_op(struct fuzz_input *input);
+/* An argument of the parameter's type, now and then of another. */
+void script_pick_arg(struct arena *arena, struct peer *peer, struct fuzz_input *input, schema_type type, struct msg_arg *arg, uint64_t *payload);
+/* At once, or half sent from now on. */
+void script_send_run(struct peer *peer, const struct msg_request *request, uint64_t payload, bool chunked);
 
 #endif

@@ -33,12 +33,12 @@ void script_free(void)
 	op_count = 0;
 }
 
-static const struct schema *pick_op(struct fuzz_input *input)
+const struct schema *script_pick_op(struct fuzz_input *input)
 {
 	return ops[fuzz_u8(input) % op_count];
 }
 
-static void *take(struct arena *arena, size_t count, size_t bytes)
+void *script_take(struct arena *arena, size_t count, size_t bytes)
 {
 	void *memory = arena_array(arena, count, bytes);
 	if (memory == NULL)
@@ -102,7 +102,7 @@ static void pick_source(struct arena *arena, struct peer *peer, struct fuzz_inpu
 	case 2: {
 		size_t found;
 		const uint8_t *data = fuzz_bytes(input, (size_t)bytes < 64 ? (size_t)bytes : 64, &found);
-		uint8_t *copy = take(arena, bytes + 1, 1);
+		uint8_t *copy = script_take(arena, bytes + 1, 1);
 		for (uint64_t i = 0; i < bytes; i++)
 			copy[i] = found == 0 ? (uint8_t)i : data[i % found];
 		tensor->source = MSG_SOURCE_INLINE;
@@ -149,7 +149,7 @@ static void pick_tensor(struct arena *arena, struct peer *peer, struct fuzz_inpu
 }
 
 /* An argument of the parameter's type, now and then of another. */
-static void pick_arg(struct arena *arena, struct peer *peer, struct fuzz_input *input, schema_type type, struct msg_arg *arg, uint64_t *payload)
+void script_pick_arg(struct arena *arena, struct peer *peer, struct fuzz_input *input, schema_type type, struct msg_arg *arg, uint64_t *payload)
 {
 	uint8_t byte = fuzz_u8(input);
 	arg->kind = byte < 240 ? (msg_arg_kind)schema_type_kind(type) : (msg_arg_kind)(byte % 8);
@@ -161,7 +161,7 @@ static void pick_arg(struct arena *arena, struct peer *peer, struct fuzz_input *
 		break;
 	case MSG_ARG_TENSOR:
 	case MSG_ARG_TENSORS:
-		arg->tensor = take(arena, arg->count, sizeof arg->tensor[0]);
+		arg->tensor = script_take(arena, arg->count, sizeof arg->tensor[0]);
 		for (uint32_t i = 0; i < arg->count; i++)
 			pick_tensor(arena, peer, input, &arg->tensor[i], payload);
 		break;
@@ -169,7 +169,7 @@ static void pick_arg(struct arena *arena, struct peer *peer, struct fuzz_input *
 		arg->i = pick_int(input);
 		break;
 	case MSG_ARG_INTS: {
-		int64_t *ints = take(arena, arg->count, sizeof ints[0]);
+		int64_t *ints = script_take(arena, arg->count, sizeof ints[0]);
 		for (uint32_t i = 0; i < arg->count; i++)
 			ints[i] = pick_int(input);
 		arg->ints = ints;
@@ -190,7 +190,7 @@ static void pick_arg(struct arena *arena, struct peer *peer, struct fuzz_input *
 static void pick_options(struct arena *arena, struct fuzz_input *input, struct msg_run *run, uint32_t results)
 {
 	uint8_t byte = fuzz_u8(input);
-	struct msg_output_option *options = take(arena, results, sizeof options[0]);
+	struct msg_output_option *options = script_take(arena, results, sizeof options[0]);
 	for (uint32_t i = 0; i < results; i++)
 		options[i] = (struct msg_output_option){.keep = byte % 2 != 0, .no_copy = byte % 3 == 0};
 	run->outputs = options;
@@ -202,7 +202,7 @@ static void pick_options(struct arena *arena, struct fuzz_input *input, struct m
 	run->strict = byte % 19 == 0;
 	run->timeout_us = byte % 23 == 0 ? byte : 0;
 	if (byte % 3 == 1) {
-		struct msg_text *names = take(arena, 2, sizeof names[0]);
+		struct msg_text *names = script_take(arena, 2, sizeof names[0]);
 		names[0] = pick_text(arena, input);
 		names[1] = msg_text("native");
 		run->priority = (struct msg_list){true, byte % 4, names};
@@ -220,7 +220,7 @@ static void send_zeros(struct peer *peer, uint64_t bytes)
 }
 
 /* At once, or half sent from now on. */
-static void send_run(struct peer *peer, const struct msg_request *request, uint64_t payload, bool chunked)
+void script_send_run(struct peer *peer, const struct msg_request *request, uint64_t payload, bool chunked)
 {
 	chunked = chunked && payload != 0 && peer->half_count < PEER_HALF_SENT;
 	uint64_t id = peer_request(peer, request, chunked ? FRAME_CHUNKED : 0, payload);
@@ -237,30 +237,30 @@ static void send_run(struct peer *peer, const struct msg_request *request, uint6
 
 static void step_run(struct arena *arena, struct peer *peer, struct fuzz_input *input)
 {
-	const struct schema *op = pick_op(input);
+	const struct schema *op = script_pick_op(input);
 	struct msg_request request = {.kind = MSG_REQUEST_RUN, .run.op = msg_text(op->name)};
 	uint8_t byte = fuzz_u8(input);
 	uint64_t payload = 0;
 	uint32_t count = byte < 240 ? op->param_count : byte % (op->param_count + 2);
-	request.run.args = take(arena, count, sizeof request.run.args[0]);
+	request.run.args = script_take(arena, count, sizeof request.run.args[0]);
 	request.run.arg_count = count;
 	for (uint32_t i = 0; i < count; i++)
-		pick_arg(arena, peer, input, i < op->param_count ? op->params[i].type : SCHEMA_INT, &request.run.args[i], &payload);
+		script_pick_arg(arena, peer, input, i < op->param_count ? op->params[i].type : SCHEMA_INT, &request.run.args[i], &payload);
 	pick_options(arena, input, &request.run, op->result_count);
-	send_run(peer, &request, payload, byte % 4 == 3);
+	script_send_run(peer, &request, payload, byte % 4 == 3);
 }
 
 /* Arguments made by the daemon, so that kernels run on what they accept, extreme values among them. */
 static void step_generated(struct arena *arena, struct peer *peer, struct fuzz_input *input)
 {
-	const struct schema *op = pick_op(input);
+	const struct schema *op = script_pick_op(input);
 	struct msg_request request = {.kind = MSG_REQUEST_GENERATE, .generate = {.op = msg_text(op->name), .keep = true}};
 	uint8_t byte = fuzz_u8(input);
 	request.generate.dtype = (opd_dtype)(fuzz_u8(input) % OPD_DTYPE_COUNT);
 	request.generate.values = byte % 3;
 	request.generate.variant = byte % 5;
 	request.generate.seed = byte;
-	int64_t *dims = take(arena, 8, sizeof dims[0]);
+	int64_t *dims = script_take(arena, 8, sizeof dims[0]);
 	for (int i = 0; i < 8; i++)
 		dims[i] = pick_int(input);
 	request.generate.dims = dims;
@@ -269,11 +269,11 @@ static void step_generated(struct arena *arena, struct peer *peer, struct fuzz_i
 	if (peer->handle_count == 0)
 		return;
 	struct msg_request run = {.kind = MSG_REQUEST_RUN, .run.op = msg_text(op->name)};
-	run.run.args = take(arena, peer->handle_count + 1, sizeof run.run.args[0]);
+	run.run.args = script_take(arena, peer->handle_count + 1, sizeof run.run.args[0]);
 	for (uint32_t i = 0; i < peer->handle_count; i++) {
 		struct msg_arg *arg = &run.run.args[run.run.arg_count++];
 		*arg = (struct msg_arg){.name = msg_text(peer->handles[i].param), .kind = MSG_ARG_TENSOR, .count = 1};
-		arg->tensor = take(arena, 1, sizeof arg->tensor[0]);
+		arg->tensor = script_take(arena, 1, sizeof arg->tensor[0]);
 		arg->tensor->source = MSG_SOURCE_HANDLE;
 		arg->tensor->handle = peer->handles[i].handle;
 	}
@@ -281,11 +281,11 @@ static void step_generated(struct arena *arena, struct peer *peer, struct fuzz_i
 	uint32_t extra = fuzz_u8(input) % (op->param_count + 1);
 	if (extra < op->param_count && schema_type_kind(op->params[extra].type) != OPD_ARG_TENSOR) {
 		struct msg_arg *arg = &run.run.args[run.run.arg_count++];
-		pick_arg(arena, peer, input, op->params[extra].type, arg, &payload);
+		script_pick_arg(arena, peer, input, op->params[extra].type, arg, &payload);
 		arg->name = msg_text(op->params[extra].name);
 	}
 	pick_options(arena, input, &run.run, op->result_count);
-	send_run(peer, &run, payload, false);
+	script_send_run(peer, &run, payload, false);
 }
 
 static void step_data(struct peer *peer, struct fuzz_input *input)
@@ -324,7 +324,7 @@ static void step_free(struct arena *arena, struct peer *peer, struct fuzz_input 
 	struct msg_request request = {.kind = MSG_REQUEST_FREE};
 	uint64_t payload = 0;
 	request.free.count = fuzz_u8(input) % 4;
-	request.free.tensors = take(arena, request.free.count, sizeof request.free.tensors[0]);
+	request.free.tensors = script_take(arena, request.free.count, sizeof request.free.tensors[0]);
 	for (uint32_t i = 0; i < request.free.count; i++)
 		pick_source(arena, peer, input, &request.free.tensors[i], &payload);
 	(void)peer_request(peer, &request, 0, 0);
@@ -337,10 +337,10 @@ static void step_other(struct arena *arena, struct peer *peer, struct fuzz_input
 		MSG_REQUEST_INFO,          MSG_REQUEST_LIST_OPS,     MSG_REQUEST_LIST_PROVIDERS, MSG_REQUEST_DRAIN,      MSG_REQUEST_LOAD_MODULE, MSG_REQUEST_NONE,
 	};
 	struct msg_request request = {.kind = kinds[fuzz_u8(input) % (sizeof kinds / sizeof kinds[0])]};
-	struct msg_text *names = take(arena, 2, sizeof names[0]);
-	struct msg_priority_entry *entry = take(arena, 1, sizeof *entry);
+	struct msg_text *names = script_take(arena, 2, sizeof names[0]);
+	struct msg_priority_entry *entry = script_take(arena, 1, sizeof *entry);
 	uint8_t byte = fuzz_u8(input);
-	struct msg_text op = byte % 4 == 0 ? pick_text(arena, input) : byte % 4 == 1 ? msg_text("*") : msg_text(pick_op(input)->name);
+	struct msg_text op = byte % 4 == 0 ? pick_text(arena, input) : byte % 4 == 1 ? msg_text("*") : msg_text(script_pick_op(input)->name);
 	names[0] = pick_text(arena, input);
 	names[1] = msg_text("cpu");
 	*entry = (struct msg_priority_entry){.op = op, .list = {byte % 8 != 0, byte % 3, names}};
@@ -387,7 +387,8 @@ void script_run(struct peer *peer, struct fuzz_input *input)
 	for (int i = 0; i < STEPS_MAX && input->bytes != 0 && !peer->ended; i++) {
 		struct arena arena;
 		arena_init(&arena, 64u << 20);
-		switch (fuzz_u8(input) % 16) {
+		uint8_t byte = fuzz_u8(input);
+		switch (byte >= 224 ? 16 : byte % 16) {
 		case 0:
 		case 1:
 		case 2:
@@ -415,6 +416,9 @@ void script_run(struct peer *peer, struct fuzz_input *input)
 			break;
 		case 13:
 			step_envelope(peer, input);
+			break;
+		case 16:
+			script_graph(&arena, peer, input);
 			break;
 		case 14:
 			peer_wait(peer, peer->half_count == 0 ? peer->next_id - 1 : 0);

@@ -675,6 +675,25 @@ class Device(unittest.TestCase):
         self.assertEqual(replies[late].status, harness.DEADLINE_EXCEEDED)
         self.assertEqual({reply.status for found, reply in replies.items() if found != late}, {harness.OK})
 
+    def test_those_queued_for_a_device_end_at_once_when_cancelled(self):
+        client = Client(self.daemon(delay_us=20000).address, features=["cancel"])
+        self.addCleanup(client.close)
+        count = 80  # more than both devices take at once
+        made = [relu_request(i, run_device="test:0") for i in range(count)]
+        frames = [harness.frame(harness.REQUEST, i + 1, request.SerializeToString()) for i, (request, _) in enumerate(made)]
+        gone = [i for i in range(count // 2, count) if i % 3 != 0]
+        client.send(b"".join(frames) + b"".join(harness.frame(harness.CANCEL, i + 1) for i in gone + gone))
+        order = []
+        for _ in range(count):
+            number, reply, _ = client.read_reply()
+            order.append(number - 1)
+            if number - 1 in gone:
+                self.assertEqual((reply.status, reply.message), (harness.CANCELLED, "relu: the client cancelled the request"))
+            else:
+                self.check(reply, made[number - 1][1])
+        self.assertEqual(sorted(order), list(range(count)))
+        self.assertLess(order.index(gone[-1]), count - 10)  # not when its turn would have come
+
     def test_a_disconnect_in_flight_leaves_nothing(self):
         daemon = self.daemon(delay_us=3000)
         for number in range(3):

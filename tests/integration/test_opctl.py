@@ -19,7 +19,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 OPD = os.environ.get("OPD_BIN", os.path.join(ROOT, "build/bin/opd"))
 OPCTL = os.environ.get("OPCTL_BIN", os.path.join(ROOT, "build/bin/opctl"))
 GOLDEN = os.environ.get("OPD_GOLDEN", os.path.join(ROOT, "tests/golden"))
-COMMANDS = ["run", "fake", "explain", "ops", "describe", "providers", "priority", "verify", "bench", "ping", "info", "module", "log-level", "drain", "help"]
+COMMANDS = ["run", "fake", "explain", "graph", "ops", "describe", "providers", "priority", "verify", "bench", "ping", "info", "module", "log-level", "drain", "help"]
 
 
 def start_daemon(folder, *flags):
@@ -294,6 +294,46 @@ class Run(Case):
         self.assertNotIn("times_ns", document["explain"])
         self.assertIn("native would run", self.opctl("explain", "rms_norm", "f32[2,8]", "none", "1e-5", "--priority", "native")[0])
         self.fails(1, "INVALID_ARGUMENT", "fake", "rms_norm", "f32[2,8]", "f32[7]", "1e-5")
+
+    def graph(self, **changes):
+        path = os.path.join(self.folder, "graph.json")
+        graph = {"name": "mlp", "inputs": ["x"], "constants": {"w": "ones:f32[6,4]"}, "states": {"sum": "zeros:f32[2,6]"}, "nodes": [
+            {"name": "late", "op": "relu", "args": {"x": "$norm#1"}},
+            {"name": "up", "op": "linear", "args": {"x": "$x", "weight": "$w"}},
+            {"name": "turned", "op": "relu", "args": {"x": {"of": "$up", "dtype": "f32", "shape": [6, 2], "strides": [1, 6]}}, "priority": ["native"]},
+            {"name": "norm", "op": "fused_add_rms_norm", "args": {"x": "$up", "x_residual": {"of": "$sum", "donate": True}, "weight": None, "epsilon": 1e-5}}],
+            "outputs": {"turned": "$turned", "sum": "$late"}}
+        graph.update(changes)
+        with open(path, "w") as file:
+            json.dump(graph, file)
+        return path
+
+    def test_a_graph_runs_from_a_file(self):
+        out = json.loads(self.opctl("--json", "graph", self.graph(), "run", "x=ones:f32[2,4]", "--explain", "-c", "3")[0])
+        self.assertEqual([o["name"] for o in out["outputs"]], ["turned", "sum"])
+        self.assertEqual((out["outputs"][0]["shape"], out["outputs"][0]["min"], out["outputs"][1]["max"]), ([6, 2], 4, 12))  # the state grows by 4 a run
+        nodes = {node["node"]: node for node in out["explain"]["nodes"]}
+        self.assertEqual((nodes["turned"]["provider"], nodes["turned"]["level"]), ("native", "node"))
+        self.assertFalse(out["explain"]["dispatched"])
+        out = self.opctl("graph", self.graph(), "explain", "x=f32[2,4]")[0]
+        self.assertIn("node       up: linear by", out)
+        self.assertIn("turned: f32 [6, 2]\n", out)
+
+    def test_what_is_wrong_with_a_graph_is_said(self):
+        for changes, arguments, text in [
+                ({"nodes": 3}, [], '"nodes" is no list'),
+                ({"outputs": ["$nobody"]}, [], "outputs[0]: 'nobody' is neither an input nor a node"),
+                ({"constants": {"w": "f32[2]"}}, [], "w has no values"),
+                ({"constants": {"x": "ones:f32[2]"}}, [], "two inputs or nodes are called 'x'"),
+                ({"nodes": [{"name": "a", "op": "relu", "args": {"x": "$b"}}, {"name": "b", "op": "relu", "args": {"x": "$a"}}], "outputs": []}, [],
+                 "'a' waits for 'b' waits for 'a'"),
+                ({}, ["x=ones:f32[2,5]"], "node 'up': linear: weight has shape [6, 4], expected [6, 5]"),
+                ({}, ["y=ones:f32[2,5]"], "mlp: unknown argument \"y\"")]:
+            self.assertIn(text, self.opctl("graph", self.graph(**changes), "run", *arguments, code=1)[1])
+        self.opctl("graph", self.graph(), "walk", code=2)
+        with open(self.graph(), "w") as file:
+            file.write("{\"nodes\": [")
+        self.assertIn("not JSON, from byte", self.opctl("graph", os.path.join(self.folder, "graph.json"), "run", code=1)[1])
 
     def test_no_control_character_reaches_the_terminal(self):
         evil = "a\x1b[31mb\x07\x7f\u009b\u202e"

@@ -537,6 +537,39 @@ class AgainstTheDaemon(unittest.TestCase):
         self.assertTrue((self.client.run("relu", handle)[0] == x).all())
         self.assertTrue((self.client.fetch(handle.view([4], [1], 16)).result() == x[1]).all())
 
+    def test_a_graph_is_described_registered_and_run(self):
+        x, w = RNG.normal(size=(3, 8)).astype("float32"), RNG.normal(size=(6, 8)).astype("float32")
+        graph = opd.Graph("mlp")
+        given = graph.input("x")
+        total = graph.state("total", self.client.upload(np.zeros((3, 6), "float32")).result())
+        up = graph.node("linear", given, graph.constant("w", self.client.upload(w).result()), name="up")
+        norm = graph.node("fused_add_rms_norm", up, total.donate(), None, 1e-5, name="norm", priority=["native"])
+        graph.output(norm.output(1), "sum")
+        graph.output(graph.node("relu", up.view("f32", [6, 3], [1, 6]), name="turned"))
+        mlp = self.client.register(graph)
+        futures = [mlp.submit(x=x) for _ in range(4)]
+        for count, future in enumerate(futures, 1):
+            total, turned = future.result()
+            np.testing.assert_allclose(total, count * (x @ w.T), rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(turned, np.maximum(x @ w.T, 0).T, rtol=1e-4, atol=1e-5)
+        result = mlp(x, explain=True, keep=[0], copy=False)
+        self.assertEqual([(n.node, n.op) for n in result.graph.nodes], [("up", "linear"), ("norm", "fused_add_rms_norm"), ("turned", "relu")])
+        self.assertEqual(result.graph.nodes[1].provider, "native")
+        self.assertFalse(result.graph.dispatched)
+        self.assertIsNone(result[0])
+        np.testing.assert_allclose(self.client.fetch(result.states[0]).result(), self.client.fetch(result.handles[0]).result())
+        with self.assertRaisesRegex(opd.InvalidArgument, "mlp: argument x \\(Tensor\\) is missing"):
+            mlp()
+        mlp.free()
+        with self.assertRaises(opd.NotFound):
+            mlp(x)
+        graph = opd.Graph()
+        later = graph.node("relu", opd.Value(graph, 99))
+        with self.assertRaisesRegex(opd.NotFound, "node 'n0': x names node 99"):
+            self.client.register(graph)
+        with self.assertRaises(opd.InvalidArgument):
+            graph.node("add", later, x)
+
     def test_parts_are_listed_until_they_are_whole(self):
         x = np.arange(1000, dtype="float64")
         handle = self.client.upload_parts("f64", [1000])

@@ -11,7 +11,15 @@ static _Atomic bool gate_open;
 
 void lab_reset(void)
 {
-	lab_counts = (struct lab_counts){0};
+	/* One by one: a lane's thread of the last test may have counted without anything that orders it before this. */
+	atomic_store(&lab_counts.predicates, 0);
+	atomic_store(&lab_counts.reasons, 0);
+	atomic_store(&lab_counts.plans, 0);
+	atomic_store(&lab_counts.plans_freed, 0);
+	atomic_store(&lab_counts.runs, 0);
+	atomic_store(&lab_counts.waiting, 0);
+	atomic_store(&lab_counts.shapes, 0);
+	atomic_store(&lab_counts.data_in_shape, 0);
 	lab_gate(false);
 }
 
@@ -122,6 +130,47 @@ static opd_status generate_scale(const opd_op *op, opd_generator *generator, opd
 	return OPD_OK;
 }
 
+/* ---- One that may work in place: y = x + by ---- */
+
+static opd_status add_shape(const opd_op *op, const opd_call *call, opd_output *const *outputs, opd_error *error)
+{
+	if (!opd_tensor_same_shape(call->args[0].tensor, call->args[1].tensor))
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "lab_add: by has another shape than x");
+	return any_shape(op, call, outputs, error);
+}
+
+static opd_status add_run(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error)
+{
+	const float *x = opd_tensor_data(call->args[0].tensor), *by = opd_tensor_data(call->args[1].tensor);
+	float *y = opd_tensor_data(call->outputs[0]);
+	(void)impl;
+	(void)state;
+	(void)exec;
+	(void)error;
+	for (uint64_t i = 0; i < call->outputs[0]->elements; i++)
+		y[i] = x[i] + by[i];
+	return OPD_OK;
+}
+
+static opd_status run_halfway(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error)
+{
+	(void)impl;
+	(void)state;
+	(void)exec;
+	memset(opd_tensor_data(call->outputs[0]), 0xff, call->outputs[0]->elements * sizeof(float) / 2);
+	return opd_fail(error, OPD_INTERNAL, "halfway: it always stops there");
+}
+
+static opd_status generate_add(const opd_op *op, opd_generator *generator, opd_error *error)
+{
+	opd_status status = generate_scale(op, generator, error);
+	void *by = status == OPD_OK ? generator->tensor(generator, "by", generator->dtype, 1, generator->dims) : NULL;
+	if (by == NULL)
+		return status == OPD_OK ? opd_fail(error, OPD_RESOURCE_EXHAUSTED, "lab: by") : status;
+	generator->fill(generator, by, generator->dtype, (uint64_t)generator->dims[0], 1);
+	return OPD_OK;
+}
+
 #define IMPL(op_name, text, function, ...)                                                                                       \
 	{                                                                                                                            \
 		.struct_bytes = sizeof(opd_impl), .op = (op_name), .schema = (text), .device = "cpu", .uuid = LAB_UUID,                  \
@@ -133,6 +182,7 @@ static opd_status generate_scale(const opd_op *op, opd_generator *generator, opd
 
 static const opd_impl scale_native = IMPL("lab_scale", NULL, lab_scale_run);
 static const opd_impl wait_native = IMPL("lab_wait", NULL, wait_run);
+static const opd_impl add_native = IMPL("lab_add", NULL, add_run, .flags = OPD_IMPL_IN_PLACE);
 static const opd_impl types_native = IMPL("lab_types", NULL, types_run);
 static const int64_t default_dims[] = {16};
 
@@ -160,6 +210,21 @@ static const opd_op lab_wait = {
     .dim_count = 1,
     .native = &wait_native,
 };
+static const opd_in_place add_pairs[] = {{0, 0}};
+static const opd_op lab_add = {
+    .struct_bytes = sizeof lab_add,
+    .schema = LAB_ADD,
+    .doc = "y = x + by, in place where x is donated",
+    .activations = "x,by",
+    .shape = add_shape,
+    .generate = generate_add,
+    .dims = "elements",
+    .default_dims = default_dims,
+    .dim_count = 1,
+    .in_place = add_pairs,
+    .in_place_count = 1,
+    .native = &add_native,
+};
 static const opd_op lab_types = {
     .struct_bytes = sizeof lab_types,
     .schema = LAB_TYPES,
@@ -179,6 +244,8 @@ static opd_status open_lab(const opd_host *host, void *state, opd_error *error)
 	opd_status status = host->register_op(host, &lab_scale, error);
 	if (status == OPD_OK)
 		status = host->register_op(host, &lab_wait, error);
+	if (status == OPD_OK)
+		status = host->register_op(host, &lab_add, error);
 	return status == OPD_OK ? host->register_op(host, &lab_types, error) : status;
 }
 MODULE(lab, open_lab);
@@ -263,8 +330,9 @@ static opd_status run_spills(const opd_impl *impl, void *state, const opd_call *
 	return status;
 }
 
-#define PROVIDER(id, text, function, ...)                                                                                        \
-	static const opd_impl impl_##id = IMPL("lab_scale", text, function, __VA_ARGS__);                                            \
+#define PROVIDER(id, text, function, ...) PROVIDER_OF(id, "lab_scale", text, function, __VA_ARGS__)
+#define PROVIDER_OF(id, op_name, text, function, ...)                                                                            \
+	static const opd_impl impl_##id = IMPL(op_name, text, function, __VA_ARGS__);                                                \
 	static opd_status open_##id(const opd_host *host, void *state, opd_error *error)                                             \
 	{                                                                                                                            \
 		(void)state;                                                                                                             \
@@ -279,6 +347,8 @@ PROVIDER(planner, LAB_SCALE, run_planned, .plan = plan_small, .flags = OPD_IMPL_
 PROVIDER(breaks, LAB_SCALE, run_breaks, .predicate = takes_all);
 PROVIDER(spills, LAB_SCALE, run_spills, .predicate = takes_all);
 PROVIDER(older, "lab_scale(Tensor x, float factor=2.0) -> Tensor", lab_scale_run, .user = NULL);
+PROVIDER_OF(aside, "lab_add", LAB_ADD, add_run, .user = NULL);
+PROVIDER_OF(halfway, "lab_add", LAB_ADD, run_halfway, .predicate = takes_all, .flags = OPD_IMPL_IN_PLACE);
 PROVIDER(picky, LAB_SCALE, lab_scale_run, .predicate = takes_aligned);
 
 /* ---- A device in host memory: everything that is enqueued is done at once ---- */
@@ -404,7 +474,7 @@ static opd_status open_toy(const opd_host *host, void *state, opd_error *error)
 MODULE(toy, open_toy);
 
 const opd_module *const lab_modules[] = {
-    &module_lab,   &module_even_only, &module_plain, &module_absent, &module_planner, &module_breaks, &module_spills,
+    &module_lab,   &module_even_only, &module_plain, &module_absent, &module_planner, &module_breaks, &module_aside, &module_halfway, &module_spills,
     &module_older, &module_picky,     &module_toy,   NULL,
 };
 

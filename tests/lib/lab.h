@@ -2,8 +2,8 @@
  *
  * Layer: tests. Threads: kernels, predicates and plans on any; counters are atomics, zeroed by lab_reset.
  * Everything that SEMANTICS.md promises of implementations is provoked by one of these modules:
- *   lab        owns the ops lab_scale (y = factor * x), lab_wait (the same, once the gate is open), lab_types (every type of
- * parameter) even_only  takes an even number of elements               plain      takes everything absent     is statically
+ *   lab        owns the ops lab_scale (y = factor * x), lab_wait (the same, once the gate is open), lab_add (y = x + by; x may be
+ * donated), lab_types (every type of parameter) even_only  takes an even number of elements               plain      takes everything absent     is statically
  * unsupported                      planner    its plan refuses more than 8 elements breaks     accepts, and its kernel fails
  * spills     accepts, and writes a byte past the end older      knows lab_scale without its last parameter     picky      takes
  * operands aligned to 64 bytes toy        a device backend with two devices in host memory, and lab_scale on them */
@@ -18,6 +18,7 @@
 #include "server/registry.h"
 
 #define LAB_SCALE "lab_scale(Tensor x, float factor=2.0, int? mode=None) -> Tensor"
+#define LAB_ADD "lab_add(Tensor x, Tensor by) -> Tensor"
 #define LAB_TYPES                                                                                                                \
 	"lab_types(Tensor x, Tensor? y, Tensor[] parts, int i, int? j, int[] ks, float f, float? g, bool b, str s=\"none\") -> "     \
 	"Tensor"

@@ -404,6 +404,56 @@ START_TEST(cancelling_a_half_sent_request_aborts_it)
 }
 END_TEST
 
+static void expect_frame(struct peer *peer, frame_type type, uint64_t id)
+{
+	struct peer_frame frame;
+	if (PEER_CHECK(peer, peer_read(peer, &frame)))
+		(void)(PEER_CHECK(peer, frame.header.type == type) && PEER_CHECK(peer, frame.header.request_id == id));
+	peer_frame_free(&frame);
+}
+
+static void script_takes_cancel(struct peer *peer, void *argument)
+{
+	const struct msg_text features[] = {msg_text("other"), msg_text("cancel")};
+	(void)argument;
+	peer_hello(peer, &(struct msg_hello_reply){.version = FRAME_VERSION, .feature_count = 2, .features = features});
+	expect_frame(peer, FRAME_REQUEST, 1);
+	expect_frame(peer, FRAME_REQUEST, 2);
+	struct msg_result result;
+	const struct msg_reply reply = peer_vector(&result, 4);
+	(void)peer_reply(peer, 2, &reply, "0123456789abcde", 16);
+	expect_frame(peer, FRAME_CANCEL, 1);
+	expect_frame(peer, FRAME_REQUEST, 3); /* one CANCEL, and none for what is answered */
+	(void)peer_reply_status(peer, 1, OPD_CANCELLED, "cancelled"); /* nobody waits for it */
+	(void)peer_reply(peer, 3, &(struct msg_reply){.kind = MSG_REPLY_EMPTY}, NULL, 0);
+}
+
+START_TEST(cancelling_tells_a_server_that_can)
+{
+	struct peer peer;
+	opd_error error;
+	opd_result *result;
+	float data[4] = {1, 2, 3, 4};
+	peer_start(&peer, PEER_UNIX, script_takes_cancel, NULL);
+	opd_client *client = connect_chunked(&peer, false);
+	opd_request *request = test_vector(data, 4);
+	opd_ticket tickets[2];
+	MUST(opd_submit(client, request, &tickets[0], &error));
+	MUST(opd_submit(client, request, &tickets[1], &error));
+	MUST(opd_wait(client, tickets[1], UINT64_MAX, &result, &error));
+	opd_cancel(client, tickets[0]);
+	opd_cancel(client, tickets[0]);
+	opd_cancel(client, tickets[1]);
+	ck_assert_uint_eq(opd_in_flight(client), 0);
+	opd_result_destroy(result);
+	ck_assert_int_eq(opd_wait(client, tickets[0], 0, &result, &error), OPD_NOT_FOUND);
+	MUST(opd_ping(client, &error));
+	opd_request_destroy(request);
+	opd_close(client);
+	ck_assert(peer_join(&peer));
+}
+END_TEST
+
 /* ---- Timeouts ---- */
 
 static void script_late(struct peer *peer, void *argument)
@@ -496,6 +546,7 @@ Suite *sending_suite(void)
 	tcase_add_test(tests, an_early_error_without_chunks_finishes_the_frame);
 	tcase_add_test(tests, cancelling_a_half_sent_request_without_chunks_finishes_it_from_a_copy);
 	tcase_add_test(tests, cancelling_a_half_sent_request_aborts_it);
+	tcase_add_test(tests, cancelling_tells_a_server_that_can);
 	tcase_add_test(tests, a_timed_out_run_is_forgotten_and_a_timed_out_wait_is_not);
 	tcase_add_test(tests, a_server_that_does_not_read_times_out_too);
 	suite_add_tcase(suite, tests);

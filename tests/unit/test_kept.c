@@ -28,7 +28,7 @@ static void on_settled(struct waiter *waiter, struct kept_tensor *tensor, const 
 		ck_assert_int_eq(error->status, OPD_ABORTED);
 		kept_fail(link->kept, link->request);
 	} else {
-		struct msg_handle handle;
+		struct msg_handle handle = {0};
 		struct kept_tensor *own[] = {kept_tensor_ref(tensor)};
 		kept_settle(link->kept, link->request, own, 1, &handle);
 		kept_tensor_unref(tensor);
@@ -106,7 +106,7 @@ START_TEST(a_chain_of_results_is_no_deep_stack)
 {
 	struct kept kept;
 	struct link *links = calloc(MANY, sizeof links[0]);
-	struct msg_handle handle;
+	struct msg_handle handle = {0};
 	begin(&kept, MANY + 1);
 	for (uint32_t i = 0; i < MANY; i++)
 		wait_for(&links[i], &kept, i + 2, i + 1);
@@ -175,6 +175,31 @@ START_TEST(ids_that_a_client_chooses_cost_no_more_than_others)
 }
 END_TEST
 
+START_TEST(one_that_stops_waiting_is_not_called_and_the_others_are)
+{
+	enum { COUNT = 5 };
+	struct link links[COUNT];
+	struct link never = {0};
+	struct kept kept;
+	begin(&kept, 100);
+	for (uint32_t i = 0; i < COUNT; i++)
+		wait_for(&links[i], &kept, 2 + i, 1);
+	ck_assert(kept_unwait(&links[2].waiter)); /* amid, first, last */
+	ck_assert(kept_unwait(&links[0].waiter));
+	ck_assert(kept_unwait(&links[COUNT - 1].waiter));
+	ck_assert(!kept_unwait(&links[2].waiter));
+	ck_assert(!kept_unwait(&never.waiter));
+	kept_wait(&kept, 1, &links[2].waiter); /* and again, behind the others */
+	kept_fail(&kept, 1);
+	for (uint32_t i = 0; i < COUNT; i++)
+		ck_assert_int_eq(links[i].told, i != 0 && i != COUNT - 1);
+	ck_assert(!kept_unwait(&links[1].waiter));
+	kept_fail(&kept, links[0].request);
+	kept_fail(&kept, links[COUNT - 1].request);
+	end(&kept);
+}
+END_TEST
+
 int main(void)
 {
 	Suite *suite = suite_create("kept");
@@ -184,6 +209,7 @@ int main(void)
 	tcase_add_test(tests, a_chain_of_results_is_no_deep_stack);
 	tcase_add_test(tests, a_failure_tells_more_waiters_than_are_remembered);
 	tcase_add_test(tests, ids_that_a_client_chooses_cost_no_more_than_others);
+	tcase_add_test(tests, one_that_stops_waiting_is_not_called_and_the_others_are);
 	suite_add_tcase(suite, tests);
 	SRunner *runner = srunner_create(suite);
 	srunner_run_all(runner, CK_ENV);

@@ -438,6 +438,63 @@ START_TEST(a_cancelled_job_is_told_and_still_comes_back_once)
 }
 END_TEST
 
+START_TEST(a_queued_job_that_is_withdrawn_is_neither_run_nor_done)
+{
+	enum { COUNT = 6 };
+	struct test_job *jobs = make_jobs(COUNT, run_count);
+	jobs[0].job.run = run_until_cancelled; /* the only thread is in it */
+	struct lane_job never = {0};
+	start_with(1, 0);
+	lane_submit(bench.lane, &jobs[0].job);
+	while (lane_withdraw(bench.lane, &jobs[0].job)) /* until the thread has it */
+		lane_submit(bench.lane, &jobs[0].job);
+	for (size_t i = 1; i < COUNT; i++)
+		lane_submit(bench.lane, &jobs[i].job);
+	ck_assert(lane_withdraw(bench.lane, &jobs[3].job)); /* amid, first, last */
+	ck_assert(lane_withdraw(bench.lane, &jobs[1].job));
+	ck_assert(lane_withdraw(bench.lane, &jobs[COUNT - 1].job));
+	ck_assert(!lane_withdraw(bench.lane, &jobs[3].job));
+	ck_assert(!lane_withdraw(bench.lane, &never));
+	lane_submit(bench.lane, &jobs[1].job); /* it is its owner's again; now behind the others */
+	lane_cancel(&jobs[0].job);
+	take_until(4);
+	ck_assert(!lane_busy(bench.lane));
+	ck_assert(!lane_withdraw(bench.lane, &jobs[2].job));
+	ck_assert_uint_eq(atomic_load(&jobs[3].runs) + jobs[3].dones + atomic_load(&jobs[COUNT - 1].runs) + jobs[COUNT - 1].dones, 0);
+	ck_assert_uint_eq(jobs[1].order, jobs[4].order + 1);
+	stop();
+	free(jobs);
+}
+END_TEST
+
+/* Withdrawing races with the threads that take jobs: every job is either withdrawn or run and done, once. */
+START_TEST(a_job_is_either_withdrawn_or_done)
+{
+	enum { COUNT = 20000, BATCH = 8 };
+	struct test_job *jobs = make_jobs(COUNT, run_count);
+	bool *withdrawn = calloc(COUNT, sizeof *withdrawn);
+	uint32_t left = COUNT;
+	start_with(thread_counts[_i], LANE_SPIN_NS_DEFAULT);
+	for (size_t i = 0; i < COUNT; i += BATCH) {
+		for (size_t k = i; k < i + BATCH; k++)
+			lane_submit(bench.lane, &jobs[k].job);
+		for (size_t k = i + BATCH; k-- > i + i % 3;) {
+			withdrawn[k] = lane_withdraw(bench.lane, &jobs[k].job);
+			left -= withdrawn[k];
+		}
+	}
+	take_until(left);
+	ck_assert(!lane_busy(bench.lane));
+	for (size_t i = 0; i < COUNT; i++) {
+		expect(atomic_load(&jobs[i].runs) == !withdrawn[i]);
+		expect(jobs[i].dones == !withdrawn[i]);
+	}
+	stop();
+	free(withdrawn);
+	free(jobs);
+}
+END_TEST
+
 static void run_slow(struct lane_job *job, struct lane_exec *exec)
 {
 	(void)nanosleep(&(struct timespec){.tv_nsec = 2000000}, NULL);
@@ -552,6 +609,8 @@ int main(void)
 	tcase_add_test(tests, a_loop_inside_a_loop_runs_serially_on_the_thread_that_meets_it);
 	tcase_add_test(tests, a_serial_token_needs_no_lane);
 	tcase_add_test(tests, a_cancelled_job_is_told_and_still_comes_back_once);
+	tcase_add_test(tests, a_queued_job_that_is_withdrawn_is_neither_run_nor_done);
+	tcase_add_loop_test(tests, a_job_is_either_withdrawn_or_done, 0, 4);
 	tcase_add_loop_test(tests, stopping_runs_what_is_queued, 0, 4);
 	tcase_add_test(tests, starting_and_stopping_at_once_leaves_nothing);
 	tcase_add_test(tests, threads_have_names_and_get_no_signals);

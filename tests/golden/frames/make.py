@@ -198,7 +198,7 @@ def replies():
             ("info", "Info with every field.", pb.Reply(info=pb.Info(
                 version="0.1.0", uptime_us=1, listeners=["unix:/run/opd.sock", "tcp://127.0.0.1:7777"], loops=2, threads=3,
                 devices=["cpu"], sessions=4, requests=5, memory_bytes=6, memory_limit_bytes=7, session_memory_bytes=8, pid=9,
-                draining=True))),
+                draining=True, graph_runs=10, graph_dispatches=11))),
             ("generated", "Generated.", pb.Reply(generated=pb.Generated(args=generated))),
             ("empty", "Nothing more to say than OK.", empty("empty", reply=True)),
             ("tensors", "KeptTensors with every field.", pb.Reply(tensors=pb.KeptTensors(tensors=[
@@ -208,8 +208,50 @@ def replies():
         write("every-reply-" + name, note, REPLY, message, 40 + number)
 
 
+def node(place, output=0, **view):
+    return tensor(view.pop("dtype", pb.DTYPE_NONE), view.pop("shape", []), node=pb.NodeOutput(node=place, output=output), **view)
+
+
+def graph_input(place, **view):
+    made = tensor(pb.DTYPE_NONE, [], **view)
+    made.graph_input = place
+    return made
+
+
+def graphs():
+    graph = pb.Graph(
+        name="decode", inputs=[
+            pb.GraphInput(name="x"),
+            pb.GraphInput(name="cache", kind=pb.GRAPH_STATE, tensor=tensor(pb.DTYPE_NONE, [], handle=pb.Handle(index=1, generation=2))),
+            pb.GraphInput(name="w", kind=pb.GRAPH_CONSTANT, tensor=tensor(pb.DTYPE_NONE, [], result=pb.ResultRef(request=3, output=1)))],
+        nodes=[
+            pb.GraphNode(name="layer0.norm", op="rms_norm", args=[
+                pb.Argument(tensor=graph_input(0)), pb.Argument(tensor=graph_input(2)), pb.Argument(name="epsilon", float=1e-5)],
+                priority=pb.ProviderList(names=["cpu", "native"]), strict=True, device="cpu", allow_tf32=True),
+            pb.GraphNode(op="add", args=[pb.Argument(tensor=graph_input(1, donate=True)),
+                                         pb.Argument(tensor=node(0, dtype=pb.F32, shape=[4, 2], strides=[1, 4], byte_offset=8))])],
+        outputs=[pb.GraphOutput(name="y", node=pb.NodeOutput(node=1)), pb.GraphOutput(node=pb.NodeOutput(node=0, output=2))])
+    write("request-register-graph", "A graph with every field, every kind of input, a view and a donation.", REQUEST,
+          pb.Request(register_graph=pb.RegisterGraph(graph=graph)), 60)
+    write("request-run-graph", "A run of it with every field of a registered graph's.", REQUEST, pb.Request(run_graph=pb.RunGraph(
+        graph=60, inputs=[pb.Argument(name="x", tensor=tensor(pb.F32, [2, 4], payload=pb.Range(offset=0, bytes=32)))],
+        outputs=[pb.OutputOption(keep=True), pb.OutputOption(no_copy=True)], mode=pb.DRY, explain=True, timeout_us=7,
+        inline_results=True)), 61, bytes(32))
+    write("request-run-graph-once", "A run of a graph that isn't registered.", REQUEST,
+          pb.Request(run_graph=pb.RunGraph(once=graph)), 62)
+    write("request-free-graph", "FreeGraph.", REQUEST, pb.Request(free_graph=pb.FreeGraph(graph=60)), 63)
+    write("every-reply-graph", "GraphRegistered.", REPLY, pb.Reply(graph=pb.GraphRegistered(graph=60, nodes=2, bytes=4096)), 60)
+    explain = pb.Explain(skipped=[pb.Skip(provider="onednn", code=5, reason="dtype: x f64")], effective=["cpu"], level=pb.NODE,
+                         times=pb.Times(kernel=700), device="cpu")
+    write("every-reply-run-graph", "A run's reply with what graphs have.", REPLY, pb.Reply(run=pb.RunReply(
+        outputs=[pb.Result(tensor=tensor(pb.F32, [1], inline=bytes(4)))], graph=pb.GraphExplain(
+            nodes=[pb.NodeExplain(node="layer0.norm", op="rms_norm", provider="cpu", explain=explain)], node_count=2, dispatched=True,
+            arena_bytes=128, unshared_bytes=256, prepare_ns=999), states=[pb.Handle(index=1, generation=3)])), 61)
+
+
 session()
 worked_example()
 every_run()
 requests()
 replies()
+graphs()

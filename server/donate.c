@@ -1,0 +1,209 @@
+#include "server/donate.h"
+
+#include <assert.h>
+#include <inttypes.h>
+#include <string.h>
+
+#include "server/graph_run.h"
+#include "server/request.h"
+
+/* ---- Accepting ---- */
+
+/* The result that stands in a pair with the operand; UINT32_MAX: none. */
+static uint32_t find_pair(const struct op *op, const struct operand *operand)
+{
+	for (uint32_t i = 0; i < op->def->in_place_count; i++)
+		if (strcmp(op->schema->params[op->def->in_place[i].param].name, operand->param) == 0)
+			return op->def->in_place[i].result;
+	return UINT32_MAX;
+}
+
+/* Nobody else of this call may read it. */
+static opd_status check_readers(struct request *request, uint32_t index)
+{
+	const struct request_run *run = &request->run;
+	for (uint32_t i = 0; i < run->bound.operand_count; i++)
+		if (i != index && run->kept[i] == run->kept[index])
+			return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s: %s is donated, but %s is the same tensor", run->op->schema->name,
+			                run->bound.operands[index].param, run->bound.operands[i].param);
+	return OPD_OK;
+}
+
+static opd_status find_handle(struct request *request, const struct msg_tensor *source, struct msg_handle *handle_out)
+{
+	*handle_out = source->source == MSG_SOURCE_HANDLE
+	                  ? source->handle
+	                  : kept_handle(&request->session->kept, source->result.request, source->result.output, &request->error);
+	return handle_out->generation == 0 ? (opd_status)request->error.status : OPD_OK;
+}
+
+static opd_status prepare(struct request *request, uint32_t index, struct donation *donation)
+{
+	struct request_run *run = &request->run;
+	const struct operand *operand = &run->bound.operands[index];
+	const struct msg_tensor *source = operand->source;
+	const char *name = run->op->schema->name;
+	if (source->source != MSG_SOURCE_HANDLE && source->source != MSG_SOURCE_RESULT)
+		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s: %s is donated: expected a kept tensor, a handle or a result", name, operand->param);
+	if (run->kept[index] == NULL)
+		return opd_fail(&request->error, OPD_FAILED_PRECONDITION, "%s: %s is donated, but result %" PRIu64 ".%u is still to come", name, operand->param,
+		                source->result.request, (unsigned)source->result.output);
+	*donation = (struct donation){.operand = index, .result = find_pair(run->op, operand)};
+	if (donation->result == UINT32_MAX)
+		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s: %s is donated, but no result may take its place; schema: %s", name, operand->param,
+		                run->op->schema->text);
+	opd_status status = check_readers(request, index);
+	if (status == OPD_OK)
+		status = find_handle(request, source, &donation->handle);
+	if (status != OPD_OK)
+		return status;
+	if (graphs_run_uses(request->session, donation->handle.index))
+		return opd_fail(&request->error, OPD_FAILED_PRECONDITION, "%s: %s is donated, but it is the state of a graph's run that hasn't ended", name,
+		                operand->param);
+	donation->lineage = kept_lineage(&request->session->kept, donation->handle, &request->error);
+	return donation->lineage == 0 ? (opd_status)request->error.status : OPD_OK;
+}
+
+static uint32_t count_donated(const struct bound *bound)
+{
+	uint32_t count = 0;
+	for (uint32_t i = 0; i < bound->operand_count; i++)
+		count += bound->operands[i].source->donate;
+	return count;
+}
+
+opd_status donate_accept(struct request *request)
+{
+	struct request_run *run = &request->run;
+	const uint32_t count = count_donated(&run->bound);
+	uint32_t filled = 0;
+	opd_status status = OPD_OK;
+	if (count == 0)
+		return OPD_OK;
+	if (request->message.kind != MSG_REQUEST_RUN)
+		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s: an input of a graph is donated: make it a state", run->op->schema->name);
+	struct donation *donations = arena_array(&request->arena, count, sizeof donations[0]);
+	if (donations == NULL)
+		return opd_fail(&request->error, OPD_RESOURCE_EXHAUSTED, "%s: out of memory", run->op->schema->name);
+	for (uint32_t i = 0; i < run->bound.operand_count && status == OPD_OK; i++)
+		if (run->bound.operands[i].source->donate)
+			status = prepare(request, i, &donations[filled++]);
+	if (status != OPD_OK || request->message.run.mode != MSG_RUN) /* one that only asks donates nothing */
+		return status;
+	run->donations = donations;
+	run->donation_count = count;
+	for (uint32_t i = 0; i < count; i++) {
+		donations[i].handle = kept_give(&request->session->kept, donations[i].handle.index, request->id);
+		donations[i].open = true;
+	}
+	return OPD_OK;
+}
+
+opd_status donate_check(struct request *request)
+{
+	const struct request_run *run = &request->run;
+	for (uint32_t i = 0; i < run->donation_count; i++) {
+		const struct operand *operand = &run->bound.operands[run->donations[i].operand];
+		const opd_tensor *given = &operand->tensor;
+		const opd_tensor *result = &run->bound.outputs[run->donations[i].result];
+		const char *name = run->op->schema->name;
+		const uint64_t bytes = given->elements * opd_dtype_bytes(given->dtype);
+		if (!opd_tensor_contiguous(given) || given->byte_offset != 0 || bytes != run->kept[run->donations[i].operand]->bytes)
+			return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s: %s is donated, but only %" PRIu64 " of its %" PRIu64 " bytes, or in another layout, are named",
+			                name, operand->param, bytes, run->kept[run->donations[i].operand]->bytes);
+		if (given->dtype != result->dtype || given->rank != result->rank || memcmp(given->shape, result->shape, given->rank * sizeof given->shape[0]) != 0)
+			return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s: %s is donated, but result %u has another dtype or shape", name, operand->param,
+			                (unsigned)run->donations[i].result);
+	}
+	return OPD_OK;
+}
+
+/* ---- Running ---- */
+
+void donate_again(struct request *request)
+{
+	struct request_run *run = &request->run;
+	for (uint32_t i = 0; i < run->donation_count && run->outputs != NULL; i++) {
+		buffer_unref(run->outputs[run->donations[i].result]);
+		run->outputs[run->donations[i].result] = NULL;
+		run->donations[i].in_place = false;
+	}
+}
+
+/* The slot and this request. Nobody new gets hold of it: its former handle is refused. */
+static bool is_alone(const struct kept_tensor *tensor)
+{
+	return atomic_load_explicit(&tensor->refs, memory_order_acquire) == 2 && atomic_load_explicit(&tensor->buffer->refs, memory_order_acquire) == 1;
+}
+
+struct buffer *donate_output(struct request *request, uint32_t index)
+{
+	struct request_run *run = &request->run;
+	for (uint32_t i = 0; i < run->donation_count; i++) {
+		struct donation *donation = &run->donations[i];
+		const struct kept_tensor *tensor = run->kept[donation->operand];
+		if (donation->result != index)
+			continue;
+		donation->in_place = (run->dispatch.impl->def->flags & OPD_IMPL_IN_PLACE) != 0 && is_alone(tensor);
+		return donation->in_place ? buffer_ref(tensor->buffer) : NULL;
+	}
+	return NULL;
+}
+
+bool donate_is_in_place(const struct request *request, uint32_t index)
+{
+	const struct request_run *run = &request->run;
+	for (uint32_t i = 0; i < run->donation_count; i++)
+		if (run->donations[i].result == index)
+			return run->donations[i].in_place;
+	return false;
+}
+
+bool donate_is_written(const struct request *request)
+{
+	const struct request_run *run = &request->run;
+	bool in_place = false;
+	for (uint32_t i = 0; i < run->donation_count; i++)
+		in_place = in_place || run->donations[i].in_place;
+	return in_place && run->written;
+}
+
+/* ---- Ending ---- */
+
+bool donate_settle(struct request *request, struct msg_handle *handles)
+{
+	struct request_run *run = &request->run;
+	for (uint32_t i = 0; i < run->donation_count; i++) {
+		struct donation *donation = &run->donations[i];
+		const opd_tensor *output = &run->bound.outputs[donation->result];
+		const struct kept_tensor *before = run->kept[donation->operand];
+		struct kept_tensor *tensor =
+			kept_tensor_create(output->dtype, output->rank, output->shape, before->bytes, run->outputs[donation->result]);
+		if (tensor == NULL)
+			return false;
+		tensor->id = before->id;
+		tensor->version = before->version + 1;
+		kept_replace(&request->session->kept, donation->handle.index, donation->lineage, tensor);
+		kept_given(&request->session->kept, donation->handle);
+		handles[donation->result] = donation->handle;
+		donation->open = false;
+	}
+	return true;
+}
+
+void donate_failed(struct request *request)
+{
+	struct request_run *run = &request->run;
+	struct kept *kept = &request->session->kept;
+	for (uint32_t i = 0; i < run->donation_count; i++) {
+		struct donation *donation = &run->donations[i];
+		if (!donation->open)
+			continue;
+		donation->open = false;
+		kept_given(kept, donation->handle);
+		if (run->written && donation->in_place)
+			kept_lose(kept, donation->handle.index, donation->lineage, request->id);
+		else
+			kept_take_back(kept, donation->handle);
+	}
+}

@@ -1,0 +1,45 @@
+/* Donations of single runs (SEMANTICS 31 to 33): a kept tensor that the request gives away, whose place an output takes.
+ *
+ * Layer: server. Threads: the session's.
+ * Life: donate_accept (the old handle is refused from now on) → donate_check (shapes) → donate_output for every output before each attempt → donate_settle when the
+ * kernel has succeeded, or donate_failed: undone where nothing can have been written, else the tensor is lost.
+ * Written in place only when this request alone reads the tensor: whoever was accepted before it keeps the old value, and the result gets fresh memory.
+ * Not here: the states of graphs (server/graph_run.h). */
+#ifndef OPD_SERVER_DONATE_H
+#define OPD_SERVER_DONATE_H
+
+#include <stdbool.h>
+
+#include "opd/status.h"
+#include "proto/message.h"
+
+struct buffer;
+struct request;
+
+struct donation {
+	uint32_t operand;
+	uint32_t result;
+	uint64_t lineage;
+	struct msg_handle handle; /* from now on; its index is the slot's */
+	bool in_place;            /* the output's buffer is the tensor's */
+	bool open;                /* neither settled nor undone nor lost */
+};
+
+/* Once kept operands are taken. INVALID_ARGUMENT or FAILED_PRECONDITION names the operand; nothing was donated then. */
+OPD_MUST_USE opd_status donate_accept(struct request *request);
+/* Once operands are placed and results known: dtype and shape must be equal, and the operand the whole tensor. */
+OPD_MUST_USE opd_status donate_check(struct request *request);
+
+/* Forgets what an attempt of another implementation was given. */
+void donate_again(struct request *request);
+/* The tensor's own buffer, referenced, for output `index` of the chosen implementation; NULL: it needs fresh memory. */
+struct buffer *donate_output(struct request *request, uint32_t index);
+bool donate_is_in_place(const struct request *request, uint32_t index);
+/* A kernel that may have written a donated tensor has begun: no other may try. */
+bool donate_is_written(const struct request *request);
+
+/* Its results are the tensors now; handles[output_count] of those are written. False: out of memory. */
+bool donate_settle(struct request *request, struct msg_handle *handles);
+void donate_failed(struct request *request);
+
+#endif

@@ -1,0 +1,237 @@
+/* Running a prepared graph's nodes, one after the other: on a lane thread, or on the loop where all of it is tiny. */
+#include <inttypes.h>
+#include <string.h>
+
+#include "proto/tensor.h"
+#include "server/daemon.h"
+#include "server/graph_run.h"
+#include "server/module.h"
+#include "server/request.h"
+
+#define CANARY 0xa5
+
+static uint64_t tensor_size(const opd_tensor *tensor)
+{
+	return tensor->elements * opd_dtype_bytes(tensor->dtype); /* checked when it was described */
+}
+
+/* ---- Memory ---- */
+
+static opd_tensor *describe_output(struct graph_run *run, uint32_t index)
+{
+	opd_tensor *output = &run->request->run.bound.outputs[index];
+	*output = run->prepared->outputs[index];
+	memcpy(run->shapes[index][0], output->shape, output->rank * sizeof output->shape[0]);
+	memcpy(run->shapes[index][1], output->strides, output->rank * sizeof output->strides[0]);
+	output->shape = run->shapes[index][0];
+	output->strides = run->shapes[index][1];
+	return output;
+}
+
+static opd_status alloc_outputs(struct graph_run *run, opd_error *error)
+{
+	const struct prepared *prepared = run->prepared;
+	struct request *request = run->request;
+	uint64_t canary = prepared->checked ? GRAPH_CANARY_BYTES : 0;
+	for (uint32_t i = 0; i < prepared->output_count; i++) {
+		uint64_t bytes = tensor_size(&prepared->outputs[i]);
+		opd_status status = buffer_alloc(request->session->account, bytes, canary, &request->run.outputs[i], error);
+		if (status != OPD_OK)
+			return opd_error_prefix(error, status, "graph '%s': output '%s'", run->graph->name.data, run->graph->outputs[i].name.data);
+		describe_output(run, i)->data = request->run.outputs[i]->data;
+	}
+	request->run.bound.output_bytes = prepared->output_bytes;
+	return OPD_OK;
+}
+
+/* Whoever was accepted before reads the old value in peace: then a copy is written. */
+static opd_status copy_states(struct graph_run *run, opd_error *error)
+{
+	for (uint32_t i = 0; i < run->graph->state_count; i++) {
+		struct state_use *state = &run->states[i];
+		const struct kept_tensor *from = state->tensor;
+		if (!state->donated || !state->shared)
+			continue;
+		struct buffer *buffer = NULL;
+		opd_status status = buffer_alloc(run->request->session->account, from->bytes, 0, &buffer, error);
+		if (status != OPD_OK)
+			return opd_error_prefix(error, status, "graph '%s': state '%s', which is still read", run->graph->name.data,
+			                        run->graph->inputs[run->graph->states[i]].name.data);
+		if (from->bytes != 0)
+			memcpy(buffer->data, from->buffer->data, from->bytes);
+		state->fresh = kept_tensor_create(from->dtype, from->rank, from->shape, from->bytes, buffer);
+		buffer_unref(buffer);
+		if (state->fresh == NULL)
+			return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "graph '%s': out of memory", run->graph->name.data);
+	}
+	return OPD_OK;
+}
+
+static opd_status allocate(struct graph_run *run, opd_error *error)
+{
+	opd_status status = buffer_alloc(run->request->session->account, run->prepared->sizes.peak_bytes, 0, &run->arena, error);
+	if (status != OPD_OK)
+		return opd_error_prefix(error, status, "graph '%s': its intermediate results", run->graph->name.data);
+	status = alloc_outputs(run, error);
+	return status == OPD_OK ? copy_states(run, error) : status;
+}
+
+/* ---- Addresses ---- */
+
+static void set_base(struct prepared *prepared, uint32_t base, void *address)
+{
+	if (prepared->bases[base] == address)
+		return;
+	prepared->bases[base] = address;
+	for (uint32_t i = prepared->first_patch[base]; i < prepared->first_patch[base + 1]; i++)
+		prepared->patches[i].tensor->data = (unsigned char *)address + prepared->patches[i].offset;
+}
+
+/* Kept operands have an identity, by which a provider may keep derived copies. */
+static void set_operand(struct prepared *prepared, uint32_t base, const opd_tensor *operand)
+{
+	set_base(prepared, base, operand->data == NULL ? NULL : opd_tensor_data(operand));
+	for (uint32_t i = prepared->first_patch[base]; i < prepared->first_patch[base + 1]; i++) {
+		opd_tensor *tensor = prepared->patches[i].tensor;
+		tensor->id = operand->id;
+		tensor->version = operand->version;
+		tensor->flags = (tensor->flags & ~(uint32_t)OPD_TENSOR_CONSTANT) | (operand->flags & OPD_TENSOR_CONSTANT);
+	}
+}
+
+static void set_addresses(struct graph_run *run)
+{
+	struct prepared *prepared = run->prepared;
+	const struct graph *graph = run->graph;
+	set_base(prepared, 0, run->arena->data);
+	for (uint32_t i = 0; i < graph->input_count; i++) {
+		const struct graph_input *input = &graph->inputs[i];
+		if (input->kind == MSG_GRAPH_INPUT) {
+			set_operand(prepared, 1 + i, graph_run_operand(&run->request->run.bound, input));
+		} else if (input->kind == MSG_GRAPH_CONSTANT) {
+			set_base(prepared, 1 + i, input->constant->buffer->data);
+		} else {
+			const struct state_use *state = &run->states[input->state];
+			set_base(prepared, 1 + i, (state->fresh != NULL ? state->fresh : state->tensor)->buffer->data);
+		}
+	}
+	for (uint32_t i = 0; i < graph->output_count; i++)
+		set_base(prepared, 1 + graph->input_count + i, run->request->run.outputs[i]->data);
+}
+
+/* ---- Steps ---- */
+
+static void make_copies(const struct prepared *prepared, uint32_t first, uint32_t count)
+{
+	for (uint32_t i = first; i < first + count; i++) {
+		const struct copy *copy = &prepared->copies[i];
+		uint64_t bytes = tensor_size(copy->from);
+		if (bytes != 0)
+			memcpy(opd_tensor_data(copy->to), opd_tensor_data(copy->from), bytes);
+	}
+}
+
+static void set_canaries(const struct step *step)
+{
+	for (uint32_t i = 0; step->donate_count == 0 && i < step->bound.call.output_count; i++) {
+		const opd_tensor *output = &step->bound.outputs[i];
+		memset((unsigned char *)output->data + tensor_size(output), CANARY, GRAPH_CANARY_BYTES);
+	}
+}
+
+static opd_status check_canaries(const struct step *step, opd_error *error)
+{
+	for (uint32_t i = 0; step->donate_count == 0 && i < step->bound.call.output_count; i++) {
+		const opd_tensor *output = &step->bound.outputs[i];
+		const unsigned char *behind = (const unsigned char *)output->data + tensor_size(output);
+		for (uint32_t k = 0; k < GRAPH_CANARY_BYTES; k++)
+			if (behind[k] != CANARY)
+				return opd_fail(error, OPD_INTERNAL, "%s.%s wrote past the end of result %u, at byte %" PRIu64 " of %" PRIu64,
+				                step->impl->provider->name, step->bound.op->schema->name, (unsigned)i, tensor_size(output) + k, tensor_size(output));
+	}
+	return OPD_OK;
+}
+
+static opd_status step_failed(const struct step *step, opd_status status, const char *what, opd_error *error)
+{
+	return module_failure(status, error, "%s.%s%s", step->impl->provider->name, step->bound.op->schema->name, what);
+}
+
+static opd_status run_step(struct graph_run *run, const struct step *step, opd_exec *exec, opd_error *error)
+{
+	const struct prepared *prepared = run->prepared;
+	opd_status status = OPD_OK;
+	error->text[0] = '\0';
+	if (step->def->check != NULL)
+		status = step->def->check(step->def, &step->bound.call, error);
+	if (status != OPD_OK)
+		return step_failed(step, status, ": the operands' contents are refused", error);
+	for (uint32_t i = 0; i < step->donate_count; i++)
+		run->states[prepared->donates[step->donates + i]].written = true;
+	exec->host = &step->impl->provider->module->host;
+	exec->plan = step->plan;
+	exec->scratch = step->scratch == NULL ? NULL : step->scratch->data;
+	if (prepared->checked)
+		set_canaries(step);
+	status = step->impl->def->run(step->impl->def, step->impl->state, &step->bound.call, exec, error);
+	if (status != OPD_OK)
+		return step_failed(step, status, " failed", error);
+	make_copies(prepared, step->copies, step->copy_count);
+	return prepared->checked ? check_canaries(step, error) : OPD_OK;
+}
+
+static opd_status run_steps(struct graph_run *run, struct lane_exec *lane)
+{
+	const struct prepared *prepared = run->prepared;
+	struct request *request = run->request;
+	opd_exec exec = {.struct_bytes = sizeof exec, .threads = lane->threads, .lane = lane};
+	for (uint32_t i = 0; i < prepared->step_count; i++) {
+		const struct step *step = &prepared->steps[i];
+		uint64_t began = run->node_ns == NULL ? 0 : request_now_ns();
+		if (atomic_load_explicit(&request->session->gone, memory_order_relaxed) || lane_cancelled(lane))
+			return opd_fail(&request->error, OPD_CANCELLED, "graph '%s': nobody wants its results any more", run->graph->name.data);
+		opd_status status = run_step(run, step, &exec, &request->error);
+		if (status != OPD_OK)
+			return graph_node_error(run->graph, step->node, status, &request->error);
+		if (run->node_ns != NULL)
+			run->node_ns[i] = request_now_ns() - began;
+	}
+	make_copies(prepared, prepared->first_late, prepared->copy_count - prepared->first_late);
+	return OPD_OK;
+}
+
+/* ---- */
+
+/* Fake and dry runs end here: what they ask for is prepared. */
+static void describe_outputs(struct graph_run *run)
+{
+	for (uint32_t i = 0; i < run->prepared->output_count; i++)
+		(void)describe_output(run, i);
+}
+
+void graph_execute(struct graph_run *run, struct lane_exec *lane)
+{
+	struct request *request = run->request;
+	opd_status status = OPD_OK;
+	if (run->prepared == NULL) {
+		uint64_t began = request_now_ns();
+		run->dispatched = true;
+		(void)atomic_fetch_add_explicit(&request->context->server->graph_dispatches, 1, memory_order_relaxed);
+		status = prepared_make(run, &request->error);
+		run->prepare_ns = request_now_ns() - began;
+	}
+	if (status == OPD_OK && request->message.run.mode != MSG_RUN) {
+		describe_outputs(run);
+		request->status = OPD_OK;
+		return;
+	}
+	if (status == OPD_OK)
+		status = allocate(run, &request->error);
+	request->clock.started = request_now_ns();
+	if (status == OPD_OK) {
+		set_addresses(run);
+		status = run_steps(run, lane);
+	}
+	request->clock.ended = request_now_ns();
+	request->status = status;
+}

@@ -1,0 +1,132 @@
+/* Runs of a graph: what is prepared for one set of shapes, and one run of it.
+ *
+ * Layer: server. Threads: a run belongs to its session's thread but while it is in a lane; a prepared graph to the one run of its graph that has begun.
+ * A run in order: graph_run_accept (operands taken, lists resolved, states donated, its place in the session's order) → run_ready (its operands are there) →
+ * its turn (no earlier run of the same graph or of a state that it has is left) → graph_execute on a lane or the loop → graph_run_done. Runs of other graphs pass it.
+ * A prepared graph holds for its shapes, the nodes' lists and the registry's snapshot: one flat array of steps, each with its implementation, plan and bound
+ * call; a run sets the addresses that have changed since the last one and calls kernel after kernel: nothing is inferred, dispatched, planned or allocated for a node. */
+#ifndef OPD_SERVER_GRAPH_RUN_H
+#define OPD_SERVER_GRAPH_RUN_H
+
+#include "server/dispatch.h"
+#include "server/graph.h"
+#include "server/graph_plan.h"
+#include "server/lane.h"
+#include "server/tensors.h"
+
+/* Shape sets that are kept for a graph; the one unused for longest goes first. */
+#define PREPARED_MAX 8u
+
+/* Behind every result in checked mode. */
+#define GRAPH_CANARY_BYTES 64u
+
+/* A memory that tensors lie in: 0 is the arena, then the graph's inputs, then its outputs. */
+struct patch {
+	opd_tensor *tensor;
+	uint64_t offset;
+};
+
+struct step {
+	const struct impl *impl;
+	const opd_op *def;
+	const opd_plan *plan;
+	opd_tensor *scratch; /* NULL: none */
+	struct bound bound;
+	struct dispatch dispatch;
+	uint32_t node;
+	uint32_t donates;    /* states that it writes: of prepared.donates, [first, first + count) */
+	uint32_t donate_count;
+	uint32_t copies;     /* of prepared.copies: results of an implementation that doesn't work in place, to where they belong */
+	uint32_t copy_count;
+};
+
+struct copy {
+	const opd_tensor *from;
+	const opd_tensor *to;
+};
+
+/* A graph's input as this shape set has it. */
+struct prepared_input {
+	opd_tensor tensor; /* data NULL */
+	int64_t shape[OPD_RANK_MAX];
+	int64_t strides[OPD_RANK_MAX];
+};
+
+struct prepared {
+	struct prepared *next;
+	struct account *account; /* referenced */
+	uint64_t charged_bytes;
+	struct snapshot *snapshot; /* referenced */
+	struct graph_lists *lists; /* referenced */
+	bool checked;              /* results have canaries */
+	bool can_be_inline;        /* every node has a cost and comes from a provider that is linked in */
+	uint64_t cost_ns;
+	struct arena arena;
+	uint32_t input_count;
+	uint32_t output_count;
+	uint32_t step_count;
+	struct prepared_input *inputs;
+	struct step *steps;
+	opd_tensor *outputs;     /* [output_count]: as results, data NULL */
+	uint64_t output_bytes;   /* each padded to 64 */
+	uint32_t *donates;       /* states */
+	struct copy *copies;
+	uint32_t first_late;     /* copies from here on are made when all nodes have run: outputs that lie elsewhere */
+	uint32_t copy_count;
+	struct plan_sizes sizes;
+	uint32_t base_count;     /* 1 + input_count + output_count */
+	uint32_t *first_patch;   /* [base_count + 1] */
+	struct patch *patches;
+	void **bases;            /* [base_count]: as set now */
+};
+
+/* A state in a run. */
+struct state_use {
+	struct kept_tensor *tensor;  /* referenced once the run's turn has come */
+	struct kept_tensor *fresh;   /* a copy that is written instead: somebody still reads the tensor; NULL: written where it is */
+	struct msg_handle handle;    /* from acceptance on */
+	bool donated;
+	bool shared; /* somebody else still reads it */
+	bool written;
+};
+
+struct graph_run {
+	struct graph_run *next; /* in the session's order */
+	struct graph_run *previous;
+	struct request *request;
+	struct graph *graph;        /* referenced */
+	struct graph_lists *lists;  /* referenced */
+	struct prepared *prepared;  /* the graph's; NULL: not made yet */
+	struct state_use *states;   /* [graph->state_count] */
+	struct buffer *arena;
+	int64_t (*shapes)[2][OPD_RANK_MAX]; /* [output_count]: of the results; the prepared graph may be gone before the reply is */
+	uint32_t blockers; /* earlier runs in the session's order that it waits for */
+	bool queued;       /* in that order */
+	bool ready;      /* its operands are there */
+	bool started;
+	bool dispatched; /* it prepared what it ran */
+	uint64_t prepare_ns;
+	uint64_t *node_ns; /* [node_count], by step; NULL: nobody asked */
+};
+
+/* graph_prepare.c. The one that fits, moved to the front; NULL: none. */
+struct prepared *prepared_find(struct graph_run *run);
+/* Infers, dispatches, plans. On a lane: plans may take long. */
+OPD_MUST_USE opd_status prepared_make(struct graph_run *run, opd_error *error);
+void prepared_drop_all(struct graph *graph);
+/* A run's operand that is the graph's input. */
+static inline const opd_tensor *graph_run_operand(const struct bound *bound, const struct graph_input *input)
+{
+	return bound->args[input->param].tensor;
+}
+
+/* graph_execute.c. On a lane or the loop: prepares unless that is done, and runs all nodes; the request's status and error say how it went. */
+void graph_execute(struct graph_run *run, struct lane_exec *lane);
+
+/* graph_explain.c */
+void graph_explain(struct graph_run *run);
+
+/* A run that was accepted and hasn't ended has the slot's tensor as a state. */
+bool graphs_run_uses(const struct session *session, uint32_t slot);
+
+#endif

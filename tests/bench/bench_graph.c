@@ -1,0 +1,102 @@
+/* What a node of a registered graph costs beyond its kernel: 1,000 small nodes in one run. */
+#include <stdio.h>
+#include <string.h>
+
+#include "tests/bench/bench.h"
+#include "tests/lib/clock.h"
+#include "tests/lib/pin.h"
+#ifdef BENCH_EMBEDDED
+#include "opd/embedded.h"
+#endif
+
+#define NODES 1000
+#define ELEMENTS 16
+#define ROUNDS 15
+
+/* relu after relu of 16 floats. */
+static opd_request *graph_request(opd_client *client, unsigned nodes)
+{
+	static const float x[ELEMENTS] = {1, -1, 2, -2};
+	opd_graph *graph = opd_graph_create("chain");
+	opd_error error;
+	uint64_t id;
+	if (graph == NULL)
+		bench_fail("out of memory");
+	opd_value value = opd_graph_input(graph, "x");
+	for (unsigned i = 0; i < nodes; i++) {
+		opd_request *node = opd_request_create("relu");
+		if (node == NULL)
+			bench_fail("out of memory");
+		opd_request_value(node, NULL, value);
+		value = opd_graph_node(graph, NULL, node);
+		opd_request_destroy(node);
+	}
+	opd_graph_output(graph, "y", value);
+	if (opd_graph_register(client, graph, &id, &error) != OPD_OK)
+		bench_fail("%s", error.text);
+	opd_graph_destroy(graph);
+	opd_request *request = opd_request_graph(id);
+	if (request == NULL)
+		bench_fail("out of memory");
+	opd_request_tensor(request, NULL, &(opd_operand)OPD_OPERAND(OPD_f32, x, ELEMENTS));
+	return request;
+}
+
+/* Mean nanoseconds of a call. */
+static double block(opd_client *client, const opd_request *request, unsigned calls)
+{
+	uint64_t begin = clock_ns();
+	for (unsigned i = 0; i < calls; i++)
+		call_run(client, request);
+	return (double)(clock_ns() - begin) / calls;
+}
+
+static void print_graph(opd_client *client, const struct bench *bench, const char *where, bool direct)
+{
+	double run[ROUNDS], single[ROUNDS], kernel[ROUNDS];
+	unsigned rounds = bench->quick ? 5 : ROUNDS, calls = bench->quick ? 100 : 500;
+	opd_request *graph = graph_request(client, NODES), *one = graph_request(client, 1), *op = call_tiny(client);
+	char what[96], note[96];
+	(void)block(client, graph, calls);
+	(void)block(client, one, calls);
+	for (unsigned i = 0; i < rounds; i++) {
+		run[i] = block(client, graph, calls) / 1e3;
+		single[i] = block(client, one, calls) / 1e3;
+		kernel[i] = call_kernel_ns(client, op, 100) / 1e3;
+	}
+	double each = report_median(run, rounds) / NODES, of_kernel = report_median(kernel, rounds);
+	(void)snprintf(what, sizeof what, "graph of %d relu of %d f32, a node, %s", NODES, ELEMENTS, where);
+	(void)snprintf(note, sizeof note, "kernel included; run %.0f us, of one node %.1f us%s", each * NODES, report_median(single, rounds),
+	               direct ? ", no frames" : "");
+	report_row(&(struct report_row){.what = what, .unit = "us", .floor = REPORT_NONE, .value = each, .kernel = of_kernel, .ratio = REPORT_NONE,
+	                                .bound = REPORT_VALUE_MAX, .limit = 0.5, .note = note});
+	opd_request_destroy(graph);
+	opd_request_destroy(one);
+	opd_request_destroy(op);
+}
+
+void bench_graph(struct bench *bench)
+{
+	struct daemon daemon;
+	daemon_start(&daemon, bench->binary, bench->directory, NULL);
+	report_section("A registered graph: time of a run over its nodes; the kernel's own, with two reads of the clock, may be more than a node's");
+	opd_client *client = call_connect(daemon.unix_address);
+	placement_apply(&placement_same, bench, &daemon);
+	print_graph(client, bench, "Unix, one core", false);
+	placement_apply(&placement_two, bench, &daemon);
+	print_graph(client, bench, "Unix, two cores", false);
+	opd_close(client);
+	daemon_stop(&daemon);
+#ifdef BENCH_EMBEDDED
+	opd_error error;
+	(void)pin_self(PIN_ANY);
+	opd_embedded_register();
+	client = call_connect("embedded:");
+	print_graph(client, bench, "embedded, frames", false);
+	if (opd_direct_begin(client, &error) != OPD_OK)
+		bench_fail("%s", error.text);
+	print_graph(client, bench, "embedded, direct", true);
+	opd_direct_end(client);
+	opd_close(client);
+#endif
+}
