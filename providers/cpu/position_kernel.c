@@ -28,10 +28,12 @@ static __attribute__((noinline)) vec_f32 rotary_wide(vec_f32 turned, vec_f32 a, 
 	return turned;
 }
 
-/* a·cosine + b·sine. */
+/* a·cosine + b·sine, with what rounding took from the second product added at the end: where the two nearly cancel it is as large as the result. (W. Kahan's sum of
+ * two products; without FMA the last term is 0.) */
 VEC_INLINE vec_f32 rotary_turn(vec_f32 a, vec_f32 cosine, vec_f32 b, vec_f32 sine)
 {
-	vec_f32 turned = vec_fma(a, cosine, b * sine);
+	vec_f32 product = b * sine;
+	vec_f32 turned = vec_fma(a, cosine, product) + vec_fma(b, sine, -product);
 	return vec_sum(turned * vec_splat(0.0f)) == 0.0f ? turned : rotary_wide(turned, a, cosine, b, sine);
 }
 
