@@ -203,9 +203,8 @@ void donate_failed(struct request *request)
 			continue;
 		donation->open = false;
 		kept_given(kept, donation->handle);
+		kept_take_back(kept, donation->handle); /* also a lost one's: it is the handle that the client has */
 		if (run->written && donation->in_place)
 			kept_lose(kept, donation->handle.index, donation->lineage, request->id);
-		else
-			kept_take_back(kept, donation->handle);
 	}
 }

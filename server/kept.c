@@ -546,6 +546,8 @@ opd_status kept_free(struct kept *kept, struct msg_handle handle, opd_error *err
 	struct kept_slot *slot = slot_find(kept, handle);
 	if (slot == NULL)
 		return no_tensor(kept, handle, error);
+	if (slot->giving)
+		return check_whole(slot, error);
 	slot_leave(kept, slot, handle.index);
 	kept_tensor_unref(slot->tensor);
 	*slot = (struct kept_slot){.next_free = kept->first_free};

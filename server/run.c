@@ -418,6 +418,8 @@ static void run_ready(struct request *request)
 		status = bind_outputs(&request->arena, &run->bound, &request->error);
 	if (status == OPD_OK)
 		status = donate_check(request);
+	if (status == OPD_OK && run->donation_count != 0) /* before anything is written in place */
+		status = run_check_inline(request);
 	if (status == OPD_OK)
 		status = shared_check_results(request);
 	if (status == OPD_OK && message->mode != MSG_FAKE)

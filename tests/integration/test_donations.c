@@ -305,15 +305,43 @@ START_TEST(promise_32_a_tensor_that_a_failed_kernel_may_have_written_is_lost)
 	opd_result *result = NULL;
 	ck_assert_int_ne(run(request, &result), OPD_OK);
 	opd_result_destroy(result);
-	expect_error(x, OPD_FAILED_PRECONDITION, "was donated to request");
+	expect_error(x, OPD_DATA_LOSS, "the tensor is lost");
+	fails(add("native", of_handle(x, true), host(fives), false), OPD_DATA_LOSS, "the tensor is lost");
+	OK(opd_free(client, &x, 1, &error));
+	house_await_bytes(&house, 0);
+}
+END_TEST
+
+START_TEST(promise_32_a_tensor_that_is_being_given_is_nobodys_meanwhile)
+{
+	lab_reset();
+	const opd_handle x = upload(ones);
+	const opd_operand slow_input = host(fives);
+	opd_request *slow = opd_request_create("lab_wait");
+	opd_request_tensor(slow, NULL, &slow_input);
+	opd_request_output(slow, 0, true, false);
+	opd_ticket waited = 0, ticket = 0;
+	OK(opd_submit(client, slow, &waited, &error));
+	const opd_operand pending = {.struct_bytes = sizeof pending, .source = OPD_FROM_RESULT, .ticket = waited};
+	opd_request *request = add("native", of_handle(x, true), pending, false);
+	OK(opd_submit(client, request, &ticket, &error));
 	const opd_kept_list *list = NULL;
 	OK(opd_kept_tensors(client, &list, &error));
 	ck_assert_uint_eq(list->count, 1);
 	const opd_handle now = list->tensors[0].handle;
 	opd_document_free(list);
-	expect_error(now, OPD_DATA_LOSS, "the tensor is lost");
-	OK(opd_free(client, &now, 1, &error));
-	house_await_bytes(&house, 0);
+	expect_error(now, OPD_FAILED_PRECONDITION, "hasn't ended");
+	ck_assert_int_eq(opd_free(client, &now, 1, &error), OPD_FAILED_PRECONDITION);
+	expect_error(x, OPD_FAILED_PRECONDITION, "was donated to request");
+	lab_gate(true);
+	opd_result *result = NULL;
+	OK(opd_wait(client, ticket, UINT64_MAX, &result, &error));
+	opd_result_destroy(result);
+	OK(opd_wait(client, waited, UINT64_MAX, &result, &error));
+	opd_result_destroy(result);
+	expect_value(now, 11);
+	opd_request_destroy(slow);
+	opd_request_destroy(request);
 }
 END_TEST
 
@@ -396,6 +424,7 @@ int main(void)
 	tcase_add_test(tests, promise_32_a_shape_may_be_restated);
 	tcase_add_test(tests, promise_32_a_request_that_ends_before_its_kernel_has_given_nothing);
 	tcase_add_test(tests, promise_32_a_tensor_that_a_failed_kernel_may_have_written_is_lost);
+	tcase_add_test(tests, promise_32_a_tensor_that_is_being_given_is_nobodys_meanwhile);
 	tcase_add_test(tests, promise_33_donated_or_not_the_bits_are_the_same);
 	tcase_add_test(tests, direct_calls_donate_as_frames_do);
 	tcase_add_test(tests, a_session_that_ends_with_donations_under_way_leaves_nothing);
