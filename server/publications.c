@@ -1,6 +1,7 @@
 #include "server/publications.h"
 
 #include <assert.h>
+#include <openssl/crypto.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -74,6 +75,8 @@ struct publications {
 
 struct publications *publications_create(struct memory *memory)
 {
+	/* A process that ends with this daemon in it must not take OpenSSL away from lanes that still hash. */
+	(void)OPENSSL_init_crypto(OPENSSL_INIT_NO_ATEXIT, NULL);
 	struct publications *table = calloc(1, sizeof *table);
 	if (table == NULL)
 		return NULL;

@@ -57,6 +57,8 @@ static void publish_task(struct request *request)
 static void publish_done(struct request *request)
 {
 	const struct publishing *publishing = request->task_data;
+	if (request->status == OPD_OK && atomic_load_explicit(&request->session->gone, memory_order_relaxed)) /* nobody would withdraw it */
+		request->status = opd_fail(&request->error, OPD_CANCELLED, "publish: the session has ended");
 	struct msg_publication *out = request->status == OPD_OK ? new_publication(request) : NULL;
 	struct kept_tensor *published = NULL;
 	if (request->status != OPD_OK)

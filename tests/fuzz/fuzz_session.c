@@ -119,6 +119,12 @@ static void learn_handles(struct peer *peer, const struct msg_reply *reply)
 	}
 }
 
+static void learn_kept(struct peer *peer, struct msg_handle handle)
+{
+	if (handle.generation != 0)
+		peer->kept[peer->kept_count++ % PEER_HANDLES] = handle;
+}
+
 static void on_reply(struct peer *peer, uint64_t id, const uint8_t *envelope, size_t bytes)
 {
 	struct arena arena;
@@ -135,6 +141,10 @@ static void on_reply(struct peer *peer, uint64_t id, const uint8_t *envelope, si
 		fuzz_fail("request %llu is answered, but wasn't sent or was answered before", (unsigned long long)id);
 	if (reply.kind == MSG_REPLY_GENERATED)
 		learn_handles(peer, &reply);
+	for (uint32_t i = 0; reply.kind == MSG_REPLY_RUN && i < reply.run.output_count; i++)
+		learn_kept(peer, reply.run.outputs[i].kept);
+	for (uint32_t i = 0; reply.kind == MSG_REPLY_PUBLICATIONS && i < reply.publications.count; i++)
+		learn_kept(peer, reply.publications.items[i].handle);
 	if (reply.kind == MSG_REPLY_OPS)
 		script_learn(&reply);
 	arena_fini(&arena);

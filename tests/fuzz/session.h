@@ -38,6 +38,8 @@ struct peer {
 	} half[PEER_HALF_SENT];
 	uint32_t handle_count; /* of the last generation */
 	struct peer_handle handles[PEER_HANDLES];
+	uint32_t kept_count; /* of uploads and other results that stay, the newest; may be more than there is room */
+	struct msg_handle kept[PEER_HANDLES];
 	uint8_t *in;
 	size_t in_bytes;
 	size_t in_room;
@@ -64,7 +66,11 @@ void script_free(void);
 /* session_graph.c: registers, runs or frees a graph of a few nodes. */
 void script_graph(struct arena *arena, struct peer *peer, struct fuzz_input *input);
 
+/* session_tensors.c: uploads, whole or in parts, writes, fetches, publications, lists. */
+void script_tensors(struct arena *arena, struct peer *peer, struct fuzz_input *input);
+
 /* What scripts are made of. */
+void script_pick_tensor(struct arena *arena, struct peer *peer, struct fuzz_input *input, struct msg_tensor *tensor, uint64_t *payload);
 void *script_take(struct arena *arena, size_t count, size_t bytes);
 const struct schema *script_pick_op(struct fuzz_input *input);
 /* An argument of the parameter's type, now and then of another. */

@@ -121,10 +121,15 @@ static void pick_source(struct arena *arena, struct peer *peer, struct fuzz_inpu
 		tensor->source = MSG_SOURCE_RESULT;
 		tensor->result.request = peer->next_id - 1 - fuzz_u8(input) % 4;
 		tensor->result.output = byte >> 7;
+		tensor->donate = byte % 9 == 0;
 		break;
 	case 6:
 		tensor->source = MSG_SOURCE_HANDLE;
-		tensor->handle = peer->handle_count == 0 ? (struct msg_handle){byte, byte} : peer->handles[byte % peer->handle_count].handle;
+		tensor->donate = byte % 9 == 0;
+		if (peer->kept_count != 0 && byte % 4 != 2)
+			tensor->handle = peer->kept[byte % (peer->kept_count < PEER_HANDLES ? peer->kept_count : PEER_HANDLES)];
+		else
+			tensor->handle = peer->handle_count == 0 ? (struct msg_handle){byte, byte} : peer->handles[byte % peer->handle_count].handle;
 		break;
 	default:
 		tensor->source = byte % 3 == 0 ? MSG_SOURCE_SHARED : MSG_SOURCE_NONE;
@@ -139,7 +144,7 @@ static void pick_source(struct arena *arena, struct peer *peer, struct fuzz_inpu
 	}
 }
 
-static void pick_tensor(struct arena *arena, struct peer *peer, struct fuzz_input *input, struct msg_tensor *tensor, uint64_t *payload)
+void script_pick_tensor(struct arena *arena, struct peer *peer, struct fuzz_input *input, struct msg_tensor *tensor, uint64_t *payload)
 {
 	tensor->dtype = (opd_dtype)(fuzz_u8(input) % OPD_DTYPE_COUNT);
 	if (tensor->dtype == OPD_DTYPE_NONE)
@@ -163,7 +168,7 @@ void script_pick_arg(struct arena *arena, struct peer *peer, struct fuzz_input *
 	case MSG_ARG_TENSORS:
 		arg->tensor = script_take(arena, arg->count, sizeof arg->tensor[0]);
 		for (uint32_t i = 0; i < arg->count; i++)
-			pick_tensor(arena, peer, input, &arg->tensor[i], payload);
+			script_pick_tensor(arena, peer, input, &arg->tensor[i], payload);
 		break;
 	case MSG_ARG_INT:
 		arg->i = pick_int(input);
@@ -388,7 +393,7 @@ void script_run(struct peer *peer, struct fuzz_input *input)
 		struct arena arena;
 		arena_init(&arena, 64u << 20);
 		uint8_t byte = fuzz_u8(input);
-		switch (byte >= 224 ? 16 : byte % 16) {
+		switch (byte >= 224 ? 16 : byte >= 176 ? 17 : byte % 16) {
 		case 0:
 		case 1:
 		case 2:
@@ -419,6 +424,9 @@ void script_run(struct peer *peer, struct fuzz_input *input)
 			break;
 		case 16:
 			script_graph(&arena, peer, input);
+			break;
+		case 17:
+			script_tensors(&arena, peer, input);
 			break;
 		case 14:
 			peer_wait(peer, peer->half_count == 0 ? peer->next_id - 1 : 0);

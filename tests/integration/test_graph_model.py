@@ -110,9 +110,14 @@ class KjvLlama(unittest.TestCase):
         self.daemon = subprocess.Popen([os.environ["OPD_BIN"], "--listen", self.address], stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
         self.addCleanup(self.stop)
         limit = time.monotonic() + 20
-        while not os.path.exists(self.address[5:]) and time.monotonic() < limit:
-            time.sleep(0.02)
-        self.client = opd.Client(self.address, timeout=120)
+        while True:
+            try:
+                self.client = opd.Client(self.address, timeout=120)
+                break
+            except opd.Unavailable:
+                if time.monotonic() > limit:
+                    raise
+                time.sleep(0.02)
         self.addCleanup(self.client.close)
         with open(os.path.join(MODEL, "reference.json"), encoding="utf-8") as file:
             self.reference = json.load(file)
