@@ -30,6 +30,14 @@ opd_status read_output_options(struct reader *reader, size_t count, Opd__V1__Out
 	return OPD_OK;
 }
 
+opd_status read_service_class(struct reader *reader, int class, uint32_t *out)
+{
+	if (class < 0 || class > MSG_SERVICE_CLASS_MAX)
+		return opd_fail(reader->error, OPD_INVALID_ARGUMENT, "service_class: %d, expected 0 (normal), 1 (realtime), 2 (interactive) or 3 (batch)", class);
+	*out = (uint32_t)class;
+	return OPD_OK;
+}
+
 opd_status read_mode(struct reader *reader, int mode, msg_mode *out)
 {
 	if (mode < MSG_RUN || mode > MSG_DRY)
@@ -48,6 +56,8 @@ static opd_status read_run(struct reader *reader, const Opd__V1__Run *in, struct
 	out->inline_results = in->inline_results;
 	out->timeout_us = in->timeout_us;
 	opd_status status = read_mode(reader, (int)in->mode, &out->mode);
+	if (status == OPD_OK)
+		status = read_service_class(reader, (int)in->service_class, &out->service_class);
 	if (status == OPD_OK)
 		status = read_text(reader, "op", in->op, BOUND_NAME_BYTES, &out->op);
 	if (status == OPD_OK)
@@ -264,6 +274,7 @@ static Opd__V1__Run *write_run(struct arena *arena, const struct msg_run *in)
 	out->timeout_us = in->timeout_us;
 	out->uuid = in->uuid;
 	out->inline_results = in->inline_results;
+	out->service_class = (Opd__V1__ServiceClass)in->service_class;
 	bool fits;
 	out->priority = write_list(arena, &in->priority, &fits);
 	if (!fits || !write_args(arena, in->arg_count, in->args, &out->n_args, &out->args) || !write_output_options(arena, in, &out->n_outputs, &out->outputs))

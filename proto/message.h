@@ -176,6 +176,8 @@ struct msg_output_option {
 
 struct msg_graph;
 
+#define MSG_SERVICE_CLASS_MAX 3
+
 struct msg_run {
 	struct msg_text op; /* of RUN_GRAPH: empty, or the client's name for it */
 	uint64_t graph;     /* of RUN_GRAPH: 0 is `once` */
@@ -194,6 +196,7 @@ struct msg_run {
 	uint32_t output_count;
 	const struct msg_output_option *outputs;
 	uint64_t timeout_us;
+	uint32_t service_class; /* 0: the session's; 1 realtime, 2 interactive, 3 batch */
 };
 
 struct msg_result {

@@ -59,6 +59,8 @@ struct config *config_create(void)
 		.kept = 65536,
 		.regions = 16,
 		.shared_bytes = 4ull << 30,
+		.queue = 1024,
+		.lane_queue = 65536,
 		.handshake_us = 10 * 1000000,
 		.stall_us = 60 * 1000000,
 		.drain_us = 30 * 1000000,
@@ -114,6 +116,7 @@ void config_destroy(struct config *config)
 		free(config->modules[i].name);
 		free(config->modules[i].path);
 	}
+	config_clear_tenants(config);
 	free(config->priorities);
 	free(config->modules);
 	free(config->path);

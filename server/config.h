@@ -2,7 +2,7 @@
  *
  * Layer: server. Threads: built by one, then constant.
  * Life: config_create (defaults) → config_load (file) → changes by flags → config_check → config_destroy. A reload makes a new one and swaps.
- * In three files: config.c (the object, listeners, lists, checks), config_key.c (keys with one value), config_file.c (YAML).
+ * In four files: config.c (the object, listeners, lists, checks), config_key.c (keys with one value), config_tenant.c (tenants), config_file.c (YAML).
  * README.md documents every key; errors name file, line, key, value and what was expected. Unknown keys and repeated keys are errors.
  * Not here: whether the named ops and providers exist (server/registry.h checks that when the server starts or reloads). */
 #ifndef OPD_SERVER_CONFIG_H
@@ -14,6 +14,7 @@
 
 #include "opd/status.h"
 #include "server/log.h"
+#include "server/scheduler.h"
 
 typedef enum listen_kind {
 	LISTEN_UNIX = 0,
@@ -42,6 +43,22 @@ struct config_module {
 	unsigned line;
 };
 
+/* How a tenant is treated. */
+struct tenant_policy {
+	uint32_t weight;         /* of its device time, relative to other tenants'; default 100 */
+	sched_class class;       /* of requests that name none; default interactive */
+	sched_class class_max;   /* the most urgent one that its requests may have; default realtime */
+	uint64_t device_rate_ns; /* device time a second, each lane; 0, the default: any */
+	uint32_t sessions;       /* open at once; 0, the default: any */
+};
+
+/* One entry of `tenants`. */
+struct config_tenant {
+	char *name; /* "uid:1000", "anonymous"; "*": every other */
+	struct tenant_policy policy;
+	unsigned line;
+};
+
 struct config_limits {
 	uint64_t memory_bytes;         /* tensor bytes of the daemon; default: half of the machine's memory */
 	uint64_t session_bytes;        /* … of a session; default: memory_bytes / 2 */
@@ -53,6 +70,8 @@ struct config_limits {
 	uint32_t kept;                 /* kept tensors of a session; default 65536 */
 	uint32_t regions;              /* of shared memory, of a session; default 16 */
 	uint64_t shared_bytes;         /* of them together, mapped; default 4 GiB */
+	uint32_t queue;                /* requests of a session that wait for a lane; default 1024, 0: any */
+	uint32_t lane_queue;           /* requests that wait for a lane; default 65536, 0: any */
 	uint64_t handshake_us;         /* from accept to Hello; default 10 s */
 	uint64_t stall_us;             /* a frame begun and not finished, or a reply not read, without a byte of progress; default 60 s */
 	uint64_t drain_us;             /* default 30 s */
@@ -66,6 +85,8 @@ struct config {
 	struct config_priority *priorities;
 	size_t module_count;
 	struct config_module *modules;
+	size_t tenant_count;
+	struct config_tenant *tenants;
 	struct config_limits limits;
 	uint32_t threads; /* of the CPU lane; 0: one a core that the process may use */
 	bool checked;     /* canaries behind every output, verified after each kernel */
@@ -93,6 +114,8 @@ OPD_MUST_USE opd_status config_add_listener(struct config *config, const char *a
 OPD_MUST_USE opd_status config_add_priority(struct config *config, const char *text, opd_error *error);
 /* "name=/path.so" or "/path.so" */
 OPD_MUST_USE opd_status config_add_module(struct config *config, const char *text, opd_error *error);
+/* How a tenant of this name is treated: by its own entry, else by that of "*", else by default. */
+void config_tenant(const struct config *config, const char *name, struct tenant_policy *policy_out);
 /* "64 MiB", "1GiB", "4096": binary units. */
 OPD_MUST_USE opd_status config_parse_bytes(const char *text, uint64_t *bytes_out, opd_error *error);
 /* "500ms", "10 s", "2min": units ns, us, ms, s, min, h; a bare 0 needs none. */

@@ -88,6 +88,16 @@ static void on_cancel(struct conn *conn, uint64_t id)
 	    LOG_UINT("request", id));
 }
 
+void conn_skip_payload(struct conn *conn, struct request *request)
+{
+	if (chunked_find(conn, request->id) == request)
+		conn_chunked_remove(conn, request);
+	if (conn->reading != request)
+		return;
+	conn->reading = NULL;
+	conn->state = CONN_DISCARD;
+}
+
 /* Requests end others that wait for them: each bucket is looked at anew after every one. */
 void conn_cancel_all(struct conn *conn)
 {

@@ -177,6 +177,7 @@ static void start(struct graph_run *run)
 	(void)atomic_fetch_add_explicit(&request->context->server->graph_runs, 1, memory_order_relaxed);
 	run->prepared = prepared_find(run);
 	struct prepared *prepared = run->prepared;
+	request->run.cost_ns = prepared == NULL ? 0 : prepared->cost_ns;
 	if (prepared == NULL || !prepared->can_be_inline || !execute_fits_loop(request, prepared->cost_ns)) {
 		execute_graph(request);
 		return;

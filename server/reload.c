@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "server/daemon.h"
+#include "server/request.h"
 
 opd_status server_set_priorities(struct server *server, const struct config *config, opd_error *error)
 {
@@ -46,6 +47,21 @@ static bool module_known(const struct config *config, const char *path)
 	return false;
 }
 
+/* Sessions that are open keep their class; weights, rates and caps count from now on. */
+static void apply_policy(struct tenant *tenant, void *argument)
+{
+	struct server *server = argument;
+	config_tenant(server->config, tenant->name, &tenant->policy);
+	struct sched_group *group = tenant->groups[0];
+	if (group == NULL)
+		return;
+	struct scheduler *scheduler = lane_scheduler_lock(server->lane);
+	sched_group_set_weight(scheduler, group, tenant->policy.weight);
+	if (group->rate_ns != tenant->policy.device_rate_ns)
+		sched_group_set_rate(scheduler, group, tenant->policy.device_rate_ns, request_now_ns());
+	lane_scheduler_unlock(server->lane);
+}
+
 opd_status server_reload(struct server *server, struct config *config, opd_error *error)
 {
 	const struct config *before = server->config;
@@ -69,6 +85,8 @@ opd_status server_reload(struct server *server, struct config *config, opd_error
 		return opd_error_prefix(error, status, "reload");
 	log_set_level(server->log, config->level);
 	server_take_config(server, config);
+	server_bound_queues(server);
+	tenants_walk(server->tenants, apply_policy, server);
 	atomic_store(&server->memory.limit_bytes, config->limits.memory_bytes);
 	atomic_store(&server->account->limit_bytes, config->limits.memory_bytes);
 	config_destroy((struct config *)before);

@@ -1,5 +1,6 @@
 #include "server/request.h"
 
+#include <assert.h>
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
@@ -272,6 +273,8 @@ static void encode(struct request *request)
 static void finish(struct request *request)
 {
 	request->replied = true;
+	if (request->run.deadline_ns != 0 && !request->direct)
+		deadline_clear(&request->context->server->deadlines, request);
 	if (!request->direct)
 		encode(request);
 	request->on_reply(request);
@@ -357,6 +360,18 @@ static bool withdraw(struct request *request)
 	       lane_withdraw(request->context->server->lane, &request->job);
 }
 
+void request_expire(struct request *request)
+{
+	/* What has begun is finished: its kernel can't be taken back, and a result that is there is worth more than an error. */
+	if (request->replied || request->cancelled || !withdraw(request))
+		return;
+	request->cancelled = true;
+	stop_waiting(request);
+	(void)opd_fail(&request->error, OPD_DEADLINE_EXCEEDED, "%s: not started within its timeout of %" PRIu64 " us",
+	               request->run.op != NULL ? request->run.op->schema->name : steps[request->message.kind].name, request->message.run.timeout_us);
+	request_fail(request);
+}
+
 bool request_cancel(struct request *request)
 {
 	if (request->replied || request->cancelled || !can_be_cancelled(request))
@@ -398,7 +413,9 @@ void request_task(struct request *request, request_task_fn task, request_task_fn
 		return;
 	}
 	request->job = (struct lane_job){.run = task_run, .done = task_done};
-	lane_submit(request->context->server->lane, &request->job);
+	const bool queued = lane_submit(request->context->server->lane, &request->job); /* as the lane's own */
+	assert(queued);
+	(void)queued;
 }
 
 /* ---- Payloads ---- */

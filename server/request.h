@@ -59,7 +59,10 @@ struct request_run {
 	uint32_t donation_count;
 	struct buffer *scratch;
 	uint32_t device;            /* number of the device that it runs on */
+	sched_class class;          /* in the lane's order */
+	uint64_t cost_ns;           /* estimated; 0: unknown */
 	uint64_t deadline_ns;       /* 0: none */
+	struct heap_node deadline;  /* among its context's, while it waits to start */
 	struct msg_handle *handles; /* [output_count], once settled */
 	struct region **regions;    /* [region_count]: shared memory of operands, then of results, referenced; NULL where none (shared.c) */
 	uint32_t region_count;
@@ -139,6 +142,8 @@ void request_abandon(struct request *request, opd_status status, const char *why
 /* Nobody wants its result. One that hasn't begun on a lane ends with CANCELLED before this returns, and may be gone then; a kernel that runs is told,
  * and its end is the request's. Its owner expects no more of its payload. False: nothing was to be done. Not from on_reply or a waiter's callback. */
 bool request_cancel(struct request *request);
+/* Its deadline has come: answered now with DEADLINE_EXCEEDED, unless its kernel has begun. */
+void request_expire(struct request *request);
 
 /* ---- For the files that implement kinds of requests ---- */
 

@@ -282,6 +282,15 @@ static opd_status expect_kept(struct request *request, const struct msg_run *run
 	return status;
 }
 
+/* What it asks for, but nothing more urgent than its tenant may. */
+static sched_class class_of(const struct request *request)
+{
+	const uint32_t asked = request->message.run.service_class;
+	const struct session *session = request->session;
+	const sched_class class = asked == 0 ? session->class : (sched_class)(asked - 1);
+	return class < session->tenant->policy.class_max ? session->tenant->policy.class_max : class;
+}
+
 opd_status run_take(struct request *request)
 {
 	const struct msg_run *run = &request->message.run;
@@ -296,8 +305,11 @@ opd_status run_take(struct request *request)
 		status = expect_kept(request, run);
 	if (run->explain)
 		request->clock.accepted = request_now_ns();
+	request->run.class = class_of(request);
 	if (run->timeout_us != 0)
 		request->run.deadline_ns = request->clock.received + (run->timeout_us < UINT64_MAX / 2000 ? run->timeout_us * 1000 : UINT64_MAX / 2);
+	if (request->run.deadline_ns != 0 && !request->direct && status == OPD_OK)
+		deadline_set(&request->context->server->deadlines, request);
 	return status;
 }
 

@@ -12,24 +12,24 @@
 /* Weight of a new measurement in a flow's mean. */
 #define MEAN_STEP 0.125
 
-static const char *const class_names[SCHED_CLASSES] = {"realtime", "interactive", "batch"};
+static const char *const class_names[CLASS_COUNT] = {"realtime", "interactive", "batch"};
 
 const char *sched_class_name(uint32_t class)
 {
-	return class < SCHED_CLASSES ? class_names[class] : NULL;
+	return class < CLASS_COUNT ? class_names[class] : NULL;
 }
 
 sched_class sched_class_parse(const char *name, uint64_t bytes)
 {
-	for (uint32_t i = 0; i < SCHED_CLASSES; i++)
+	for (uint32_t i = 0; i < CLASS_COUNT; i++)
 		if (strlen(class_names[i]) == bytes && memcmp(class_names[i], name, bytes) == 0)
 			return (sched_class)i;
-	return SCHED_CLASSES;
+	return CLASS_COUNT;
 }
 
 void scheduler_init(struct scheduler *scheduler)
 {
-	*scheduler = (struct scheduler){.servers = 1, .min_share = {[SCHED_INTERACTIVE] = 0.1, [SCHED_BATCH] = 0.05}};
+	*scheduler = (struct scheduler){.servers = 1, .min_share = {[CLASS_INTERACTIVE] = 0.1, [CLASS_BATCH] = 0.05}};
 }
 
 void sched_group_init(struct sched_group *group, uint32_t weight)
@@ -40,7 +40,7 @@ void sched_group_init(struct sched_group *group, uint32_t weight)
 void sched_flow_init(struct sched_flow *flow, struct sched_group *group, uint32_t weight)
 {
 	*flow = (struct sched_flow){.group = group, .weight = weight};
-	for (uint32_t i = 0; i < SCHED_CLASSES; i++)
+	for (uint32_t i = 0; i < CLASS_COUNT; i++)
 		flow->classes[i].tail = &flow->classes[i].head;
 }
 
@@ -110,7 +110,7 @@ static void group_leave(struct scheduler *scheduler, struct sched_group *group, 
 
 static void throttle(struct scheduler *scheduler, struct sched_group *group)
 {
-	for (uint32_t i = 0; i < SCHED_CLASSES; i++)
+	for (uint32_t i = 0; i < CLASS_COUNT; i++)
 		group_leave(scheduler, group, i);
 	/* A little more than empty, so that it isn't asked for each job. */
 	double missing = 1000.0 - group->tokens_ns;
@@ -120,7 +120,7 @@ static void throttle(struct scheduler *scheduler, struct sched_group *group)
 static void unthrottle(struct scheduler *scheduler, struct sched_group *group)
 {
 	heap_remove(&scheduler->throttled, &group->throttled);
-	for (uint32_t i = 0; i < SCHED_CLASSES; i++)
+	for (uint32_t i = 0; i < CLASS_COUNT; i++)
 		group_join(scheduler, group, i);
 }
 
@@ -139,7 +139,7 @@ static void release_throttled(struct scheduler *scheduler, uint64_t now_ns)
 
 void sched_group_set_weight(struct scheduler *scheduler, struct sched_group *group, uint32_t weight)
 {
-	for (uint32_t i = 0; i < SCHED_CLASSES; i++)
+	for (uint32_t i = 0; i < CLASS_COUNT; i++)
 		if (heap_has(&group->classes[i].node))
 			scheduler->classes[i].weight += (uint64_t)weight - group->weight;
 	group->weight = weight;
@@ -147,7 +147,7 @@ void sched_group_set_weight(struct scheduler *scheduler, struct sched_group *gro
 
 void sched_flow_set_weight(struct sched_flow *flow, uint32_t weight)
 {
-	for (uint32_t i = 0; i < SCHED_CLASSES; i++)
+	for (uint32_t i = 0; i < CLASS_COUNT; i++)
 		if (heap_has(&flow->classes[i].node))
 			flow->group->classes[i].flows.weight += (uint64_t)weight - flow->weight;
 	flow->weight = weight;
@@ -160,6 +160,13 @@ void sched_group_set_rate(struct scheduler *scheduler, struct sched_group *group
 	group->filled_ns = now_ns;
 	if (is_throttled(group))
 		unthrottle(scheduler, group);
+}
+
+void scheduler_forget_rates(struct scheduler *scheduler)
+{
+	scheduler->rates_forgotten = true;
+	while (scheduler->throttled.first != NULL)
+		unthrottle(scheduler, THROTTLED_OF(scheduler->throttled.first));
 }
 
 /* ---- Queueing ---- */
@@ -187,8 +194,9 @@ bool scheduler_submit(struct scheduler *scheduler, struct sched_item *item, uint
 {
 	struct sched_flow *flow = item->flow;
 	struct sched_flow_class *queue = &flow->classes[item->class];
-	if ((scheduler->queue_max != 0 && scheduler->queued >= scheduler->queue_max) ||
-	    (scheduler->flow_queue_max != 0 && flow->queued >= scheduler->flow_queue_max))
+	const bool full = (scheduler->queue_max != 0 && scheduler->queued >= scheduler->queue_max) ||
+	                  (scheduler->flow_queue_max != 0 && flow->queued >= scheduler->flow_queue_max);
+	if (full && !flow->unbounded)
 		return false;
 	item->estimate_ns = estimate(item);
 	item->queued_ns = now_ns;
@@ -242,13 +250,13 @@ static struct sched_item *next_of(const struct scheduler *scheduler, uint32_t cl
 	return flow->classes[class].head;
 }
 
-/* The first class that waits, unless a lower one is owed its next job. SCHED_CLASSES: nobody waits. */
+/* The first class that waits, unless a lower one is owed its next job. CLASS_COUNT: nobody waits. */
 static uint32_t choose_class(const struct scheduler *scheduler)
 {
 	uint32_t first = 0;
-	while (first < SCHED_CLASSES && scheduler->classes[first].waiting.first == NULL)
+	while (first < CLASS_COUNT && scheduler->classes[first].waiting.first == NULL)
 		first++;
-	for (uint32_t i = first + 1; i < SCHED_CLASSES; i++)
+	for (uint32_t i = first + 1; i < CLASS_COUNT; i++)
 		if (scheduler->classes[i].waiting.first != NULL && scheduler->credit_ns[i] >= (double)next_of(scheduler, i)->estimate_ns)
 			return i;
 	return first;
@@ -260,7 +268,7 @@ static void settle_credit(struct scheduler *scheduler, uint32_t class, double ns
 	double *own = &scheduler->credit_ns[class];
 	if (ns > 0) /* an estimate that was too high gives no credit back: it could be more than was paid */
 		*own = *own > ns ? *own - ns : 0;
-	for (uint32_t i = class + 1; i < SCHED_CLASSES; i++) {
+	for (uint32_t i = class + 1; i < CLASS_COUNT; i++) {
 		double *credit = &scheduler->credit_ns[i];
 		if (scheduler->classes[i].waiting.first == NULL)
 			continue;
@@ -278,7 +286,7 @@ static void charge(struct scheduler *scheduler, struct sched_flow *flow, uint32_
 	level_charge(&group->classes[class].flows, &flow->classes[class].node, flow->weight, ns);
 	level_charge(&scheduler->classes[class], &group->classes[class].node, group->weight, ns);
 	settle_credit(scheduler, class, ns);
-	if (group->rate_ns == 0)
+	if (group->rate_ns == 0 || scheduler->rates_forgotten)
 		return;
 	group->tokens_ns -= ns;
 	if (group->tokens_ns < 0 && !is_throttled(group))
@@ -289,7 +297,7 @@ struct sched_item *scheduler_pick(struct scheduler *scheduler, uint64_t now_ns, 
 {
 	release_throttled(scheduler, now_ns);
 	const uint32_t class = choose_class(scheduler);
-	if (class == SCHED_CLASSES) {
+	if (class == CLASS_COUNT) {
 		*ready_ns_out = scheduler->throttled.first == NULL ? UINT64_MAX : (uint64_t)scheduler->throttled.first->key + 1;
 		return NULL;
 	}

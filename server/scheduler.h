@@ -18,10 +18,10 @@
 #include "server/heap.h"
 
 typedef enum sched_class {
-	SCHED_REALTIME = 0,
-	SCHED_INTERACTIVE = 1,
-	SCHED_BATCH = 2,
-	SCHED_CLASSES = 3,
+	CLASS_REALTIME = 0,
+	CLASS_INTERACTIVE = 1,
+	CLASS_BATCH = 2,
+	CLASS_COUNT = 3,
 } sched_class;
 
 #define SCHED_WEIGHT_DEFAULT 100u
@@ -70,7 +70,7 @@ struct sched_group_class {
 
 /* A tenant on one lane. */
 struct sched_group {
-	struct sched_group_class classes[SCHED_CLASSES];
+	struct sched_group_class classes[CLASS_COUNT];
 	uint32_t weight;
 	uint32_t queued;
 	uint32_t running;
@@ -84,9 +84,10 @@ struct sched_group {
 
 /* A session on one lane. */
 struct sched_flow {
-	struct sched_flow_class classes[SCHED_CLASSES];
+	struct sched_flow_class classes[CLASS_COUNT];
 	struct sched_group *group;
 	uint32_t weight;
+	bool unbounded; /* never refused */
 	uint32_t queued;
 	uint32_t running;
 	uint64_t queued_ns; /* estimates of what is queued */
@@ -95,11 +96,12 @@ struct sched_flow {
 };
 
 struct scheduler {
-	struct sched_level classes[SCHED_CLASSES]; /* of groups */
-	double credit_ns[SCHED_CLASSES];
-	double min_share[SCHED_CLASSES]; /* of the time that higher classes use while this one waits; 0 to 1 */
-	uint32_t waiting[SCHED_CLASSES]; /* items queued */
+	struct sched_level classes[CLASS_COUNT]; /* of groups */
+	double credit_ns[CLASS_COUNT];
+	double min_share[CLASS_COUNT]; /* of the time that higher classes use while this one waits; 0 to 1 */
+	uint32_t waiting[CLASS_COUNT]; /* items queued */
 	struct heap throttled;
+	bool rates_forgotten;
 	uint32_t queued;
 	uint32_t running;
 	uint64_t queued_ns;
@@ -118,6 +120,8 @@ void sched_group_set_weight(struct scheduler *scheduler, struct sched_group *gro
 void sched_flow_set_weight(struct sched_flow *flow, uint32_t weight);
 /* Device nanoseconds a second; 0: no bound. */
 void sched_group_set_rate(struct scheduler *scheduler, struct sched_group *group, uint64_t rate_ns, uint64_t now_ns);
+/* Nobody waits for its rate any more: at the end, what is queued still runs. */
+void scheduler_forget_rates(struct scheduler *scheduler);
 
 /* item->flow, class and estimate_ns are set. False: the queue of the lane, or of the flow, is full; nothing has changed. */
 bool scheduler_submit(struct scheduler *scheduler, struct sched_item *item, uint64_t now_ns);
@@ -137,7 +141,7 @@ double scheduler_share(const struct scheduler *scheduler, const struct sched_flo
 
 /* "realtime"…; NULL for a number out of range. */
 const char *sched_class_name(uint32_t class);
-/* SCHED_CLASSES: no such name. */
+/* CLASS_COUNT: no such name. */
 sched_class sched_class_parse(const char *name, uint64_t bytes);
 
 #endif

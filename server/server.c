@@ -303,6 +303,8 @@ static opd_status open_loop(struct server *server, opd_error *error)
 		failed = uv_idle_init(&server->loop, &server->again);
 	if (failed == 0)
 		failed = open_tick(server);
+	if (failed == 0)
+		failed = deadlines_open(&server->deadlines, &server->loop);
 	server->wake.data = server->flush.data = server->again.data = server->tick.data = server;
 	if (failed == 0)
 		failed = uv_check_start(&server->flush, on_flush);
@@ -355,13 +357,16 @@ static opd_status start(struct server *server, opd_error *error)
 		status = memory_init(&server->memory, config->limits.memory_bytes, config->limits.cache_bytes, error);
 	if (status == OPD_OK) {
 		server->account = account_create(&server->memory, config->limits.memory_bytes);
-		server->publications = publications_create(&server->memory);
+		server->tenants = tenants_create(&server->memory);
+		server->publications = publications_create(server->tenants);
 		server->stage = malloc(CONN_STAGE_BYTES);
-		if (server->account == NULL || server->publications == NULL || server->stage == NULL)
+		if (server->account == NULL || server->tenants == NULL || server->publications == NULL || server->stage == NULL)
 			status = opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: out of memory");
 	}
 	if (status == OPD_OK)
 		status = lane_create(&lane, &server->lane, error);
+	if (status == OPD_OK)
+		server_bound_queues(server);
 	if (status == OPD_OK)
 		status = plans_create(PLAN_ENTRIES, PLAN_BYTES, &server->plans, error);
 	if (status == OPD_OK)
@@ -371,6 +376,14 @@ static opd_status start(struct server *server, opd_error *error)
 	for (size_t i = 0; status == OPD_OK && i < config->listener_count; i++)
 		status = listener_open(server, &config->listeners[i], error);
 	return status;
+}
+
+void server_bound_queues(struct server *server)
+{
+	struct scheduler *scheduler = lane_scheduler_lock(server->lane);
+	scheduler->flow_queue_max = server->config->limits.queue;
+	scheduler->queue_max = server->config->limits.lane_queue;
+	lane_scheduler_unlock(server->lane);
 }
 
 void server_take_config(struct server *server, struct config *config)
@@ -465,11 +478,13 @@ void server_destroy(struct server *server)
 	free_forgotten(server);
 	if (server->account != NULL) {
 		publications_destroy(server->publications);
+		tenants_destroy(server->tenants);
 		account_unref(server->account);
 		memory_fini(&server->memory);
 	}
 	if (server->tick_fd >= 0)
 		(void)close(server->tick_fd);
+	deadlines_close(&server->deadlines);
 	free(server->stage);
 	config_destroy(server->config);
 	(void)pthread_mutex_destroy(&server->mutex);

@@ -170,6 +170,15 @@ OPD_API void opd_request_allow_tf32(opd_request *request, bool allow);
 OPD_API void opd_request_device(opd_request *request, const char *device); /* "cpu", "cuda:1"; NULL: any */
 OPD_API void opd_request_timeout(opd_request *request, uint64_t timeout_us); /* of the server's, from receipt; 0: none */
 
+/* How urgent: classes go in strict order on each lane, and none starves. At most what the tenant may (the daemon's configuration). */
+typedef enum opd_class {
+	OPD_CLASS_NORMAL = 0, /* the session's own: the tenant's default */
+	OPD_CLASS_REALTIME = 1,
+	OPD_CLASS_INTERACTIVE = 2,
+	OPD_CLASS_BATCH = 3,
+} opd_class;
+OPD_API void opd_request_class(opd_request *request, opd_class service_class);
+
 typedef enum opd_mode {
 	OPD_MODE_RUN = 0,
 	OPD_MODE_FAKE = 1, /* results' dtypes and shapes only; no tensor data moves */

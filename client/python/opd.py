@@ -376,6 +376,14 @@ def _write_args(run, args, attrs, payload, bare):
         _write_value(run.args.add(name=name), value, payload, bare)
 
 
+def _service_class(name):
+    if name is None:
+        return pb.NORMAL
+    if name not in ("realtime", "interactive", "batch"):
+        raise ValueError(f"service_class is {name!r}, expected 'realtime', 'interactive' or 'batch'")
+    return pb.ServiceClass.Value(name.upper())
+
+
 class Graph:
     """Ops that run as one request. Described here, registered by Client.register, run by what that gives:
 
@@ -435,7 +443,7 @@ class Registered:
     def __call__(self, *args, **options):
         return self.submit(*args, **options).result()
 
-    def submit(self, *args, explain=False, keep=False, copy=True, timeout=None, inline_results=False, mode=pb.RUN, attrs=None, **named):
+    def submit(self, *args, explain=False, keep=False, copy=True, timeout=None, service_class=None, inline_results=False, mode=pb.RUN, attrs=None, **named):
         """A Future of the Result: options as of Client.run; its `graph` (with explain) and `states` are the graph's."""
         payload = _Payload()
         run = pb.RunGraph(graph=self.id, explain=explain, inline_results=inline_results, mode=mode)
@@ -443,6 +451,7 @@ class Registered:
             _write_value(run.inputs.add(name=name), value, payload, mode != pb.RUN)
         if timeout is not None:
             run.timeout_us = max(1, int(timeout * 1e6))
+        run.service_class = _service_class(service_class)
         wanted = range(self._outputs) if keep is True else keep or ()
         for index in range(max(wanted, default=-1) + 1):
             run.outputs.add(keep=index in wanted, no_copy=index in wanted and not copy)
@@ -732,7 +741,7 @@ class Client:
 
         priority: list of providers, for this request. strict: no fallback. explain, uuid: more in the result. keep: True, or the
         indices of outputs that stay in the session. copy: False leaves kept outputs out of the reply. device: "cpu", "cuda:1".
-        timeout: seconds, the server's. retry, allow_tf32, inline_results: as in the protocol."""
+        timeout: seconds, the server's. service_class: "realtime", "interactive", "batch" (None: the session's). retry, allow_tf32, inline_results: as in the protocol."""
         future = self.submit(op, *args, **options)
         try:
             return future.result()
@@ -749,7 +758,7 @@ class Client:
         return self.submit(op, *args, mode=pb.DRY, explain=True, **options).result()
 
     def submit(self, op, *args, priority=None, strict=False, explain=False, uuid=False, keep=False, copy=True, device="",
-               timeout=None, retry=False, allow_tf32=False, inline_results=False, mode=pb.RUN, attrs=None, **named):
+               timeout=None, service_class=None, retry=False, allow_tf32=False, inline_results=False, mode=pb.RUN, attrs=None, **named):
         """As run, without waiting: a Future."""
         payload, bare = _Payload(), mode != pb.RUN
         run = pb.Run(op=op, strict=strict, mode=mode, explain=explain, uuid=uuid, device=device, retry=retry,
@@ -760,6 +769,7 @@ class Client:
             run.priority.names.extend(priority)
         if timeout is not None:
             run.timeout_us = max(1, int(timeout * 1e6))
+        run.service_class = _service_class(service_class)
         if keep is not False:
             self._write_keep(run, keep, copy)
         return self._submit(pb.Request(run=run), Result, payload)

@@ -199,7 +199,7 @@ void simulator_run(struct simulator *simulator, uint64_t until_ns)
 
 static void drop_queue(struct simulator *simulator, struct sim_client *client)
 {
-	for (uint32_t i = 0; i < SCHED_CLASSES; i++)
+	for (uint32_t i = 0; i < CLASS_COUNT; i++)
 		for (struct sched_item *item; (item = client->flow.classes[i].head) != NULL; free(item))
 			(void)scheduler_withdraw(&simulator->scheduler, item);
 }

@@ -72,8 +72,8 @@ START_TEST(two_sessions_share_device_time_by_weight_whatever_their_ops_cost)
 	const double costs[][2] = {{10 * US, 10 * MS}, {10 * MS, 10 * US}, {100 * US, 100 * US}, {3 * US, 700 * US}};
 	start(_i < 4 ? 1 : 4, 1);
 	struct sched_group *tenant = simulator_tenant(&sim, 100);
-	struct sim_client *a = simulator_client(&sim, tenant, 1, saturating(SCHED_INTERACTIVE, SIM_FIXED, costs[_i % 4][0]));
-	struct sim_client *b = simulator_client(&sim, tenant, 3, saturating(SCHED_INTERACTIVE, SIM_EXPONENTIAL, costs[_i % 4][1]));
+	struct sim_client *a = simulator_client(&sim, tenant, 1, saturating(CLASS_INTERACTIVE, SIM_FIXED, costs[_i % 4][0]));
+	struct sim_client *b = simulator_client(&sim, tenant, 3, saturating(CLASS_INTERACTIVE, SIM_EXPONENTIAL, costs[_i % 4][1]));
 	simulator_run(&sim, 5ull * SECOND);
 	expect_share(a, 0.25, 0.02);
 	expect_share(b, 0.75, 0.02);
@@ -87,8 +87,8 @@ START_TEST(two_tenants_share_by_weight_however_many_sessions_they_open)
 	struct sched_group *small = simulator_tenant(&sim, 1);
 	struct sched_group *large = simulator_tenant(&sim, 3);
 	for (int i = 0; i < 200; i++)
-		(void)simulator_client(&sim, small, 100, saturating(SCHED_BATCH, SIM_PARETO, 50 * US));
-	struct sim_client *one = simulator_client(&sim, large, 100, saturating(SCHED_BATCH, SIM_FIXED, 2 * MS));
+		(void)simulator_client(&sim, small, 100, saturating(CLASS_BATCH, SIM_PARETO, 50 * US));
+	struct sim_client *one = simulator_client(&sim, large, 100, saturating(CLASS_BATCH, SIM_FIXED, 2 * MS));
 	simulator_run(&sim, 5ull * SECOND);
 	expect_share(one, 0.75, 0.02);
 	ck_assert_uint_gt(small->usage.device_ns, 0);
@@ -101,7 +101,7 @@ START_TEST(a_hundred_sessions_of_equal_weight_get_the_same)
 	start(2, 3);
 	struct sched_group *tenant = simulator_tenant(&sim, 100);
 	for (int i = 0; i < 100; i++)
-		(void)simulator_client(&sim, tenant, 100, saturating(SCHED_INTERACTIVE, (sim_costs)(i % 3), (i % 7 + 1) * 40 * US));
+		(void)simulator_client(&sim, tenant, 100, saturating(CLASS_INTERACTIVE, (sim_costs)(i % 3), (i % 7 + 1) * 40 * US));
 	simulator_run(&sim, 5ull * SECOND);
 	ck_assert_msg(fairness(0, 100) > 0.99, "Jain's index %.4f", fairness(0, 100));
 	stop();
@@ -115,7 +115,7 @@ START_TEST(thousands_of_sessions_with_heavy_tails_get_the_same)
 		struct sched_group *tenant = simulator_tenant(&sim, 100);
 		for (int i = 0; i < 60; i++)
 			(void)simulator_client(&sim, tenant, 100,
-			                       (struct sim_work){.class = SCHED_BATCH, .in_flight = 2, .costs = SIM_PARETO, .cost_ns = 100 * US});
+			                       (struct sim_work){.class = CLASS_BATCH, .in_flight = 2, .costs = SIM_PARETO, .cost_ns = 100 * US});
 	}
 	simulator_run(&sim, 60ull * SECOND);
 	double least = 1e18, most = 0;
@@ -133,8 +133,8 @@ START_TEST(who_was_idle_gets_no_credit_for_it)
 {
 	start(1, 5);
 	struct sched_group *a = simulator_tenant(&sim, 100), *b = simulator_tenant(&sim, 100);
-	struct sim_client *first = simulator_client(&sim, a, 100, saturating(SCHED_BATCH, SIM_FIXED, 1 * MS));
-	struct sim_work late = saturating(SCHED_BATCH, SIM_FIXED, 1 * MS);
+	struct sim_client *first = simulator_client(&sim, a, 100, saturating(CLASS_BATCH, SIM_FIXED, 1 * MS));
+	struct sim_work late = saturating(CLASS_BATCH, SIM_FIXED, 1 * MS);
 	late.from_ns = 10ull * SECOND;
 	struct sim_client *second = simulator_client(&sim, b, 100, late);
 	simulator_run(&sim, 10ull * SECOND);
@@ -151,8 +151,8 @@ START_TEST(a_changed_weight_counts_from_then_on)
 {
 	start(1, 6);
 	struct sched_group *a = simulator_tenant(&sim, 100), *b = simulator_tenant(&sim, 100);
-	struct sim_client *one = simulator_client(&sim, a, 100, saturating(SCHED_BATCH, SIM_FIXED, 300 * US));
-	(void)simulator_client(&sim, b, 100, saturating(SCHED_BATCH, SIM_FIXED, 200 * US));
+	struct sim_client *one = simulator_client(&sim, a, 100, saturating(CLASS_BATCH, SIM_FIXED, 300 * US));
+	(void)simulator_client(&sim, b, 100, saturating(CLASS_BATCH, SIM_FIXED, 200 * US));
 	simulator_run(&sim, 1ull * SECOND);
 	sched_group_set_weight(&sim.scheduler, a, 900);
 	const uint64_t before = one->device_ns;
@@ -169,9 +169,9 @@ START_TEST(a_realtime_request_waits_for_one_running_kernel_at_most)
 {
 	start(1, 7);
 	for (int t = 0; t < 20; t++)
-		(void)simulator_client(&sim, simulator_tenant(&sim, 100), 100, saturating(SCHED_BATCH, SIM_FIXED, 2 * MS));
+		(void)simulator_client(&sim, simulator_tenant(&sim, 100), 100, saturating(CLASS_BATCH, SIM_FIXED, 2 * MS));
 	struct sim_client *urgent =
-		simulator_client(&sim, simulator_tenant(&sim, 1), 1, arriving(SCHED_REALTIME, 20 * MS, SIM_FIXED, 100 * US));
+		simulator_client(&sim, simulator_tenant(&sim, 1), 1, arriving(CLASS_REALTIME, 20 * MS, SIM_FIXED, 100 * US));
 	simulator_watch(urgent);
 	simulator_run(&sim, 20ull * SECOND);
 	ck_assert_uint_gt(urgent->waits->count, 500);
@@ -186,10 +186,10 @@ START_TEST(no_class_starves)
 {
 	start(2, 8);
 	for (int t = 0; t < 4; t++)
-		(void)simulator_client(&sim, simulator_tenant(&sim, 100), 100, saturating(SCHED_REALTIME, SIM_EXPONENTIAL, 500 * US));
+		(void)simulator_client(&sim, simulator_tenant(&sim, 100), 100, saturating(CLASS_REALTIME, SIM_EXPONENTIAL, 500 * US));
 	struct sim_client *middle =
-		simulator_client(&sim, simulator_tenant(&sim, 100), 100, saturating(SCHED_INTERACTIVE, SIM_EXPONENTIAL, 300 * US));
-	struct sim_client *lowest = simulator_client(&sim, simulator_tenant(&sim, 100), 100, saturating(SCHED_BATCH, SIM_FIXED, 5 * MS));
+		simulator_client(&sim, simulator_tenant(&sim, 100), 100, saturating(CLASS_INTERACTIVE, SIM_EXPONENTIAL, 300 * US));
+	struct sim_client *lowest = simulator_client(&sim, simulator_tenant(&sim, 100), 100, saturating(CLASS_BATCH, SIM_FIXED, 5 * MS));
 	simulator_watch(lowest);
 	simulator_run(&sim, 20ull * SECOND);
 	expect_share(middle, 0.1 / 1.15, 0.02);
@@ -203,7 +203,7 @@ END_TEST
 START_TEST(a_class_alone_has_all)
 {
 	start(2, 9);
-	struct sim_client *lowest = simulator_client(&sim, simulator_tenant(&sim, 1), 1, saturating(SCHED_BATCH, SIM_FIXED, 1 * MS));
+	struct sim_client *lowest = simulator_client(&sim, simulator_tenant(&sim, 1), 1, saturating(CLASS_BATCH, SIM_FIXED, 1 * MS));
 	simulator_run(&sim, 1ull * SECOND);
 	ck_assert_uint_ge(lowest->device_ns, 1990000000u);
 	stop();
@@ -217,10 +217,10 @@ START_TEST(small_sessions_hardly_notice_a_large_one)
 	start(4, 10);
 	for (int t = 0; t < 8; t++)
 		(void)simulator_client(&sim, simulator_tenant(&sim, 100), 100,
-		                       (struct sim_work){.class = SCHED_INTERACTIVE, .in_flight = 512, .costs = SIM_PARETO, .cost_ns = 300 * US});
+		                       (struct sim_work){.class = CLASS_INTERACTIVE, .in_flight = 512, .costs = SIM_PARETO, .cost_ns = 300 * US});
 	for (int i = 0; i < 2000; i++)
 		simulator_watch(simulator_client(&sim, simulator_tenant(&sim, 100), 100,
-		                                 arriving(SCHED_INTERACTIVE, 4000 * MS, SIM_EXPONENTIAL, 300 * US)));
+		                                 arriving(CLASS_INTERACTIVE, 4000 * MS, SIM_EXPONENTIAL, 300 * US)));
 	simulator_run(&sim, 20ull * SECOND);
 	static struct histogram all;
 	for (uint32_t i = 8; i < sim.client_count; i++)
@@ -242,8 +242,8 @@ START_TEST(queues_are_bounded_and_others_go_on)
 	sim.scheduler.flow_queue_max = 16;
 	sim.scheduler.queue_max = 40;
 	struct sched_group *tenant = simulator_tenant(&sim, 100);
-	struct sim_client *flood = simulator_client(&sim, tenant, 100, arriving(SCHED_BATCH, 10 * US, SIM_FIXED, 1 * MS));
-	struct sim_client *calm = simulator_client(&sim, tenant, 100, arriving(SCHED_BATCH, 20 * MS, SIM_FIXED, 1 * MS));
+	struct sim_client *flood = simulator_client(&sim, tenant, 100, arriving(CLASS_BATCH, 10 * US, SIM_FIXED, 1 * MS));
+	struct sim_client *calm = simulator_client(&sim, tenant, 100, arriving(CLASS_BATCH, 20 * MS, SIM_FIXED, 1 * MS));
 	for (int i = 0; i < 200; i++) {
 		simulator_run(&sim, (uint64_t)i * 5000000);
 		ck_assert_uint_le(flood->flow.queued, 16);
@@ -252,7 +252,7 @@ START_TEST(queues_are_bounded_and_others_go_on)
 	ck_assert_uint_gt(flood->refused, 50000);
 	ck_assert_uint_eq(calm->refused, 0);
 	/* What it is told to wait: its queue of 16, at half of the lane while the other waits, at all of it while it doesn't. */
-	const uint64_t wait = scheduler_wait_ns(&sim.scheduler, &flood->flow, SCHED_BATCH);
+	const uint64_t wait = scheduler_wait_ns(&sim.scheduler, &flood->flow, CLASS_BATCH);
 	ck_assert_msg(wait >= 10 * MS && wait <= 40 * MS, "wait %.1f ms", (double)wait / 1e6);
 	stop();
 }
@@ -263,8 +263,8 @@ START_TEST(a_rate_bounds_device_time_and_leaves_the_rest_to_others)
 	start(2, 12);
 	struct sched_group *bounded = simulator_tenant(&sim, 900), *free_one = simulator_tenant(&sim, 100);
 	sched_group_set_rate(&sim.scheduler, bounded, SECOND / 2, 0);
-	struct sim_client *a = simulator_client(&sim, bounded, 100, saturating(SCHED_INTERACTIVE, SIM_EXPONENTIAL, 3 * MS));
-	struct sim_client *b = simulator_client(&sim, free_one, 100, saturating(SCHED_BATCH, SIM_FIXED, 1 * MS));
+	struct sim_client *a = simulator_client(&sim, bounded, 100, saturating(CLASS_INTERACTIVE, SIM_EXPONENTIAL, 3 * MS));
+	struct sim_client *b = simulator_client(&sim, free_one, 100, saturating(CLASS_BATCH, SIM_FIXED, 1 * MS));
 	simulator_run(&sim, 20ull * SECOND);
 	/* Half a second each second, and the bucket that was full at the start. */
 	ck_assert_msg(a->device_ns > 9.9 * SECOND && a->device_ns < 10.6 * SECOND, "%.3f s", (double)a->device_ns / 1e9);
@@ -278,7 +278,7 @@ START_TEST(a_lone_bounded_tenant_is_served_again_when_its_bucket_fills)
 	start(1, 13);
 	struct sched_group *bounded = simulator_tenant(&sim, 100);
 	sched_group_set_rate(&sim.scheduler, bounded, SECOND / 10, 0);
-	struct sim_client *a = simulator_client(&sim, bounded, 100, saturating(SCHED_INTERACTIVE, SIM_FIXED, 1 * MS));
+	struct sim_client *a = simulator_client(&sim, bounded, 100, saturating(CLASS_INTERACTIVE, SIM_FIXED, 1 * MS));
 	simulator_run(&sim, 10ull * SECOND);
 	ck_assert_msg(a->device_ns > 1.0 * SECOND && a->device_ns < 1.12 * SECOND, "%.3f s", (double)a->device_ns / 1e9);
 	stop();
@@ -322,7 +322,7 @@ START_TEST(withdrawn_items_leave_nothing)
 		ck_assert_uint_eq(scheduler.queued, 0);
 		ck_assert_uint_eq(scheduler.queued_ns, 0);
 		ck_assert_uint_eq(scheduler.running, 0);
-		for (int i = 0; i < SCHED_CLASSES; i++)
+		for (int i = 0; i < CLASS_COUNT; i++)
 			ck_assert_ptr_null(scheduler.classes[i].waiting.first);
 	}
 }
@@ -338,13 +338,13 @@ START_TEST(one_session_is_served_in_the_order_of_its_requests)
 	sched_group_init(&group, 1);
 	sched_flow_init(&flow, &group, 1);
 	for (int i = 0; i < 50; i++) {
-		items[i] = (struct sched_item){.flow = &flow, .class = SCHED_INTERACTIVE};
+		items[i] = (struct sched_item){.flow = &flow, .class = CLASS_INTERACTIVE};
 		ck_assert(scheduler_submit(&scheduler, &items[i], 0));
 	}
 	uint64_t ready;
 	for (int i = 0; i < 50; i++) {
 		ck_assert_ptr_eq(scheduler_pick(&scheduler, 0, &ready), &items[i]);
-		scheduler_complete(&scheduler, &flow, SCHED_INTERACTIVE, items[i].estimate_ns, (uint64_t)i * 1000);
+		scheduler_complete(&scheduler, &flow, CLASS_INTERACTIVE, items[i].estimate_ns, (uint64_t)i * 1000);
 	}
 	ck_assert_ptr_null(scheduler_pick(&scheduler, 0, &ready));
 	ck_assert_uint_eq(ready, UINT64_MAX);
@@ -353,11 +353,11 @@ END_TEST
 
 START_TEST(classes_have_names)
 {
-	for (uint32_t i = 0; i < SCHED_CLASSES; i++)
+	for (uint32_t i = 0; i < CLASS_COUNT; i++)
 		ck_assert_uint_eq(sched_class_parse(sched_class_name(i), strlen(sched_class_name(i))), i);
-	ck_assert_uint_eq(sched_class_parse("batch2", 6), SCHED_CLASSES);
-	ck_assert_uint_eq(sched_class_parse("", 0), SCHED_CLASSES);
-	ck_assert_ptr_null(sched_class_name(SCHED_CLASSES));
+	ck_assert_uint_eq(sched_class_parse("batch2", 6), CLASS_COUNT);
+	ck_assert_uint_eq(sched_class_parse("", 0), CLASS_COUNT);
+	ck_assert_ptr_null(sched_class_name(CLASS_COUNT));
 }
 END_TEST
 
