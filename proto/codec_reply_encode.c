@@ -237,6 +237,10 @@ static Opd__V1__Info *write_info(struct arena *arena, const struct msg_info *in)
 	out->draining = in->draining;
 	out->graph_runs = in->graph_runs;
 	out->graph_dispatches = in->graph_dispatches;
+	out->derived_copies = in->derived_copies;
+	out->derived_bytes = in->derived_bytes;
+	out->derived_found = in->derived_found;
+	out->derived_made = in->derived_made;
 	return out;
 }
 

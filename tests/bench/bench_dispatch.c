@@ -124,7 +124,7 @@ static void check(opd_status status, const opd_error *error, const char *what)
 
 static void parts_open(struct parts *parts)
 {
-	static const struct registry_services services = {serial_for, never_cancelled, host_alloc, host_free, NULL};
+	static const struct registry_services services = {.parallel_for = serial_for, .cancelled = never_cancelled, .alloc = host_alloc, .free = host_free};
 	opd_error error;
 	check(log_init(&parts->log, LOG_ERROR, LOG_TEXT, NULL, &error), &error, "log");
 	check(registry_create(&parts->log, &services, &parts->registry, &error), &error, "registry");
