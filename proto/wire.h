@@ -86,6 +86,7 @@ static inline bool wire_bytes(struct wire *in, struct wire *out)
 /* The next field; `in` isn't at its end. False also for groups and 32-bit fields, which no message of ours has. */
 static inline bool wire_next(struct wire *in, struct wire_field *out)
 {
+	*out = (struct wire_field){0}; /* compilers don't see that a tag tells which of them are there */
 	if (!wire_tag(in, &out->tag))
 		return false;
 	switch (out->tag & 7) {
