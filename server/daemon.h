@@ -21,6 +21,7 @@
 #include "server/tensors.h"
 
 struct allocation;
+struct derived;
 struct listener;
 struct conn;
 struct post;
@@ -32,6 +33,7 @@ struct server {
 	_Atomic uint64_t inline_ns;
 	struct registry *registry;
 	struct plans *plans;
+	struct derived *derived;
 	struct memory memory;
 	struct account *account; /* what modules allocate */
 	struct tenants *tenants;

@@ -24,6 +24,7 @@
 
 struct lane;
 struct lane_exec;
+struct derived_run;
 
 /* Embedded in what its owner runs. Zeroed but for the callbacks when it is submitted. */
 struct lane_job {
@@ -42,6 +43,7 @@ struct lane_exec {
 	uint32_t threads;     /* that a parallel loop may use, this one included */
 	bool in_loop;         /* a parallel loop is open */
 	uint64_t helped_ns;   /* time that other threads spent on its loops */
+	struct derived_run *derived; /* the job's: derived copies that its kernel has; NULL: it gets none */
 };
 
 /* A thread without work watches for so long before it sleeps, and yields meanwhile: enough for the next job of a busy client (then lane_submit

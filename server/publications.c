@@ -9,6 +9,7 @@
 
 #include "proto/bounds.h"
 #include "proto/text.h"
+#include "server/derived.h"
 #include "server/kept.h"
 #include "server/session.h"
 #include "server/tenant.h"
@@ -57,6 +58,7 @@ struct hold {
 
 struct publications {
 	pthread_mutex_t mutex;
+	struct memory *memory;
 	struct tenants *tenants;
 	struct content *contents;
 	struct publication *first;
@@ -64,7 +66,7 @@ struct publications {
 	uint32_t count;
 };
 
-struct publications *publications_create(struct tenants *tenants)
+struct publications *publications_create(struct memory *memory, struct tenants *tenants)
 {
 	/* A process that ends with this daemon in it must not take OpenSSL away from lanes that still hash. */
 	(void)OPENSSL_init_crypto(OPENSSL_INIT_NO_ATEXIT, NULL);
@@ -75,6 +77,7 @@ struct publications *publications_create(struct tenants *tenants)
 		free(table);
 		return NULL;
 	}
+	table->memory = memory;
 	table->tenants = tenants;
 	table->end = &table->first;
 	return table;
@@ -146,6 +149,7 @@ static void content_settle(struct publications *table, struct content *content)
 		link = &(*link)->next;
 	*link = content->next;
 	assert(content->holders == NULL);
+	derived_forget(table->memory->derived, content->id, content->version);
 	buffer_unref(content->buffer);
 	free(content);
 }

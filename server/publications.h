@@ -19,11 +19,12 @@
 struct hold;
 struct kept_tensor;
 struct publications;
+struct memory;
 struct session;
 struct tenants;
 
 /* NULL: out of memory. */
-struct publications *publications_create(struct tenants *tenants);
+struct publications *publications_create(struct memory *memory, struct tenants *tenants);
 /* Lasting ones end here. NULL is allowed. */
 void publications_destroy(struct publications *table);
 

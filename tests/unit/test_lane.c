@@ -627,14 +627,11 @@ START_TEST(flows_take_turns_by_their_weights_and_not_by_who_came_first)
 		ck_assert(lane_submit(bench.lane, &jobs[i].job));
 	}
 	take_until(2 * EACH + 1);
-	uint32_t before = 0; /* of the light one's jobs, before the heavy one's last */
-	uint32_t last = 0;
-	for (size_t i = EACH; i < 2 * EACH; i++)
-		last = jobs[i].order > last ? jobs[i].order : last;
+	/* How many turns each has is for test_scheduler.c, on a clock that nothing disturbs. Here: who came last had its first turn second. */
+	uint32_t before = 0;
 	for (size_t i = 0; i < EACH; i++)
-		before += jobs[i].order < last;
-	/* 20 on a quiet machine; one that does something else adds to what a job is charged. First come, first served would be all of them. */
-	ck_assert_msg(before >= 2 && before <= EACH * 3 / 4, "%u of the light one's before the heavy one's last, expected about %u", before, EACH / 3);
+		before += jobs[i].order < jobs[EACH].order;
+	ck_assert_uint_eq(before, 1);
 	ck_assert_uint_ge(light.usage.device_ns, EACH * 100000);
 	stop();
 	free(jobs);
