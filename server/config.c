@@ -59,6 +59,7 @@ struct config *config_create(void)
 		.kept = 65536,
 		.regions = 16,
 		.shared_bytes = 4ull << 30,
+		.ring_bytes = 32u << 20,
 		.queue = 1024,
 		.lane_queue = 65536,
 		.handshake_us = 10 * 1000000,
@@ -66,6 +67,8 @@ struct config *config_create(void)
 		.drain_us = 30 * 1000000,
 	};
 	config->inline_ns = 5000;
+	config->polling_window_us = 50;
+	config->polling_budget_us = 500000;
 	config->level = LOG_INFO;
 	config->format = LOG_TEXT;
 	config_derive_limits(config);
