@@ -6,7 +6,7 @@ struct document {
 };
 
 /* Zeroed, with the result's name in front of it. */
-static void *document_alloc(opd_result *result, size_t bytes)
+void *document_alloc(opd_result *result, size_t bytes)
 {
 	struct document *document = arena_zalloc(&result->arena, sizeof *document + bytes);
 	if (document == NULL)

@@ -288,6 +288,9 @@ static bool write_body(struct arena *arena, const struct msg_reply *in, Opd__V1_
 	case MSG_REPLY_MEMORY:
 	case MSG_REPLY_RINGS:
 		return write_memory_reply(arena, in, out);
+	case MSG_REPLY_SESSIONS:
+		out->body_case = OPD__V1__REPLY__BODY_SESSIONS;
+		return (out->sessions = write_sessions(arena, &in->sessions)) != NULL;
 	case MSG_REPLY_PUBLICATIONS:
 		out->body_case = OPD__V1__REPLY__BODY_PUBLICATIONS;
 		return (out->publications = write_publications(arena, in)) != NULL;

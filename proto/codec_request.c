@@ -211,6 +211,14 @@ static opd_status read_request(struct reader *reader, const Opd__V1__Request *in
 		out->kind = MSG_REQUEST_ATTACH_RINGS;
 		out->rings = (struct msg_attach_rings){in->attach_rings->request_bytes, in->attach_rings->reply_bytes, in->attach_rings->poll_us};
 		return OPD_OK;
+	case OPD__V1__REQUEST__BODY_LIST_SESSIONS:
+		out->kind = MSG_REQUEST_LIST_SESSIONS;
+		out->first_session = in->list_sessions->first;
+		return OPD_OK;
+	case OPD__V1__REQUEST__BODY_SET_SESSION:
+		out->kind = MSG_REQUEST_SET_SESSION;
+		out->set_session = (struct msg_set_session){.session = in->set_session->session, .weight = in->set_session->weight};
+		return read_service_class(reader, (int)in->set_session->service_class, &out->set_session.service_class);
 	default:
 		out->kind = MSG_REQUEST_NONE;
 		return OPD_OK;
@@ -469,6 +477,9 @@ static bool write_request(struct arena *arena, const struct msg_request *in, Opd
 	case MSG_REQUEST_DRAIN:
 	case MSG_REQUEST_FREE_GRAPH:
 		return write_small(arena, in, out);
+	case MSG_REQUEST_LIST_SESSIONS:
+	case MSG_REQUEST_SET_SESSION:
+		return write_session_request(arena, in, out);
 	case MSG_REQUEST_ATTACH_MEMORY:
 	case MSG_REQUEST_DETACH_MEMORY:
 	case MSG_REQUEST_ATTACH_RINGS:

@@ -495,12 +495,20 @@ typedef enum msg_request_kind {
 	MSG_REQUEST_ATTACH_MEMORY,
 	MSG_REQUEST_DETACH_MEMORY,
 	MSG_REQUEST_ATTACH_RINGS,
+	MSG_REQUEST_LIST_SESSIONS,
+	MSG_REQUEST_SET_SESSION,
 } msg_request_kind;
 
 struct msg_attach_rings {
 	uint64_t request_bytes;
 	uint64_t reply_bytes;
 	uint64_t poll_us;
+};
+
+struct msg_set_session {
+	uint64_t session;
+	uint32_t weight;        /* 0: as it is */
+	uint32_t service_class; /* 0: as it is */
 };
 
 struct msg_request {
@@ -527,6 +535,8 @@ struct msg_request {
 		uint64_t memory_bytes; /* ATTACH_MEMORY */
 		uint32_t region;       /* DETACH_MEMORY */
 		struct msg_attach_rings rings;
+		uint64_t first_session; /* LIST_SESSIONS */
+		struct msg_set_session set_session;
 	};
 };
 
@@ -577,8 +587,62 @@ typedef enum msg_reply_kind {
 	MSG_REPLY_PUBLICATIONS,
 	MSG_REPLY_REGISTERED,
 	MSG_REPLY_MEMORY,
+	MSG_REPLY_SESSIONS,
 	MSG_REPLY_RINGS,
 } msg_reply_kind;
+
+struct msg_usage {
+	uint64_t jobs;
+	uint64_t device_ns;
+	uint64_t wait_ns;
+	uint64_t wait_max_ns;
+};
+
+struct msg_session_state {
+	uint64_t session;
+	struct msg_text tenant;
+	struct msg_text peer;
+	uint64_t age_us;
+	uint32_t service_class;
+	uint32_t weight;
+	uint32_t in_flight;
+	uint32_t queued;
+	uint32_t running;
+	uint64_t memory_bytes;
+	double share;
+	struct msg_usage usage;
+};
+
+struct msg_tenant_state {
+	struct msg_text name;
+	uint32_t weight;
+	uint32_t service_class;
+	uint32_t class_max;
+	uint64_t device_rate_ns;
+	uint32_t sessions;
+	uint32_t queued;
+	uint32_t running;
+	struct msg_usage usage;
+};
+
+struct msg_lane_state {
+	struct msg_text name;
+	uint32_t threads;
+	uint32_t queued;
+	uint32_t running;
+	uint64_t device_ns;
+};
+
+struct msg_sessions {
+	uint32_t session_count;
+	uint32_t tenant_count;
+	uint32_t lane_count;
+	struct msg_session_state *sessions;
+	struct msg_tenant_state *tenants;
+	struct msg_lane_state *lanes;
+	uint64_t uptime_us;
+	uint64_t next;
+};
 
 struct msg_reply {
 	opd_status status;
@@ -610,6 +674,7 @@ struct msg_reply {
 			uint32_t count;
 			const struct msg_publication *items;
 		} publications;
+		struct msg_sessions sessions;
 		struct msg_registered registered;
 		struct {
 			uint32_t region;

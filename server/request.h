@@ -222,6 +222,8 @@ void inspect_info(struct request *request);
 void inspect_tensors(struct request *request);
 void admin_load_module(struct request *request); /* admin.c */
 void admin_set_log_level(struct request *request);
+void inspect_sessions(struct request *request);
+void admin_set_session(struct request *request);
 void admin_drain(struct request *request);
 
 #endif

@@ -323,8 +323,9 @@ struct sched_item *scheduler_pick(struct scheduler *scheduler, uint64_t now_ns, 
 	return item;
 }
 
-static void record(struct sched_flow *flow, uint64_t device_ns)
+static void record(struct scheduler *scheduler, struct sched_flow *flow, uint64_t device_ns)
 {
+	scheduler->device_ns += device_ns;
 	flow->usage.jobs++;
 	flow->usage.device_ns += device_ns;
 	flow->group->usage.jobs++;
@@ -339,13 +340,13 @@ void scheduler_complete(struct scheduler *scheduler, struct sched_flow *flow, sc
 	scheduler->running--;
 	flow->mean_ns += flow->mean_ns == 0 ? (double)device_ns : ((double)device_ns - flow->mean_ns) * MEAN_STEP;
 	charge(scheduler, flow, class, (double)device_ns - (double)estimate_ns);
-	record(flow, device_ns);
+	record(scheduler, flow, device_ns);
 }
 
 void scheduler_charge(struct scheduler *scheduler, struct sched_flow *flow, sched_class class, uint64_t device_ns)
 {
 	charge(scheduler, flow, class, (double)device_ns);
-	record(flow, device_ns);
+	record(scheduler, flow, device_ns);
 }
 
 /* ---- Estimates ---- */

@@ -105,6 +105,7 @@ struct scheduler {
 	uint32_t queued;
 	uint32_t running;
 	uint64_t queued_ns;
+	uint64_t device_ns;      /* used by all so far */
 	uint32_t queue_max;      /* items; 0: any */
 	uint32_t flow_queue_max; /* of one flow */
 	uint32_t servers;        /* that run jobs at once, for estimates of waits; at least 1 */

@@ -422,6 +422,67 @@ typedef struct opd_kept_list {
 /* This session's kept tensors. */
 OPD_API OPD_MUST_USE opd_status opd_kept_tensors(opd_client *client, const opd_kept_list **list_out, opd_error *error);
 
+/* ---- Sharing: who uses the daemon's lanes ------------------------------------------------------------------------------- */
+
+/* What has run on a lane; nanoseconds. */
+typedef struct opd_usage {
+	uint64_t jobs;
+	uint64_t device_ns; /* measured: kernels, and what other threads did for them */
+	uint64_t wait_ns;   /* all jobs' waiting together */
+	uint64_t wait_max_ns;
+} opd_usage;
+
+typedef struct opd_session_state {
+	uint64_t session;
+	const char *tenant;
+	const char *peer; /* "unix:uid=1000,pid=42", "tcp://127.0.0.1:5123" */
+	uint64_t age_us;
+	opd_class service_class; /* of requests that name none */
+	uint32_t weight;
+	uint32_t in_flight; /* requests not yet answered */
+	uint32_t queued;    /* of them, waiting for the CPU lane */
+	uint32_t running;
+	uint64_t memory_bytes;
+	double share; /* of the lane, 0 to 1, while all that wait now go on waiting */
+	opd_usage usage;
+} opd_session_state;
+
+typedef struct opd_tenant_state {
+	const char *name;
+	uint32_t weight;
+	opd_class service_class;
+	opd_class class_max;
+	uint32_t sessions;
+	uint64_t device_rate_ns; /* device time that it may use a second; 0: any */
+	uint32_t queued;
+	uint32_t running;
+	opd_usage usage;
+} opd_tenant_state;
+
+typedef struct opd_lane_state {
+	const char *name;
+	uint32_t threads;
+	uint32_t queued;
+	uint32_t running;
+	uint64_t device_ns; /* used since the daemon's start */
+} opd_lane_state;
+
+typedef struct opd_sharing {
+	uint64_t uptime_us;
+	uint64_t next; /* session to go on with; 0: that was all */
+	uint32_t session_count;
+	uint32_t tenant_count;
+	uint32_t lane_count;
+	const opd_session_state *sessions; /* oldest first */
+	const opd_tenant_state *tenants;
+	const opd_lane_state *lanes;
+} opd_sharing;
+
+/* The sessions that this one sees, from number `first` on: its tenant's, an administrator all. A document (opd_document_free). */
+OPD_API OPD_MUST_USE opd_status opd_sessions(opd_client *client, uint64_t first, const opd_sharing **sharing_out, opd_error *error);
+/* Administrators: another weight among its tenant's sessions (0: as it is), another class for requests that name none (OPD_CLASS_NORMAL: as it is). OPD_NOT_FOUND. */
+OPD_API OPD_MUST_USE opd_status opd_set_session(opd_client *client, uint64_t session, uint32_t weight, opd_class service_class, opd_error *error);
+
 /* ---- Publications: tensors that several sessions have, once in memory -------------------------------------------------- */
 
 typedef struct opd_publication {

@@ -3,15 +3,16 @@
 
 Each test's name is the promise that it checks. The lane has one thread, and a kernel that takes long is in it, so that what comes meanwhile is queued and its order is the scheduler's.
 """
+import json
+import os
 import struct
 import subprocess
 import tempfile
-import time
 import unittest
 
 import opd
 
-from harness import (CANCEL, CHUNKED, DATA, DEADLINE_EXCEEDED, INVALID_ARGUMENT, OK, OPD, REQUEST, RESOURCE_EXHAUSTED, Client, DaemonCase, Failed, f32, frame, pb, run,
+from harness import (CANCEL, CHUNKED, DATA, DEADLINE_EXCEEDED, INVALID_ARGUMENT, OK, OPD, PERMISSION_DENIED, REQUEST, RESOURCE_EXHAUSTED, Client, DaemonCase, Failed, f32, frame, pb, run,
                      tensor, wait_until)
 
 REALTIME, INTERACTIVE, BATCH = pb.REALTIME, pb.INTERACTIVE, pb.BATCH
@@ -39,9 +40,70 @@ class Sharing(DaemonCase):
         """The lane's thread is in a kernel that ends when it is cancelled."""
         holder = self.client(features=["cancel"])
         request = holder.submit(product(4096, 1 << 16), f32(1))
-        holder.ping()
-        time.sleep(0.1)
+        wait_until(lambda: self.lane().running == 1 and self.lane().queued == 0, "the thread has the kernel")
         return lambda: holder.send(frame(CANCEL, request))
+
+    def lane(self):
+        return self.sessions().lanes[0]
+
+    def sessions(self, client=None):
+        reply, _ = (client or self.one).ask(pb.Request(list_sessions=pb.ListSessions()))
+        return reply.sessions
+
+    def test_sessions_say_what_they_have_had_and_what_they_wait_for(self):
+        other = self.client()
+        release = self.occupy()
+        sent = [self.one.submit(product(64, 64), f32(1)) for _ in range(5)]
+        mine = {state.session: state for state in self.sessions(other).sessions}[self.one.hello.session]
+        self.assertEqual((mine.queued, mine.running, mine.in_flight, mine.usage.jobs, mine.weight), (5, 0, 5, 0, 100))
+        self.assertEqual((mine.service_class, mine.tenant), (INTERACTIVE, self.one.hello.tenant))
+        release()
+        for request in sent:
+            self.assertEqual(self.one.read_reply()[0], request)
+        after = self.sessions(other)
+        mine = {state.session: state for state in after.sessions}[self.one.hello.session]
+        self.assertEqual((mine.queued, mine.running, mine.usage.jobs), (0, 0, 5))
+        self.assertGreater(mine.usage.device_ns, 0)
+        self.assertGreater(mine.usage.wait_max_ns, 0)
+        self.assertLessEqual(mine.usage.device_ns, after.lanes[0].device_ns)
+
+    def test_a_session_sees_its_tenants_sessions_and_an_administrator_all(self):
+        anonymous = self.client_of(self.daemon.tcp_addresses()[0])
+        self.assertEqual([state.session for state in self.sessions(anonymous).sessions], [anonymous.hello.session])
+        self.assertEqual([tenant.name for tenant in self.sessions(anonymous).tenants], ["anonymous"])
+        both = {anonymous.hello.session, self.one.hello.session}
+        self.assertLessEqual(both, {state.session for state in self.sessions().sessions})
+        reply, _ = anonymous.call(pb.Request(set_session=pb.SetSession(session=anonymous.hello.session, weight=1000)))
+        self.assertEqual(reply.status, PERMISSION_DENIED)
+
+    def test_an_administrator_changes_weight_and_class(self):
+        number = self.one.hello.session
+        opctl = [os.path.join(os.path.dirname(OPD), "opctl"), "--connect", self.address]
+        for change in (["weight", "700"], ["class", "batch"]):
+            subprocess.run(opctl + ["session", str(number), "set"] + change, check=True, capture_output=True)
+        shown = json.loads(subprocess.run(opctl + ["sessions", "--json"], check=True, capture_output=True, text=True).stdout)
+        mine = [state for state in shown["sessions"] if state["session"] == number][0]
+        self.assertEqual((mine["weight"], mine["class"]), (700, "batch"))
+        self.assertEqual(shown["lanes"][0]["threads"], 1)
+        release = self.occupy()
+        other = self.client()
+        slow = self.one.submit(product(96, 96), f32(1))
+        self.one.ping()
+        fast = other.submit(product(96, 96), f32(1))
+        other.ping()
+        tail = other.submit(product(96, 96), f32(1))
+        other.ping()
+        release()
+        self.assertEqual([other.read_reply()[0] for _ in range(2)], [fast, tail])
+        self.assertEqual(self.one.read_reply()[0], slow)
+        for wrong, pattern, code in ((["999999", "set", "weight", "1"], "session 999999: there is none", 1), ([str(number), "set", "weight", "0"], "expected 1 to 1000000", 2),
+                                     ([str(number), "set", "class", "urgent"], "'urgent', expected realtime, interactive or batch", 2), ([str(number)], "expected session ID set", 2)):
+            done = subprocess.run(opctl + ["session"] + wrong, capture_output=True, text=True)
+            self.assertRegex(done.stderr, pattern)
+            self.assertEqual(done.returncode, code)
+        top = subprocess.run(opctl + ["top", "-c", "2", "--duration", "0.01"], check=True, capture_output=True, text=True).stdout
+        self.assertEqual(top.count("lane cpu:"), 2)
+        self.assertRegex(top, r"(?m)^ +%d +uid" % number)
 
     def test_a_session_is_served_in_the_order_of_its_requests(self):
         release = self.occupy()
