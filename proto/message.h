@@ -439,6 +439,7 @@ struct msg_generate {
 struct msg_upload {
 	struct msg_tensor *tensor;
 	bool parts;
+	struct msg_text device;
 };
 
 struct msg_write {
@@ -536,6 +537,7 @@ struct msg_kept {
 	uint64_t received;
 	uint64_t request;
 	uint32_t output;
+	struct msg_text device;
 };
 
 struct msg_publication {
