@@ -440,6 +440,7 @@ struct msg_generate {
 struct msg_upload {
 	struct msg_tensor *tensor;
 	bool parts;
+	struct msg_text device;
 };
 
 struct msg_write {
@@ -545,6 +546,7 @@ struct msg_kept {
 	uint64_t received;
 	uint64_t request;
 	uint32_t output;
+	struct msg_text device;
 };
 
 struct msg_publication {
