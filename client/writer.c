@@ -319,7 +319,7 @@ void writer_flush(opd_client *client)
 		struct msghdr message = {.msg_iov = &batch->pieces[batch->index],
 		                               .msg_iovlen = left < BATCH_PIECES_SENDMSG ? left : BATCH_PIECES_SENDMSG};
 		struct flight *passed = client->writer.passing == 0 ? NULL : batch_pass(batch, &message, control, sizeof control);
-		const ssize_t sent = batch_send(client, &message);
+		const ssize_t sent = client->ring != NULL ? ring_send(client, &message) : batch_send(client, &message);
 		if (sent < 0 && errno == EINTR)
 			continue;
 		if (sent < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == ENOBUFS))

@@ -122,6 +122,7 @@ static Opd__V1__Implementation *write_impl(struct arena *arena, const struct msg
 	out->in_place = in->in_place;
 	out->thread_invariant = in->thread_invariant;
 	out->batch_invariant = in->batch_invariant;
+	out->bf16_denormals_zero = in->bf16_denormals_zero;
 	out->device = write_text(in->device);
 	out->schema = write_text(in->schema);
 	out->uuid = write_text(in->uuid);
@@ -286,6 +287,7 @@ static bool write_body(struct arena *arena, const struct msg_reply *in, Opd__V1_
 		out->body_case = OPD__V1__REPLY__BODY_TENSORS;
 		return (out->tensors = write_kept_tensors(arena, in)) != NULL;
 	case MSG_REPLY_MEMORY:
+	case MSG_REPLY_RINGS:
 		return write_memory_reply(arena, in, out);
 	case MSG_REPLY_PUBLICATIONS:
 		out->body_case = OPD__V1__REPLY__BODY_PUBLICATIONS;

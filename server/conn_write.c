@@ -6,6 +6,7 @@
 #include "server/conn_internal.h"
 #include "server/daemon.h"
 #include "server/request.h"
+#include "server/ring.h"
 
 #define WRITE_BUFS 256u
 /* Pieces up to this size are copied together before they are written: heads, and payloads behind them. */
@@ -71,8 +72,11 @@ static void write_later(struct conn *conn, const uv_buf_t *bufs, unsigned count,
 		conn->writing = true;
 }
 
+/* A socket that is only a life line is read on: its end must be seen. */
 void conn_stop_reading(struct conn *conn)
 {
+	if (conn->ring != NULL)
+		return;
 	if (conn->reading_on)
 		(void)uv_read_stop(&conn->stream);
 	conn->reading_on = false;
@@ -151,13 +155,25 @@ static __attribute__((noinline)) int put_small(struct conn *conn, const uv_buf_t
 	return uv_try_write(&conn->stream, &joined, 1);
 }
 
-/* The one place where bytes leave: as many as the socket takes at once, or libuv's error (UV_EAGAIN: none). The kernel's work for a piece of 64 bytes is several times
- * that of copying it here: the replies of 64 small ops in flight are one piece instead of 128. */
-static int conn_put(struct conn *conn, const uv_buf_t *bufs, unsigned count, uint64_t bytes)
+/* As uv_try_write. The kernel's work for a piece of 64 bytes is several times that of copying it here: the replies of 64 small ops in flight are one piece instead
+ * of 128. */
+static int put_socket(struct conn *conn, const uv_buf_t *bufs, unsigned count, uint64_t bytes)
 {
 	if (count == 1 || (count == 2 && bytes > JOIN_LONE_BYTES))
 		return uv_try_write(&conn->stream, bufs, count);
 	return bytes <= JOIN_LONE_BYTES ? put_small(conn, bufs, count) : put_many(conn, bufs, count);
+}
+
+/* As uv_try_write. Where it says UV_EAGAIN, what is left goes on by itself: libuv writes it, or the ring's client makes room. */
+static int put(struct conn *conn, const uv_buf_t *bufs, unsigned count, uint64_t bytes)
+{
+	const bool ring = conn->ring != NULL;
+	const int written = ring ? ring_put(conn, bufs, count) : put_socket(conn, bufs, count, bytes);
+	if (written == UV_EAGAIN && ring)
+		conn->writing = true;
+	else if (written == UV_EAGAIN)
+		write_later(conn, bufs, count, bytes);
+	return written;
 }
 
 void conn_flush(struct conn *conn)
@@ -170,13 +186,11 @@ void conn_flush(struct conn *conn)
 		unsigned count = outbox_gather(&conn->outbox, bufs, WRITE_BUFS, share - conn->turn_written, &bytes);
 		if (count == 0)
 			break;
-		int written = conn_put(conn, bufs, count, bytes);
-		if (written == UV_EAGAIN)
-			write_later(conn, bufs, count, bytes);
-		else if (written < 0)
-			conn_close(conn, LOG_INFO, uv_strerror(written));
-		else
+		int written = put(conn, bufs, count, bytes);
+		if (written >= 0)
 			wrote(conn, (uint64_t)written);
+		else if (written != UV_EAGAIN)
+			conn_close(conn, LOG_INFO, uv_strerror(written));
 	}
 	if (conn->closing)
 		return;
@@ -184,6 +198,8 @@ void conn_flush(struct conn *conn)
 	if (outbox_empty(&conn->outbox)) {
 		if (conn->last_words && conn->session->in_flight == 0)
 			conn_close(conn, LOG_INFO, "done");
+		else if (conn->ring != NULL)
+			ring_written(conn);
 	} else if (!conn->writing) {
 		conn_mark_dirty(conn); /* the turn's share is written: the rest in the next one */
 	}
