@@ -8,8 +8,9 @@
 #include "server/daemon.h"
 #include "server/request.h"
 
-/* Payloads from this size on are read straight to where they belong; smaller ones are cheaper to copy than to read apart. */
-#define DIRECT_BYTES 4096u
+/* Payloads from this size on are read straight to where they belong. Smaller ones are cheaper to copy than to read apart: of 16 KiB, 0.3 us against a system call's 0.5
+ * to 1 us, and a pipelined one comes with three others in one read (one op on one core 1.43 to 1.25 of the echo, 64 in flight 80 to 100 k/s). */
+#define DIRECT_BYTES 32768u
 
 /* ---- Requests whose DATA frames are still to come ---- */
 
