@@ -5,6 +5,7 @@
 #include "proto/tensor.h"
 #include "server/daemon.h"
 #include "server/request.h"
+#include "server/shared.h"
 
 /* Up to here a part is copied on the loop: 10 us. */
 #define COPY_ON_LOOP_BYTES (64u << 10)
@@ -14,12 +15,17 @@ static opd_status out_of_memory(struct request *request, const char *what)
 	return opd_fail(&request->error, OPD_RESOURCE_EXHAUSTED, "%s: out of memory", what);
 }
 
-/* Its bytes are the whole payload, or inline, and are as many as `bytes`. */
+static uint64_t sent_bytes(const struct msg_tensor *tensor)
+{
+	return tensor->source == MSG_SOURCE_PAYLOAD ? tensor->payload.bytes : tensor->source == MSG_SOURCE_SHARED ? tensor->shared.bytes : tensor->inlined.bytes;
+}
+
+/* Its bytes are the whole payload, inline, or a range of shared memory, and are as many as `bytes`. */
 static opd_status check_source(struct request *request, const char *what, const struct msg_tensor *tensor, uint64_t bytes)
 {
-	uint64_t sent = tensor->source == MSG_SOURCE_PAYLOAD ? tensor->payload.bytes : tensor->inlined.bytes;
-	if (tensor->source != MSG_SOURCE_PAYLOAD && tensor->source != MSG_SOURCE_INLINE)
-		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s: the tensor's bytes are neither payload nor inline", what);
+	const uint64_t sent = sent_bytes(tensor);
+	if (tensor->source != MSG_SOURCE_PAYLOAD && tensor->source != MSG_SOURCE_INLINE && tensor->source != MSG_SOURCE_SHARED)
+		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s: the tensor's bytes are neither payload, inline nor shared", what);
 	if (tensor->source == MSG_SOURCE_PAYLOAD && (tensor->payload.offset != 0 || tensor->payload.bytes != request->payload_bytes))
 		return opd_fail(&request->error, OPD_INVALID_ARGUMENT,
 		                "%s: the tensor lies at payload bytes %" PRIu64 " + %" PRIu64 ", expected the whole payload of %" PRIu64, what,
@@ -27,7 +33,15 @@ static opd_status check_source(struct request *request, const char *what, const 
 	if (sent != bytes)
 		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s: the tensor has %" PRIu64 " bytes, but %" PRIu64 " were sent", what, bytes,
 		                sent);
-	return OPD_OK;
+	return tensor->source == MSG_SOURCE_SHARED ? shared_take_range(request, what, tensor) : OPD_OK;
+}
+
+/* After check_source. */
+static const void *source_data(const struct request *request, const struct msg_tensor *tensor)
+{
+	if (tensor->source == MSG_SOURCE_SHARED)
+		return shared_range(request, tensor);
+	return tensor->source == MSG_SOURCE_PAYLOAD ? request->payload->data : tensor->inlined.data;
 }
 
 static opd_status check_upload(struct request *request, const struct msg_upload *message, uint64_t *bytes_out)
@@ -79,7 +93,13 @@ static struct kept_tensor *upload_tensor(struct request *request)
 	return NULL;
 }
 
-void upload_start(struct request *request)
+static void upload_copy(struct request *request)
+{
+	const struct msg_tensor *tensor = request->message.upload.tensor;
+	memcpy(request->payload->data, source_data(request, tensor), tensor->shared.bytes);
+}
+
+static void upload_done(struct request *request)
 {
 	struct msg_result *result = arena_zalloc(&request->arena, sizeof *result);
 	struct kept_tensor *tensor = result == NULL ? NULL : upload_tensor(request);
@@ -99,6 +119,19 @@ void upload_start(struct request *request)
 	}
 	request->reply.run = (struct msg_run_reply){.output_count = 1, .outputs = result};
 	request_reply(request, MSG_REPLY_RUN);
+}
+
+/* What lies in shared memory is copied, since its client may go on writing there. */
+void upload_start(struct request *request)
+{
+	const struct msg_tensor *tensor = request->message.upload.tensor;
+	if (tensor->source == MSG_SOURCE_SHARED && tensor->shared.bytes > COPY_ON_LOOP_BYTES) {
+		request_task(request, upload_copy, upload_done);
+		return;
+	}
+	if (tensor->source == MSG_SOURCE_SHARED && tensor->shared.bytes != 0)
+		upload_copy(request);
+	upload_done(request);
 }
 
 /* ---- Parts ---- */
@@ -134,8 +167,7 @@ opd_status write_accept(struct request *request)
 static void write_copy(struct request *request)
 {
 	const struct msg_write *message = &request->message.write;
-	const void *from = message->data->source == MSG_SOURCE_PAYLOAD ? request->payload->data : message->data->inlined.data;
-	memcpy(request->tensor->buffer->data + message->offset, from, (size_t)message->data->shape[0]);
+	memcpy(request->tensor->buffer->data + message->offset, source_data(request, message->data), (size_t)message->data->shape[0]);
 }
 
 static void write_done(struct request *request)

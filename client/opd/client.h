@@ -385,7 +385,7 @@ typedef struct opd_upload_options {
 	void *progress_data;
 } opd_upload_options;
 
-/* Uploads and waits; options NULL: the defaults. In parts, one that the server had no memory for is sent again, five times at most. A failed upload leaves nothing
+/* Uploads and waits; options NULL: the defaults. An operand in shared memory is copied by the server, whole, and nothing is sent. In parts, one that the server had no memory for is sent again, five times at most. A failed upload leaves nothing
  * in the session. */
 OPD_API OPD_MUST_USE opd_status opd_upload(opd_client *client, const opd_operand *operand, const opd_upload_options *options, opd_handle *handle_out,
                                            opd_error *error);

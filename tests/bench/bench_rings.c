@@ -13,7 +13,6 @@
 #include "tests/bench/bench.h"
 #include "tests/lib/clock.h"
 #include "tests/lib/histogram.h"
-#include "tests/lib/pin.h"
 
 #define ROUNDS 9
 #define MESSAGE_BYTES 64
@@ -68,7 +67,7 @@ _Noreturn static void echo_serve(struct echo *echo)
 	}
 }
 
-static void echo_start(struct echo *echo, bool spins, int core)
+static void echo_start(struct echo *echo, bool spins, const struct placement *placement)
 {
 	echo->spins = spins;
 	echo->table = mmap(NULL, sizeof *echo->table, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
@@ -79,9 +78,9 @@ static void echo_start(struct echo *echo, bool spins, int core)
 	echo->pid = fork();
 	if (echo->pid == 0)
 		echo_serve(echo);
-	const int last = pin_cores() - 1;
-	if (echo->pid < 0 || !pin_process(echo->pid, core < last ? core : last))
+	if (echo->pid < 0)
 		bench_fail("the floor's process can't be started");
+	placement_server(placement, echo->pid);
 }
 
 static void echo_stop(struct echo *echo)
@@ -187,7 +186,7 @@ static void latency(const struct bench *bench, const struct daemon *daemon, bool
 	struct subject subject;
 	char what[96], note[64];
 	placement_apply(placement, bench, daemon);
-	echo_start(&echo, polls, placement->server);
+	echo_start(&echo, polls, placement);
 	subject_init(&subject, daemon, norm, polls ? POLL_US : 0);
 	(void)subject_block_us(&subject, calls);
 	for (int i = 0; i < ROUNDS; i++) {

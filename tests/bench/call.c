@@ -21,6 +21,13 @@ void placement_apply(const struct placement *placement, const struct bench *benc
 		peer_pin(&bench->peers[i], server, placement->client);
 }
 
+void placement_server(const struct placement *placement, pid_t pid)
+{
+	const int last = pin_cores() - 1;
+	if (!pin_process(pid, placement->server < last ? placement->server : last))
+		bench_fail("can't pin process %d", (int)pid);
+}
+
 opd_client *call_connect(const char *address)
 {
 	opd_client *client;
