@@ -94,7 +94,7 @@ struct config {
 	bool checked;     /* canaries behind every output, verified after each kernel */
 	uint64_t inline_ns; /* a kernel estimated under this runs on the loop; default 5000, 0: never */
 	uint64_t polling_window_us; /* the loop goes on looking at a polling client's ring for at most so long; default 50, 0: never */
-	uint64_t polling_budget_us; /* … and so much of a second in vain; default 500000 */
+	uint64_t polling_budget_us; /* … and spends at most so much of a second in looks that bring nothing; default 500000 */
 	log_level level;
 	log_format format;
 	char *log_path; /* NULL: stderr */

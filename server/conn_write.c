@@ -198,8 +198,6 @@ void conn_flush(struct conn *conn)
 	if (outbox_empty(&conn->outbox)) {
 		if (conn->last_words && conn->session->in_flight == 0)
 			conn_close(conn, LOG_INFO, "done");
-		else if (conn->ring != NULL)
-			ring_written(conn);
 	} else if (!conn->writing) {
 		conn_mark_dirty(conn); /* the turn's share is written: the rest in the next one */
 	}

@@ -59,7 +59,7 @@ struct server {
 	struct conn *dirty;     /* have replies to write in this turn */
 	struct ring *rings;     /* those awake: looked at in every turn */
 	uint64_t slice_end_ns;  /* until when this turn may look at rings that poll */
-	uint64_t polled_ns;     /* looking in vain, since the tick */
+	uint64_t polled_ns;     /* in looks that brought nothing, since the tick */
 	uint64_t turn;          /* number of the loop's turn */
 	uint64_t turn_us;       /* monotonic time of its start */
 	uint32_t turn_conns;    /* connections that did something in it */

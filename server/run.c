@@ -628,6 +628,7 @@ void run_failed(struct request *request)
 void run_release(struct request *request)
 {
 	struct request_run *run = &request->run;
+	shared_release(request);
 	if (request->message.kind != MSG_REQUEST_RUN && request->message.kind != MSG_REQUEST_RUN_GRAPH)
 		return;
 	for (uint32_t i = 0; i < run->bound.operand_count; i++) {
@@ -640,7 +641,6 @@ void run_release(struct request *request)
 	for (uint32_t i = 0; run->resident != NULL && i < run->bound.call.output_count; i++)
 		buffer_unref(run->resident[i]);
 	buffer_unref(run->scratch);
-	shared_release(request);
 	dispatch_fini(&run->dispatch);
 	effective_unref(run->effective);
 	graph_run_release(request);

@@ -395,7 +395,7 @@ typedef struct opd_upload_options {
 	const char *device; /* where it is to live: "cuda:1"; NULL: in the server's host memory */
 } opd_upload_options;
 
-/* Uploads and waits; options NULL: the defaults. In parts, one that the server had no memory for is sent again, five times at most. A failed upload leaves nothing
+/* Uploads and waits; options NULL: the defaults. An operand in shared memory is copied by the server, whole, and nothing is sent. In parts, one that the server had no memory for is sent again, five times at most. A failed upload leaves nothing
  * in the session. */
 OPD_API OPD_MUST_USE opd_status opd_upload(opd_client *client, const opd_operand *operand, const opd_upload_options *options, opd_handle *handle_out,
                                            opd_error *error);

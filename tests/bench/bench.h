@@ -8,6 +8,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/types.h>
 
 #include "opd/client.h"
 #include "tests/bench/daemon.h"
@@ -32,6 +33,7 @@ void bench_connections(struct bench *bench);
 void bench_counts(struct bench *bench);
 void bench_graph(struct bench *bench);
 void bench_memory(struct bench *bench);
+void bench_rings(struct bench *bench);
 
 /* ---- Placement ---- */
 
@@ -45,6 +47,9 @@ extern const struct placement placement_same, placement_two;
 
 /* Pins the caller and the peers' clients to the client's core; the floor, the peers and all threads of the daemon to the server's. */
 void placement_apply(const struct placement *placement, const struct bench *bench, const struct daemon *daemon);
+
+/* Pins one more process to the server's core. */
+void placement_server(const struct placement *placement, pid_t pid);
 
 /* ---- Calls ---- */
 

@@ -21,6 +21,13 @@ void placement_apply(const struct placement *placement, const struct bench *benc
 		peer_pin(&bench->peers[i], server, placement->client);
 }
 
+void placement_server(const struct placement *placement, pid_t pid)
+{
+	const int last = pin_cores() - 1;
+	if (!pin_process(pid, placement->server < last ? placement->server : last))
+		bench_fail("can't pin process %d", (int)pid);
+}
+
 static opd_client *connect_with(const char *address, const opd_connect_options *options)
 {
 	opd_client *client;

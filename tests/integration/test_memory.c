@@ -173,6 +173,30 @@ START_TEST(memory_outlives_its_client)
 }
 END_TEST
 
+/* On the loop, and on a lane. What is written to the memory afterwards isn't the tensor's. */
+START_TEST(uploads_and_their_parts_come_from_shared_memory)
+{
+	static const int64_t counts[] = {16, 50000};
+	for (size_t i = 0; i < 2; i++) {
+		opd_operand x = vector(at(0), counts[i]);
+		opd_handle handle;
+		opd_result *result = NULL;
+		float *expected = malloc((size_t)counts[i] * sizeof *expected);
+		memcpy(expected, at(0), (size_t)counts[i] * sizeof *expected);
+		OK(opd_upload(client, &x, NULL, &handle, &error));
+		at(0)[5] += 1;
+		const opd_operand kept = {.struct_bytes = sizeof kept, .source = OPD_FROM_HANDLE, .handle = handle};
+		OK(opd_fetch(client, &kept, &result, &error));
+		ck_assert(memcmp(opd_tensor_data(opd_result_tensor(result, 0)), expected, (size_t)counts[i] * sizeof *expected) == 0);
+		opd_result_destroy(result);
+		free(expected);
+	}
+	opd_operand outside = vector(at(MEMORY_BYTES - 64), 64);
+	opd_handle none;
+	ck_assert_int_eq(opd_upload(client, &outside, NULL, &none, &error), OPD_INVALID_ARGUMENT);
+}
+END_TEST
+
 /* ---- What is refused ---- */
 
 START_TEST(results_overlap_neither_operands_nor_each_other)
@@ -503,6 +527,7 @@ static Suite *suite(void)
 	tcase_add_test(wide, operands_and_results_lie_in_shared_memory_and_nothing_is_copied);
 	tcase_add_test(wide, an_operand_may_begin_anywhere_that_its_elements_may);
 	tcase_add_test(wide, a_last_result_byte_may_be_the_region_s_last);
+	tcase_add_test(wide, uploads_and_their_parts_come_from_shared_memory);
 	tcase_add_test(wide, a_region_detached_in_flight_stays_until_the_kernel_is_done);
 	tcase_add_test(wide, memory_outlives_its_client);
 	tcase_add_test(wide, results_overlap_neither_operands_nor_each_other);
