@@ -428,7 +428,24 @@ struct opd_host {
 	void (*parallel_for)(const opd_exec *exec, uint64_t items, uint64_t grain, opd_range_fn range, void *argument);
 	/* Inside run: nobody wants the result any more; return OPD_CANCELLED soon if you can. */
 	bool (*cancelled)(const opd_exec *exec);
+
+	/* Derived copies: what an implementation for the CPU makes of an operand whose contents stay (packed weights), in memory of the host's that outlives the run. Inside run,
+	 * on its thread. A copy belongs to the module, the operand's contents (id, version), its view (dtype, shape, strides, byte offset) and `key` (at most
+	 * OPD_DERIVED_KEY_MAX bytes): whatever else it depends on, as the library's layout. The host drops copies when the contents end, when it wants the memory, and before the
+	 * module is closed; never while a run that was given one lasts. At most OPD_DERIVED_RUN_MAX a run. NULL is an everyday answer: the run then works on the operand itself.
+	 * Look at struct_bytes: an older host's table ends before these.
+	 *
+	 * derived_find: a copy that an earlier run has kept; NULL: none. */
+	const void *(*derived_find)(const opd_exec *exec, const opd_tensor *tensor, const void *key, uint32_t key_bytes);
+	/* After derived_find found none: `bytes` of memory for one, 64-byte aligned, uninitialised, this run's alone. NULL: not now (the contents may change, come for the first
+	 * time, another run is making it, or there is no room). */
+	void *(*derived_make)(const opd_exec *exec, const opd_tensor *tensor, const void *key, uint32_t key_bytes, uint64_t bytes);
+	/* What derived_make gave is filled in: later runs find it. Without this call it goes when run returns. */
+	void (*derived_keep)(const opd_exec *exec, const void *memory);
 };
+
+#define OPD_DERIVED_KEY_MAX 1024 /* bytes */
+#define OPD_DERIVED_RUN_MAX 4
 
 /* ---- The module -------------------------------------------------------------------------------------------------------- */
 

@@ -4,6 +4,7 @@
 
 #include "proto/tensor.h"
 #include "server/daemon.h"
+#include "server/derived.h"
 #include "server/graph_run.h"
 #include "server/module.h"
 #include "server/request.h"
@@ -176,6 +177,7 @@ static opd_status run_step(struct graph_run *run, const struct step *step, opd_e
 	if (prepared->checked)
 		set_canaries(step);
 	status = step->impl->def->run(step->impl->def, step->impl->state, &step->bound.call, exec, error);
+	derived_end(run->request->context->server->derived, ((struct lane_exec *)exec->lane)->derived);
 	if (status != OPD_OK)
 		return step_failed(step, status, " failed", error);
 	make_copies(prepared, step->copies, step->copy_count);
@@ -232,8 +234,11 @@ void graph_execute(struct graph_run *run, struct lane_exec *lane)
 		status = allocate(run, &request->error);
 	request->clock.started = request_now_ns();
 	if (status == OPD_OK) {
+		struct derived_run derived = {.count = 0};
 		set_addresses(run);
+		lane->derived = &derived;
 		status = run_steps(run, lane);
+		lane->derived = NULL;
 	}
 	request->clock.ended = request_now_ns();
 	request->status = status;

@@ -5,6 +5,8 @@
 
 #include "proto/bounds.h"
 #include "proto/text.h"
+#include "server/derived.h"
+#include "server/lane.h"
 #include "server/registry_internal.h"
 
 static struct registry *host_registry(const opd_host *host)
@@ -377,6 +379,30 @@ static void host_log(const opd_host *host, opd_log_level level, const char *text
 	LOG(module->registry->log, known, "provider", LOG_STR("provider", module->def->name), LOG_STR("text", text == NULL ? "" : text));
 }
 
+/* NULL: not inside a kernel on the CPU. */
+static struct derived_run *exec_derived(const opd_exec *exec)
+{
+	return exec->lane == NULL ? NULL : ((const struct lane_exec *)exec->lane)->derived;
+}
+
+static const void *host_derived_find(const opd_exec *exec, const opd_tensor *tensor, const void *key, uint32_t key_bytes)
+{
+	const struct module *module = exec->host->context;
+	return derived_find(module->registry->services.derived, exec_derived(exec), module, tensor, key, key_bytes);
+}
+
+static void *host_derived_make(const opd_exec *exec, const opd_tensor *tensor, const void *key, uint32_t key_bytes, uint64_t bytes)
+{
+	const struct module *module = exec->host->context;
+	return derived_make(module->registry->services.derived, exec_derived(exec), module, tensor, key, key_bytes, bytes);
+}
+
+static void host_derived_keep(const opd_exec *exec, const void *memory)
+{
+	const struct module *module = exec->host->context;
+	derived_keep(module->registry->services.derived, exec_derived(exec), memory);
+}
+
 void register_fill_host(struct module *module, const struct registry *registry)
 {
 	module->host = (opd_host){
@@ -394,5 +420,8 @@ void register_fill_host(struct module *module, const struct registry *registry)
 		.log = host_log,
 		.parallel_for = registry->services.parallel_for,
 		.cancelled = registry->services.cancelled,
+		.derived_find = host_derived_find,
+		.derived_make = host_derived_make,
+		.derived_keep = host_derived_keep,
 	};
 }
