@@ -492,7 +492,14 @@ typedef enum msg_request_kind {
 	MSG_REQUEST_FREE_GRAPH,
 	MSG_REQUEST_ATTACH_MEMORY,
 	MSG_REQUEST_DETACH_MEMORY,
+	MSG_REQUEST_ATTACH_RINGS,
 } msg_request_kind;
+
+struct msg_attach_rings {
+	uint64_t request_bytes;
+	uint64_t reply_bytes;
+	uint64_t poll_us;
+};
 
 struct msg_request {
 	msg_request_kind kind;
@@ -517,6 +524,7 @@ struct msg_request {
 		uint64_t graph_id;         /* FREE_GRAPH */
 		uint64_t memory_bytes; /* ATTACH_MEMORY */
 		uint32_t region;       /* DETACH_MEMORY */
+		struct msg_attach_rings rings;
 	};
 };
 
@@ -578,6 +586,7 @@ typedef enum msg_reply_kind {
 	MSG_REPLY_PUBLICATIONS,
 	MSG_REPLY_REGISTERED,
 	MSG_REPLY_MEMORY,
+	MSG_REPLY_RINGS,
 } msg_reply_kind;
 
 struct msg_reply {
@@ -615,6 +624,9 @@ struct msg_reply {
 			uint32_t region;
 			uint64_t bytes;
 		} memory;
+		struct {
+			uint64_t poll_us;
+		} rings;
 	};
 };
 

@@ -8,6 +8,7 @@
 #include "proto/tensor.h"
 #include "proto/text.h"
 #include "server/daemon.h"
+#include "server/ring.h"
 #include "server/shared.h"
 
 /* Envelopes are at most BOUND_ENVELOPE_BYTES; decoded they take a few times that. */
@@ -155,6 +156,7 @@ static const struct step {
 	[MSG_REQUEST_LIST_TENSORS] = {"list_tensors", NULL, inspect_tensors, false},
 	[MSG_REQUEST_ATTACH_MEMORY] = {"attach_memory", NULL, region_attach_start, false},
 	[MSG_REQUEST_DETACH_MEMORY] = {"detach_memory", NULL, region_detach_start, false},
+	[MSG_REQUEST_ATTACH_RINGS] = {"attach_rings", NULL, ring_attach_start, false},
 	[MSG_REQUEST_REGISTER_GRAPH] = {"register_graph", graph_register_accept, graph_register_start, false},
 	[MSG_REQUEST_RUN_GRAPH] = {"run_graph", run_accept, run_start, false},
 	[MSG_REQUEST_FREE_GRAPH] = {"free_graph", graph_free_accept, request_reply_empty, false},

@@ -69,9 +69,12 @@ typedef struct opd_connect_options {
 	uint64_t chunk_bytes;   /* 0: the server's default */
 	const char *client;     /* name for the daemon's log; NULL: "libopd" */
 	bool shared_memory;     /* opd_memory_create will be called: over a Unix socket the daemon then looks for descriptors */
+	bool rings;             /* frames go through memory that both sides map, over a Unix socket that stays as the life line (else OPD_FAILED_PRECONDITION) */
+	uint64_t poll_us;       /* with rings: look at them for so long before sleeping, and ask the daemon to do so too, within its configuration; 0: sleep at once */
+	uint64_t ring_bytes;    /* of each of the two: a power of two, 4 KiB to 16 MiB; 0: 256 KiB */
 } opd_connect_options;
 
-/* Addresses: "unix:/path", "tcp://host:port" (IPv6 in brackets: "tcp://[::1]:7777"), "embedded:" once libopd-embedded has registered it (else OPD_UNIMPLEMENTED
+/* Addresses: "unix:/path", also with options ("unix:/path?rings&poll=20us&shm" is the path with rings, poll_us, shared_memory), "tcp://host:port" (IPv6 in brackets: "tcp://[::1]:7777"), "embedded:" once libopd-embedded has registered it (else OPD_UNIMPLEMENTED
  * says what to link). OPD_INVALID_ARGUMENT: not an address; OPD_UNAVAILABLE: nobody answers, or the server refused the session (its words in the text). */
 OPD_API OPD_MUST_USE opd_status opd_connect(const char *address, const opd_connect_options *options, opd_client **client_out, opd_error *error);
 
