@@ -21,7 +21,7 @@
 #define VECTORS 2
 #endif
 
-/* The usual head size, and its loops unrolled. */
+/* The usual head size. A single row's loop over it is unrolled; unrolling those of several rows puts their sums into memory (gcc 12: ten times as slow with 16 registers). */
 #define USUAL 128
 #define ATTEND_UNROLL _Pragma("GCC unroll 8")
 
@@ -93,7 +93,6 @@ VEC_INLINE void attend_scores_block(opd_dtype dtype, const float *query, size_t 
 				sums[j] = vec_fma(vec_load(OPD_f32, query, d), vec_load(dtype, row, d), sums[j]);
 		}
 	}
-	ATTEND_UNROLL
 	for (size_t d = 0; rows > 1 && d < padded; d += VEC_LANES) {
 		vec_f32 q[ROWS];
 		for (size_t r = 0; r < rows; r++)
@@ -214,7 +213,6 @@ VEC_INLINE void attend_mix_block(opd_dtype dtype, const float *weights, const fl
 	for (size_t r = 0; r < rows; r++)
 		for (size_t v = 0; v < vectors; v++)
 			sums[r * vectors + v] = vec_load(OPD_f32, mixed + r * padded, at + v * VEC_LANES) * vec_splat(shrinks[r]);
-	ATTEND_UNROLL
 	for (size_t j = 0; j < run->count; j++) {
 		vec_f32 w[ROWS];
 		for (size_t r = 0; r < rows; r++)
