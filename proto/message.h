@@ -249,6 +249,7 @@ struct msg_explain {
 	const struct msg_move *moves;
 	struct msg_text device;
 	bool on_loop;
+	struct msg_text narrowed; /* key of the configuration's list, where it isn't the op's plain one */
 };
 
 struct msg_node_explain {
@@ -542,12 +543,23 @@ struct msg_request {
 	};
 };
 
+/* A list of the configuration that holds for some of an op's calls. */
+struct msg_priority_case {
+	struct msg_text key; /* "linear/bf16/rows<=4" */
+	uint32_t effective_count;
+	const struct msg_text *effective;
+	uint32_t stored_count;
+	const struct msg_text *stored;
+};
+
 struct msg_priority_reply {
 	uint32_t effective_count;
 	const struct msg_text *effective;
 	msg_level level;
 	uint32_t stored_count;
 	const struct msg_text *stored;
+	uint32_t case_count;
+	const struct msg_priority_case *cases; /* in the order in which they are asked */
 };
 
 struct msg_kept {

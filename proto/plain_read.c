@@ -578,6 +578,8 @@ static bool read_explain_field(struct arena *arena, const struct wire_field *fie
 	case WIRE_VARINT(7u):
 		out->on_loop = field->value != 0;
 		return true;
+	case WIRE_BYTES(8u):
+		return read_text(arena, field->bytes, BOUND_STR_BYTES, &out->narrowed);
 	default: /* moves among them: a copy between devices costs more than protobuf-c */
 		return false;
 	}
@@ -592,7 +594,7 @@ static bool read_explain(struct arena *arena, struct wire in, struct msg_explain
 	struct explain_arrays arrays = {.next_skip = arena_array(arena, counts[1], sizeof *arrays.next_skip)};
 	if (arrays.next_skip == NULL || !new_texts(arena, counts[2], BOUND_LIST, &arrays.next_name))
 		return false;
-	out->device = (struct msg_text){"", 0};
+	out->device = out->narrowed = (struct msg_text){"", 0};
 	out->skip_count = counts[1];
 	out->skipped = arrays.next_skip;
 	out->effective_count = counts[2];

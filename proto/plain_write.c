@@ -254,6 +254,7 @@ static void write_skips(struct pen *pen, uint32_t number, const struct msg_expla
 static void write_explain(struct pen *pen, uint32_t number, const struct msg_explain *in)
 {
 	const uint8_t *end = pen->at;
+	write_text(pen, 8, in->narrowed);
 	pen_number(pen, 7, in->on_loop);
 	write_text(pen, 6, in->device);
 	write_moves(pen, 5, in);
@@ -346,7 +347,7 @@ static size_t room_of_run(const struct msg_run *in)
 
 static size_t room_of_explain(const struct msg_explain *in)
 {
-	size_t bytes = 3 * MESSAGE_BYTES + in->device.bytes + room_of_texts(in->effective_count, in->effective);
+	size_t bytes = 3 * MESSAGE_BYTES + in->device.bytes + in->narrowed.bytes + room_of_texts(in->effective_count, in->effective);
 	for (uint32_t i = 0; i < in->skip_count; i++)
 		bytes += MESSAGE_BYTES + in->skipped[i].provider.bytes + in->skipped[i].reason.bytes;
 	for (uint32_t i = 0; i < in->move_count; i++)

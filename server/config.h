@@ -29,9 +29,13 @@ struct config_listener {
 	uint16_t port; /* TCP; 0: any free one (printed when listening) */
 };
 
-/* One entry of `priorities`: an op or "*", and its list. */
+/* The lists of providers/priorities.txt, as config_add_priority takes them; NULL at the end. */
+extern const char *const config_standard_priorities[];
+
+/* One entry of `priorities`: its key (priority_key.h) and its list. */
 struct config_priority {
 	char *op;
+	bool standard; /* of the lists that come with opd */
 	size_t count;
 	char **providers;
 	unsigned line; /* in the file; 0: from a flag */

@@ -190,7 +190,7 @@ static opd_status choose(struct preparing *p, struct step *step, const struct op
 {
 	struct dispatch *dispatch = &step->dispatch;
 	opd_status status = dispatch_init(dispatch, p->prepared->snapshot, p->prepared->lists->effective[step->node], p->plans,
-	                                  p->log, op, node->run.strict, p->error);
+	                                  p->log, op, node->run.strict, &step->bound.call, p->error);
 	if (status != OPD_OK)
 		return status;
 	bool accepted = dispatch_walk(dispatch, &step->bound.call);

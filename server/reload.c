@@ -13,6 +13,8 @@ opd_status server_set_priorities(struct server *server, const struct config *con
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "priorities: out of memory");
 	for (size_t i = 0; i < config->priority_count; i++) {
 		const struct config_priority *priority = &config->priorities[i];
+		for (size_t k = 0; priority->standard && k < priority->count; k++) /* the lists that come with opd name providers of modules that may be anywhere or nowhere */
+			registry_remember(server->registry, priority->providers[k], "no such module is configured");
 		lists[i] = (struct registry_list){priority->op, (const char *const *)priority->providers, (uint32_t)priority->count};
 	}
 	size_t failed;

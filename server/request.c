@@ -63,6 +63,35 @@ static void priority_set(struct request *request)
 	request_reply_empty(request);
 }
 
+/* Copied: a pop or a reload may drop the list before the reply is encoded for a direct caller. False: no room. */
+static bool copy_stored(struct request *request, const struct plist *list, const struct msg_text **stored_out, uint32_t *count_out)
+{
+	struct msg_text *stored = arena_array(&request->arena, list->count, sizeof stored[0]);
+	for (uint32_t i = 0; stored != NULL && i < list->count; i++)
+		stored[i] = (struct msg_text){arena_text(&request->arena, list->names[i].data, list->names[i].bytes), list->names[i].bytes};
+	*stored_out = stored;
+	*count_out = list->count;
+	return stored != NULL;
+}
+
+/* The lists that narrow this one. False: no room. */
+static bool fill_cases(struct request *request, const struct effective *effective, struct msg_priority_reply *reply)
+{
+	struct msg_priority_case *cases = arena_array(&request->arena, effective->case_count, sizeof cases[0]);
+	for (uint32_t i = 0; cases != NULL && i < effective->case_count; i++) {
+		const struct effective *narrow = effective->cases[i].effective;
+		cases[i].key = msg_text(arena_text(&request->arena, narrow->narrowed, strlen(narrow->narrowed)));
+		cases[i].effective = effective_list_names(narrow, narrow->count, &request->arena);
+		cases[i].effective_count = narrow->count;
+		if (cases[i].key.data == NULL || cases[i].effective == NULL ||
+		    !copy_stored(request, narrow->list, &cases[i].stored, &cases[i].stored_count))
+			return false;
+	}
+	reply->cases = cases;
+	reply->case_count = effective->case_count;
+	return cases != NULL;
+}
+
 static void priority_get(struct request *request)
 {
 	const struct op *op = snapshot_find_op(request->snapshot, request->message.op, &request->error);
@@ -78,15 +107,9 @@ static void priority_get(struct request *request)
 		list = effective->list;
 	reply->effective = effective == NULL ? NULL : effective_list_names(effective, effective->count, &request->arena);
 	bool made = reply->effective != NULL;
-	if (made && list != NULL) {
-		/* Copied: a pop may drop the list before the reply is encoded for a direct caller. */
-		struct msg_text *stored = arena_array(&request->arena, list->count, sizeof stored[0]);
-		made = stored != NULL;
-		for (uint32_t i = 0; made && i < list->count; i++)
-			stored[i] = (struct msg_text){arena_text(&request->arena, list->names[i].data, list->names[i].bytes), list->names[i].bytes};
-		reply->stored = stored;
-		reply->stored_count = list->count;
-	}
+	if (made && list != NULL)
+		made = copy_stored(request, list, &reply->stored, &reply->stored_count);
+	made = made && fill_cases(request, effective, reply);
 	if (made) {
 		reply->effective_count = effective->count;
 		reply->level = effective->level;

@@ -39,6 +39,7 @@ static opd_status find_list_for_device(struct request *request, const struct msg
 	if (status != OPD_OK)
 		return status;
 	msg_level level = MSG_LEVEL_REQUEST;
+	const struct plist *stored = NULL;
 	const struct msg_text *names = run->priority.names;
 	uint32_t count = run->priority.count;
 	if (run->priority.present) {
@@ -52,16 +53,20 @@ static opd_status find_list_for_device(struct request *request, const struct msg
 		level = list->level;
 		names = list->names;
 		count = list->count;
+		stored = list;
 	}
 	request->run.effective = effective_create(request->snapshot, op, level, names, count, &filter, NULL);
-	return request->run.effective == NULL ? out_of_memory(request) : OPD_OK;
+	if (request->run.effective == NULL ||
+	    (stored != NULL && !effective_add_cases(request->run.effective, request->snapshot, op, stored, &filter)))
+		return out_of_memory(request);
+	return OPD_OK;
 }
 
 static void warn_of_fallback(struct request *request, const struct msg_run *run, const struct op *op)
 {
 	struct effective *effective = request->run.effective;
 	_Atomic uint32_t *once = NULL;
-	if (!effective->appended || run->strict || run->mode == MSG_FAKE)
+	if ((!effective->appended && effective->case_count == 0) || run->strict || run->mode == MSG_FAKE)
 		return;
 	if (effective->level == MSG_LEVEL_SESSION)
 		once = session_priority(request->session, op->index)->warned;
@@ -437,7 +442,7 @@ static void run_ready(struct request *request)
 		status = shared_check_results(request);
 	if (status == OPD_OK && message->mode != MSG_FAKE)
 		status = dispatch_init(&run->dispatch, request->snapshot, run->effective, request->context->server->plans,
-		                       request->context->server->log, run->op, message->strict, &request->error);
+		                       request->context->server->log, run->op, message->strict, &run->bound.call, &request->error);
 	if (status != OPD_OK) {
 		request_fail(request);
 		return;

@@ -281,6 +281,7 @@ typedef struct opd_explain {
 	uint32_t move_count;
 	uint32_t reserved;
 	const struct opd_move *moves;
+	const char *narrowed; /* key of the list, where the configuration has one for such calls: "linear/bf16/rows<=4"; else "" */
 } opd_explain;
 
 typedef struct opd_move {
@@ -556,7 +557,17 @@ typedef struct opd_priority {
 	uint32_t stored_count;
 	const char *const *effective; /* what dispatch walks */
 	const char *const *stored;    /* the list as it was given */
+	uint32_t case_count;
+	const struct opd_priority_case *cases; /* lists of the configuration for some of the op's calls, in the order in which they are asked; the first that holds is walked */
 } opd_priority;
+
+typedef struct opd_priority_case {
+	const char *key; /* "linear/bf16/rows<=4" */
+	uint32_t effective_count;
+	uint32_t stored_count;
+	const char *const *effective;
+	const char *const *stored;
+} opd_priority_case;
 OPD_API OPD_MUST_USE opd_status opd_priority_get(opd_client *client, const char *op, const opd_priority **priority_out, opd_error *error);
 
 /* ---- Inspecting -------------------------------------------------------------------------------------------------------- */

@@ -24,12 +24,13 @@ static inline unsigned cpu_dtype_index(opd_dtype dtype)
 /* Weights of a norm: none, of x's dtype, f32. */
 enum { CPU_WEIGHT_NONE, CPU_WEIGHT_SAME, CPU_WEIGHT_F32, CPU_WEIGHTS };
 
-/* x [count] · rsqrt(mean of squares + epsilon), times weight [count], to y [count]. */
-typedef void (*cpu_rms_norm_fn)(const void *x, const void *weight, void *y, size_t count, float epsilon);
+/* x [count] · rsqrt(mean of squares + epsilon), times weight [count], to y [count]. streams: past the caches,
+ * where results are aligned to 64 bytes. */
+typedef void (*cpu_rms_norm_fn)(const void *x, const void *weight, void *y, size_t count, float epsilon, bool streams);
 
 /* sum = x + residual, y = the norm of the unrounded sum. y may be x, sum may be residual. */
 typedef void (*cpu_fused_add_rms_norm_fn)(const void *x, const void *residual, const void *weight, void *y, void *sum, size_t count,
-                                          float epsilon);
+                                          float epsilon, bool streams);
 
 /* The functions of activations. */
 enum { CPU_SIGMOID, CPU_SILU, CPU_RELU, CPU_RELU2, CPU_GELU, CPU_GELU_TANH, CPU_ACTIVATIONS };
@@ -56,12 +57,13 @@ typedef void (*cpu_linear_finish_fn)(const float *sums, const void *bias, void *
 #define CPU_ATTEND_ROWS 32
 #define CPU_ATTEND_KEYS 64
 
-/* Rows of a cache: row j lies at base + places[j]. `ahead` places are known, `count` are meant. */
+/* Rows of a cache: row j lies at base + places[j]. `ahead` places are known, `count` are meant; memory is asked for `lookahead` rows early. */
 struct cpu_attend_run {
 	const unsigned char *base;
 	const uint64_t *places;
 	size_t count; /* at most CPU_ATTEND_KEYS */
 	size_t ahead;
+	size_t lookahead;
 };
 
 /* A softmax whose scores come step by step: Σ e^(score − maximum). */
@@ -217,11 +219,16 @@ struct cpu_attend_kernels {
 	void (*pack[CPU_DTYPES])(const struct cpu_attend_run *run, size_t head_size, size_t padded, float *to);
 	/* scores[r][j] = query r · key j. */
 	void (*scores[CPU_DTYPES])(const float *query, size_t rows, size_t padded, const struct cpu_attend_run *run, float *scores);
+	/* The same for `heads` heads, whose keys lie head_bytes apart, of `rows` rows each: keys in the order of memory. Row r of head h is row h·rows + r. */
+	void (*scores_heads[CPU_DTYPES])(const float *query, size_t heads, size_t rows, size_t padded, const struct cpu_attend_run *run,
+	                                 uint64_t head_bytes, float *scores);
 	/* One row's scores, times scale, to weights e^(score − maximum); maximum and sum go on. Returns what older weights shrink by. */
 	float (*weigh)(float *scores, size_t count, float scale, float *maximum, float *sum);
 	/* mixed[r] = mixed[r] · shrinks[r] + Σ weights[r][j] · value j. */
 	void (*mix[CPU_DTYPES])(const float *weights, const float *shrinks, size_t rows, size_t padded, const struct cpu_attend_run *run,
 	                        float *mixed);
+	void (*mix_heads[CPU_DTYPES])(const float *weights, const float *shrinks, size_t heads, size_t rows, size_t padded,
+	                              const struct cpu_attend_run *run, uint64_t head_bytes, float *mixed);
 	/* Joins a part's softmax and mixed values to a row's. */
 	void (*merge)(struct cpu_attend_row *row, float *mixed, const struct cpu_attend_row *part, const float *part_mixed, size_t padded);
 	/* y = mixed / sum, rounded. */
