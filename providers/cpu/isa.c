@@ -7,7 +7,8 @@
 #include <cpuid.h>
 #endif
 
-/* Costs: measured with one thread on a Zen 4 core, rows of 4096, operands in cache; linear with 4096x4096 weights from memory (README.md). */
+/* Costs: measured with one thread on a Zen 4 core, rows of 4096, operands in cache; linear with 4096x4096 weights from memory (README.md). Those from
+ * `arithmetic` on are estimates so far, from instruction counts: `conformance --time` prints them beside what it measures. */
 #define TABLE_BUT_SCALED_MM(set) .norm = &cpu_norm_##set, .activation = &cpu_activation_##set, .softmax = &cpu_softmax_##set, \
                    .linear = &cpu_linear_##set, .attend = &cpu_attend_##set, \
                    .position = &cpu_position_##set, .arithmetic = &cpu_arithmetic_##set, .cast = &cpu_cast_##set, \
