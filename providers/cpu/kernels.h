@@ -173,6 +173,18 @@ struct cpu_scaled_mm_kernels {
 	void (*finish[CPU_DTYPES])(const struct cpu_scaled_finish *finish, void *y);
 };
 
+/* Neighbouring lines of `extent` elements; steps in bytes between the rows that hold one element of each. */
+struct cpu_columns {
+	const void *x;
+	void *y;
+	size_t x_step, y_step;
+	size_t extent, columns;
+};
+
+struct cpu_columns_kernels {
+	void (*softmax[CPU_DTYPES])(const struct cpu_columns *tile);
+};
+
 /* Keys of x [count] whose order is topk's. True when one is above `floor`. */
 typedef bool (*cpu_keys_fn)(const void *x, size_t count, uint32_t floor, uint32_t *keys);
 
@@ -264,7 +276,8 @@ struct cpu_costs {
 	struct cpu_cost quant_scale;        /* elements of x */
 	struct cpu_cost layer_norm;         /* elements of x */
 	struct cpu_cost sparse;             /* elements of y */
-	struct cpu_any_cost topk;           /* elements of x */
+	struct cpu_cost softmax_columns;    /* elements of x, along another dimension than the last */
+	struct cpu_any_cost topk;           /* elements of x; for argmax of other dtypes, or along other dimensions, too */
 	uint32_t topk_kept_ns;              /* nanoseconds a result */
 	uint32_t matmul_product_fs;         /* femtoseconds a product */
 	struct cpu_any_cost scaled_weight;  /* elements of b, read once */
@@ -286,6 +299,7 @@ struct cpu_kernels {
 	const struct cpu_topk_kernels *topk;
 	const struct cpu_matmul_kernels *matmul;
 	const struct cpu_scaled_mm_kernels *scaled_mm;
+	const struct cpu_columns_kernels *columns;
 	struct cpu_costs costs;
 };
 
@@ -316,7 +330,8 @@ struct cpu_kernels {
 	extern const struct cpu_moments_kernels cpu_moments_##isa;       \
 	extern const struct cpu_topk_kernels cpu_topk_##isa;             \
 	extern const struct cpu_matmul_kernels cpu_matmul_##isa;         \
-	extern const struct cpu_scaled_mm_kernels cpu_scaled_mm_##isa;
+	extern const struct cpu_scaled_mm_kernels cpu_scaled_mm_##isa;   \
+	extern const struct cpu_columns_kernels cpu_columns_##isa;
 CPU_ISA_MAP(X)
 #undef X
 #if defined(__x86_64__)
