@@ -1,5 +1,6 @@
-/* Running a prepared graph's nodes, one after the other: on a lane thread, or on the loop where all of it is tiny. */
+/* Running a prepared graph's nodes: stage after stage on a lane's threads, or on the loop where all of it is tiny. */
 #include <inttypes.h>
+#include <pthread.h>
 #include <string.h>
 
 #include "proto/tensor.h"
@@ -182,23 +183,74 @@ static opd_status run_step(struct graph_run *run, const struct step *step, opd_e
 	return prepared->checked ? check_canaries(step, error) : OPD_OK;
 }
 
-static opd_status run_steps(struct graph_run *run, struct lane_exec *lane)
+/* Whoever would have failed first had one thread run them all: steps before it are still run, so that they can fail too, and none behind it. What depends on a
+ * step stands behind it in that order. */
+static void note_failure(struct graph_run *run, uint32_t order, opd_status status, const opd_error *error)
+{
+	static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER; /* failures are rare */
+	(void)pthread_mutex_lock(&mutex);
+	if (order < atomic_load_explicit(&run->failed_order, memory_order_relaxed)) {
+		run->request->error = *error;
+		run->request->status = status;
+		atomic_store_explicit(&run->failed_order, order, memory_order_relaxed);
+	}
+	(void)pthread_mutex_unlock(&mutex);
+}
+
+/* Step after step, on one thread. */
+static void run_part(struct graph_run *run, const struct schedule_part *part, struct lane_exec *lane)
 {
 	const struct prepared *prepared = run->prepared;
-	struct request *request = run->request;
+	const struct request *request = run->request;
 	opd_exec exec = {.struct_bytes = sizeof exec, .threads = lane->threads, .lane = lane};
-	for (uint32_t i = 0; i < prepared->step_count; i++) {
+	opd_error error;
+	for (uint32_t i = part->first; i < part->first + part->count; i++) {
 		const struct step *step = &prepared->steps[i];
 		uint64_t began = run->node_ns == NULL ? 0 : request_now_ns();
-		if (atomic_load_explicit(&request->session->gone, memory_order_relaxed) || lane_cancelled(lane))
-			return opd_fail(&request->error, OPD_CANCELLED, "graph '%s': nobody wants its results any more",
-			                run->graph->name.data);
-		opd_status status = run_step(run, step, &exec, &request->error);
+		if (step->order > atomic_load_explicit(&run->failed_order, memory_order_relaxed))
+			continue;
+		if (atomic_load_explicit(&request->session->gone, memory_order_relaxed) || lane_cancelled(lane)) {
+			note_failure(run, step->order, opd_fail(&error, OPD_CANCELLED, "graph '%s': nobody wants its results any more", run->graph->name.data), &error);
+			return;
+		}
+		opd_status status = run_step(run, step, &exec, &error);
 		if (status != OPD_OK)
-			return graph_node_error(run->graph, step->node, status, &request->error);
+			note_failure(run, step->order, graph_node_error(run->graph, step->node, status, &error), &error);
 		if (run->node_ns != NULL)
 			run->node_ns[i] = request_now_ns() - began;
 	}
+}
+
+struct stage_run {
+	struct graph_run *run;
+	const struct schedule_stage *stage;
+	const struct lane_exec *lane;
+};
+
+/* Kernels may open loops of their own: threads that have no part left help with those. */
+static void run_parts(void *argument, uint64_t begin, uint64_t end, uint32_t thread)
+{
+	const struct stage_run *stage = argument;
+	(void)thread;
+	for (uint64_t i = begin; i < end; i++) {
+		struct lane_exec mine = {.lane = stage->lane->lane, .job = stage->lane->job, .threads = stage->lane->threads};
+		run_part(stage->run, &stage->run->prepared->parts[stage->stage->first + i], &mine);
+	}
+}
+
+static opd_status run_stages(struct graph_run *run, struct lane_exec *lane)
+{
+	const struct prepared *prepared = run->prepared;
+	atomic_store_explicit(&run->failed_order, GRAPH_NONE, memory_order_relaxed);
+	for (uint32_t i = 0; i < prepared->stage_count; i++) {
+		struct stage_run stage = {run, &prepared->stages[i], lane};
+		if (stage.stage->count == 1)
+			run_part(run, &prepared->parts[stage.stage->first], lane);
+		else
+			lane_parallel_for(lane, stage.stage->count, 1, run_parts, &stage);
+	}
+	if (atomic_load_explicit(&run->failed_order, memory_order_relaxed) != GRAPH_NONE)
+		return run->request->status;
 	make_copies(prepared, prepared->first_late, prepared->copy_count - prepared->first_late);
 	return OPD_OK;
 }
@@ -233,7 +285,7 @@ void graph_execute(struct graph_run *run, struct lane_exec *lane)
 	request->clock.started = request_now_ns();
 	if (status == OPD_OK) {
 		set_addresses(run);
-		status = run_steps(run, lane);
+		status = run_stages(run, lane);
 	}
 	request->clock.ended = request_now_ns();
 	request->status = status;

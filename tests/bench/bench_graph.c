@@ -82,6 +82,80 @@ static void print_graph(opd_client *client, const struct bench *bench, const cha
 	opd_request_destroy(op);
 }
 
+/* ---- Independent nodes ---- */
+
+#define BRANCHES 8
+#define LENGTH 12
+
+/* BRANCHES chains of LENGTH softmax, side by side or one behind the other: the same nodes and kernels; of a chain's results the last alone is wanted. */
+static opd_request *branches_request(opd_client *client, int64_t elements, bool side_by_side)
+{
+	static float x[1 << 16];
+	opd_graph *graph = opd_graph_create("branches");
+	opd_error error;
+	uint64_t id;
+	if (graph == NULL)
+		bench_fail("out of memory");
+	const opd_value input = opd_graph_input(graph, "x");
+	opd_value value = input;
+	for (unsigned i = 0; i < BRANCHES * LENGTH; i++) {
+		opd_request *node = opd_request_create("softmax");
+		if (node == NULL)
+			bench_fail("out of memory");
+		opd_request_value(node, NULL, side_by_side && i % LENGTH == 0 ? input : value);
+		value = opd_graph_node(graph, NULL, node);
+		opd_request_destroy(node);
+	}
+	opd_graph_output(graph, NULL, value);
+	if (opd_graph_register(client, graph, &id, &error) != OPD_OK)
+		bench_fail("%s", error.text);
+	opd_graph_destroy(graph);
+	opd_request *request = opd_request_graph(id);
+	if (request == NULL)
+		bench_fail("out of memory");
+	opd_request_tensor(request, NULL, &(opd_operand)OPD_OPERAND(OPD_f32, x, elements));
+	opd_request_output(request, 0, false, true);
+	return request;
+}
+
+static void print_branches(opd_client *client, const struct bench *bench, int64_t elements)
+{
+	double at_once[ROUNDS], serial[ROUNDS];
+	unsigned rounds = bench->quick ? 5 : ROUNDS, calls = bench->quick ? 30 : 100;
+	opd_request *wide = branches_request(client, elements, true), *chain = branches_request(client, elements, false);
+	char what[96];
+	(void)block(client, wide, calls);
+	(void)block(client, chain, calls);
+	for (unsigned i = 0; i < rounds; i++) {
+		at_once[i] = block(client, wide, calls) / 1e3;
+		serial[i] = block(client, chain, calls) / 1e3;
+	}
+	(void)snprintf(what, sizeof what, "%d branches of %d softmax of %d f32; floor: the same nodes as one chain", BRANCHES, LENGTH, (int)elements);
+	report_row(&(struct report_row){.what = what,
+	                                .unit = "us",
+	                                .floor = report_median(serial, rounds),
+	                                .value = report_median(at_once, rounds),
+	                                .kernel = REPORT_NONE,
+	                                .ratio = report_median(at_once, rounds) / report_median(serial, rounds),
+	                                .bound = REPORT_NO_TARGET});
+	opd_request_destroy(wide);
+	opd_request_destroy(chain);
+}
+
+static void bench_branches(struct bench *bench)
+{
+	static const int64_t sizes[] = {64, 256, 1024, 4096, 16384};
+	struct daemon daemon;
+	(void)pin_self(PIN_ANY);
+	daemon_start(&daemon, bench->binary, bench->directory, NULL);
+	opd_client *client = call_connect(daemon.unix_address);
+	report_section("Independent nodes of a graph, on all cores: a run");
+	for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++)
+		print_branches(client, bench, sizes[i]);
+	opd_close(client);
+	daemon_stop(&daemon);
+}
+
 void bench_graph(struct bench *bench)
 {
 	struct daemon daemon;
@@ -107,4 +181,5 @@ void bench_graph(struct bench *bench)
 	opd_direct_end(client);
 	opd_close(client);
 #endif
+	bench_branches(bench);
 }
