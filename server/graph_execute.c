@@ -8,6 +8,7 @@
 #include "server/graph_run.h"
 #include "server/module.h"
 #include "server/request.h"
+#include "server/shared.h"
 
 #define CANARY 0xa5
 
@@ -18,7 +19,7 @@ static uint64_t tensor_size(const opd_tensor *tensor)
 
 /* ---- Memory ---- */
 
-static opd_tensor *describe_output(struct graph_run *run, uint32_t index)
+static void describe_output(struct graph_run *run, uint32_t index)
 {
 	opd_tensor *output = &run->request->run.bound.outputs[index];
 	*output = run->prepared->outputs[index];
@@ -26,7 +27,6 @@ static opd_tensor *describe_output(struct graph_run *run, uint32_t index)
 	memcpy(run->shapes[index][1], output->strides, output->rank * sizeof output->strides[0]);
 	output->shape = run->shapes[index][0];
 	output->strides = run->shapes[index][1];
-	return output;
 }
 
 static opd_status alloc_outputs(struct graph_run *run, opd_error *error)
@@ -36,11 +36,15 @@ static opd_status alloc_outputs(struct graph_run *run, opd_error *error)
 	uint64_t canary = prepared->checked ? GRAPH_CANARY_BYTES : 0;
 	for (uint32_t i = 0; i < prepared->output_count; i++) {
 		uint64_t bytes = tensor_size(&prepared->outputs[i]);
+		opd_tensor *output = &request->run.bound.outputs[i];
+		output->data = prepared->checked ? NULL : shared_result(request, i); /* what lies behind a range is the client's: no canary there */
+		if (output->data != NULL)
+			continue;
 		opd_status status = buffer_alloc(request->session->account, bytes, canary, &request->run.outputs[i], error);
 		if (status != OPD_OK)
 			return opd_error_prefix(error, status, "graph '%s': output '%s'", run->graph->name.data,
 			                        run->graph->outputs[i].name.data);
-		describe_output(run, i)->data = request->run.outputs[i]->data;
+		output->data = request->run.outputs[i]->data;
 	}
 	request->run.bound.output_bytes = prepared->output_bytes;
 	return OPD_OK;
@@ -118,7 +122,7 @@ static void set_addresses(struct graph_run *run)
 		}
 	}
 	for (uint32_t i = 0; i < graph->output_count; i++)
-		set_base(prepared, 1 + graph->input_count + i, run->request->run.outputs[i]->data);
+		set_base(prepared, 1 + graph->input_count + i, run->request->run.bound.outputs[i].data);
 }
 
 /* ---- Steps ---- */
@@ -257,11 +261,12 @@ static opd_status run_stages(struct graph_run *run, struct lane_exec *lane)
 
 /* ---- */
 
-/* Fake and dry runs end here: what they ask for is prepared. */
-static void describe_outputs(struct graph_run *run)
+/* And that those that are wanted in shared memory fit there. */
+static opd_status describe_outputs(struct graph_run *run)
 {
 	for (uint32_t i = 0; i < run->prepared->output_count; i++)
-		(void)describe_output(run, i);
+		describe_output(run, i);
+	return shared_check_results(run->request);
 }
 
 void graph_execute(struct graph_run *run, struct lane_exec *lane)
@@ -275,9 +280,10 @@ void graph_execute(struct graph_run *run, struct lane_exec *lane)
 		status = prepared_make(run, &request->error);
 		run->prepare_ns = request_now_ns() - began;
 	}
-	if (status == OPD_OK && request->message.run.mode != MSG_RUN) {
-		describe_outputs(run);
-		request->status = OPD_OK;
+	if (status == OPD_OK)
+		status = describe_outputs(run);
+	if (request->message.run.mode != MSG_RUN) { /* what these ask for is prepared */
+		request->status = status;
 		return;
 	}
 	if (status == OPD_OK)

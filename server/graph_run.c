@@ -54,7 +54,7 @@ static opd_status donate_states(struct graph_run *run)
 	}
 	for (uint32_t i = 0; i < graph->state_count; i++)
 		if (run->states[i].donated)
-			run->states[i].handle = kept_donate(kept, graph->inputs[graph->states[i]].slot, request->id);
+			run->states[i].handle = kept_lend(kept, graph->inputs[graph->states[i]].slot, request->id);
 	return OPD_OK;
 }
 
@@ -244,6 +244,7 @@ static void settle_states(struct graph_run *run, bool succeeded)
 		if (!state->donated)
 			continue;
 		state->donated = false;
+		kept_returned(kept, input->slot, input->lineage);
 		if (succeeded && state->fresh != NULL)
 			kept_replace(kept, input->slot, input->lineage, kept_tensor_ref(state->fresh));
 		else if (succeeded)

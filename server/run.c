@@ -100,6 +100,8 @@ static void on_settled(struct waiter *waiter, struct kept_tensor *tensor, const 
 		request->run.failed = true;
 		request->error = *error;
 	}
+	if (!request->run.failed && donate_arrived(request, mine->operand) != OPD_OK)
+		request->run.failed = true;
 	run_proceed(request);
 }
 
@@ -451,6 +453,24 @@ static bool donates(const struct request_run *run, uint32_t output)
 	return false;
 }
 
+/* What is kept, and goes nowhere else, is the table's alone from now on: whoever has waited for it may be given its memory. */
+static void let_go(struct request *request)
+{
+	struct request_run *run = &request->run;
+	const struct msg_run *message = &request->message.run;
+	for (uint32_t i = 0; i < run->bound.call.output_count && i < message->output_count; i++) {
+		if (!message->outputs[i].no_copy)
+			continue;
+		buffer_unref(run->outputs[i]);
+		run->outputs[i] = NULL;
+	}
+	for (uint32_t i = 0; i < run->donation_count; i++) {
+		const uint32_t operand = run->donations[i].operand;
+		kept_tensor_unref(run->kept[operand]);
+		run->kept[operand] = NULL;
+	}
+}
+
 /* Kept outputs go into the session's table; false when there is no memory for that. */
 static bool keep_outputs(struct request *request)
 {
@@ -474,6 +494,7 @@ static bool keep_outputs(struct request *request)
 		return false;
 	}
 	run->expected = false;
+	let_go(request);
 	kept_settle(&request->session->kept, request->id, tensors, count, run->handles);
 	return true;
 }
