@@ -183,6 +183,10 @@ void *document_info(opd_result *result)
 	info->draining = from->draining;
 	info->graph_runs = from->graph_runs;
 	info->graph_dispatches = from->graph_dispatches;
+	info->derived_copies = from->derived_copies;
+	info->derived_bytes = from->derived_bytes;
+	info->derived_found = from->derived_found;
+	info->derived_made = from->derived_made;
 	info->listeners = texts(result, from->listener_count, from->listeners, &info->listener_count);
 	info->devices = texts(result, from->device_count, from->devices, &info->device_count);
 	return info;

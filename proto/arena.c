@@ -53,6 +53,22 @@ void arena_reset(struct arena *arena)
 		use_block(arena, block);
 }
 
+/* A first block that came after the mark is kept, empty: the arena is about to be used again. */
+void arena_rewind(struct arena *arena, struct arena_mark mark)
+{
+	while (arena->blocks != mark.newest && arena->blocks->older != NULL) {
+		struct arena_block *block = arena->blocks;
+		arena->blocks = block->older;
+		arena->used_bytes -= block->bytes;
+		free(block);
+	}
+	if (arena->blocks == NULL)
+		return;
+	use_block(arena, arena->blocks);
+	if (arena->blocks == mark.newest)
+		arena->next = mark.next;
+}
+
 static size_t block_bytes(const struct arena *arena)
 {
 	if (arena->blocks == NULL)

@@ -1,5 +1,6 @@
 /* Replies, from envelopes to messages. */
 #include "proto/codec_internal.h"
+#include "proto/plain.h"
 
 /* ---- Reading ---- */
 
@@ -279,6 +280,10 @@ static opd_status read_info(struct reader *reader, const Opd__V1__Info *in, stru
 	out->draining = in->draining;
 	out->graph_runs = in->graph_runs;
 	out->graph_dispatches = in->graph_dispatches;
+	out->derived_copies = in->derived_copies;
+	out->derived_bytes = in->derived_bytes;
+	out->derived_found = in->derived_found;
+	out->derived_made = in->derived_made;
 	opd_status status = read_text(reader, "version", in->version, BOUND_STR_BYTES, &out->version);
 	if (status == OPD_OK)
 		status = read_names(reader, "listeners", in->n_listeners, in->listeners, &out->listener_count, &out->listeners);
@@ -335,7 +340,7 @@ static opd_status read_body(struct reader *reader, const Opd__V1__Reply *in, str
 	}
 }
 
-opd_status codec_decode_reply(struct arena *arena, const uint8_t *envelope, size_t bytes, struct msg_reply *out, opd_error *error)
+opd_status codec_unpack_reply(struct arena *arena, const uint8_t *envelope, size_t bytes, struct msg_reply *out, opd_error *error)
 {
 	struct reader reader = {arena, error};
 	opd_status status;
@@ -350,4 +355,9 @@ opd_status codec_decode_reply(struct arena *arena, const uint8_t *envelope, size
 		return opd_error_prefix(error, status, "reply");
 	*out = reply;
 	return OPD_OK;
+}
+
+opd_status codec_decode_reply(struct arena *arena, const uint8_t *envelope, size_t bytes, struct msg_reply *out, opd_error *error)
+{
+	return plain_read_reply(arena, envelope, bytes, out) ? OPD_OK : codec_unpack_reply(arena, envelope, bytes, out, error);
 }

@@ -1,5 +1,6 @@
 /* Replies, from messages to envelopes. */
 #include "proto/codec_internal.h"
+#include "proto/plain.h"
 
 static Opd__V1__Result *write_result(struct arena *arena, const struct msg_result *in)
 {
@@ -237,6 +238,10 @@ static Opd__V1__Info *write_info(struct arena *arena, const struct msg_info *in)
 	out->draining = in->draining;
 	out->graph_runs = in->graph_runs;
 	out->graph_dispatches = in->graph_dispatches;
+	out->derived_copies = in->derived_copies;
+	out->derived_bytes = in->derived_bytes;
+	out->derived_found = in->derived_found;
+	out->derived_made = in->derived_made;
 	return out;
 }
 
@@ -298,11 +303,16 @@ static bool write_body(struct arena *arena, const struct msg_reply *in, Opd__V1_
 	return true;
 }
 
-opd_status codec_encode_reply(struct arena *arena, const struct msg_reply *message, struct codec_buffer *out, opd_error *error)
+opd_status codec_pack_reply(struct arena *arena, const struct msg_reply *message, struct codec_buffer *out, opd_error *error)
 {
 	Opd__V1__Reply pb = OPD__V1__REPLY__INIT;
 	pb.status = (uint32_t)message->status;
 	pb.message = write_text(message->message);
 	bool fits = write_body(arena, message, &pb);
 	return codec_pack(arena, fits ? &pb.base : NULL, "Reply", out, error);
+}
+
+opd_status codec_encode_reply(struct arena *arena, const struct msg_reply *message, struct codec_buffer *out, opd_error *error)
+{
+	return plain_write_reply(arena, message, out) ? OPD_OK : codec_pack_reply(arena, message, out, error);
 }

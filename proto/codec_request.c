@@ -2,6 +2,7 @@
 #include <inttypes.h>
 
 #include "proto/codec_internal.h"
+#include "proto/plain.h"
 
 /* ---- Reading ---- */
 
@@ -202,7 +203,7 @@ static opd_status read_request(struct reader *reader, const Opd__V1__Request *in
 	}
 }
 
-opd_status codec_decode_request(struct arena *arena, const uint8_t *envelope, size_t bytes, struct msg_request *out,
+opd_status codec_unpack_request(struct arena *arena, const uint8_t *envelope, size_t bytes, struct msg_request *out,
                                 opd_error *error)
 {
 	struct reader reader = {arena, error};
@@ -215,6 +216,12 @@ opd_status codec_decode_request(struct arena *arena, const uint8_t *envelope, si
 	if (status == OPD_OK)
 		*out = request;
 	return status;
+}
+
+opd_status codec_decode_request(struct arena *arena, const uint8_t *envelope, size_t bytes, struct msg_request *out,
+                                opd_error *error)
+{
+	return plain_read_request(arena, envelope, bytes, out) ? OPD_OK : codec_unpack_request(arena, envelope, bytes, out, error);
 }
 
 /* ---- Writing ---- */
@@ -454,10 +461,14 @@ static bool write_request(struct arena *arena, const struct msg_request *in, Opd
 	return true;
 }
 
-opd_status codec_encode_request(struct arena *arena, const struct msg_request *message, struct codec_buffer *out,
-                                opd_error *error)
+opd_status codec_pack_request(struct arena *arena, const struct msg_request *message, struct codec_buffer *out, opd_error *error)
 {
 	Opd__V1__Request pb = OPD__V1__REQUEST__INIT;
 	bool fits = write_request(arena, message, &pb);
 	return codec_pack(arena, fits ? &pb.base : NULL, "Request", out, error);
+}
+
+opd_status codec_encode_request(struct arena *arena, const struct msg_request *message, struct codec_buffer *out, opd_error *error)
+{
+	return plain_write_request(arena, message, out) ? OPD_OK : codec_pack_request(arena, message, out, error);
 }

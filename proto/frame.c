@@ -26,40 +26,12 @@ static const struct shape shapes[] = {
     [FRAME_GOAWAY] = {"GOAWAY", 0, BOUND_ENVELOPE_BYTES, 0, false},
 };
 
-static uint64_t load(const uint8_t *bytes, unsigned count)
-{
-	uint64_t value = 0;
-	for (unsigned i = count; i-- > 0;)
-		value = value << 8 | bytes[i];
-	return value;
-}
-
-static void store(uint8_t *bytes, uint64_t value, unsigned count)
-{
-	for (unsigned i = 0; i < count; i++)
-		bytes[i] = (uint8_t)(value >> (8 * i));
-}
-
-uint64_t frame_load_u64(const uint8_t *bytes)
-{
-	return load(bytes, 8);
-}
-
-void frame_store_u64(uint8_t *bytes, uint64_t value)
-{
-	store(bytes, value, 8);
-}
-
 void frame_encode(const struct frame_header *header, uint8_t out[FRAME_HEADER_BYTES])
 {
-	store(out, FRAME_MAGIC, 4);
-	out[4] = header->version;
-	out[5] = header->type;
-	store(out + 6, header->flags, 2);
-	store(out + 8, header->request_id, 8);
-	store(out + 16, header->envelope_bytes, 4);
-	store(out + 20, 0, 4);
-	store(out + 24, header->payload_bytes, 8);
+	frame_store_u64(out, FRAME_MAGIC | (uint64_t)header->version << 32 | (uint64_t)header->type << 40 | (uint64_t)header->flags << 48);
+	frame_store_u64(out + 8, header->request_id);
+	frame_store_u64(out + 16, header->envelope_bytes); /* and four zeros */
+	frame_store_u64(out + 24, header->payload_bytes);
 }
 
 /* Who speaks so; NULL: nobody we know. */
@@ -139,17 +111,18 @@ static opd_status check_header(const struct frame_header *header, uint32_t reser
 
 opd_status frame_decode(const uint8_t bytes[FRAME_HEADER_BYTES], struct frame_header *header_out, opd_error *error)
 {
-	if (load(bytes, 4) != FRAME_MAGIC)
+	const uint64_t first = frame_load_u64(bytes), lengths = frame_load_u64(bytes + 16);
+	if ((uint32_t)first != FRAME_MAGIC)
 		return fail_magic(bytes, error);
 	struct frame_header header = {
 	    .version = bytes[4],
 	    .type = bytes[5],
-	    .flags = (uint16_t)load(bytes + 6, 2),
-	    .request_id = load(bytes + 8, 8),
-	    .envelope_bytes = (uint32_t)load(bytes + 16, 4),
-	    .payload_bytes = load(bytes + 24, 8),
+	    .flags = (uint16_t)(first >> 48),
+	    .request_id = frame_load_u64(bytes + 8),
+	    .envelope_bytes = (uint32_t)lengths,
+	    .payload_bytes = frame_load_u64(bytes + 24),
 	};
-	opd_status status = check_header(&header, (uint32_t)load(bytes + 20, 4), error);
+	opd_status status = check_header(&header, (uint32_t)(lengths >> 32), error);
 	if (status == OPD_OK)
 		*header_out = header;
 	return status;

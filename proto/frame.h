@@ -5,8 +5,10 @@
 #ifndef OPD_PROTO_FRAME_H
 #define OPD_PROTO_FRAME_H
 
+#include <endian.h>
 #include <stdbool.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "opd/status.h"
 
@@ -46,7 +48,17 @@ void frame_encode(const struct frame_header *header, uint8_t out[FRAME_HEADER_BY
 OPD_MUST_USE opd_status frame_decode(const uint8_t bytes[FRAME_HEADER_BYTES], struct frame_header *header_out, opd_error *error);
 
 /* u64 little-endian at any alignment. */
-uint64_t frame_load_u64(const uint8_t *bytes);
-void frame_store_u64(uint8_t *bytes, uint64_t value);
+static inline uint64_t frame_load_u64(const uint8_t *bytes)
+{
+	uint64_t value;
+	memcpy(&value, bytes, sizeof value);
+	return le64toh(value);
+}
+
+static inline void frame_store_u64(uint8_t *bytes, uint64_t value)
+{
+	value = htole64(value);
+	memcpy(bytes, &value, sizeof value);
+}
 
 #endif

@@ -346,6 +346,10 @@ struct msg_info {
 	bool draining;
 	uint64_t graph_runs;
 	uint64_t graph_dispatches;
+	uint64_t derived_copies;
+	uint64_t derived_bytes;
+	uint64_t derived_found;
+	uint64_t derived_made;
 };
 
 /* ---- Graphs ---- */

@@ -212,6 +212,7 @@ struct opd_op {
 	const opd_in_place *in_place; /* a parameter and a result stand in one pair at most */
 	const opd_impl *native; /* the definition: device "cpu", no predicate, no plan, same schema (op and schema may be NULL), any strides */
 	const void *user;       /* the op's own, for functions that serve several ops */
+	const char *indices;    /* parameters whose contents `check` reads, as "positions,slot_mapping"; NULL with a check: all of i32 and i64 */
 };
 
 /* ---- Implementations --------------------------------------------------------------------------------------------------- */
@@ -221,6 +222,8 @@ enum {
 	OPD_IMPL_IN_PLACE = 1u << 1,         /* may be run with an output in its in-place parameter's memory */
 	OPD_IMPL_THREAD_INVARIANT = 1u << 2, /* bits don't depend on the number of threads */
 	OPD_IMPL_BATCH_INVARIANT = 1u << 3,  /* a row's bits don't depend on how many other rows there are */
+	OPD_IMPL_CHECKS_INDICES = 1u << 4,   /* on a device: its kernels check index contents themselves, see opd_index_fault */
+	OPD_IMPL_NO_CAPTURE = 1u << 5,       /* on a device: what run enqueues can't be captured, see opd_backend.capture_begin */
 };
 
 /* Says whether the implementation takes the call. Pure: dtypes, shapes, strides, alignment, device, attributes; never contents.
@@ -245,6 +248,22 @@ typedef opd_status (*opd_plan_fn)(const opd_impl *impl, void *state, const opd_c
 /* Estimated nanoseconds on one thread. Decides whether a call runs on the I/O loop (a few microseconds) and how large a share a
  * thread gets. Pure. 0: unknown, never on the loop. */
 typedef uint64_t (*opd_cost_fn)(const opd_impl *impl, const opd_call *call);
+
+/* What a kernel on a device found among contents that it indexes with. One lies in device memory for each request in flight (a graph's nodes share it), zeroed
+ * before the request's first kernel and read with its completion. A kernel of an implementation with OPD_IMPL_CHECKS_INDICES checks each index before it reads or writes
+ * by it, skips what that index leads to, and reports one: who changes `state` from 0 to 1 (atomically) fills in the rest, then sets 2. It does nothing at all where the state
+ * isn't 0 when it starts; every kernel that writes in place does the same. The answer is INVALID_ARGUMENT: "embedding: ids[5] is 70000, expected 0 to 31999".
+ * Without the flag the host brings index operands back from the device and asks the op's `check` before anything is enqueued. */
+typedef struct opd_index_fault {
+	uint32_t state;    /* 0: none; 1: being written; 2: written */
+	uint32_t param;    /* of the op's schema */
+	uint64_t position; /* number of the element in the operand's row-major order */
+	int64_t value;
+	int64_t low;       /* expected: low to high, both included */
+	int64_t high;
+	uint32_t node;     /* exec->fault_node */
+	uint32_t reserved[5];
+} opd_index_fault;
 
 /* Runs the kernel. On the CPU it returns when done; on a device it enqueues on exec->stream and must not synchronise. Operands lie on
  * the implementation's device. Outputs are allocated, contiguous, uninitialised, and overlap no input, unless the implementation
@@ -278,6 +297,14 @@ struct opd_exec {
 	uint32_t device;      /* host's number of the device that it runs on */
 	uint32_t ordinal;     /* the same device's number within its backend */
 	void *lane;           /* the host's */
+	uint32_t flags;       /* OPD_EXEC_* */
+	uint32_t fault_node;  /* for opd_index_fault.node */
+	void *fault;          /* on a device: base of device memory that begins with an opd_index_fault; NULL: no index of this call is to be checked */
+};
+
+enum {
+	/* What is enqueued is captured: it runs later and again, with the same operands at the same addresses. */
+	OPD_EXEC_CAPTURING = 1u << 0,
 };
 
 /* ---- Device backends --------------------------------------------------------------------------------------------------- */
@@ -290,7 +317,12 @@ typedef struct opd_device_info {
 } opd_device_info;
 
 /* A kind of device: memory, copies, streams, events. One backend a kind, the first loaded wins. `state` is the module's.
- * All but event_query and the create/destroy pairs are called on the device's lane thread only. Offsets and sizes are in bytes and checked.
+ * One thread at a time works with a device (the lane's, or a loop that launches a lone small op): nothing may rest on state of the calling thread, such as a current device or
+ * context. event_query and the create/destroy pairs may come from any thread at any time. Offsets and sizes are in bytes and checked.
+ * Memory, streams and events are made seldom: the host pools them, so none of these functions needs a pool of its own.
+ * A device that can't go on (a sticky error, fallen off the bus) answers OPD_DATA_LOSS wherever that shows, and from then on: the host fails what is in flight, gives everything
+ * back (free, stream_destroy and event_destroy must still work), forgets the tensors that lay there, and uses it again only after device_reset has returned OPD_OK. Its implementations
+ * count as unsupported meanwhile (`device lost: …`). Any other failure is that one call's.
  * No function may be NULL but those that say so. */
 typedef struct opd_backend {
 	uint32_t struct_bytes;
@@ -322,6 +354,32 @@ typedef struct opd_backend {
 	void (*host_unregister)(void *state, void *memory);
 	/* Optional: native objects for other modules of the kind; `what` is the backend's word ("context", "device"). NULL: has none. */
 	void *(*native_handle)(void *state, uint32_t ordinal, const char *what);
+
+	/* ---- Since the table grew; each may be NULL. ---- */
+
+	/* Host memory that copies run from and to at full speed and, where *device_out isn't NULL, that kernels of the device reach at that base (mapped, "zero copy"). 64-byte aligned.
+	 * Slow: the host allocates it once and hands it out in pieces. What a kernel wrote there the host sees once a later event has come. */
+	opd_status (*host_alloc)(void *state, uint32_t ordinal, uint64_t bytes, void **host_out, void **device_out, opd_error *error);
+	void (*host_free)(void *state, uint32_t ordinal, void *host);
+	/* Enqueue: zero bytes. NULL: the host copies zeros in. */
+	opd_status (*zero)(void *state, void *stream, void *to, uint64_t to_offset, uint64_t bytes, opd_error *error);
+	/* What is enqueued on `stream` from now on starts when the event has come; it was recorded on another stream of the kind. NULL: the host uses one stream a device. */
+	opd_status (*stream_wait)(void *state, void *stream, void *event, opd_error *error);
+	/* From another device of the kind; `stream` is of the device that has `to`. NULL: the host goes through its own memory. */
+	opd_status (*copy_peer)(void *state, void *stream, void *to, uint64_t to_offset, uint32_t from_ordinal, const void *from, uint64_t from_offset,
+	                        uint64_t bytes, opd_error *error);
+
+	/* Capture: all four or none. Between begin and end what is enqueued on the stream (copy_device, zero and kernels, no other function) is recorded and not done. capture_end ends it also
+	 * when something failed in between; an error, or *graph_out NULL, means that it can't be replayed, and the host enqueues instead. graph_launch enqueues all of it at once, any
+	 * number of times: the host keeps what it touches (operands, scratch, plans) where it is until graph_destroy, and brings new inputs to those places by copies before
+	 * the launch. graph_destroy: nothing of it is in flight. */
+	opd_status (*capture_begin)(void *state, void *stream, opd_error *error);
+	opd_status (*capture_end)(void *state, void *stream, void **graph_out, opd_error *error);
+	opd_status (*graph_launch)(void *state, void *graph, void *stream, opd_error *error);
+	void (*graph_destroy)(void *state, void *graph);
+
+	/* After OPD_DATA_LOSS: makes the device usable again, with nothing on it. Everything was given back before. NULL: it stays lost. */
+	opd_status (*device_reset)(void *state, uint32_t ordinal, opd_error *error);
 } opd_backend;
 
 /* ---- The host ---------------------------------------------------------------------------------------------------------- */
@@ -370,7 +428,24 @@ struct opd_host {
 	void (*parallel_for)(const opd_exec *exec, uint64_t items, uint64_t grain, opd_range_fn range, void *argument);
 	/* Inside run: nobody wants the result any more; return OPD_CANCELLED soon if you can. */
 	bool (*cancelled)(const opd_exec *exec);
+
+	/* Derived copies: what an implementation for the CPU makes of an operand whose contents stay (packed weights), in memory of the host's that outlives the run. Inside run,
+	 * on its thread. A copy belongs to the module, the operand's contents (id, version), its view (dtype, shape, strides, byte offset) and `key` (at most
+	 * OPD_DERIVED_KEY_MAX bytes): whatever else it depends on, as the library's layout. The host drops copies when the contents end, when it wants the memory, and before the
+	 * module is closed; never while a run that was given one lasts. At most OPD_DERIVED_RUN_MAX a run. NULL is an everyday answer: the run then works on the operand itself.
+	 * Look at struct_bytes: an older host's table ends before these.
+	 *
+	 * derived_find: a copy that an earlier run has kept; NULL: none. */
+	const void *(*derived_find)(const opd_exec *exec, const opd_tensor *tensor, const void *key, uint32_t key_bytes);
+	/* After derived_find found none: `bytes` of memory for one, 64-byte aligned, uninitialised, this run's alone. NULL: not now (the contents may change, come for the first
+	 * time, another run is making it, or there is no room). */
+	void *(*derived_make)(const opd_exec *exec, const opd_tensor *tensor, const void *key, uint32_t key_bytes, uint64_t bytes);
+	/* What derived_make gave is filled in: later runs find it. Without this call it goes when run returns. */
+	void (*derived_keep)(const opd_exec *exec, const void *memory);
 };
+
+#define OPD_DERIVED_KEY_MAX 1024 /* bytes */
+#define OPD_DERIVED_RUN_MAX 4
 
 /* ---- The module -------------------------------------------------------------------------------------------------------- */
 

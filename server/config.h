@@ -48,6 +48,7 @@ struct config_limits {
 	uint64_t request_bytes;        /* payload of one request; default 4 GiB, at most session_bytes */
 	uint64_t envelope_bytes;       /* default 1 MiB */
 	uint64_t cache_bytes;          /* freed tensor memory kept warm for reuse; default 256 MiB */
+	uint64_t derived_bytes;        /* copies that providers make of kept tensors; default: memory_bytes / 4 */
 	uint32_t sessions;             /* open connections; default 4096 */
 	uint32_t in_flight;            /* requests of a session not yet answered; default 1024 */
 	uint32_t kept;                 /* kept tensors of a session; default 65536 */

@@ -12,6 +12,7 @@ enum {
 	GIVEN_SESSION = 1u << 0,
 	GIVEN_REQUEST = 1u << 1,
 	GIVEN_CACHE = 1u << 2,
+	GIVEN_DERIVED = 1u << 3,
 };
 
 struct unit {
@@ -191,6 +192,7 @@ static const struct config_key keys[] = {
 	{"limits.request", set_bytes, AT(limits.request_bytes), 64u << 10, BOUND_PAYLOAD_BYTES, GIVEN_REQUEST},
 	{"limits.envelope", set_bytes, AT(limits.envelope_bytes), BOUND_HELLO_BYTES, BOUND_ENVELOPE_BYTES, 0},
 	{"limits.cache", set_bytes, AT(limits.cache_bytes), 0, MEMORY_MAX, GIVEN_CACHE},
+	{"limits.derived", set_bytes, AT(limits.derived_bytes), 0, MEMORY_MAX, GIVEN_DERIVED},
 	{"limits.sessions", set_count, AT(limits.sessions), 1, 1000000, 0},
 	{"limits.in_flight", set_count, AT(limits.in_flight), 1, 65536, 0},
 	{"limits.kept", set_count, AT(limits.kept), 0, 1u << 24, 0},
@@ -242,6 +244,8 @@ void config_derive_limits(struct config *config)
 		limits->request_bytes = at_most(4ull << 30, limits->session_bytes);
 	if ((config->given & GIVEN_CACHE) == 0)
 		limits->cache_bytes = at_most(256ull << 20, limits->memory_bytes);
+	if ((config->given & GIVEN_DERIVED) == 0)
+		limits->derived_bytes = limits->memory_bytes / 4;
 }
 
 static opd_status check_order(const char *name, uint64_t value, const char *of, uint64_t limit, opd_error *error)
@@ -259,5 +263,7 @@ opd_status config_check_limits(const struct config *config, opd_error *error)
 		status = check_order("limits.request", limits->request_bytes, "limits.session", limits->session_bytes, error);
 	if (status == OPD_OK)
 		status = check_order("limits.cache", limits->cache_bytes, "limits.memory", limits->memory_bytes, error);
+	if (status == OPD_OK)
+		status = check_order("limits.derived", limits->derived_bytes, "limits.memory", limits->memory_bytes, error);
 	return status;
 }

@@ -20,6 +20,7 @@
 #include "server/tensors.h"
 
 struct allocation;
+struct derived;
 struct listener;
 struct conn;
 struct post;
@@ -31,6 +32,7 @@ struct server {
 	_Atomic uint64_t inline_ns;
 	struct registry *registry;
 	struct plans *plans;
+	struct derived *derived;
 	struct memory memory;
 	struct account *account; /* what modules allocate */
 	struct publications *publications;

@@ -6,6 +6,7 @@
 
 #include "proto/tensor.h"
 #include "server/daemon.h"
+#include "server/derived.h"
 #include "server/module.h"
 #include "server/request.h"
 #include "server/shared.h"
@@ -119,9 +120,13 @@ static opd_status run_kernel(struct request *request, struct lane_exec *lane)
 		status = make_scratch(request, plan, &exec);
 	if (status != OPD_OK)
 		return status;
+	struct derived_run derived = {.count = 0};
+	lane->derived = &derived;
 	run->written = true;
 	request->error.text[0] = '\0';
 	status = impl->def->run(impl->def, impl->state, &run->bound.call, &exec, &request->error);
+	lane->derived = NULL;
+	derived_end(request->context->server->derived, &derived);
 	buffer_unref(run->scratch);
 	run->scratch = NULL;
 	if (status != OPD_OK)

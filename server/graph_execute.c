@@ -5,6 +5,7 @@
 
 #include "proto/tensor.h"
 #include "server/daemon.h"
+#include "server/derived.h"
 #include "server/graph_run.h"
 #include "server/module.h"
 #include "server/request.h"
@@ -181,6 +182,7 @@ static opd_status run_step(struct graph_run *run, const struct step *step, opd_e
 	if (prepared->checked)
 		set_canaries(step);
 	status = step->impl->def->run(step->impl->def, step->impl->state, &step->bound.call, exec, error);
+	derived_end(run->request->context->server->derived, ((struct lane_exec *)exec->lane)->derived);
 	if (status != OPD_OK)
 		return step_failed(step, status, " failed", error);
 	make_copies(prepared, step->copies, step->copy_count);
@@ -207,7 +209,9 @@ static void run_part(struct graph_run *run, const struct schedule_part *part, st
 	const struct prepared *prepared = run->prepared;
 	const struct request *request = run->request;
 	opd_exec exec = {.struct_bytes = sizeof exec, .threads = lane->threads, .lane = lane};
+	struct derived_run derived = {.count = 0};
 	opd_error error;
+	lane->derived = &derived;
 	for (uint32_t i = part->first; i < part->first + part->count; i++) {
 		const struct step *step = &prepared->steps[i];
 		uint64_t began = run->node_ns == NULL ? 0 : request_now_ns();
@@ -215,7 +219,7 @@ static void run_part(struct graph_run *run, const struct schedule_part *part, st
 			continue;
 		if (atomic_load_explicit(&request->session->gone, memory_order_relaxed) || lane_cancelled(lane)) {
 			note_failure(run, step->order, opd_fail(&error, OPD_CANCELLED, "graph '%s': nobody wants its results any more", run->graph->name.data), &error);
-			return;
+			break;
 		}
 		opd_status status = run_step(run, step, &exec, &error);
 		if (status != OPD_OK)
@@ -223,6 +227,7 @@ static void run_part(struct graph_run *run, const struct schedule_part *part, st
 		if (run->node_ns != NULL)
 			run->node_ns[i] = request_now_ns() - began;
 	}
+	lane->derived = NULL;
 }
 
 struct stage_run {

@@ -248,7 +248,7 @@ static void settle_states(struct graph_run *run, bool succeeded)
 		if (succeeded && state->fresh != NULL)
 			kept_replace(kept, input->slot, input->lineage, kept_tensor_ref(state->fresh));
 		else if (succeeded)
-			state->tensor->version++;
+			kept_tensor_changed(state->tensor);
 		else if (!state->written || state->fresh != NULL) /* the old value is whole */
 			kept_take_back(kept, state->handle);
 		else

@@ -6,6 +6,7 @@
 #include "proto/bounds.h"
 #include "proto/text.h"
 #include "server/daemon.h"
+#include "server/derived.h"
 #include "server/listener.h"
 #include "server/module.h"
 #include "server/request.h"
@@ -184,6 +185,8 @@ void inspect_info(struct request *request)
 		return;
 	}
 	(void)listener_list(server, listeners, listener_count);
+	struct derived_statistics derived;
+	derived_count(server->derived, &derived);
 	for (uint32_t i = 0; i < snapshot->device_count; i++)
 		devices[i] = msg_text(snapshot->devices[i].name);
 	request->reply.info = (struct msg_info){
@@ -204,6 +207,10 @@ void inspect_info(struct request *request)
 		.draining = server->draining,
 		.graph_runs = atomic_load_explicit(&server->graph_runs, memory_order_relaxed),
 		.graph_dispatches = atomic_load_explicit(&server->graph_dispatches, memory_order_relaxed),
+		.derived_copies = derived.copies,
+		.derived_bytes = derived.bytes,
+		.derived_found = derived.found,
+		.derived_made = derived.made,
 	};
 	request_reply(request, MSG_REPLY_INFO);
 }

@@ -6,6 +6,7 @@
 #include <string.h>
 #include <sys/random.h>
 
+#include "server/derived.h"
 #include "server/publications.h"
 
 #define NO_SLOT UINT32_MAX
@@ -53,6 +54,7 @@ struct kept_tensor *kept_tensor_create(opd_dtype dtype, uint32_t rank, const int
 	tensor->id = atomic_fetch_add_explicit(&next_tensor_id, 1, memory_order_relaxed);
 	tensor->version = 1;
 	tensor->buffer = buffer_ref(buffer);
+	tensor->memory = buffer->account->memory;
 	return tensor;
 }
 
@@ -66,10 +68,18 @@ void kept_tensor_unref(struct kept_tensor *tensor)
 {
 	if (tensor == NULL || atomic_fetch_sub_explicit(&tensor->refs, 1, memory_order_acq_rel) != 1)
 		return;
+	if (tensor->hold == NULL) /* else the publication has the contents, and may have them longer */
+		derived_forget(tensor->memory->derived, tensor->id, tensor->version);
 	buffer_unref(tensor->buffer);
 	parts_destroy(tensor->parts);
 	hold_release(tensor->hold);
 	free(tensor);
+}
+
+void kept_tensor_changed(struct kept_tensor *tensor)
+{
+	derived_forget(tensor->memory->derived, tensor->id, tensor->version);
+	tensor->version++;
 }
 
 /* ---- Slots ---- */

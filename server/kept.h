@@ -26,6 +26,7 @@ struct kept_tensor {
 	uint64_t id; /* never reused in this daemon */
 	uint64_t version;
 	struct buffer *buffer;
+	struct memory *memory; /* the buffer's */
 	struct hold *hold;   /* published: read-only, and others have it too; NULL: not */
 	struct parts *parts; /* the session's thread alone; NULL: all its bytes are there */
 };
@@ -81,6 +82,8 @@ void kept_fini(struct kept *kept);
 struct kept_tensor *kept_tensor_create(opd_dtype dtype, uint32_t rank, const int64_t *shape, uint64_t bytes, struct buffer *buffer);
 struct kept_tensor *kept_tensor_ref(struct kept_tensor *tensor);
 void kept_tensor_unref(struct kept_tensor *tensor);
+/* Its contents are about to be others, under a new version. */
+void kept_tensor_changed(struct kept_tensor *tensor);
 
 /* Room for `count` outputs of a request that keeps some; RESOURCE_EXHAUSTED at the limit. */
 OPD_MUST_USE opd_status kept_expect(struct kept *kept, uint64_t request, uint32_t count, opd_error *error);

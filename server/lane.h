@@ -22,6 +22,7 @@
 
 struct lane;
 struct lane_exec;
+struct derived_run;
 
 /* Embedded in what its owner runs. Zeroed but for the callbacks when it is submitted. */
 struct lane_job {
@@ -38,6 +39,7 @@ struct lane_exec {
 	struct lane_job *job; /* NULL: nothing to cancel */
 	uint32_t threads;     /* that a parallel loop may use, this one included */
 	bool in_loop;         /* a parallel loop is open */
+	struct derived_run *derived; /* the job's: derived copies that its kernel has; NULL: it gets none */
 };
 
 /* A thread without work watches for so long before it sleeps, and yields meanwhile: enough for the next job of a busy client (then lane_submit

@@ -262,8 +262,9 @@ static void print_summary(const struct config *config)
 {
 	const struct config_limits *limits = &config->limits;
 	print_lists(config);
-	(void)printf("limits: memory %" PRIu64 ", session %" PRIu64 ", request %" PRIu64 ", envelope %" PRIu64 ", cache %" PRIu64 " bytes\n",
-	             limits->memory_bytes, limits->session_bytes, limits->request_bytes, limits->envelope_bytes, limits->cache_bytes);
+	(void)printf("limits: memory %" PRIu64 ", session %" PRIu64 ", request %" PRIu64 ", envelope %" PRIu64 ", cache %" PRIu64
+	             ", derived %" PRIu64 " bytes\n",
+	             limits->memory_bytes, limits->session_bytes, limits->request_bytes, limits->envelope_bytes, limits->cache_bytes, limits->derived_bytes);
 	(void)printf("limits: %" PRIu32 " sessions, of each %" PRIu32 " requests in flight and %" PRIu32 " kept tensors\n", limits->sessions,
 	             limits->in_flight, limits->kept);
 	(void)printf("limits: handshake %" PRIu64 " ms, stall %" PRIu64 " ms, drain %" PRIu64 " ms\n", limits->handshake_us / 1000,

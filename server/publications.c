@@ -9,6 +9,7 @@
 
 #include "proto/bounds.h"
 #include "proto/text.h"
+#include "server/derived.h"
 #include "server/kept.h"
 #include "server/session.h"
 #include "server/tensors.h"
@@ -192,6 +193,7 @@ static void content_settle(struct publications *table, struct content *content)
 		link = &(*link)->next;
 	*link = content->next;
 	assert(content->holders == NULL);
+	derived_forget(table->memory->derived, content->id, content->version);
 	buffer_unref(content->buffer);
 	free(content);
 }

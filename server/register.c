@@ -5,6 +5,8 @@
 
 #include "proto/bounds.h"
 #include "proto/text.h"
+#include "server/derived.h"
+#include "server/lane.h"
 #include "server/registry_internal.h"
 
 static struct registry *host_registry(const opd_host *host)
@@ -240,10 +242,32 @@ static bool backend_whole(const opd_backend *backend)
 	       backend->event_create != NULL && backend->event_destroy != NULL && backend->event_record != NULL && backend->event_query != NULL;
 }
 
+/* The table as this header has it: what an older module doesn't know is NULL. NULL: out of memory. */
+static opd_backend *backend_copy(const opd_backend *backend)
+{
+	opd_backend *copy = calloc(1, sizeof *copy);
+	if (copy != NULL)
+		memcpy(copy, backend, backend->struct_bytes < sizeof *copy ? backend->struct_bytes : sizeof *copy);
+	return copy;
+}
+
 void register_drop_devices(struct registry *registry, uint32_t count)
 {
-	while (registry->device_count > count)
-		free((void *)registry->devices[--registry->device_count].name);
+	while (registry->device_count > count) {
+		struct device *device = &registry->devices[--registry->device_count];
+		if (device->ordinal == 0 && device->backend != NULL) /* the first of a kind owns the table */
+			free((void *)device->backend);
+		free((void *)device->name);
+	}
+}
+
+/* A group of functions is there as a whole or not at all. */
+static bool backend_groups_whole(const opd_backend *backend)
+{
+	const int capture = (backend->capture_begin != NULL) + (backend->capture_end != NULL) + (backend->graph_launch != NULL) +
+	                    (backend->graph_destroy != NULL);
+	return (capture == 0 || capture == 4) && (backend->host_alloc == NULL) == (backend->host_free == NULL) &&
+	       (backend->host_register == NULL) == (backend->host_unregister == NULL);
 }
 
 static opd_status host_register_backend(const opd_host *host, const opd_backend *backend, opd_error *error)
@@ -262,15 +286,26 @@ static opd_status host_register_backend(const opd_host *host, const opd_backend 
 	if (backend->device_count > REGISTRY_DEVICES_MAX - registry->device_count)
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "%s: %u devices, at most %u more fit", module->def->name,
 		                (unsigned)backend->device_count, (unsigned)(REGISTRY_DEVICES_MAX - registry->device_count));
+	if (backend->device_count == 0)
+		return OPD_OK;
+	const opd_backend *copy = backend_copy(backend);
 	const uint32_t before = registry->device_count;
-	for (uint32_t i = 0; i < backend->device_count; i++) {
+	if (copy == NULL)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "registry: out of memory");
+	if (!backend_groups_whole(copy)) {
+		free((void *)copy);
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: a group of the device backend's functions is there in part", module->def->name);
+	}
+	for (uint32_t i = 0; i < copy->device_count; i++) {
 		char *name = NULL;
-		if (asprintf(&name, "%s:%u", backend->kind, (unsigned)i) < 0) {
+		if (asprintf(&name, "%s:%u", copy->kind, (unsigned)i) < 0) {
 			register_drop_devices(registry, before);
+			if (i == 0)
+				free((void *)copy);
 			return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "registry: out of memory");
 		}
 		registry->devices[registry->device_count++] =
-			(struct device){.name = name, .kind = backend->kind, .ordinal = i, .backend = backend, .state = module->state};
+			(struct device){.name = name, .kind = copy->kind, .ordinal = i, .backend = copy, .state = module->state};
 	}
 	return OPD_OK;
 }
@@ -344,6 +379,30 @@ static void host_log(const opd_host *host, opd_log_level level, const char *text
 	LOG(module->registry->log, known, "provider", LOG_STR("provider", module->def->name), LOG_STR("text", text == NULL ? "" : text));
 }
 
+/* NULL: not inside a kernel on the CPU. */
+static struct derived_run *exec_derived(const opd_exec *exec)
+{
+	return exec->lane == NULL ? NULL : ((const struct lane_exec *)exec->lane)->derived;
+}
+
+static const void *host_derived_find(const opd_exec *exec, const opd_tensor *tensor, const void *key, uint32_t key_bytes)
+{
+	const struct module *module = exec->host->context;
+	return derived_find(module->registry->services.derived, exec_derived(exec), module, tensor, key, key_bytes);
+}
+
+static void *host_derived_make(const opd_exec *exec, const opd_tensor *tensor, const void *key, uint32_t key_bytes, uint64_t bytes)
+{
+	const struct module *module = exec->host->context;
+	return derived_make(module->registry->services.derived, exec_derived(exec), module, tensor, key, key_bytes, bytes);
+}
+
+static void host_derived_keep(const opd_exec *exec, const void *memory)
+{
+	const struct module *module = exec->host->context;
+	derived_keep(module->registry->services.derived, exec_derived(exec), memory);
+}
+
 void register_fill_host(struct module *module, const struct registry *registry)
 {
 	module->host = (opd_host){
@@ -361,5 +420,8 @@ void register_fill_host(struct module *module, const struct registry *registry)
 		.log = host_log,
 		.parallel_for = registry->services.parallel_for,
 		.cancelled = registry->services.cancelled,
+		.derived_find = host_derived_find,
+		.derived_make = host_derived_make,
+		.derived_keep = host_derived_keep,
 	};
 }

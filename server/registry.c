@@ -269,13 +269,14 @@ void registry_destroy(struct registry *registry)
 	plist_unref(registry->server_star);
 	plist_unref(registry->configuration_star);
 	plist_unref(registry->none);
-	roll_back(registry, &(struct mark){0, 0, 0});
-	/* Newest first: a module may use the backend of an older one. */
+	roll_back(registry, &(struct mark){0, 0, registry->device_count});
+	/* Newest first: a module may use the backend of an older one, also while it closes. */
 	while (registry->modules != NULL) {
 		struct module *module = registry->modules;
 		registry->modules = module->next;
 		module_destroy(module, true);
 	}
+	register_drop_devices(registry, 0);
 	for (uint32_t i = 0; i < registry->provider_count; i++)
 		provider_destroy(registry->providers[i]);
 	(void)pthread_mutex_destroy(&registry->current_mutex);

@@ -21,6 +21,7 @@
 #define REGISTRY_PROVIDERS_MAX 256
 #define REGISTRY_DEVICES_MAX 64
 
+struct derived;
 struct module;
 struct effective;
 struct plist;
@@ -91,6 +92,7 @@ struct registry_services {
 	void *(*alloc)(void *context, uint64_t bytes); /* host memory, 64-byte aligned, charged; NULL: refused */
 	void (*free)(void *context, void *memory);
 	void *context;
+	struct derived *derived; /* NULL: no derived copies */
 };
 
 OPD_MUST_USE opd_status registry_create(struct log *log, const struct registry_services *services, struct registry **registry_out,

@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "server/daemon.h"
+#include "server/derived.h"
 
 opd_status server_set_priorities(struct server *server, const struct config *config, opd_error *error)
 {
@@ -70,6 +71,7 @@ opd_status server_reload(struct server *server, struct config *config, opd_error
 	log_set_level(server->log, config->level);
 	server_take_config(server, config);
 	atomic_store(&server->memory.limit_bytes, config->limits.memory_bytes);
+	derived_set_limit(server->derived, config->limits.derived_bytes);
 	atomic_store(&server->account->limit_bytes, config->limits.memory_bytes);
 	config_destroy((struct config *)before);
 	LOG(server->log, LOG_INFO, "configuration reloaded", LOG_STR("path", config->path));

@@ -12,6 +12,7 @@
 #include "providers/builtin.h"
 #include "server/conn.h"
 #include "server/daemon.h"
+#include "server/derived.h"
 #include "server/publications.h"
 #include "server/listener.h"
 #include "server/module.h"
@@ -267,6 +268,7 @@ static opd_status open_providers(struct server *server, opd_error *error)
 		.alloc = module_alloc,
 		.free = module_free,
 		.context = server,
+		.derived = server->derived,
 	};
 	opd_status status = registry_create(server->log, &services, &server->registry, error);
 	for (size_t i = 0; status == OPD_OK && builtin_modules[i] != NULL; i++)
@@ -360,6 +362,8 @@ static opd_status start(struct server *server, opd_error *error)
 		if (server->account == NULL || server->publications == NULL || server->stage == NULL)
 			status = opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: out of memory");
 	}
+	if (status == OPD_OK)
+		status = derived_create(&server->memory, config->limits.derived_bytes, &server->derived, error);
 	if (status == OPD_OK)
 		status = lane_create(&lane, &server->lane, error);
 	if (status == OPD_OK)
@@ -461,6 +465,7 @@ void server_destroy(struct server *server)
 	lane_destroy(server->lane);
 	context_fini(&server->context);
 	plans_destroy(server->plans);
+	derived_destroy(server->derived); /* before their makers are closed */
 	registry_destroy(server->registry);
 	free_forgotten(server);
 	if (server->account != NULL) {

@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 
 #include "proto/tensor.h"
+#include "server/derived.h"
 
 #define MAPPED_BYTES (1ull << 20) /* from here on by mmap */
 #define CLASS_MIN_SHIFT 8         /* the smallest class: 256 bytes */
@@ -95,6 +96,18 @@ static bool charge(_Atomic uint64_t *used, uint64_t limit, uint64_t bytes, uint6
 	return true;
 }
 
+/* The daemon's part. Derived copies go first, so that a full ledger never means copies. */
+static bool charge_daemon(const struct account *account, uint64_t bytes, uint64_t limit, uint64_t *used_out)
+{
+	struct memory *memory = account->memory;
+	if (charge(&memory->used_bytes, limit, bytes, used_out))
+		return true;
+	if (account->gives_way || memory->derived == NULL || bytes > limit)
+		return false;
+	const uint64_t wanted = *used_out - (limit - bytes);
+	return derived_reclaim(memory->derived, wanted) >= wanted && charge(&memory->used_bytes, limit, bytes, used_out);
+}
+
 opd_status account_charge(struct account *account, uint64_t bytes, opd_error *error)
 {
 	uint64_t used;
@@ -104,7 +117,7 @@ opd_status account_charge(struct account *account, uint64_t bytes, opd_error *er
 		                "session memory: %" PRIu64 " bytes wanted, %" PRIu64 " of at most %" PRIu64 " in use", bytes, used, limit);
 	struct memory *memory = account->memory;
 	limit = atomic_load_explicit(&memory->limit_bytes, memory_order_relaxed);
-	if (!charge(&memory->used_bytes, limit, bytes, &used)) {
+	if (!charge_daemon(account, bytes, limit, &used)) {
 		(void)atomic_fetch_sub_explicit(&account->used_bytes, bytes, memory_order_relaxed);
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED,
 		                "daemon memory: %" PRIu64 " bytes wanted, %" PRIu64 " of at most %" PRIu64 " in use", bytes, used, limit);

@@ -19,6 +19,8 @@
 
 #define MEMORY_CLASSES 160
 
+struct derived;
+
 struct memory {
 	_Atomic uint64_t used_bytes; /* the ledger: charged by all accounts */
 	_Atomic uint64_t limit_bytes;
@@ -26,6 +28,7 @@ struct memory {
 	pthread_mutex_t mutex; /* of what follows */
 	uint64_t cached_bytes;
 	struct buffer *cached[MEMORY_CLASSES];
+	struct derived *derived; /* copies made of tensors' contents (server/derived.h), which give way when the ledger is full; NULL: none. Set before there are tensors */
 };
 
 /* Who pays: a session. Outlives it while a buffer of it is in a lane. */
@@ -34,6 +37,7 @@ struct account {
 	_Atomic uint64_t used_bytes;
 	_Atomic uint64_t limit_bytes;
 	struct memory *memory;
+	bool gives_way; /* it pays for derived copies: none of them are given up for others */
 };
 
 struct buffer {

@@ -4,7 +4,7 @@
 #   build  to build the daemon, opctl and libopd
 #   test   to run the tests as well
 #   full   clang, for tests/run --full
-#   bench  gRPC for C++, which the benchmarks compare with where it is
+#   bench  gRPC for C++ and PyTorch, which the benchmarks compare with where they are
 #
 # Without a word: build and test. It says what it does, and does nothing when all is there. As another user than root it uses sudo.
 set -euo pipefail
@@ -13,7 +13,7 @@ build=(gcc libc6-dev cmake ninja-build pkg-config libuv1-dev libprotobuf-c-dev p
 	libcjson-dev libssl-dev)
 test=(check libsubunit-dev python3 python3-protobuf python3-numpy binutils procps)
 full=(clang)
-bench=(g++ libgrpc++-dev libprotobuf-dev protobuf-compiler protobuf-compiler-grpc)
+bench=(g++ libgrpc++-dev libprotobuf-dev protobuf-compiler protobuf-compiler-grpc python3-torch)
 # Libraries that providers wrap. Nothing needs them to be built or to pass: modules say what they miss. So a failure to get them is none.
 optional=(libopenblas0-pthread libdnnl-dev)
 

@@ -117,6 +117,10 @@ static int print_info_json(const opd_server_info *info, const opd_session *sessi
 	cJSON_AddItemToObject(document, "requests", json_u64(info->requests));
 	cJSON_AddItemToObject(document, "graph_runs", json_u64(info->graph_runs));
 	cJSON_AddItemToObject(document, "graph_dispatches", json_u64(info->graph_dispatches));
+	cJSON_AddItemToObject(document, "derived_copies", json_u64(info->derived_copies));
+	cJSON_AddItemToObject(document, "derived_bytes", json_u64(info->derived_bytes));
+	cJSON_AddItemToObject(document, "derived_found", json_u64(info->derived_found));
+	cJSON_AddItemToObject(document, "derived_made", json_u64(info->derived_made));
 	cJSON_AddItemToObject(document, "memory_bytes", json_u64(info->memory_bytes));
 	cJSON_AddItemToObject(document, "memory_limit_bytes", json_u64(info->memory_limit_bytes));
 	cJSON *own = cJSON_AddObjectToObject(document, "session");
@@ -140,6 +144,9 @@ static void print_info(const opd_server_info *info, const opd_session *session)
 	(void)printf("sessions   %" PRIu64 "\nrequests   %" PRIu64 "\n", info->sessions, info->requests);
 	if (info->graph_runs != 0)
 		(void)printf("graphs     %" PRIu64 " runs, %" PRIu64 " of them dispatched\n", info->graph_runs, info->graph_dispatches);
+	if (info->derived_made != 0)
+		(void)printf("derived    %" PRIu64 " copies of kept tensors, %" PRIu64 " bytes; made %" PRIu64 ", found %" PRIu64 "\n", info->derived_copies,
+		             info->derived_bytes, info->derived_made, info->derived_found);
 	(void)printf("memory     %s of %s\n", bytes_text(info->memory_bytes), bytes_text(info->memory_limit_bytes));
 	(void)printf("session    %" PRIu64 ", tenant %s%s, %s of %s, %u requests in flight at most\n", session->session,
 	             shown(session->tenant), session->admin ? ", administrator" : "", bytes_text(info->session_memory_bytes),

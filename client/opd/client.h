@@ -562,6 +562,10 @@ typedef struct opd_server_info {
 	const char *const *devices;
 	uint64_t graph_runs;       /* begun since the start */
 	uint64_t graph_dispatches; /* of them, those that had to infer, dispatch and plan */
+	uint64_t derived_copies;   /* that providers have of kept tensors (packed weights) */
+	uint64_t derived_bytes;
+	uint64_t derived_found; /* runs that were given one that was there */
+	uint64_t derived_made;
 } opd_server_info;
 
 OPD_API OPD_MUST_USE opd_status opd_ops(opd_client *client, const opd_op_list **list_out, opd_error *error);

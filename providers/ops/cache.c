@@ -181,6 +181,7 @@ const opd_op reshape_and_cache = {
 	.activations = "key,value,slot_mapping",
 	.shape = cache_shape,
 	.check = cache_check,
+	.indices = "slot_mapping",
 	.generate = cache_generate,
 	.dims = "tokens,kv_heads,head_size,blocks,block_size",
 	.default_dims = cache_dims,

@@ -365,6 +365,7 @@ const opd_op paged_attention = {
 	.activations = "query,block_table,seq_lens,query_start_loc",
 	.shape = paged_shape,
 	.check = paged_check,
+	.indices = "block_table,seq_lens,query_start_loc",
 	.generate = paged_generate,
 	.dims = "sequences,queries,context,heads,kv_heads,head_size,block_size",
 	.default_dims = paged_dims,

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "proto/codec.h"
+#include "proto/plain.h"
 #include "providers/builtin.h"
 #include "server/dispatch.h"
 #include "tests/bench/counter.h"
@@ -124,7 +125,7 @@ static void check(opd_status status, const opd_error *error, const char *what)
 
 static void parts_open(struct parts *parts)
 {
-	static const struct registry_services services = {serial_for, never_cancelled, host_alloc, host_free, NULL};
+	static const struct registry_services services = {.parallel_for = serial_for, .cancelled = never_cancelled, .alloc = host_alloc, .free = host_free};
 	opd_error error;
 	check(log_init(&parts->log, LOG_ERROR, LOG_TEXT, NULL, &error), &error, "log");
 	check(registry_create(&parts->log, &services, &parts->registry, &error), &error, "registry");
@@ -234,22 +235,24 @@ static const struct impl *call_steps(struct parts *parts, step last)
 	return impl;
 }
 
-static void call_decode(struct parts *parts)
+typedef opd_status (*decode_fn)(struct arena *arena, const uint8_t *envelope, size_t bytes, struct msg_request *out, opd_error *error);
+typedef opd_status (*encode_fn)(struct arena *arena, const struct msg_reply *message, struct codec_buffer *out, opd_error *error);
+
+static void call_decode(struct parts *parts, decode_fn decode)
 {
 	struct msg_request request;
 	arena_reset(&parts->arena);
-	if (codec_decode_request(&parts->arena, parts->encoded.frame + FRAME_HEADER_BYTES, parts->encoded.envelope_bytes, &request,
-	                         NULL) != OPD_OK)
+	if (decode(&parts->arena, parts->encoded.frame + FRAME_HEADER_BYTES, parts->encoded.envelope_bytes, &request, NULL) != OPD_OK)
 		bench_fail("the envelope doesn't decode");
 }
 
-static void call_encode(struct parts *parts)
+static void call_encode(struct parts *parts, encode_fn encode)
 {
 	struct msg_result output = {.tensor = norm_operand(2, 0)};
 	struct msg_reply reply = {.kind = MSG_REPLY_RUN, .run = {.provider = msg_text("cpu"), .output_count = 1, .outputs = &output}};
 	struct codec_buffer encoded;
 	arena_reset(&parts->arena);
-	if (codec_encode_reply(&parts->arena, &reply, &encoded, NULL) != OPD_OK)
+	if (encode(&parts->arena, &reply, &encoded, NULL) != OPD_OK)
 		bench_fail("the reply doesn't encode");
 }
 
@@ -262,13 +265,13 @@ static double allocations(void)
 struct lap {
 	const char *what;
 	unsigned refusals;
-	int last; /* a step, or DECODE or ENCODE */
+	int last; /* a step, or one of the conversions below */
 	report_bound bound;
 	double limit;
 	double ns[ROUNDS];
 	double allocations; /* a call */
 };
-enum { DECODE = -1, ENCODE = -2 };
+enum { DECODE = -1, ENCODE = -2, DECODE_PROTOBUF = -3, ENCODE_PROTOBUF = -4 };
 
 static struct lap laps[] = {
     {.what = "op and its list found by name", .last = STEP_FIND},
@@ -282,7 +285,9 @@ static struct lap laps[] = {
     {.what = "2 providers, one refuses", .last = STEP_CHOOSE, .refusals = 1},
     {.what = "4 providers, three refuse", .last = STEP_CHOOSE, .refusals = 3},
     {.what = "request envelope decoded", .last = DECODE},
+    {.what = "... by protobuf-c", .last = DECODE_PROTOBUF},
     {.what = "reply envelope encoded", .last = ENCODE},
+    {.what = "... by protobuf-c", .last = ENCODE_PROTOBUF},
 };
 #define LAPS (sizeof laps / sizeof laps[0])
 #define LAP_ONE 4 /* a single provider */
@@ -291,10 +296,10 @@ static struct lap laps[] = {
 static void lap_calls(struct parts *parts, const struct lap *lap)
 {
 	for (int i = 0; i < CALLS; i++) {
-		if (lap->last == DECODE)
-			call_decode(parts);
-		else if (lap->last == ENCODE)
-			call_encode(parts);
+		if (lap->last == DECODE || lap->last == DECODE_PROTOBUF)
+			call_decode(parts, lap->last == DECODE ? codec_decode_request : codec_unpack_request);
+		else if (lap->last == ENCODE || lap->last == ENCODE_PROTOBUF)
+			call_encode(parts, lap->last == ENCODE ? codec_encode_reply : codec_pack_reply);
 		else if (call_steps(parts, (step)lap->last) == NULL)
 			bench_fail("no implementation");
 	}

@@ -4,8 +4,11 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "element.h"
+
+enum { HUGE_PAGE = 2 << 20, LARGE = 4 << 20 };
 
 /* ---- Operands ---------------------------------------------------------------------------------------------------------- */
 
@@ -26,6 +29,17 @@ static uint32_t alignment_of(const void *address)
 	return (uint32_t)(bits & (~bits + 1));
 }
 
+/* Large ones in huge pages, as the daemon's tensors are: what is timed then isn't the translation of addresses. */
+static void *memory_of(uint64_t bytes)
+{
+	void *memory = NULL;
+	if (posix_memalign(&memory, bytes < LARGE ? 64 : HUGE_PAGE, bytes) != 0)
+		abort();
+	if (bytes >= LARGE)
+		(void)madvise(memory, bytes, MADV_HUGEPAGE);
+	return memory;
+}
+
 /* Describes and allocates: shape and strides are in `operand`; element 0 comes `lead` elements after the first guard. */
 static void operand_finish(struct operand *operand, opd_dtype dtype, uint32_t rank, uint64_t lead)
 {
@@ -37,10 +51,7 @@ static void operand_finish(struct operand *operand, opd_dtype dtype, uint32_t ra
 	}
 	uint64_t bytes = (lead + (elements == 0 ? 0 : span)) * opd_dtype_bytes(dtype);
 	operand->bytes = (bytes + 63) / 64 * 64 + 2 * CASE_GUARD;
-	void *memory = NULL;
-	if (posix_memalign(&memory, 64, operand->bytes) != 0)
-		abort();
-	operand->memory = memory;
+	operand->memory = memory_of(operand->bytes);
 	memset(operand->memory, CASE_GUARD_BYTE, operand->bytes);
 	operand->tensor = (opd_tensor){
 		.struct_bytes = sizeof(opd_tensor),

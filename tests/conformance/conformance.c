@@ -433,34 +433,18 @@ static int usage(const char *program)
 {
 	(void)fprintf(stderr,
 	              "usage: %s [--provider NAME] [--op NAME] [--module PATH.so]... [--seed N] [--shrink N] [--verbose]\n"
-	              "       %s --time [--dtype NAME] [--dims N,N,...] [--threads N] [--provider NAME] [--op NAME] [--module PATH.so]...\n",
-	              program, program);
+	              "       %s --time [--dtype NAME] [--dims N,N,...] [--threads N] [--provider NAME] [--op NAME] [--module PATH.so]...\n"
+	              "       %s --serve [--module PATH.so]...\n",
+	              program, program, program);
 	return 2;
 }
 
 struct arguments {
 	struct timing timing; /* provider and op serve both modes */
 	bool time;
+	bool serve;
 	bool bad;
 };
-
-/* "32,4096" */
-static bool read_dims(const char *text, struct timing *timing)
-{
-	for (timing->dim_count = 0; timing->dim_count < TIMING_DIMS; text++) {
-		char *end;
-		long long dim = strtoll(text, &end, 10);
-		if (end == text || dim < 0)
-			return false;
-		timing->dims[timing->dim_count++] = dim;
-		if (*end == '\0')
-			return true;
-		text = end;
-		if (*text != ',')
-			return false;
-	}
-	return false;
-}
 
 /* False when a module can't be loaded. */
 static bool read_option(int option, struct arguments *arguments)
@@ -478,10 +462,12 @@ static bool read_option(int option, struct arguments *arguments)
 		verbose = true;
 	else if (option == 't')
 		arguments->time = true;
+	else if (option == 'S')
+		arguments->serve = true;
 	else if (option == 'y')
 		arguments->bad |= (timing->dtype = opd_dtype_parse(optarg)) == OPD_DTYPE_NONE;
 	else if (option == 'd')
-		arguments->bad |= !read_dims(optarg, timing);
+		arguments->bad |= !timing_dims(optarg, timing);
 	else if (option == 'n')
 		arguments->bad |= (timing->threads = (uint32_t)strtoul(optarg, NULL, 10)) == 0;
 	else if (option == 'm')
@@ -495,7 +481,7 @@ static bool read_arguments(int argc, char **argv, struct arguments *arguments)
 {
 	static const struct option options[] = {
 		{"provider", required_argument, NULL, 'p'}, {"op", required_argument, NULL, 'o'},    {"module", required_argument, NULL, 'm'},
-		{"seed", required_argument, NULL, 's'},     {"shrink", required_argument, NULL, 'k'},  {"verbose", no_argument, NULL, 'v'},     {"time", no_argument, NULL, 't'},
+		{"seed", required_argument, NULL, 's'},     {"shrink", required_argument, NULL, 'k'},  {"verbose", no_argument, NULL, 'v'},     {"time", no_argument, NULL, 't'},      {"serve", no_argument, NULL, 'S'},
 		{"dtype", required_argument, NULL, 'y'},    {"dims", required_argument, NULL, 'd'},  {"threads", required_argument, NULL, 'n'},
 		{NULL, 0, NULL, 0}};
 	bool loaded = true;
@@ -525,6 +511,8 @@ static int run(int argc, char **argv)
 		return EXIT_FAILURE;
 	if (arguments.bad)
 		return usage(argv[0]);
+	if (arguments.serve)
+		return timing_serve(&host) ? EXIT_SUCCESS : EXIT_FAILURE;
 	if (arguments.time)
 		return timing_run(&host, &arguments.timing) > 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 	return check_all(arguments.timing.provider, arguments.timing.op);

@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -134,41 +135,115 @@ struct loop {
 	_Atomic uint64_t next;
 };
 
-struct loop_thread {
-	struct loop *loop;
-	uint32_t number;
+/* A helper watches for its next loop for so many looks before it sleeps: some 100 us, so that timing a call doesn't time waking a core. */
+enum { SPIN_LOOKS = 4000 };
+
+struct host_helper {
 	pthread_t thread;
+	uint32_t number;
+	bool asleep, stop;            /* under the mutex */
+	_Atomic(struct loop *) loop;  /* set by the owner, cleared by the helper when no share is left */
+	pthread_mutex_t mutex;
+	pthread_cond_t cond;
 };
 
-static void *loop_work(void *argument)
+static void loop_work(struct loop *loop, uint32_t number)
 {
-	struct loop_thread *self = argument;
-	struct loop *loop = self->loop;
 	for (;;) {
 		uint64_t begin = atomic_fetch_add(&loop->next, loop->grain);
 		if (begin >= loop->items)
-			return NULL;
+			return;
 		uint64_t end = loop->items - begin > loop->grain ? begin + loop->grain : loop->items;
-		loop->range(loop->argument, begin, end, self->number);
+		loop->range(loop->argument, begin, end, number);
 	}
+}
+
+/* NULL: told to stop. */
+static struct loop *helper_wait(struct host_helper *helper)
+{
+	struct loop *loop = NULL;
+	for (int look = 0; look < SPIN_LOOKS && loop == NULL; look++) {
+		loop = atomic_load_explicit(&helper->loop, memory_order_acquire);
+		if (look % 64 == 63)
+			(void)sched_yield();
+	}
+	if (loop != NULL)
+		return loop;
+	(void)pthread_mutex_lock(&helper->mutex);
+	helper->asleep = true;
+	while ((loop = atomic_load(&helper->loop)) == NULL && !helper->stop)
+		(void)pthread_cond_wait(&helper->cond, &helper->mutex);
+	helper->asleep = false;
+	(void)pthread_mutex_unlock(&helper->mutex);
+	return loop;
+}
+
+static void *helper_run(void *argument)
+{
+	struct host_helper *helper = argument;
+	for (struct loop *loop; (loop = helper_wait(helper)) != NULL;) {
+		loop_work(loop, helper->number);
+		atomic_store_explicit(&helper->loop, NULL, memory_order_release);
+	}
+	return NULL;
+}
+
+static void helper_post(struct host_helper *helper, struct loop *loop)
+{
+	(void)pthread_mutex_lock(&helper->mutex);
+	atomic_store(&helper->loop, loop);
+	if (helper->asleep)
+		(void)pthread_cond_signal(&helper->cond);
+	(void)pthread_mutex_unlock(&helper->mutex);
+}
+
+/* Starts helpers until there are so many; how many there are. They stay until host_fini. */
+static uint32_t helpers_start(struct host *host, uint32_t count)
+{
+	if (host->helpers == NULL)
+		host->helpers = calloc(THREADS_MAX, sizeof host->helpers[0]);
+	while (host->helpers != NULL && host->helper_count < count) {
+		struct host_helper *helper = &host->helpers[host->helper_count];
+		helper->number = host->helper_count + 1;
+		(void)pthread_mutex_init(&helper->mutex, NULL);
+		(void)pthread_cond_init(&helper->cond, NULL);
+		if (pthread_create(&helper->thread, NULL, helper_run, helper) != 0)
+			break;
+		host->helper_count++;
+	}
+	return host->helper_count < count ? host->helper_count : count;
+}
+
+static void helpers_stop(struct host *host)
+{
+	for (uint32_t i = 0; i < host->helper_count; i++) {
+		struct host_helper *helper = &host->helpers[i];
+		(void)pthread_mutex_lock(&helper->mutex);
+		helper->stop = true;
+		(void)pthread_cond_signal(&helper->cond);
+		(void)pthread_mutex_unlock(&helper->mutex);
+		(void)pthread_join(helper->thread, NULL);
+		(void)pthread_cond_destroy(&helper->cond);
+		(void)pthread_mutex_destroy(&helper->mutex);
+	}
+	free(host->helpers);
+	host->helpers = NULL;
+	host->helper_count = 0;
 }
 
 static void host_parallel_for(const opd_exec *exec, uint64_t items, uint64_t grain, opd_range_fn range, void *argument)
 {
+	struct host *host = exec->host->context;
 	struct loop loop = {.items = items, .grain = grain == 0 ? 1 : grain, .range = range, .argument = argument};
-	struct loop_thread threads[THREADS_MAX];
-	uint32_t count = exec->threads < THREADS_MAX ? exec->threads : THREADS_MAX;
 	atomic_init(&loop.next, 0);
-	uint32_t started = 1;
-	for (; started < count; started++) {
-		threads[started] = (struct loop_thread){.loop = &loop, .number = started};
-		if (pthread_create(&threads[started].thread, NULL, loop_work, &threads[started]) != 0)
-			break;
-	}
-	threads[0] = (struct loop_thread){.loop = &loop, .number = 0};
-	(void)loop_work(&threads[0]);
-	for (uint32_t i = 1; i < started; i++)
-		(void)pthread_join(threads[i].thread, NULL);
+	uint32_t threads = exec->threads < THREADS_MAX ? exec->threads : THREADS_MAX;
+	uint32_t helpers = helpers_start(host, threads > 0 ? threads - 1 : 0);
+	for (uint32_t i = 0; i < helpers; i++)
+		helper_post(&host->helpers[i], &loop);
+	loop_work(&loop, 0);
+	for (uint32_t i = 0; i < helpers; i++)
+		while (atomic_load_explicit(&host->helpers[i].loop, memory_order_acquire) != NULL)
+			(void)sched_yield();
 }
 
 /* ---- Life ------------------------------------------------------------------------------------------------------------- */
@@ -254,30 +329,54 @@ opd_status host_load(struct host *host, const char *path, opd_error *error)
 	return host_open_library(host, get(), library, error);
 }
 
+opd_status host_prepare(const struct host_impl *impl, const opd_call *call, struct host_prepared *prepared_out, opd_error *error)
+{
+	struct host_prepared *prepared = prepared_out;
+	*prepared = (struct host_prepared){.plan = {.struct_bytes = sizeof prepared->plan}};
+	if (impl->impl->plan == NULL)
+		return OPD_OK;
+	opd_reason reason;
+	opd_status planned = impl->impl->plan(impl->impl, impl->state, call, &prepared->plan, &reason, error);
+	if (planned != OPD_OK)
+		return planned;
+	prepared->planned = true;
+	if (prepared->plan.scratch_bytes > 0 && posix_memalign(&prepared->scratch, 64, prepared->plan.scratch_bytes) != 0) {
+		host_unprepare(prepared);
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "%s: no scratch", impl->impl->op);
+	}
+	return OPD_OK;
+}
+
+opd_status host_run_prepared(const struct host *host, const struct host_impl *impl, const opd_call *call, const struct host_prepared *prepared,
+                             uint32_t threads, opd_error *error)
+{
+	opd_exec exec = {.struct_bytes = sizeof exec, .threads = threads, .host = &host->table};
+	exec.plan = prepared->planned ? &prepared->plan : NULL;
+	exec.scratch = prepared->scratch;
+	return impl->impl->run(impl->impl, impl->state, call, &exec, error);
+}
+
+void host_unprepare(struct host_prepared *prepared)
+{
+	if (prepared->planned && prepared->plan.destroy != NULL)
+		prepared->plan.destroy(prepared->plan.data);
+	free(prepared->scratch);
+	*prepared = (struct host_prepared){0};
+}
+
 opd_status host_run(const struct host *host, const struct host_impl *impl, const opd_call *call, uint32_t threads, opd_error *error)
 {
-	opd_plan plan = {.struct_bytes = sizeof plan};
-	opd_exec exec = {.struct_bytes = sizeof exec, .threads = threads, .host = &host->table};
-	void *scratch = NULL;
-	if (impl->impl->plan != NULL) {
-		opd_reason reason;
-		opd_status planned = impl->impl->plan(impl->impl, impl->state, call, &plan, &reason, error);
-		if (planned != OPD_OK)
-			return planned;
-		exec.plan = &plan;
-		if (plan.scratch_bytes > 0 && posix_memalign(&scratch, 64, plan.scratch_bytes) != 0)
-			return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "%s: no scratch", impl->impl->op);
-		exec.scratch = scratch;
-	}
-	opd_status status = impl->impl->run(impl->impl, impl->state, call, &exec, error);
-	if (plan.destroy != NULL)
-		plan.destroy(plan.data);
-	free(scratch);
+	struct host_prepared prepared;
+	opd_status status = host_prepare(impl, call, &prepared, error);
+	if (status == OPD_OK)
+		status = host_run_prepared(host, impl, call, &prepared, threads, error);
+	host_unprepare(&prepared);
 	return status;
 }
 
 void host_fini(struct host *host)
 {
+	helpers_stop(host);
 	while (host->module_count > 0)
 		module_close(host, &host->modules[--host->module_count]);
 }

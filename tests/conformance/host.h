@@ -1,6 +1,6 @@
 /* A small host for provider modules, without a daemon: registration into arrays, malloc, real threads.
  *
- * Layer: tests. Threads: host_init to host_fini on one thread; parallel_for starts its own threads and joins them.
+ * Layer: tests. Threads: host_init to host_fini on one thread; parallel_for starts threads that host_fini joins, and isn't nested.
  * It checks what a host must (names, one implementation an op and provider, known ops), loosely: the daemon's registry is the real one.
  * Not here: schemas and generated calls (cases.h). */
 #ifndef OPD_TESTS_CONFORMANCE_HOST_H
@@ -33,6 +33,8 @@ struct host {
 	size_t warnings;       /* lines logged at OPD_LOG_WARN */
 	char last_warning[256];
 	bool cancel;           /* what `cancelled` answers */
+	struct host_helper *helpers; /* the threads of parallel_for besides its caller */
+	uint32_t helper_count;
 };
 
 void host_init(struct host *host);
@@ -52,6 +54,19 @@ const struct host_impl *host_find_impl(const struct host *host, const char *prov
 /* Runs an implementation (its plan too) on so many threads; the call's outputs have memory. */
 OPD_MUST_USE opd_status host_run(const struct host *host, const struct host_impl *impl, const opd_call *call, uint32_t threads,
                                  opd_error *error);
+
+/* A call's plan and scratch. */
+struct host_prepared {
+	opd_plan plan;
+	void *scratch;
+	bool planned;
+};
+
+/* The same in three steps, for a call that runs more than once. After a failure there is nothing to undo, and host_unprepare does nothing. */
+OPD_MUST_USE opd_status host_prepare(const struct host_impl *impl, const opd_call *call, struct host_prepared *prepared_out, opd_error *error);
+OPD_MUST_USE opd_status host_run_prepared(const struct host *host, const struct host_impl *impl, const opd_call *call,
+                                          const struct host_prepared *prepared, uint32_t threads, opd_error *error);
+void host_unprepare(struct host_prepared *prepared);
 
 /* Closes the modules, in reverse. */
 void host_fini(struct host *host);
