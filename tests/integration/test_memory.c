@@ -615,7 +615,7 @@ static Suite *suite(void)
 	suite_add_tcase(made, wide);
 	TCase *checked = tcase_create("checked");
 	tcase_add_checked_fixture(checked, open_checked, close_house);
-	suite_add_tcase(suite, checked);
+	suite_add_tcase(made, checked);
 	tcase_add_test(checked, results_of_a_graph_are_copied_there_in_checked_mode);
 	TCase *narrow = tcase_create("narrow");
 	tcase_set_timeout(narrow, 60);
