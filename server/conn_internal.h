@@ -25,6 +25,9 @@ void conn_drop_descriptors(struct conn *conn);
 
 /* conn_read.c */
 void conn_start_reading(struct conn *conn);
+/* Nothing that comes is looked at before conn_go_on. */
+void conn_hold(struct conn *conn);
+void conn_go_on(struct conn *conn);
 
 /* conn_frame.c: what a header alone tells; a whole head; an end of what is half sent; the end of all reading. */
 bool conn_check_header(struct conn *conn, const struct frame_header *header);

@@ -126,9 +126,22 @@ static unsigned char *payload_at(const struct conn *conn)
 	return conn->reading->payload->data + conn->reading->payload_received;
 }
 
+/* What was read already; nothing more is. */
+static void keep_held(struct conn *conn, const uint8_t *data, size_t bytes)
+{
+	uint8_t *larger = realloc(conn->held_data, conn->held_bytes + bytes);
+	if (larger == NULL) {
+		conn_close(conn, LOG_ERROR, "out of memory for what is held");
+		return;
+	}
+	memcpy(larger + conn->held_bytes, data, bytes);
+	conn->held_data = larger;
+	conn->held_bytes += bytes;
+}
+
 static void conn_consume(struct conn *conn, const uint8_t *data, size_t bytes)
 {
-	while (bytes > 0 && !conn->closing && !conn->broken) {
+	while (bytes > 0 && !conn->closing && !conn->broken && !conn->held) {
 		size_t taken;
 		if (conn->state == CONN_HEAD) {
 			taken = consume_head(conn, data, bytes);
@@ -141,6 +154,8 @@ static void conn_consume(struct conn *conn, const uint8_t *data, size_t bytes)
 		data += taken;
 		bytes -= taken;
 	}
+	if (conn->held && bytes > 0)
+		keep_held(conn, data, bytes);
 }
 
 /* The buffer's slack takes in the next frame's head, so that a pipelined request costs one read. */
@@ -209,13 +224,32 @@ static void on_read(uv_stream_t *stream, ssize_t nread, const uv_buf_t *buf)
 		conn_consume(conn, (const uint8_t *)buf->base, (size_t)nread);
 	else
 		read_in_place(conn, (const uint8_t *)buf->base, (size_t)nread);
-	if (conn->descriptor_count != 0 && conn->partial_bytes == 0) /* no frame under way that they could belong to */
+	if (conn->descriptor_count != 0 && conn->partial_bytes == 0 && !conn->held) /* no frame under way that they could belong to */
 		conn_drop_descriptors(conn);
+}
+
+void conn_hold(struct conn *conn)
+{
+	conn->held = true;
+	conn_stop_reading(conn);
+}
+
+void conn_go_on(struct conn *conn)
+{
+	uint8_t *data = conn->held_data;
+	const size_t bytes = conn->held_bytes;
+	conn->held = false;
+	conn->held_data = NULL;
+	conn->held_bytes = 0;
+	conn->read_us = conn->server->turn_us; /* it was not the client that stalled */
+	conn_consume(conn, data, bytes);
+	free(data);
+	conn_start_reading(conn);
 }
 
 void conn_start_reading(struct conn *conn)
 {
-	if (conn->closing || conn->broken || conn->reading_on || conn->throttled)
+	if (conn->closing || conn->broken || conn->reading_on || conn->throttled || conn->held)
 		return;
 	int failed = uv_read_start(&conn->stream, on_alloc, on_read);
 	if (failed < 0)
