@@ -62,6 +62,7 @@ void opd_close(opd_client *client)
 	close_flights(client);
 	if (client->fd >= 0)
 		(void)close(client->fd);
+	ring_destroy(client->ring);
 	if (client->scheme != NULL)
 		client->scheme->disconnect(client->scheme_state);
 	writer_fini(&client->writer);
@@ -115,6 +116,10 @@ opd_status opd_connect(const char *address, const opd_connect_options *options, 
 	opd_status status = read_options(options, &known, error);
 	if (status != OPD_OK)
 		return status;
+	char room[DIAL_ROOM_BYTES];
+	status = dial_options(address, &known, room, &address, error);
+	if (status != OPD_OK)
+		return status;
 	opd_client *client = client_create(known.timeout_us);
 	if (client == NULL)
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "out of memory for a client");
@@ -124,6 +129,8 @@ opd_status opd_connect(const char *address, const opd_connect_options *options, 
 		if (status != OPD_OK)
 			status = opd_error_prefix(error, status, "%.200s", address);
 	}
+	if (status == OPD_OK && known.rings)
+		status = ring_attach(client, &known, error);
 	if (status != OPD_OK) {
 		opd_close(client);
 		return status;
@@ -140,11 +147,15 @@ const opd_session *opd_client_session(const opd_client *client)
 
 int opd_client_fd(const opd_client *client)
 {
-	return client->fd;
+	return client->ring != NULL ? ring_fd(client->ring) : client->fd;
 }
 
 short opd_client_events(const opd_client *client)
 {
+	if (client->ring != NULL) {
+		ring_watch((opd_client *)(uintptr_t)client); /* nothing of it that the caller sees changes */
+		return POLLIN;
+	}
 	return writer_pending(client) ? POLLIN | POLLOUT : POLLIN;
 }
 

@@ -8,11 +8,16 @@
 /* Receives of one opd_process: a fast server must not keep the caller's event loop for ever. */
 #define POLL_RECEIVES 16u
 
-uint64_t clock_us(void)
+uint64_t clock_ns(void)
 {
 	struct timespec now;
 	(void)clock_gettime(CLOCK_MONOTONIC, &now);
-	return (uint64_t)now.tv_sec * 1000000u + (uint64_t)now.tv_nsec / 1000u;
+	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+uint64_t clock_us(void)
+{
+	return clock_ns() / 1000u;
 }
 
 uint64_t deadline_after(uint64_t timeout_us)
@@ -103,6 +108,8 @@ opd_status connection_pump(opd_client *client, uint64_t deadline_us, bool fresh,
 		return status;
 	writer_flush(client);
 	bool more;
+	if (client->ring != NULL)
+		return ring_sleep(client, deadline_us) ? receive_once(client, false, &more, error) : OPD_DEADLINE_EXCEEDED;
 	/* Nothing to write and no other deadline than the socket's own: one call less than poll and receive. */
 	const bool pending = writer_pending(client);
 	if (!pending && (deadline_us == UINT64_MAX || (fresh && client->receive_timeout)))
@@ -124,5 +131,7 @@ opd_status connection_poll(opd_client *client, opd_error *error)
 	bool more = true;
 	for (unsigned i = 0; more && i < POLL_RECEIVES && status == OPD_OK; i++)
 		status = receive_once(client, false, &more, error);
+	if (client->ring != NULL)
+		ring_watch(client);
 	return status;
 }

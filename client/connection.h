@@ -1,7 +1,7 @@
 /* The client object: a socket, what waits to be written to it, what has been read from it, the requests in flight.
  *
  * Layer: client, internal. The files on top of it, in order: dial, writer, reader, greeting, connection (sending and receiving
- * until something comes), wait (submitting and taking), direct, call, client.
+ * until something comes; over rings with ring beside writer and reader), wait (submitting and taking), direct, call, client.
  * Threads: one at a time.
  * Life: opd_connect → opd_close. A failure of the connection is recorded once (connection_break): requests without a reply are
  * dropped there and then, so that nobody's memory is read any more; finished ones can still be taken. */
@@ -15,6 +15,7 @@
 #include "client/list.h"
 #include "client/memory.h"
 #include "client/pool.h"
+#include "client/ring.h"
 #include "client/scheme.h"
 #include "opd/client.h"
 #include "proto/arena.h"
@@ -77,6 +78,10 @@ struct opd_client {
 	bool shares;  /* … "shm" */
 	struct opd_memory *memories;
 	bool cancels; /* the session has the feature "cancel" */
+	bool rings;   /* … "rings" */
+	struct ring *ring;       /* what frames go through; NULL: the socket */
+	bool takes_descriptors;  /* the answer to attach_rings may come: with … */
+	int ring_descriptors[2]; /* … these; -1: not there */
 
 	struct pool *pool;
 	struct arena scratch; /* encoding of what isn't a built request */
@@ -97,8 +102,13 @@ struct opd_client {
 
 /* ---- dial.c: addresses ---- */
 
+#define DIAL_ROOM_BYTES 256u
+
 /* Finds the registered scheme of `address` ("embedded:rest"), and rest; NULL: none. */
 const struct scheme *scheme_find(const char *address, const char **rest_out);
+
+/* Takes the options off a "unix:/path?rings&poll=20us&shm". *plain_out: what is to be dialled, `address` itself or in `room`. */
+OPD_MUST_USE opd_status dial_options(const char *address, opd_connect_options *options, char room[DIAL_ROOM_BYTES], const char **plain_out, opd_error *error);
 
 /* A connected stream socket. */
 OPD_MUST_USE opd_status dial(const char *address, uint64_t timeout_us, int *fd_out, opd_error *error);
@@ -107,6 +117,7 @@ OPD_MUST_USE opd_status dial(const char *address, uint64_t timeout_us, int *fd_o
 
 /* Monotonic microseconds. UINT64_MAX as a deadline: none. */
 uint64_t clock_us(void);
+uint64_t clock_ns(void);
 uint64_t deadline_after(uint64_t timeout_us);
 
 /* ---- writer.c ---- */

@@ -1,5 +1,6 @@
 /* Addresses, and sockets connected to them. */
 #include <errno.h>
+#include <limits.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -131,6 +132,49 @@ static opd_status dial_tcp(const char *address, const char *rest, uint64_t deadl
 	const int on = 1; /* requests are whole frames in one call: waiting for more to send with them only costs time */
 	(void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
 	*fd_out = fd;
+	return OPD_OK;
+}
+
+/* "20us", "1ms", "2s" */
+static bool parse_poll(const char *text, uint64_t *us_out)
+{
+	char *unit;
+	const unsigned long long value = text[0] < '0' || text[0] > '9' ? ULLONG_MAX : strtoull(text, &unit, 10);
+	if (value > 3600000000u)
+		return false;
+	const uint64_t factor = strcmp(unit, "us") == 0 ? 1 : strcmp(unit, "ms") == 0 ? 1000 : strcmp(unit, "s") == 0 ? 1000000 : 0;
+	*us_out = value * factor;
+	return factor != 0;
+}
+
+static bool take_option(const char *option, opd_connect_options *options)
+{
+	if (strcmp(option, "rings") == 0)
+		options->rings = true;
+	else if (strcmp(option, "shm") == 0)
+		options->shared_memory = true;
+	else
+		return strncmp(option, "poll=", 5) == 0 && parse_poll(option + 5, &options->poll_us);
+	return true;
+}
+
+opd_status dial_options(const char *address, opd_connect_options *options, char room[DIAL_ROOM_BYTES], const char **plain_out, opd_error *error)
+{
+	const char *question = strncmp(address, "unix:", 5) == 0 ? strrchr(address, '?') : NULL;
+	*plain_out = address;
+	if (question == NULL)
+		return OPD_OK;
+	if (strlen(address) >= DIAL_ROOM_BYTES)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "address %.300s: %zu bytes, at most %u", address, strlen(address), DIAL_ROOM_BYTES - 1);
+	(void)snprintf(room, DIAL_ROOM_BYTES, "%s", address);
+	char *rest = room + (question - address);
+	*rest++ = '\0';
+	while (rest != NULL) {
+		const char *option = strsep(&rest, "&");
+		if (!take_option(option, options))
+			return opd_fail(error, OPD_INVALID_ARGUMENT, "address %.300s: option \"%s\", expected rings, shm or poll= with a time, such as poll=20us", address, option);
+	}
+	*plain_out = room;
 	return OPD_OK;
 }
 

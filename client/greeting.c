@@ -31,6 +31,7 @@ static void refused(opd_client *client, const struct msg_hello_reply *reply, opd
 
 static const char cancel_feature[] = "cancel";
 static const char memory_feature[] = "shm";
+static const char rings_feature[] = "rings";
 
 static bool has_feature(const struct msg_hello_reply *reply, const char *name)
 {
@@ -72,6 +73,7 @@ opd_status greeting_accept(opd_client *client, const uint8_t *envelope, size_t b
 	client->envelope_limit = reply.limits.envelope_bytes;
 	client->cancels = has_feature(&reply, cancel_feature);
 	client->shares = has_feature(&reply, memory_feature);
+	client->rings = has_feature(&reply, rings_feature);
 	client->greeted = true;
 	return OPD_OK;
 }
@@ -100,11 +102,17 @@ static opd_status send_all(int fd, const uint8_t *data, size_t bytes, uint64_t d
 static opd_status send_hello(opd_client *client, const opd_connect_options *options, uint64_t deadline_us, opd_error *error)
 {
 	const char *name = options->client == NULL ? "libopd " OPD_VERSION : options->client;
-	const struct msg_text features[] = {msg_text(cancel_feature), msg_text(memory_feature)};
+	struct msg_text features[3];
+	uint32_t feature_count = 0;
+	features[feature_count++] = msg_text(cancel_feature);
+	if (options->shared_memory)
+		features[feature_count++] = msg_text(memory_feature);
+	if (options->rings)
+		features[feature_count++] = msg_text(rings_feature);
 	const struct msg_hello hello = {
 	    .version_min = FRAME_VERSION,
 	    .version_max = FRAME_VERSION,
-	    .feature_count = options->shared_memory ? 2 : 1,
+	    .feature_count = feature_count,
 	    .features = features,
 	    .client = msg_text(name),
 	    .chunk_bytes = options->chunk_bytes,

@@ -15,8 +15,7 @@ static opd_status system_error(const char *what, uint64_t bytes, int number, opd
 	return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "shared memory of %llu bytes: %s: %s", (unsigned long long)bytes, what, strerrordesc_np(number));
 }
 
-/* A memfd that can neither shrink nor grow. */
-static opd_status memory_file(uint64_t bytes, int *fd_out, opd_error *error)
+opd_status memory_file(uint64_t bytes, int *fd_out, opd_error *error)
 {
 	const int made = memfd_create("opd-memory", MFD_CLOEXEC | MFD_ALLOW_SEALING);
 	const int fd = made < 0 ? -1 : fcntl(made, F_DUPFD_CLOEXEC, 3); /* a submission's descriptor is never 0 */

@@ -15,6 +15,9 @@ struct opd_memory {
 	uint64_t bytes;
 };
 
+/* A memfd that can neither shrink nor grow, the caller's to close; never descriptor 0. */
+OPD_MUST_USE opd_status memory_file(uint64_t bytes, int *fd_out, opd_error *error);
+
 /* The client ends: its memories stay, attached to nothing. */
 void memory_detach_all(struct opd_memory *first);
 

@@ -341,8 +341,19 @@ opd_status reader_receive(opd_client *client, bool wait, bool *more_out, opd_err
 	struct msghdr message = {.msg_iov = pieces, .msg_iovlen = count};
 	const int flags = wait ? 0 : MSG_DONTWAIT;
 	*more_out = false;
-	const ssize_t got =
-	    count == 1 ? recv(client->fd, pieces[0].iov_base, pieces[0].iov_len, flags) : recvmsg(client->fd, &message, flags);
+	_Alignas(struct cmsghdr) uint8_t control[RING_CONTROL_BYTES];
+	ssize_t got;
+	if (client->ring != NULL) {
+		got = ring_receive(client, pieces, count);
+	} else if (client->takes_descriptors) {
+		message.msg_control = control;
+		message.msg_controllen = sizeof control;
+		got = recvmsg(client->fd, &message, flags | MSG_CMSG_CLOEXEC);
+		if (got > 0)
+			ring_take_descriptors(client, &message);
+	} else {
+		got = count == 1 ? recv(client->fd, pieces[0].iov_base, pieces[0].iov_len, flags) : recvmsg(client->fd, &message, flags);
+	}
 	if (got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR))
 		return OPD_OK;
 	if (got <= 0)

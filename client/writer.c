@@ -288,7 +288,8 @@ void writer_flush(opd_client *client)
 		struct msghdr message = {.msg_iov = &batch->pieces[batch->index],
 		                               .msg_iovlen = left < BATCH_PIECES_SENDMSG ? left : BATCH_PIECES_SENDMSG};
 		struct flight *passed = client->writer.passing == 0 ? NULL : batch_pass(batch, &message, control, sizeof control);
-		const ssize_t sent = sendmsg(client->fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
+		const ssize_t sent =
+		    client->ring != NULL ? ring_send(client, &message) : sendmsg(client->fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
 		if (sent < 0 && errno == EINTR)
 			continue;
 		if (sent < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == ENOBUFS))

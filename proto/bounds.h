@@ -24,6 +24,8 @@
 #define BOUND_GRAPH_RUN_INPUTS 64u           /* of them, those given at each run */
 #define BOUND_GRAPH_STATES 1024u             /* of them, those that a run donates */
 #define BOUND_GRAPHS 1024u                   /* registered by a session */
+#define BOUND_RING_BYTES_MIN 4096u           /* of one direction of a session's rings */
+#define BOUND_RING_BYTES_MAX (16u << 20)
 #define BOUND_GRAPH_EXPLAIN 4096u            /* nodes that an explain record tells of */
 
 #endif

@@ -334,6 +334,10 @@ static opd_status read_body(struct reader *reader, const Opd__V1__Reply *in, str
 		out->memory.region = in->memory->region;
 		out->memory.bytes = in->memory->bytes;
 		return OPD_OK;
+	case OPD__V1__REPLY__BODY_RINGS:
+		out->kind = MSG_REPLY_RINGS;
+		out->rings.poll_us = in->rings->poll_us;
+		return OPD_OK;
 	default:
 		out->kind = MSG_REPLY_NONE;
 		return OPD_OK;

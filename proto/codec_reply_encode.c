@@ -286,6 +286,7 @@ static bool write_body(struct arena *arena, const struct msg_reply *in, Opd__V1_
 		out->body_case = OPD__V1__REPLY__BODY_TENSORS;
 		return (out->tensors = write_kept_tensors(arena, in)) != NULL;
 	case MSG_REPLY_MEMORY:
+	case MSG_REPLY_RINGS:
 		return write_memory_reply(arena, in, out);
 	case MSG_REPLY_PUBLICATIONS:
 		out->body_case = OPD__V1__REPLY__BODY_PUBLICATIONS;

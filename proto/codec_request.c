@@ -197,6 +197,10 @@ static opd_status read_request(struct reader *reader, const Opd__V1__Request *in
 		out->kind = MSG_REQUEST_DETACH_MEMORY;
 		out->region = in->detach_memory->region;
 		return OPD_OK;
+	case OPD__V1__REQUEST__BODY_ATTACH_RINGS:
+		out->kind = MSG_REQUEST_ATTACH_RINGS;
+		out->rings = (struct msg_attach_rings){in->attach_rings->request_bytes, in->attach_rings->reply_bytes, in->attach_rings->poll_us};
+		return OPD_OK;
 	default:
 		out->kind = MSG_REQUEST_NONE;
 		return OPD_OK;
@@ -456,6 +460,7 @@ static bool write_request(struct arena *arena, const struct msg_request *in, Opd
 		return write_small(arena, in, out);
 	case MSG_REQUEST_ATTACH_MEMORY:
 	case MSG_REQUEST_DETACH_MEMORY:
+	case MSG_REQUEST_ATTACH_RINGS:
 		return write_memory_request(arena, in, out);
 	}
 	return true;

@@ -26,6 +26,11 @@ static const struct shape shapes[] = {
     [FRAME_GOAWAY] = {"GOAWAY", 0, BOUND_ENVELOPE_BYTES, 0, false},
 };
 
+uint32_t frame_envelope_bytes(const uint8_t bytes[FRAME_HEADER_BYTES])
+{
+	return (uint32_t)frame_load_u64(bytes + 16);
+}
+
 void frame_encode(const struct frame_header *header, uint8_t out[FRAME_HEADER_BYTES])
 {
 	frame_store_u64(out, FRAME_MAGIC | (uint64_t)header->version << 32 | (uint64_t)header->type << 40 | (uint64_t)header->flags << 48);

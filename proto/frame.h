@@ -47,6 +47,9 @@ void frame_encode(const struct frame_header *header, uint8_t out[FRAME_HEADER_BY
  * can't go on, since the next frame's place is unknown. HTTP and TLS on a plain port are recognised and said so. */
 OPD_MUST_USE opd_status frame_decode(const uint8_t bytes[FRAME_HEADER_BYTES], struct frame_header *header_out, opd_error *error);
 
+/* What frame_decode would find, for whoever has a header and needs to know how much belongs to it. */
+uint32_t frame_envelope_bytes(const uint8_t bytes[FRAME_HEADER_BYTES]);
+
 /* u64 little-endian at any alignment. */
 static inline uint64_t frame_load_u64(const uint8_t *bytes)
 {

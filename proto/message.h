@@ -440,6 +440,7 @@ struct msg_generate {
 struct msg_upload {
 	struct msg_tensor *tensor;
 	bool parts;
+	struct msg_text device;
 };
 
 struct msg_write {
@@ -492,7 +493,14 @@ typedef enum msg_request_kind {
 	MSG_REQUEST_FREE_GRAPH,
 	MSG_REQUEST_ATTACH_MEMORY,
 	MSG_REQUEST_DETACH_MEMORY,
+	MSG_REQUEST_ATTACH_RINGS,
 } msg_request_kind;
+
+struct msg_attach_rings {
+	uint64_t request_bytes;
+	uint64_t reply_bytes;
+	uint64_t poll_us;
+};
 
 struct msg_request {
 	msg_request_kind kind;
@@ -517,6 +525,7 @@ struct msg_request {
 		uint64_t graph_id;         /* FREE_GRAPH */
 		uint64_t memory_bytes; /* ATTACH_MEMORY */
 		uint32_t region;       /* DETACH_MEMORY */
+		struct msg_attach_rings rings;
 	};
 };
 
@@ -537,6 +546,7 @@ struct msg_kept {
 	uint64_t received;
 	uint64_t request;
 	uint32_t output;
+	struct msg_text device;
 };
 
 struct msg_publication {
@@ -567,6 +577,7 @@ typedef enum msg_reply_kind {
 	MSG_REPLY_PUBLICATIONS,
 	MSG_REPLY_REGISTERED,
 	MSG_REPLY_MEMORY,
+	MSG_REPLY_RINGS,
 } msg_reply_kind;
 
 struct msg_reply {
@@ -604,6 +615,9 @@ struct msg_reply {
 			uint32_t region;
 			uint64_t bytes;
 		} memory;
+		struct {
+			uint64_t poll_us;
+		} rings;
 	};
 };
 

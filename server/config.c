@@ -59,11 +59,14 @@ struct config *config_create(void)
 		.kept = 65536,
 		.regions = 16,
 		.shared_bytes = 4ull << 30,
+		.ring_bytes = 32u << 20,
 		.handshake_us = 10 * 1000000,
 		.stall_us = 60 * 1000000,
 		.drain_us = 30 * 1000000,
 	};
 	config->inline_ns = 5000;
+	config->polling_window_us = 50;
+	config->polling_budget_us = 500000;
 	config->level = LOG_INFO;
 	config->format = LOG_TEXT;
 	config_derive_limits(config);

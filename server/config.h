@@ -54,6 +54,7 @@ struct config_limits {
 	uint32_t kept;                 /* kept tensors of a session; default 65536 */
 	uint32_t regions;              /* of shared memory, of a session; default 16 */
 	uint64_t shared_bytes;         /* of them together, mapped; default 4 GiB */
+	uint64_t ring_bytes;           /* of a session's pair of rings together; default 32 MiB, 0: no rings */
 	uint64_t handshake_us;         /* from accept to Hello; default 10 s */
 	uint64_t stall_us;             /* a frame begun and not finished, or a reply not read, without a byte of progress; default 60 s */
 	uint64_t drain_us;             /* default 30 s */
@@ -71,6 +72,8 @@ struct config {
 	uint32_t threads; /* of the CPU lane; 0: one a core that the process may use */
 	bool checked;     /* canaries behind every output, verified after each kernel */
 	uint64_t inline_ns; /* a kernel estimated under this runs on the loop; default 5000, 0: never */
+	uint64_t polling_window_us; /* the loop goes on looking at a polling client's ring for at most so long; default 50, 0: never */
+	uint64_t polling_budget_us; /* … and so much of a second in vain; default 500000 */
 	log_level level;
 	log_format format;
 	char *log_path; /* NULL: stderr */

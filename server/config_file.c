@@ -321,7 +321,7 @@ static opd_status read_top(struct reader *reader, const char *name, const char *
 		config_clear_priorities(reader->config); /* the file's lists replace the built-in one */
 		return read_map(reader, key, NULL, read_priority, NULL);
 	}
-	if (strcmp(name, "limits") == 0 || strcmp(name, "log") == 0)
+	if (strcmp(name, "limits") == 0 || strcmp(name, "log") == 0 || strcmp(name, "polling") == 0)
 		return read_map(reader, key, &seen, read_value, NULL);
 	if (strchr(name, '.') != NULL)
 		return fail_at(reader, line, key, "no such key (write the part before the dot as a map of its own)");

@@ -11,6 +11,7 @@
 #include "server/daemon.h"
 #include "server/publications.h"
 #include "server/request.h"
+#include "server/ring.h"
 
 /* ---- Life ---- */
 
@@ -82,6 +83,7 @@ void conn_close(struct conn *conn, log_level level, const char *reason)
 	conn->closing = true;
 	LOG(conn->server->log, level, "session closed", LOG_UINT("session", conn->session->id), LOG_STR("peer", conn->peer),
 	    LOG_STR("reason", reason), LOG_UINT("in_flight", conn->session->in_flight));
+	ring_close(conn);
 	conn->handle.data = conn;
 	uv_close(&conn->handle, on_closed);
 }
@@ -91,7 +93,7 @@ void conn_close(struct conn *conn, log_level level, const char *reason)
 static const struct feature {
 	const char *name;
 	uint32_t bit;
-} known_features[] = {{"cancel", CONN_CANCEL}, {"shm", CONN_SHM}};
+} known_features[] = {{"cancel", CONN_CANCEL}, {"shm", CONN_SHM}, {"rings", CONN_RINGS}};
 
 #define FEATURE_COUNT (sizeof known_features / sizeof known_features[0])
 
@@ -178,8 +180,10 @@ void conn_on_hello(struct conn *conn, const uint8_t *envelope, size_t bytes)
 		status = check_hello(&hello, &error);
 	if (status == OPD_OK) {
 		conn->greeted = true;
-		conn->features = common_features(&hello) & ~(conn->local ? 0u : CONN_SHM);
-		if ((conn->features & CONN_SHM) != 0)
+		conn->features = common_features(&hello) & ~(conn->local ? 0u : CONN_PASSES);
+		if (conn->server->config->limits.ring_bytes == 0)
+			conn->features &= ~CONN_RINGS;
+		if ((conn->features & CONN_PASSES) != 0)
 			conn->pipe.ipc = 1; /* from now on descriptors are received: until here, and from others, the system drops them */
 		conn->chunk_bytes = hello.no_chunks ? 0 : hello.chunk_bytes == 0 ? BOUND_CHUNK_BYTES_DEFAULT : hello.chunk_bytes;
 		LOG(conn->server->log, LOG_INFO, "session opened", LOG_UINT("session", conn->session->id), LOG_STR("peer", conn->peer),

@@ -23,14 +23,17 @@
 #define CONN_TURN_REQUESTS 128u /* that a turn accepts, give or take what one read brings */
 #define CONN_CHUNKED_BITS 5
 #define CONN_ID_BITS 6
-/* Features, as bits of conn.features. */
+/* Features, as bits of conn.features; CONN_PASSES: those whose clients pass descriptors. */
 #define CONN_CANCEL 1u
 #define CONN_SHM 2u
-#define CONN_DESCRIPTORS 4u
+#define CONN_RINGS 4u
+#define CONN_PASSES (CONN_SHM | CONN_RINGS)
+#define CONN_DESCRIPTORS 4u /* that may wait for their frame */
 #define CONN_STAGE_BYTES (64u << 10)
 
 struct server;
 struct request;
+struct ring;
 
 typedef enum conn_state {
 	CONN_HEAD = 0,    /* a frame's header or envelope comes next */
@@ -57,7 +60,7 @@ struct conn {
 	bool closing;
 	bool opened;      /* the handle is initialised */
 	bool reading_on;  /* uv_read_start is in force */
-	bool writing;     /* a uv_write is under way */
+	bool writing;     /* a uv_write is under way, or replies wait for room in the ring */
 	bool dirty;       /* in the server's list */
 	bool throttled;   /* too much in flight: until something is written */
 	bool broken;      /* the client broke the framing: nothing of it is read any more */
@@ -86,6 +89,7 @@ struct conn {
 	uint64_t chunked_seed;
 	int descriptors[CONN_DESCRIPTORS];               /* passed, and not yet taken by the frame that they came with; oldest first */
 	uint32_t descriptor_count;
+	struct ring *ring;       /* its frames go through shared memory (server/ring.h); NULL: through the socket */
 	struct outbox outbox;
 	uint64_t turn;
 	uint64_t turn_read;

@@ -2,10 +2,13 @@
  * that lives as long as it takes to duplicate the descriptor, whatever that is. */
 #include <fcntl.h>
 #include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #include "server/conn_internal.h"
 #include "server/daemon.h"
+#include "server/ring.h"
 
 static void on_passed_closed(uv_handle_t *handle)
 {
@@ -49,8 +52,26 @@ void conn_drop_descriptors(struct conn *conn)
 		(void)close(conn->descriptors[--conn->descriptor_count]);
 }
 
+/* Its frame comes by a ring, its byte by the socket: sent before, so it is there, but libuv may not have looked yet. */
+static void receive_descriptor(struct conn *conn)
+{
+	uint8_t byte = 0;
+	_Alignas(struct cmsghdr) uint8_t control[CMSG_SPACE(sizeof(int))];
+	struct iovec to = {&byte, 1};
+	struct msghdr message = {.msg_iov = &to, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control};
+	uv_os_fd_t fd;
+	if (uv_fileno(&conn->handle, &fd) != 0 || recvmsg(fd, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC) != 1)
+		return; /* an end of the connection is still there for libuv */
+	const struct cmsghdr *header = CMSG_FIRSTHDR(&message);
+	if (header != NULL && header->cmsg_level == SOL_SOCKET && header->cmsg_type == SCM_RIGHTS && header->cmsg_len == CMSG_LEN(sizeof(int)))
+		memcpy(&conn->descriptors[conn->descriptor_count++], CMSG_DATA(header), sizeof(int));
+	ring_socket_bytes(conn, &byte, 1);
+}
+
 int conn_take_descriptor(struct conn *conn)
 {
+	if (conn->descriptor_count == 0 && conn->ring != NULL)
+		receive_descriptor(conn);
 	if (conn->descriptor_count == 0)
 		return -1;
 	const int fd = conn->descriptors[0];

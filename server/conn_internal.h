@@ -28,6 +28,12 @@ void conn_start_reading(struct conn *conn);
 /* Nothing that comes is looked at before conn_go_on. */
 void conn_hold(struct conn *conn);
 void conn_go_on(struct conn *conn);
+/* For what doesn't come by the socket (server/ring.h). Whether anything may be read now; where payload bytes belong, and how many are still to come (NULL: something else comes
+ * next); so many are there; bytes of anything else, copied, which may hold many frames. Each may close the connection. */
+bool conn_may_read(const struct conn *conn);
+uint8_t *conn_payload_room(const struct conn *conn, uint64_t *bytes_out);
+void conn_received_payload(struct conn *conn, uint64_t bytes);
+void conn_consume(struct conn *conn, const uint8_t *data, size_t bytes);
 
 /* conn_frame.c: what a header alone tells; a whole head; an end of what is half sent; the end of all reading. */
 bool conn_check_header(struct conn *conn, const struct frame_header *header);

@@ -5,6 +5,7 @@
 #include "server/conn_internal.h"
 #include "server/daemon.h"
 #include "server/request.h"
+#include "server/ring.h"
 
 /* How much is read at once of a connection that sent as many requests as a turn may: 64 KiB of small ones held the others up for 9 ms. */
 #define FLOOD_BYTES (8u << 10)
@@ -103,7 +104,7 @@ static size_t consume_head(struct conn *conn, const uint8_t *data, size_t bytes)
 }
 
 /* `bytes` of the payload are where they belong. */
-static void received_payload(struct conn *conn, uint64_t bytes)
+void conn_received_payload(struct conn *conn, uint64_t bytes)
 {
 	struct request *request = conn->reading;
 	conn->frame_left -= bytes;
@@ -139,23 +140,43 @@ static void keep_held(struct conn *conn, const uint8_t *data, size_t bytes)
 	conn->held_bytes += bytes;
 }
 
-static void conn_consume(struct conn *conn, const uint8_t *data, size_t bytes)
+uint8_t *conn_payload_room(const struct conn *conn, uint64_t *bytes_out)
 {
-	while (bytes > 0 && !conn->closing && !conn->broken && !conn->held) {
-		size_t taken;
-		if (conn->state == CONN_HEAD) {
-			taken = consume_head(conn, data, bytes);
-		} else {
-			taken = bytes < conn->frame_left ? bytes : (size_t)conn->frame_left;
-			if (conn->state == CONN_PAYLOAD)
-				memcpy(payload_at(conn), data, taken);
-			received_payload(conn, taken);
-		}
-		data += taken;
-		bytes -= taken;
-	}
-	if (conn->held && bytes > 0)
-		keep_held(conn, data, bytes);
+	*bytes_out = conn->frame_left;
+	return conn->state == CONN_PAYLOAD ? payload_at(conn) : NULL;
+}
+
+/* A head, a part of one, or what there is of a payload. Returns the bytes taken. */
+static size_t consume_one(struct conn *conn, const uint8_t *data, size_t bytes)
+{
+	if (conn->state == CONN_HEAD)
+		return consume_head(conn, data, bytes);
+	const size_t taken = bytes < conn->frame_left ? bytes : (size_t)conn->frame_left;
+	if (conn->state == CONN_PAYLOAD)
+		memcpy(payload_at(conn), data, taken);
+	conn_received_payload(conn, taken);
+	return taken;
+}
+
+void conn_consume(struct conn *conn, const uint8_t *data, size_t bytes)
+{
+	size_t taken = 0;
+	while (taken < bytes && !conn->closing && !conn->broken && !conn->held)
+		taken += consume_one(conn, data + taken, bytes - taken);
+	if (taken < bytes && conn->held)
+		keep_held(conn, data + taken, bytes - taken);
+}
+
+/* Who has asked for rings sends frames there and not here, also before it has the answer. */
+static void consume_socket(struct conn *conn, const uint8_t *data, size_t bytes)
+{
+	size_t taken = 0;
+	while (taken < bytes && conn->ring == NULL && !conn->closing && !conn->broken && !conn->held)
+		taken += consume_one(conn, data + taken, bytes - taken);
+	if (taken < bytes && conn->ring != NULL)
+		ring_socket_bytes(conn, data + taken, bytes - taken);
+	else if (taken < bytes && conn->held)
+		keep_held(conn, data + taken, bytes - taken);
 }
 
 /* The buffer's slack takes in the next frame's head, so that a pipelined request costs one read. */
@@ -173,6 +194,11 @@ static bool turn_over(const struct conn *conn)
 	return conn->turn_read >= CONN_TURN_BYTES || conn->turn_requests >= CONN_TURN_REQUESTS || conn->server->context.inline_ns > TURN_KERNEL_NS;
 }
 
+bool conn_may_read(const struct conn *conn)
+{
+	return !conn->closing && !conn->broken && !conn->throttled && !conn->held && !turn_over(conn);
+}
+
 /* An empty buffer makes libuv leave the socket for the next turn, without the two epoll_ctl of a stop and a start. */
 static void on_alloc(uv_handle_t *handle, size_t suggested, uv_buf_t *buf)
 {
@@ -182,7 +208,7 @@ static void on_alloc(uv_handle_t *handle, size_t suggested, uv_buf_t *buf)
 	*buf = uv_buf_init(NULL, 0);
 	if (turn_over(conn))
 		return;
-	if (conn->state == CONN_PAYLOAD) {
+	if (conn->state == CONN_PAYLOAD && conn->ring == NULL) {
 		uint64_t left = conn->frame_left + slack_bytes(conn);
 		uint64_t share = CONN_TURN_BYTES - (conn->turn_read < CONN_TURN_BYTES / 2 ? conn->turn_read : CONN_TURN_BYTES / 2);
 		*buf = uv_buf_init((char *)payload_at(conn), (unsigned)(left < share ? left : share));
@@ -201,8 +227,8 @@ static void read_in_place(struct conn *conn, const uint8_t *base, size_t bytes)
 	uint8_t head[BUFFER_SLACK_BYTES];
 	size_t extra = bytes - payload;
 	memcpy(head, base + payload, extra); /* the buffer may be gone once its request has run */
-	received_payload(conn, payload);
-	conn_consume(conn, head, extra);
+	conn_received_payload(conn, payload);
+	consume_socket(conn, head, extra);
 }
 
 static void on_read(uv_stream_t *stream, ssize_t nread, const uv_buf_t *buf)
@@ -218,13 +244,13 @@ static void on_read(uv_stream_t *stream, ssize_t nread, const uv_buf_t *buf)
 		return;
 	conn->read_us = conn->server->turn_us;
 	conn->turn_read += (uint64_t)nread;
-	if ((conn->features & CONN_SHM) != 0)
+	if ((conn->features & CONN_PASSES) != 0)
 		conn_collect_descriptors(conn);
 	if (buf->base == conn->server->stage)
-		conn_consume(conn, (const uint8_t *)buf->base, (size_t)nread);
+		consume_socket(conn, (const uint8_t *)buf->base, (size_t)nread);
 	else
 		read_in_place(conn, (const uint8_t *)buf->base, (size_t)nread);
-	if (conn->descriptor_count != 0 && conn->partial_bytes == 0 && !conn->held) /* no frame under way that they could belong to */
+	if (conn->descriptor_count != 0 && conn->partial_bytes == 0 && conn->ring == NULL && !conn->held) /* no frame under way that they could belong to */
 		conn_drop_descriptors(conn);
 }
 
@@ -242,14 +268,21 @@ void conn_go_on(struct conn *conn)
 	conn->held_data = NULL;
 	conn->held_bytes = 0;
 	conn->read_us = conn->server->turn_us; /* it was not the client that stalled */
-	conn_consume(conn, data, bytes);
+	if (conn->ring == NULL)
+		consume_socket(conn, data, bytes);
+	else
+		conn_consume(conn, data, bytes);
 	free(data);
 	conn_start_reading(conn);
 }
 
 void conn_start_reading(struct conn *conn)
 {
-	if (conn->closing || conn->broken || conn->reading_on || conn->throttled || conn->held)
+	if (conn->closing || conn->broken || conn->throttled || conn->held)
+		return;
+	if (conn->ring != NULL)
+		ring_wake(conn);
+	if (conn->reading_on)
 		return;
 	int failed = uv_read_start(&conn->stream, on_alloc, on_read);
 	if (failed < 0)

@@ -5,6 +5,7 @@
 #include "server/conn_internal.h"
 #include "server/daemon.h"
 #include "server/request.h"
+#include "server/ring.h"
 
 #define WRITE_BUFS 256u
 
@@ -66,8 +67,11 @@ static void write_later(struct conn *conn, const uv_buf_t *bufs, unsigned count,
 		conn->writing = true;
 }
 
+/* A socket that is only a life line is read on: its end must be seen. */
 void conn_stop_reading(struct conn *conn)
 {
+	if (conn->ring != NULL)
+		return;
 	if (conn->reading_on)
 		(void)uv_read_stop(&conn->stream);
 	conn->reading_on = false;
@@ -99,6 +103,18 @@ static void unthrottle(struct conn *conn)
 	conn_start_reading(conn);
 }
 
+/* As uv_try_write. Where it says UV_EAGAIN, what is left goes on by itself: libuv writes it, or the ring's client makes room. */
+static int put(struct conn *conn, const uv_buf_t *bufs, unsigned count, uint64_t bytes)
+{
+	const bool ring = conn->ring != NULL;
+	const int written = ring ? ring_put(conn, bufs, count) : uv_try_write(&conn->stream, bufs, count);
+	if (written == UV_EAGAIN && ring)
+		conn->writing = true;
+	else if (written == UV_EAGAIN)
+		write_later(conn, bufs, count, bytes);
+	return written;
+}
+
 void conn_flush(struct conn *conn)
 {
 	conn_new_turn(conn);
@@ -109,13 +125,11 @@ void conn_flush(struct conn *conn)
 		unsigned count = outbox_gather(&conn->outbox, bufs, WRITE_BUFS, share - conn->turn_written, &bytes);
 		if (count == 0)
 			break;
-		int written = uv_try_write(&conn->stream, bufs, count);
-		if (written == UV_EAGAIN)
-			write_later(conn, bufs, count, bytes);
-		else if (written < 0)
-			conn_close(conn, LOG_INFO, uv_strerror(written));
-		else
+		int written = put(conn, bufs, count, bytes);
+		if (written >= 0)
 			wrote(conn, (uint64_t)written);
+		else if (written != UV_EAGAIN)
+			conn_close(conn, LOG_INFO, uv_strerror(written));
 	}
 	if (conn->closing)
 		return;
@@ -123,6 +137,8 @@ void conn_flush(struct conn *conn)
 	if (outbox_empty(&conn->outbox)) {
 		if (conn->last_words && conn->session->in_flight == 0)
 			conn_close(conn, LOG_INFO, "done");
+		else if (conn->ring != NULL)
+			ring_written(conn);
 	} else if (!conn->writing) {
 		conn_mark_dirty(conn); /* the turn's share is written: the rest in the next one */
 	}

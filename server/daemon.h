@@ -24,6 +24,7 @@ struct derived;
 struct listener;
 struct conn;
 struct post;
+struct ring;
 
 struct server {
 	struct log *log;
@@ -53,6 +54,9 @@ struct server {
 	uint32_t conn_count;
 	uint32_t direct_count;  /* sessions that are handed over to a direct caller */
 	struct conn *dirty;     /* have replies to write in this turn */
+	struct ring *rings;     /* those awake: looked at in every turn */
+	uint64_t slice_end_ns;  /* until when this turn may look at rings that poll */
+	uint64_t polled_ns;     /* looking in vain, since the tick */
 	uint64_t turn;          /* number of the loop's turn */
 	uint64_t turn_us;       /* monotonic time of its start */
 	uint32_t turn_conns;    /* connections that did something in it */

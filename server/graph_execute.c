@@ -57,6 +57,8 @@ static opd_status copy_states(struct graph_run *run, opd_error *error)
 	for (uint32_t i = 0; i < run->graph->state_count; i++) {
 		struct state_use *state = &run->states[i];
 		const struct kept_tensor *from = state->tensor;
+		if (state->donated && !state->shared)
+			buffer_drop_mirrors(from->buffer, NULL); /* it is written where it is */
 		if (!state->donated || !state->shared)
 			continue;
 		struct buffer *buffer = NULL;
@@ -65,7 +67,7 @@ static opd_status copy_states(struct graph_run *run, opd_error *error)
 			return opd_error_prefix(error, status, "graph '%s': state '%s', which is still read", run->graph->name.data,
 			                        run->graph->inputs[run->graph->states[i]].name.data);
 		if (from->bytes != 0)
-			memcpy(buffer->data, from->buffer->data, from->bytes);
+			memcpy(buffer->data, graph_host_data(run, run->graph->states[i], from), from->bytes);
 		state->fresh = kept_tensor_create(from->dtype, from->rank, from->shape, from->bytes, buffer);
 		buffer_unref(buffer);
 		if (state->fresh == NULL)
@@ -116,10 +118,10 @@ static void set_addresses(struct graph_run *run)
 		if (input->kind == MSG_GRAPH_INPUT) {
 			set_operand(prepared, 1 + i, graph_run_operand(&run->request->run.bound, input));
 		} else if (input->kind == MSG_GRAPH_CONSTANT) {
-			set_base(prepared, 1 + i, input->constant->buffer->data);
+			set_base(prepared, 1 + i, graph_host_data(run, i, input->constant));
 		} else {
 			const struct state_use *state = &run->states[input->state];
-			set_base(prepared, 1 + i, (state->fresh != NULL ? state->fresh : state->tensor)->buffer->data);
+			set_base(prepared, 1 + i, state->fresh != NULL ? state->fresh->buffer->data : graph_host_data(run, i, state->tensor));
 		}
 	}
 	for (uint32_t i = 0; i < graph->output_count; i++)

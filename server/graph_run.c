@@ -159,22 +159,21 @@ static opd_status take_states(struct graph_run *run)
 		struct kept_tensor *tensor = kept_follow(kept, input->slot, input->lineage, &handle, error);
 		if (tensor == NULL)
 			return state_error(graph, i, (opd_status)error->status, error);
-		state->shared = atomic_load_explicit(&tensor->refs, memory_order_acquire) > 1 ||
+		state->shared = tensor->buffer->device != 0 || atomic_load_explicit(&tensor->refs, memory_order_acquire) > 1 ||
 		                atomic_load_explicit(&tensor->buffer->refs, memory_order_acquire) > 1;
 		state->tensor = kept_tensor_ref(tensor);
 	}
 	return OPD_OK;
 }
 
-static void start(struct graph_run *run)
+/* Its inputs are in host memory. */
+static void begin(struct graph_run *run)
 {
 	struct request *request = run->request;
-	run->started = true;
-	if (take_states(run) != OPD_OK) {
+	if (request->status != OPD_OK) {
 		request_fail(request);
 		return;
 	}
-	(void)atomic_fetch_add_explicit(&request->context->server->graph_runs, 1, memory_order_relaxed);
 	run->prepared = prepared_find(run);
 	struct prepared *prepared = run->prepared;
 	if (prepared == NULL || !prepared->can_be_inline || !execute_fits_loop(request, prepared->cost_ns)) {
@@ -186,6 +185,18 @@ static void start(struct graph_run *run)
 	if (!execute_unwanted(request, &serial))
 		graph_execute(run, &serial);
 	execute_done(request);
+}
+
+static void start(struct graph_run *run)
+{
+	struct request *request = run->request;
+	run->started = true;
+	if (take_states(run) != OPD_OK) {
+		request_fail(request);
+		return;
+	}
+	(void)atomic_fetch_add_explicit(&request->context->server->graph_runs, 1, memory_order_relaxed);
+	graph_bring(run, begin);
 }
 
 void graph_run_execute(struct request *request, struct lane_exec *lane)
@@ -325,6 +336,8 @@ void graph_run_release(struct request *request)
 	if (run == NULL)
 		return;
 	buffer_unref(run->arena);
+	if (run->graph != NULL)
+		graph_bring_release(run);
 	graph_lists_unref(run->lists);
 	if (run->graph != NULL)
 		graph_unref(run->graph);

@@ -108,6 +108,9 @@ struct graph_run {
 	struct prepared *prepared; /* the graph's; NULL: not made yet */
 	struct state_use *states;  /* [graph->state_count] */
 	struct buffer *arena;
+	struct buffer **hosts; /* [graph->input_count]: host memory with inputs that lie on a device, referenced; NULL: none does */
+	uint32_t bringing;     /* the input that is on its way */
+	void (*brought)(struct graph_run *run);
 	int64_t (*shapes)[2][OPD_RANK_MAX]; /* [output_count]: of the results; the prepared graph may be gone before the reply is */
 	uint32_t blockers; /* earlier runs in the session's order that it waits for */
 	bool queued;       /* in that order */
@@ -130,6 +133,12 @@ static inline const opd_tensor *graph_run_operand(const struct bound *bound, con
 {
 	return bound->args[input->param].tensor;
 }
+
+/* graph_bring.c. On the session's thread: inputs that lie on a device come to host memory, then `ready`, with request->status. */
+void graph_bring(struct graph_run *run, void (*ready)(struct graph_run *run));
+void graph_bring_release(struct graph_run *run);
+/* Where a kernel of the CPU reads the input's kept tensor. */
+unsigned char *graph_host_data(const struct graph_run *run, uint32_t input, const struct kept_tensor *tensor);
 
 /* graph_execute.c. On a lane or the loop: prepares unless that is done, and runs all nodes; the request's status and error say
  * how it went. */

@@ -271,6 +271,7 @@ static void print_summary(const struct config *config)
 	             limits->stall_us / 1000, limits->drain_us / 1000);
 	(void)printf("threads: %" PRIu32 "%s, inline: %" PRIu64 " ns, checked: %s\n", config->threads,
 	             config->threads == 0 ? " (one a core)" : "", config->inline_ns, config->checked ? "true" : "false");
+	(void)printf("polling: window %" PRIu64 " us, budget %" PRIu64 " us of a second\n", config->polling_window_us, config->polling_budget_us);
 	(void)printf("log: %s, %s, ", log_level_name(config->level), config->format == LOG_JSON ? "json" : "text");
 	print_text(config->log_path != NULL ? config->log_path : "stderr");
 	(void)printf("\n");

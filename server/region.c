@@ -24,22 +24,22 @@ static const char *describe(int fd, char *out, size_t out_bytes)
 }
 
 /* The seals are asked for first: only a memory file has any, and nothing else about a descriptor can be asked without perhaps waiting for whoever is behind it. */
-static opd_status check_file(int fd, uint64_t bytes, struct stat *file_out, opd_error *error)
+opd_status region_check_file(int fd, uint64_t bytes, const char *what, struct stat *file_out, opd_error *error)
 {
 	char shown[600];
 	struct statfs system;
 	const int seals = fcntl(fd, F_GET_SEALS);
 	if (seals < 0)
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "attach_memory: the descriptor is %s, expected a memfd", describe(fd, shown, sizeof shown));
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: the descriptor is %s, expected a memfd", what, describe(fd, shown, sizeof shown));
 	if (fstatfs(fd, &system) != 0 || system.f_type != TMPFS_MAGIC || fstat(fd, file_out) != 0 || !S_ISREG(file_out->st_mode))
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "attach_memory: the descriptor is %s, expected a memfd of ordinary pages", describe(fd, shown, sizeof shown));
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: the descriptor is %s, expected a memfd of ordinary pages", what, describe(fd, shown, sizeof shown));
 	if ((seals & F_SEAL_SHRINK) == 0)
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "attach_memory: the memfd isn't sealed against shrinking (F_SEAL_SHRINK; its seals are 0x%x)", (unsigned)seals);
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: the memfd isn't sealed against shrinking (F_SEAL_SHRINK; its seals are 0x%x)", what, (unsigned)seals);
 	if ((seals & F_SEAL_WRITE) != 0 || (fcntl(fd, F_GETFL) & O_ACCMODE) != O_RDWR)
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "attach_memory: the memfd can't be written (seals 0x%x), expected one open for reading and writing",
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: the memfd can't be written (seals 0x%x), expected one open for reading and writing", what,
 		                (unsigned)seals);
 	if (bytes == 0 || file_out->st_size < 0 || bytes > (uint64_t)file_out->st_size)
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "attach_memory: %" PRIu64 " bytes of a memfd of %" PRIi64, bytes, (int64_t)file_out->st_size);
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: %" PRIu64 " bytes of a memfd of %" PRIi64, what, bytes, (int64_t)file_out->st_size);
 	return OPD_OK;
 }
 
@@ -57,7 +57,7 @@ static opd_status check_room(const struct regions *regions, const struct config_
 opd_status regions_attach(struct regions *regions, const struct config_limits *limits, int fd, uint64_t bytes, uint32_t *id_out, opd_error *error)
 {
 	struct stat file;
-	opd_status status = check_file(fd, bytes, &file, error);
+	opd_status status = region_check_file(fd, bytes, "attach_memory", &file, error);
 	if (status == OPD_OK)
 		status = check_room(regions, limits, bytes, error);
 	if (status != OPD_OK)

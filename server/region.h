@@ -31,6 +31,11 @@ struct regions {
 	uint64_t bytes; /* mapped */
 };
 
+struct stat;
+
+/* INVALID_ARGUMENT: not a memfd of ordinary pages, sealed against shrinking, open for reading and writing, of at least `bytes`. `what` begins the text. */
+OPD_MUST_USE opd_status region_check_file(int fd, uint64_t bytes, const char *what, struct stat *file_out, opd_error *error);
+
 void regions_fini(struct regions *regions);
 
 /* Maps the first `bytes` of a memfd, which stays the caller's to close. INVALID_ARGUMENT: it is none, isn't sealed, or is too short; RESOURCE_EXHAUSTED: the limits. */

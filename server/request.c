@@ -9,6 +9,7 @@
 #include "proto/text.h"
 #include "server/daemon.h"
 #include "server/graph.h"
+#include "server/ring.h"
 #include "server/shared.h"
 
 /* Envelopes are at most BOUND_ENVELOPE_BYTES; decoded they take a few times that. */
@@ -133,6 +134,7 @@ static const struct step {
 	[MSG_REQUEST_LIST_TENSORS] = {"list_tensors", NULL, inspect_tensors, false},
 	[MSG_REQUEST_ATTACH_MEMORY] = {"attach_memory", NULL, region_attach_start, false},
 	[MSG_REQUEST_DETACH_MEMORY] = {"detach_memory", NULL, region_detach_start, false},
+	[MSG_REQUEST_ATTACH_RINGS] = {"attach_rings", NULL, ring_attach_start, false},
 	[MSG_REQUEST_REGISTER_GRAPH] = {"register_graph", graph_register_accept, graph_register_start, false},
 	[MSG_REQUEST_RUN_GRAPH] = {"run_graph", run_accept, run_start, false},
 	[MSG_REQUEST_FREE_GRAPH] = {"free_graph", graph_free_accept, request_reply_empty, false},
@@ -177,6 +179,7 @@ void request_release(struct request *request)
 	if (request->message.kind == MSG_REQUEST_GENERATE)
 		generate_release(request);
 	buffer_unref(request->payload);
+	buffer_unref(request->staged);
 	kept_tensor_unref(request->tensor);
 	graph_unref(request->described);
 	free(request->envelope);

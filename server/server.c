@@ -17,6 +17,7 @@
 #include "server/listener.h"
 #include "server/module.h"
 #include "server/request.h"
+#include "server/ring.h"
 
 #define PLAN_ENTRIES 1024u
 #define PLAN_BYTES (256ull << 20)
@@ -160,15 +161,8 @@ void server_flush_soon(struct server *server)
 		(void)uv_idle_start(&server->again, on_again);
 }
 
-/* After polling: the turn's replies leave together, and a new turn begins. */
-static void on_flush(uv_check_t *check)
+static void flush_dirty(struct server *server)
 {
-	struct server *server = check->data;
-	server->turn++;
-	server->crowded = server->turn_conns > 1;
-	server->turn_conns = 0;
-	server->turn_us = request_now_ns() / 1000;
-	server->context.inline_ns = 0;
 	struct conn *conn = server->dirty;
 	server->dirty = NULL;
 	while (conn != NULL) {
@@ -177,7 +171,24 @@ static void on_flush(uv_check_t *check)
 		conn_flush(conn);
 		conn = next;
 	}
-	if (server->dirty == NULL)
+}
+
+/* After polling: a new turn begins; what came by rings is served, the replies leave together, and again while rings that poll bring something in this turn's slice. */
+static void on_flush(uv_check_t *check)
+{
+	struct server *server = check->data;
+	server->turn++;
+	server->crowded = server->turn_conns > 1;
+	server->turn_conns = 0;
+	const uint64_t now_ns = request_now_ns();
+	server->turn_us = now_ns / 1000;
+	server->context.inline_ns = 0;
+	server->slice_end_ns = now_ns + RING_SLICE_NS;
+	do {
+		rings_serve(server);
+		flush_dirty(server);
+	} while (server->rings != NULL && rings_look(server));
+	if (server->dirty == NULL && server->rings == NULL)
 		(void)uv_idle_stop(&server->again);
 }
 
@@ -190,6 +201,7 @@ static void on_tick(uv_poll_t *tick, int status, int events)
 	if (read(server->tick_fd, &expirations, sizeof expirations) != sizeof expirations)
 		return;
 	uint64_t now_us = request_now_ns() / 1000;
+	server->polled_ns = 0;
 	for (struct conn *conn = server->conns, *next; conn != NULL; conn = next) {
 		next = conn->next;
 		conn_tick(conn, now_us);
@@ -460,16 +472,16 @@ void server_destroy(struct server *server)
 		return;
 	if (server->running)
 		close_loop(server);
+	context_fini(&server->context);
+	publications_destroy(server->publications); /* before the devices on which some of them lie */
 	for (uint32_t i = 0; i < REGISTRY_DEVICES_MAX; i++)
 		device_lane_stop(server->device_lanes[i]);
 	lane_destroy(server->lane);
-	context_fini(&server->context);
 	plans_destroy(server->plans);
 	derived_destroy(server->derived); /* before their makers are closed */
 	registry_destroy(server->registry);
 	free_forgotten(server);
 	if (server->account != NULL) {
-		publications_destroy(server->publications);
 		account_unref(server->account);
 		memory_fini(&server->memory);
 	}

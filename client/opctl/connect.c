@@ -12,7 +12,15 @@ static opd_status connect_to(struct opctl *ctl, const char *address, opd_error *
 	 * yet". */
 	const uint64_t timeout_us = ctl->timeout_us == 0 ? 0 : ctl->timeout_us + 1000000;
 	opd_connect_options options = {.struct_bytes = sizeof options, .timeout_us = timeout_us, .client = "opctl " OPD_VERSION,
-	                                     .shared_memory = options_has(&ctl->options, OPTION_SHM)};
+	                                     .shared_memory = options_has(&ctl->options, OPTION_SHM),
+	                                     .rings = options_has(&ctl->options, OPTION_RINGS)};
+	int64_t poll_us;
+	const opd_status status = options_int(&ctl->options, OPTION_POLL, 0, 1000000, 0, &poll_us, error);
+	if (status != OPD_OK)
+		return status;
+	if (poll_us != 0 && !options.rings)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "--poll needs --rings");
+	options.poll_us = (uint64_t)poll_us;
 	return opd_connect(address, &options, &ctl->client, error);
 }
 

@@ -11,6 +11,8 @@ const struct option_use no_options[] = {{OPTION_END, NULL}};
 static const struct option_use common_options[] = {
     {OPTION_CONNECT,
      "unix:/path, tcp://host:port or embedded: (default: $OPD_ADDRESS, else the default socket, else this process)"},
+    {OPTION_RINGS, "requests and replies go through memory shared with the daemon (Unix sockets)"},
+    {OPTION_POLL, "with --rings: both sides look for so many microseconds before they sleep (at most 1000000)"},
     {OPTION_JSON, "one JSON document on stdout instead of text"},
     {OPTION_HELP, "this text"},
     {OPTION_END, NULL},

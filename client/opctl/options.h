@@ -16,6 +16,8 @@
 /* X(id, long name, short name or 0, value's name or NULL for a switch) */
 #define OPTION_MAP(X)                                                                                                            \
 	X(CONNECT, "connect", 0, "ADDRESS")                                                                                          \
+	X(RINGS, "rings", 0, NULL)                                                                                                   \
+	X(POLL, "poll", 0, "US")                                                                                                     \
 	X(JSON, "json", 0, NULL)                                                                                                     \
 	X(HELP, "help", 'h', NULL)                                                                                                   \
 	X(VERSION, "version", 0, NULL)                                                                                               \

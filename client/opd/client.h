@@ -69,9 +69,12 @@ typedef struct opd_connect_options {
 	uint64_t chunk_bytes;   /* 0: the server's default */
 	const char *client;     /* name for the daemon's log; NULL: "libopd" */
 	bool shared_memory;     /* opd_memory_create will be called: over a Unix socket the daemon then looks for descriptors */
+	bool rings;             /* frames go through memory that both sides map, over a Unix socket that stays as the life line (else OPD_FAILED_PRECONDITION) */
+	uint64_t poll_us;       /* with rings: look at them for so long before sleeping, and ask the daemon to do so too, within its configuration; 0: sleep at once */
+	uint64_t ring_bytes;    /* of each of the two: a power of two, 4 KiB to 16 MiB; 0: 256 KiB */
 } opd_connect_options;
 
-/* Addresses: "unix:/path", "tcp://host:port" (IPv6 in brackets: "tcp://[::1]:7777"), "embedded:" once libopd-embedded has registered it (else OPD_UNIMPLEMENTED
+/* Addresses: "unix:/path", also with options ("unix:/path?rings&poll=20us&shm" is the path with rings, poll_us, shared_memory), "tcp://host:port" (IPv6 in brackets: "tcp://[::1]:7777"), "embedded:" once libopd-embedded has registered it (else OPD_UNIMPLEMENTED
  * says what to link). OPD_INVALID_ARGUMENT: not an address; OPD_UNAVAILABLE: nobody answers, or the server refused the session (its words in the text). */
 OPD_API OPD_MUST_USE opd_status opd_connect(const char *address, const opd_connect_options *options, opd_client **client_out, opd_error *error);
 
@@ -167,7 +170,7 @@ OPD_API void opd_request_explain(opd_request *request, bool explain); /* the res
 OPD_API void opd_request_uuid(opd_request *request, bool uuid);
 OPD_API void opd_request_retry(opd_request *request, bool retry);     /* a failed kernel lets the next in the list try */
 OPD_API void opd_request_allow_tf32(opd_request *request, bool allow);
-OPD_API void opd_request_device(opd_request *request, const char *device); /* "cpu", "cuda:1"; NULL: any */
+OPD_API void opd_request_device(opd_request *request, const char *device); /* "cpu", "cuda:1"; NULL: any. Of an upload: where the tensor is to live; NULL: host memory */
 OPD_API void opd_request_timeout(opd_request *request, uint64_t timeout_us); /* of the server's, from receipt; 0: none */
 
 typedef enum opd_mode {
@@ -381,6 +384,7 @@ typedef struct opd_upload_options {
 	uint64_t part_bytes; /* 0: in one piece, or in parts of 4 MiB where it is watched or exceeds what the server takes in one request */
 	void (*on_progress)(void *progress_data, uint64_t done_bytes, uint64_t total_bytes); /* after each part; NULL: none */
 	void *progress_data;
+	const char *device; /* where it is to live: "cuda:1"; NULL: in the server's host memory */
 } opd_upload_options;
 
 /* Uploads and waits; options NULL: the defaults. In parts, one that the server had no memory for is sent again, five times at most. A failed upload leaves nothing

@@ -28,6 +28,17 @@ extern const opd_impl cpu_rotary_embedding;
 extern const opd_impl cpu_argmax;
 extern const opd_impl cpu_embedding;
 extern const opd_impl cpu_reshape_and_cache;
+extern const opd_impl cpu_add;
+extern const opd_impl cpu_sub;
+extern const opd_impl cpu_mul;
+extern const opd_impl cpu_cast;
+extern const opd_impl cpu_static_quant_fp8;
+extern const opd_impl cpu_dynamic_quant_fp8;
+extern const opd_impl cpu_layer_norm;
+extern const opd_impl cpu_gelu_and_mul_sparse;
+extern const opd_impl cpu_topk;
+extern const opd_impl cpu_matmul;
+extern const opd_impl cpu_scaled_mm;
 
 static inline const struct cpu_kernels *cpu_kernels_of(const opd_impl *impl)
 {
@@ -111,6 +122,11 @@ static inline uint64_t cpu_cost_ns(const struct cpu_cost *cost, opd_dtype dtype,
 {
 	unsigned index = cpu_dtype_index(dtype);
 	return index == CPU_DTYPES ? 0 : cost->call_ns + elements * cost->element_ps[index] / 1000;
+}
+
+static inline uint64_t cpu_any_cost_ns(const struct cpu_any_cost *cost, opd_dtype dtype, uint64_t elements)
+{
+	return cost->call_ns + elements * cost->element_ps[dtype] / 1000;
 }
 
 /* Items [begin, end) on the lane's thread `thread`. */

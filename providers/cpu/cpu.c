@@ -9,6 +9,8 @@ static const opd_impl *const cpu_templates[] = {
 	&cpu_rms_norm, &cpu_fused_add_rms_norm, &cpu_silu_and_mul, &cpu_softmax, &cpu_linear, &cpu_attention, &cpu_paged_attention,
 	&cpu_rotary_embedding, &cpu_reshape_and_cache, &cpu_embedding, &cpu_argmax,
 	&cpu_mul_and_silu, &cpu_gelu_and_mul, &cpu_silu, &cpu_gelu, &cpu_relu, &cpu_relu2, &cpu_sigmoid,
+	&cpu_add, &cpu_sub, &cpu_mul, &cpu_cast, &cpu_static_quant_fp8, &cpu_dynamic_quant_fp8, &cpu_layer_norm, &cpu_gelu_and_mul_sparse,
+	&cpu_topk, &cpu_matmul, &cpu_scaled_mm,
 };
 
 #define IMPLS (sizeof cpu_templates / sizeof cpu_templates[0])

@@ -8,9 +8,22 @@
 #endif
 
 /* Costs: measured with one thread on a Zen 4 core, rows of 4096, operands in cache; linear with 4096x4096 weights from memory (README.md). */
-#define TABLE(set) .isa = #set, .norm = &cpu_norm_##set, .activation = &cpu_activation_##set, .softmax = &cpu_softmax_##set, \
+#define TABLE_BUT_SCALED_MM(set) .norm = &cpu_norm_##set, .activation = &cpu_activation_##set, .softmax = &cpu_softmax_##set, \
                    .linear = &cpu_linear_##set, .attend = &cpu_attend_##set, \
-                   .position = &cpu_position_##set
+                   .position = &cpu_position_##set, .arithmetic = &cpu_arithmetic_##set, .cast = &cpu_cast_##set, \
+                   .quant = &cpu_quant_##set, .moments = &cpu_moments_##set, .topk = &cpu_topk_##set, .matmul = &cpu_matmul_##set
+#define TABLE(set) .isa = #set, TABLE_BUT_SCALED_MM(set), .scaled_mm = &cpu_scaled_mm_##set
+
+/* Costs of an op that takes any dtype: picoseconds an element of f32, bf16, f16, f8, f64, and of integers of 8, 16, 32, 64 bits. */
+#define ANY(f32, bf16, f16, f8, f64, b8, b16, b32, b64)                                                                        \
+	{                                                                                                                          \
+		30,                                                                                                                    \
+		{                                                                                                                      \
+			[OPD_bool] = (b8), [OPD_u8] = (b8), [OPD_i8] = (b8), [OPD_i16] = (b16), [OPD_i32] = (b32), [OPD_i64] = (b64),      \
+			[OPD_f16] = (f16), [OPD_bf16] = (bf16), [OPD_f32] = (f32), [OPD_f64] = (f64),                                      \
+			[OPD_f8_e4m3fn] = (f8), [OPD_f8_e5m2] = (f8),                                                                      \
+		}                                                                                                                      \
+	}
 
 static const struct cpu_kernels cpu_isa_baseline = {
 	TABLE(baseline),
@@ -26,6 +39,17 @@ static const struct cpu_kernels cpu_isa_baseline = {
 			.attend_product_fs = 250000,
 			.rotary = {30, {600, 1900, 4000}},
 			.argmax = {30, {400, 600, 1200}},
+			.arithmetic = ANY(200, 1800, 5000, 6000, 300, 30, 60, 120, 300),
+			.cast = ANY(300, 1000, 3000, 4000, 2000, 2000, 2000, 2000, 2000),
+			.quant_largest = {30, {200, 400, 1500}},
+			.quant_scale = {30, {2000, 2300, 3500}},
+			.layer_norm = {30, {1200, 2000, 5000}},
+			.sparse = {30, {4000, 6000, 10000}},
+			.topk = ANY(700, 1500, 3000, 4000, 1000, 400, 400, 400, 800),
+			.topk_kept_ns = 60,
+			.matmul_product_fs = 60000,
+			.scaled_weight = ANY(0, 0, 0, 4000, 0, 200, 0, 0, 0),
+			.scaled_i8_product_fs = 40000,
 		},
 };
 
@@ -44,24 +68,53 @@ static const struct cpu_kernels cpu_isa_avx2 = {
 			.attend_product_fs = 60000,
 			.rotary = {30, {150, 350, 250}},
 			.argmax = {30, {120, 140, 140}},
+			.arithmetic = ANY(120, 400, 200, 1000, 250, 20, 40, 120, 250),
+			.cast = ANY(100, 200, 150, 500, 1000, 1000, 1000, 1000, 1000),
+			.quant_largest = {30, {60, 80, 80}},
+			.quant_scale = {30, {500, 500, 500}},
+			.layer_norm = {30, {300, 500, 400}},
+			.sparse = {30, {1500, 2000, 1800}},
+			.topk = ANY(150, 200, 200, 400, 800, 100, 100, 100, 500),
+			.topk_kept_ns = 60,
+			.matmul_product_fs = 20000,
+			.scaled_weight = ANY(0, 0, 0, 600, 0, 60, 0, 0, 0),
+			.scaled_i8_product_fs = 15000,
 		},
 };
 
+/* What both sets of AVX-512 share; scaled_mm's i8 products are their own. */
+#define AVX512_COSTS \
+	.rms_norm = {30, {150, 265, 185}}, \
+	.fused_add_rms_norm = {30, {290, 410, 280}}, \
+	.silu_and_mul = {30, {280, 465, 345}}, \
+	.softmax = {30, {280, 375, 345}}, \
+	.linear_weight = {100, {135, 55, 50}}, \
+	.linear_product_fs = 27000, \
+	.attend_cache = {300, {140, 70, 70}}, \
+	.attend_product_fs = 30000, \
+	.rotary = {30, {110, 250, 180}}, \
+	.argmax = {30, {70, 80, 80}}, \
+	.arithmetic = ANY(100, 250, 150, 500, 200, 20, 40, 120, 250), \
+	.cast = ANY(80, 130, 100, 300, 800, 800, 800, 800, 800), \
+	.quant_largest = {30, {50, 60, 60}}, \
+	.quant_scale = {30, {250, 250, 250}}, \
+	.layer_norm = {30, {200, 350, 300}}, \
+	.sparse = {30, {800, 1000, 900}}, \
+	.topk = ANY(100, 120, 120, 250, 600, 100, 100, 100, 500), \
+	.topk_kept_ns = 60, \
+	.matmul_product_fs = 12000, \
+	.scaled_weight = ANY(0, 0, 0, 400, 0, 60, 0, 0, 0),
+
 static const struct cpu_kernels cpu_isa_avx512 = {
 	TABLE(avx512),
-	.costs =
-		{
-			.rms_norm = {30, {150, 265, 185}},
-			.fused_add_rms_norm = {30, {290, 410, 280}},
-			.silu_and_mul = {30, {280, 465, 345}},
-			.softmax = {30, {280, 375, 345}},
-			.linear_weight = {100, {135, 55, 50}},
-			.linear_product_fs = 27000,
-			.attend_cache = {300, {140, 70, 70}},
-			.attend_product_fs = 30000,
-			.rotary = {30, {110, 250, 180}},
-			.argmax = {30, {70, 80, 80}},
-		},
+	.costs = {AVX512_COSTS .scaled_i8_product_fs = 8000},
+};
+
+static const struct cpu_kernels cpu_isa_avx512_vnni = {
+	.isa = "avx512_vnni",
+	TABLE_BUT_SCALED_MM(avx512),
+	.scaled_mm = &cpu_scaled_mm_avx512_vnni,
+	.costs = {AVX512_COSTS .scaled_i8_product_fs = 3000},
 };
 #endif
 
@@ -69,6 +122,9 @@ const struct cpu_kernels *const cpu_isas[] = {
 #define X(set) &cpu_isa_##set,
 	CPU_ISA_MAP(X)
 #undef X
+#if defined(__x86_64__)
+	&cpu_isa_avx512_vnni,
+#endif
 	NULL,
 };
 
@@ -93,6 +149,8 @@ static bool isa_has_avx512(void)
 
 bool cpu_isa_supported(const struct cpu_kernels *kernels)
 {
+	if (kernels == &cpu_isa_avx512_vnni)
+		return isa_has_avx512() && __builtin_cpu_supports("avx512vnni");
 	if (kernels == &cpu_isa_avx512)
 		return isa_has_avx512();
 	return kernels == &cpu_isa_avx2 ? isa_has_avx2() : true;

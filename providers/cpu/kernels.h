@@ -81,6 +81,105 @@ typedef void (*cpu_rotary_fn)(const void *from, const void *cos_sin, void *to, c
 /* Index of the greatest of x [count], 1 to 2^31 − 1: the first of equals, the first NaN before all. */
 typedef size_t (*cpu_argmax_fn)(const void *x, size_t count);
 
+/* y[i] = a[i] op b[i]; a step of 0 repeats the first element, 1 goes on. */
+enum { CPU_ADD, CPU_SUB, CPU_MUL, CPU_OPERATIONS };
+typedef void (*cpu_arithmetic_fn)(const void *a, size_t a_step, const void *b, size_t b_step, void *y, size_t count);
+
+/* [operation][dtype's number]; NULL: none (bool). */
+struct cpu_arithmetic_kernels {
+	cpu_arithmetic_fn run[CPU_OPERATIONS][OPD_DTYPE_COUNT];
+};
+
+/* x [count] in another dtype, to y. */
+typedef void (*cpu_cast_fn)(const void *x, void *y, size_t count);
+
+/* By dtypes' numbers, NULL where there is none. cast.c chains them. */
+struct cpu_cast_kernels {
+	cpu_cast_fn narrow[OPD_DTYPE_COUNT][OPD_DTYPE_COUNT]; /* [from][to]: f32, bf16, f16 and both f8 */
+	cpu_cast_fn small_to_f32[OPD_DTYPE_COUNT];            /* bool and integers of up to 16 bits: exact */
+	cpu_cast_fn to_i64[OPD_DTYPE_COUNT];
+	cpu_cast_fn from_i64[OPD_DTYPE_COUNT];
+	cpu_cast_fn from_f32[OPD_DTYPE_COUNT];
+	cpu_cast_fn from_f64[OPD_DTYPE_COUNT];
+	cpu_cast_fn odd[OPD_DTYPE_COUNT]; /* i64 and f64 to f32, rounded to odd */
+};
+
+struct cpu_quant_kernels {
+	float (*largest[CPU_DTYPES])(const void *x, size_t count);                      /* magnitude; NaN is passed over, of nothing 0 */
+	void (*scale[CPU_DTYPES])(const void *x, void *y, size_t count, float factor); /* x·factor to f8_e4m3fn */
+};
+
+/* One row of layer_norm; weight, bias: NULL for none. */
+struct cpu_layer_norm {
+	const void *x;
+	const void *weight;
+	const void *bias;
+	void *y;
+	size_t count;
+	float epsilon;
+};
+typedef void (*cpu_layer_norm_fn)(const struct cpu_layer_norm *norm);
+
+/* mean + multiplier·standard deviation of x [count], each step rounded to its dtype. */
+typedef float (*cpu_cutoff_fn)(const void *x, size_t count, float multiplier);
+
+/* y = relu of x − cutoff, rounded. */
+typedef void (*cpu_gate_fn)(const void *x, void *y, size_t count, float cutoff);
+
+struct cpu_moments_kernels {
+	cpu_layer_norm_fn layer_norm[CPU_DTYPES][2][2]; /* [weight is f32 and x isn't][bias is f32 and x isn't] */
+	cpu_cutoff_fn cutoff[CPU_DTYPES];
+	cpu_gate_fn gate[CPU_DTYPES];
+};
+
+/* matmul adds products in blocks of so many k: inside a block in one chain, the blocks' sums one after another. */
+#define CPU_MATMUL_BLOCK 512
+/* Columns that one row may have at a time. */
+#define CPU_MATMUL_COLUMNS 512
+
+struct cpu_matmul_kernels {
+	size_t tile_rows;
+	size_t tile_columns;
+	/* sums[m·stride + n] += Σ a[m·a_lead + k] · b[k·b_lead + n] over k < depth, one block, for the whole tile. */
+	void (*tile)(const float *a, size_t a_lead, const float *b, size_t b_lead, size_t depth, float *sums, size_t stride);
+	/* The same for one row a [depth] and b where it lies: row k at k·stride elements. */
+	void (*row[CPU_DTYPES])(const float *a, const void *b, int64_t stride, size_t depth, size_t columns, float *sums);
+};
+
+/* sums[m·sums_stride + n] = a row m · b row n, of `depth` i8 each. */
+struct cpu_scaled_bytes {
+	const int8_t *a, *b;
+	size_t a_stride, b_stride;
+	size_t rows, columns, depth;
+	int32_t *sums;
+	size_t sums_stride;
+};
+
+/* y[n] = sums[n] · row_scale · column_scales[n] + bias[n], rounded. */
+struct cpu_scaled_finish {
+	const float *sums;
+	float row_scale;
+	const float *column_scales;
+	bool scale_each; /* one a column, else one for all */
+	const void *bias; /* of y's dtype; NULL: none */
+	size_t count;
+};
+
+struct cpu_scaled_mm_kernels {
+	void (*bytes)(const struct cpu_scaled_bytes *bytes);
+	void (*convert)(const int32_t *sums, float *to, size_t count);
+	void (*finish[CPU_DTYPES])(const struct cpu_scaled_finish *finish, void *y);
+};
+
+/* Keys of x [count] whose order is topk's. True when one is above `floor`. */
+typedef bool (*cpu_keys_fn)(const void *x, size_t count, uint32_t floor, uint32_t *keys);
+
+/* By dtype's number: of i64 and f64 the wide ones, of all others the narrow ones. */
+struct cpu_topk_kernels {
+	cpu_keys_fn keys[OPD_DTYPE_COUNT];
+	void (*wide_keys[OPD_DTYPE_COUNT])(const void *x, size_t count, uint64_t *keys);
+};
+
 struct cpu_position_kernels {
 	cpu_rotary_fn rotary[CPU_DTYPES][2][2]; /* [cos_sin of the heads' dtype, f32][neighbours are pairs, halves are] */
 	cpu_argmax_fn argmax[CPU_DTYPES];
@@ -135,6 +234,12 @@ struct cpu_cost {
 	uint32_t element_ps[CPU_DTYPES];
 };
 
+/* The same by dtype's number. */
+struct cpu_any_cost {
+	uint32_t call_ns;
+	uint32_t element_ps[OPD_DTYPE_COUNT];
+};
+
 struct cpu_costs {
 	struct cpu_cost rms_norm;           /* elements of x; for relu and relu2 too */
 	struct cpu_cost fused_add_rms_norm; /* elements of x */
@@ -146,16 +251,34 @@ struct cpu_costs {
 	struct cpu_cost rotary;             /* elements of query and key */
 	struct cpu_cost argmax;             /* elements of x */
 	uint32_t attend_product_fs;         /* femtoseconds a product of a score or a result */
+	struct cpu_any_cost arithmetic;     /* elements of the result */
+	struct cpu_any_cost cast;           /* elements, of the dearer dtype of both */
+	struct cpu_cost quant_largest;      /* elements of x */
+	struct cpu_cost quant_scale;        /* elements of x */
+	struct cpu_cost layer_norm;         /* elements of x */
+	struct cpu_cost sparse;             /* elements of y */
+	struct cpu_any_cost topk;           /* elements of x */
+	uint32_t topk_kept_ns;              /* nanoseconds a result */
+	uint32_t matmul_product_fs;         /* femtoseconds a product */
+	struct cpu_any_cost scaled_weight;  /* elements of b, read once */
+	uint32_t scaled_i8_product_fs;      /* femtoseconds a product */
 };
 
 struct cpu_kernels {
-	const char *isa; /* "baseline", "avx2", "avx512" */
+	const char *isa; /* "baseline", "avx2", "avx512", "avx512_vnni" */
 	const struct cpu_norm_kernels *norm;
 	const struct cpu_activation_kernels *activation;
 	const struct cpu_softmax_kernels *softmax;
 	const struct cpu_linear_kernels *linear;
 	const struct cpu_attend_kernels *attend;
 	const struct cpu_position_kernels *position;
+	const struct cpu_arithmetic_kernels *arithmetic;
+	const struct cpu_cast_kernels *cast;
+	const struct cpu_quant_kernels *quant;
+	const struct cpu_moments_kernels *moments;
+	const struct cpu_topk_kernels *topk;
+	const struct cpu_matmul_kernels *matmul;
+	const struct cpu_scaled_mm_kernels *scaled_mm;
 	struct cpu_costs costs;
 };
 
@@ -166,7 +289,7 @@ struct cpu_kernels {
 #define CPU_SYMBOL(name) CPU_JOIN_EXPANDED(name, CPU_ISA)
 #endif
 
-/* X(isa): what this build has, slowest first. */
+/* X(isa): what this build has kernels of every family for, slowest first. */
 #if defined(__x86_64__)
 #define CPU_ISA_MAP(X) X(baseline) X(avx2) X(avx512)
 #else
@@ -179,8 +302,18 @@ struct cpu_kernels {
 	extern const struct cpu_softmax_kernels cpu_softmax_##isa;       \
 	extern const struct cpu_linear_kernels cpu_linear_##isa;         \
 	extern const struct cpu_attend_kernels cpu_attend_##isa;         \
-	extern const struct cpu_position_kernels cpu_position_##isa;
+	extern const struct cpu_position_kernels cpu_position_##isa;     \
+	extern const struct cpu_arithmetic_kernels cpu_arithmetic_##isa; \
+	extern const struct cpu_cast_kernels cpu_cast_##isa;             \
+	extern const struct cpu_quant_kernels cpu_quant_##isa;           \
+	extern const struct cpu_moments_kernels cpu_moments_##isa;       \
+	extern const struct cpu_topk_kernels cpu_topk_##isa;             \
+	extern const struct cpu_matmul_kernels cpu_matmul_##isa;         \
+	extern const struct cpu_scaled_mm_kernels cpu_scaled_mm_##isa;
 CPU_ISA_MAP(X)
 #undef X
+#if defined(__x86_64__)
+extern const struct cpu_scaled_mm_kernels cpu_scaled_mm_avx512_vnni; /* all others are avx512's */
+#endif
 
 #endif

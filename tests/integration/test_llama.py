@@ -64,6 +64,12 @@ class Llama(unittest.TestCase):
         self.assertEqual((done.returncode, done.stdout), (1, b""))
         self.assertIn("FAILED_PRECONDITION", done.stderr.decode())
 
+    def test_through_rings_asleep_and_polling(self):
+        for case in REFERENCE[:2]:
+            self.expect(case, "--connect", self.unix, "--rings")
+        self.expect(REFERENCE[2], "--connect", self.unix, "--shm", "--rings", "--poll", "50")
+        self.expect(REFERENCE[3], "--connect", self.unix + "?rings&poll=1ms&shm", "--shm")
+
     def test_native_alone(self):
         for case in REFERENCE:
             self.expect(case, "--connect", self.unix, "--provider", "native")

@@ -202,6 +202,26 @@ class Run(Case):
         for words in (["relu", "randn:f32[3,5]"], ["embedding", "ids=i64[3]=0,2,1", "table=randn:bf16[4,6]"], ["topk", "randn:f32[2,9]", "3"], ["relu", "f32[0,4]=1"]):
             self.assertEqual(self.opctl("run", *words, "--shm"), self.opctl("run", *words))
 
+    def test_requests_through_rings_give_the_same(self):
+        for words in (["run", "relu", "randn:f32[300,500]"], ["run", "rms_norm", "randn:f32[2,4096]", "ones:f32[4096]", "1e-5", "--shm"], ["ops"]):
+            self.assertEqual(self.opctl(*words, "--rings"), self.opctl(*words))
+            self.assertEqual(self.opctl(*words, "--rings", "--poll", "20"), self.opctl(*words))
+        self.assertIn("--poll needs --rings", self.fails(1, "INVALID_ARGUMENT", "ping", "--poll", "20"))
+
+    def test_a_client_killed_at_work_through_rings_leaves_nothing(self):
+        before = len(os.listdir("/proc/%d/fd" % self.daemon.pid))
+        for round in range(12):
+            command = [OPCTL, "--connect", self.address + ("?rings" if round % 2 else "?rings&poll=50us"), "bench", "rms_norm", "--shape", "32x4096", "--in-flight", "8"]
+            client = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            time.sleep(0.02 * round)
+            client.kill()
+            client.wait()
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline and len(os.listdir("/proc/%d/fd" % self.daemon.pid)) > before:
+            time.sleep(0.05)
+        self.assertLessEqual(len(os.listdir("/proc/%d/fd" % self.daemon.pid)), before)
+        self.assertEqual(self.json("info")["memory_bytes"], 0)
+
     def test_values_of_every_kind(self):
         out = self.opctl("run", "rms_norm", "x=f32[2,4]=1,2,3,4,1,2,3,4", "weight=ones:f32[4]", "epsilon=1e-5")[0]
         self.assertRegex(out, r"^rms_norm: \w+ ran it\n0: f32 \[2, 4\]  min 0\.365\d+  max 1\.46\d+  mean 0\.91\d+  nan 0  inf 0\n   \[0\.365")

@@ -81,9 +81,12 @@ void house_stop(struct house *house)
 
 opd_client *house_client(const struct house *house)
 {
+	const char *way = getenv("OPD_HOUSE_WAY");
+	char address[160];
+	(void)snprintf(address, sizeof address, "%s%s", house->address, way == NULL ? "" : way);
 	opd_client *client = NULL;
 	opd_error error;
-	ck_assert_msg(opd_connect(house->address, NULL, &client, &error) == OPD_OK, "%s", error.text);
+	ck_assert_msg(opd_connect(address, NULL, &client, &error) == OPD_OK, "%s", error.text);
 	return client;
 }
 

@@ -28,6 +28,8 @@ static const char help[] =
 	"  --provider NAME    this provider alone runs every op, where it can: the session's list for all ops\n"
 	"  --share NAME       the weights are published as NAME/… and kept until withdrawn (opctl rm NAME/): whoever names them next finds them there\n"
 	"  --shm              a step's inputs lie in memory shared with the daemon (Unix sockets)\n"
+	"  --rings            requests and replies go through shared memory too (Unix sockets)\n"
+	"  --poll US          with --rings: both sides look for so many microseconds before they sleep\n"
 	"  --ahead COUNT      tokens under way before the first of them is answered (default 4, at most 64)\n"
 	"  --trace            of every step: which provider ran each node, and for how long\n"
 	"  --stats            tokens a second, the share of time outside kernels, and what part of this machine's memory rate the weights read mean\n"
@@ -50,9 +52,11 @@ struct arguments {
 	bool trace;
 	bool stats;
 	bool shm;
+	bool rings;
+	int64_t poll_us;
 };
 
-enum option_key { KEY_CONNECT = 256, KEY_MODEL, KEY_RANDOM, KEY_SEED, KEY_PROMPT, KEY_IDS, KEY_DTYPE, KEY_PROVIDER, KEY_SHARE, KEY_SHM, KEY_AHEAD, KEY_TRACE, KEY_STATS, KEY_HELP };
+enum option_key { KEY_CONNECT = 256, KEY_MODEL, KEY_RANDOM, KEY_SEED, KEY_PROMPT, KEY_IDS, KEY_DTYPE, KEY_PROVIDER, KEY_SHARE, KEY_SHM, KEY_RINGS, KEY_POLL, KEY_AHEAD, KEY_TRACE, KEY_STATS, KEY_HELP };
 
 static const struct option options[] = {
 	{"connect", required_argument, NULL, KEY_CONNECT}, {"model", required_argument, NULL, KEY_MODEL},
@@ -61,6 +65,7 @@ static const struct option options[] = {
 	{"dtype", required_argument, NULL, KEY_DTYPE},     {"provider", required_argument, NULL, KEY_PROVIDER},
 	{"share", required_argument, NULL, KEY_SHARE},
 	{"shm", no_argument, NULL, KEY_SHM},
+	{"rings", no_argument, NULL, KEY_RINGS},           {"poll", required_argument, NULL, KEY_POLL},
 	{"ahead", required_argument, NULL, KEY_AHEAD},     {"trace", no_argument, NULL, KEY_TRACE},
 	{"stats", no_argument, NULL, KEY_STATS},           {"help", no_argument, NULL, KEY_HELP},
 	{0},
@@ -132,6 +137,12 @@ static void parse_one(struct arguments *arguments, int key)
 		return;
 	case KEY_SHM:
 		arguments->shm = true;
+		return;
+	case KEY_RINGS:
+		arguments->rings = true;
+		return;
+	case KEY_POLL:
+		arguments->poll_us = number("--poll: expected 0 to 1000000", optarg, 0, 1000000);
 		return;
 	case KEY_AHEAD:
 		arguments->ahead = number("--ahead: expected 1 to 64", optarg, 1, LLAMA_AHEAD_MAX);
@@ -238,7 +249,8 @@ static void put(const struct llama *llama, int64_t id)
 
 static opd_status connect_to(const struct arguments *arguments, opd_client **client_out, opd_error *error)
 {
-	const opd_connect_options how = {.struct_bytes = sizeof how, .client = "opd-llama " OPD_VERSION, .shared_memory = arguments->shm};
+	const opd_connect_options how = {.struct_bytes = sizeof how, .client = "opd-llama " OPD_VERSION, .shared_memory = arguments->shm,
+	                                 .rings = arguments->rings, .poll_us = (uint64_t)arguments->poll_us};
 	const char *address = arguments->address != NULL ? arguments->address : getenv("OPD_ADDRESS");
 	opd_embedded_register();
 	if (address != NULL)

@@ -167,7 +167,9 @@ def requests():
             ("open-name", "OpenTensor by name.", pb.Request(open_tensor=pb.OpenTensor(name="llama/norm"))),
             ("open-contents", "OpenTensor by contents.", pb.Request(open_tensor=pb.OpenTensor(sha256=bytes(range(32))))),
             ("withdraw", "Withdraw.", pb.Request(withdraw=pb.Withdraw(name="llama/norm"))),
-            ("list-publications", "ListPublications.", empty("list_publications"))]):
+            ("list-publications", "ListPublications.", empty("list_publications")),
+            ("attach-rings", "256 KiB each way, polled for 20 us; a memfd would come with it.",
+             pb.Request(attach_rings=pb.AttachRings(request_bytes=1 << 18, reply_bytes=1 << 18, poll_us=20)))]):
         write("request-" + name, note, REQUEST, message, 10 + number)
 
 
@@ -217,7 +219,8 @@ def replies():
             ("memory", "MemoryAttached.", pb.Reply(memory=pb.MemoryAttached(region=7, bytes=1 << 30))),
             ("publications", "Publications with every field.", pb.Reply(publications=pb.Publications(items=[
                 pb.Publication(name="w", sha256=bytes(range(32)), dtype=pb.BF16, shape=[2, 3], bytes=12, all=True, lasting=True,
-                               tenant="uid:1000", holders=4, handle=pb.Handle(index=7, generation=1 << 63))])))]):
+                               tenant="uid:1000", holders=4, handle=pb.Handle(index=7, generation=1 << 63))]))),
+            ("rings", "RingsAttached; two descriptors would come with it.", pb.Reply(rings=pb.RingsAttached(poll_us=20)))]):
         write("every-reply-" + name, note, REPLY, message, 40 + number)
 
 

@@ -99,7 +99,9 @@ opd_status device_open(struct device *device, const opd_host *host, opd_error *e
 	device->opened = true;
 	device_sleep_us(open_us);
 	opd_status status = host->register_backend(host, &device_backend, error);
-	return status == OPD_OK ? device_register_kernels(host, error) : status;
+	if (status == OPD_OK)
+		status = device_register_kernels(host, error);
+	return status == OPD_OK ? device_register_resident(host, error) : status;
 }
 
 /* Tests look for this line. */

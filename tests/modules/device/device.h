@@ -106,11 +106,20 @@ struct device_launch {
 	uint32_t input_count;
 	struct device_operand inputs[DEVICE_INPUTS];
 	struct device_operand output;
+	struct device_operand second; /* the other result, where there are two */
 	void *scratch;
+	void *fault; /* exec->fault */
 	double epsilon;
 };
 
+struct device_operand device_operand_of(const char *name, const opd_tensor *tensor);
+/* Of a kernel's operand; NULL with the text where it isn't all the device's. */
+float *device_floats(struct device *device, uint32_t ordinal, const struct device_operand *operand, opd_error *error);
+/* What `run` ends with: the launch is copied to the stream. */
+opd_status device_launch(const opd_exec *exec, struct device *device, const struct device_launch *what, opd_error *error);
+
 opd_status device_register_kernels(const opd_host *host, opd_error *error);
+opd_status device_register_resident(const opd_host *host, opd_error *error); /* resident.c */
 
 /* ---- stream.c ---- */
 

@@ -1,0 +1,288 @@
+/* Provider `cpu`, element by element: what cast, the f8 formats and topk make of every bit pattern, or of the ones that are hard, at every instruction
+ * set of this machine. The conformance tool compares what ops' generators draw; here are the values that they seldom draw. */
+#include <check.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "element.h"
+#include "providers/builtin.h"
+#include "providers/cpu/isa.h"
+#include "tests/conformance/host.h"
+
+static struct host host;
+
+/* False when this machine lacks instruction set number `index`. */
+static bool isa_open(int index)
+{
+	if (!cpu_isa_supported(cpu_isas[index]))
+		return false;
+	opd_error error;
+	ck_assert_int_eq(setenv("OPD_CPU_ISA", cpu_isas[index]->isa, 1), 0);
+	host_init(&host);
+	ck_assert_int_eq(host_open(&host, &cpu_module, &error), OPD_OK);
+	return true;
+}
+
+/* A vector with its own shape; its memory is exactly as long. */
+struct vector {
+	opd_tensor tensor;
+	int64_t shape[1], strides[1];
+	unsigned char *memory;
+};
+
+static void vector_init(struct vector *vector, opd_dtype dtype, uint64_t count)
+{
+	memset(vector, 0, sizeof *vector);
+	vector->shape[0] = (int64_t)count;
+	vector->strides[0] = 1;
+	vector->memory = malloc(count * opd_dtype_bytes(dtype));
+	ck_assert_ptr_nonnull(vector->memory);
+	vector->tensor = (opd_tensor){
+		.struct_bytes = sizeof(opd_tensor),
+		.dtype = dtype,
+		.rank = 1,
+		.shape = vector->shape,
+		.strides = vector->strides,
+		.data = vector->memory,
+		.elements = count,
+		.alignment = 16,
+		.flags = OPD_TENSOR_CONTIGUOUS,
+	};
+}
+
+static void *vector_at(const struct vector *vector, uint64_t index)
+{
+	return vector->memory + index * opd_dtype_bytes(vector->tensor.dtype);
+}
+
+static void run(const char *op, const opd_arg *args, uint32_t arg_count, const opd_tensor *const *outputs, uint32_t output_count)
+{
+	const struct host_impl *impl = host_find_impl(&host, "cpu", op);
+	opd_call call = {.struct_bytes = sizeof call, .arg_count = arg_count, .output_count = output_count, .args = args, .outputs = outputs};
+	opd_error error = {0};
+	ck_assert_ptr_nonnull(impl);
+	ck_assert_msg(host_run(&host, impl, &call, 1, &error) == OPD_OK, "%s: %s", op, error.text);
+}
+
+/* ---- cast --------------------------------------------------------------------------------------------------------------- */
+
+static bool is_number(opd_dtype dtype)
+{
+	return opd_dtype_is_float(dtype) || opd_dtype_is_f8(dtype);
+}
+
+/* What the catalogue's cast makes of one element. */
+static void cast_element(opd_dtype from, const void *x, opd_dtype to, void *y)
+{
+	if (is_number(from))
+		element_store_f64(to, y, element_load_f64(from, x));
+	else
+		element_store_i64(to, y, element_load_i64(from, x));
+}
+
+static bool same_element(opd_dtype dtype, const void *a, const void *b)
+{
+	if (is_number(dtype) && isnan(element_load_f64(dtype, a)))
+		return isnan(element_load_f64(dtype, b));
+	return memcmp(a, b, opd_dtype_bytes(dtype)) == 0;
+}
+
+static void check_casts(const struct vector *x)
+{
+	opd_dtype from = x->tensor.dtype;
+	for (int to = 1; to < OPD_DTYPE_COUNT; to++) {
+		struct vector y;
+		vector_init(&y, (opd_dtype)to, x->tensor.elements);
+		const opd_tensor *output = &y.tensor;
+		const opd_arg args[] = {{.kind = OPD_ARG_TENSOR, .tensor = &x->tensor}, {.kind = OPD_ARG_STR, .str = opd_dtype_name((opd_dtype)to)}};
+		run("cast", args, 2, &output, 1);
+		for (uint64_t i = 0; i < x->tensor.elements; i++) {
+			unsigned char want[8];
+			cast_element(from, vector_at(x, i), (opd_dtype)to, want);
+			if (!same_element((opd_dtype)to, want, vector_at(&y, i))) /* an assertion each would take longer than the casts */
+				ck_abort_msg("%s %.17g to %s: got %.17g, want %.17g", opd_dtype_name(from), element_load_f64(from, vector_at(x, i)),
+				             opd_dtype_name((opd_dtype)to), element_load_f64((opd_dtype)to, vector_at(&y, i)),
+				             element_load_f64((opd_dtype)to, want));
+		}
+		free(y.memory);
+	}
+}
+
+/* Dtypes of one and two bytes: every bit pattern. */
+START_TEST(cast_of_every_small_value_is_exact)
+{
+	if (!isa_open(_i))
+		return;
+	for (int dtype = 1; dtype < OPD_DTYPE_COUNT; dtype++) {
+		size_t bytes = opd_dtype_bytes((opd_dtype)dtype);
+		struct vector x;
+		if (bytes > 2)
+			continue;
+		vector_init(&x, (opd_dtype)dtype, bytes == 1 ? 256 : 65536);
+		for (uint64_t i = 0; i < x.tensor.elements; i++)
+			memcpy(vector_at(&x, i), &i, bytes);
+		check_casts(&x);
+		free(x.memory);
+	}
+	host_fini(&host);
+}
+END_TEST
+
+static uint64_t random_bits(uint64_t *state)
+{
+	*state += 0x9e3779b97f4a7c15u;
+	uint64_t z = (*state ^ *state >> 30) * 0xbf58476d1ce4e5b9u;
+	z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+	return z ^ z >> 31;
+}
+
+/* Midpoints between neighbours of every narrow float, and a hair to each side of them: where a second rounding shows. */
+static uint64_t fill_midpoints(double *values, uint64_t room)
+{
+	static const opd_dtype narrow[] = {OPD_bf16, OPD_f16, OPD_f8_e4m3fn, OPD_f8_e5m2};
+	uint64_t count = 0;
+	for (size_t d = 0; d < 4; d++) {
+		size_t bytes = opd_dtype_bytes(narrow[d]);
+		for (uint32_t code = 0; code + 1 < 1u << (8 * bytes - 1) && count + 6 <= room; code += bytes == 1 ? 1 : 13) {
+			uint32_t next = code + 1;
+			double middle = (element_load_f64(narrow[d], &code) + element_load_f64(narrow[d], &next)) / 2;
+			const double near[] = {middle, nextafter(middle, 0), nextafter(middle, INFINITY)};
+			for (int i = 0; i < 3; i++) {
+				values[count++] = near[i];
+				values[count++] = -near[i];
+			}
+		}
+	}
+	return count;
+}
+
+START_TEST(cast_of_floats_rounds_once)
+{
+	enum { ROOM = 80000 };
+	if (!isa_open(_i))
+		return;
+	uint64_t state = 1;
+	struct vector wide, single;
+	vector_init(&wide, OPD_f64, ROOM);
+	uint64_t count = fill_midpoints((double *)wide.memory, ROOM / 2);
+	for (; count < ROOM; count++) { /* any exponent, and exponents that narrow floats have */
+		uint64_t bits = random_bits(&state);
+		double value = ldexp(1 + (double)(bits >> 12) * 0x1p-52, (int)(bits % 340) - 170) * (bits & 0x400 ? -1 : 1);
+		memcpy(vector_at(&wide, count), count % 2 == 0 ? (void *)&bits : (void *)&value, sizeof bits);
+	}
+	vector_init(&single, OPD_f32, ROOM);
+	for (uint64_t i = 0; i < ROOM; i++)
+		element_store_f64(OPD_f32, vector_at(&single, i), element_load_f64(OPD_f64, vector_at(&wide, i)));
+	check_casts(&wide);
+	check_casts(&single);
+	free(wide.memory);
+	free(single.memory);
+	host_fini(&host);
+}
+END_TEST
+
+/* Around each power of two, and around the midpoints of the floats there. */
+START_TEST(cast_of_integers_rounds_once_and_wraps)
+{
+	enum { ROOM = 64 * 600 };
+	if (!isa_open(_i))
+		return;
+	uint64_t state = 7;
+	struct vector wide, word;
+	vector_init(&wide, OPD_i64, ROOM);
+	vector_init(&word, OPD_i32, ROOM);
+	for (uint64_t i = 0; i < ROOM; i++) {
+		uint64_t bit = 1ull << (i % 64), low = random_bits(&state);
+		uint64_t places = low % 40, kept = (bit | (low & (bit - 1))) & ~((places < 64 ? 1ull << places : 0) - 1);
+		int64_t value = (int64_t)(kept + (low >> 40) % 3 - 1);
+		memcpy(vector_at(&wide, i), &value, sizeof value);
+		element_store_i64(OPD_i32, vector_at(&word, i), i % 2 == 0 ? value : -value);
+	}
+	const int64_t ends[] = {INT64_MIN, INT64_MAX, INT32_MIN, INT32_MAX, (1ll << 53) + 1, -(1ll << 53) - 1, (1ll << 62) + 1};
+	memcpy(wide.memory, ends, sizeof ends);
+	check_casts(&wide);
+	check_casts(&word);
+	free(wide.memory);
+	free(word.memory);
+	host_fini(&host);
+}
+END_TEST
+
+/* ---- topk --------------------------------------------------------------------------------------------------------------- */
+
+static bool ranks_above(opd_dtype dtype, const void *a, const void *b)
+{
+	if (!is_number(dtype))
+		return element_load_i64(dtype, a) > element_load_i64(dtype, b);
+	double x = element_load_f64(dtype, a), y = element_load_f64(dtype, b);
+	return isnan(x) ? !isnan(y) : x > y;
+}
+
+/* Many equals, both zeros, several NaNs: sorted all the way, order and ties are seen. */
+static void check_topk(opd_dtype dtype, uint64_t count, uint64_t k)
+{
+	struct vector x, values, indices;
+	uint64_t state = count;
+	vector_init(&x, dtype, count);
+	vector_init(&values, dtype, k);
+	vector_init(&indices, OPD_i64, k);
+	for (uint64_t i = 0; i < count; i++) {
+		uint64_t bits = random_bits(&state);
+		element_store_f64(dtype, vector_at(&x, i), bits % 11 == 0 ? (double)NAN : bits % 7 == 0 ? -0.0 : (double)(int)(bits % 9) - 4);
+	}
+	const opd_arg args[] = {{.kind = OPD_ARG_TENSOR, .tensor = &x.tensor}, {.kind = OPD_ARG_INT, .i = (int64_t)k}};
+	const opd_tensor *outputs[] = {&values.tensor, &indices.tensor};
+	run("topk", args, 2, outputs, 2);
+	for (uint64_t i = 0; i < k; i++) {
+		int64_t at = ((int64_t *)indices.memory)[i];
+		ck_assert_msg(at >= 0 && (uint64_t)at < count && memcmp(vector_at(&values, i), vector_at(&x, (uint64_t)at), opd_dtype_bytes(dtype)) == 0,
+		              "%s: result %llu isn't the element that it names", opd_dtype_name(dtype), (unsigned long long)i);
+		if (i == 0)
+			continue;
+		int64_t before = ((int64_t *)indices.memory)[i - 1];
+		const void *a = vector_at(&x, (uint64_t)before), *b = vector_at(&x, (uint64_t)at);
+		ck_assert_msg(ranks_above(dtype, a, b) || (!ranks_above(dtype, b, a) && before < at), "%s: results %llu and %llu are out of order",
+		              opd_dtype_name(dtype), (unsigned long long)i - 1, (unsigned long long)i);
+	}
+	free(x.memory);
+	free(values.memory);
+	free(indices.memory);
+}
+
+START_TEST(topk_orders_equals_by_index)
+{
+	static const uint64_t sizes[][2] = {{1, 1}, {5, 5}, {127, 127}, {128, 3}, {129, 128}, {1000, 1000}, {5000, 700}};
+	if (!isa_open(_i))
+		return;
+	for (int dtype = 1; dtype < OPD_DTYPE_COUNT; dtype++)
+		for (size_t s = 0; s < sizeof sizes / sizeof sizes[0]; s++)
+			check_topk((opd_dtype)dtype, sizes[s][0], sizes[s][1]);
+	host_fini(&host);
+}
+END_TEST
+
+static Suite *values_suite(void)
+{
+	Suite *suite = suite_create("cpu values");
+	TCase *each = tcase_create("each instruction set");
+	int sets = 0;
+	while (cpu_isas[sets] != NULL)
+		sets++;
+	tcase_set_timeout(each, 300);
+	tcase_add_loop_test(each, cast_of_every_small_value_is_exact, 0, sets);
+	tcase_add_loop_test(each, cast_of_floats_rounds_once, 0, sets);
+	tcase_add_loop_test(each, cast_of_integers_rounds_once_and_wraps, 0, sets);
+	tcase_add_loop_test(each, topk_orders_equals_by_index, 0, sets);
+	suite_add_tcase(suite, each);
+	return suite;
+}
+
+int main(void)
+{
+	SRunner *runner = srunner_create(values_suite());
+	srunner_run_all(runner, CK_ENV);
+	int failed = srunner_ntests_failed(runner);
+	srunner_free(runner);
+	return failed == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}
