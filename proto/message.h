@@ -287,6 +287,7 @@ struct msg_impl {
 	bool in_place;
 	bool thread_invariant;
 	bool batch_invariant;
+	bool bf16_denormals_zero;
 	struct msg_text reason;
 	struct msg_text device;
 	struct msg_text schema;

@@ -76,7 +76,7 @@ static bool arrange(struct preparing *p, struct schedule *at_once, struct schedu
 	struct schedule_steps steps;
 	if (!schedule_serial(p->graph->node_count, serial) || !graph_layout(&layout, serial, sizes))
 		return false;
-	if (threads <= 1 || p->graph->node_count == 1)
+	if (threads <= 1 || p->graph->node_count == 1 || p->device != 0) /* a device has an order of its own */
 		return sort_steps(p, serial);
 	if (!steps_before(p, &steps) || !schedule_make(&steps, threads, at_once))
 		return false;

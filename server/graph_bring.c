@@ -1,4 +1,4 @@
-/* Inputs of a graph's run that lie on a device and are read by the CPU: they come to host memory before it starts, one after the other. */
+/* Inputs of a graph's run that lie on a device and are read by the CPU, or by another device: they come to host memory before it starts, one after the other. */
 #include "server/bring.h"
 #include "server/daemon.h"
 #include "server/graph_run.h"
@@ -36,21 +36,32 @@ static void brought(struct request *request)
 	if (request->status == OPD_OK) {
 		buffer_add_mirror(input_buffer(run, run->bringing), host);
 		take(run, run->bringing, host);
-		graph_bring(run, run->brought);
+		graph_bring(run, run->bringing_to, run->brought);
 		return;
 	}
 	buffer_unref(host);
 	run->brought(run);
 }
 
-void graph_bring(struct graph_run *run, void (*ready)(struct graph_run *run))
+bool graph_brings(const struct graph_run *run)
+{
+	bool any = false;
+	for (uint32_t i = 0; !any && i < run->graph->input_count; i++) {
+		const struct buffer *buffer = input_buffer(run, i);
+		any = buffer != NULL && buffer->device != 0;
+	}
+	return any;
+}
+
+void graph_bring(struct graph_run *run, uint32_t device, void (*ready)(struct graph_run *run))
 {
 	struct request *request = run->request;
 	run->brought = ready;
+	run->bringing_to = device;
 	request->status = OPD_OK;
 	for (uint32_t i = 0; i < run->graph->input_count; i++) {
 		struct buffer *buffer = input_buffer(run, i);
-		if (buffer == NULL || buffer->device == 0 || (run->hosts != NULL && run->hosts[i] != NULL))
+		if (buffer == NULL || buffer->device == 0 || (device != 0 && buffer_is_on(buffer, device)) || (run->hosts != NULL && run->hosts[i] != NULL))
 			continue;
 		if (run->hosts == NULL)
 			run->hosts = arena_array(&request->arena, run->graph->input_count, sizeof run->hosts[0]);

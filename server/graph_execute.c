@@ -20,7 +20,7 @@ static uint64_t tensor_size(const opd_tensor *tensor)
 
 /* ---- Memory ---- */
 
-static void describe_output(struct graph_run *run, uint32_t index)
+void graph_describe_output(struct graph_run *run, uint32_t index)
 {
 	opd_tensor *output = &run->request->run.bound.outputs[index];
 	*output = run->prepared->outputs[index];
@@ -57,9 +57,10 @@ static opd_status copy_states(struct graph_run *run, opd_error *error)
 	for (uint32_t i = 0; i < run->graph->state_count; i++) {
 		struct state_use *state = &run->states[i];
 		const struct kept_tensor *from = state->tensor;
-		if (state->donated && !state->shared)
+		const bool aside = state->shared || from->buffer->device != 0;
+		if (state->donated && !aside)
 			buffer_drop_mirrors(from->buffer, NULL); /* it is written where it is */
-		if (!state->donated || !state->shared)
+		if (!state->donated || !aside)
 			continue;
 		struct buffer *buffer = NULL;
 		opd_status status = buffer_alloc(run->request->session->account, from->bytes, 0, &buffer, error);
@@ -87,7 +88,7 @@ static opd_status allocate(struct graph_run *run, opd_error *error)
 
 /* ---- Addresses ---- */
 
-static void set_base(struct prepared *prepared, uint32_t base, void *address)
+void graph_set_base(struct prepared *prepared, uint32_t base, void *address)
 {
 	if (prepared->bases[base] == address)
 		return;
@@ -99,7 +100,7 @@ static void set_base(struct prepared *prepared, uint32_t base, void *address)
 /* Kept operands have an identity, by which a provider may keep derived copies. */
 static void set_operand(struct prepared *prepared, uint32_t base, const opd_tensor *operand)
 {
-	set_base(prepared, base, operand->data == NULL ? NULL : opd_tensor_data(operand));
+	graph_set_base(prepared, base, operand->data == NULL ? NULL : opd_tensor_data(operand));
 	for (uint32_t i = prepared->first_patch[base]; i < prepared->first_patch[base + 1]; i++) {
 		opd_tensor *tensor = prepared->patches[i].tensor;
 		tensor->id = operand->id;
@@ -112,20 +113,20 @@ static void set_addresses(struct graph_run *run)
 {
 	struct prepared *prepared = run->prepared;
 	const struct graph *graph = run->graph;
-	set_base(prepared, 0, run->arena->data);
+	graph_set_base(prepared, 0, run->arena->data);
 	for (uint32_t i = 0; i < graph->input_count; i++) {
 		const struct graph_input *input = &graph->inputs[i];
 		if (input->kind == MSG_GRAPH_INPUT) {
 			set_operand(prepared, 1 + i, graph_run_operand(&run->request->run.bound, input));
 		} else if (input->kind == MSG_GRAPH_CONSTANT) {
-			set_base(prepared, 1 + i, graph_host_data(run, i, input->constant));
+			graph_set_base(prepared, 1 + i, graph_host_data(run, i, input->constant));
 		} else {
 			const struct state_use *state = &run->states[input->state];
-			set_base(prepared, 1 + i, state->fresh != NULL ? state->fresh->buffer->data : graph_host_data(run, i, state->tensor));
+			graph_set_base(prepared, 1 + i, state->fresh != NULL ? state->fresh->buffer->data : graph_host_data(run, i, state->tensor));
 		}
 	}
 	for (uint32_t i = 0; i < graph->output_count; i++)
-		set_base(prepared, 1 + graph->input_count + i, run->request->run.bound.outputs[i].data);
+		graph_set_base(prepared, 1 + graph->input_count + i, run->request->run.bound.outputs[i].data);
 }
 
 /* ---- Steps ---- */
@@ -272,8 +273,14 @@ static opd_status run_stages(struct graph_run *run, struct lane_exec *lane)
 static opd_status describe_outputs(struct graph_run *run)
 {
 	for (uint32_t i = 0; i < run->prepared->output_count; i++)
-		describe_output(run, i);
+		graph_describe_output(run, i);
 	return shared_check_results(run->request);
+}
+
+/* Some input of a graph of the CPU must come from a device first. */
+static bool lies_elsewhere(const struct graph_run *run)
+{
+	return run->hosts == NULL && graph_brings(run);
 }
 
 void graph_execute(struct graph_run *run, struct lane_exec *lane)
@@ -291,6 +298,11 @@ void graph_execute(struct graph_run *run, struct lane_exec *lane)
 		status = describe_outputs(run);
 	if (request->message.run.mode != MSG_RUN) { /* what these ask for is prepared */
 		request->status = status;
+		return;
+	}
+	if (status == OPD_OK && (run->prepared->device != 0 || lies_elsewhere(run))) {
+		run->prepared_only = true;
+		request->status = OPD_OK;
 		return;
 	}
 	if (status == OPD_OK)

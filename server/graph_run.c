@@ -159,7 +159,7 @@ static opd_status take_states(struct graph_run *run)
 		struct kept_tensor *tensor = kept_follow(kept, input->slot, input->lineage, &handle, error);
 		if (tensor == NULL)
 			return state_error(graph, i, (opd_status)error->status, error);
-		state->shared = tensor->buffer->device != 0 || atomic_load_explicit(&tensor->refs, memory_order_acquire) > 1 ||
+		state->shared = atomic_load_explicit(&tensor->refs, memory_order_acquire) > 1 ||
 		                atomic_load_explicit(&tensor->buffer->refs, memory_order_acquire) > 1;
 		state->tensor = kept_tensor_ref(tensor);
 	}
@@ -167,15 +167,14 @@ static opd_status take_states(struct graph_run *run)
 }
 
 /* Its inputs are in host memory. */
-static void begin(struct graph_run *run)
+static void begin_here(struct graph_run *run)
 {
 	struct request *request = run->request;
+	const struct prepared *prepared = run->prepared;
 	if (request->status != OPD_OK) {
 		request_fail(request);
 		return;
 	}
-	run->prepared = prepared_find(run);
-	struct prepared *prepared = run->prepared;
 	if (prepared == NULL || !prepared->can_be_inline || !execute_fits_loop(request, prepared->cost_ns)) {
 		execute_graph(request);
 		return;
@@ -187,6 +186,20 @@ static void begin(struct graph_run *run)
 	execute_done(request);
 }
 
+/* Where it runs is known once it is prepared. */
+static void begin(struct graph_run *run)
+{
+	struct request *request = run->request;
+	if (run->prepared == NULL)
+		run->prepared = prepared_find(run);
+	if (run->prepared == NULL || request->message.run.mode != MSG_RUN)
+		execute_graph(request);
+	else if (run->prepared->device != 0)
+		graph_bring(run, run->prepared->device, graph_device_start);
+	else
+		graph_bring(run, 0, begin_here);
+}
+
 static void start(struct graph_run *run)
 {
 	struct request *request = run->request;
@@ -196,7 +209,7 @@ static void start(struct graph_run *run)
 		return;
 	}
 	(void)atomic_fetch_add_explicit(&request->context->server->graph_runs, 1, memory_order_relaxed);
-	graph_bring(run, begin);
+	begin(run);
 }
 
 void graph_run_execute(struct request *request, struct lane_exec *lane)
@@ -307,6 +320,11 @@ void graph_run_done(struct request *request)
 	struct graph_run *run = request->graph_run;
 	struct session *session = request->session;
 	opd_status status = request->status;
+	if (status == OPD_OK && run->prepared_only) {
+		run->prepared_only = false;
+		begin(run);
+		return;
+	}
 	graph_explain(run);
 	buffer_unref(run->arena);
 	run->arena = NULL;

@@ -48,6 +48,7 @@ static void fill_impl(const struct op *op, const struct impl *impl, struct msg_i
 		.in_place = (def->flags & OPD_IMPL_IN_PLACE) != 0,
 		.thread_invariant = (def->flags & OPD_IMPL_THREAD_INVARIANT) != 0,
 		.batch_invariant = (def->flags & OPD_IMPL_BATCH_INVARIANT) != 0,
+		.bf16_denormals_zero = (def->flags & OPD_IMPL_BF16_DENORMALS_ZERO) != 0,
 		.device = msg_text(def->device),
 		.schema = msg_text(def->schema == NULL ? op->schema->text : def->schema),
 		.uuid = msg_text(def->uuid),

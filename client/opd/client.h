@@ -504,6 +504,7 @@ typedef struct opd_implementation {
 	bool in_place;
 	bool thread_invariant;
 	bool batch_invariant;
+	bool bf16_denormals_zero; /* denormal bf16 operands count as zero */
 } opd_implementation;
 
 typedef struct opd_op_description {

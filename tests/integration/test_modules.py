@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 """Provider modules: one built outside of the tree against an installed opd, bad ones, and a device, each in a real daemon.
 
-    test_modules.py [Sample] [Bad] [Device] [Resident]
+    test_modules.py [Sample] [Bad] [Device] [Resident] [DeviceGraphs]
 
 OPD_BIN, OPCTL_BIN, OPD_CONFORMANCE name the programs, OPD_BUILD the build folder (it is installed from), OPD_MODULES the folder with the built test
 modules, OPD_CMAKE and OPD_CC what the sample is built with. Defaults: build/ of this tree.
@@ -469,6 +469,7 @@ class DeviceDaemon(Daemon):
         folder, self.own_folder = self.folder, False
         try:
             super().stop(code)
+            self.said = self.log_text()
             if "closed clean: 0 allocations, 0 streams, 0 events, 0 plans were left" not in self.log_text():
                 raise AssertionError("the device didn't get everything back: " + self.output())
         finally:
@@ -1126,6 +1127,175 @@ class Resident(unittest.TestCase):
             reply = client.ask(request)[0]
             self.assertEqual([list(unpack_f32(output.tensor.inline)) for output in reply.run.outputs], [[110, 220], [2, 4]])
         self.assertEqual(self.where(client), ["test:0", "test:1", "test:0"])
+
+
+class DeviceGraphs(unittest.TestCase):
+    """Graphs whose nodes all run on one device: one job, intermediates there, captured once and launched from then on."""
+
+    daemon, client, upload, fetch, where = Resident.daemon, Resident.client, Resident.upload, Resident.fetch, Resident.where
+
+    def graph(self, constant=None, state=None, **node_fields):
+        """y = relu(x + c); with a state: residual += y, normalised, in place."""
+        graph = pb.Graph(name="step")
+        graph.inputs.add(name="x", kind=pb.GRAPH_INPUT)
+        graph.inputs.add(name="c", kind=pb.GRAPH_CONSTANT).tensor.handle.CopyFrom(constant)
+        node = graph.nodes.add(name="sum", op="add", **node_fields)
+        node.args.add().tensor.graph_input = 0
+        node.args.add().tensor.graph_input = 1
+        graph.nodes.add(name="relu", op="relu").args.add().tensor.node.node = 0
+        graph.outputs.add(name="y").node.node = 1
+        if state is not None:
+            graph.inputs.add(name="s", kind=pb.GRAPH_STATE).tensor.handle.CopyFrom(state)
+            node = graph.nodes.add(name="state", op="fused_add_rms_norm")
+            node.args.add(name="x").tensor.node.node = 1
+            argument = node.args.add(name="x_residual").tensor
+            argument.graph_input, argument.donate = 2, True
+            node.args.add(name="weight").none.SetInParent()
+            node.args.add(name="epsilon").float = 1e-6
+            graph.outputs.add(name="normed").node.node = 2
+        for node in graph.nodes:
+            node.priority.names.append("testdev")
+            node.strict = True
+        return graph
+
+    def register(self, client, graph):
+        return client.ask(pb.Request(register_graph=pb.RegisterGraph(graph=graph)))[0].graph.graph
+
+    def run_graph(self, client, number, x, shape=None, **fields):
+        request = pb.Request(run_graph=pb.RunGraph(graph=number, inline_results=True, explain=True, **fields))
+        request.run_graph.inputs.add().tensor.CopyFrom(x if isinstance(x, pb.Tensor) else inline(shape or [len(x)], f32(*x)))
+        return client.call(request)[0]
+
+    def values(self, reply):
+        self.assertEqual((reply.status, reply.message), (harness.OK, ""))
+        return [list(unpack_f32(output.tensor.inline)) for output in reply.run.outputs]
+
+    def test_a_graph_runs_on_a_device_and_is_launched_with_new_inputs(self):
+        daemon = DeviceDaemon()
+        try:
+            client = Client(daemon.address)
+            number = self.register(client, self.graph(self.upload(client, [10, -20, 5], device="test:1")))
+            for i in range(6):
+                reply = self.run_graph(client, number, [i, i, -6])
+                self.assertEqual(self.values(reply), [[10 + i, 0, 0]])
+                self.assertEqual((reply.run.explain.device, reply.run.graph.nodes[0].provider), ("test:1", "testdev"))
+            self.assertEqual(self.values(self.run_graph(client, number, pb.Tensor(handle=self.upload(client, [1, 30, 0], device="test:1")))), [[11, 10, 5]])
+            self.assertEqual(self.values(self.run_graph(client, number, pb.Tensor(handle=self.upload(client, [2, 30, 0], device="test:0")))), [[12, 10, 5]])
+            client.close()
+        finally:
+            daemon.stop()
+        self.assertIn("graphs: 1 captured, 7 launches, 0 left", daemon.said)
+
+    def test_a_state_is_written_in_place_and_stays_at_its_address(self):
+        daemon = DeviceDaemon()
+        try:
+            client = Client(daemon.address)
+            state = self.upload(client, [0, 0], shape=[1, 2], device="test:0")
+            number = self.register(client, self.graph(self.upload(client, [0, 0], shape=[1, 2], device="test:0"), state))
+            want = [0.0, 0.0]
+            for i in range(5):
+                reply = self.run_graph(client, number, [i, 1], shape=[1, 2])
+                want = [want[0] + i, want[1] + 1]
+                self.values(reply)
+                self.assertEqual(self.fetch(client, reply.run.states[0]), want)
+            self.assertEqual(self.where(client), ["test:0", "test:0"])
+            client.close()
+        finally:
+            daemon.stop()
+        self.assertIn("graphs: 1 captured, 4 launches, 0 left", daemon.said)
+
+    def test_a_state_of_the_host_moves_to_the_device_with_the_first_run(self):
+        client = self.client()
+        state = self.upload(client, [5, 6], shape=[1, 2])
+        number = self.register(client, self.graph(self.upload(client, [0, 0], shape=[1, 2]), state, device="test:1"))
+        for i in range(3):
+            reply = self.run_graph(client, number, [1, 1], shape=[1, 2])
+            self.values(reply)
+        self.assertEqual(self.where(client), ["test:1", "cpu"])
+        self.assertEqual(self.fetch(client, reply.run.states[0]), [8, 9])
+
+    def test_kept_results_of_a_graph_are_their_own(self):
+        client = self.client()
+        number = self.register(client, self.graph(self.upload(client, [0, 0], device="test:0")))
+        handles = []
+        for i in range(3):
+            request = pb.Request(run_graph=pb.RunGraph(graph=number))
+            request.run_graph.inputs.add().tensor.CopyFrom(inline([2], f32(i, 2 * i)))
+            request.run_graph.outputs.add(keep=True, no_copy=True)
+            handles.append(client.ask(request)[0].run.outputs[0].kept)
+        self.assertEqual([self.fetch(client, handle) for handle in handles], [[0, 0], [1, 2], [2, 4]])
+        self.assertEqual(self.where(client), ["test:0"] * 4)
+
+    def test_shapes_have_graphs_of_their_own(self):
+        client = self.client()
+        number = self.register(client, self.graph(self.upload(client, [1], device="test:0")))
+        reply = self.run_graph(client, number, [1, 2])
+        self.assertEqual(reply.status, harness.FAILED_PRECONDITION)  # the device doesn't broadcast
+        for _ in range(2):
+            self.assertEqual(self.values(self.run_graph(client, number, [4])), [[5]])
+
+    def test_what_cannot_be_captured_is_enqueued(self):
+        daemon = DeviceDaemon(fault="capture:1+")
+        try:
+            client = Client(daemon.address)
+            number = self.register(client, self.graph(self.upload(client, [1, 1], device="test:0")))
+            for i in range(4):
+                self.assertEqual(self.values(self.run_graph(client, number, [i, -9])), [[i + 1, 0]])
+            client.close()
+        finally:
+            daemon.stop()
+        self.assertIn("graphs: 0 captured, 0 launches", daemon.said)
+        self.assertEqual(daemon.said.count("a graph can't be captured"), 1)
+
+    def test_a_failing_node_fails_the_run_and_a_state_written_in_place_is_lost(self):
+        client = self.client(fault="kernel:5")
+        state = self.upload(client, [0, 0], shape=[1, 2], device="test:0")
+        number = self.register(client, self.graph(self.upload(client, [0, 0], shape=[1, 2], device="test:0"), state))
+        self.values(self.run_graph(client, number, [1, 1], shape=[1, 2]))
+        reply = self.run_graph(client, number, [1, 1], shape=[1, 2])
+        self.assertEqual((reply.status, "kernel: injected failure" in reply.message), (harness.INTERNAL, True))
+        self.assertEqual(self.run_graph(client, number, [1, 1], shape=[1, 2]).status, harness.DATA_LOSS)
+
+    def test_nodes_on_two_kinds_of_device_are_refused(self):
+        client = self.client()
+        graph = self.graph(self.upload(client, [0, 0]))
+        graph.nodes[1].priority.names[0] = "native"
+        reply = self.run_graph(client, self.register(client, graph), [1, 2])
+        self.assertEqual(reply.status, harness.UNIMPLEMENTED)
+        self.assertIn("a graph's nodes run on one device", reply.message)
+
+    def test_a_bad_index_names_its_node(self):
+        client = self.client()
+        graph = pb.Graph(name="rows")
+        graph.inputs.add(name="ids", kind=pb.GRAPH_INPUT)
+        graph.inputs.add(name="table", kind=pb.GRAPH_CONSTANT).tensor.handle.CopyFrom(self.upload(client, [0, 1, 2, 3], shape=[2, 2]))
+        node = graph.nodes.add(name="look", op="embedding", strict=True)
+        node.priority.names.append("testdev")
+        node.args.add().tensor.graph_input = 0
+        node.args.add().tensor.graph_input = 1
+        graph.outputs.add(name="y").node.node = 0
+        number = self.register(client, graph)
+        for ids, wanted in ((1, [[2, 3]]), (2, None), (0, [[0, 1]]), (-1, None)):
+            reply = self.run_graph(client, number, inline([1], struct.pack("<q", ids), dtype=6))
+            if wanted is not None:
+                self.assertEqual(self.values(reply), wanted)
+            else:
+                self.assertEqual((reply.status, reply.message), (harness.INVALID_ARGUMENT, "node 'look': embedding: ids[0] is %d, expected 0 to 1" % ids))
+
+    def test_runs_at_once_from_several_sessions(self):
+        daemon = self.daemon(delay_us=200)
+        clients = [self.client(daemon) for _ in range(3)]
+        numbers_of = [self.register(client, self.graph(self.upload(client, [k, k], device="test"))) for k, client in enumerate(clients)]
+        wanted = {}
+        for i in range(12):
+            for k, client in enumerate(clients):
+                request = pb.Request(run_graph=pb.RunGraph(graph=numbers_of[k], inline_results=True))
+                request.run_graph.inputs.add().tensor.CopyFrom(inline([2], f32(i, -i)))
+                wanted[k, client.submit(request)] = [[i + k, max(k - i, 0)]]
+        for k, client in enumerate(clients):
+            for _ in range(12):
+                found, reply, _ = client.read_reply()
+                self.assertEqual(self.values(reply), wanted[k, found])
 
 
 if __name__ == "__main__":
