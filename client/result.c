@@ -239,6 +239,7 @@ static opd_status bind_graph(opd_result *result, const struct msg_graph_explain 
 	    .arena_bytes = from->arena_bytes,
 	    .unshared_bytes = from->unshared_bytes,
 	    .prepare_ns = from->prepare_ns,
+	    .width = from->width,
 	};
 	result->graph = graph;
 	return OPD_OK;

@@ -126,6 +126,7 @@ static opd_status read_graph_explain(struct reader *reader, const Opd__V1__Graph
 	out->arena_bytes = in->arena_bytes;
 	out->unshared_bytes = in->unshared_bytes;
 	out->prepare_ns = in->prepare_ns;
+	out->width = in->width;
 	opd_status status = read_count(reader, "explained nodes", in->n_nodes, BOUND_GRAPH_EXPLAIN);
 	if (status != OPD_OK)
 		return status;
@@ -279,6 +280,7 @@ static Opd__V1__GraphExplain *write_graph_explain(struct arena *arena, const str
 	out->arena_bytes = in->arena_bytes;
 	out->unshared_bytes = in->unshared_bytes;
 	out->prepare_ns = in->prepare_ns;
+	out->width = in->width;
 	return out;
 }
 

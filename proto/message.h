@@ -267,6 +267,7 @@ struct msg_graph_explain {
 	uint64_t arena_bytes;
 	uint64_t unshared_bytes;
 	uint64_t prepare_ns;
+	uint32_t width;
 };
 
 struct msg_run_reply {

@@ -650,6 +650,9 @@ static bool read_graph_explain_field(struct arena *arena, const struct wire_fiel
 	case WIRE_VARINT(6u):
 		out->prepare_ns = field->value;
 		return true;
+	case WIRE_VARINT(7u):
+		out->width = (uint32_t)field->value;
+		return true;
 	default:
 		return false;
 	}

@@ -268,6 +268,7 @@ static void write_explain(struct pen *pen, uint32_t number, const struct msg_exp
 static void write_graph_explain(struct pen *pen, uint32_t number, const struct msg_graph_explain *in)
 {
 	const uint8_t *end = pen->at;
+	pen_number(pen, 7, in->width);
 	pen_number(pen, 6, in->prepare_ns);
 	pen_number(pen, 5, in->unshared_bytes);
 	pen_number(pen, 4, in->arena_bytes);

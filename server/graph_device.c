@@ -400,7 +400,7 @@ static opd_status alloc_results(struct graph_run *run)
 	if (request->run.resident == NULL)
 		return opd_fail(&request->error, OPD_RESOURCE_EXHAUSTED, "graph '%s': out of memory", run->graph->name.data);
 	for (uint32_t i = 0; i < run->prepared->output_count; i++) {
-		opd_tensor *output = graph_describe_output(run, i);
+		opd_tensor *output = &request->run.bound.outputs[i]; /* graph_execute has described it */
 		if (i < message->output_count && message->outputs[i].no_copy)
 			continue;
 		opd_status status = buffer_alloc(request->session->account, extent_of(output), 0, &request->run.outputs[i], &request->error);

@@ -67,6 +67,7 @@ void graph_explain(struct graph_run *run)
 	    .arena_bytes = prepared->sizes.peak_bytes,
 	    .unshared_bytes = prepared->sizes.sum_bytes,
 	    .prepare_ns = run->prepare_ns,
+	    .width = prepared->width,
 	};
 	request->reply.kind = MSG_REPLY_RUN;
 	request->reply.run.graph = explain;

@@ -21,7 +21,7 @@ static opd_status find_graph(struct request *request, struct graph **graph_out)
 	if (graphs_get(request->session) == NULL)
 		return out_of_memory(request);
 	if (message->once != NULL && message->graph == 0)
-		return graph_create(request->session, request->snapshot, message->once, 0, graph_out, &request->error);
+		return graph_create(request, message->once, 0, graph_out);
 	if (message->once != NULL)
 		return opd_fail(&request->error, OPD_INVALID_ARGUMENT,
 		                "run_graph: names graph %" PRIu64 " and brings one: expected one of them", message->graph);
@@ -54,7 +54,7 @@ static opd_status donate_states(struct graph_run *run)
 	}
 	for (uint32_t i = 0; i < graph->state_count; i++)
 		if (run->states[i].donated)
-			run->states[i].handle = kept_donate(kept, graph->inputs[graph->states[i]].slot, request->id);
+			run->states[i].handle = kept_lend(kept, graph->inputs[graph->states[i]].slot, request->id);
 	return OPD_OK;
 }
 
@@ -269,6 +269,7 @@ static void settle_states(struct graph_run *run, bool succeeded)
 		if (!state->donated)
 			continue;
 		state->donated = false;
+		kept_returned(kept, input->slot, input->lineage);
 		if (succeeded && state->fresh != NULL)
 			kept_replace(kept, input->slot, input->lineage, kept_tensor_ref(state->fresh));
 		else if (succeeded)

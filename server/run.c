@@ -105,6 +105,8 @@ static void on_settled(struct waiter *waiter, struct kept_tensor *tensor, const 
 		request->run.failed = true;
 		request->error = *error;
 	}
+	if (!request->run.failed && donate_arrived(request, mine->operand) != OPD_OK)
+		request->run.failed = true;
 	run_proceed(request);
 }
 
@@ -469,6 +471,28 @@ static bool donates(const struct request_run *run, uint32_t output)
 	return false;
 }
 
+/* What is kept, and goes nowhere else, is the table's alone from now on: whoever has waited for it may be given its memory. */
+static void let_go(struct request *request)
+{
+	struct request_run *run = &request->run;
+	const struct msg_run *message = &request->message.run;
+	for (uint32_t i = 0; i < run->bound.call.output_count && i < message->output_count; i++) {
+		if (!message->outputs[i].no_copy)
+			continue;
+		buffer_unref(run->outputs[i]);
+		run->outputs[i] = NULL;
+		if (run->resident != NULL)
+			buffer_unref(run->resident[i]);
+		if (run->resident != NULL)
+			run->resident[i] = NULL;
+	}
+	for (uint32_t i = 0; i < run->donation_count; i++) {
+		const uint32_t operand = run->donations[i].operand;
+		kept_tensor_unref(run->kept[operand]);
+		run->kept[operand] = NULL;
+	}
+}
+
 bool run_keeps(const struct request *request, uint32_t output)
 {
 	const struct msg_run *message = &request->message.run;
@@ -504,6 +528,7 @@ static bool keep_outputs(struct request *request)
 		return false;
 	}
 	run->expected = false;
+	let_go(request);
 	kept_settle(&request->session->kept, request->id, tensors, count, run->handles);
 	return true;
 }

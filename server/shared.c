@@ -83,8 +83,6 @@ static opd_status take_result(struct request *request, uint32_t output)
 		return OPD_OK;
 	if (request->message.run.outputs[output].keep)
 		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s: %s is to be kept, and can't lie in shared memory", op_name(request), what);
-	if (request->message.kind == MSG_REQUEST_RUN_GRAPH)
-		return opd_fail(&request->error, OPD_UNIMPLEMENTED, "%s: %s can't be placed in shared memory: graphs send their results", op_name(request), what);
 	return take(request, request->run.bound.operand_count + output, range->region, range->offset, range->bytes, what);
 }
 
@@ -233,8 +231,9 @@ bool shared_fill(struct request *request, uint32_t output, struct msg_tensor *te
 	const uint64_t bytes = made->elements * opd_dtype_bytes(made->dtype);
 	if (range == NULL)
 		return false;
-	if (is_integer(made->dtype) && bytes != 0)
-		memcpy(result_region(request, output)->data + range->offset, opd_tensor_data(made), bytes);
+	unsigned char *there = result_region(request, output)->data + range->offset;
+	if (opd_tensor_data(made) != there && bytes != 0)
+		memcpy(there, opd_tensor_data(made), bytes);
 	tensor->source = MSG_SOURCE_SHARED;
 	tensor->shared.region = range->region;
 	tensor->shared.offset = range->offset;

@@ -311,6 +311,7 @@ typedef struct opd_graph_explain {
 	uint64_t arena_bytes;    /* peak of the intermediate results */
 	uint64_t unshared_bytes; /* what they would take if no memory were used again */
 	uint64_t prepare_ns;
+	uint32_t width; /* so many parts of it are run by several threads at once, at most; 1: node after node */
 } opd_graph_explain;
 /* NULL unless asked for, and of a graph. */
 OPD_API const opd_graph_explain *opd_result_graph(const opd_result *result);
