@@ -288,7 +288,7 @@ static void look_for_room(struct ring *ring)
 
 /* ---- Turns ---- */
 
-/* The next request is probably near: its client said that it polls, has its answers, and isn't the only one with work. */
+/* The next request is probably near, its client having said that it polls and having all its answers; no kernel needs the core; and the second's budget isn't spent. */
 static bool is_polling(const struct ring *ring, uint64_t now_ns)
 {
 	const struct server *server = ring->server;
@@ -330,7 +330,14 @@ void rings_serve(struct server *server)
 		ring->next = kept;
 		kept = ring;
 	}
-	server->rings = kept;
+	while (kept != NULL) {
+		struct ring *ring = kept;
+		kept = ring->next;
+		if (ring->conn == NULL) /* closed while another was served */
+			continue;
+		ring->next = server->rings;
+		server->rings = ring;
+	}
 }
 
 /* Others may need this core, the client perhaps. Where nobody does, a yield costs 0.3 us. */

@@ -633,7 +633,7 @@ class AgainstTheDaemon(unittest.TestCase):
         tensor = pb.Tensor(dtype=pb.F32, shape=[4])
         bad = [
             (pb.Request(upload=pb.Upload()), b"", "no dtype"),
-            (pb.Request(upload=pb.Upload(tensor=tensor)), b"", "neither payload nor inline"),
+            (pb.Request(upload=pb.Upload(tensor=tensor)), b"", "neither payload, inline nor shared"),
             (pb.Request(upload=pb.Upload(tensor=pb.Tensor(dtype=pb.F32, shape=[4], inline=bytes(15)))), b"", "15"),
             (pb.Request(upload=pb.Upload(tensor=pb.Tensor(
                 dtype=pb.F32, shape=[4], payload=pb.Range(offset=0, bytes=16)))), bytes(80), "the whole payload of 80"),
