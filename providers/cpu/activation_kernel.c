@@ -23,20 +23,28 @@ VEC_INLINE vec_f32 relu2_of(vec_f32 x)
 	return relu_of(x) * relu_of(x);
 }
 
-/* x·Φ(x), with Φ(−z) = t·p(t)·e^(−z²/2), t = 1/(1 + 0.318 z): p has the least largest error of Φ for z to 6, 5e-10 (Lawson's iteration). Below 0 the product with the
- * tail itself keeps its digits as far as that. Beyond 20 the tail is 0. */
+/* x·Φ(x), with erfc(z) = t·p(t)·e^(−z²), t = 1/(1 + 0.4 z): p interpolates at Chebyshev's nodes for z to 10, relative error 1.6e-07 in f32. Below
+ * 0 the product with the tail itself keeps its digits: so e^(−x²/2) must have them too. The square of x's first 12 bits is exact, the rest r is small.
+ * Beyond 20 the tail is 0. */
 VEC_INLINE vec_f32 gelu_of(vec_f32 x)
 {
 	vec_f32 magnitude = vec_min(vec_splat(20.0f), (vec_f32)((vec_u32)x & 0x7fffffff));
-	vec_f32 t = vec_reciprocal(vec_fma(magnitude, vec_splat(0.3181980515339463f), vec_splat(1.0f)));
-	vec_f32 p = vec_splat(0.046284922302732324f);
-	p = vec_fma(p, t, vec_splat(-0.24705264557133189f));
-	p = vec_fma(p, t, vec_splat(0.4285848362128906f));
-	p = vec_fma(p, t, vec_splat(-0.18790237734098158f));
-	p = vec_fma(p, t, vec_splat(0.23008587919295048f));
-	p = vec_fma(p, t, vec_splat(0.10050451999767188f));
-	p = vec_fma(p, t, vec_splat(0.12949486573029542f));
-	vec_f32 tail = p * t * vec_exp(vec_splat(-0.5f) * magnitude * magnitude);
+	vec_f32 high = (vec_f32)((vec_u32)magnitude & 0xfffff000u);
+	vec_f32 r = vec_splat(0.5f) * (magnitude - high) * (magnitude + high);
+	vec_f32 near = vec_fma(vec_fma(vec_splat(-0.16666667f), r, vec_splat(0.5f)), r, vec_splat(-1.0f)) * r + vec_splat(1.0f);
+	vec_f32 t = vec_splat(1.0f) / vec_fma(magnitude, vec_splat(0.2828427255153656f), vec_splat(1.0f));
+	vec_f32 p = vec_splat(-0.015730947256088257f);
+	p = vec_fma(p, t, vec_splat(0.061826396733522415f));
+	p = vec_fma(p, t, vec_splat(-0.03484600409865379f));
+	p = vec_fma(p, t, vec_splat(-0.15711070597171783f));
+	p = vec_fma(p, t, vec_splat(0.22812911868095398f));
+	p = vec_fma(p, t, vec_splat(-0.0861860141158104f));
+	p = vec_fma(p, t, vec_splat(0.18946927785873413f));
+	p = vec_fma(p, t, vec_splat(0.15247152745723724f));
+	p = vec_fma(p, t, vec_splat(0.21093852818012238f));
+	p = vec_fma(p, t, vec_splat(0.2253490686416626f));
+	p = vec_fma(p, t, vec_splat(0.22568973898887634f));
+	vec_f32 tail = vec_splat(0.5f) * p * t * near * vec_exp(vec_splat(-0.5f) * high * high);
 	vec_u32 negative = (vec_u32)(x < vec_splat(0.0f));
 	return x * (vec_f32)vec_select(negative, (vec_u32)tail, (vec_u32)(vec_splat(1.0f) - tail));
 }

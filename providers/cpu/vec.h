@@ -120,17 +120,6 @@ VEC_INLINE float vec_highest(vec_f32 v)
 	return highest;
 }
 
-/* 1/v for finite v of [2^-100, 2^100], to about an ulp: without the divider, which takes as long as six multiplications. NaN stays. */
-VEC_INLINE vec_f32 vec_reciprocal(vec_f32 v)
-{
-#if defined(VEC_AVX512)
-	vec_f32 near = _mm512_rcp14_ps(v);
-	return _mm512_fmadd_ps(near, _mm512_fnmadd_ps(v, near, _mm512_set1_ps(1.0f)), near);
-#else
-	return vec_splat(1.0f) / v;
-#endif
-}
-
 /* p·2^n for whole n of [-152, 128]; `biased` is n + 254. */
 VEC_INLINE vec_f32 vec_scale(vec_f32 p, vec_f32 n, vec_u32 biased)
 {
