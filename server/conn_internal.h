@@ -25,9 +25,6 @@ void conn_drop_descriptors(struct conn *conn);
 
 /* conn_read.c */
 void conn_start_reading(struct conn *conn);
-/* Nothing that comes is looked at before conn_go_on. */
-void conn_hold(struct conn *conn);
-void conn_go_on(struct conn *conn);
 /* For what doesn't come by the socket (server/ring.h). Whether anything may be read now; where payload bytes belong, and how many are still to come (NULL: something else comes
  * next); so many are there; bytes of anything else, copied, which may hold many frames. Each may close the connection. */
 bool conn_may_read(const struct conn *conn);

@@ -20,7 +20,7 @@ static uint64_t tensor_size(const opd_tensor *tensor)
 
 /* ---- Memory ---- */
 
-void graph_describe_output(struct graph_run *run, uint32_t index)
+static void describe_output(struct graph_run *run, uint32_t index)
 {
 	opd_tensor *output = &run->request->run.bound.outputs[index];
 	*output = run->prepared->outputs[index];
@@ -270,10 +270,10 @@ static opd_status run_stages(struct graph_run *run, struct lane_exec *lane)
 /* ---- */
 
 /* And that those that are wanted in shared memory fit there. */
-static opd_status describe_outputs(struct graph_run *run)
+opd_status graph_describe_outputs(struct graph_run *run)
 {
 	for (uint32_t i = 0; i < run->prepared->output_count; i++)
-		graph_describe_output(run, i);
+		describe_output(run, i);
 	return shared_check_results(run->request);
 }
 
@@ -295,7 +295,7 @@ void graph_execute(struct graph_run *run, struct lane_exec *lane)
 		run->prepare_ns = request_now_ns() - began;
 	}
 	if (status == OPD_OK)
-		status = describe_outputs(run);
+		status = graph_describe_outputs(run);
 	if (request->message.run.mode != MSG_RUN) { /* what these ask for is prepared */
 		request->status = status;
 		return;

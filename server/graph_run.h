@@ -151,9 +151,10 @@ void graph_bring_release(struct graph_run *run);
 /* Where a kernel of the CPU reads the input's kept tensor. */
 unsigned char *graph_host_data(const struct graph_run *run, uint32_t input, const struct kept_tensor *tensor);
 
-/* graph_execute.c, for graph_device.c: where a base's tensors lie from now on; a result as this run has it. */
+/* graph_execute.c, for graph_device.c: where a base's tensors lie from now on; results as this run has them, and that those wanted in shared memory
+ * fit there. */
 void graph_set_base(struct prepared *prepared, uint32_t base, void *address);
-void graph_describe_output(struct graph_run *run, uint32_t index);
+OPD_MUST_USE opd_status graph_describe_outputs(struct graph_run *run);
 
 /* graph_execute.c. On a lane or the loop: prepares unless that is done, and runs all nodes; the request's status and error say
  * how it went. */

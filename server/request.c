@@ -9,7 +9,6 @@
 #include "proto/tensor.h"
 #include "proto/text.h"
 #include "server/daemon.h"
-#include "server/graph.h"
 #include "server/ring.h"
 #include "server/shared.h"
 
@@ -207,8 +206,6 @@ void request_release(struct request *request)
 	buffer_unref(request->payload);
 	buffer_unref(request->staged);
 	kept_tensor_unref(request->tensor);
-	graph_unref(request->described);
-	free(request->envelope);
 	snapshot_unref(request->snapshot);
 	if (request->arena_charged_bytes != 0)
 		account_release(request->session->account, request->arena_charged_bytes);
@@ -243,8 +240,10 @@ static opd_status charge_arena(struct request *request)
 	return OPD_OK;
 }
 
-static opd_status accept_decoded(struct request *request, opd_status status, uint64_t payload_bytes)
+opd_status request_accept(struct request *request, const uint8_t *envelope, size_t bytes, uint64_t payload_bytes)
 {
+	request->clock.received = request_now_ns();
+	opd_status status = codec_decode_request(&request->arena, envelope, bytes, &request->message, &request->error);
 	if (status == OPD_OK)
 		status = charge_arena(request);
 	if (status == OPD_OK)
@@ -255,58 +254,12 @@ static opd_status accept_decoded(struct request *request, opd_status status, uin
 	return status;
 }
 
-/* The graph that a request brings; NULL: none. */
-static const struct msg_graph *graph_of(const struct msg_request *message)
-{
-	if (message->kind == MSG_REQUEST_REGISTER_GRAPH)
-		return &message->graph;
-	return message->kind == MSG_REQUEST_RUN_GRAPH && message->run.graph == 0 ? message->run.once : NULL;
-}
-
-/* A graph that is wrong is refused when it is accepted: graph_create finds the error. */
-static void decode_task(struct request *request)
-{
-	request->status = codec_decode_request(&request->arena, request->envelope, request->envelope_bytes, &request->message, &request->error);
-	const struct msg_graph *graph = request->status == OPD_OK ? graph_of(&request->message) : NULL;
-	if (graph != NULL)
-		(void)!graph_describe(request->snapshot, graph, request->message.kind == MSG_REQUEST_REGISTER_GRAPH ? request->id : 0, &request->described, &request->error);
-}
-
-bool request_decode(struct request *request, const uint8_t *envelope, size_t bytes, request_task_fn decoded)
-{
-	request->envelope = malloc(bytes);
-	if (request->envelope == NULL)
-		return false;
-	memcpy(request->envelope, envelope, bytes);
-	request->envelope_bytes = bytes;
-	request->clock.received = request_now_ns();
-	request->snapshot = snapshot_ref(context_snapshot(request->context));
-	request_task(request, decode_task, decoded);
-	return true;
-}
-
-opd_status request_accept_decoded(struct request *request, uint64_t payload_bytes)
-{
-	free(request->envelope);
-	request->envelope = NULL;
-	request->job = (struct lane_job){0}; /* nothing to withdraw */
-	return accept_decoded(request, request->status, payload_bytes);
-}
-
-opd_status request_accept(struct request *request, const uint8_t *envelope, size_t bytes, uint64_t payload_bytes)
-{
-	request->clock.received = request_now_ns();
-	opd_status status = codec_decode_request(&request->arena, envelope, bytes, &request->message, &request->error);
-	return accept_decoded(request, status, payload_bytes);
-}
-
 opd_status request_accept_message(struct request *request, uint64_t payload_bytes)
 {
 	struct server *server = request->context->server;
 	const struct step *step = &steps[request->message.kind];
 	(void)atomic_fetch_add_explicit(&server->requests, 1, memory_order_relaxed);
-	if (request->snapshot == NULL)
-		request->snapshot = snapshot_ref(context_snapshot(request->context));
+	request->snapshot = snapshot_ref(context_snapshot(request->context));
 	if (step->start == NULL)
 		return opd_fail(&request->error, OPD_UNIMPLEMENTED, "this server (opd %s) doesn't know this kind of request", OPD_VERSION);
 	if (step->admin && !request->session->admin)
