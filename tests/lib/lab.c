@@ -191,6 +191,16 @@ static opd_status run_halfway(const opd_impl *impl, void *state, const opd_call 
 	return opd_fail(error, OPD_INTERNAL, "halfway: it always stops there");
 }
 
+static opd_status generate_work(const opd_op *op, opd_generator *generator, opd_error *error)
+{
+	opd_status status = generate_scale(op, generator, error);
+	if (status != OPD_OK)
+		return status;
+	generator->set_float(generator, "factor", 2);
+	generator->set_int(generator, "ns", 1000);
+	return OPD_OK;
+}
+
 static opd_status generate_add(const opd_op *op, opd_generator *generator, opd_error *error)
 {
 	opd_status status = generate_scale(op, generator, error);
@@ -247,6 +257,10 @@ static const opd_op lab_work = {
     .doc = "takes its time; fails with a negative factor",
     .activations = "x",
     .shape = any_shape,
+    .generate = generate_work,
+    .dims = "elements",
+    .default_dims = default_dims,
+    .dim_count = 1,
     .native = &work_native,
 };
 static const opd_in_place add_pairs[] = {{0, 0}};
