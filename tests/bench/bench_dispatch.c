@@ -8,6 +8,7 @@
 #include "proto/plain.h"
 #include "providers/builtin.h"
 #include "server/dispatch.h"
+#include "server/scheduler.h"
 #include "tests/bench/counter.h"
 #include "tests/bench/report.h"
 #include "tests/lib/clock.h"
@@ -346,6 +347,53 @@ static double refusal_ns(void)
 	return report_median(each, ROUNDS);
 }
 
+/* ---- The scheduler in front of a lane ---- */
+
+#define FLOWS 1000
+#define TENANTS 50
+
+/* Nanoseconds of submitting, picking and completing one job, while so many sessions of so many tenants have one waiting. */
+static double schedule_block(struct scheduler *scheduler, struct sched_item *items, unsigned count)
+{
+	uint64_t ready, begin = clock_ns();
+	for (unsigned i = 0; i < count; i++) {
+		struct sched_item *item = scheduler_pick(scheduler, i, &ready);
+		scheduler_complete(scheduler, item->flow, (sched_class)item->class, item->estimate_ns, 1000 + (uint64_t)(item - items) * 7 % 5000);
+		if (!scheduler_submit(scheduler, item, i))
+			bench_fail("a queue without a bound is full");
+	}
+	return (double)(clock_ns() - begin) / count;
+}
+
+static void bench_schedule(void)
+{
+	static struct scheduler scheduler;
+	static struct sched_group groups[TENANTS];
+	static struct sched_flow flows[FLOWS];
+	static struct sched_item items[FLOWS];
+	double ns[ROUNDS];
+	scheduler_init(&scheduler);
+	for (unsigned i = 0; i < TENANTS; i++)
+		sched_group_init(&groups[i], 50 + i);
+	for (unsigned i = 0; i < FLOWS; i++) {
+		sched_flow_init(&flows[i], &groups[i % TENANTS], 50 + i % 100);
+		items[i] = (struct sched_item){.flow = &flows[i], .class = (uint8_t)(i % 11 == 0 ? CLASS_BATCH : CLASS_INTERACTIVE)};
+		if (!scheduler_submit(&scheduler, &items[i], 0))
+			bench_fail("a queue without a bound is full");
+	}
+	(void)schedule_block(&scheduler, items, 10 * FLOWS); /* warm, and out of the order in which they came */
+	for (unsigned round = 0; round < ROUNDS; round++)
+		ns[round] = schedule_block(&scheduler, items, CALLS);
+	report_row(&(struct report_row){.what = "scheduled: submit, pick, complete; 1,000 active sessions",
+	                                .unit = "ns",
+	                                .floor = REPORT_NONE,
+	                                .value = report_median(ns, ROUNDS),
+	                                .kernel = REPORT_NONE,
+	                                .ratio = REPORT_NONE,
+	                                .bound = REPORT_VALUE_MAX,
+	                                .limit = 300});
+}
+
 int main(void)
 {
 	static struct parts parts;
@@ -367,6 +415,7 @@ int main(void)
 	                                .ratio = REPORT_NONE,
 	                                .bound = REPORT_VALUE_MAX,
 	                                .limit = 25});
+	bench_schedule();
 	parts_close(&parts);
 	return 0;
 }
