@@ -65,6 +65,7 @@ static void fill_implementation(opd_result *result, const struct msg_impl *from,
 	out->in_place = from->in_place;
 	out->thread_invariant = from->thread_invariant;
 	out->batch_invariant = from->batch_invariant;
+	out->bf16_denormals_zero = from->bf16_denormals_zero;
 }
 
 static void fill_implementations(opd_result *result, const struct msg_op *from, opd_op_description *out)

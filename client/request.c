@@ -259,7 +259,7 @@ const struct msg_request *request_message(opd_request *request)
 	other->kind = request->kind;
 	switch (request->kind) {
 	case MSG_REQUEST_UPLOAD:
-		other->upload = (struct msg_upload){.tensor = run->args[0].tensor, .parts = run->args[0].tensor->source == MSG_SOURCE_NONE};
+		other->upload = (struct msg_upload){.tensor = run->args[0].tensor, .parts = run->args[0].tensor->source == MSG_SOURCE_NONE, .device = run->device};
 		return other;
 	case MSG_REQUEST_WRITE:
 		other->write = (struct msg_write){.handle = request->handle, .offset = request->offset, .data = run->args[0].tensor};

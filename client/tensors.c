@@ -168,11 +168,19 @@ static opd_status upload_parts(struct upload *upload, opd_error *error)
 	return status;
 }
 
+static const char *wanted_device(const opd_upload_options *options)
+{
+	return options != NULL && options->struct_bytes >= sizeof *options ? options->device : NULL;
+}
+
 static opd_status upload_in_parts(struct upload *upload, const opd_operand *operand, opd_error *error)
 {
 	opd_operand bare = *operand;
 	bare.source = OPD_FROM_NOTHING;
-	opd_status status = run_for_handle(upload->client, opd_upload_create(&bare), &upload->handle, error);
+	opd_request *request = opd_upload_create(&bare);
+	if (request != NULL)
+		opd_request_device(request, wanted_device(upload->options));
+	opd_status status = run_for_handle(upload->client, request, &upload->handle, error);
 	if (status != OPD_OK)
 		return status;
 	status = upload_parts(upload, error);
@@ -185,11 +193,12 @@ static opd_status upload_in_parts(struct upload *upload, const opd_operand *oper
 static opd_status check_upload(const opd_operand *operand, const opd_upload_options *options, opd_request **request_out, uint64_t *bytes_out,
                                opd_error *error)
 {
-	if (options != NULL && options->struct_bytes < sizeof *options)
+	if (options != NULL && options->struct_bytes < offsetof(opd_upload_options, device))
 		return opd_fail(error, OPD_INVALID_ARGUMENT, "upload: options have struct_bytes %u, expected %zu", options->struct_bytes, sizeof *options);
 	opd_request *request = opd_upload_create(operand);
 	if (request == NULL)
 		return no_memory(error);
+	opd_request_device(request, wanted_device(options));
 	if (request->error.status == OPD_OK && operand->source != OPD_FROM_HOST)
 		request_fail(request, OPD_INVALID_ARGUMENT, "upload: the operand has source %d, expected host data", (int)operand->source);
 	if (request->error.status != OPD_OK) {

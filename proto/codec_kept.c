@@ -22,7 +22,8 @@ static struct msg_handle read_handle(const Opd__V1__Handle *in)
 opd_status read_upload(struct reader *reader, const Opd__V1__Upload *in, struct msg_upload *out)
 {
 	out->parts = in->parts;
-	return read_one(reader, in->tensor, &out->tensor);
+	opd_status status = read_text(reader, "device", in->device, BOUND_NAME_BYTES, &out->device);
+	return status == OPD_OK ? read_one(reader, in->tensor, &out->tensor) : status;
 }
 
 opd_status read_write(struct reader *reader, const Opd__V1__Write *in, struct msg_write *out)
@@ -51,7 +52,8 @@ static opd_status read_kept(struct reader *reader, const Opd__V1__KeptTensor *in
 	};
 	for (size_t i = 0; i < in->n_shape; i++)
 		out->shape[i] = in->shape[i];
-	return read_dtype(reader, "tensor", (int32_t)in->dtype, &out->dtype);
+	opd_status status = read_text(reader, "device", in->device, BOUND_NAME_BYTES, &out->device);
+	return status == OPD_OK ? read_dtype(reader, "tensor", (int32_t)in->dtype, &out->dtype) : status;
 }
 
 opd_status read_kept_tensors(struct reader *reader, const Opd__V1__KeptTensors *in, struct msg_reply *out)
@@ -81,6 +83,7 @@ static Opd__V1__Upload *write_upload(struct arena *arena, const struct msg_uploa
 	if (out == NULL || (out->tensor = write_tensor(arena, in->tensor)) == NULL)
 		return NULL;
 	out->parts = in->parts;
+	out->device = write_text(in->device);
 	return out;
 }
 
@@ -133,6 +136,7 @@ static Opd__V1__KeptTensor *write_kept(struct arena *arena, const struct msg_kep
 	out->received = in->received;
 	out->request = in->request;
 	out->output = in->output;
+	out->device = write_text(in->device);
 	return out;
 }
 

@@ -147,6 +147,7 @@ static opd_status read_impl(struct reader *reader, const Opd__V1__Implementation
 	out->in_place = in->in_place;
 	out->thread_invariant = in->thread_invariant;
 	out->batch_invariant = in->batch_invariant;
+	out->bf16_denormals_zero = in->bf16_denormals_zero;
 	const struct text_field fields[] = {
 	    {"provider", &in->provider, &out->provider}, {"reason", &in->reason, &out->reason}, {"device", &in->device, &out->device},
 	    {"schema", &in->schema, &out->schema},       {"uuid", &in->uuid, &out->uuid},

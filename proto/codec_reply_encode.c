@@ -122,6 +122,7 @@ static Opd__V1__Implementation *write_impl(struct arena *arena, const struct msg
 	out->in_place = in->in_place;
 	out->thread_invariant = in->thread_invariant;
 	out->batch_invariant = in->batch_invariant;
+	out->bf16_denormals_zero = in->bf16_denormals_zero;
 	out->device = write_text(in->device);
 	out->schema = write_text(in->schema);
 	out->uuid = write_text(in->uuid);

@@ -286,6 +286,7 @@ struct msg_impl {
 	bool in_place;
 	bool thread_invariant;
 	bool batch_invariant;
+	bool bf16_denormals_zero;
 	struct msg_text reason;
 	struct msg_text device;
 	struct msg_text schema;
@@ -439,6 +440,7 @@ struct msg_generate {
 struct msg_upload {
 	struct msg_tensor *tensor;
 	bool parts;
+	struct msg_text device;
 };
 
 struct msg_write {
@@ -544,6 +546,7 @@ struct msg_kept {
 	uint64_t received;
 	uint64_t request;
 	uint32_t output;
+	struct msg_text device;
 };
 
 struct msg_publication {

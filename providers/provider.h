@@ -224,6 +224,7 @@ enum {
 	OPD_IMPL_BATCH_INVARIANT = 1u << 3,  /* a row's bits don't depend on how many other rows there are */
 	OPD_IMPL_CHECKS_INDICES = 1u << 4,   /* on a device: its kernels check index contents themselves, see opd_index_fault */
 	OPD_IMPL_NO_CAPTURE = 1u << 5,       /* on a device: what run enqueues can't be captured, see opd_backend.capture_begin */
+	OPD_IMPL_BF16_DENORMALS_ZERO = 1u << 6, /* bf16: denormal operands count as zero, as instructions for bf16 products have it (x86's do) */
 };
 
 /* Says whether the implementation takes the call. Pure: dtypes, shapes, strides, alignment, device, attributes; never contents.
@@ -444,7 +445,7 @@ struct opd_host {
 	void (*derived_keep)(const opd_exec *exec, const void *memory);
 };
 
-#define OPD_DERIVED_KEY_MAX 1024 /* bytes */
+#define OPD_DERIVED_KEY_MAX 2048 /* bytes */
 #define OPD_DERIVED_RUN_MAX 4
 
 /* ---- The module -------------------------------------------------------------------------------------------------------- */

@@ -8,8 +8,8 @@
 #include <string.h>
 #include <time.h>
 
-#include "proto/tensor.h"
 #include "server/daemon.h"
+#include "server/device_work.h"
 #include "server/module.h"
 #include "server/request.h"
 
@@ -20,41 +20,18 @@
 #define POLL_SPIN_NS 20000u
 #define POLL_YIELD_NS 1000000u
 #define POLL_SLEEP_NS 50000
+#define JOB_ARENA_BYTES (16u << 20)
 
-struct device_lane {
-	struct server *server;
-	struct device device; /* copied: snapshots come and go */
-	uint32_t number;
-	_Atomic uint32_t load; /* jobs submitted and not yet ended */
-	pthread_t thread;
-	bool joined;
-	pthread_mutex_t mutex; /* of queue, done and stopping */
-	pthread_cond_t wake;
-	bool stopping;
-	struct device_job *queue;
-	struct device_job **queue_end;
-	struct device_job *done;
-	struct device_job **done_end;
-	/* the thread's own */
-	void *stream; /* NULL: made for the next job */
-	uint64_t progress_ns; /* when a job was last enqueued or ended */
-	struct device_job *flight; /* oldest first */
-	struct device_job **flight_end;
-	uint32_t in_flight;
+struct device_held {
+	struct device_held *next;
+	struct buffer *buffer;
 };
 
-/* What a job has on the device. Arguments are the host's with `data` replaced. */
-struct device_work {
-	void *event;
-	bool recorded;
-	void *scratch;
-	uint32_t memory_count;
-	void **memory; /* [memory_count] to be freed */
-	opd_arg *args;
-	opd_tensor *outputs;
-	const opd_tensor **output_list;
-	opd_call call;
-	struct arena arena;
+/* A copy on its way to the device. */
+struct device_mirror {
+	struct device_mirror *next;
+	struct buffer *of; /* kept by the job's owner */
+	struct buffer *mirror; /* held by the job */
 };
 
 static bool poll_flight(struct device_lane *lane);
@@ -71,8 +48,7 @@ static void pause_polling(const struct device_lane *lane)
 		(void)sched_yield();
 }
 
-/* Waits until the oldest job in flight has ended; false: there is none. */
-static bool wait_for_oldest(struct device_lane *lane)
+bool device_wait(struct device_lane *lane)
 {
 	if (lane->flight == NULL)
 		return false;
@@ -81,21 +57,42 @@ static bool wait_for_oldest(struct device_lane *lane)
 	return true;
 }
 
-/* ---- One job ---- */
+/* ---- For jobs ---- */
 
-/* A step of the job failed in a function of the backend: the text says where, also when the module said nothing. */
-static opd_status device_failed(const struct device_lane *lane, struct device_job *job, opd_status status, const char *what)
+opd_status device_failed(const struct device_lane *lane, struct device_job *job, opd_status status, const char *what)
 {
 	status = module_failure(status, &job->error, "%s failed", what);
-	return opd_error_prefix(&job->error, status, "%s on %s", job->op->schema->name, lane->device.name);
+	return opd_error_prefix(&job->error, status, "%s on %s", job->name, lane->device.name);
 }
 
-/* On the lane's thread: making a context may take long. After a failure the next job tries again. */
+opd_status device_no_memory(struct device_job *job)
+{
+	return opd_fail(&job->error, OPD_RESOURCE_EXHAUSTED, "%s: out of memory on the way to the device", job->name);
+}
+
+/* How much memory the device has: asked for on the lane's thread, since that may make its context. */
+static opd_status measure(struct device_lane *lane, struct device_job *job)
+{
+	opd_device_info info = {.struct_bytes = sizeof info};
+	if (lane->measured)
+		return OPD_OK;
+	opd_status status = lane->device.backend->device_info(lane->device.state, lane->device.ordinal, &info, &job->error);
+	if (status != OPD_OK)
+		return device_failed(lane, job, status, "device_info");
+	atomic_store_explicit(&lane->memory.limit_bytes, info.memory_bytes, memory_order_relaxed);
+	lane->measured = true;
+	return OPD_OK;
+}
+
+/* After a failure the next job tries again. */
 static opd_status need_stream(struct device_lane *lane, struct device_job *job)
 {
 	if (lane->stream != NULL)
 		return OPD_OK;
-	opd_status status = lane->device.backend->stream_create(lane->device.state, lane->device.ordinal, &lane->stream, &job->error);
+	opd_status status = measure(lane, job);
+	if (status != OPD_OK)
+		return status;
+	status = lane->device.backend->stream_create(lane->device.state, lane->device.ordinal, &lane->stream, &job->error);
 	if (status == OPD_OK)
 		return OPD_OK;
 	lane->stream = NULL;
@@ -110,200 +107,157 @@ static void drop_stream(struct device_lane *lane)
 	lane->stream = NULL;
 }
 
-static void work_destroy(struct device_lane *lane, struct device_work *work)
+static opd_status need_event(struct device_lane *lane, struct device_job *job)
 {
-	const opd_backend *backend = lane->device.backend;
-	if (work == NULL)
-		return;
-	for (uint32_t i = 0; i < work->memory_count; i++)
-		backend->free(lane->device.state, lane->device.ordinal, work->memory[i]);
-	if (work->event != NULL)
-		backend->event_destroy(lane->device.state, work->event);
-	arena_fini(&work->arena);
-	free(work);
-}
-
-static opd_status no_memory(struct device_job *job)
-{
-	return opd_fail(&job->error, OPD_RESOURCE_EXHAUSTED, "%s: out of memory on the way to the device", job->op->schema->name);
-}
-
-static opd_status device_alloc(struct device_lane *lane, struct device_job *job, uint64_t bytes, void **memory_out)
-{
-	const opd_backend *backend = lane->device.backend;
-	struct device_work *work = job->work;
-	opd_status status;
-	do /* what other jobs hold comes back when they end: only a job that is alone on the device is too large for it */
-		status = backend->alloc(lane->device.state, lane->device.ordinal, bytes == 0 ? 1 : bytes, memory_out, &job->error);
-	while (status == OPD_RESOURCE_EXHAUSTED && wait_for_oldest(lane));
-	if (status != OPD_OK)
-		return device_failed(lane, job, status, "alloc");
-	work->memory[work->memory_count++] = *memory_out;
-	return OPD_OK;
-}
-
-/* Where the bytes that the tensor touches end, from the start of its memory. */
-static uint64_t touched_bytes(const opd_tensor *tensor)
-{
-	uint64_t end = 0;
-	return tensor_extent(tensor->dtype, tensor->rank, tensor->shape, tensor->strides, tensor->byte_offset, &end) ? end : 0;
-}
-
-static opd_status move_in(struct device_lane *lane, struct device_job *job, const opd_tensor *host, const opd_tensor **tensor_out)
-{
-	opd_tensor *tensor = arena_alloc(&job->work->arena, sizeof *tensor);
-	if (tensor == NULL)
-		return no_memory(job);
-	*tensor = *host;
-	tensor->device = lane->number;
-	/* A view far into a large tensor takes along only what it touches; whole lines are left out, so that its alignment stays. */
-	uint64_t skip = opd_tensor_empty(host) ? 0 : host->byte_offset / OPD_TENSOR_ALIGNMENT * OPD_TENSOR_ALIGNMENT;
-	uint64_t bytes = opd_tensor_empty(host) ? 0 : touched_bytes(host) - skip;
-	tensor->byte_offset = opd_tensor_empty(host) ? 0 : host->byte_offset - skip;
-	opd_status status = device_alloc(lane, job, bytes, &tensor->data);
-	*tensor_out = tensor;
-	if (status != OPD_OK || bytes == 0)
-		return status;
-	status = lane->device.backend->copy_in(lane->device.state, lane->stream, tensor->data, 0, (const unsigned char *)host->data + skip, bytes,
-	                                       &job->error);
-	return status == OPD_OK ? OPD_OK : device_failed(lane, job, status, "copy_in");
-}
-
-static opd_status move_arg(struct device_lane *lane, struct device_job *job, const opd_arg *host, opd_arg *arg)
-{
-	*arg = *host;
-	if (host->kind == OPD_ARG_TENSOR)
-		return move_in(lane, job, host->tensor, &arg->tensor);
-	if (host->kind != OPD_ARG_TENSORS)
+	if (lane->event_count != 0) {
+		job->event = lane->events[--lane->event_count];
 		return OPD_OK;
-	const opd_tensor **list = arena_array(&job->work->arena, host->count, sizeof list[0]);
-	opd_status status = list == NULL ? no_memory(job) : OPD_OK;
-	for (uint32_t i = 0; status == OPD_OK && i < host->count; i++)
-		status = move_in(lane, job, host->tensors[i], &list[i]);
-	arg->tensors = list;
-	return status;
-}
-
-static uint32_t count_tensors(const opd_call *call)
-{
-	uint32_t count = call->output_count + 1; /* and scratch */
-	for (uint32_t i = 0; i < call->arg_count; i++)
-		count += call->args[i].kind == OPD_ARG_TENSOR ? 1 : call->args[i].kind == OPD_ARG_TENSORS ? call->args[i].count : 0;
-	return count;
-}
-
-static opd_status work_create(struct device_lane *lane, struct device_job *job)
-{
-	struct device_work *work = calloc(1, sizeof *work);
-	if (work == NULL)
-		return no_memory(job);
-	job->work = work;
-	arena_init(&work->arena, 16u << 20);
-	work->memory = arena_array(&work->arena, count_tensors(job->call), sizeof work->memory[0]);
-	work->args = arena_array(&work->arena, job->call->arg_count, sizeof work->args[0]);
-	work->outputs = arena_array(&work->arena, job->call->output_count, sizeof work->outputs[0]);
-	work->output_list = arena_array(&work->arena, job->call->output_count, sizeof work->output_list[0]);
-	if (work->memory == NULL || work->args == NULL || work->outputs == NULL || work->output_list == NULL)
-		return no_memory(job);
-	opd_status status = lane->device.backend->event_create(lane->device.state, lane->device.ordinal, &work->event, &job->error);
+	}
+	opd_status status = lane->device.backend->event_create(lane->device.state, lane->device.ordinal, &job->event, &job->error);
 	if (status == OPD_OK)
 		return OPD_OK;
-	work->event = NULL;
+	job->event = NULL;
 	return device_failed(lane, job, status, "event_create");
 }
 
-static opd_status move_all_in(struct device_lane *lane, struct device_job *job)
+static void give_event(struct device_lane *lane, void *event)
 {
-	struct device_work *work = job->work;
-	const opd_call *call = job->call;
-	opd_status status = OPD_OK;
-	for (uint32_t i = 0; status == OPD_OK && i < call->arg_count; i++)
-		status = move_arg(lane, job, &call->args[i], &work->args[i]);
-	for (uint32_t i = 0; status == OPD_OK && i < call->output_count; i++) {
-		work->outputs[i] = *call->outputs[i];
-		work->outputs[i].device = lane->number;
-		work->output_list[i] = &work->outputs[i];
-		status = device_alloc(lane, job, touched_bytes(&work->outputs[i]), &work->outputs[i].data);
-	}
-	work->call = *call;
-	work->call.args = work->args;
-	work->call.outputs = work->output_list;
-	return status;
+	if (event != NULL && lane->event_count < DEVICE_EVENTS_KEPT)
+		lane->events[lane->event_count++] = event;
+	else if (event != NULL)
+		lane->device.backend->event_destroy(lane->device.state, event);
 }
 
-static opd_status enqueue_kernel(struct device_lane *lane, struct device_job *job)
+opd_status device_begin(struct device_lane *lane, struct device_job *job)
 {
-	const struct impl *impl = job->dispatch->impl;
-	const struct plan *plan = job->dispatch->plan;
-	opd_exec exec = {
-		.struct_bytes = sizeof exec,
-		.threads = 1,
-		.host = &impl->provider->module->host,
-		.plan = plan == NULL ? NULL : &plan->made,
-		.stream = lane->stream,
-		.device = lane->number,
-		.ordinal = lane->device.ordinal,
-	};
-	struct lane_exec serial = lane_exec_serial(NULL);
-	exec.lane = &serial;
-	if (plan != NULL && plan->made.scratch_bytes != 0) {
-		opd_status status = device_alloc(lane, job, plan->made.scratch_bytes, &exec.scratch);
-		if (status != OPD_OK)
-			return status;
-	}
-	job->begun = true;
-	opd_status status = impl->def->run(impl->def, impl->state, &job->work->call, &exec, &job->error);
-	return status == OPD_OK ? OPD_OK : module_failure(status, &job->error, "%s.%s failed", impl->provider->name, job->op->schema->name);
+	opd_status status = need_stream(lane, job);
+	return status == OPD_OK ? need_event(lane, job) : status;
 }
 
-static opd_status move_all_out(struct device_lane *lane, struct device_job *job)
+opd_status device_hold(struct device_job *job, struct buffer *buffer)
 {
-	const opd_backend *backend = lane->device.backend;
-	opd_status status = OPD_OK;
-	for (uint32_t i = 0; status == OPD_OK && i < job->call->output_count; i++) {
-		const opd_tensor *host = job->call->outputs[i];
-		uint64_t bytes = touched_bytes(host);
-		if (bytes != 0)
-			status = backend->copy_out(lane->device.state, lane->stream, host->data, job->work->outputs[i].data, 0, bytes, &job->error);
+	struct device_held *held = arena_alloc(&job->arena, sizeof *held);
+	if (held == NULL) {
+		buffer_unref(buffer);
+		return device_no_memory(job);
 	}
+	*held = (struct device_held){job->held, buffer};
+	job->held = held;
+	return OPD_OK;
+}
+
+static bool make_room(struct device_lane *lane)
+{
+	return memory_trim(&lane->memory) || device_wait(lane) || memory_evict(&lane->memory);
+}
+
+opd_status device_alloc(struct device_lane *lane, struct device_job *job, uint64_t bytes, struct buffer **buffer_out)
+{
+	struct account *account = account_on(job->account, &lane->memory);
+	if (account == NULL)
+		return device_no_memory(job);
+	opd_status status;
+	do
+		status = buffer_alloc(account, bytes, 0, buffer_out, &job->error);
+	while (status == OPD_RESOURCE_EXHAUSTED && make_room(lane));
+	if (status != OPD_OK)
+		return device_failed(lane, job, status, "alloc");
+	return device_hold(job, *buffer_out);
+}
+
+opd_status device_copy_in(struct device_lane *lane, struct device_job *job, const struct buffer *to, uint64_t offset, const void *from, uint64_t bytes)
+{
+	if (bytes == 0)
+		return OPD_OK;
+	opd_status status = lane->device.backend->copy_in(lane->device.state, lane->stream, to->data, offset, from, bytes, &job->error);
+	return status == OPD_OK ? OPD_OK : device_failed(lane, job, status, "copy_in");
+}
+
+opd_status device_copy_out(struct device_lane *lane, struct device_job *job, void *to, const struct buffer *from, uint64_t offset, uint64_t bytes)
+{
+	if (bytes == 0)
+		return OPD_OK;
+	opd_status status = lane->device.backend->copy_out(lane->device.state, lane->stream, to, from->data, offset, bytes, &job->error);
 	return status == OPD_OK ? OPD_OK : device_failed(lane, job, status, "copy_out");
 }
 
-/* Index contents lie in host memory still: they are checked there, before anything is copied. */
-static opd_status check_before(struct device_job *job)
+/* ---- Mirrors ---- */
+
+static struct buffer *mirror_of(const struct device_job *job, const struct buffer *buffer)
 {
-	const opd_op *def = job->op->def;
-	if (job->unwanted != NULL && atomic_load_explicit(job->unwanted, memory_order_relaxed))
-		return opd_fail(&job->error, OPD_CANCELLED, "%s: the session has ended", job->op->schema->name);
-	if (job->deadline_ns != 0 && request_now_ns() >= job->deadline_ns)
-		return opd_fail(&job->error, OPD_DEADLINE_EXCEEDED, "%s: not started within its timeout", job->op->schema->name);
-	if (def->check == NULL)
-		return OPD_OK;
-	opd_status status = def->check(def, job->call, &job->error);
-	if (status == OPD_OK)
-		return OPD_OK;
-	return module_failure(status, &job->error, "%s: the operands' contents are refused", job->op->schema->name);
+	const struct device_mirror *mirror = job->mirrors;
+	while (mirror != NULL && mirror->of != buffer)
+		mirror = mirror->next;
+	return mirror == NULL ? NULL : mirror->mirror;
 }
 
-static opd_status make_plan(struct device_job *job)
+/* A job in flight makes it: whether its copy is good is known when that has ended, and a failure must not become others'. */
+static bool mirror_pending(const struct device_lane *lane, const struct buffer *buffer)
 {
-	struct dispatch *dispatch = job->dispatch;
-	if (!dispatch->plan_missing)
+	for (const struct device_job *job = lane->flight; job != NULL; job = job->next)
+		if (mirror_of(job, buffer) != NULL)
+			return true;
+	return false;
+}
+
+static opd_status mirror_make(struct device_lane *lane, struct device_job *job, struct buffer *buffer, uint64_t bytes, struct buffer **mirror_out)
+{
+	struct buffer *host = buffer_on(buffer, 0);
+	if (host == NULL)
+		return opd_fail(&job->error, OPD_INTERNAL, "%s: an operand is neither on %s nor in host memory", job->name, lane->device.name);
+	const void *from = host->data;
+	opd_status status = device_hold(job, host);
+	if (status == OPD_OK)
+		status = device_alloc(lane, job, bytes, mirror_out);
+	if (status == OPD_OK)
+		status = device_copy_in(lane, job, *mirror_out, 0, from, bytes);
+	struct device_mirror *made = status == OPD_OK ? arena_alloc(&job->arena, sizeof *made) : NULL;
+	if (status != OPD_OK || made == NULL)
+		return status != OPD_OK ? status : device_no_memory(job);
+	*made = (struct device_mirror){job->mirrors, buffer, *mirror_out};
+	job->mirrors = made;
+	return OPD_OK;
+}
+
+opd_status device_bring(struct device_lane *lane, struct device_job *job, struct buffer *buffer, uint64_t bytes, struct buffer **here_out, bool *moved_out)
+{
+	*moved_out = false;
+	while (mirror_pending(lane, buffer))
+		(void)device_wait(lane);
+	*here_out = mirror_of(job, buffer); /* an operand twice */
+	if (*here_out != NULL)
 		return OPD_OK;
-	opd_status status = plans_make(dispatch->plans, dispatch->snapshot, dispatch->impl, job->call, &dispatch->plan, &job->error);
-	if (status == OPD_OK) {
-		dispatch->plan_missing = false;
-		job->plan_refused = dispatch->plan->refused;
-	}
-	return status;
+	*here_out = buffer_on(buffer, lane->number);
+	if (*here_out != NULL)
+		return device_hold(job, *here_out);
+	*moved_out = true;
+	return mirror_make(lane, job, buffer, bytes, here_out);
+}
+
+static void mirrors_settle(struct device_job *job)
+{
+	for (struct device_mirror *mirror = job->mirrors; mirror != NULL && job->status == OPD_OK; mirror = mirror->next)
+		buffer_add_mirror(mirror->of, mirror->mirror);
+	job->mirrors = NULL;
+}
+
+/* ---- One job ---- */
+
+static opd_status check_before(struct device_job *job)
+{
+	if (job->unwanted != NULL && atomic_load_explicit(job->unwanted, memory_order_relaxed))
+		return opd_fail(&job->error, OPD_CANCELLED, "%s: the session has ended", job->name);
+	if (job->deadline_ns != 0 && request_now_ns() >= job->deadline_ns)
+		return opd_fail(&job->error, OPD_DEADLINE_EXCEEDED, "%s: not started within its timeout", job->name);
+	return OPD_OK;
 }
 
 /* Recorded also after a failure: what was enqueued before it still uses the job's memory. */
 static void record_end(struct device_lane *lane, struct device_job *job)
 {
 	opd_error error = {0};
-	opd_status status = lane->device.backend->event_record(lane->device.state, job->work->event, lane->stream, &error);
-	job->work->recorded = status == OPD_OK;
+	opd_status status = lane->device.backend->event_record(lane->device.state, job->event, lane->stream, &error);
+	job->recorded = status == OPD_OK;
 	if (status == OPD_OK)
 		return;
 	/* No event will tell when the job's memory may be freed: the stream's end does, and the next job gets another one. */
@@ -317,33 +271,21 @@ static void record_end(struct device_lane *lane, struct device_job *job)
 static void job_enqueue(struct device_lane *lane, struct device_job *job)
 {
 	job->started_ns = request_now_ns();
+	arena_init(&job->arena, JOB_ARENA_BYTES);
 	job->status = check_before(job);
 	if (job->status == OPD_OK)
-		job->status = make_plan(job);
-	if (job->status != OPD_OK || job->plan_refused)
-		return;
-	job->status = need_stream(lane, job);
-	uint64_t moves_from = request_now_ns();
-	if (job->status == OPD_OK)
-		job->status = work_create(lane, job);
-	if (job->status == OPD_OK)
-		job->status = move_all_in(lane, job);
-	job->moves_ns = request_now_ns() - moves_from;
-	if (job->status == OPD_OK)
-		job->status = enqueue_kernel(lane, job);
-	if (job->status == OPD_OK)
-		job->status = move_all_out(lane, job);
-	if (job->work != NULL && job->work->event != NULL)
+		job->enqueue(lane, job);
+	if (job->event != NULL)
 		record_end(lane, job);
 }
 
 /* Whether the device is done with the job. */
 static bool job_complete(struct device_lane *lane, struct device_job *job)
 {
-	if (job->work == NULL || !job->work->recorded)
+	if (!job->recorded)
 		return true;
 	opd_error error = {0};
-	opd_status status = lane->device.backend->event_query(lane->device.state, job->work->event, &error);
+	opd_status status = lane->device.backend->event_query(lane->device.state, job->event, &error);
 	if (status == OPD_UNAVAILABLE)
 		return false;
 	if (status != OPD_OK && job->status == OPD_OK) {
@@ -353,13 +295,25 @@ static bool job_complete(struct device_lane *lane, struct device_job *job)
 	return true;
 }
 
+static void job_release(struct device_lane *lane, struct device_job *job)
+{
+	for (struct device_held *held = job->held; held != NULL; held = held->next)
+		buffer_unref(held->buffer);
+	give_event(lane, job->event);
+	job->event = NULL;
+	job->held = NULL;
+	arena_fini(&job->arena);
+}
+
 /* ---- The thread ---- */
 
 static void finish_job(struct device_lane *lane, struct device_job *job)
 {
 	job->ended_ns = lane->progress_ns = request_now_ns();
-	work_destroy(lane, job->work);
-	job->work = NULL;
+	mirrors_settle(job);
+	if (job->complete != NULL)
+		job->complete(lane, job);
+	job_release(lane, job);
 	job->next = NULL;
 	(void)atomic_fetch_sub_explicit(&lane->load, 1, memory_order_relaxed);
 	(void)pthread_mutex_lock(&lane->mutex);
@@ -433,7 +387,19 @@ static void *lane_main(void *argument)
 
 /* ---- Life ---- */
 
-static opd_status device_lane_create(struct server *server, const struct device *device, uint32_t number, struct device_lane **lane_out,
+static opd_status source_alloc(void *context, uint64_t bytes, void **memory_out, opd_error *error)
+{
+	const struct device_lane *lane = context;
+	return lane->device.backend->alloc(lane->device.state, lane->device.ordinal, bytes, memory_out, error);
+}
+
+static void source_free(void *context, void *memory)
+{
+	const struct device_lane *lane = context;
+	lane->device.backend->free(lane->device.state, lane->device.ordinal, memory);
+}
+
+static opd_status lane_start(struct server *server, const struct device *device, uint32_t number, struct device_lane **lane_out,
                               opd_error *error)
 {
 	struct device_lane *lane = calloc(1, sizeof *lane);
@@ -445,6 +411,11 @@ static opd_status device_lane_create(struct server *server, const struct device 
 	lane->queue_end = &lane->queue;
 	lane->done_end = &lane->done;
 	lane->flight_end = &lane->flight;
+	const struct memory_source source = {source_alloc, source_free, lane};
+	if (memory_init_device(&lane->memory, number, device->name, UINT64_MAX, source, error) != OPD_OK) {
+		free(lane);
+		return OPD_RESOURCE_EXHAUSTED;
+	}
 	(void)pthread_mutex_init(&lane->mutex, NULL);
 	(void)pthread_cond_init(&lane->wake, NULL);
 	sigset_t all, before;
@@ -453,6 +424,7 @@ static opd_status device_lane_create(struct server *server, const struct device 
 	int failed = pthread_create(&lane->thread, NULL, lane_main, lane);
 	(void)pthread_sigmask(SIG_SETMASK, &before, NULL);
 	if (failed != 0) {
+		memory_fini(&lane->memory);
 		(void)pthread_cond_destroy(&lane->wake);
 		(void)pthread_mutex_destroy(&lane->mutex);
 		free(lane);
@@ -466,7 +438,7 @@ opd_status device_lane_get(struct server *server, const struct device *device, u
 {
 	(void)pthread_mutex_lock(&server->mutex); /* a direct caller may ask beside the loop */
 	struct device_lane *lane = atomic_load_explicit(&server->device_lanes[number], memory_order_relaxed);
-	opd_status status = lane != NULL ? OPD_OK : device_lane_create(server, device, number, &lane, error);
+	opd_status status = lane != NULL ? OPD_OK : lane_start(server, device, number, &lane, error);
 	atomic_store_explicit(&server->device_lanes[number], lane, memory_order_release);
 	(void)pthread_mutex_unlock(&server->mutex);
 	*lane_out = lane;
@@ -477,6 +449,12 @@ uint32_t device_lane_load(struct server *server, uint32_t number)
 {
 	const struct device_lane *lane = atomic_load_explicit(&server->device_lanes[number], memory_order_acquire);
 	return lane == NULL ? 0 : atomic_load_explicit(&lane->load, memory_order_relaxed);
+}
+
+uint64_t device_lane_memory_bytes(struct server *server, uint32_t number)
+{
+	const struct device_lane *lane = atomic_load_explicit(&server->device_lanes[number], memory_order_acquire);
+	return lane == NULL ? 0 : atomic_load_explicit(&lane->memory.used_bytes, memory_order_relaxed);
 }
 
 void device_lane_submit(struct device_lane *lane, struct device_job *job)
@@ -535,6 +513,9 @@ void device_lane_stop(struct device_lane *lane)
 		return;
 	device_lane_drain(lane);
 	drop_stream(lane);
+	while (lane->event_count != 0)
+		lane->device.backend->event_destroy(lane->device.state, lane->events[--lane->event_count]);
+	memory_fini(&lane->memory);
 	(void)pthread_cond_destroy(&lane->wake);
 	(void)pthread_mutex_destroy(&lane->mutex);
 	free(lane);

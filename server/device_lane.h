@@ -1,11 +1,11 @@
 /* The lane of one device: its thread enqueues copies and kernels on a stream and learns of their completion from events.
  *
- * Layer: server. Threads: device_lane_get, _submit on a context's thread; the rest on the lane's own; `done` on the loop's.
- * Life: device_lane_get (made on first use) → device_lane_submit… → device_lane_stop (finishes what is queued, joins).
+ * Layer: server. Threads: device_lane_get, _submit on a context's thread; enqueue and complete on the lane's own; `done` on the loop's.
+ * Life: device_lane_get (made on first use) → device_lane_submit… → device_lane_drain (finishes what is queued, joins) → device_lane_stop (when nobody has a tensor there any more).
  * While work is in flight the thread polls; otherwise it sleeps. Several jobs are in flight at once: the next one's copies overlap the last one's kernel as far as the device's
- * stream lets them. A job that finds no device memory waits for those in flight before it fails.
+ * stream lets them.
  * The stream is made on the lane's thread by its first job: a device's context may take long to make, and a loop must not wait for it.
- * Operands are host memory and are copied in and out: tensors that live on a device come with resident tensors. */
+ * Not here: what a job does on the device (device_run.c: an op, device_move.c: a copy), and what those share (server/device_work.h). */
 #ifndef OPD_SERVER_DEVICE_LANE_H
 #define OPD_SERVER_DEVICE_LANE_H
 
@@ -13,30 +13,39 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "server/dispatch.h"
+#include "proto/arena.h"
+#include "server/registry.h"
+#include "server/tensors.h"
 
 struct server;
 struct device_lane;
-struct device_work;
+struct device_held;
+struct device_mirror;
 
 /* Embedded in what its owner runs; the owner keeps everything that it points to until `done`. */
 struct device_job {
 	struct device_job *next;
 	struct device_job **link; /* the lane's: what points to it while it is queued, else NULL */
-	const struct op *op;
-	struct dispatch *dispatch; /* impl, and plan or plan_missing */
-	const opd_call *call;      /* bound to host memory */
+	const char *name;         /* for texts: an op's, or of another kind of request */
+	struct account *account;  /* the session's: pays for what the job takes on the device */
 	uint64_t deadline_ns;
 	const _Atomic bool *unwanted; /* true: nobody wants the result any more, it isn't started. NULL: that can't happen */
+	/* On the lane's thread: enqueues. Writes status and error. */
+	void (*enqueue)(struct device_lane *lane, struct device_job *job);
+	/* On the lane's thread, when the device is done with it and `status` says how it went, or nothing was enqueued; before its memory goes. NULL: nothing to do. */
+	void (*complete)(struct device_lane *lane, struct device_job *job);
 	void (*done)(struct device_job *job);
 	opd_status status;
 	opd_error error;
-	bool begun; /* the kernel was enqueued */
-	bool plan_refused;
 	uint64_t started_ns;
 	uint64_t ended_ns;
 	uint64_t moves_ns; /* host time spent enqueueing copies */
-	struct device_work *work; /* the lane's: device memory of the job */
+	/* the lane's */
+	void *event;
+	bool recorded;
+	struct device_held *held; /* device memory that it uses */
+	struct device_mirror *mirrors; /* that it makes: they count once it has succeeded */
+	struct arena arena;       /* from enqueue to complete */
 };
 
 OPD_MUST_USE opd_status device_lane_get(struct server *server, const struct device *device, uint32_t number, struct device_lane **lane_out,
@@ -47,6 +56,8 @@ void device_lane_submit(struct device_lane *lane, struct device_job *job);
 OPD_MUST_USE bool device_lane_withdraw(struct device_lane *lane, struct device_job *job);
 /* Jobs of a device that haven't ended, of all sessions; any thread. */
 uint32_t device_lane_load(struct server *server, uint32_t number);
+/* Bytes that tensors and work in flight take there; any thread. */
+uint64_t device_lane_memory_bytes(struct server *server, uint32_t number);
 
 /* On the loop: calls `done` of every job that has ended since. */
 void device_lane_finish_done(struct device_lane *lane);

@@ -128,14 +128,33 @@ void donate_again(struct request *request)
 	for (uint32_t i = 0; i < run->donation_count && run->outputs != NULL; i++) {
 		buffer_unref(run->outputs[run->donations[i].result]);
 		run->outputs[run->donations[i].result] = NULL;
-		run->donations[i].in_place = false;
 	}
+	for (uint32_t i = 0; i < run->donation_count; i++)
+		run->donations[i].in_place = false;
 }
 
 /* The slot and this request. Nobody new gets hold of it: its former handle is refused. */
 static bool is_alone(const struct kept_tensor *tensor)
 {
 	return atomic_load_explicit(&tensor->refs, memory_order_acquire) == 2 && atomic_load_explicit(&tensor->buffer->refs, memory_order_acquire) == 1;
+}
+
+struct donation *donate_of(struct request *request, uint32_t operand)
+{
+	struct request_run *run = &request->run;
+	for (uint32_t i = 0; i < run->donation_count; i++)
+		if (run->donations[i].operand == operand)
+			return &run->donations[i];
+	return NULL;
+}
+
+bool donate_in_place(struct request *request, struct donation *donation)
+{
+	const struct kept_tensor *tensor = request->run.kept[donation->operand];
+	donation->in_place = (request->run.dispatch.impl->def->flags & OPD_IMPL_IN_PLACE) != 0 && is_alone(tensor);
+	if (donation->in_place)
+		buffer_drop_mirrors(tensor->buffer, NULL);
+	return donation->in_place;
 }
 
 struct buffer *donate_output(struct request *request, uint32_t index)
@@ -146,8 +165,7 @@ struct buffer *donate_output(struct request *request, uint32_t index)
 		const struct kept_tensor *tensor = run->kept[donation->operand];
 		if (donation->result != index)
 			continue;
-		donation->in_place = (run->dispatch.impl->def->flags & OPD_IMPL_IN_PLACE) != 0 && is_alone(tensor);
-		return donation->in_place ? buffer_ref(tensor->buffer) : NULL;
+		return tensor->buffer->device == 0 && donate_in_place(request, donation) ? buffer_ref(tensor->buffer) : NULL;
 	}
 	return NULL;
 }
@@ -179,8 +197,8 @@ bool donate_settle(struct request *request, struct msg_handle *handles)
 		struct donation *donation = &run->donations[i];
 		const opd_tensor *output = &run->bound.outputs[donation->result];
 		const struct kept_tensor *before = run->kept[donation->operand];
-		struct kept_tensor *tensor =
-			kept_tensor_create(output->dtype, output->rank, output->shape, before->bytes, run->outputs[donation->result]);
+		struct buffer *buffer = run->resident != NULL && run->resident[donation->result] != NULL ? run->resident[donation->result] : run->outputs[donation->result];
+		struct kept_tensor *tensor = kept_tensor_create(output->dtype, output->rank, output->shape, before->bytes, buffer);
 		if (tensor == NULL)
 			return false;
 		tensor->id = before->id;

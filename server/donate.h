@@ -1,6 +1,6 @@
 /* Donations of single runs (SEMANTICS 31 to 33): a kept tensor that the request gives away, whose place an output takes.
  *
- * Layer: server. Threads: the session's.
+ * Layer: server. Threads: the session's, but donate_of and donate_in_place.
  * Life: donate_accept (the old handle is refused from now on) → donate_check (shapes) → donate_output for every output before each attempt → donate_settle when the
  * kernel has succeeded, or donate_failed: undone where nothing can have been written, else the tensor is lost.
  * Written in place only when this request alone reads the tensor: whoever was accepted before it keeps the old value, and the result gets fresh memory.
@@ -34,6 +34,9 @@ OPD_MUST_USE opd_status donate_check(struct request *request);
 void donate_again(struct request *request);
 /* The tensor's own buffer, referenced, for output `index` of the chosen implementation; NULL: it needs fresh memory. */
 struct buffer *donate_output(struct request *request, uint32_t index);
+/* For a device, on its lane: the donation of an operand, NULL: it isn't donated; and whether the result may take the place of its bytes where they lie. */
+struct donation *donate_of(struct request *request, uint32_t operand);
+bool donate_in_place(struct request *request, struct donation *donation);
 bool donate_is_in_place(const struct request *request, uint32_t index);
 /* A kernel that may have written a donated tensor has begun: no other may try. */
 bool donate_is_written(const struct request *request);

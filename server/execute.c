@@ -5,8 +5,10 @@
 #include <string.h>
 
 #include "proto/tensor.h"
+#include "server/bring.h"
 #include "server/daemon.h"
 #include "server/derived.h"
+#include "server/device_run.h"
 #include "server/module.h"
 #include "server/request.h"
 #include "server/shared.h"
@@ -33,6 +35,13 @@ static void outputs_drop(struct request_run *run)
 	}
 }
 
+/* A result that only stays on its device needs no host memory. */
+static bool needs_memory(const struct request *request, uint32_t index)
+{
+	const struct msg_run *message = &request->message.run;
+	return request->run.dispatch.impl->on_host || index >= message->output_count || !message->outputs[index].no_copy;
+}
+
 /* One buffer an output: each may be kept, sent or dropped alone. */
 static opd_status outputs_alloc(struct request *request)
 {
@@ -47,9 +56,9 @@ static opd_status outputs_alloc(struct request *request)
 	for (uint32_t i = 0; i < run->bound.call.output_count; i++) {
 		opd_tensor *output = &run->bound.outputs[i];
 		uint64_t bytes = output->elements * opd_dtype_bytes(output->dtype); /* checked by bind_outputs */
-		if ((output->data = shared_result(request, i)) != NULL)
+		if ((output->data = shared_result(request, i)) != NULL || !needs_memory(request, i))
 			continue; /* no canary there: what lies behind is the client's */
-		if (run->outputs[i] == NULL)
+		if (run->outputs[i] == NULL && run->dispatch.impl->on_host)
 			run->outputs[i] = donate_output(request, i);
 		if (run->outputs[i] == NULL) {
 			opd_status status = buffer_alloc(request->session->account, bytes, checked ? CANARY_BYTES : 0, &run->outputs[i], &request->error);
@@ -261,81 +270,16 @@ static bool fits_loop(struct request *request)
 
 /* ---- On a device ---- */
 
-static void device_done(struct device_job *job)
+void execute_device_done(struct request *request)
 {
-	struct request *request = (struct request *)((char *)job - offsetof(struct request, device_job));
-	request->status = job->status;
-	if (job->status != OPD_OK)
-		request->error = job->error;
-	request->run.written = job->begun;
-	request->run.plan_refused = job->plan_refused;
-	request->clock.started = job->started_ns;
-	request->clock.ended = job->ended_ns;
-	request->clock.moves = job->moves_ns;
-	if (job->status == OPD_OK && !job->plan_refused && request->run.checked)
+	if (request->status == OPD_OK && !request->run.plan_refused && request->run.checked)
 		request->status = canaries_check(request);
-	if (request->direct)
-		(void)sem_post(request->owner);
-	else
-		execute_done(request);
-}
-
-/* Of the implementation's kind, the one that the request names, else the one with the least to do. 0: there is none. */
-static uint32_t choose_device(const struct request *request)
-{
-	const struct snapshot *snapshot = request->snapshot;
-	const char *kind = request->run.dispatch.impl->def->device;
-	struct device_filter filter = {.ordinal = -1};
-	if (request->message.run.device.bytes != 0 && device_filter_parse(request->message.run.device, &filter, NULL) != OPD_OK)
-		filter.ordinal = -1; /* it was parsed when the request was accepted */
-	uint32_t chosen = 0;
-	uint32_t least = UINT32_MAX;
-	for (uint32_t i = 1; i < snapshot->device_count; i++) {
-		if (strcmp(snapshot->devices[i].kind, kind) != 0 || (filter.ordinal >= 0 && snapshot->devices[i].ordinal != (uint64_t)filter.ordinal))
-			continue;
-		uint32_t load = device_lane_load(request->context->server, i);
-		if (load < least) {
-			least = load;
-			chosen = i;
-		}
-	}
-	return chosen;
+	execute_done(request);
 }
 
 void execute_place(struct request *request)
 {
-	request->run.device = request->run.dispatch.impl->on_host ? 0 : choose_device(request);
-}
-
-static void device_start(struct request *request)
-{
-	struct server *server = request->context->server;
-	struct request_run *run = &request->run;
-	execute_place(request);
-	struct device_lane *lane = NULL;
-	opd_status status = run->device == 0
-	                        ? opd_fail(&request->error, OPD_INTERNAL, "%s: no device of kind %s", run->op->schema->name,
-	                                   run->dispatch.impl->def->device)
-	                        : device_lane_get(server, &request->snapshot->devices[run->device], run->device, &lane, &request->error);
-	if (status != OPD_OK) {
-		request->status = status;
-		execute_done(request);
-		return;
-	}
-	request->device_job = (struct device_job){
-		.op = run->op,
-		.dispatch = &run->dispatch,
-		.call = &run->bound.call,
-		.deadline_ns = run->deadline_ns,
-		.unwanted = &request->session->gone,
-		.done = device_done,
-	};
-	if (wants_clock(request))
-		request->clock.queued = request_now_ns();
-	request->device_lane = lane;
-	device_lane_submit(lane, &request->device_job);
-	if (request->direct)
-		wait_for_lane(request);
+	request->run.device = request->run.dispatch.impl->on_host ? 0 : device_choose(request);
 }
 
 /* ---- */
@@ -357,8 +301,10 @@ void execute_run(struct request *request)
 		return;
 	request->run.written = false;
 	request->run.on_loop = false;
-	request->run.device = 0;
+	execute_place(request);
 	donate_again(request);
+	if (!bring_operands(request))
+		return;
 	request->status = outputs_alloc(request);
 	if (request->status != OPD_OK) {
 		outputs_drop(&request->run);
@@ -366,7 +312,7 @@ void execute_run(struct request *request)
 		return;
 	}
 	if (!request->run.dispatch.impl->on_host) {
-		device_start(request);
+		device_run_start(request);
 	} else if (fits_loop(request)) {
 		struct lane_exec serial = lane_exec_serial(NULL);
 		request->run.on_loop = true;

@@ -18,22 +18,34 @@ static void fill_times(const struct request *request, struct msg_times *times)
 	times->pack = clock->ended == 0 ? 0 : between(clock->ended, request_now_ns());
 }
 
-/* Operands went to the device and results came back. */
-static void fill_moves(struct request *request, struct msg_explain *explain, struct msg_text device)
+/* Whether the operand would have to come over, and from where. */
+static bool would_move(const struct request *request, uint32_t index, uint32_t *from_out)
 {
 	const struct request_run *run = &request->run;
-	if (run->device == 0)
-		return;
+	const struct buffer *buffer = run->kept == NULL || run->kept[index] == NULL ? NULL : run->kept[index]->buffer;
+	*from_out = buffer == NULL ? 0 : buffer->device;
+	return buffer == NULL ? run->device != 0 : !buffer_is_on(buffer, run->device);
+}
+
+/* Of a dry run: what would come over now. Results come back unless they stay without a copy in the reply. */
+static void predict_moves(struct request *request, struct msg_explain *explain)
+{
+	struct request_run *run = &request->run;
+	const struct device *devices = request->snapshot->devices;
+	const struct msg_run *message = &request->message.run;
 	struct msg_move *moves = arena_array(&request->arena, run->bound.operand_count + run->bound.call.output_count, sizeof moves[0]);
 	uint32_t count = 0;
+	uint32_t from;
 	for (uint32_t i = 0; moves != NULL && i < run->bound.operand_count; i++) {
 		const struct operand *operand = &run->bound.operands[i];
-		moves[count++] = (struct msg_move){msg_text(operand->param), msg_text("cpu"), device,
-		                                   operand->tensor.elements * opd_dtype_bytes(operand->tensor.dtype)};
+		if (would_move(request, i, &from))
+			moves[count++] = (struct msg_move){msg_text(operand->param), msg_text(devices[from].name), msg_text(devices[run->device].name),
+			                                   operand->tensor.elements * opd_dtype_bytes(operand->tensor.dtype)};
 	}
-	for (uint32_t i = 0; moves != NULL && i < run->bound.call.output_count; i++)
-		moves[count++] = (struct msg_move){msg_text("result"), device, msg_text("cpu"),
-		                                   run->bound.outputs[i].elements * opd_dtype_bytes(run->bound.outputs[i].dtype)};
+	for (uint32_t i = 0; moves != NULL && run->device != 0 && i < run->bound.call.output_count; i++)
+		if (i >= message->output_count || !message->outputs[i].no_copy)
+			moves[count++] = (struct msg_move){msg_text("result"), msg_text(devices[run->device].name), msg_text(devices[0].name),
+			                                   run->bound.outputs[i].elements * opd_dtype_bytes(run->bound.outputs[i].dtype)};
 	explain->moves = moves;
 	explain->move_count = count;
 }
@@ -57,7 +69,12 @@ void run_explain(struct request *request)
 	if (dispatch->impl != NULL)
 		explain->device = msg_text(request->snapshot->devices[run->device].name);
 	fill_times(request, &explain->times);
-	fill_moves(request, explain, explain->device);
+	if (request->message.run.mode == MSG_DRY && dispatch->impl != NULL) {
+		predict_moves(request, explain);
+	} else {
+		explain->moves = run->moves;
+		explain->move_count = run->moves == NULL ? 0 : run->move_count;
+	}
 	request->reply.kind = MSG_REPLY_RUN;
 	request->reply.run.explain = explain;
 }

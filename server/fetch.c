@@ -1,7 +1,9 @@
-/* Kept tensors going back to their client: whole or a view, from where they lie if that is row-major, else laid out on the lane. */
+/* Kept tensors going back to their client: whole or a view, from where they lie if that is row-major, else laid out on the lane. From a device only the bytes that are wanted come over,
+ * and they don't stay. */
 #include <string.h>
 
 #include "proto/tensor.h"
+#include "server/bring.h"
 #include "server/daemon.h"
 #include "server/request.h"
 
@@ -81,22 +83,45 @@ static opd_status place(struct request *request, struct fetch *fetch)
 		                opd_dtype_name(kept->dtype));
 	}
 	fetch->operand = (struct operand){.param = "the view", .source = source};
-	opd_status status = bind_place(&fetch_op, &fetch->operand, kept->buffer->data, kept->bytes, false, &request->error);
+	opd_status status = bind_place(&fetch_op, &fetch->operand, NULL, kept->bytes, false, &request->error);
 	if (status != OPD_OK || opd_tensor_contiguous(&fetch->operand.tensor))
 		return status;
 	return buffer_alloc(request->session->account, fetch->operand.tensor.elements * opd_dtype_bytes(source->dtype), 0, &request->payload,
 	                    &request->error);
 }
 
+/* The bytes are in host memory. */
+static void fetch_here(struct request *request)
+{
+	struct fetch *fetch = request->task_data;
+	opd_tensor *tensor = &fetch->operand.tensor;
+	if (request->status == OPD_OK && request->cancelled)
+		request->status = opd_fail(&request->error, OPD_CANCELLED, "fetch: the client cancelled the request");
+	if (request->status != OPD_OK) {
+		request_fail(request);
+		return;
+	}
+	if (request->tensor->buffer->device != 0)
+		tensor->byte_offset = 0; /* only what is wanted came over */
+	tensor->data = request->staged->data;
+	if (request->payload == NULL)
+		reply(request, opd_tensor_data(tensor));
+	else
+		request_task(request, fetch_task, fetch_done);
+}
+
 static void fetch_ready(struct request *request)
 {
 	struct fetch *fetch = request->task_data;
-	if (request->tensor == NULL || place(request, fetch) != OPD_OK)
+	uint64_t end = 0;
+	if (request->tensor == NULL || place(request, fetch) != OPD_OK) {
 		request_fail(request);
-	else if (request->payload == NULL)
-		reply(request, opd_tensor_data(&fetch->operand.tensor));
-	else
-		request_task(request, fetch_task, fetch_done);
+		return;
+	}
+	const opd_tensor *tensor = &fetch->operand.tensor;
+	const uint64_t first = opd_tensor_empty(tensor) ? 0 : tensor->byte_offset;
+	(void)!tensor_extent(tensor->dtype, tensor->rank, tensor->shape, tensor->strides, first, &end); /* checked by bind_place */
+	bring_to_host(request, request->tensor->buffer, first, end < first ? 0 : end - first, "fetch", fetch_here);
 }
 
 static void on_settled(struct waiter *waiter, struct kept_tensor *tensor, const opd_error *error)

@@ -118,8 +118,6 @@ static opd_status add_node(struct checking *check, uint32_t index)
 	struct device_filter filter;
 	if (status == OPD_OK && node->run.device.bytes != 0)
 		status = device_filter_parse(node->run.device, &filter, check->error);
-	if (status == OPD_OK && node->run.device.bytes != 0 && (filter.kind_bytes != 3 || memcmp(filter.kind, "cpu", 3) != 0))
-		status = opd_fail(check->error, OPD_UNIMPLEMENTED, "device \"%s\": graphs run on the CPU so far", node->run.device.data);
 	return status == OPD_OK ? OPD_OK : graph_node_error(graph, index, status, check->error);
 }
 

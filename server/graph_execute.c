@@ -18,7 +18,7 @@ static uint64_t tensor_size(const opd_tensor *tensor)
 
 /* ---- Memory ---- */
 
-static opd_tensor *describe_output(struct graph_run *run, uint32_t index)
+opd_tensor *graph_describe_output(struct graph_run *run, uint32_t index)
 {
 	opd_tensor *output = &run->request->run.bound.outputs[index];
 	*output = run->prepared->outputs[index];
@@ -40,7 +40,7 @@ static opd_status alloc_outputs(struct graph_run *run, opd_error *error)
 		if (status != OPD_OK)
 			return opd_error_prefix(error, status, "graph '%s': output '%s'", run->graph->name.data,
 			                        run->graph->outputs[i].name.data);
-		describe_output(run, i)->data = request->run.outputs[i]->data;
+		graph_describe_output(run, i)->data = request->run.outputs[i]->data;
 	}
 	request->run.bound.output_bytes = prepared->output_bytes;
 	return OPD_OK;
@@ -52,7 +52,10 @@ static opd_status copy_states(struct graph_run *run, opd_error *error)
 	for (uint32_t i = 0; i < run->graph->state_count; i++) {
 		struct state_use *state = &run->states[i];
 		const struct kept_tensor *from = state->tensor;
-		if (!state->donated || !state->shared)
+		const bool aside = state->shared || from->buffer->device != 0;
+		if (state->donated && !aside)
+			buffer_drop_mirrors(from->buffer, NULL); /* it is written where it is */
+		if (!state->donated || !aside)
 			continue;
 		struct buffer *buffer = NULL;
 		opd_status status = buffer_alloc(run->request->session->account, from->bytes, 0, &buffer, error);
@@ -60,7 +63,7 @@ static opd_status copy_states(struct graph_run *run, opd_error *error)
 			return opd_error_prefix(error, status, "graph '%s': state '%s', which is still read", run->graph->name.data,
 			                        run->graph->inputs[run->graph->states[i]].name.data);
 		if (from->bytes != 0)
-			memcpy(buffer->data, from->buffer->data, from->bytes);
+			memcpy(buffer->data, graph_host_data(run, run->graph->states[i], from), from->bytes);
 		state->fresh = kept_tensor_create(from->dtype, from->rank, from->shape, from->bytes, buffer);
 		buffer_unref(buffer);
 		if (state->fresh == NULL)
@@ -80,7 +83,7 @@ static opd_status allocate(struct graph_run *run, opd_error *error)
 
 /* ---- Addresses ---- */
 
-static void set_base(struct prepared *prepared, uint32_t base, void *address)
+void graph_set_base(struct prepared *prepared, uint32_t base, void *address)
 {
 	if (prepared->bases[base] == address)
 		return;
@@ -92,7 +95,7 @@ static void set_base(struct prepared *prepared, uint32_t base, void *address)
 /* Kept operands have an identity, by which a provider may keep derived copies. */
 static void set_operand(struct prepared *prepared, uint32_t base, const opd_tensor *operand)
 {
-	set_base(prepared, base, operand->data == NULL ? NULL : opd_tensor_data(operand));
+	graph_set_base(prepared, base, operand->data == NULL ? NULL : opd_tensor_data(operand));
 	for (uint32_t i = prepared->first_patch[base]; i < prepared->first_patch[base + 1]; i++) {
 		opd_tensor *tensor = prepared->patches[i].tensor;
 		tensor->id = operand->id;
@@ -105,20 +108,20 @@ static void set_addresses(struct graph_run *run)
 {
 	struct prepared *prepared = run->prepared;
 	const struct graph *graph = run->graph;
-	set_base(prepared, 0, run->arena->data);
+	graph_set_base(prepared, 0, run->arena->data);
 	for (uint32_t i = 0; i < graph->input_count; i++) {
 		const struct graph_input *input = &graph->inputs[i];
 		if (input->kind == MSG_GRAPH_INPUT) {
 			set_operand(prepared, 1 + i, graph_run_operand(&run->request->run.bound, input));
 		} else if (input->kind == MSG_GRAPH_CONSTANT) {
-			set_base(prepared, 1 + i, input->constant->buffer->data);
+			graph_set_base(prepared, 1 + i, graph_host_data(run, i, input->constant));
 		} else {
 			const struct state_use *state = &run->states[input->state];
-			set_base(prepared, 1 + i, (state->fresh != NULL ? state->fresh : state->tensor)->buffer->data);
+			graph_set_base(prepared, 1 + i, state->fresh != NULL ? state->fresh->buffer->data : graph_host_data(run, i, state->tensor));
 		}
 	}
 	for (uint32_t i = 0; i < graph->output_count; i++)
-		set_base(prepared, 1 + graph->input_count + i, run->request->run.outputs[i]->data);
+		graph_set_base(prepared, 1 + graph->input_count + i, run->request->run.outputs[i]->data);
 }
 
 /* ---- Steps ---- */
@@ -211,7 +214,13 @@ static opd_status run_steps(struct graph_run *run, struct lane_exec *lane)
 static void describe_outputs(struct graph_run *run)
 {
 	for (uint32_t i = 0; i < run->prepared->output_count; i++)
-		(void)describe_output(run, i);
+		(void)graph_describe_output(run, i);
+}
+
+/* Some input of a graph of the CPU must come from a device first. */
+static bool lies_elsewhere(const struct graph_run *run)
+{
+	return run->hosts == NULL && graph_brings(run);
 }
 
 void graph_execute(struct graph_run *run, struct lane_exec *lane)
@@ -227,6 +236,11 @@ void graph_execute(struct graph_run *run, struct lane_exec *lane)
 	}
 	if (status == OPD_OK && request->message.run.mode != MSG_RUN) {
 		describe_outputs(run);
+		request->status = OPD_OK;
+		return;
+	}
+	if (status == OPD_OK && (run->prepared->device != 0 || lies_elsewhere(run))) {
+		run->prepared_only = true;
 		request->status = OPD_OK;
 		return;
 	}

@@ -10,7 +10,7 @@ static struct msg_node_explain explain_node(struct graph_run *run, uint32_t inde
 	struct arena *arena = &run->request->arena;
 	struct msg_node_explain out = {.node = node->name, .op = node->run.op, .provider = msg_text(step->impl->provider->name)};
 	out.explain.level = step->dispatch.effective->level;
-	out.explain.device = msg_text("cpu");
+	out.explain.device = msg_text(run->prepared->snapshot->devices[run->prepared->device].name);
 	out.explain.skipped = dispatch_skips(&step->dispatch, step->bound.op, &step->bound.call, arena, &out.explain.skip_count);
 	out.explain.effective = effective_list_names(step->dispatch.effective, step->dispatch.count, arena);
 	out.explain.effective_count = out.explain.effective == NULL ? 0 : step->dispatch.count;
@@ -31,13 +31,14 @@ static void explain_times(struct graph_run *run)
 	struct msg_explain *explain = arena_zalloc(&request->arena, sizeof *explain);
 	if (explain == NULL)
 		return;
-	explain->device = msg_text("cpu");
+	explain->device = msg_text(run->prepared->snapshot->devices[run->prepared->device].name);
 	explain->on_loop = request->run.on_loop;
 	explain->times = (struct msg_times){
 	    .decode = between(clock->received, clock->accepted),
 	    .dispatch = run->prepare_ns,
 	    .queue = between(clock->queued, clock->started),
-	    .kernel = between(clock->started, clock->ended),
+	    .kernel = between(clock->started, clock->ended) - (clock->moves < between(clock->started, clock->ended) ? clock->moves : 0),
+	    .moves = clock->moves,
 	    .pack = clock->ended == 0 ? 0 : between(clock->ended, request_now_ns()),
 	};
 	request->reply.run.explain = explain;

@@ -204,6 +204,11 @@ opd_status prepare_results(struct preparing *p, uint32_t index, struct step *ste
 	struct place scratch;
 	if (status != OPD_OK || step->plan == NULL || step->plan->scratch_bytes == 0)
 		return status;
+	if (!step->impl->on_host) { /* one for all, since they run one after the other; it has no offset to lie behind others */
+		if (step->plan->scratch_bytes > p->prepared->scratch_bytes)
+			p->prepared->scratch_bytes = step->plan->scratch_bytes;
+		return OPD_OK;
+	}
 	step->scratch = arena_zalloc(&p->prepared->arena, sizeof *step->scratch);
 	if (step->scratch == NULL || !add_item(p, index, step->plan->scratch_bytes, &scratch) ||
 	    !prepare_patch(p, step->scratch, scratch))

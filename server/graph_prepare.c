@@ -17,6 +17,7 @@
 
 static void prepared_destroy(struct prepared *prepared)
 {
+	graph_device_release(prepared);
 	for (uint32_t i = 0; i < prepared->step_count; i++)
 		dispatch_fini(&prepared->steps[i].dispatch);
 	graph_lists_unref(prepared->lists);
@@ -131,6 +132,60 @@ static void describe_inputs(struct preparing *p)
 
 /* ---- Choosing ---- */
 
+/* Bytes of what the graph has bound that lie there. */
+static uint64_t home_bytes(const struct preparing *p, uint32_t device)
+{
+	uint64_t bytes = 0;
+	for (uint32_t i = 0; i < p->graph->input_count; i++) {
+		const struct graph_input *input = &p->graph->inputs[i];
+		const struct kept_tensor *kept = input->kind == MSG_GRAPH_CONSTANT ? input->constant
+		                                 : input->kind == MSG_GRAPH_STATE  ? p->run->states[input->state].tensor
+		                                                                   : NULL;
+		if (kept != NULL && buffer_is_on(kept->buffer, device))
+			bytes += kept->bytes;
+	}
+	return bytes;
+}
+
+/* Of the kind: the one that the node names, else where most of the graph's bytes lie, else the one with the least to do. 0: none. */
+static uint32_t choose_device(const struct preparing *p, const struct graph_node *node, const char *kind)
+{
+	const struct snapshot *snapshot = p->prepared->snapshot;
+	struct device_filter filter = {.ordinal = -1};
+	uint32_t chosen = 0;
+	if (node->run.device.bytes != 0 && device_filter_parse(node->run.device, &filter, NULL) != OPD_OK)
+		filter.ordinal = -1; /* it was parsed when the graph was checked */
+	for (uint32_t i = 1; i < snapshot->device_count; i++) {
+		struct server *server = p->run->request->context->server;
+		if (strcmp(snapshot->devices[i].kind, kind) != 0 || (filter.ordinal >= 0 && snapshot->devices[i].ordinal != (uint64_t)filter.ordinal))
+			continue;
+		if (chosen == 0 || home_bytes(p, i) > home_bytes(p, chosen) ||
+		    (home_bytes(p, i) == home_bytes(p, chosen) && device_lane_load(server, i) < device_lane_load(server, chosen)))
+			chosen = i;
+	}
+	return chosen;
+}
+
+/* All nodes run on one device, or all on the CPU. */
+static opd_status prepare_device(struct preparing *p, const struct step *step, const struct impl *impl)
+{
+	const struct device *devices = p->prepared->snapshot->devices;
+	const struct graph_node *node = &p->graph->nodes[step->node];
+	const bool first = p->prepared->step_count == 1;
+	if (first && !impl->on_host)
+		p->device = choose_device(p, node, impl->def->device);
+	const uint32_t wanted = impl->on_host ? 0 : first ? p->device : choose_device(p, node, impl->def->device);
+	const bool same = impl->on_host ? p->device == 0
+	                                : p->device != 0 && (node->run.device.bytes == 0 ? strcmp(devices[p->device].kind, impl->def->device) == 0 : wanted == p->device);
+	if (!same)
+		return opd_fail(p->error, OPD_UNIMPLEMENTED, "%s: %s would run on %s, the nodes before it on %s: a graph's nodes run on one device so far", impl->def->op,
+		                impl->provider->name, devices[wanted].name, devices[p->device].name);
+	if (!impl->on_host && step->bound.op->def->check != NULL && (impl->def->flags & OPD_IMPL_CHECKS_INDICES) == 0)
+		return opd_fail(p->error, OPD_UNIMPLEMENTED, "%s: %s doesn't check indices on %s, as a graph's nodes there must", impl->def->op, impl->provider->name,
+		                devices[p->device].name);
+	return OPD_OK;
+}
+
 static opd_status choose(struct preparing *p, struct step *step, const struct op *op, const struct graph_node *node)
 {
 	struct dispatch *dispatch = &step->dispatch;
@@ -149,10 +204,9 @@ static opd_status choose(struct preparing *p, struct step *step, const struct op
 	}
 	if (!accepted)
 		return dispatch_refused(dispatch, op, &step->bound.call, &p->scratch, p->error);
-	if (!dispatch->impl->on_host)
-		return opd_fail(p->error, OPD_UNIMPLEMENTED,
-		                "%s: %s runs on %s, and graphs run on the CPU so far: name a provider of the CPU, or device \"cpu\"",
-		                op->schema->name, dispatch->impl->provider->name, dispatch->impl->def->device);
+	status = prepare_device(p, step, dispatch->impl);
+	if (status != OPD_OK)
+		return status;
 	step->impl = dispatch->impl;
 	step->def = op->def;
 	step->plan = dispatch->plan == NULL ? NULL : &dispatch->plan->made;
@@ -252,6 +306,11 @@ static opd_status sort_patches(struct preparing *p)
 	for (uint32_t i = 0; i < p->patch_count; i++) {
 		const struct pending_patch *patch = &p->patches[i];
 		uint64_t offset = patch->place.item == NO_ITEM ? 0 : p->items[patch->place.item].offset;
+		if (prepared->device != 0) { /* a base there is opaque: what lies behind it is said by the tensor's own offset */
+			patch->tensor->device = prepared->device;
+			patch->tensor->byte_offset += offset;
+			offset = 0;
+		}
 		prepared->patches[first[patch->place.base + 1]++] = (struct patch){patch->tensor, offset};
 	}
 	return OPD_OK;
@@ -264,6 +323,7 @@ static opd_status make_all(struct preparing *p)
 		status = make_outputs(p);
 	if (status == OPD_OK && !graph_plan(p->items, p->item_count, &p->prepared->sizes))
 		status = prepare_memory(p->error);
+	p->prepared->device = p->device;
 	if (status == OPD_OK)
 		status = sort_patches(p);
 	return status == OPD_OK ? charge(p->prepared, p->error) : status;

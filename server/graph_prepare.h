@@ -39,6 +39,7 @@ struct preparing {
 	uint32_t patch_room;
 	uint32_t copy_room;
 	uint32_t donate_count;
+	uint32_t device; /* that the nodes so far run on; 0: the CPU, or none so far */
 	opd_error *error;
 };
 

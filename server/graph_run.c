@@ -166,17 +166,15 @@ static opd_status take_states(struct graph_run *run)
 	return OPD_OK;
 }
 
-static void start(struct graph_run *run)
+/* Its inputs are in host memory. */
+static void begin_here(struct graph_run *run)
 {
 	struct request *request = run->request;
-	run->started = true;
-	if (take_states(run) != OPD_OK) {
+	const struct prepared *prepared = run->prepared;
+	if (request->status != OPD_OK) {
 		request_fail(request);
 		return;
 	}
-	(void)atomic_fetch_add_explicit(&request->context->server->graph_runs, 1, memory_order_relaxed);
-	run->prepared = prepared_find(run);
-	struct prepared *prepared = run->prepared;
 	if (prepared == NULL || !prepared->can_be_inline || !execute_fits_loop(request, prepared->cost_ns)) {
 		execute_graph(request);
 		return;
@@ -186,6 +184,32 @@ static void start(struct graph_run *run)
 	if (!execute_unwanted(request, &serial))
 		graph_execute(run, &serial);
 	execute_done(request);
+}
+
+/* Where it runs is known once it is prepared. */
+static void begin(struct graph_run *run)
+{
+	struct request *request = run->request;
+	if (run->prepared == NULL)
+		run->prepared = prepared_find(run);
+	if (run->prepared == NULL || request->message.run.mode != MSG_RUN)
+		execute_graph(request);
+	else if (run->prepared->device != 0)
+		graph_bring(run, run->prepared->device, graph_device_start);
+	else
+		graph_bring(run, 0, begin_here);
+}
+
+static void start(struct graph_run *run)
+{
+	struct request *request = run->request;
+	run->started = true;
+	if (take_states(run) != OPD_OK) {
+		request_fail(request);
+		return;
+	}
+	(void)atomic_fetch_add_explicit(&request->context->server->graph_runs, 1, memory_order_relaxed);
+	begin(run);
 }
 
 void graph_run_execute(struct request *request, struct lane_exec *lane)
@@ -295,6 +319,11 @@ void graph_run_done(struct request *request)
 	struct graph_run *run = request->graph_run;
 	struct session *session = request->session;
 	opd_status status = request->status;
+	if (status == OPD_OK && run->prepared_only) {
+		run->prepared_only = false;
+		begin(run);
+		return;
+	}
 	graph_explain(run);
 	buffer_unref(run->arena);
 	run->arena = NULL;
@@ -324,6 +353,8 @@ void graph_run_release(struct request *request)
 	if (run == NULL)
 		return;
 	buffer_unref(run->arena);
+	if (run->graph != NULL)
+		graph_bring_release(run);
 	graph_lists_unref(run->lists);
 	if (run->graph != NULL)
 		graph_unref(run->graph);

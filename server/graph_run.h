@@ -63,6 +63,9 @@ struct prepared {
 	bool checked;              /* results have canaries */
 	bool can_be_inline;        /* every node has a cost and comes from a provider that is linked in */
 	uint64_t cost_ns;
+	uint32_t device;           /* that all nodes run on; 0: the CPU */
+	uint64_t scratch_bytes;    /* on a device: of the node that wants most */
+	struct graph_device *on_device; /* what stays there between runs (graph_device.c); NULL: nothing yet */
 	struct arena arena;
 	uint32_t input_count;
 	uint32_t output_count;
@@ -101,6 +104,11 @@ struct graph_run {
 	struct prepared *prepared; /* the graph's; NULL: not made yet */
 	struct state_use *states;  /* [graph->state_count] */
 	struct buffer *arena;
+	struct buffer **hosts; /* [graph->input_count]: host memory with inputs that lie on a device, referenced; NULL: none does */
+	uint32_t bringing;     /* the input that is on its way */
+	uint32_t bringing_to;  /* for this device; 0: for the CPU */
+	void (*brought)(struct graph_run *run);
+	bool prepared_only;    /* a lane has prepared it and run nothing: it goes on elsewhere */
 	int64_t (*shapes)[2][OPD_RANK_MAX]; /* [output_count]: of the results; the prepared graph may be gone before the reply is */
 	uint32_t blockers; /* earlier runs in the session's order that it waits for */
 	bool queued;       /* in that order */
@@ -122,6 +130,22 @@ static inline const opd_tensor *graph_run_operand(const struct bound *bound, con
 {
 	return bound->args[input->param].tensor;
 }
+
+/* graph_device.c. All nodes on prepared->device; its inputs are there or in host memory. Then graph_run_done. */
+void graph_device_start(struct graph_run *run);
+void graph_device_release(struct prepared *prepared);
+
+/* graph_bring.c. On the session's thread: inputs that lie on another device than this (0: on any) come to host memory, then `ready`, with request->status. */
+void graph_bring(struct graph_run *run, uint32_t device, void (*ready)(struct graph_run *run));
+/* Whether an input lies on a device. */
+bool graph_brings(const struct graph_run *run);
+void graph_bring_release(struct graph_run *run);
+/* Where a kernel of the CPU reads the input's kept tensor. */
+unsigned char *graph_host_data(const struct graph_run *run, uint32_t input, const struct kept_tensor *tensor);
+
+/* graph_execute.c, for graph_device.c: where a base's tensors lie from now on; a result as this run has it. */
+void graph_set_base(struct prepared *prepared, uint32_t base, void *address);
+opd_tensor *graph_describe_output(struct graph_run *run, uint32_t index);
 
 /* graph_execute.c. On a lane or the loop: prepares unless that is done, and runs all nodes; the request's status and error say
  * how it went. */

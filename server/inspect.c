@@ -48,6 +48,7 @@ static void fill_impl(const struct op *op, const struct impl *impl, struct msg_i
 		.in_place = (def->flags & OPD_IMPL_IN_PLACE) != 0,
 		.thread_invariant = (def->flags & OPD_IMPL_THREAD_INVARIANT) != 0,
 		.batch_invariant = (def->flags & OPD_IMPL_BATCH_INVARIANT) != 0,
+		.bf16_denormals_zero = (def->flags & OPD_IMPL_BF16_DENORMALS_ZERO) != 0,
 		.device = msg_text(def->device),
 		.schema = msg_text(def->schema == NULL ? op->schema->text : def->schema),
 		.uuid = msg_text(def->uuid),
@@ -216,7 +217,7 @@ void inspect_info(struct request *request)
 }
 
 /* A tensor's row of the list. */
-static void fill_kept(const struct kept *kept, uint32_t index, struct msg_kept *out)
+static void fill_kept(const struct kept *kept, const struct snapshot *snapshot, uint32_t index, struct msg_kept *out)
 {
 	const struct kept_slot *slot = &kept->slots[index];
 	const struct kept_tensor *tensor = slot->tensor;
@@ -228,6 +229,7 @@ static void fill_kept(const struct kept *kept, uint32_t index, struct msg_kept *
 		.received = tensor->parts == NULL ? tensor->bytes : tensor->parts->received_bytes,
 		.request = slot->request,
 		.output = slot->output,
+		.device = msg_text(snapshot->devices[tensor->buffer->device].name),
 	};
 	memcpy(out->shape, tensor->shape, sizeof out->shape);
 }
@@ -248,7 +250,7 @@ void inspect_tensors(struct request *request)
 	uint32_t filled = 0;
 	for (uint32_t i = first; i < next; i++)
 		if (kept->slots[i].tensor != NULL)
-			fill_kept(kept, i, &items[filled++]);
+			fill_kept(kept, request->snapshot, i, &items[filled++]);
 	request->reply.tensors.items = items;
 	request->reply.tensors.count = count;
 	request->reply.tensors.next = next < kept->slot_count ? next : 0;

@@ -49,7 +49,7 @@ struct kept_tensor *kept_tensor_create(opd_dtype dtype, uint32_t rank, const int
 	tensor->id = atomic_fetch_add_explicit(&next_tensor_id, 1, memory_order_relaxed);
 	tensor->version = 1;
 	tensor->buffer = buffer_ref(buffer);
-	tensor->memory = buffer->account->memory;
+	tensor->memory = buffer_payer(buffer)->memory;
 	return tensor;
 }
 

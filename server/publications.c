@@ -176,7 +176,7 @@ static void content_move_charge(struct publications *table, struct content *cont
 			break;
 	}
 	content->payer = 0;
-	if (payer != NULL && content->buffer->account != payer->account)
+	if (payer != NULL && buffer_payer(content->buffer) != payer->account)
 		buffer_recharge(content->buffer, payer->account);
 }
 
@@ -224,7 +224,7 @@ static void holder_drop(struct publications *table, struct content *content, str
 	while (*link != holder)
 		link = &(*link)->next;
 	*link = holder->next;
-	if (content->payer == 0 && content->buffer->account == holder->tenant->account)
+	if (content->payer == 0 && buffer_payer(content->buffer) == holder->tenant->account)
 		content_move_charge(table, content);
 	tenant_put(table, holder->tenant);
 	free(holder);

@@ -2,6 +2,7 @@
 #include <openssl/evp.h>
 #include <string.h>
 
+#include "server/bring.h"
 #include "server/daemon.h"
 #include "server/publications.h"
 #include "server/request.h"
@@ -39,7 +40,7 @@ static bool hash(EVP_MD_CTX *context, const struct request *request, uint8_t *sh
 	bool right = EVP_DigestInit_ex(context, EVP_sha256(), NULL) == 1;
 	for (uint64_t at = 0; right && at < tensor->bytes; at += PIECE_BYTES) {
 		const uint64_t some = tensor->bytes - at < PIECE_BYTES ? tensor->bytes - at : PIECE_BYTES;
-		right = !atomic_load_explicit(&request->session->gone, memory_order_relaxed) && EVP_DigestUpdate(context, tensor->buffer->data + at, some) == 1;
+		right = !atomic_load_explicit(&request->session->gone, memory_order_relaxed) && EVP_DigestUpdate(context, request->staged->data + at, some) == 1;
 	}
 	return right && EVP_DigestFinal_ex(context, sha256_out, NULL) == 1;
 }
@@ -79,12 +80,23 @@ static void publish_done(struct request *request)
 	reply_one(request, out);
 }
 
+/* What lies on a device is hashed from a copy, which then goes. */
+static void publish_here(struct request *request)
+{
+	if (request->status == OPD_OK && request->cancelled)
+		request->status = opd_fail(&request->error, OPD_CANCELLED, "publish: the client cancelled the request");
+	if (request->status != OPD_OK)
+		request_fail(request);
+	else
+		request_task(request, publish_task, publish_done);
+}
+
 static void publish_ready(struct request *request)
 {
 	if (request->tensor == NULL)
 		request_fail(request);
 	else
-		request_task(request, publish_task, publish_done);
+		bring_to_host(request, request->tensor->buffer, 0, request->tensor->bytes, "publish", publish_here);
 }
 
 opd_status publish_accept(struct request *request)

@@ -178,6 +178,7 @@ void request_release(struct request *request)
 	if (request->message.kind == MSG_REQUEST_GENERATE)
 		generate_release(request);
 	buffer_unref(request->payload);
+	buffer_unref(request->staged);
 	kept_tensor_unref(request->tensor);
 	snapshot_unref(request->snapshot);
 	if (request->arena_charged_bytes != 0)

@@ -15,6 +15,7 @@
 #include "server/bind.h"
 #include "server/context.h"
 #include "server/device_lane.h"
+#include "server/device_run.h"
 #include "server/dispatch.h"
 #include "server/donate.h"
 #include "server/lane.h"
@@ -54,6 +55,11 @@ struct request_run {
 	bool plan_refused;          /* found on a lane */
 	bool written;               /* a kernel has begun: outputs may hold half of a result */
 	struct buffer **outputs;    /* [output_count]; NULL: not allocated yet */
+	struct buffer **resident;   /* [output_count]: results that stay on the device where they were made; NULL: none do */
+	struct device_run *on_device; /* the lane's, while a job is there */
+	uint32_t bringing;          /* the operand that is being brought to the host */
+	uint32_t move_count;
+	struct msg_move *moves;     /* in the arena; NULL: nobody asked */
 	struct kept_tensor **kept;  /* [operand_count]: kept operands, referenced */
 	struct donation *donations; /* in the arena */
 	uint32_t donation_count;
@@ -98,6 +104,10 @@ struct request {
 	struct lane_job job;
 	struct device_job device_job;
 	struct device_lane *device_lane; /* that device_job was submitted to */
+	request_task_fn device_done;     /* of that job, on the context's thread */
+	struct device_move move;         /* what it copies, unless it runs an op */
+	request_task_fn move_done;
+	struct buffer *staged; /* host memory with bytes that came from a device, referenced */
 	request_task_fn task;      /* on a lane */
 	request_task_fn task_done; /* back on the context's thread */
 
@@ -161,8 +171,10 @@ void run_stop_waiting(struct request *request); /* for results of others; it is 
 void run_explain(struct request *request); /* explain.c: puts the record into the reply */
 void execute_graph(struct request *request); /* execute.c: graph_run_execute on a lane; then execute_done */
 void execute_run(struct request *request);  /* execute.c: the chosen implementation, on the loop, a lane or a device; then execute_done */
+void execute_device_done(struct request *request); /* execute.c: a device has run it; then execute_done */
 void execute_place(struct request *request); /* execute.c: sets run.device for the chosen implementation */
 void execute_plan(struct request *request); /* execute.c: makes the plan that a dry run asks about; then execute_done */
+bool run_keeps(const struct request *request, uint32_t output); /* run.c: the result stays in the session */
 void execute_done(struct request *request); /* run.c: on the context's thread */
 /* A request that ends before it is run, or late; its status and error are written then. On a lane or the loop. */
 bool execute_unwanted(struct request *request, const struct lane_exec *lane);

@@ -197,7 +197,8 @@ static opd_status place_kept(struct request *request, struct operand *operand, c
 		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s: %s views a tensor of %s as %s", request->run.op->schema->name,
 		                operand->param, opd_dtype_name(kept->dtype), opd_dtype_name(source->dtype));
 	}
-	opd_status status = bind_place(request->run.op, operand, kept->buffer->data, kept->bytes, false, &request->error);
+	unsigned char *data = kept->buffer->device == 0 ? kept->buffer->data : NULL; /* what lies on a device is no address for us */
+	opd_status status = bind_place(request->run.op, operand, data, kept->bytes, false, &request->error);
 	if (status == OPD_OK) {
 		operand->tensor.id = kept->id;
 		operand->tensor.version = kept->version;
@@ -451,6 +452,18 @@ static bool donates(const struct request_run *run, uint32_t output)
 	return false;
 }
 
+bool run_keeps(const struct request *request, uint32_t output)
+{
+	const struct msg_run *message = &request->message.run;
+	return donates(&request->run, output) || (output < message->output_count && message->outputs[output].keep);
+}
+
+/* Where the result is: on a device if it stays there. */
+static struct buffer *result_buffer(const struct request_run *run, uint32_t output)
+{
+	return run->resident != NULL && run->resident[output] != NULL ? run->resident[output] : run->outputs[output];
+}
+
 /* Kept outputs go into the session's table; false when there is no memory for that. */
 static bool keep_outputs(struct request *request)
 {
@@ -465,7 +478,7 @@ static bool keep_outputs(struct request *request)
 		if (!message->outputs[i].keep || donates(run, i))
 			continue;
 		tensors[i] = kept_tensor_create(output->dtype, output->rank, output->shape, output->elements * opd_dtype_bytes(output->dtype),
-		                                run->outputs[i]);
+		                                result_buffer(run, i));
 		made = tensors[i] != NULL;
 	}
 	if (!made || !donate_settle(request, run->handles)) {
@@ -536,6 +549,17 @@ void run_reply_results(struct request *request)
 	request_reply(request, MSG_REPLY_RUN);
 }
 
+/* The failure was the kernel's, or of the device that it was to run on: nothing that another provider must run into as well. */
+static bool may_retry(const struct request *request)
+{
+	const opd_status status = request->status;
+	if (status == OPD_OK || status == OPD_CANCELLED)
+		return false;
+	if (request->run.device == 0)
+		return request->run.written;
+	return status != OPD_INVALID_ARGUMENT && status != OPD_DEADLINE_EXCEEDED;
+}
+
 void execute_done(struct request *request)
 {
 	struct request_run *run = &request->run;
@@ -543,8 +567,7 @@ void execute_done(struct request *request)
 		graph_run_done(request);
 		return;
 	}
-	bool again = run->plan_refused || (request->status != OPD_OK && request->status != OPD_CANCELLED && run->written && request->message.run.retry &&
-	                                  !donate_is_written(request));
+	bool again = run->plan_refused || (may_retry(request) && request->message.run.retry && !donate_is_written(request));
 	if (again && request->cancelled) { /* nothing more is begun for it */
 		run->plan_refused = false;
 		request->status = opd_fail(&request->error, OPD_CANCELLED, "%s: the client cancelled the request", run->op->schema->name);
@@ -555,6 +578,7 @@ void execute_done(struct request *request)
 			    LOG_STR("op", run->op->schema->name), LOG_STR("error", request->error.text));
 		opd_error failure = request->error;
 		bool refused = run->plan_refused;
+		run->move_count = 0;
 		run->plan_refused = false;
 		bool accepted = dispatch_next(&run->dispatch, &run->bound.call);
 		if (!accepted && !refused) { /* nobody else: the kernel's failure is the answer */
@@ -601,6 +625,8 @@ void run_release(struct request *request)
 	}
 	for (uint32_t i = 0; run->outputs != NULL && i < run->bound.call.output_count; i++)
 		buffer_unref(run->outputs[i]);
+	for (uint32_t i = 0; run->resident != NULL && i < run->bound.call.output_count; i++)
+		buffer_unref(run->resident[i]);
 	buffer_unref(run->scratch);
 	shared_release(request);
 	dispatch_fini(&run->dispatch);

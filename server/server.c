@@ -472,16 +472,16 @@ void server_destroy(struct server *server)
 		return;
 	if (server->running)
 		close_loop(server);
+	context_fini(&server->context);
+	publications_destroy(server->publications); /* before the devices on which some of them lie */
 	for (uint32_t i = 0; i < REGISTRY_DEVICES_MAX; i++)
 		device_lane_stop(server->device_lanes[i]);
 	lane_destroy(server->lane);
-	context_fini(&server->context);
 	plans_destroy(server->plans);
 	derived_destroy(server->derived); /* before their makers are closed */
 	registry_destroy(server->registry);
 	free_forgotten(server);
 	if (server->account != NULL) {
-		publications_destroy(server->publications);
 		account_unref(server->account);
 		memory_fini(&server->memory);
 	}

@@ -25,15 +25,27 @@ static unsigned class_of(uint64_t bytes, uint64_t *class_bytes_out)
 
 opd_status memory_init(struct memory *memory, uint64_t limit_bytes, uint64_t cache_limit_bytes, opd_error *error)
 {
-	*memory = (struct memory){.limit_bytes = limit_bytes, .cache_limit_bytes = cache_limit_bytes};
+	*memory = (struct memory){.name = "daemon", .limit_bytes = limit_bytes, .cache_limit_bytes = cache_limit_bytes};
 	if (pthread_mutex_init(&memory->mutex, NULL) != 0)
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "tensor memory: no mutex");
 	return OPD_OK;
 }
 
-static void buffer_destroy(struct buffer *buffer, uint64_t class_bytes)
+opd_status memory_init_device(struct memory *memory, uint32_t device, const char *name, uint64_t limit_bytes, struct memory_source source,
+                              opd_error *error)
 {
-	if (class_bytes >= MAPPED_BYTES)
+	opd_status status = memory_init(memory, limit_bytes, UINT64_MAX, error);
+	memory->device = device;
+	memory->name = name;
+	memory->source = source;
+	return status;
+}
+
+static void buffer_destroy(struct memory *memory, struct buffer *buffer, uint64_t class_bytes)
+{
+	if (memory->device != 0)
+		memory->source.free(memory->source.context, buffer->data);
+	else if (class_bytes >= MAPPED_BYTES)
 		(void)munmap(buffer->data, class_bytes);
 	else
 		free(buffer->data);
@@ -46,16 +58,40 @@ static uint64_t class_bytes_at(unsigned class)
 	return (1ull << shift) + (uint64_t)(class % 4) * (1ull << (shift - 2));
 }
 
+/* Frees cached buffers, largest first, until live and cached memory together take at most `limit`. */
+static bool pool_shrink(struct memory *memory, uint64_t limit)
+{
+	struct buffer *victims = NULL;
+	(void)pthread_mutex_lock(&memory->mutex);
+	for (unsigned class = MEMORY_CLASSES; class-- > 0;) {
+		while (memory->cached[class] != NULL &&
+		       atomic_load_explicit(&memory->used_bytes, memory_order_relaxed) + memory->cached_bytes > limit) {
+			struct buffer *buffer = memory->cached[class];
+			memory->cached[class] = buffer->next;
+			memory->cached_bytes -= class_bytes_at(class);
+			buffer->next = victims;
+			victims = buffer;
+		}
+	}
+	(void)pthread_mutex_unlock(&memory->mutex);
+	const bool any = victims != NULL;
+	while (victims != NULL) {
+		struct buffer *buffer = victims;
+		victims = buffer->next;
+		buffer_destroy(memory, buffer, class_bytes_at(buffer->class));
+	}
+	return any;
+}
+
+bool memory_trim(struct memory *memory)
+{
+	return pool_shrink(memory, 0);
+}
+
 void memory_fini(struct memory *memory)
 {
 	assert(atomic_load(&memory->used_bytes) == 0);
-	for (unsigned class = 0; class < MEMORY_CLASSES; class ++) {
-		while (memory->cached[class] != NULL) {
-			struct buffer *buffer = memory->cached[class];
-			memory->cached[class] = buffer->next;
-			buffer_destroy(buffer, class_bytes_at(class));
-		}
-	}
+	(void)memory_trim(memory);
 	(void)pthread_mutex_destroy(&memory->mutex);
 }
 
@@ -72,16 +108,59 @@ struct account *account_create(struct memory *memory, uint64_t limit_bytes)
 
 struct account *account_ref(struct account *account)
 {
-	(void)atomic_fetch_add_explicit(&account->refs, 1, memory_order_relaxed);
+	(void)atomic_fetch_add_explicit(account->parent == NULL ? &account->refs : &account->parent->refs, 1, memory_order_relaxed);
 	return account;
+}
+
+static void account_destroy(struct account *account)
+{
+	struct account *device = atomic_load_explicit(&account->devices, memory_order_acquire);
+	while (device != NULL) {
+		struct account *next = device->next;
+		account_destroy(device);
+		device = next;
+	}
+	assert(atomic_load(&account->used_bytes) == 0);
+	free(account);
 }
 
 void account_unref(struct account *account)
 {
-	if (account != NULL && atomic_fetch_sub_explicit(&account->refs, 1, memory_order_acq_rel) == 1) {
-		assert(atomic_load(&account->used_bytes) == 0);
-		free(account);
+	if (account == NULL)
+		return;
+	struct account *counted = account->parent == NULL ? account : account->parent;
+	if (atomic_fetch_sub_explicit(&counted->refs, 1, memory_order_acq_rel) == 1)
+		account_destroy(counted);
+}
+
+static struct account *account_find(struct account *account, const struct memory *memory)
+{
+	struct account *device = atomic_load_explicit(&account->devices, memory_order_acquire);
+	while (device != NULL && device->memory != memory)
+		device = device->next;
+	return device;
+}
+
+struct account *account_on(struct account *account, struct memory *memory)
+{
+	static pthread_mutex_t making = PTHREAD_MUTEX_INITIALIZER;
+	struct account *device = account->memory == memory ? account : account_find(account, memory);
+	if (device != NULL)
+		return device;
+	(void)pthread_mutex_lock(&making);
+	device = account_find(account, memory);
+	if (device == NULL && (device = account_create(memory, atomic_load_explicit(&memory->limit_bytes, memory_order_relaxed))) != NULL) {
+		device->parent = account;
+		device->next = atomic_load_explicit(&account->devices, memory_order_relaxed);
+		atomic_store_explicit(&account->devices, device, memory_order_release);
 	}
+	(void)pthread_mutex_unlock(&making);
+	return device;
+}
+
+struct account *buffer_payer(const struct buffer *buffer)
+{
+	return buffer->account->parent == NULL ? buffer->account : buffer->account->parent;
 }
 
 /* Adds unless that passes the limit; *used_out is what was there. */
@@ -112,15 +191,16 @@ opd_status account_charge(struct account *account, uint64_t bytes, opd_error *er
 {
 	uint64_t used;
 	uint64_t limit = atomic_load_explicit(&account->limit_bytes, memory_order_relaxed);
-	if (!charge(&account->used_bytes, limit, bytes, &used))
-		return opd_fail(error, OPD_RESOURCE_EXHAUSTED,
-		                "session memory: %" PRIu64 " bytes wanted, %" PRIu64 " of at most %" PRIu64 " in use", bytes, used, limit);
 	struct memory *memory = account->memory;
+	const bool device = memory->device != 0;
+	if (!charge(&account->used_bytes, limit, bytes, &used))
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "session memory%s%s: %" PRIu64 " bytes wanted, %" PRIu64 " of at most %" PRIu64 " in use",
+		                device ? " on " : "", device ? memory->name : "", bytes, used, limit);
 	limit = atomic_load_explicit(&memory->limit_bytes, memory_order_relaxed);
 	if (!charge_daemon(account, bytes, limit, &used)) {
 		(void)atomic_fetch_sub_explicit(&account->used_bytes, bytes, memory_order_relaxed);
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED,
-		                "daemon memory: %" PRIu64 " bytes wanted, %" PRIu64 " of at most %" PRIu64 " in use", bytes, used, limit);
+		                "%s memory: %" PRIu64 " bytes wanted, %" PRIu64 " of at most %" PRIu64 " in use", memory->name, bytes, used, limit);
 	}
 	return OPD_OK;
 }
@@ -149,8 +229,9 @@ static bool pool_give(struct memory *memory, struct buffer *buffer, uint64_t cla
 	/* The ceiling holds for what is resident: cached memory must not push live memory past it. */
 	uint64_t used = atomic_load_explicit(&memory->used_bytes, memory_order_relaxed);
 	(void)pthread_mutex_lock(&memory->mutex);
-	if (memory->cached_bytes + class_bytes <= memory->cache_limit_bytes &&
-	    used + memory->cached_bytes + class_bytes <= atomic_load_explicit(&memory->limit_bytes, memory_order_relaxed)) {
+	/* A device's is freed by its lane alone, when room is made for another. */
+	if (memory->device != 0 || (memory->cached_bytes + class_bytes <= memory->cache_limit_bytes &&
+	    used + memory->cached_bytes + class_bytes <= atomic_load_explicit(&memory->limit_bytes, memory_order_relaxed))) {
 		buffer->next = memory->cached[buffer->class];
 		memory->cached[buffer->class] = buffer;
 		memory->cached_bytes += class_bytes;
@@ -160,50 +241,39 @@ static bool pool_give(struct memory *memory, struct buffer *buffer, uint64_t cla
 	return kept;
 }
 
-/* Frees cached buffers, largest first, until live (what is wanted included) and cached memory fit the ceiling. */
-static void pool_make_room(struct memory *memory)
+static void *system_alloc(uint64_t class_bytes)
 {
-	uint64_t limit = atomic_load_explicit(&memory->limit_bytes, memory_order_relaxed);
-	struct buffer *victims = NULL;
-	(void)pthread_mutex_lock(&memory->mutex);
-	for (unsigned class = MEMORY_CLASSES; class-- > 0;) {
-		while (memory->cached[class] != NULL &&
-		       atomic_load_explicit(&memory->used_bytes, memory_order_relaxed) + memory->cached_bytes > limit) {
-			struct buffer *buffer = memory->cached[class];
-			memory->cached[class] = buffer->next;
-			memory->cached_bytes -= class_bytes_at(class);
-			buffer->next = victims;
-			victims = buffer;
-		}
-	}
-	(void)pthread_mutex_unlock(&memory->mutex);
-	while (victims != NULL) {
-		struct buffer *buffer = victims;
-		victims = buffer->next;
-		buffer_destroy(buffer, class_bytes_at(buffer->class));
-	}
+	if (class_bytes < MAPPED_BYTES)
+		return aligned_alloc(OPD_TENSOR_ALIGNMENT, class_bytes);
+	void *map = mmap(NULL, class_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (map == MAP_FAILED)
+		return NULL;
+	if (class_bytes >= 2 * MAPPED_BYTES)
+		(void)madvise(map, class_bytes, MADV_HUGEPAGE); /* only a wish */
+	return map;
 }
 
-static struct buffer *buffer_create(struct memory *memory, unsigned class, uint64_t class_bytes)
+/* What is only cached gives way to what is wanted. */
+static opd_status buffer_create(struct memory *memory, unsigned class, uint64_t class_bytes, struct buffer **buffer_out, opd_error *error)
 {
-	pool_make_room(memory);
+	(void)pool_shrink(memory, atomic_load_explicit(&memory->limit_bytes, memory_order_relaxed));
 	struct buffer *buffer = calloc(1, sizeof *buffer);
-	if (buffer == NULL)
-		return NULL;
-	if (class_bytes >= MAPPED_BYTES) {
-		void *map = mmap(NULL, class_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-		buffer->data = map == MAP_FAILED ? NULL : map;
-		if (buffer->data != NULL && class_bytes >= 2 * MAPPED_BYTES)
-			(void)madvise(map, class_bytes, MADV_HUGEPAGE); /* only a wish */
-	} else {
-		buffer->data = aligned_alloc(OPD_TENSOR_ALIGNMENT, class_bytes);
+	void *data = NULL;
+	opd_status status = buffer == NULL ? opd_fail(error, OPD_RESOURCE_EXHAUSTED, "tensor memory: out of memory") : OPD_OK;
+	if (status == OPD_OK && memory->device != 0) {
+		status = memory->source.alloc(memory->source.context, class_bytes, &data, error);
+	} else if (status == OPD_OK && (data = system_alloc(class_bytes)) == NULL) {
+		status = opd_fail(error, OPD_RESOURCE_EXHAUSTED, "tensor memory: the system has no %" PRIu64 " bytes", class_bytes);
 	}
-	if (buffer->data == NULL) {
+	if (status != OPD_OK) {
 		free(buffer);
-		return NULL;
+		return status;
 	}
+	buffer->data = data;
 	buffer->class = (uint16_t)class;
-	return buffer;
+	buffer->device = memory->device;
+	*buffer_out = buffer;
+	return OPD_OK;
 }
 
 opd_status buffer_alloc(struct account *account, uint64_t bytes, uint64_t slack_bytes, struct buffer **buffer_out, opd_error *error)
@@ -218,10 +288,10 @@ opd_status buffer_alloc(struct account *account, uint64_t bytes, uint64_t slack_
 	unsigned class = class_of(padded, &class_bytes);
 	struct buffer *buffer = pool_take(account->memory, class, class_bytes);
 	if (buffer == NULL)
-		buffer = buffer_create(account->memory, class, class_bytes);
-	if (buffer == NULL) {
+		status = buffer_create(account->memory, class, class_bytes, &buffer, error);
+	if (status != OPD_OK) {
 		account_release(account, bytes);
-		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "tensor memory: the system has no %" PRIu64 " bytes", bytes);
+		return status;
 	}
 	atomic_store_explicit(&buffer->refs, 1, memory_order_relaxed);
 	buffer->bytes = bytes + slack_bytes;
@@ -231,13 +301,137 @@ opd_status buffer_alloc(struct account *account, uint64_t bytes, uint64_t slack_
 	return OPD_OK;
 }
 
-void buffer_recharge(struct buffer *buffer, struct account *account)
+/* ---- Mirrors ---- */
+
+/* One for all: it is held for a few instructions, and only where tensors of devices are looked for. */
+static pthread_mutex_t mirrors_mutex = PTHREAD_MUTEX_INITIALIZER;
+
+static void age_remove(struct buffer *mirror)
 {
+	struct memory *memory = mirror->account->memory;
+	*(mirror->older == NULL ? &memory->mirrors_first : &mirror->older->newer) = mirror->newer;
+	*(mirror->newer == NULL ? &memory->mirrors_last : &mirror->newer->older) = mirror->older;
+	mirror->older = mirror->newer = NULL;
+}
+
+static void age_append(struct buffer *mirror)
+{
+	struct memory *memory = mirror->account->memory;
+	mirror->older = memory->mirrors_last;
+	*(memory->mirrors_last == NULL ? &memory->mirrors_first : &memory->mirrors_last->newer) = mirror;
+	memory->mirrors_last = mirror;
+}
+
+struct buffer *buffer_on(struct buffer *buffer, uint32_t device)
+{
+	if (buffer->device == device)
+		return buffer_ref(buffer);
+	(void)pthread_mutex_lock(&mirrors_mutex);
+	struct buffer *mirror = buffer->mirrors;
+	while (mirror != NULL && mirror->device != device)
+		mirror = mirror->sibling;
+	if (mirror != NULL) {
+		age_remove(mirror);
+		age_append(mirror);
+		(void)buffer_ref(mirror);
+	}
+	(void)pthread_mutex_unlock(&mirrors_mutex);
+	return mirror;
+}
+
+bool buffer_is_on(const struct buffer *buffer, uint32_t device)
+{
+	if (buffer->device == device)
+		return true;
+	(void)pthread_mutex_lock(&mirrors_mutex);
+	const struct buffer *mirror = buffer->mirrors;
+	while (mirror != NULL && mirror->device != device)
+		mirror = mirror->sibling;
+	(void)pthread_mutex_unlock(&mirrors_mutex);
+	return mirror != NULL;
+}
+
+void buffer_add_mirror(struct buffer *buffer, struct buffer *mirror)
+{
+	(void)pthread_mutex_lock(&mirrors_mutex);
+	const struct buffer *there = buffer->mirrors;
+	while (there != NULL && there->device != mirror->device)
+		there = there->sibling;
+	if (there == NULL && buffer->device != mirror->device && mirror->mirror_of == NULL) {
+		mirror->mirror_of = buffer;
+		mirror->sibling = buffer->mirrors;
+		buffer->mirrors = buffer_ref(mirror);
+		age_append(mirror);
+	}
+	(void)pthread_mutex_unlock(&mirrors_mutex);
+}
+
+/* Under the lock; the caller drops the reference after it. */
+static void mirror_remove(struct buffer *mirror)
+{
+	struct buffer **link = &mirror->mirror_of->mirrors;
+	while (*link != mirror)
+		link = &(*link)->sibling;
+	*link = mirror->sibling;
+	mirror->sibling = mirror->mirror_of = NULL;
+	age_remove(mirror);
+}
+
+void buffer_drop_mirrors(struct buffer *buffer, const struct buffer *mirror)
+{
+	struct buffer *dropped = NULL;
+	(void)pthread_mutex_lock(&mirrors_mutex);
+	for (struct buffer *next, *each = buffer->mirrors; each != NULL; each = next) {
+		next = each->sibling;
+		if (mirror != NULL && each != mirror)
+			continue;
+		mirror_remove(each);
+		each->sibling = dropped;
+		dropped = each;
+	}
+	(void)pthread_mutex_unlock(&mirrors_mutex);
+	while (dropped != NULL) {
+		struct buffer *each = dropped;
+		dropped = each->sibling;
+		each->sibling = NULL;
+		buffer_unref(each);
+	}
+}
+
+bool memory_evict(struct memory *memory)
+{
+	(void)pthread_mutex_lock(&mirrors_mutex);
+	struct buffer *mirror = memory->mirrors_first;
+	while (mirror != NULL && atomic_load_explicit(&mirror->refs, memory_order_acquire) != 1)
+		mirror = mirror->newer;
+	if (mirror != NULL)
+		mirror_remove(mirror);
+	(void)pthread_mutex_unlock(&mirrors_mutex);
+	buffer_unref(mirror);
+	return mirror != NULL;
+}
+
+/* ---- */
+
+static void recharge(struct buffer *buffer, struct account *account)
+{
+	struct account *to = account_on(account, buffer->account->memory);
 	struct account *before = buffer->account;
-	(void)atomic_fetch_add_explicit(&account->used_bytes, buffer->charged_bytes, memory_order_relaxed);
-	buffer->account = account_ref(account);
+	if (to == NULL) /* out of memory: the payer stays */
+		return;
+	(void)atomic_fetch_add_explicit(&to->used_bytes, buffer->charged_bytes, memory_order_relaxed);
+	buffer->account = account_ref(to);
 	(void)atomic_fetch_sub_explicit(&before->used_bytes, buffer->charged_bytes, memory_order_relaxed);
 	account_unref(before);
+}
+
+void buffer_recharge(struct buffer *buffer, struct account *account)
+{
+	(void)pthread_mutex_lock(&mirrors_mutex);
+	recharge(buffer, account);
+	for (struct buffer *mirror = buffer->mirrors; mirror != NULL; mirror = mirror->sibling)
+		recharge(mirror, account);
+	(void)pthread_mutex_unlock(&mirrors_mutex);
 }
 
 struct buffer *buffer_ref(struct buffer *buffer)
@@ -253,9 +447,11 @@ void buffer_unref(struct buffer *buffer)
 	struct account *account = buffer->account;
 	struct memory *memory = account->memory;
 	uint64_t class_bytes = class_bytes_at(buffer->class);
+	if (buffer->mirrors != NULL)
+		buffer_drop_mirrors(buffer, NULL);
 	account_release(account, buffer->charged_bytes);
 	buffer->account = NULL;
 	if (!pool_give(memory, buffer, class_bytes))
-		buffer_destroy(buffer, class_bytes);
+		buffer_destroy(memory, buffer, class_bytes);
 	account_unref(account);
 }

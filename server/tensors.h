@@ -1,9 +1,13 @@
 /* Tensor memory: one pooled allocator, and the ledger that every byte of it is charged to before it exists.
  *
- * Layer: server. Threads: any; a short lock for the pool, atomics for the ledger.
+ * Layer: server. Threads: any; a short lock for the pool, atomics for the ledger. Of a device's memory buffer_alloc and memory_trim belong to its lane's thread; what is given back
+ * is only cached, so that buffer_unref may be called by anybody.
  * Life: memory_init → account_create… → buffer_alloc, buffer_ref, buffer_unref… → account_unref → memory_fini (asserts that the ledger is zero).
  * Buffers are 64-byte aligned and readable (not writable) to the next 64-byte boundary; those of 1 MiB and more are mapped with huge pages. A freed one is kept warm for the next
- * of its size, up to the cache limit: a fresh 64 MiB costs six times the copy into a warm one. Nothing else allocates tensor bytes. */
+ * of its size, up to the cache limit: a fresh 64 MiB costs six times the copy into a warm one. Nothing else allocates tensor bytes.
+ * A device's memory is a struct memory of its own, with the same pool and ledger over the backend's alloc and free; what sessions have there is charged to sub-accounts of theirs. A
+ * buffer may have *mirrors*: buffers with the same bytes in other memories, made when somebody there must read them and dropped with the buffer or when it is written. Mirrors are a
+ * cache: a device that is full drops those that nobody uses, the one unused for longest first. */
 #ifndef OPD_SERVER_TENSORS_H
 #define OPD_SERVER_TENSORS_H
 
@@ -19,44 +23,75 @@
 
 #define MEMORY_CLASSES 160
 
+/* Where a device's memory comes from; called on its lane's thread. alloc: RESOURCE_EXHAUSTED when there is none. */
+struct memory_source {
+	opd_status (*alloc)(void *context, uint64_t bytes, void **memory_out, opd_error *error);
+	void (*free)(void *context, void *memory);
+	void *context;
+};
 struct derived;
 
 struct memory {
+	uint32_t device;  /* the host's number of it; 0: host memory */
+	const char *name; /* for texts */
+	struct memory_source source; /* of a device */
 	_Atomic uint64_t used_bytes; /* the ledger: charged by all accounts */
 	_Atomic uint64_t limit_bytes;
 	uint64_t cache_limit_bytes;
 	pthread_mutex_t mutex; /* of what follows */
 	uint64_t cached_bytes;
 	struct buffer *cached[MEMORY_CLASSES];
+	struct buffer *mirrors_first; /* in this memory, unused for longest first; under the lock of all mirrors */
+	struct buffer *mirrors_last;
 	struct derived *derived; /* copies made of tensors' contents (server/derived.h), which give way when the ledger is full; NULL: none. Set before there are tensors */
 };
 
 /* Who pays: a session. Outlives it while a buffer of it is in a lane. */
 struct account {
-	_Atomic uint32_t refs;
+	_Atomic uint32_t refs; /* a device's: the parent's count */
 	_Atomic uint64_t used_bytes;
 	_Atomic uint64_t limit_bytes;
 	struct memory *memory;
+	struct account *parent; /* of one for a device's memory: the session's */
+	_Atomic(struct account *) devices; /* for devices' memories; they live as long as this one */
+	struct account *next;
 	bool gives_way; /* it pays for derived copies: none of them are given up for others */
 };
 
 struct buffer {
 	_Atomic uint32_t refs;
 	uint16_t class;
+	uint32_t device; /* 0: host memory */
 	uint64_t bytes; /* usable */
 	uint64_t charged_bytes;
 	struct account *account;
-	unsigned char *data;
+	unsigned char *data; /* on a device: the backend's base, never to be touched */
 	struct buffer *next; /* in the pool */
+	/* Under the lock of all mirrors. */
+	struct buffer *mirrors; /* of this one */
+	struct buffer *sibling;
+	struct buffer *mirror_of;
+	struct buffer *older, *newer; /* in memory.mirrors_first… */
 };
 
 OPD_MUST_USE opd_status memory_init(struct memory *memory, uint64_t limit_bytes, uint64_t cache_limit_bytes, opd_error *error);
+/* A device's memory, of at most limit_bytes; `name` is borrowed. */
+OPD_MUST_USE opd_status memory_init_device(struct memory *memory, uint32_t device, const char *name, uint64_t limit_bytes, struct memory_source source,
+                                           opd_error *error);
 void memory_fini(struct memory *memory);
+/* Gives back what is only cached; false: nothing was. */
+bool memory_trim(struct memory *memory);
+/* Drops the mirror there that was unused for longest; false: every one is in use. */
+bool memory_evict(struct memory *memory);
 
 /* NULL: out of memory. */
 struct account *account_create(struct memory *memory, uint64_t limit_bytes);
 struct account *account_ref(struct account *account);
 void account_unref(struct account *account);
+/* The account's own for a device's memory, made when it is first asked for; borrowed. NULL: out of memory. */
+struct account *account_on(struct account *account, struct memory *memory);
+/* Who pays for a buffer: never a sub-account. */
+struct account *buffer_payer(const struct buffer *buffer);
 
 /* Charges without memory (a promise for later); RESOURCE_EXHAUSTED names the limit, what is used and what was wanted. */
 OPD_MUST_USE opd_status account_charge(struct account *account, uint64_t bytes, opd_error *error);
@@ -69,5 +104,13 @@ OPD_MUST_USE opd_status buffer_alloc(struct account *account, uint64_t bytes, ui
 void buffer_recharge(struct buffer *buffer, struct account *account);
 struct buffer *buffer_ref(struct buffer *buffer);
 void buffer_unref(struct buffer *buffer);
+
+/* The buffer itself, or its mirror, in that device's memory (0: the host's); referenced. NULL: it has none there. */
+struct buffer *buffer_on(struct buffer *buffer, uint32_t device);
+bool buffer_is_on(const struct buffer *buffer, uint32_t device);
+/* `mirror` holds the same bytes from now on; takes a reference. Nothing happens if there is one in that memory. */
+void buffer_add_mirror(struct buffer *buffer, struct buffer *mirror);
+/* The bytes change, or the mirror has turned out to be wrong (NULL: all of them). */
+void buffer_drop_mirrors(struct buffer *buffer, const struct buffer *mirror);
 
 #endif

@@ -1,9 +1,11 @@
-/* Tensors that clients bring: whole, their payload becoming the tensor, or in parts that are copied to their place. */
+/* Tensors that clients bring: whole, their payload becoming the tensor, or in parts that are copied to their place. One that is to live on a device is copied there from the
+ * payload, which then goes: no copy stays in host memory. */
 #include <inttypes.h>
 #include <string.h>
 
 #include "proto/tensor.h"
 #include "server/daemon.h"
+#include "server/device_run.h"
 #include "server/request.h"
 
 /* Up to here a part is copied on the loop: 10 us. */
@@ -52,7 +54,9 @@ opd_status upload_accept(struct request *request)
 	const struct msg_upload *message = &request->message.upload;
 	uint64_t bytes;
 	opd_status status = check_upload(request, message, &bytes);
-	if (status == OPD_OK && request->payload_bytes == 0)
+	if (status == OPD_OK && (status = device_wanted(request, message->device, &request->move.device)) != OPD_OK)
+		(void)opd_error_prefix(&request->error, status, "upload");
+	if (status == OPD_OK && request->payload_bytes == 0 && (request->move.device == 0 || !message->parts))
 		status = buffer_alloc(request->session->account, bytes, 0, &request->payload, &request->error);
 	if (status != OPD_OK)
 		return status;
@@ -63,13 +67,19 @@ opd_status upload_accept(struct request *request)
 	return status;
 }
 
-/* The payload's buffer is the tensor's: nothing is copied. */
-static struct kept_tensor *upload_tensor(struct request *request)
+static uint64_t upload_bytes(const struct request *request)
+{
+	const struct msg_tensor *tensor = request->message.upload.tensor;
+	uint64_t bytes = 0;
+	(void)!tensor_bytes(tensor->dtype, tensor->rank, tensor->shape, &bytes); /* checked when it was accepted */
+	return bytes;
+}
+
+static struct kept_tensor *upload_tensor(struct request *request, struct buffer *buffer)
 {
 	const struct msg_tensor *from = request->message.upload.tensor;
-	uint64_t bytes = 0;
-	(void)!tensor_bytes(from->dtype, from->rank, from->shape, &bytes); /* checked when it was accepted */
-	struct kept_tensor *tensor = kept_tensor_create(from->dtype, from->rank, from->shape, bytes, request->payload);
+	const uint64_t bytes = upload_bytes(request);
+	struct kept_tensor *tensor = kept_tensor_create(from->dtype, from->rank, from->shape, bytes, buffer);
 	if (tensor == NULL || !request->message.upload.parts || bytes == 0)
 		return tensor;
 	tensor->parts = parts_create();
@@ -79,10 +89,10 @@ static struct kept_tensor *upload_tensor(struct request *request)
 	return NULL;
 }
 
-void upload_start(struct request *request)
+static void upload_settle(struct request *request, struct buffer *buffer)
 {
 	struct msg_result *result = arena_zalloc(&request->arena, sizeof *result);
-	struct kept_tensor *tensor = result == NULL ? NULL : upload_tensor(request);
+	struct kept_tensor *tensor = result == NULL ? NULL : upload_tensor(request, buffer);
 	if (tensor == NULL) {
 		(void)out_of_memory(request, "upload");
 		request_fail(request);
@@ -99,6 +109,29 @@ void upload_start(struct request *request)
 	}
 	request->reply.run = (struct msg_run_reply){.output_count = 1, .outputs = result};
 	request_reply(request, MSG_REPLY_RUN);
+}
+
+/* Its bytes are on the device; or it has room there, for those that follow. */
+static void upload_moved(struct request *request)
+{
+	struct buffer *buffer = request->move.buffer;
+	if (request->status == OPD_OK)
+		upload_settle(request, buffer);
+	else
+		request_fail(request);
+	buffer_unref(buffer);
+}
+
+/* The payload's buffer is the tensor's: nothing is copied, but to a device. */
+void upload_start(struct request *request)
+{
+	const bool parts = request->message.upload.parts;
+	if (request->move.device == 0) {
+		upload_settle(request, request->payload);
+		return;
+	}
+	request->move = (struct device_move){.device = request->move.device, .bytes = upload_bytes(request), .host = parts ? NULL : request->payload->data};
+	device_move_start(request, "upload", upload_moved);
 }
 
 /* ---- Parts ---- */
@@ -131,11 +164,16 @@ opd_status write_accept(struct request *request)
 	return OPD_OK;
 }
 
+static const void *write_source(const struct request *request)
+{
+	const struct msg_tensor *data = request->message.write.data;
+	return data->source == MSG_SOURCE_PAYLOAD ? request->payload->data : data->inlined.data;
+}
+
 static void write_copy(struct request *request)
 {
 	const struct msg_write *message = &request->message.write;
-	const void *from = message->data->source == MSG_SOURCE_PAYLOAD ? request->payload->data : message->data->inlined.data;
-	memcpy(request->tensor->buffer->data + message->offset, from, (size_t)message->data->shape[0]);
+	memcpy(request->tensor->buffer->data + message->offset, write_source(request), (size_t)message->data->shape[0]);
 }
 
 static void write_done(struct request *request)
@@ -143,7 +181,9 @@ static void write_done(struct request *request)
 	const struct msg_write *message = &request->message.write;
 	struct kept_tensor *tensor = request->tensor;
 	tensor->parts->writing--;
-	opd_status status = parts_add(tensor->parts, message->offset, message->offset + (uint64_t)message->data->shape[0], &request->error);
+	opd_status status = request->status;
+	if (status == OPD_OK)
+		status = parts_add(tensor->parts, message->offset, message->offset + (uint64_t)message->data->shape[0], &request->error);
 	if (tensor->parts->received_bytes == tensor->bytes && tensor->parts->writing == 0) {
 		parts_destroy(tensor->parts);
 		tensor->parts = NULL;
@@ -162,6 +202,17 @@ void write_start(struct request *request)
 		return;
 	}
 	request->tensor->parts->writing++;
+	request->status = OPD_OK;
+	if (request->tensor->buffer->device != 0) {
+		const struct msg_write *message = &request->message.write;
+		request->move = (struct device_move){.device = request->tensor->buffer->device,
+		                                     .buffer = request->tensor->buffer,
+		                                     .offset = message->offset,
+		                                     .bytes = (uint64_t)message->data->shape[0],
+		                                     .host = (void *)(uintptr_t)write_source(request)};
+		device_move_start(request, "write", write_done);
+		return;
+	}
 	if ((uint64_t)request->message.write.data->shape[0] > COPY_ON_LOOP_BYTES) {
 		request_task(request, write_copy, write_done);
 		return;

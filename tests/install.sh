@@ -15,7 +15,9 @@ test=(check libsubunit-dev python3 python3-protobuf python3-numpy binutils procp
 full=(clang)
 bench=(g++ libgrpc++-dev libprotobuf-dev protobuf-compiler protobuf-compiler-grpc python3-torch)
 # Libraries that providers wrap. Nothing needs them to be built or to pass: modules say what they miss. So a failure to get them is none.
-optional=(libopenblas0-pthread libdnnl-dev)
+optional=(libopenblas0-pthread libdnnl-dev opencl-headers)
+# An OpenCL device for machines without a GPU: large, and of use to the tests alone.
+optional_test=(ocl-icd-libopencl1 pocl-opencl-icd)
 
 is_installed() {
 	[ "$(dpkg-query -W -f '${db:Status-Abbrev}' "$1" 2>/dev/null)" = 'ii ' ]
@@ -48,7 +50,10 @@ wanted=()
 for word in "$@"; do
 	case $word in
 	build) wanted+=("${build[@]}") ;;
-	test) wanted+=("${test[@]}") ;;
+	test)
+		wanted+=("${test[@]}")
+		optional+=("${optional_test[@]}")
+		;;
 	full) wanted+=("${full[@]}") ;;
 	bench) wanted+=("${bench[@]}") ;;
 	*)

@@ -57,9 +57,10 @@ static void print_implementation(const opd_implementation *impl)
 	             impl->supported ? "supported" : "not supported: ");
 	if (!impl->supported)
 		(void)printf("%s", shown(impl->reason));
-	(void)printf("%s%s%s%s%s\n", impl->predicate ? ", has a predicate" : ", takes all arguments",
+	(void)printf("%s%s%s%s%s%s\n", impl->predicate ? ", has a predicate" : ", takes all arguments",
 	             impl->plan_may_refuse ? ", its plan may refuse" : "", impl->in_place ? ", in place" : "",
-	             impl->thread_invariant ? ", thread-invariant" : "", impl->batch_invariant ? ", batch-invariant" : "");
+	             impl->thread_invariant ? ", thread-invariant" : "", impl->batch_invariant ? ", batch-invariant" : "",
+	             impl->bf16_denormals_zero ? ", bf16 denormals are zero" : "");
 	(void)printf("  %-12s uuid %s\n", "", shown(impl->uuid));
 }
 
@@ -96,6 +97,7 @@ static cJSON *implementation_json(const opd_implementation *impl)
 	cJSON_AddBoolToObject(document, "in_place", impl->in_place);
 	cJSON_AddBoolToObject(document, "thread_invariant", impl->thread_invariant);
 	cJSON_AddBoolToObject(document, "batch_invariant", impl->batch_invariant);
+	cJSON_AddBoolToObject(document, "bf16_denormals_zero", impl->bf16_denormals_zero);
 	return document;
 }
 

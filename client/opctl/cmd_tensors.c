@@ -8,7 +8,7 @@
 #include "client/safetensors.h"
 #include "proto/bounds.h"
 
-const struct option_use put_options[] = {{OPTION_AS, "what it is published as"}, {OPTION_ALL, "for every tenant, not yours alone"}, {OPTION_END, NULL}};
+const struct option_use put_options[] = {{OPTION_AS, "what it is published as"}, {OPTION_ALL, "for every tenant, not yours alone"}, {OPTION_DEVICE, "where it is to live: cuda, cuda:1"}, {OPTION_END, NULL}};
 const struct option_use get_options[] = {{OPTION_OUTPUT, "the file to write: .npy or .safetensors"}, {OPTION_END, NULL}};
 const struct option_use publish_options[] = {{OPTION_AS, "the other name"}, {OPTION_ALL, "for every tenant, not yours alone"}, {OPTION_END, NULL}};
 
@@ -89,12 +89,15 @@ static void print_publication(const opd_publication *publication)
 static opd_status put_one(struct put *put, const char *name, const struct file_tensor *tensor, opd_error *error)
 {
 	const opd_operand operand = {.struct_bytes = sizeof operand, .dtype = tensor->dtype, .rank = tensor->rank, .shape = tensor->shape, .data = tensor->data};
-	const opd_upload_options watched = {.struct_bytes = sizeof watched, .on_progress = show_progress, .progress_data = put};
+	const opd_upload_options watched = {.struct_bytes = sizeof watched,
+	                                    .on_progress = isatty(STDERR_FILENO) ? show_progress : NULL,
+	                                    .progress_data = put,
+	                                    .device = options_has(&put->ctl->options, OPTION_DEVICE) ? put->ctl->options.values[OPTION_DEVICE] : NULL};
 	const opd_publish_options lasting = {.struct_bytes = sizeof lasting, .all = options_has(&put->ctl->options, OPTION_ALL), .lasting = true};
 	const opd_publication *publication;
 	opd_handle handle;
 	put->name = name;
-	opd_status status = opd_upload(put->ctl->client, &operand, isatty(STDERR_FILENO) ? &watched : NULL, &handle, error);
+	opd_status status = opd_upload(put->ctl->client, &operand, &watched, &handle, error);
 	if (isatty(STDERR_FILENO))
 		(void)fputs("\r\033[K", stderr);
 	if (status != OPD_OK)

@@ -170,7 +170,7 @@ OPD_API void opd_request_explain(opd_request *request, bool explain); /* the res
 OPD_API void opd_request_uuid(opd_request *request, bool uuid);
 OPD_API void opd_request_retry(opd_request *request, bool retry);     /* a failed kernel lets the next in the list try */
 OPD_API void opd_request_allow_tf32(opd_request *request, bool allow);
-OPD_API void opd_request_device(opd_request *request, const char *device); /* "cpu", "cuda:1"; NULL: any */
+OPD_API void opd_request_device(opd_request *request, const char *device); /* "cpu", "cuda:1"; NULL: any. Of an upload: where the tensor is to live; NULL: host memory */
 OPD_API void opd_request_timeout(opd_request *request, uint64_t timeout_us); /* of the server's, from receipt; 0: none */
 
 typedef enum opd_mode {
@@ -383,6 +383,7 @@ typedef struct opd_upload_options {
 	uint64_t part_bytes; /* 0: in one piece, or in parts of 4 MiB where it is watched or exceeds what the server takes in one request */
 	void (*on_progress)(void *progress_data, uint64_t done_bytes, uint64_t total_bytes); /* after each part; NULL: none */
 	void *progress_data;
+	const char *device; /* where it is to live: "cuda:1"; NULL: in the server's host memory */
 } opd_upload_options;
 
 /* Uploads and waits; options NULL: the defaults. In parts, one that the server had no memory for is sent again, five times at most. A failed upload leaves nothing
@@ -502,6 +503,7 @@ typedef struct opd_implementation {
 	bool in_place;
 	bool thread_invariant;
 	bool batch_invariant;
+	bool bf16_denormals_zero; /* denormal bf16 operands count as zero */
 } opd_implementation;
 
 typedef struct opd_op_description {

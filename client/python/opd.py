@@ -805,20 +805,20 @@ class Client:
 
     # ---- Kept tensors, generated inputs
 
-    def upload(self, value):
-        """A tensor that stays: a Future of its Handle. `future.output()` is an operand before that is here."""
+    def upload(self, value, device=""):
+        """A tensor that stays: a Future of its Handle. `future.output()` is an operand before that is here. device: where it is to live, as "cuda:0"."""
         tensor, payload = _tensor_of(value), _Payload()
         if tensor is None or tensor.data is None:
             raise InvalidArgument(f"upload of a {type(value).__name__}, expected a tensor with data")
         if tensor.strides is not None or tensor.byte_offset:
             raise InvalidArgument("upload of a tensor with strides or a byte offset, expected it row-major")
-        request = pb.Request(upload=pb.Upload())
+        request = pb.Request(upload=pb.Upload(device=device))
         _write_tensor(request.upload.tensor, tensor, payload, False)
         return self._submit(request, _read_uploaded, payload)
 
-    def upload_parts(self, dtype, shape):
+    def upload_parts(self, dtype, shape, device=""):
         """A Handle without bytes, which `write` brings; FAILED_PRECONDITION to use until all are there."""
-        request = pb.Request(upload=pb.Upload(parts=True))
+        request = pb.Request(upload=pb.Upload(parts=True, device=device))
         _write_tensor(request.upload.tensor, Tensor(None, dtype, shape), _Payload(), True)
         return self._submit(request, _read_uploaded, _Payload()).result()
 

@@ -35,6 +35,7 @@ static opd_status onednn_open(const opd_host *host, void *state, opd_error *erro
 	static const opd_impl *const templates[DNN_IMPLS] = {&onednn_linear, &onednn_matmul, &onednn_scaled_mm};
 	struct dnn *dnn = state;
 	probe(dnn);
+	dnn->has_bf16 = onednn_has_bf16();
 	for (size_t i = 0; i < DNN_IMPLS; i++) {
 		dnn->impls[i] = *templates[i];
 		dnn->impls[i].unsupported = dnn->missing[0] != '\0' ? dnn->missing : NULL;

@@ -1,13 +1,13 @@
-/* linear and matmul of f32, scaled_mm of i8: blocks of a product (providers/product.h), one single-threaded primitive each.
+/* linear and matmul of f32 and bf16, scaled_mm of i8: blocks of a product (providers/product.h), one single-threaded primitive each.
  *
  * A plan holds the primitives for the block shapes that a product of its shape has: whole ones, and those at its lower and right edges. Blocks run on the
- * lane's threads at once; each thread has its own scratch. */
+ * lane's threads at once; each thread has its own scratch. A right factor whose contents stay is packed once, into the layout that the library likes best. */
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "element.h"
-#include "providers/onednn/onednn.h"
+#include "providers/onednn/multiply.h"
 #include "uuid/onednn_product.h"
 
 /* i8 sums are exact in i32 up to so many products of 128 · 128. */
@@ -54,11 +54,15 @@ static bool accept_bias(const opd_tensor *bias, opd_reason *reason)
 
 static bool float_predicate(const opd_impl *impl, void *state, const opd_call *call, opd_reason *reason)
 {
+	const struct dnn *dnn = state;
 	struct product product;
 	opd_dtype dtype = call->args[0].tensor->dtype;
-	(void)state;
-	if (dtype != OPD_f32)
-		return OPD_REFUSE(reason, OPD_REASON_DTYPE, "%s, only f32", opd_dtype_name(dtype));
+	if (dtype == OPD_bf16 && !dnn->has_bf16)
+		return OPD_REFUSE(reason, OPD_REASON_DTYPE, "bf16, only f32: the processor has no AVX-512 BF16");
+	if (dtype != OPD_f32 && dtype != OPD_bf16)
+		return OPD_REFUSE(reason, OPD_REASON_DTYPE, "%s, only f32, bf16", opd_dtype_name(dtype));
+	if (dtype == OPD_bf16 && opd_tensor_last(call->args[0].tensor) % 2 != 0) /* it multiplies in pairs: the last one twice, once by 0, which makes a NaN of an infinity */
+		return OPD_REFUSE(reason, OPD_REASON_SIZE, "sums of %lld bf16 products, only even numbers", (long long)opd_tensor_last(call->args[0].tensor));
 	return read_product(impl, call, &product, reason) && accept_bias(product.bias, reason);
 }
 
@@ -75,7 +79,7 @@ static bool scaled_predicate(const opd_impl *impl, void *state, const opd_call *
 	return read_product(impl, call, &product, reason);
 }
 
-/* 40 products a nanosecond in f32, four times as many in i8; factors come at 8 bytes a nanosecond. */
+/* 40 products a nanosecond in f32, twice as many in bf16, four times in i8; factors come at 8 bytes a nanosecond. */
 static double product_ns(const struct product *product)
 {
 	double products = (double)product->batches * (double)product->rows * (double)product->columns * (double)product->depth;
@@ -92,129 +96,20 @@ static uint64_t cost_ns(const opd_impl *impl, const opd_call *call)
 	return ns < 1e18 ? (uint64_t)ns : (uint64_t)1e18;
 }
 
-/* ---- Plan --------------------------------------------------------------------------------------------------------------- */
-
-/* Index into a plan's primitives: bit 0, a block of fewer columns; bit 1, of fewer rows. */
-enum { EDGE_COLUMNS = 1, EDGE_ROWS = 2, SHAPES = 4 };
-
-struct multiply {
-	dnnl_primitive_t primitive; /* NULL: no block has this shape */
-	dnnl_memory_desc_t left, right, bias, y, scratchpad;
-};
-
-struct multiply_plan {
-	const struct dnn *dnn;
-	uint64_t scratchpad_bytes; /* of a thread */
-	uint64_t sums_bytes;       /* of a thread, behind its scratchpad: i8's sums of one block */
-	struct multiply shapes[SHAPES];
-};
-
-static void plan_destroy(void *data)
-{
-	struct multiply_plan *plan = data;
-	for (unsigned i = 0; i < SHAPES; i++)
-		if (plan->shapes[i].primitive != NULL)
-			(void)plan->dnn->primitive_destroy(plan->shapes[i].primitive);
-	free(plan);
-}
-
-static uint64_t round_up(uint64_t bytes)
-{
-	return (bytes + 63) / 64 * 64;
-}
-
-static bool describe(const struct dnn *dnn, dnnl_memory_desc_t *desc, int64_t rows, int64_t columns, dnnl_data_type_t type,
-                     struct product_matrix matrix)
-{
-	const dnnl_dims_t dims = {rows, columns};
-	const dnnl_dims_t strides = {matrix.transposed ? 1 : matrix.lead, matrix.transposed ? matrix.lead : 1};
-	return dnn->memory_desc_init_by_strides(desc, 2, dims, type, strides) == dnnl_success;
-}
-
-static bool describe_all(const struct dnn *dnn, struct multiply *made, const struct product *product, int64_t rows, int64_t columns)
-{
-	bool sums = product->left_tensor->dtype == OPD_i8;
-	dnnl_data_type_t from = sums ? dnnl_s8 : dnnl_f32, to = sums ? dnnl_s32 : dnnl_f32;
-	struct product_matrix y = {.lead = sums ? columns : product->columns};
-	return describe(dnn, &made->left, rows, product->depth, from, product->left) &&
-	       describe(dnn, &made->right, product->depth, columns, from, product->right) && describe(dnn, &made->y, rows, columns, to, y) &&
-	       (product->bias == NULL || describe(dnn, &made->bias, 1, columns, from, (struct product_matrix){.lead = columns}));
-}
-
-static dnnl_status_t create_primitive(const struct dnn *dnn, struct multiply *made, const struct product *product)
-{
-	dnnl_matmul_desc_t desc;
-	dnnl_primitive_attr_t attr = NULL;
-	dnnl_primitive_desc_t primitive_desc = NULL;
-	dnnl_status_t status = dnn->matmul_desc_init(&desc, &made->left, &made->right, product->bias != NULL ? &made->bias : NULL, &made->y);
-	if (status == dnnl_success)
-		status = dnn->primitive_attr_create(&attr);
-	if (status == dnnl_success)
-		status = dnn->primitive_attr_set_scratchpad_mode(attr, dnnl_scratchpad_mode_user);
-	if (status == dnnl_success)
-		status = dnn->primitive_desc_create(&primitive_desc, &desc, attr, dnn->engine, NULL);
-	if (status == dnnl_success) {
-		made->scratchpad = *dnn->primitive_desc_query_md(primitive_desc, dnnl_query_scratchpad_md, 0);
-		status = dnn->primitive_create(&made->primitive, primitive_desc);
-	}
-	if (primitive_desc != NULL)
-		(void)dnn->primitive_desc_destroy(primitive_desc);
-	if (attr != NULL)
-		(void)dnn->primitive_attr_destroy(attr);
-	return status;
-}
-
-static opd_status plan_shape(const struct dnn *dnn, struct multiply_plan *plan, const struct product *product, int64_t rows, int64_t columns,
-                             opd_error *error)
-{
-	bool short_rows = rows < PRODUCT_BLOCK_ROWS, short_columns = columns < product_block_columns(product);
-	struct multiply *made = &plan->shapes[(short_rows ? EDGE_ROWS : 0) | (short_columns ? EDGE_COLUMNS : 0)];
-	if (rows == 0 || columns == 0 || made->primitive != NULL)
-		return OPD_OK;
-	dnnl_status_t status = describe_all(dnn, made, product, rows, columns) ? create_primitive(dnn, made, product) : dnnl_invalid_arguments;
-	if (status != dnnl_success)
-		return opd_fail(error, status == dnnl_out_of_memory ? OPD_RESOURCE_EXHAUSTED : OPD_INTERNAL,
-		                "no oneDNN primitive for a product of %lld x %lld x %lld: its status is %d", (long long)rows, (long long)product->depth,
-		                (long long)columns, (int)status);
-	uint64_t bytes = round_up(dnn->memory_desc_get_size(&made->scratchpad));
-	plan->scratchpad_bytes = bytes > plan->scratchpad_bytes ? bytes : plan->scratchpad_bytes;
-	if (product->left_tensor->dtype == OPD_i8) {
-		bytes = round_up((uint64_t)rows * (uint64_t)columns * sizeof(int32_t));
-		plan->sums_bytes = bytes > plan->sums_bytes ? bytes : plan->sums_bytes;
-	}
-	return OPD_OK;
-}
-
-static opd_status plan_shapes(const struct dnn *dnn, struct multiply_plan *plan, const struct product *product, opd_error *error)
-{
-	int64_t block = product_block_columns(product);
-	int64_t rows[2] = {product->rows >= PRODUCT_BLOCK_ROWS ? PRODUCT_BLOCK_ROWS : 0, product->rows % PRODUCT_BLOCK_ROWS};
-	int64_t columns[2] = {product->columns >= block ? block : 0, product->columns % block};
-	opd_status status = OPD_OK;
-	for (int i = 0; i < 4 && status == OPD_OK; i++)
-		status = plan_shape(dnn, plan, product, rows[i / 2], columns[i % 2], error);
-	return status;
-}
-
 static opd_status make_plan(const opd_impl *impl, void *state, const opd_call *call, opd_plan *plan_out, opd_reason *reason, opd_error *error)
 {
 	const struct dnn *dnn = state;
 	struct product product;
+	struct multiply_plan *plan;
 	if (!read_product(impl, call, &product, reason))
 		return opd_fail(error, OPD_INTERNAL, "%s: a plan for operands that the predicate refuses", impl->op);
-	struct multiply_plan *plan = calloc(1, sizeof *plan);
-	if (plan == NULL)
-		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "%s: no memory for a plan", impl->op);
-	plan->dnn = dnn;
 	dnn_enter(dnn);
-	opd_status status = product.depth == 0 || product.batches == 0 ? OPD_OK : plan_shapes(dnn, plan, &product, error);
-	if (status != OPD_OK) {
-		plan_destroy(plan);
-		return status;
-	}
-	plan_out->memory_bytes = sizeof *plan + SHAPES * (uint64_t)65536; /* a primitive's code, generously */
+	opd_status status = multiply_plan_create(dnn, &product, &plan, error);
+	if (status != OPD_OK)
+		return opd_error_prefix(error, status, "%s", impl->op);
+	plan_out->memory_bytes = sizeof *plan + 2 * SHAPES * (uint64_t)65536; /* a primitive's code, generously */
 	plan_out->data = plan;
-	plan_out->destroy = plan_destroy;
+	plan_out->destroy = multiply_plan_destroy;
 	return OPD_OK;
 }
 
@@ -226,46 +121,13 @@ struct work {
 	const opd_call *call;
 	const opd_exec *exec;
 	struct product product;
-	unsigned char *scratch; /* of thread t: at t · scratch_bytes */
+	const unsigned char *packed; /* the right factor; NULL: it isn't */
+	unsigned char *to_pack;      /* what it is packed into now */
+	unsigned char *scratch;      /* of thread t: at t · scratch_bytes */
 	uint64_t scratch_bytes;
 	_Atomic int failed; /* a dnnl_status_t */
 	atomic_bool cancelled;
 };
-
-static dnnl_status_t execute(const struct work *work, const struct multiply *multiply, const struct product_block *block, dnnl_stream_t stream,
-                             unsigned char *scratch, void *y)
-{
-	const struct dnn *dnn = work->dnn;
-	const opd_tensor *bias = work->product.bias;
-	void *bias_data = bias == NULL ? NULL : (float *)opd_tensor_data(bias) + block->column;
-	/* The library's memory objects take non-const addresses; sources are only read. */
-	union {
-		const unsigned char *from;
-		void *to;
-	} left = {block->left}, right = {block->right};
-	const struct {
-		int name;
-		const dnnl_memory_desc_t *desc;
-		void *data;
-	} operands[] = {
-		{DNNL_ARG_SRC, &multiply->left, left.to},        {DNNL_ARG_WEIGHTS, &multiply->right, right.to},
-		{DNNL_ARG_DST, &multiply->y, y},                 {DNNL_ARG_SCRATCHPAD, &multiply->scratchpad, scratch},
-		{DNNL_ARG_BIAS, &multiply->bias, bias_data},
-	};
-	enum { OPERANDS = sizeof operands / sizeof operands[0] };
-	dnnl_exec_arg_t args[OPERANDS];
-	int count = 0, used = bias == NULL ? OPERANDS - 1 : OPERANDS;
-	dnnl_status_t status = dnnl_success;
-	for (; count < used && status == dnnl_success; count++) {
-		args[count] = (dnnl_exec_arg_t){.arg = operands[count].name, .memory = NULL};
-		status = dnn->memory_create(&args[count].memory, operands[count].desc, dnn->engine, operands[count].data);
-	}
-	if (status == dnnl_success)
-		status = dnn->primitive_execute(multiply->primitive, stream, count, args);
-	for (int i = 0; i < count; i++)
-		(void)dnn->memory_destroy(args[i].memory);
-	return status;
-}
 
 static float scale_at(const opd_tensor *scale, int64_t index)
 {
@@ -293,42 +155,48 @@ static void scale_block(const struct work *work, const struct product_block *blo
 	}
 }
 
-/* f32 results of sums over nothing: zeros, or the bias. */
+/* Results of sums over nothing: zeros, or the bias. */
 static void fill_block(const struct work *work, const struct product_block *block)
 {
 	const opd_tensor *bias = work->product.bias;
-	float *y = (void *)block->y;
-	for (int64_t r = 0; r < block->rows; r++)
-		for (int64_t c = 0; c < block->columns; c++)
-			y[r * work->product.columns + c] = bias == NULL ? 0 : ((const float *)opd_tensor_data(bias))[block->column + c];
+	const uint64_t bytes = opd_dtype_bytes(work->product.y->dtype), row_bytes = (uint64_t)block->columns * bytes;
+	for (int64_t r = 0; r < block->rows; r++) {
+		unsigned char *row = block->y + (uint64_t)(r * work->product.columns) * bytes;
+		if (bias == NULL)
+			memset(row, 0, row_bytes);
+		else
+			memcpy(row, (const unsigned char *)opd_tensor_data(bias) + (uint64_t)block->column * bytes, row_bytes);
+	}
 }
 
 static dnnl_status_t run_block(const struct work *work, const struct product_block *block, dnnl_stream_t stream, unsigned char *scratch)
 {
-	bool scaled = work->product.left_tensor->dtype == OPD_i8;
-	bool short_rows = block->rows < PRODUCT_BLOCK_ROWS, short_columns = block->columns < product_block_columns(&work->product);
-	const struct multiply *multiply = &work->plan->shapes[(short_rows ? EDGE_ROWS : 0) | (short_columns ? EDGE_COLUMNS : 0)];
-	void *sums = scratch + work->plan->scratchpad_bytes;
+	const struct product *product = &work->product;
+	const struct multiply_plan *plan = work->plan;
+	const bool scaled = product->left_tensor->dtype == OPD_i8;
+	const unsigned shape = multiply_shape(product, block);
+	const struct multiply *multiply = work->packed != NULL ? &plan->packed[shape] : &plan->plain[shape];
+	const unsigned char *right = work->packed != NULL ? packing_at(plan, product, block, work->packed) : block->right;
+	void *sums = scratch + plan->scratchpad_bytes;
 	dnnl_status_t status = dnnl_success;
-	if (work->product.depth > 0)
-		status = execute(work, multiply, block, stream, scratch, scaled ? sums : block->y);
+	if (product->depth > 0)
+		status = multiply_execute(work->dnn, multiply, stream, product, block, right, scratch, scaled ? sums : block->y);
 	else if (!scaled)
 		fill_block(work, block);
 	if (status == dnnl_success && scaled)
-		scale_block(work, block, work->product.depth > 0 ? sums : NULL);
+		scale_block(work, block, product->depth > 0 ? sums : NULL);
 	return status;
 }
 
-static void run_blocks(void *argument, uint64_t begin, uint64_t end, uint32_t thread)
+/* One share of a loop over blocks. */
+static void run_share(struct work *work, uint64_t begin, uint64_t end, uint32_t thread,
+                      dnnl_status_t (*run_one)(const struct work *work, uint64_t index, dnnl_stream_t stream, unsigned char *scratch))
 {
-	struct work *work = argument;
-	unsigned char *scratch = work->scratch + thread * work->scratch_bytes;
 	dnnl_stream_t stream = NULL;
 	dnn_enter(work->dnn);
 	dnnl_status_t status = work->dnn->stream_create(&stream, work->dnn->engine, dnnl_stream_default_flags);
 	for (uint64_t i = begin; i < end && status == dnnl_success && !atomic_load(&work->cancelled); i++) {
-		struct product_block block = product_block_at(&work->product, i);
-		status = run_block(work, &block, stream, scratch);
+		status = run_one(work, i, stream, work->scratch + thread * work->scratch_bytes);
 		if (i + 1 < end && work->exec->host->cancelled(work->exec))
 			atomic_store(&work->cancelled, true);
 	}
@@ -338,17 +206,62 @@ static void run_blocks(void *argument, uint64_t begin, uint64_t end, uint32_t th
 		(void)work->dnn->stream_destroy(stream);
 }
 
+static dnnl_status_t multiply_one(const struct work *work, uint64_t index, dnnl_stream_t stream, unsigned char *scratch)
+{
+	const struct product_block block = product_block_at(&work->product, index);
+	return run_block(work, &block, stream, scratch);
+}
+
+static void multiply_blocks(void *argument, uint64_t begin, uint64_t end, uint32_t thread)
+{
+	run_share(argument, begin, end, thread, multiply_one);
+}
+
+static dnnl_status_t pack_one(const struct work *work, uint64_t index, dnnl_stream_t stream, unsigned char *scratch)
+{
+	return packing_fill(work->plan, &work->product, index, stream, scratch, work->to_pack);
+}
+
+static void pack_blocks(void *argument, uint64_t begin, uint64_t end, uint32_t thread)
+{
+	run_share(argument, begin, end, thread, pack_one);
+}
+
+/* Finds or makes the packed right factor, if there may be one. */
+static void pack(struct work *work)
+{
+	const struct packing *packing = &work->plan->packing;
+	const opd_exec *exec = work->exec;
+	const opd_host *host = exec->host;
+	if (packing->bytes == 0 || host->struct_bytes < offsetof(opd_host, derived_keep) + sizeof host->derived_keep)
+		return;
+	const opd_tensor *right = work->product.right_tensor;
+	work->packed = host->derived_find(exec, right, &packing->key, sizeof packing->key);
+	if (work->packed != NULL)
+		return;
+	work->to_pack = host->derived_make(exec, right, &packing->key, sizeof packing->key, packing->bytes);
+	if (work->to_pack == NULL)
+		return;
+	host->parallel_for(exec, packing->blocks, 1, pack_blocks, work);
+	if (atomic_load(&work->failed) != 0 || atomic_load(&work->cancelled))
+		return;
+	host->derived_keep(exec, work->to_pack);
+	work->packed = work->to_pack;
+}
+
 static opd_status run_product(const opd_impl *impl, struct work *work, opd_error *error)
 {
 	const opd_host *host = work->exec->host;
 	uint64_t bytes;
 	/* The plan can't know the lane's threads: scratch for each is asked for here. */
-	work->scratch_bytes = round_up(work->plan->scratchpad_bytes + work->plan->sums_bytes + 1);
+	work->scratch_bytes = (work->plan->scratchpad_bytes + work->plan->sums_bytes + 64) / 64 * 64;
 	bytes = work->scratch_bytes * work->exec->threads;
 	work->scratch = host->alloc(host, bytes);
 	if (work->scratch == NULL)
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "%s: no %llu bytes of host memory for scratch", impl->op, (unsigned long long)bytes);
-	product_for(work->exec, &work->product, product_ns(&work->product), run_blocks, work);
+	pack(work);
+	if (atomic_load(&work->failed) == 0 && !atomic_load(&work->cancelled))
+		product_for(work->exec, &work->product, product_ns(&work->product), multiply_blocks, work);
 	host->free(host, work->scratch);
 	if (atomic_load(&work->failed) != 0)
 		return opd_fail(error, atomic_load(&work->failed) == dnnl_out_of_memory ? OPD_RESOURCE_EXHAUSTED : OPD_INTERNAL,
@@ -362,13 +275,22 @@ static opd_status run(const opd_impl *impl, void *state, const opd_call *call, c
 	opd_reason reason;
 	if (!read_product(impl, call, &work.product, &reason))
 		return opd_fail(error, OPD_INTERNAL, "%s: the operands' layout isn't what the predicate accepted", impl->op);
-	opd_dtype wanted = kind_of(impl) == SCALED_MM ? work.product.y->dtype : OPD_f32;
+	opd_dtype wanted = kind_of(impl) == SCALED_MM ? work.product.y->dtype : work.product.left_tensor->dtype;
 	opd_status status = product_expect_output(impl, &work.product, wanted, error);
 	if (status != OPD_OK || work.product.y->elements == 0)
 		return status;
 	atomic_init(&work.failed, 0);
 	atomic_init(&work.cancelled, false);
 	return run_product(impl, &work, error);
+}
+
+bool onednn_has_bf16(void)
+{
+#if defined __x86_64__
+	return __builtin_cpu_supports("avx512bf16");
+#else
+	return false;
+#endif
 }
 
 const char *onednn_scaled_mm_unsupported(void)
@@ -380,14 +302,17 @@ const char *onednn_scaled_mm_unsupported(void)
 #endif
 }
 
-#define ONEDNN_PRODUCT(op_name, schema_text, supports)                                                                              \
+#define ONEDNN_PRODUCT(op_name, schema_text, supports, more_flags)                                                                  \
 	{                                                                                                                               \
-		.struct_bytes = sizeof(opd_impl), .flags = OPD_IMPL_THREAD_INVARIANT, .op = op_name, .schema = schema_text, .device = "cpu", \
+		.struct_bytes = sizeof(opd_impl), .flags = OPD_IMPL_THREAD_INVARIANT | (more_flags), .op = op_name, .schema = schema_text, \
+		.device = "cpu",                                                                                                            \
 		.uuid = OPD_UUID_onednn_product, .predicate = supports, .plan = make_plan, .cost_ns = cost_ns, .run = run,                   \
 	}
 
-const opd_impl onednn_linear = ONEDNN_PRODUCT("linear", "linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", float_predicate);
-const opd_impl onednn_matmul = ONEDNN_PRODUCT("matmul", "matmul(Tensor a, Tensor b) -> Tensor", float_predicate);
+const opd_impl onednn_linear = ONEDNN_PRODUCT("linear", "linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", float_predicate,
+                                              OPD_IMPL_BF16_DENORMALS_ZERO);
+const opd_impl onednn_matmul = ONEDNN_PRODUCT("matmul", "matmul(Tensor a, Tensor b) -> Tensor", float_predicate, OPD_IMPL_BF16_DENORMALS_ZERO);
 const opd_impl onednn_scaled_mm = ONEDNN_PRODUCT(
 	"scaled_mm",
-	"scaled_mm(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias=None, str out_dtype=\"bf16\") -> Tensor", scaled_predicate);
+	"scaled_mm(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias=None, str out_dtype=\"bf16\") -> Tensor", scaled_predicate,
+	0);

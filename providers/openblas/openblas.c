@@ -5,6 +5,7 @@
  * depend on the number of threads. */
 #include <dlfcn.h>
 #include <stdatomic.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "providers/product.h"
@@ -213,10 +214,60 @@ static void find(struct openblas *blas, const char *name, void *function_out)
 	memcpy(function_out, &symbol, sizeof symbol);
 }
 
-static void probe(struct openblas *blas)
+/* The name of the kernels that the library has chosen; empty where it doesn't tell. */
+static const char *core_name(const struct openblas *blas)
+{
+	char *(*corename)(void) = NULL;
+	void *symbol = blas->library == NULL ? NULL : dlsym(blas->library, "openblas_get_corename");
+	memcpy(&corename, &symbol, sizeof symbol);
+	return corename == NULL ? "" : corename();
+}
+
+/* Better kernels for this processor than those called `core`; NULL: none. The library goes by the processor's model, and for one that is newer than itself takes those of
+ * Haswell, or its oldest, whatever the processor has. */
+static const char *better_core(const char *core)
+{
+#if defined __x86_64__
+	const bool oldest = strcmp(core, "Prescott") == 0;
+	const bool avx2 = strcmp(core, "Haswell") == 0 || strcmp(core, "Zen") == 0;
+	const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+	                        __builtin_cpu_supports("avx512vl");
+	if (has_avx512 && (oldest || avx2))
+		return "SkylakeX";
+	if (__builtin_cpu_supports("avx2") && oldest)
+		return "Haswell";
+#else
+	(void)core;
+#endif
+	return NULL;
+}
+
+#define CORE_VARIABLE "OPENBLAS_CORETYPE"
+
+/* The variable is read when the library is opened, and nowhere else: it is closed and opened again. What the operator has set holds. */
+static void choose_core(const opd_host *host, struct openblas *blas)
+{
+	char before[32], text[200];
+	(void)snprintf(before, sizeof before, "%s", core_name(blas));
+	const char *better = better_core(before);
+	if (better == NULL || getenv(CORE_VARIABLE) != NULL || dlclose(blas->library) != 0)
+		return;
+	(void)setenv(CORE_VARIABLE, better, 1);
+	blas->library = dlopen("libopenblas.so.0", RTLD_NOW | RTLD_LOCAL);
+	(void)unsetenv(CORE_VARIABLE);
+	const bool taken = strcmp(core_name(blas), better) == 0;
+	(void)snprintf(text, sizeof text, taken ? "openblas: kernels of %s for a processor that the library doesn't know, and chose those of %s for"
+	                                        : "openblas: set " CORE_VARIABLE "=%s: the library chose kernels of %s for a processor that it doesn't know",
+	               better, before);
+	host->log(host, taken ? OPD_LOG_INFO : OPD_LOG_WARN, text);
+}
+
+static void probe(const opd_host *host, struct openblas *blas)
 {
 	void (*set_num_threads)(int) = NULL;
 	blas->library = dlopen("libopenblas.so.0", RTLD_NOW | RTLD_LOCAL);
+	if (blas->library != NULL)
+		choose_core(host, blas);
 	if (blas->library == NULL) {
 		(void)snprintf(blas->missing, sizeof blas->missing, "not available: %.130s", dlerror());
 		return;
@@ -230,30 +281,10 @@ static void probe(struct openblas *blas)
 		set_num_threads(1);
 }
 
-/* The library takes its oldest kernels for a processor that is newer than it. */
-static void warn_of_old_kernels(const opd_host *host, const struct openblas *blas)
-{
-#if defined __x86_64__
-	char text[160];
-	char *(*corename)(void) = NULL;
-	void *symbol = blas->missing[0] == '\0' ? dlsym(blas->library, "openblas_get_corename") : NULL;
-	memcpy(&corename, &symbol, sizeof symbol);
-	if (corename == NULL || !__builtin_cpu_supports("avx2") || strcmp(corename(), "Prescott") != 0)
-		return;
-	(void)snprintf(text, sizeof text, "openblas: kernels for Prescott on a processor with AVX2: set OPENBLAS_CORETYPE=%s",
-	               __builtin_cpu_supports("avx512bw") ? "SkylakeX" : "Haswell");
-	if (host->log_enabled(host, OPD_LOG_WARN))
-		host->log(host, OPD_LOG_WARN, text);
-#else
-	(void)host, (void)blas;
-#endif
-}
-
 static opd_status openblas_open(const opd_host *host, void *state, opd_error *error)
 {
 	struct openblas *blas = state;
-	probe(blas);
-	warn_of_old_kernels(host, blas);
+	probe(host, blas);
 	for (size_t i = 0; i < OPENBLAS_IMPLS; i++) {
 		blas->impls[i] = templates[i];
 		blas->impls[i].unsupported = blas->missing[0] == '\0' ? NULL : blas->missing;

@@ -377,6 +377,18 @@ void case_make_finite(struct conf_case *conf_case)
 	}
 }
 
+void case_flush_bf16(struct conf_case *conf_case)
+{
+	for (uint32_t p = 0; p < conf_case->schema->param_count; p++) {
+		struct operand *operand = &conf_case->operands[p];
+		for (uint64_t i = 0; operand->memory != NULL && operand->tensor.dtype == OPD_bf16 && i < operand->tensor.elements; i++) {
+			double value = operand_get(operand, i);
+			if (fabs(value) < 0x1p-126)
+				element_store_f64(OPD_bf16, operand_at(operand, i), copysign(0, value));
+		}
+	}
+}
+
 static bool is_listed(const char *list, const char *name)
 {
 	size_t length = strlen(name);
@@ -414,6 +426,19 @@ bool case_cut(struct conf_case *made, const struct conf_case *from, const char *
 		made->args[p].tensor = &made->operands[p].tensor;
 	}
 	return true;
+}
+
+void case_make_constant(struct conf_case *conf_case, const char *activations, bool all)
+{
+	static uint64_t last_id;
+	for (uint32_t p = 0; p < conf_case->schema->param_count; p++) {
+		opd_tensor *tensor = &conf_case->operands[p].tensor;
+		if (conf_case->args[p].kind != OPD_ARG_TENSOR || (!all && is_listed(activations, conf_case->schema->params[p].name)))
+			continue;
+		tensor->id = ++last_id;
+		tensor->version = 1;
+		tensor->flags |= OPD_TENSOR_CONSTANT;
+	}
 }
 
 void case_fini(struct conf_case *conf_case)

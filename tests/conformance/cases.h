@@ -58,6 +58,9 @@ bool case_make_uniform(struct conf_case *conf_case);
 /* Puts the largest finite value of their sign in place of every infinity. */
 void case_make_finite(struct conf_case *conf_case);
 
+/* Puts a zero of its sign in place of every bf16 denormal. */
+void case_flush_bf16(struct conf_case *conf_case);
+
 /* The largest finite value of a float dtype. */
 double dtype_largest(opd_dtype dtype);
 
@@ -83,5 +86,9 @@ bool results_guarded(const struct results *results);
 void results_fini(struct results *results);
 
 opd_call case_call(const struct conf_case *conf_case, const struct results *results);
+
+/* Operands become tensors that stay, each with an identity of its own that no other case has: an implementation may keep derived copies of them. Those that the op calls
+ * activations only where `all`. */
+void case_make_constant(struct conf_case *conf_case, const char *activations, bool all);
 
 #endif

@@ -32,7 +32,7 @@ struct tally {
 	const opd_op *op;
 	const struct host_impl *impl;
 	struct schema schema;
-	uint64_t passed, failed, refused, invariance, in_place;
+	uint64_t passed, failed, refused, invariance, in_place, derived;
 	double worst;
 	opd_reason last_refusal;
 };
@@ -203,6 +203,32 @@ static void check_in_place(struct tally *tally, const struct place *place, const
 	case_fini(&donated);
 }
 
+/* An implementation that asked for derived copies: once more with operands that stay, which makes them, and again, which finds them. */
+static void check_derived(struct tally *tally, const struct place *place, const struct bounds *bounds, const struct results *native,
+                          struct conf_case *conf_case)
+{
+	struct results made, found;
+	char detail[256] = "";
+	if (host.copies.asked == 0)
+		return;
+	case_make_constant(conf_case, tally->op->activations, true);
+	if (run_case(tally, place, tally->impl, conf_case, 1, &made)) {
+		const uint64_t before = host.copies.found;
+		tally->derived++;
+		if (compare_results(tally->op, bounds, native, &made, detail, sizeof detail) > 1)
+			fail(tally, place, "of a derived copy: %s", detail);
+		if (run_case(tally, place, tally->impl, conf_case, THREADS, &found)) {
+			if (host.copies.first != NULL && host.copies.found == before)
+				fail(tally, place, "derived copies were made and not found again");
+			else if (!compare_bits(&found, &made, NULL))
+				fail(tally, place, "other bits of a derived copy on %d threads than when it was made on one", THREADS);
+			results_fini(&found);
+		}
+		results_fini(&made);
+	}
+	derived_copies_drop(&host.copies);
+}
+
 /* ---- One case ------------------------------------------------------------------------------------------------------------- */
 
 /* A copy of every byte of the operands, to see that none has changed. */
@@ -238,6 +264,7 @@ static void check_layout(struct tally *tally, struct place *place, const struct 
 	struct results got;
 	case_copy(&laid, base, place->layout);
 	case_copy(&before, base, place->layout);
+	host.copies.asked = 0;
 	opd_call call = case_call(&laid, native);
 	if (!accepts(tally, &call)) {
 		tally->refused++;
@@ -250,6 +277,7 @@ static void check_layout(struct tally *tally, struct place *place, const struct 
 			check_rows(tally, place, &laid, native, &got);
 			check_in_place(tally, place, &laid, &got);
 		}
+		check_derived(tally, place, bounds, native, &laid);
 		results_fini(&got);
 	}
 	case_fini(&laid);
@@ -290,6 +318,8 @@ static bool check_case(struct tally *tally, struct place *place)
 	if (status == OPD_INVALID_ARGUMENT)
 		return true;
 	place->layout = CASE_CONTIGUOUS;
+	if (status == OPD_OK && (tally->impl->impl->flags & OPD_IMPL_BF16_DENORMALS_ZERO) != 0)
+		case_flush_bf16(&base);
 	opd_call call = {0};
 	if (status == OPD_OK) {
 		call = case_call(&base, NULL);
@@ -353,9 +383,10 @@ static void check_impl(struct tally *tally)
 
 static void print_row(const struct tally *tally, const char *remark)
 {
-	(void)printf("%-20s %-10s %8llu %7llu %8llu %10llu %9llu %10.3f  %s\n", tally->schema.name, tally->impl->provider,
+	(void)printf("%-20s %-10s %8llu %7llu %8llu %10llu %9llu %8llu %10.3f  %s\n", tally->schema.name, tally->impl->provider,
 	             (unsigned long long)tally->passed, (unsigned long long)tally->failed, (unsigned long long)tally->refused,
-	             (unsigned long long)tally->invariance, (unsigned long long)tally->in_place, tally->worst, remark);
+	             (unsigned long long)tally->invariance, (unsigned long long)tally->in_place,
+	             (unsigned long long)tally->derived, tally->worst, remark);
 	(void)fflush(stdout);
 }
 
@@ -387,8 +418,8 @@ static void check_and_print(struct tally *tally, uint64_t *passed, uint64_t *fai
 static int check_all(const char *provider, const char *op_name)
 {
 	uint64_t passed = 0, failed = 0, rows = 0;
-	(void)printf("%-20s %-10s %8s %7s %8s %10s %9s %10s\n", "op", "provider", "passed", "failed", "refused", "invariance", "in place",
-	             "worst");
+	(void)printf("%-20s %-10s %8s %7s %8s %10s %9s %8s %10s\n", "op", "provider", "passed", "failed", "refused", "invariance", "in place",
+	             "derived", "worst");
 	for (size_t i = 0; i < host.impl_count; i++) {
 		struct tally tally = {.impl = &host.impls[i], .op = host_find_op(&host, host.impls[i].impl->op)};
 		(void)snprintf(tally.schema.name, sizeof tally.schema.name, "%s", host.impls[i].impl->op);

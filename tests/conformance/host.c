@@ -119,6 +119,27 @@ static void host_log(const opd_host *table, opd_log_level level, const char *tex
 	(void)snprintf(host->last_warning, sizeof host->last_warning, "%s", text);
 }
 
+static struct derived_copies *copies_of(const opd_exec *exec)
+{
+	struct host *host = exec->host->context;
+	return &host->copies;
+}
+
+static const void *host_derived_find(const opd_exec *exec, const opd_tensor *tensor, const void *key, uint32_t key_bytes)
+{
+	return derived_copies_find(copies_of(exec), tensor, key, key_bytes);
+}
+
+static void *host_derived_make(const opd_exec *exec, const opd_tensor *tensor, const void *key, uint32_t key_bytes, uint64_t bytes)
+{
+	return derived_copies_make(copies_of(exec), tensor, key, key_bytes, bytes);
+}
+
+static void host_derived_keep(const opd_exec *exec, const void *memory)
+{
+	derived_copies_keep(copies_of(exec), memory);
+}
+
 static bool host_cancelled(const opd_exec *exec)
 {
 	const struct host *host = exec->host->context;
@@ -266,6 +287,9 @@ void host_init(struct host *host)
 		.log = host_log,
 		.parallel_for = host_parallel_for,
 		.cancelled = host_cancelled,
+		.derived_find = host_derived_find,
+		.derived_make = host_derived_make,
+		.derived_keep = host_derived_keep,
 	};
 }
 
@@ -374,9 +398,16 @@ opd_status host_run(const struct host *host, const struct host_impl *impl, const
 	return status;
 }
 
+void host_drop_derived(const struct host *host)
+{
+	struct host *own = host->table.context; /* itself, not const */
+	derived_copies_drop(&own->copies);
+}
+
 void host_fini(struct host *host)
 {
 	helpers_stop(host);
 	while (host->module_count > 0)
 		module_close(host, &host->modules[--host->module_count]);
+	derived_copies_drop(&host->copies);
 }

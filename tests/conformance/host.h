@@ -7,6 +7,7 @@
 #define OPD_TESTS_CONFORMANCE_HOST_H
 
 #include "providers/provider.h"
+#include "tests/conformance/derived.h"
 
 enum { HOST_OPS = 256, HOST_IMPLS = 1024, HOST_MODULES = 32 };
 
@@ -35,6 +36,7 @@ struct host {
 	bool cancel;           /* what `cancelled` answers */
 	struct host_helper *helpers; /* the threads of parallel_for besides its caller */
 	uint32_t helper_count;
+	struct derived_copies copies; /* that implementations made; whoever marks operands as constant drops them */
 };
 
 void host_init(struct host *host);
@@ -67,6 +69,9 @@ OPD_MUST_USE opd_status host_prepare(const struct host_impl *impl, const opd_cal
 OPD_MUST_USE opd_status host_run_prepared(const struct host *host, const struct host_impl *impl, const opd_call *call,
                                           const struct host_prepared *prepared, uint32_t threads, opd_error *error);
 void host_unprepare(struct host_prepared *prepared);
+
+/* Forgets the derived copies that implementations made. */
+void host_drop_derived(const struct host *host);
 
 /* Closes the modules, in reverse. */
 void host_fini(struct host *host);

@@ -60,6 +60,7 @@ static double time_median(const struct host *host, const struct host_impl *impl,
 	if (host_prepare(impl, call, &prepared, &error) == OPD_OK)
 		ns = time_prepared(host, impl, call, &prepared, threads, budget_ns);
 	host_unprepare(&prepared);
+	host_drop_derived(host);
 	return ns;
 }
 
@@ -105,6 +106,7 @@ static bool time_impl(const struct host *host, const struct timing *timing, cons
 	const int64_t *dims = timing->dim_count == 0 ? op->default_dims : timing->dims;
 	if (case_generate(&conf_case, op, &schema, timing->dtype, OPD_VALUES_RANDOM, 0, dims, 1, &error) != OPD_OK)
 		return false;
+	case_make_constant(&conf_case, op->activations, false); /* weights are resident, as they are in a daemon that is worth timing */
 	bool timed = time_case(host, timing, impl, op, &conf_case);
 	case_fini(&conf_case);
 	return timed;
@@ -168,6 +170,7 @@ static bool served_make(struct served *served, const struct host *host, const ch
 		case_fini(&served->conf_case);
 		return false;
 	}
+	case_make_constant(&served->conf_case, op->activations, false);
 	if (results_init(&served->results, op, &served->conf_case, &error) != OPD_OK) {
 		case_fini(&served->conf_case);
 		return false;

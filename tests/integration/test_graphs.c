@@ -665,10 +665,10 @@ START_TEST(what_is_wrong_is_found_before_anything_runs)
 	graph = opd_graph_create("device");
 	node = opd_request_create("lab_scale");
 	opd_request_value(node, NULL, opd_graph_input(graph, "x"));
-	opd_request_device(node, "toy:0");
+	opd_request_device(node, "toy:x");
 	opd_graph_node(graph, "far", node);
 	opd_request_destroy(node);
-	refused(graph, OPD_UNIMPLEMENTED, "node 'far': device \"toy:0\"");
+	refused(graph, OPD_INVALID_ARGUMENT, "node 'far': device \"toy:x\"");
 
 	uint64_t id = registered(chain_graph());
 	opd_request *request = opd_request_graph(id);

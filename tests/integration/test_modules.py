@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 """Provider modules: one built outside of the tree against an installed opd, bad ones, and a device, each in a real daemon.
 
-    test_modules.py [Sample] [Bad] [Device]
+    test_modules.py [Sample] [Bad] [Device] [Resident] [DeviceGraphs]
 
 OPD_BIN, OPCTL_BIN, OPD_CONFORMANCE name the programs, OPD_BUILD the build folder (it is installed from), OPD_MODULES the folder with the built test
 modules, OPD_CMAKE and OPD_CC what the sample is built with. Defaults: build/ of this tree.
@@ -469,6 +469,7 @@ class DeviceDaemon(Daemon):
         folder, self.own_folder = self.folder, False
         try:
             super().stop(code)
+            self.said = self.log_text()
             if "closed clean: 0 allocations, 0 streams, 0 events, 0 plans were left" not in self.log_text():
                 raise AssertionError("the device didn't get everything back: " + self.output())
         finally:
@@ -831,7 +832,7 @@ class Device(unittest.TestCase):
         for _ in range(2):
             reply, _ = client.call(add_request(1, count=1 << 13)[0])  # two operands and a result of 32 KiB
             self.assertEqual(reply.status, harness.RESOURCE_EXHAUSTED)
-            self.assertIn("of 65536 in use", reply.message)
+            self.assertIn("of at most 65536 in use", reply.message)
             request, wanted = add_request(1, count=1 << 11)
             self.check(client.ask(request)[0], wanted)
 
@@ -844,6 +845,457 @@ class Device(unittest.TestCase):
         for _ in range(24):
             found, reply, _ = client.read_reply()
             self.check(reply, wanted[found])
+
+class Resident(unittest.TestCase):
+    """Tensors that live on a device: they stay where they are, move when somebody elsewhere must read them, and every move is told and paid for."""
+
+    def daemon(self, *flags, **settings):
+        daemon = DeviceDaemon(*flags, **settings)
+        self.addCleanup(daemon.stop)
+        return daemon
+
+    def client(self, daemon=None, **settings):
+        self.server = daemon or self.daemon(**settings)
+        client = Client(self.server.address)
+        self.addCleanup(client.close)
+        return client
+
+    def upload(self, client, values, shape=None, **fields):
+        request = pb.Request(upload=pb.Upload(**fields))
+        request.upload.tensor.CopyFrom(inline(shape or [len(values)], f32(*values)))
+        return client.ask(request)[0].run.outputs[0].kept
+
+    def fetch(self, client, handle, **view):
+        reply, data = client.ask(pb.Request(fetch=pb.Fetch(tensor=pb.Tensor(handle=handle, **view))))
+        return list(unpack_f32(data))
+
+    def where(self, client):
+        return [tensor.device for tensor in client.ask(pb.Request(list_tensors=pb.ListTensors()))[0].tensors.tensors]
+
+    def relu(self, client, operand, keep=False, no_copy=False, **options):
+        options.setdefault("run_priority", ["testdev"])
+        request = run("relu", operand, run_explain=True, run_inline_results=True, **options)
+        request.run.outputs.add(keep=keep, no_copy=no_copy)
+        return client.ask(request)[0].run
+
+    def moves(self, reply):
+        return [(move.operand, getattr(move, "from"), move.to, move.bytes) for move in reply.explain.moves]
+
+    def test_a_kept_result_stays_on_its_device_and_is_read_there(self):
+        client = self.client()
+        first = self.relu(client, inline([4], f32(-1, 2, -3, 4)), keep=True, no_copy=True)
+        here = first.explain.device
+        self.assertEqual(self.moves(first), [("x", "cpu", here, 16)])
+        self.assertEqual(self.where(client), [here])
+        second = self.relu(client, pb.Tensor(handle=first.outputs[0].kept), keep=True, no_copy=True)
+        self.assertEqual((second.explain.device, self.moves(second)), (here, []))  # home decides, and nothing moves
+        self.assertEqual(self.fetch(client, second.outputs[0].kept), [0, 2, 0, 4])
+        self.assertEqual(self.fetch(client, second.outputs[0].kept, dtype=9, shape=[2], strides=[2], byte_offset=4), [2, 4])
+        self.assertEqual(self.fetch(client, second.outputs[0].kept, dtype=9, shape=[1], byte_offset=12), [4])
+
+    def test_an_upload_goes_to_the_device_that_it_names(self):
+        client = self.client()
+        handle = self.upload(client, [1, -2, 3], device="test:1")
+        self.assertEqual(self.where(client), ["test:1"])
+        reply = self.relu(client, pb.Tensor(handle=handle))
+        self.assertEqual((reply.explain.device, self.moves(reply)), ("test:1", [("result", "test:1", "cpu", 12)]))
+        self.assertEqual(self.fetch(client, handle), [1, -2, 3])
+        self.assertEqual(self.upload(client, [], shape=[0], device="test").index, 1)
+        for device, status in (("test:7", harness.FAILED_PRECONDITION), ("gpu", harness.FAILED_PRECONDITION), ("x:y", harness.INVALID_ARGUMENT)):
+            with self.assertRaises(Failed) as caught:
+                self.upload(client, [1], device=device)
+            self.assertEqual(caught.exception.status, status)
+
+    def test_an_upload_in_parts_is_written_on_the_device(self):
+        client = self.client()
+        request = pb.Request(upload=pb.Upload(parts=True, device="test:0"))
+        request.upload.tensor.CopyFrom(pb.Tensor(dtype=9, shape=[6]))
+        handle = client.ask(request)[0].run.outputs[0].kept
+        for part in (1, 0):
+            write = pb.Request(write=pb.Write(handle=handle, offset=12 * part))
+            write.write.data.CopyFrom(inline([12], f32(*[3 * part + i for i in range(3)]), dtype=2))
+            client.ask(write)
+        self.assertEqual((self.where(client), self.fetch(client, handle)), (["test:0"], [0, 1, 2, 3, 4, 5]))
+
+    def test_a_provider_of_the_cpu_reads_a_copy_and_the_next_one_the_same(self):
+        client = self.client()
+        handle = self.upload(client, [-1, 5], device="test:0")
+        for moved in ([("x", "test:0", "cpu", 8)], []):
+            reply = self.relu(client, pb.Tensor(handle=handle), run_priority=["native"])
+            self.assertEqual((reply.provider, self.moves(reply), list(unpack_f32(reply.outputs[0].tensor.inline))), ("native", moved, [0, 5]))
+        self.assertEqual(self.where(client), ["test:0"])
+
+    def test_a_tensor_in_host_memory_comes_over_once(self):
+        client = self.client()
+        handle = self.upload(client, [-1, 5, 7])
+        for moved in ([("x", "cpu", "test:0", 12)], []):
+            reply = self.relu(client, pb.Tensor(handle=handle), run_device="test:0", no_copy=True, keep=True)
+            self.assertEqual(self.moves(reply), moved)
+        reply = self.relu(client, pb.Tensor(handle=handle), run_device="test:1", no_copy=True, keep=True)
+        self.assertEqual(self.moves(reply), [("x", "cpu", "test:1", 12)])
+
+    def test_from_one_device_to_another_through_the_host(self):
+        client = self.client()
+        handle = self.upload(client, [-1, 5, 7], device="test:0")
+        reply = self.relu(client, pb.Tensor(handle=handle), run_device="test:1")
+        self.assertEqual(self.moves(reply)[:2], [("x", "test:0", "cpu", 12), ("x", "cpu", "test:1", 12)])
+        self.assertEqual(list(unpack_f32(reply.outputs[0].tensor.inline)), [0, 5, 7])
+
+    def test_a_dry_run_tells_the_moves_of_tensors_that_live_there(self):
+        client = self.client()
+        handle = self.upload(client, [1, 2], device="test:1")
+        request = run("relu", pb.Tensor(handle=handle), run_priority=["testdev"], run_mode=pb.DRY)
+        reply = client.ask(request)[0].run
+        self.assertEqual((reply.explain.device, self.moves(reply)), ("test:1", [("result", "test:1", "cpu", 8)]))
+        request = run("relu", pb.Tensor(handle=handle), run_priority=["native"], run_mode=pb.DRY)
+        self.assertEqual(self.moves(client.ask(request)[0].run), [("x", "test:1", "cpu", 8)])
+
+    def fused(self, client, x, residual, **options):
+        request = run("fused_add_rms_norm", x, residual, weight=None, epsilon=1e-6, run_priority=["testdev"], run_explain=True, **options)
+        for _ in range(2):
+            request.run.outputs.add(no_copy=True)
+        return client.call(request)[0]
+
+    def test_a_donation_works_in_place_on_the_device(self):
+        client = self.client()
+        x = self.upload(client, [1, 1, 1, 1], shape=[1, 4], device="test:0")
+        residual = self.upload(client, [1, 2, 3, 4], shape=[1, 4], device="test:0")
+        for step in range(1, 4):
+            reply = self.fused(client, pb.Tensor(handle=x, donate=True), pb.Tensor(handle=residual, donate=True))
+            self.assertEqual((reply.status, reply.message), (harness.OK, ""))
+            self.assertEqual(self.moves(reply.run), [])
+            before, x, residual = residual, reply.run.outputs[0].kept, reply.run.outputs[1].kept
+            self.assertEqual(before.index, residual.index)
+        self.assertEqual(self.where(client), ["test:0", "test:0"])
+        got = self.fetch(client, residual)
+        want, add = [1, 2, 3, 4], [1, 1, 1, 1]
+        for _ in range(3):
+            want = [a + b for a, b in zip(want, add)]
+            scale = (sum(v * v for v in want) / 4 + 1e-6) ** -0.5
+            add = [v * scale for v in want]
+        for a, b in zip(got, want):
+            self.assertAlmostEqual(a, b, places=4)
+        self.assertEqual(harness.FAILED_PRECONDITION, client.call(pb.Request(fetch=pb.Fetch(tensor=pb.Tensor(handle=before))))[0].status)
+
+    def test_a_donation_of_what_the_cpu_has_read_drops_its_copy(self):
+        client = self.client()
+        x = self.upload(client, [0, 0], shape=[1, 2], device="test:0")
+        residual = self.upload(client, [3, 4], shape=[1, 2], device="test:0")
+        self.relu(client, pb.Tensor(handle=residual), run_priority=["native"])
+        reply = self.fused(client, pb.Tensor(handle=x), pb.Tensor(handle=residual, donate=True))
+        reply = self.relu(client, pb.Tensor(handle=reply.run.outputs[1].kept), run_priority=["native"])
+        self.assertEqual((list(unpack_f32(reply.outputs[0].tensor.inline)), len(reply.explain.moves)), ([3, 4], 1))
+
+    def test_a_donated_tensor_of_the_host_moves_to_the_device(self):
+        client = self.client()
+        x, residual = self.upload(client, [0, 0], shape=[1, 2]), self.upload(client, [3, 4], shape=[1, 2])
+        reply = self.fused(client, pb.Tensor(handle=x), pb.Tensor(handle=residual, donate=True), run_device="test:1")
+        self.assertEqual(reply.status, harness.OK, reply.message)
+        self.assertEqual(self.where(client), ["cpu", "test:1"])
+        self.assertEqual(self.fetch(client, reply.run.outputs[1].kept), [3, 4])
+
+    def test_a_kernel_that_fails_in_place_loses_the_tensor_and_one_on_a_copy_does_not(self):
+        for device, status in (("test:0", harness.DATA_LOSS), ("", harness.OK)):
+            with self.subTest(device):
+                client = self.client(fault="kernel:1")
+                x = self.upload(client, [0, 0], shape=[1, 2], device="test:0")
+                residual = self.upload(client, [3, 4], shape=[1, 2], device=device)
+                reply = self.fused(client, pb.Tensor(handle=x), pb.Tensor(handle=residual, donate=True))
+                self.assertEqual(reply.status, harness.INTERNAL)
+                reply, data = client.call(pb.Request(fetch=pb.Fetch(tensor=pb.Tensor(handle=residual))))
+                self.assertEqual(reply.status, status, reply.message)
+                if status == harness.OK:
+                    self.assertEqual(list(unpack_f32(data)), [3, 4])
+
+    def test_indices_on_the_device_are_checked_there(self):
+        client = self.client()
+        table = self.upload(client, [0, 1, 2, 3, 4, 5], shape=[3, 2], device="test:0")
+        for ids, wanted in (([2, 0], [4, 5, 0, 1]), ([1, 3], None), ([-1], None), ([], [])):
+            request = pb.Request(upload=pb.Upload(device="test:0"))
+            request.upload.tensor.CopyFrom(inline([len(ids)], struct.pack("<%dq" % len(ids), *ids), dtype=6))
+            handle = client.ask(request)[0].run.outputs[0].kept
+            reply = client.call(run("embedding", pb.Tensor(handle=handle), pb.Tensor(handle=table), run_priority=["testdev"],
+                                    run_strict=True, run_inline_results=True))[0]
+            if wanted is not None:
+                self.assertEqual((reply.status, list(unpack_f32(reply.run.outputs[0].tensor.inline))), (harness.OK, wanted), reply.message)
+            else:
+                self.assertEqual((reply.status, reply.message),
+                                 (harness.INVALID_ARGUMENT, "embedding: ids[%d] is %d, expected 0 to 2" % (len(ids) - 1, ids[-1])))
+        host = inline([1], struct.pack("<q", 9), dtype=6)  # these the host has, and checks itself
+        reply = client.call(run("embedding", host, pb.Tensor(handle=table), run_priority=["testdev"], run_strict=True))[0]
+        self.assertEqual(reply.status, harness.INVALID_ARGUMENT)
+        self.assertIn("ids[0] is 9, expected 0 to 2", reply.message)
+
+    def test_published_weights_are_held_once_on_the_device(self):
+        daemon = self.daemon(memory=5 << 18)
+        first = self.client(daemon)
+        handle = self.upload(first, numbers(128 * 1024))  # 512 KiB: two copies and a result wouldn't fit
+        first.ask(pb.Request(publish=pb.Publish(tensor=pb.Tensor(handle=handle), name="w", lasting=True)))[0]
+        clients = [first] + [self.client(daemon) for _ in range(4)]
+        moved = []
+        for client in clients:
+            own = client.ask(pb.Request(open_tensor=pb.OpenTensor(name="w")))[0].publications.items[0].handle
+            request = run("add", pb.Tensor(handle=own), pb.Tensor(handle=own), run_priority=["testdev"], run_device="test:0", run_explain=True)
+            request.run.outputs.add(no_copy=True)
+            moved.append(len(client.ask(request)[0].run.explain.moves))
+        self.assertEqual(moved, [1, 0, 0, 0, 0])
+
+    def test_a_tensor_published_from_a_device_stays_there(self):
+        client = self.client()
+        handle = self.upload(client, [1, 2, 3], device="test:1")
+        reply = client.ask(pb.Request(publish=pb.Publish(tensor=pb.Tensor(handle=handle), name="w")))[0]
+        self.assertEqual(reply.publications.items[0].sha256, hashlib.sha256(f32(1, 2, 3)).digest())
+        other = self.client(self.server)
+        own = other.ask(pb.Request(open_tensor=pb.OpenTensor(name="w")))[0].publications.items[0].handle
+        self.assertEqual((self.where(other), self.fetch(other, own)), (["test:1"], [1, 2, 3]))
+
+    def test_mirrors_give_way_when_the_device_is_full(self):
+        client = self.client(memory=1 << 20)
+        handles = [self.upload(client, numbers(64 * 1024, i)) for i in range(6)]  # 256 KiB each: not all of them fit at once
+        for round in range(2):
+            for i, handle in enumerate(handles):
+                reply = self.relu(client, pb.Tensor(handle=handle), run_device="test:0", no_copy=True, run_strict=True)
+                self.assertEqual(reply.provider, "testdev")
+        self.assertEqual(self.moves(reply)[0][3], 256 * 1024)
+
+    def test_what_lives_there_is_charged_there_and_given_back(self):
+        daemon = self.daemon(memory=1 << 20)
+        with Client(daemon.address) as client:
+            self.upload(client, numbers(192 * 1024), device="test:0")
+            self.assertEqual(client.info().session_memory_bytes, 0)
+            with self.assertRaises(Failed) as caught:
+                self.upload(client, numbers(192 * 1024), device="test:0")
+            self.assertEqual(caught.exception.status, harness.RESOURCE_EXHAUSTED)
+            self.assertIn("on test:0", caught.exception.text)
+            self.upload(client, numbers(192 * 1024), device="test:1")
+        with Client(daemon.address) as client:
+            self.upload(client, numbers(192 * 1024), device="test:0")  # what the other session had is free again
+
+    def test_a_full_device_lets_the_next_provider_try_where_the_request_says_so(self):
+        client = self.client(memory=1 << 16)
+        big = inline([1 << 13], f32(*numbers(1 << 13)))
+        request = run("add", big, big, run_priority=["testdev", "native"], run_retry=True)
+        self.assertEqual(client.ask(request)[0].run.provider, "native")
+        request = run("add", big, big, run_priority=["testdev", "native"])
+        self.assertEqual(client.call(request)[0].status, harness.RESOURCE_EXHAUSTED)
+
+    def test_a_failed_copy_makes_no_mirror(self):
+        client = self.client(fault="kernel:1")
+        handle = self.upload(client, [-1, 5])
+        request = run("relu", pb.Tensor(handle=handle), run_priority=["testdev"], run_device="test:0")
+        self.assertEqual(client.call(request)[0].status, harness.INTERNAL)
+        reply = self.relu(client, pb.Tensor(handle=handle), run_device="test:0")
+        self.assertEqual((self.moves(reply)[0][0], list(unpack_f32(reply.outputs[0].tensor.inline))), ("x", [0, 5]))
+
+    def test_a_session_that_goes_in_the_middle_leaves_nothing(self):
+        daemon = self.daemon(delay_us=3000)
+        for _ in range(3):
+            client = Client(daemon.address)
+            handle = self.upload(client, [-1, 5], device="test:0")
+            for i in range(24):
+                request = run("relu", pb.Tensor(handle=handle), run_priority=[["testdev"], ["native"]][i % 2])
+                request.run.outputs.add(keep=True)
+                client.submit(request)
+                client.submit(pb.Request(fetch=pb.Fetch(tensor=pb.Tensor(handle=handle))))
+            client.close()
+        with Client(daemon.address) as client:
+            harness.wait_until(lambda: client.info().memory_bytes == 0, "the ledger at zero")
+
+    def test_a_graph_of_the_cpu_reads_and_writes_tensors_of_a_device(self):
+        client = self.client()
+        constant = self.upload(client, [10, 20], device="test:0")
+        state = self.upload(client, [1, 2], shape=[1, 2], device="test:1")
+        operand = self.upload(client, [100, 200], device="test:0")
+        graph = pb.Graph(name="sums")
+        graph.inputs.add(name="c", kind=pb.GRAPH_CONSTANT).tensor.handle.CopyFrom(constant)
+        graph.inputs.add(name="s", kind=pb.GRAPH_STATE).tensor.handle.CopyFrom(state)
+        graph.inputs.add(name="x", kind=pb.GRAPH_INPUT)
+        node = graph.nodes.add(name="sum", op="add")
+        node.args.add().tensor.graph_input = 0
+        node.args.add().tensor.graph_input = 2
+        node = graph.nodes.add(name="state", op="fused_add_rms_norm")
+        for name, index in (("x", 1), ("x_residual", 1)):
+            node.args.add(name=name).tensor.graph_input = index
+        node.args.add(name="weight").none.SetInParent()
+        node.args.add(name="epsilon").float = 1e-6
+        graph.outputs.add(name="sum").node.node = 0
+        output = graph.outputs.add(name="twice")
+        output.node.node, output.node.output = 1, 1
+        request = pb.Request(run_graph=pb.RunGraph(once=graph, inline_results=True))
+        request.run_graph.inputs.add().tensor.handle.CopyFrom(operand)
+        for _ in range(2):
+            reply = client.ask(request)[0]
+            self.assertEqual([list(unpack_f32(output.tensor.inline)) for output in reply.run.outputs], [[110, 220], [2, 4]])
+        self.assertEqual(self.where(client), ["test:0", "test:1", "test:0"])
+
+
+class DeviceGraphs(unittest.TestCase):
+    """Graphs whose nodes all run on one device: one job, intermediates there, captured once and launched from then on."""
+
+    daemon, client, upload, fetch, where = Resident.daemon, Resident.client, Resident.upload, Resident.fetch, Resident.where
+
+    def graph(self, constant=None, state=None, **node_fields):
+        """y = relu(x + c); with a state: residual += y, normalised, in place."""
+        graph = pb.Graph(name="step")
+        graph.inputs.add(name="x", kind=pb.GRAPH_INPUT)
+        graph.inputs.add(name="c", kind=pb.GRAPH_CONSTANT).tensor.handle.CopyFrom(constant)
+        node = graph.nodes.add(name="sum", op="add", **node_fields)
+        node.args.add().tensor.graph_input = 0
+        node.args.add().tensor.graph_input = 1
+        graph.nodes.add(name="relu", op="relu").args.add().tensor.node.node = 0
+        graph.outputs.add(name="y").node.node = 1
+        if state is not None:
+            graph.inputs.add(name="s", kind=pb.GRAPH_STATE).tensor.handle.CopyFrom(state)
+            node = graph.nodes.add(name="state", op="fused_add_rms_norm")
+            node.args.add(name="x").tensor.node.node = 1
+            argument = node.args.add(name="x_residual").tensor
+            argument.graph_input, argument.donate = 2, True
+            node.args.add(name="weight").none.SetInParent()
+            node.args.add(name="epsilon").float = 1e-6
+            graph.outputs.add(name="normed").node.node = 2
+        for node in graph.nodes:
+            node.priority.names.append("testdev")
+            node.strict = True
+        return graph
+
+    def register(self, client, graph):
+        return client.ask(pb.Request(register_graph=pb.RegisterGraph(graph=graph)))[0].graph.graph
+
+    def run_graph(self, client, number, x, shape=None, **fields):
+        request = pb.Request(run_graph=pb.RunGraph(graph=number, inline_results=True, explain=True, **fields))
+        request.run_graph.inputs.add().tensor.CopyFrom(x if isinstance(x, pb.Tensor) else inline(shape or [len(x)], f32(*x)))
+        return client.call(request)[0]
+
+    def values(self, reply):
+        self.assertEqual((reply.status, reply.message), (harness.OK, ""))
+        return [list(unpack_f32(output.tensor.inline)) for output in reply.run.outputs]
+
+    def test_a_graph_runs_on_a_device_and_is_launched_with_new_inputs(self):
+        daemon = DeviceDaemon()
+        try:
+            client = Client(daemon.address)
+            number = self.register(client, self.graph(self.upload(client, [10, -20, 5], device="test:1")))
+            for i in range(6):
+                reply = self.run_graph(client, number, [i, i, -6])
+                self.assertEqual(self.values(reply), [[10 + i, 0, 0]])
+                self.assertEqual((reply.run.explain.device, reply.run.graph.nodes[0].provider), ("test:1", "testdev"))
+            self.assertEqual(self.values(self.run_graph(client, number, pb.Tensor(handle=self.upload(client, [1, 30, 0], device="test:1")))), [[11, 10, 5]])
+            self.assertEqual(self.values(self.run_graph(client, number, pb.Tensor(handle=self.upload(client, [2, 30, 0], device="test:0")))), [[12, 10, 5]])
+            client.close()
+        finally:
+            daemon.stop()
+        self.assertIn("graphs: 1 captured, 7 launches, 0 left", daemon.said)
+
+    def test_a_state_is_written_in_place_and_stays_at_its_address(self):
+        daemon = DeviceDaemon()
+        try:
+            client = Client(daemon.address)
+            state = self.upload(client, [0, 0], shape=[1, 2], device="test:0")
+            number = self.register(client, self.graph(self.upload(client, [0, 0], shape=[1, 2], device="test:0"), state))
+            want = [0.0, 0.0]
+            for i in range(5):
+                reply = self.run_graph(client, number, [i, 1], shape=[1, 2])
+                want = [want[0] + i, want[1] + 1]
+                self.values(reply)
+                self.assertEqual(self.fetch(client, reply.run.states[0]), want)
+            self.assertEqual(self.where(client), ["test:0", "test:0"])
+            client.close()
+        finally:
+            daemon.stop()
+        self.assertIn("graphs: 1 captured, 4 launches, 0 left", daemon.said)
+
+    def test_a_state_of_the_host_moves_to_the_device_with_the_first_run(self):
+        client = self.client()
+        state = self.upload(client, [5, 6], shape=[1, 2])
+        number = self.register(client, self.graph(self.upload(client, [0, 0], shape=[1, 2]), state, device="test:1"))
+        for i in range(3):
+            reply = self.run_graph(client, number, [1, 1], shape=[1, 2])
+            self.values(reply)
+        self.assertEqual(self.where(client), ["test:1", "cpu"])
+        self.assertEqual(self.fetch(client, reply.run.states[0]), [8, 9])
+
+    def test_kept_results_of_a_graph_are_their_own(self):
+        client = self.client()
+        number = self.register(client, self.graph(self.upload(client, [0, 0], device="test:0")))
+        handles = []
+        for i in range(3):
+            request = pb.Request(run_graph=pb.RunGraph(graph=number))
+            request.run_graph.inputs.add().tensor.CopyFrom(inline([2], f32(i, 2 * i)))
+            request.run_graph.outputs.add(keep=True, no_copy=True)
+            handles.append(client.ask(request)[0].run.outputs[0].kept)
+        self.assertEqual([self.fetch(client, handle) for handle in handles], [[0, 0], [1, 2], [2, 4]])
+        self.assertEqual(self.where(client), ["test:0"] * 4)
+
+    def test_shapes_have_graphs_of_their_own(self):
+        client = self.client()
+        number = self.register(client, self.graph(self.upload(client, [1], device="test:0")))
+        reply = self.run_graph(client, number, [1, 2])
+        self.assertEqual(reply.status, harness.FAILED_PRECONDITION)  # the device doesn't broadcast
+        for _ in range(2):
+            self.assertEqual(self.values(self.run_graph(client, number, [4])), [[5]])
+
+    def test_what_cannot_be_captured_is_enqueued(self):
+        daemon = DeviceDaemon(fault="capture:1+")
+        try:
+            client = Client(daemon.address)
+            number = self.register(client, self.graph(self.upload(client, [1, 1], device="test:0")))
+            for i in range(4):
+                self.assertEqual(self.values(self.run_graph(client, number, [i, -9])), [[i + 1, 0]])
+            client.close()
+        finally:
+            daemon.stop()
+        self.assertIn("graphs: 0 captured, 0 launches", daemon.said)
+        self.assertEqual(daemon.said.count("a graph can't be captured"), 1)
+
+    def test_a_failing_node_fails_the_run_and_a_state_written_in_place_is_lost(self):
+        client = self.client(fault="kernel:5")
+        state = self.upload(client, [0, 0], shape=[1, 2], device="test:0")
+        number = self.register(client, self.graph(self.upload(client, [0, 0], shape=[1, 2], device="test:0"), state))
+        self.values(self.run_graph(client, number, [1, 1], shape=[1, 2]))
+        reply = self.run_graph(client, number, [1, 1], shape=[1, 2])
+        self.assertEqual((reply.status, "kernel: injected failure" in reply.message), (harness.INTERNAL, True))
+        self.assertEqual(self.run_graph(client, number, [1, 1], shape=[1, 2]).status, harness.DATA_LOSS)
+
+    def test_nodes_on_two_kinds_of_device_are_refused(self):
+        client = self.client()
+        graph = self.graph(self.upload(client, [0, 0]))
+        graph.nodes[1].priority.names[0] = "native"
+        reply = self.run_graph(client, self.register(client, graph), [1, 2])
+        self.assertEqual(reply.status, harness.UNIMPLEMENTED)
+        self.assertIn("a graph's nodes run on one device", reply.message)
+
+    def test_a_bad_index_names_its_node(self):
+        client = self.client()
+        graph = pb.Graph(name="rows")
+        graph.inputs.add(name="ids", kind=pb.GRAPH_INPUT)
+        graph.inputs.add(name="table", kind=pb.GRAPH_CONSTANT).tensor.handle.CopyFrom(self.upload(client, [0, 1, 2, 3], shape=[2, 2]))
+        node = graph.nodes.add(name="look", op="embedding", strict=True)
+        node.priority.names.append("testdev")
+        node.args.add().tensor.graph_input = 0
+        node.args.add().tensor.graph_input = 1
+        graph.outputs.add(name="y").node.node = 0
+        number = self.register(client, graph)
+        for ids, wanted in ((1, [[2, 3]]), (2, None), (0, [[0, 1]]), (-1, None)):
+            reply = self.run_graph(client, number, inline([1], struct.pack("<q", ids), dtype=6))
+            if wanted is not None:
+                self.assertEqual(self.values(reply), wanted)
+            else:
+                self.assertEqual((reply.status, reply.message), (harness.INVALID_ARGUMENT, "node 'look': embedding: ids[0] is %d, expected 0 to 1" % ids))
+
+    def test_runs_at_once_from_several_sessions(self):
+        daemon = self.daemon(delay_us=200)
+        clients = [self.client(daemon) for _ in range(3)]
+        numbers_of = [self.register(client, self.graph(self.upload(client, [k, k], device="test"))) for k, client in enumerate(clients)]
+        wanted = {}
+        for i in range(12):
+            for k, client in enumerate(clients):
+                request = pb.Request(run_graph=pb.RunGraph(graph=numbers_of[k], inline_results=True))
+                request.run_graph.inputs.add().tensor.CopyFrom(inline([2], f32(i, -i)))
+                wanted[k, client.submit(request)] = [[i + k, max(k - i, 0)]]
+        for k, client in enumerate(clients):
+            for _ in range(12):
+                found, reply, _ = client.read_reply()
+                self.assertEqual(self.values(reply), wanted[k, found])
 
 
 if __name__ == "__main__":

@@ -178,7 +178,8 @@ def op_description():
         name="rms_norm", schema="rms_norm(Tensor x) -> Tensor", doc="Root mean square.", implementations=[
             pb.Implementation(provider="native", supported=True),
             pb.Implementation(provider="cuda", supported=True, reason="why", predicate=True, plan_may_refuse=True, in_place=True,
-                              thread_invariant=True, batch_invariant=True, device="cuda", schema="s", uuid="ab" * 32)],
+                              thread_invariant=True, batch_invariant=True, device="cuda", schema="s", uuid="ab" * 32,
+                              bf16_denormals_zero=True)],
         effective=["cuda", "native"], level=pb.SERVER, activations="x", in_place=[pb.InPlace(param="x", result=1)],
         dims=["rows", "hidden"], default_dims=[32, 4096])
 

@@ -8,6 +8,7 @@ static const char *const fault_names[DEVICE_FAULT_COUNT] = {
     [DEVICE_FAULT_ALLOC] = "alloc",   [DEVICE_FAULT_STREAM] = "stream",   [DEVICE_FAULT_EVENT] = "event",
     [DEVICE_FAULT_RECORD] = "record", [DEVICE_FAULT_COPY_IN] = "copy_in", [DEVICE_FAULT_COPY_OUT] = "copy_out",
     [DEVICE_FAULT_LAUNCH] = "launch", [DEVICE_FAULT_KERNEL] = "kernel",   [DEVICE_FAULT_MUTE] = "mute",
+    [DEVICE_FAULT_CAPTURE] = "capture",
 };
 
 uint64_t device_now_ns(void)
@@ -99,7 +100,9 @@ opd_status device_open(struct device *device, const opd_host *host, opd_error *e
 	device->opened = true;
 	device_sleep_us(open_us);
 	opd_status status = host->register_backend(host, &device_backend, error);
-	return status == OPD_OK ? device_register_kernels(host, error) : status;
+	if (status == OPD_OK)
+		status = device_register_kernels(host, error);
+	return status == OPD_OK ? device_register_resident(host, error) : status;
 }
 
 /* Tests look for this line. */
@@ -114,7 +117,10 @@ void device_close(struct device *device)
 		device_free(device, UINT32_MAX, oldest);
 		allocations++;
 	}
-	bool clean = allocations + device->streams + device->events + device->plans == 0;
+	bool clean = allocations + device->streams + device->events + device->plans + device->graphs == 0;
+	(void)snprintf(text, sizeof text, "graphs: %u captured, %u launches, %u left", (unsigned)device->captures, (unsigned)device->launches,
+	               (unsigned)device->graphs);
+	device->host->log(device->host, OPD_LOG_INFO, text);
 	(void)snprintf(text, sizeof text, "%s: %u allocations, %u streams, %u events, %u plans were left",
 	               clean ? "closed clean" : "closed with leaks", (unsigned)allocations, (unsigned)device->streams,
 	               (unsigned)device->events, (unsigned)device->plans);
@@ -148,6 +154,10 @@ const opd_backend device_backend = {
     .event_destroy = device_event_destroy,
     .event_record = device_event_record,
     .event_query = device_event_query,
+    .capture_begin = device_capture_begin,
+    .capture_end = device_capture_end,
+    .graph_launch = device_graph_launch,
+    .graph_destroy = device_graph_destroy,
 };
 
 /* ---- The module ---- */

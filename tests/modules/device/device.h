@@ -14,7 +14,7 @@
  *     OPD_TEST_DEVICE_EVENT_US=N         from an event's work being done to its being reported
  *     OPD_TEST_DEVICE_OPEN_US=N          that open takes
  *     OPD_TEST_DEVICE_FAULT=POINT:N[+],… the Nth time (from then on) at POINT: alloc, stream, event, record, copy_in, copy_out,
- * launch (run fails), kernel (its event does), mute (launch without code or text that make sense) */
+ * launch (run fails), kernel (its event does), mute (launch without code or text that make sense), capture (capture_begin) */
 #ifndef OPD_TESTS_DEVICE_H
 #define OPD_TESTS_DEVICE_H
 
@@ -35,6 +35,7 @@ enum device_fault {
 	DEVICE_FAULT_LAUNCH,
 	DEVICE_FAULT_KERNEL,
 	DEVICE_FAULT_MUTE,
+	DEVICE_FAULT_CAPTURE,
 	DEVICE_FAULT_COUNT,
 };
 
@@ -53,6 +54,9 @@ struct device {
 	_Atomic uint32_t streams;
 	_Atomic uint32_t events;
 	_Atomic uint32_t plans;
+	_Atomic uint32_t graphs; /* that exist */
+	_Atomic uint32_t captures; /* since the start */
+	_Atomic uint32_t launches;
 	_Atomic uint32_t fault_seen[DEVICE_FAULT_COUNT];
 	/* constant after open; a point's 0 is never */
 	uint32_t fault_first[DEVICE_FAULT_COUNT];
@@ -106,11 +110,20 @@ struct device_launch {
 	uint32_t input_count;
 	struct device_operand inputs[DEVICE_INPUTS];
 	struct device_operand output;
+	struct device_operand second; /* the other result, where there are two */
 	void *scratch;
+	void *fault; /* exec->fault */
 	double epsilon;
 };
 
+struct device_operand device_operand_of(const char *name, const opd_tensor *tensor);
+/* Of a kernel's operand; NULL with the text where it isn't all the device's. */
+float *device_floats(struct device *device, uint32_t ordinal, const struct device_operand *operand, opd_error *error);
+/* What `run` ends with: the launch is copied to the stream. */
+opd_status device_launch(const opd_exec *exec, struct device *device, const struct device_launch *what, opd_error *error);
+
 opd_status device_register_kernels(const opd_host *host, opd_error *error);
+opd_status device_register_resident(const opd_host *host, opd_error *error); /* resident.c */
 
 /* ---- stream.c ---- */
 
@@ -129,5 +142,9 @@ opd_status device_event_create(void *state, uint32_t ordinal, void **event_out, 
 void device_event_destroy(void *state, void *event);
 opd_status device_event_record(void *state, void *event, void *stream, opd_error *error);
 opd_status device_event_query(void *state, void *event, opd_error *error);
+opd_status device_capture_begin(void *state, void *stream, opd_error *error);
+opd_status device_capture_end(void *state, void *stream, void **graph_out, opd_error *error);
+opd_status device_graph_launch(void *state, void *graph, void *stream, opd_error *error);
+void device_graph_destroy(void *state, void *graph);
 
 #endif

@@ -16,7 +16,7 @@ struct relu_plan {
 
 /* ---- What `run` hands to the stream ---- */
 
-static struct device_operand operand_of(const char *name, const opd_tensor *tensor)
+struct device_operand device_operand_of(const char *name, const opd_tensor *tensor)
 {
 	struct device_operand operand = {.name = name,
 	                                 .memory = tensor->data,
@@ -39,13 +39,13 @@ static uint64_t operand_bytes(const struct device_operand *operand)
 	return operand->elements == 0 ? 0 : (last + 1) * sizeof(float);
 }
 
-static float *operand_data(struct device *device, uint32_t ordinal, const struct device_operand *operand, opd_error *error)
+float *device_floats(struct device *device, uint32_t ordinal, const struct device_operand *operand, opd_error *error)
 {
 	return (float *)(void *)device_contents(device, ordinal, operand->memory, operand->byte_offset, operand_bytes(operand),
 	                                        operand->name, error);
 }
 
-static opd_status launch(const opd_exec *exec, struct device *device, const struct device_launch *what, opd_error *error)
+opd_status device_launch(const opd_exec *exec, struct device *device, const struct device_launch *what, opd_error *error)
 {
 	if (device_faulty(device, DEVICE_FAULT_MUTE)) {
 		error->status = OPD_OK;
@@ -92,9 +92,9 @@ static bool rms_norm_supports(const opd_impl *impl, void *state, const opd_call 
 
 static opd_status rms_norm_kernel(struct device *device, uint32_t ordinal, const struct device_launch *what, opd_error *error)
 {
-	const float *x = operand_data(device, ordinal, &what->inputs[0], error);
-	float *y = operand_data(device, ordinal, &what->output, error);
-	const float *weight = what->input_count < 2 ? NULL : operand_data(device, ordinal, &what->inputs[1], error);
+	const float *x = device_floats(device, ordinal, &what->inputs[0], error);
+	float *y = device_floats(device, ordinal, &what->output, error);
+	const float *weight = what->input_count < 2 ? NULL : device_floats(device, ordinal, &what->inputs[1], error);
 	if (x == NULL || y == NULL || (what->input_count == 2 && weight == NULL))
 		return OPD_INTERNAL;
 	uint64_t columns = (uint64_t)what->output.shape[what->output.rank - 1];
@@ -118,13 +118,13 @@ static opd_status rms_norm_run(const opd_impl *impl, void *state, const opd_call
 	struct device_launch what = {
 	    .kernel = rms_norm_kernel,
 	    .input_count = 1,
-	    .inputs = {operand_of("x", call->args[0].tensor)},
-	    .output = operand_of("the result", call->outputs[0]),
+	    .inputs = {device_operand_of("x", call->args[0].tensor)},
+	    .output = device_operand_of("the result", call->outputs[0]),
 	    .epsilon = call->args[2].f,
 	};
 	if (call->args[1].kind == OPD_ARG_TENSOR)
-		what.inputs[what.input_count++] = operand_of("weight", call->args[1].tensor);
-	return launch(exec, state, &what, error);
+		what.inputs[what.input_count++] = device_operand_of("weight", call->args[1].tensor);
+	return device_launch(exec, state, &what, error);
 }
 
 /* ---- add ---- */
@@ -156,9 +156,9 @@ static uint64_t element_at(const struct device_operand *operand, uint64_t number
 
 static opd_status add_kernel(struct device *device, uint32_t ordinal, const struct device_launch *what, opd_error *error)
 {
-	const float *a = operand_data(device, ordinal, &what->inputs[0], error);
-	const float *b = operand_data(device, ordinal, &what->inputs[1], error);
-	float *y = operand_data(device, ordinal, &what->output, error);
+	const float *a = device_floats(device, ordinal, &what->inputs[0], error);
+	const float *b = device_floats(device, ordinal, &what->inputs[1], error);
+	float *y = device_floats(device, ordinal, &what->output, error);
 	if (a == NULL || b == NULL || y == NULL)
 		return OPD_INTERNAL;
 	for (uint64_t i = 0; i < what->output.elements; i++)
@@ -175,10 +175,10 @@ static opd_status add_run(const opd_impl *impl, void *state, const opd_call *cal
 	struct device_launch what = {
 	    .kernel = add_kernel,
 	    .input_count = 2,
-	    .inputs = {operand_of("a", call->args[0].tensor), operand_of("b", call->args[1].tensor)},
-	    .output = operand_of("the result", call->outputs[0]),
+	    .inputs = {device_operand_of("a", call->args[0].tensor), device_operand_of("b", call->args[1].tensor)},
+	    .output = device_operand_of("the result", call->outputs[0]),
 	};
-	return launch(exec, state, &what, error);
+	return device_launch(exec, state, &what, error);
 }
 
 /* ---- relu: a plan that needs scratch, and may refuse ---- */
@@ -226,8 +226,8 @@ static opd_status relu_plan(const opd_impl *impl, void *state, const opd_call *c
 static opd_status relu_kernel(struct device *device, uint32_t ordinal, const struct device_launch *what, opd_error *error)
 {
 	uint64_t bytes = what->output.elements * sizeof(float);
-	const float *x = operand_data(device, ordinal, &what->inputs[0], error);
-	float *y = operand_data(device, ordinal, &what->output, error);
+	const float *x = device_floats(device, ordinal, &what->inputs[0], error);
+	float *y = device_floats(device, ordinal, &what->output, error);
 	float *scratch =
 	    bytes == 0 ? y : (float *)(void *)device_contents(device, ordinal, what->scratch, 0, bytes, "scratch", error);
 	if (x == NULL || y == NULL || scratch == NULL)
@@ -250,11 +250,11 @@ static opd_status relu_run(const opd_impl *impl, void *state, const opd_call *ca
 	struct device_launch what = {
 	    .kernel = relu_kernel,
 	    .input_count = 1,
-	    .inputs = {operand_of("x", call->args[0].tensor)},
-	    .output = operand_of("the result", call->outputs[0]),
+	    .inputs = {device_operand_of("x", call->args[0].tensor)},
+	    .output = device_operand_of("the result", call->outputs[0]),
 	    .scratch = exec->scratch,
 	};
-	return launch(exec, state, &what, error);
+	return device_launch(exec, state, &what, error);
 }
 
 /* ---- */

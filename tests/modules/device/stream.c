@@ -17,9 +17,16 @@ struct command {
 	struct device_launch launch;
 };
 
+/* What was enqueued while a stream captured. */
+struct captured {
+	struct command *first;
+	struct command **end;
+};
+
 struct stream {
 	struct device *device;
 	uint32_t ordinal;
+	struct captured *capturing; /* NULL: it isn't */
 	pthread_t thread;
 	pthread_mutex_t mutex; /* of the queue and stopping */
 	pthread_cond_t wake;
@@ -156,12 +163,76 @@ static opd_status enqueue(struct stream *stream, const struct command *command, 
 		return status;
 	*copy = *command;
 	copy->next = NULL;
+	if (stream->capturing != NULL) {
+		*stream->capturing->end = copy;
+		stream->capturing->end = &copy->next;
+		return OPD_OK;
+	}
 	(void)pthread_mutex_lock(&stream->mutex);
 	*stream->queue_end = copy;
 	stream->queue_end = &copy->next;
 	(void)pthread_cond_signal(&stream->wake);
 	(void)pthread_mutex_unlock(&stream->mutex);
 	return OPD_OK;
+}
+
+/* ---- Capture: what may be captured is kept in a list, and launched as copies of it ---- */
+
+static void captured_destroy(struct captured *captured)
+{
+	while (captured->first != NULL) {
+		struct command *command = captured->first;
+		captured->first = command->next;
+		free(command);
+	}
+	free(captured);
+}
+
+opd_status device_capture_begin(void *state, void *stream_of, opd_error *error)
+{
+	struct stream *stream = stream_of;
+	if (device_faulty(state, DEVICE_FAULT_CAPTURE))
+		return opd_fail(error, OPD_INTERNAL, "capture_begin: injected failure");
+	stream->capturing = calloc(1, sizeof *stream->capturing);
+	if (stream->capturing == NULL)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "capture_begin: out of memory");
+	stream->capturing->end = &stream->capturing->first;
+	return OPD_OK;
+}
+
+opd_status device_capture_end(void *state, void *stream_of, void **graph_out, opd_error *error)
+{
+	struct device *device = state;
+	struct stream *stream = stream_of;
+	(void)error;
+	*graph_out = stream->capturing;
+	stream->capturing = NULL;
+	(void)atomic_fetch_add(&device->captures, 1);
+	(void)atomic_fetch_add(&device->graphs, 1);
+	return OPD_OK;
+}
+
+opd_status device_graph_launch(void *state, void *graph, void *stream_of, opd_error *error)
+{
+	struct device *device = state;
+	opd_status status = OPD_OK;
+	for (const struct command *command = ((struct captured *)graph)->first; command != NULL && status == OPD_OK; command = command->next)
+		status = enqueue(stream_of, command, error);
+	(void)atomic_fetch_add(&device->launches, 1);
+	return status;
+}
+
+void device_graph_destroy(void *state, void *graph)
+{
+	struct device *device = state;
+	captured_destroy(graph);
+	(void)atomic_fetch_sub(&device->graphs, 1);
+}
+
+/* Enqueued while it captures, a copy with the host can't be replayed. */
+static opd_status refuse_capturing(const struct stream *stream, const char *what, opd_error *error)
+{
+	return stream->capturing == NULL ? OPD_OK : opd_fail(error, OPD_INTERNAL, "%s while the stream captures", what);
 }
 
 opd_status device_enqueue(void *stream_of, const struct device_launch *launch, opd_error *error)
@@ -177,6 +248,8 @@ opd_status device_copy_in(void *state, void *stream, void *to, uint64_t to_offse
 	struct command command = {.kind = COMMAND_COPY_IN, .to = to, .to_offset = to_offset, .from = host_from, .bytes = bytes};
 	if (device_faulty(state, DEVICE_FAULT_COPY_IN))
 		return opd_fail(error, OPD_INTERNAL, "copy_in: injected failure");
+	if (refuse_capturing(stream, "copy_in", error) != OPD_OK)
+		return OPD_INTERNAL;
 	return enqueue(stream, &command, error);
 }
 
@@ -186,6 +259,8 @@ opd_status device_copy_out(void *state, void *stream, void *host_to, const void 
 	struct command command = {.kind = COMMAND_COPY_OUT, .to = host_to, .from = from, .from_offset = from_offset, .bytes = bytes};
 	if (device_faulty(state, DEVICE_FAULT_COPY_OUT))
 		return opd_fail(error, OPD_INTERNAL, "copy_out: injected failure");
+	if (refuse_capturing(stream, "copy_out", error) != OPD_OK)
+		return OPD_INTERNAL;
 	return enqueue(stream, &command, error);
 }
 

@@ -1,0 +1,121 @@
+/* Copies between a device and the host for requests that run nothing there: fetches, uploads, tensors that a provider elsewhere must read. */
+#include <semaphore.h>
+#include <string.h>
+
+#include "server/daemon.h"
+#include "server/device_run.h"
+#include "server/device_work.h"
+#include "server/priority.h"
+#include "server/request.h"
+
+static struct request *request_of(struct device_job *job)
+{
+	return (struct request *)((char *)job - offsetof(struct request, device_job));
+}
+
+static void job_done(struct device_job *job)
+{
+	struct request *request = request_of(job);
+	request->device_done(request);
+}
+
+/* A direct caller waits on its own thread for what the loop takes from a lane. */
+static void job_done_direct(struct device_job *job)
+{
+	(void)sem_post(request_of(job)->owner);
+}
+
+void device_submit(struct request *request, struct device_lane *lane, void (*done)(struct request *request))
+{
+	const bool direct = request->direct;
+	request->device_lane = lane;
+	request->device_done = done;
+	request->device_job.done = direct ? job_done_direct : job_done;
+	device_lane_submit(lane, &request->device_job);
+	if (!direct)
+		return;
+	while (sem_wait(request->owner) != 0)
+		;
+	done(request);
+}
+
+opd_status device_wanted(struct request *request, struct msg_text text, uint32_t *number_out)
+{
+	const struct snapshot *snapshot = request->snapshot;
+	struct device_filter filter;
+	uint32_t least = UINT32_MAX;
+	*number_out = 0;
+	if (text.bytes == 0)
+		return OPD_OK;
+	opd_status status = device_filter_parse(text, &filter, &request->error);
+	if (status != OPD_OK)
+		return status;
+	for (uint32_t i = 0; i < snapshot->device_count; i++) {
+		const struct device *device = &snapshot->devices[i];
+		const uint32_t load = i == 0 ? 0 : device_lane_load(request->context->server, i);
+		if (strlen(device->kind) != filter.kind_bytes || memcmp(device->kind, filter.kind, filter.kind_bytes) != 0 ||
+		    (filter.ordinal >= 0 && device->ordinal != (uint64_t)filter.ordinal) || load >= least)
+			continue;
+		*number_out = i;
+		least = load;
+	}
+	return least != UINT32_MAX ? OPD_OK : opd_fail(&request->error, OPD_FAILED_PRECONDITION, "device %s: there is none", text.data);
+}
+
+static void move_enqueue(struct device_lane *lane, struct device_job *job)
+{
+	struct device_move *move = &request_of(job)->move;
+	job->status = device_begin(lane, job);
+	if (job->status == OPD_OK && move->buffer == NULL) {
+		job->status = device_alloc(lane, job, move->bytes, &move->buffer);
+		move->taken = job->status == OPD_OK;
+	} else if (job->status == OPD_OK) {
+		job->status = device_hold(job, buffer_ref(move->buffer));
+	}
+	if (job->status == OPD_OK && move->out)
+		job->status = device_copy_out(lane, job, move->host, move->buffer, move->offset, move->bytes);
+	else if (job->status == OPD_OK && move->host != NULL)
+		job->status = device_copy_in(lane, job, move->buffer, move->offset, move->host, move->bytes);
+}
+
+static void move_complete(struct device_lane *lane, struct device_job *job)
+{
+	struct device_move *move = &request_of(job)->move;
+	(void)lane;
+	if (!move->taken)
+		return;
+	if (job->status == OPD_OK)
+		(void)buffer_ref(move->buffer); /* the caller's */
+	else
+		move->buffer = NULL;
+}
+
+static void move_done(struct request *request)
+{
+	const struct device_job *job = &request->device_job;
+	request->status = job->status;
+	if (job->status != OPD_OK)
+		request->error = job->error;
+	request->move_done(request);
+}
+
+void device_move_start(struct request *request, const char *name, void (*done)(struct request *request))
+{
+	struct device_lane *lane = NULL;
+	const uint32_t device = request->move.device;
+	request->move.taken = false;
+	request->move_done = done;
+	request->status = device_lane_get(request->context->server, &request->snapshot->devices[device], device, &lane, &request->error);
+	if (request->status != OPD_OK) {
+		done(request);
+		return;
+	}
+	request->device_job = (struct device_job){
+		.name = name,
+		.account = request->session->account,
+		.unwanted = &request->session->gone,
+		.enqueue = move_enqueue,
+		.complete = move_complete,
+	};
+	device_submit(request, lane, move_done);
+}

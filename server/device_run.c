@@ -1,0 +1,453 @@
+/* An op on a device: operands brought there, the kernel enqueued, results that stay left there and the others brought back. */
+#include "server/device_run.h"
+
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "proto/tensor.h"
+#include "server/daemon.h"
+#include "server/device_work.h"
+#include "server/module.h"
+#include "server/request.h"
+
+/* What one attempt has on the device; in the job's arena. Arguments are the host's with `data` replaced. */
+struct device_run {
+	opd_arg *args;
+	opd_tensor *outputs;
+	const opd_tensor **output_list;
+	struct buffer **results; /* [output_count] borrowed from the job */
+	opd_call call;
+	struct buffer *fault; /* NULL: index contents were checked in host memory */
+	opd_index_fault found;
+};
+
+static struct request *request_of(struct device_job *job)
+{
+	return (struct request *)((char *)job - offsetof(struct request, device_job));
+}
+
+/* ---- Operands ---- */
+
+/* Where the bytes that the tensor touches end, from the start of its memory. */
+static uint64_t touched_bytes(const opd_tensor *tensor)
+{
+	uint64_t end = 0;
+	return tensor_extent(tensor->dtype, tensor->rank, tensor->shape, tensor->strides, tensor->byte_offset, &end) ? end : 0;
+}
+
+static void note_move(struct request *request, const char *what, uint32_t from, uint32_t to, uint64_t bytes)
+{
+	struct request_run *run = &request->run;
+	const struct device *devices = request->snapshot->devices;
+	if (run->moves != NULL)
+		run->moves[run->move_count++] = (struct msg_move){msg_text(what), msg_text(devices[from].name), msg_text(devices[to].name), bytes};
+}
+
+/* Bytes that nobody keeps: this run's alone. A view far into a large tensor takes along only what it touches; whole lines are left out, so that its alignment stays. */
+static opd_status copy_touched(struct device_lane *lane, struct request *request, const char *what, const opd_tensor *host, opd_tensor *tensor)
+{
+	struct buffer *buffer;
+	const bool empty = opd_tensor_empty(host);
+	const uint64_t skip = empty ? 0 : host->byte_offset / OPD_TENSOR_ALIGNMENT * OPD_TENSOR_ALIGNMENT;
+	const uint64_t bytes = empty ? 0 : touched_bytes(host) - skip;
+	opd_status status = device_alloc(lane, &request->device_job, bytes, &buffer);
+	if (status != OPD_OK)
+		return status;
+	tensor->data = buffer->data;
+	tensor->byte_offset = empty ? 0 : host->byte_offset - skip;
+	note_move(request, what, 0, lane->number, bytes);
+	return bytes == 0 ? OPD_OK : device_copy_in(lane, &request->device_job, buffer, 0, (const unsigned char *)host->data + skip, bytes);
+}
+
+/* A kept tensor comes over whole and stays, for the next that reads it; a view of a small part of a large one comes alone. */
+static opd_status place_kept(struct device_lane *lane, struct request *request, uint32_t index, opd_tensor *tensor)
+{
+	const struct operand *operand = &request->run.bound.operands[index];
+	const struct kept_tensor *kept = request->run.kept[index];
+	struct buffer *here;
+	bool moved;
+	if (operand->tensor.data != NULL && !buffer_is_on(kept->buffer, lane->number) && touched_bytes(&operand->tensor) - operand->tensor.byte_offset < kept->bytes / 4)
+		return copy_touched(lane, request, operand->param, &operand->tensor, tensor);
+	opd_status status = device_bring(lane, &request->device_job, kept->buffer, kept->bytes, &here, &moved);
+	if (status != OPD_OK)
+		return status;
+	tensor->data = here->data;
+	if (moved)
+		note_move(request, operand->param, 0, lane->number, kept->bytes);
+	return OPD_OK;
+}
+
+/* Its place is the result's: where it lies if nobody else reads it, or in a copy of this run's own. False: neither, it is an operand like others. */
+static bool place_donated(struct device_lane *lane, struct request *request, struct device_run *mine, uint32_t index, opd_tensor *tensor, opd_status *status_out)
+{
+	struct device_job *job = &request->device_job;
+	struct kept_tensor *kept = request->run.kept[index];
+	struct donation *donation = donate_of(request, index);
+	struct buffer *place;
+	if (donation == NULL || (request->run.dispatch.impl->def->flags & OPD_IMPL_IN_PLACE) == 0)
+		return false;
+	if (kept->buffer->device == lane->number) {
+		if (!donate_in_place(request, donation))
+			return false;
+		place = buffer_ref(kept->buffer);
+		*status_out = device_hold(job, place);
+	} else {
+		struct buffer *host = buffer_on(kept->buffer, 0);
+		if (host == NULL)
+			return false;
+		const void *from = host->data;
+		*status_out = device_hold(job, host);
+		if (*status_out == OPD_OK)
+			*status_out = device_alloc(lane, job, kept->bytes, &place);
+		if (*status_out == OPD_OK)
+			*status_out = device_copy_in(lane, job, place, 0, from, kept->bytes);
+		if (*status_out == OPD_OK)
+			note_move(request, request->run.bound.operands[index].param, 0, lane->number, kept->bytes);
+	}
+	if (*status_out == OPD_OK) {
+		tensor->data = place->data;
+		mine->results[donation->result] = place;
+	}
+	return true;
+}
+
+static opd_status place_operand(struct device_lane *lane, struct request *request, struct device_run *mine, const opd_tensor *host,
+                                const opd_tensor **tensor_out)
+{
+	const struct operand *operand = (const struct operand *)((const char *)host - offsetof(struct operand, tensor));
+	const uint32_t index = (uint32_t)(operand - request->run.bound.operands);
+	opd_tensor *tensor = arena_alloc(&request->device_job.arena, sizeof *tensor);
+	if (tensor == NULL)
+		return device_no_memory(&request->device_job);
+	*tensor = *host;
+	tensor->device = lane->number;
+	*tensor_out = tensor;
+	opd_status status = OPD_OK;
+	if (request->run.kept[index] == NULL)
+		return copy_touched(lane, request, operand->param, host, tensor);
+	if (place_donated(lane, request, mine, index, tensor, &status))
+		return status;
+	return place_kept(lane, request, index, tensor);
+}
+
+static opd_status place_arg(struct device_lane *lane, struct request *request, struct device_run *mine, uint32_t index)
+{
+	const opd_arg *host = &request->run.bound.call.args[index];
+	opd_arg *arg = &mine->args[index];
+	*arg = *host;
+	if (host->kind == OPD_ARG_TENSOR)
+		return place_operand(lane, request, mine, host->tensor, &arg->tensor);
+	if (host->kind != OPD_ARG_TENSORS)
+		return OPD_OK;
+	const opd_tensor **list = arena_array(&request->device_job.arena, host->count, sizeof list[0]);
+	opd_status status = list == NULL ? device_no_memory(&request->device_job) : OPD_OK;
+	for (uint32_t i = 0; status == OPD_OK && i < host->count; i++)
+		status = place_operand(lane, request, mine, host->tensors[i], &list[i]);
+	arg->tensors = list;
+	return status;
+}
+
+static opd_status place_result(struct device_lane *lane, struct request *request, struct device_run *mine, uint32_t index)
+{
+	opd_tensor *output = &mine->outputs[index];
+	*output = request->run.bound.outputs[index];
+	output->device = lane->number;
+	mine->output_list[index] = output;
+	opd_status status = mine->results[index] != NULL
+	                        ? OPD_OK
+	                        : device_alloc(lane, &request->device_job, touched_bytes(output), &mine->results[index]);
+	if (status == OPD_OK)
+		output->data = mine->results[index]->data;
+	return status;
+}
+
+static opd_status place_all(struct device_lane *lane, struct request *request, struct device_run *mine)
+{
+	const opd_call *call = &request->run.bound.call;
+	opd_status status = OPD_OK;
+	for (uint32_t i = 0; status == OPD_OK && i < call->arg_count; i++)
+		status = place_arg(lane, request, mine, i);
+	for (uint32_t i = 0; status == OPD_OK && i < call->output_count; i++)
+		status = place_result(lane, request, mine, i);
+	mine->call = *call;
+	mine->call.args = mine->args;
+	mine->call.outputs = mine->output_list;
+	return status;
+}
+
+/* ---- Index contents ---- */
+
+bool device_is_index(const opd_op *def, const struct operand *operand)
+{
+	const char *at = def->struct_bytes >= offsetof(opd_op, indices) + sizeof def->indices ? def->indices : NULL;
+	const size_t bytes = strlen(operand->param);
+	if (def->check == NULL)
+		return false;
+	if (at == NULL)
+		return operand->tensor.dtype == OPD_i32 || operand->tensor.dtype == OPD_i64;
+	for (; at != NULL; at = strchr(at, ',')) {
+		at += *at == ',';
+		if (strncmp(at, operand->param, bytes) == 0 && (at[bytes] == ',' || at[bytes] == '\0'))
+			return true;
+	}
+	return false;
+}
+
+/* Some index operand lies on the device alone: the kernels look. */
+static bool checked_there(const struct request *request)
+{
+	const struct bound *bound = &request->run.bound;
+	bool there = false;
+	for (uint32_t i = 0; i < bound->operand_count; i++)
+		there = there || (bound->operands[i].tensor.data == NULL && !opd_tensor_empty(&bound->operands[i].tensor) &&
+		                  device_is_index(bound->op->def, &bound->operands[i]));
+	return there;
+}
+
+/* In host memory, before anything is copied. */
+static opd_status check_contents(struct request *request)
+{
+	const opd_op *def = request->run.op->def;
+	opd_error *error = &request->device_job.error;
+	if (def->check == NULL)
+		return OPD_OK;
+	opd_status status = def->check(def, &request->run.bound.call, error);
+	return status == OPD_OK ? OPD_OK : module_failure(status, error, "%s: the operands' contents are refused", request->run.op->schema->name);
+}
+
+static opd_status fault_make(struct device_lane *lane, struct device_job *job, struct device_run *mine)
+{
+	static const opd_index_fault none;
+	const opd_backend *backend = lane->device.backend;
+	opd_status status = device_alloc(lane, job, sizeof none, &mine->fault);
+	if (status != OPD_OK)
+		return status;
+	if (backend->zero == NULL)
+		return device_copy_in(lane, job, mine->fault, 0, &none, sizeof none);
+	status = backend->zero(lane->device.state, lane->stream, mine->fault->data, 0, sizeof none, &job->error);
+	return status == OPD_OK ? OPD_OK : device_failed(lane, job, status, "zero");
+}
+
+opd_status device_fault_error(const struct op *op, const opd_index_fault *fault, opd_error *error)
+{
+	const char *param = fault->param < op->schema->param_count ? op->schema->params[fault->param].name : "an operand";
+	if (fault->low > fault->high)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: %s[%" PRIu64 "] is %" PRIi64 ", expected none at all", op->schema->name, param,
+		                fault->position, fault->value);
+	return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: %s[%" PRIu64 "] is %" PRIi64 ", expected %" PRIi64 " to %" PRIi64, op->schema->name, param,
+	                fault->position, fault->value, fault->low, fault->high);
+}
+
+/* ---- The kernel ---- */
+
+static opd_status make_plan(struct request *request)
+{
+	struct dispatch *dispatch = &request->run.dispatch;
+	if (!dispatch->plan_missing)
+		return OPD_OK;
+	opd_status status = plans_make(dispatch->plans, dispatch->snapshot, dispatch->impl, &request->run.bound.call, &dispatch->plan,
+	                               &request->device_job.error);
+	if (status == OPD_OK) {
+		dispatch->plan_missing = false;
+		request->run.plan_refused = dispatch->plan->refused;
+	}
+	return status;
+}
+
+static opd_status enqueue_kernel(struct device_lane *lane, struct request *request, struct device_run *mine)
+{
+	struct device_job *job = &request->device_job;
+	const struct impl *impl = request->run.dispatch.impl;
+	const struct plan *plan = request->run.dispatch.plan;
+	opd_exec exec = {
+		.struct_bytes = sizeof exec,
+		.threads = 1,
+		.host = &impl->provider->module->host,
+		.plan = plan == NULL ? NULL : &plan->made,
+		.stream = lane->stream,
+		.device = lane->number,
+		.ordinal = lane->device.ordinal,
+		.fault = mine->fault == NULL ? NULL : mine->fault->data,
+	};
+	struct lane_exec serial = lane_exec_serial(NULL);
+	struct buffer *scratch;
+	exec.lane = &serial;
+	if (plan != NULL && plan->made.scratch_bytes != 0) {
+		opd_status status = device_alloc(lane, job, plan->made.scratch_bytes, &scratch);
+		if (status != OPD_OK)
+			return status;
+		exec.scratch = scratch->data;
+	}
+	request->run.written = true;
+	opd_status status = impl->def->run(impl->def, impl->state, &mine->call, &exec, &job->error);
+	return status == OPD_OK ? OPD_OK : module_failure(status, &job->error, "%s.%s failed", impl->provider->name, request->run.op->schema->name);
+}
+
+/* Those that the reply brings, and the word that says whether an index was bad. */
+static opd_status copy_results(struct device_lane *lane, struct request *request, struct device_run *mine)
+{
+	struct device_job *job = &request->device_job;
+	opd_status status = OPD_OK;
+	for (uint32_t i = 0; status == OPD_OK && i < mine->call.output_count; i++) {
+		const opd_tensor *host = &request->run.bound.outputs[i];
+		const uint64_t bytes = touched_bytes(host);
+		if (host->data == NULL)
+			continue;
+		status = device_copy_out(lane, job, host->data, mine->results[i], 0, bytes);
+		note_move(request, "result", lane->number, 0, bytes);
+	}
+	if (status == OPD_OK && mine->fault != NULL)
+		status = device_copy_out(lane, job, &mine->found, mine->fault, 0, sizeof mine->found);
+	return status;
+}
+
+static struct device_run *device_run_create(struct request *request)
+{
+	struct arena *arena = &request->device_job.arena;
+	const opd_call *call = &request->run.bound.call;
+	struct device_run *mine = arena_zalloc(arena, sizeof *mine);
+	if (mine == NULL)
+		return NULL;
+	mine->args = arena_array(arena, call->arg_count, sizeof mine->args[0]);
+	mine->outputs = arena_array(arena, call->output_count, sizeof mine->outputs[0]);
+	mine->output_list = arena_array(arena, call->output_count, sizeof mine->output_list[0]);
+	mine->results = arena_array(arena, call->output_count, sizeof mine->results[0]);
+	return mine->args == NULL || mine->outputs == NULL || mine->output_list == NULL || mine->results == NULL ? NULL : mine;
+}
+
+static opd_status enqueue_all(struct device_lane *lane, struct request *request, struct device_run *mine, bool there)
+{
+	struct device_job *job = &request->device_job;
+	const uint64_t moves_from = request_now_ns();
+	opd_status status = place_all(lane, request, mine);
+	if (status == OPD_OK && there)
+		status = fault_make(lane, job, mine);
+	job->moves_ns = request_now_ns() - moves_from;
+	if (status == OPD_OK)
+		status = enqueue_kernel(lane, request, mine);
+	return status == OPD_OK ? copy_results(lane, request, mine) : status;
+}
+
+static void run_enqueue(struct device_lane *lane, struct device_job *job)
+{
+	struct request *request = request_of(job);
+	const bool there = checked_there(request);
+	request->run.on_device = NULL;
+	job->status = there ? OPD_OK : check_contents(request);
+	if (job->status == OPD_OK)
+		job->status = make_plan(request);
+	if (job->status != OPD_OK || request->run.plan_refused)
+		return;
+	job->status = device_begin(lane, job);
+	struct device_run *mine = job->status == OPD_OK ? device_run_create(request) : NULL;
+	if (job->status == OPD_OK && mine == NULL)
+		job->status = device_no_memory(job);
+	if (job->status != OPD_OK)
+		return;
+	request->run.on_device = mine;
+	job->status = enqueue_all(lane, request, mine, there);
+}
+
+/* What stays is the request's from here on. */
+static void run_complete(struct device_lane *lane, struct device_job *job)
+{
+	struct request *request = request_of(job);
+	struct request_run *run = &request->run;
+	const struct device_run *mine = run->on_device;
+	(void)lane;
+	run->on_device = NULL;
+	if (job->status == OPD_OK && mine != NULL && mine->found.state != 0)
+		job->status = device_fault_error(run->op, &mine->found, &job->error);
+	if (job->status != OPD_OK || mine == NULL)
+		return;
+	for (uint32_t i = 0; i < mine->call.output_count; i++)
+		if (run_keeps(request, i))
+			run->resident[i] = buffer_ref(mine->results[i]);
+}
+
+/* ---- On the context's thread ---- */
+
+static void run_done(struct request *request)
+{
+	struct device_job *job = &request->device_job;
+	request->status = job->status;
+	if (job->status != OPD_OK)
+		request->error = job->error;
+	request->clock.started = job->started_ns;
+	request->clock.ended = job->ended_ns;
+	request->clock.moves = job->moves_ns;
+	execute_device_done(request);
+}
+
+/* Bytes of the request's operands that lie there. */
+static uint64_t home_bytes(const struct request *request, uint32_t device)
+{
+	const struct request_run *run = &request->run;
+	uint64_t bytes = 0;
+	for (uint32_t i = 0; i < run->bound.operand_count; i++)
+		if (run->kept[i] != NULL && buffer_is_on(run->kept[i]->buffer, device))
+			bytes += run->kept[i]->bytes;
+	return bytes;
+}
+
+uint32_t device_choose(const struct request *request)
+{
+	const struct snapshot *snapshot = request->snapshot;
+	const char *kind = request->run.dispatch.impl->def->device;
+	struct device_filter filter = {.ordinal = -1};
+	if (request->message.run.device.bytes != 0 && device_filter_parse(request->message.run.device, &filter, NULL) != OPD_OK)
+		filter.ordinal = -1; /* it was parsed when the request was accepted */
+	uint32_t chosen = 0;
+	uint32_t least = UINT32_MAX;
+	uint64_t most = 0;
+	for (uint32_t i = 1; i < snapshot->device_count; i++) {
+		if (strcmp(snapshot->devices[i].kind, kind) != 0 || (filter.ordinal >= 0 && snapshot->devices[i].ordinal != (uint64_t)filter.ordinal))
+			continue;
+		const uint32_t load = device_lane_load(request->context->server, i);
+		const uint64_t home = home_bytes(request, i);
+		if (chosen != 0 && (home < most || (home == most && load >= least)))
+			continue;
+		chosen = i;
+		least = load;
+		most = home;
+	}
+	return chosen;
+}
+
+static opd_status prepare(struct request *request, struct device_lane **lane_out)
+{
+	struct request_run *run = &request->run;
+	const uint32_t room = run->bound.operand_count + run->bound.call.output_count;
+	if (run->device == 0)
+		return opd_fail(&request->error, OPD_INTERNAL, "%s: no device of kind %s", run->op->schema->name, run->dispatch.impl->def->device);
+	run->resident = arena_array(&request->arena, run->bound.call.output_count, sizeof run->resident[0]);
+	run->moves = request->message.run.explain ? run->moves : NULL;
+	if (run->moves == NULL && request->message.run.explain)
+		run->moves = arena_array(&request->arena, room + run->bound.operand_count, sizeof run->moves[0]);
+	if (run->resident == NULL || (run->moves == NULL && request->message.run.explain))
+		return opd_fail(&request->error, OPD_RESOURCE_EXHAUSTED, "%s: out of memory", run->op->schema->name);
+	return device_lane_get(request->context->server, &request->snapshot->devices[run->device], run->device, lane_out, &request->error);
+}
+
+void device_run_start(struct request *request)
+{
+	struct request_run *run = &request->run;
+	struct device_lane *lane = NULL;
+	request->status = prepare(request, &lane);
+	if (request->status != OPD_OK) {
+		execute_done(request);
+		return;
+	}
+	request->device_job = (struct device_job){
+		.name = run->op->schema->name,
+		.account = request->session->account,
+		.deadline_ns = run->deadline_ns,
+		.unwanted = &request->session->gone,
+		.enqueue = run_enqueue,
+		.complete = run_complete,
+	};
+	if (request->message.run.explain)
+		request->clock.queued = request_now_ns();
+	device_submit(request, lane, run_done);
+}

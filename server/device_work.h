@@ -1,0 +1,62 @@
+/* What jobs do on a device lane's thread: take device memory, enqueue copies, say what failed.
+ *
+ * Layer: server, private to device_lane.c, device_run.c, device_move.c. Threads: the lane's own.
+ * Order: a job's enqueue calls device_begin, then the others; what it took is its own until the device is done with it. */
+#ifndef OPD_SERVER_DEVICE_WORK_H
+#define OPD_SERVER_DEVICE_WORK_H
+
+#include <pthread.h>
+
+#include "server/device_lane.h"
+
+/* Events that are kept for the next jobs. */
+#define DEVICE_EVENTS_KEPT 32u
+
+struct device_lane {
+	struct server *server;
+	struct device device; /* copied: snapshots come and go */
+	uint32_t number;
+	struct memory memory; /* the device's */
+	_Atomic uint32_t load; /* jobs submitted and not yet ended */
+	pthread_t thread;
+	bool joined;
+	pthread_mutex_t mutex; /* of queue, done and stopping */
+	pthread_cond_t wake;
+	bool stopping;
+	struct device_job *queue;
+	struct device_job **queue_end;
+	struct device_job *done;
+	struct device_job **done_end;
+	/* the thread's own */
+	bool measured; /* the memory's limit is known */
+	void *stream;  /* NULL: made for the next job */
+	uint64_t progress_ns; /* when a job was last enqueued or ended */
+	struct device_job *flight; /* oldest first */
+	struct device_job **flight_end;
+	uint32_t in_flight;
+	uint32_t event_count;
+	void *events[DEVICE_EVENTS_KEPT];
+};
+
+/* The stream is there, and the job has its event. */
+OPD_MUST_USE opd_status device_begin(struct device_lane *lane, struct device_job *job);
+/* A step of the job failed in a function of the backend: the text says where, also when the module said nothing. */
+opd_status device_failed(const struct device_lane *lane, struct device_job *job, opd_status status, const char *what);
+opd_status device_no_memory(struct device_job *job);
+
+/* Device memory for the job, borrowed until it is complete. When there is none: what is only cached goes, then jobs in flight are waited for, then mirrors go that nobody uses. */
+OPD_MUST_USE opd_status device_alloc(struct device_lane *lane, struct device_job *job, uint64_t bytes, struct buffer **buffer_out);
+/* The job uses it until it is complete; takes the reference, also when it fails (RESOURCE_EXHAUSTED). */
+OPD_MUST_USE opd_status device_hold(struct device_job *job, struct buffer *buffer);
+/* Waits until the oldest job in flight has ended; false: there is none. */
+bool device_wait(struct device_lane *lane);
+/* The buffer's bytes on this device, for the job to read: where they lie already, or a mirror that is made now from a copy in host memory (there must be one). *moved_out: whether it was. */
+OPD_MUST_USE opd_status device_bring(struct device_lane *lane, struct device_job *job, struct buffer *buffer, uint64_t bytes, struct buffer **here_out,
+                                     bool *moved_out);
+
+OPD_MUST_USE opd_status device_copy_in(struct device_lane *lane, struct device_job *job, const struct buffer *to, uint64_t offset, const void *from,
+                                       uint64_t bytes);
+OPD_MUST_USE opd_status device_copy_out(struct device_lane *lane, struct device_job *job, void *to, const struct buffer *from, uint64_t offset,
+                                        uint64_t bytes);
+
+#endif
