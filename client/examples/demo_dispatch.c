@@ -93,7 +93,7 @@ static unsigned char *copy_by_columns(const opd_tensor *rows)
 {
 	const size_t bytes = opd_dtype_bytes(rows->dtype);
 	const uint64_t height = (uint64_t)rows->shape[0], width = (uint64_t)rows->shape[1];
-	unsigned char *copy = malloc(width * (height + 1) * bytes);
+	unsigned char *copy = calloc(width * (height + 1), bytes);
 	for (uint64_t i = 0; copy != NULL && i < rows->elements; i++)
 		memcpy(copy + (i % width * (height + 1) + i / width) * bytes, (const unsigned char *)opd_tensor_data(rows) + i * bytes, bytes);
 	return copy;
