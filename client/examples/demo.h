@@ -55,8 +55,7 @@ struct demo_distance {
 };
 
 struct demo_distance demo_compare_embedding(const struct demo_model *model, const opd_tensor *rows); /* exact: 0 or infinite */
-/* variance: how many leading elements of a row the mean square is taken over. */
-struct demo_distance demo_compare_rms_norm(const struct demo_model *model, const opd_tensor *x, double epsilon, int64_t variance,
+struct demo_distance demo_compare_rms_norm(const struct demo_model *model, const opd_tensor *x, double epsilon,
                                            const opd_tensor *got);
 struct demo_distance demo_compare_linear(const struct demo_model *model, const opd_tensor *x, const opd_tensor *got);
 
@@ -67,9 +66,9 @@ opd_operand operand_of_tensor(const opd_tensor *tensor);
 opd_operand operand_of_ids(const struct demo_model *model);
 opd_operand operand_of_result(opd_ticket ticket); /* output 0 of a request that keeps it, answered or not */
 
-/* Requests; destroyed by the caller, or by run. Without memory the program ends. `variance` 0: the whole row. */
+/* Requests; destroyed by the caller, or by run. Without memory the program ends. */
 opd_request *embedding_request(const struct demo_model *model);
-opd_request *rms_norm_request(const struct demo_model *model, const opd_operand *x, int64_t variance);
+opd_request *rms_norm_request(const struct demo_model *model, const opd_operand *x);
 opd_request *linear_request(const struct demo_model *model, const opd_operand *x);
 
 /* Runs and destroys the request. NULL: it failed, and the failure is printed. */

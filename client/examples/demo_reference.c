@@ -48,7 +48,7 @@ struct demo_distance demo_compare_embedding(const struct demo_model *model, cons
 	return (struct demo_distance){0, 0};
 }
 
-struct demo_distance demo_compare_rms_norm(const struct demo_model *model, const opd_tensor *x, double epsilon, int64_t variance,
+struct demo_distance demo_compare_rms_norm(const struct demo_model *model, const opd_tensor *x, double epsilon,
                                            const opd_tensor *got)
 {
 	const int64_t width = model->norm.shape[0];
@@ -57,11 +57,11 @@ struct demo_distance demo_compare_rms_norm(const struct demo_model *model, const
 	struct demo_distance distance = {0, 0};
 	for (int64_t row = 0; row < model->tokens; row++) {
 		double squares = 0;
-		for (int64_t i = 0; i < variance; i++) {
+		for (int64_t i = 0; i < width; i++) {
 			const double value = element_at(x->dtype, opd_tensor_data(x), row * width + i);
 			squares += value * value;
 		}
-		const double scale = 1 / sqrt(squares / (double)variance + epsilon);
+		const double scale = 1 / sqrt(squares / (double)width + epsilon);
 		for (int64_t i = 0; i < width; i++) {
 			const double want = element_at(x->dtype, opd_tensor_data(x), row * width + i) * scale *
 			                    element_at(model->norm.dtype, model->norm.data, i);

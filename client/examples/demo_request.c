@@ -60,15 +60,13 @@ opd_request *embedding_request(const struct demo_model *model)
 	return request;
 }
 
-opd_request *rms_norm_request(const struct demo_model *model, const opd_operand *x, int64_t variance)
+opd_request *rms_norm_request(const struct demo_model *model, const opd_operand *x)
 {
 	const opd_operand weight = operand_of_file(&model->norm);
 	opd_request *request = create("rms_norm");
 	opd_request_tensor(request, "x", x);
 	opd_request_tensor(request, "weight", &weight);
 	opd_request_float(request, "epsilon", DEMO_EPSILON);
-	if (variance != 0)
-		opd_request_int(request, "variance_size", variance);
 	return request;
 }
 

@@ -8,7 +8,7 @@
 static opd_request *norm_request(const struct demo *demo)
 {
 	const opd_operand x = operand_of_tensor(opd_result_tensor(demo->rows, 0));
-	return rms_norm_request(&demo->model, &x, 0);
+	return rms_norm_request(&demo->model, &x);
 }
 
 /* ---- Lists of the session ---- */
@@ -22,7 +22,7 @@ static void check_norm(struct demo *demo, const char *when, const char *expected
 	opd_result *result = run(demo, norm_request(demo));
 	const bool right = result != NULL && status == OPD_OK && ran_on(result, expected) &&
 	                   demo_compare_rms_norm(&demo->model, opd_result_tensor(demo->rows, 0), DEMO_EPSILON,
-	                                         demo->model.norm.shape[0], opd_result_tensor(result, 0))
+	                                         opd_result_tensor(result, 0))
 	                           .share <= 1;
 	demo_check(demo, right, "%s: %s ran rms_norm, by the list of the %s", when,
 	           result == NULL ? "nobody" : shown(opd_result_provider(result)),
@@ -82,7 +82,7 @@ static bool submit_chain(struct demo *demo, opd_ticket tickets[3])
 	if (!submit_kept(demo, embedding_request(&demo->model), false, &tickets[0]))
 		return false;
 	const opd_operand rows = operand_of_result(tickets[0]);
-	if (!submit_kept(demo, rms_norm_request(&demo->model, &rows, 0), false, &tickets[1]))
+	if (!submit_kept(demo, rms_norm_request(&demo->model, &rows), false, &tickets[1]))
 		return false;
 	const opd_operand normed = operand_of_result(tickets[1]);
 	return submit_kept(demo, linear_request(&demo->model, &normed), true, &tickets[2]);
@@ -96,7 +96,7 @@ static bool check_freed(struct demo *demo, const opd_handle handles[3])
 	if (status != OPD_OK)
 		return failed("freeing kept tensors", status, &error);
 	const opd_operand gone = {.struct_bytes = sizeof gone, .source = OPD_FROM_HANDLE, .handle = handles[0]};
-	opd_request *request = rms_norm_request(&demo->model, &gone, 0);
+	opd_request *request = rms_norm_request(&demo->model, &gone);
 	opd_result *result = NULL;
 	status = opd_run(demo->client, request, &result, &error);
 	demo_check(demo, status == OPD_NOT_FOUND, "freed; whoever names one now is told so: %s: %s", opd_status_name(status),
@@ -156,7 +156,7 @@ static bool submit_row(struct demo *demo, size_t index, opd_ticket *ticket_out)
 	    .data = (const unsigned char *)opd_tensor_data(rows) + row * (size_t)width * opd_dtype_bytes(rows->dtype),
 	};
 	opd_error error;
-	opd_request *request = rms_norm_request(&demo->model, &x, 0);
+	opd_request *request = rms_norm_request(&demo->model, &x);
 	opd_request_priority(request, on_cpu, 1);
 	const opd_status status = opd_submit(demo->client, request, ticket_out, &error);
 	opd_request_destroy(request);

@@ -2,11 +2,11 @@
 #include "providers/cpu/call.h"
 #include "uuid/cpu_norm.h"
 
-static bool norm_accepts_attributes(const opd_call *call, uint32_t variance_size, opd_reason *reason)
+/* How many of a row's first elements its mean square is taken over: the argument, or all. */
+static size_t norm_squares(const opd_call *call, uint32_t variance_size)
 {
-	if (call->args[variance_size].kind != OPD_ARG_NONE)
-		return OPD_REFUSE(reason, OPD_REASON_ATTRIBUTE, "variance_size %lld is left to native", (long long)call->args[variance_size].i);
-	return true;
+	const opd_arg *arg = &call->args[variance_size];
+	return (size_t)(arg->kind == OPD_ARG_NONE ? opd_tensor_last(cpu_tensor(call, 0)) : arg->i);
 }
 
 static bool rms_norm_predicate(const opd_impl *impl, void *state, const opd_call *call, opd_reason *reason)
@@ -14,7 +14,7 @@ static bool rms_norm_predicate(const opd_impl *impl, void *state, const opd_call
 	(void)impl, (void)state;
 	const opd_tensor *x = cpu_tensor(call, 0);
 	return cpu_accept_dtype(x, reason) && cpu_accept_rows("x", x, reason) &&
-	       cpu_accept_rows("weight", cpu_tensor(call, 1), reason) && norm_accepts_attributes(call, 3, reason);
+	       cpu_accept_rows("weight", cpu_tensor(call, 1), reason);
 }
 
 static bool fused_predicate(const opd_impl *impl, void *state, const opd_call *call, opd_reason *reason)
@@ -22,8 +22,7 @@ static bool fused_predicate(const opd_impl *impl, void *state, const opd_call *c
 	(void)impl, (void)state;
 	const opd_tensor *x = cpu_tensor(call, 0);
 	return cpu_accept_dtype(x, reason) && cpu_accept_rows("x", x, reason) &&
-	       cpu_accept_rows("x_residual", cpu_tensor(call, 1), reason) && cpu_accept_rows("weight", cpu_tensor(call, 2), reason) &&
-	       norm_accepts_attributes(call, 4, reason);
+	       cpu_accept_rows("x_residual", cpu_tensor(call, 1), reason) && cpu_accept_rows("weight", cpu_tensor(call, 2), reason);
 }
 
 static uint64_t rms_norm_cost(const opd_impl *impl, const opd_call *call)
@@ -44,7 +43,7 @@ struct norm_work {
 	cpu_fused_add_rms_norm_fn fused;
 	struct cpu_rows x, residual, y, sum;
 	const void *weight;
-	size_t count;
+	size_t count, squares;
 	float epsilon;
 };
 
@@ -53,7 +52,8 @@ static void rms_norm_rows(const void *context, uint64_t begin, uint64_t end, uin
 	(void)thread;
 	const struct norm_work *work = context;
 	for (uint64_t r = begin; r < end; r++)
-		work->rms_norm(cpu_row(&work->x, r), work->weight, cpu_row(&work->y, r), work->count, work->epsilon);
+		work->rms_norm(cpu_row(&work->x, r), work->weight, cpu_row(&work->y, r), work->count, work->squares,
+		               work->epsilon);
 }
 
 static void fused_rows(const void *context, uint64_t begin, uint64_t end, uint32_t thread)
@@ -62,7 +62,7 @@ static void fused_rows(const void *context, uint64_t begin, uint64_t end, uint32
 	const struct norm_work *work = context;
 	for (uint64_t r = begin; r < end; r++)
 		work->fused(cpu_row(&work->x, r), cpu_row(&work->residual, r), work->weight, cpu_row(&work->y, r), cpu_row(&work->sum, r),
-		            work->count, work->epsilon);
+		            work->count, work->squares, work->epsilon);
 }
 
 static opd_status rms_norm_run(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error)
@@ -79,6 +79,7 @@ static opd_status rms_norm_run(const opd_impl *impl, void *state, const opd_call
 		.y = cpu_rows_of(call->outputs[0]),
 		.weight = weight == NULL ? NULL : opd_tensor_data(weight),
 		.count = (size_t)opd_tensor_last(x),
+		.squares = norm_squares(call, 3),
 		.epsilon = (float)call->args[2].f,
 	};
 	return cpu_for(exec, x->elements / work.count, rms_norm_cost(impl, call), rms_norm_rows, &work, error);
@@ -102,6 +103,7 @@ static opd_status fused_run(const opd_impl *impl, void *state, const opd_call *c
 		.sum = cpu_rows_of(call->outputs[1]),
 		.weight = weight == NULL ? NULL : opd_tensor_data(weight),
 		.count = (size_t)opd_tensor_last(x),
+		.squares = norm_squares(call, 4),
 		.epsilon = (float)call->args[3].f,
 	};
 	return cpu_for(exec, x->elements / work.count, fused_cost(impl, call), fused_rows, &work, error);

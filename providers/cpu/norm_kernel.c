@@ -58,9 +58,9 @@ VEC_INLINE vec_f32 norm_weighted(opd_dtype weight_dtype, vec_f32 y, vec_f32 weig
 }
 
 VEC_INLINE void rms_norm_row(opd_dtype dtype, opd_dtype weight_dtype, const void *x, const void *weight, void *y, size_t count,
-                             float epsilon)
+                             size_t squares, float epsilon)
 {
-	vec_f32 factor = vec_splat(norm_factor(norm_sum_of_squares(dtype, x, NULL, count), count, epsilon));
+	vec_f32 factor = vec_splat(norm_factor(norm_sum_of_squares(dtype, x, NULL, squares), squares, epsilon));
 	size_t i = 0;
 	for (; i + VEC_LANES <= count; i += VEC_LANES) {
 		vec_f32 v = vec_load(dtype, x, i) * factor;
@@ -78,9 +78,9 @@ VEC_INLINE void rms_norm_row(opd_dtype dtype, opd_dtype weight_dtype, const void
 
 /* The sum is computed twice rather than kept: it must not be rounded, and in place there is nowhere to keep it. */
 VEC_INLINE void fused_add_rms_norm_row(opd_dtype dtype, opd_dtype weight_dtype, const void *x, const void *residual, const void *weight,
-                                       void *y, void *sum, size_t count, float epsilon)
+                                       void *y, void *sum, size_t count, size_t squares, float epsilon)
 {
-	vec_f32 factor = vec_splat(norm_factor(norm_sum_of_squares(dtype, x, residual, count), count, epsilon));
+	vec_f32 factor = vec_splat(norm_factor(norm_sum_of_squares(dtype, x, residual, squares), squares, epsilon));
 	size_t i = 0;
 	for (; i + VEC_LANES <= count; i += VEC_LANES) {
 		vec_f32 s = norm_load(dtype, x, residual, i);
@@ -112,14 +112,14 @@ VEC_INLINE void fused_add_rms_norm_row(opd_dtype dtype, opd_dtype weight_dtype, 
 	X(f16_f32, OPD_f16, OPD_f32)
 
 #define X(name, dtype, weight_dtype)                                                                                         \
-	static void rms_norm_##name(const void *x, const void *weight, void *y, size_t count, float epsilon)                     \
+	static void rms_norm_##name(const void *x, const void *weight, void *y, size_t count, size_t squares, float epsilon)     \
 	{                                                                                                                        \
-		rms_norm_row(dtype, weight_dtype, x, weight, y, count, epsilon);                                                     \
+		rms_norm_row(dtype, weight_dtype, x, weight, y, count, squares, epsilon);                                            \
 	}                                                                                                                        \
 	static void fused_add_rms_norm_##name(const void *x, const void *residual, const void *weight, void *y, void *sum,       \
-	                                      size_t count, float epsilon)                                                       \
+	                                      size_t count, size_t squares, float epsilon)                                       \
 	{                                                                                                                        \
-		fused_add_rms_norm_row(dtype, weight_dtype, x, residual, weight, y, sum, count, epsilon);                            \
+		fused_add_rms_norm_row(dtype, weight_dtype, x, residual, weight, y, sum, count, squares, epsilon);                   \
 	}
 NORM_MAP(X)
 #undef X

@@ -55,28 +55,22 @@ static uint64_t scaled_cost(const opd_impl *impl, const opd_call *call)
 	return ns < 1e18 ? (uint64_t)ns : (uint64_t)1e18;
 }
 
-/* Which results, and a thread's scratch for them. */
+/* Which results, and for f8 a thread's scratch for them. */
 struct scaled_item {
 	uint64_t row, column;
 	size_t rows, columns;
-	float *sums;    /* [ITEM_ROWS][ITEM_COLUMNS]; of i8 as i32 */
-	float *a;       /* [ITEM_ROWS][CPU_LINEAR_BLOCK] */
-	float *weight;  /* [ITEM_COLUMNS][CPU_LINEAR_BLOCK] */
+	float *sums;   /* [ITEM_ROWS][ITEM_COLUMNS] */
+	float *a;      /* [ITEM_ROWS][CPU_LINEAR_BLOCK] */
+	float *weight; /* [ITEM_COLUMNS][CPU_LINEAR_BLOCK] */
 };
 
 enum { SUMS_FLOATS = ITEM_ROWS * ITEM_COLUMNS, A_FLOATS = ITEM_ROWS * CPU_LINEAR_BLOCK, WEIGHT_FLOATS = ITEM_COLUMNS * CPU_LINEAR_BLOCK };
 
-static struct scaled_item scaled_item_of(const struct scaled_work *work, uint64_t index, uint32_t thread)
+static struct scaled_item scaled_item_of(const struct scaled_work *work, uint64_t index)
 {
-	struct scaled_item item = {
-		.row = index % work->row_items * ITEM_ROWS,
-		.column = index / work->row_items * ITEM_COLUMNS,
-		.sums = work->scratch + thread * work->scratch_floats,
-	};
+	struct scaled_item item = {.row = index % work->row_items * ITEM_ROWS, .column = index / work->row_items * ITEM_COLUMNS};
 	item.rows = work->rows - item.row < ITEM_ROWS ? (size_t)(work->rows - item.row) : ITEM_ROWS;
 	item.columns = work->columns - item.column < ITEM_COLUMNS ? (size_t)(work->columns - item.column) : ITEM_COLUMNS;
-	item.a = item.sums + SUMS_FLOATS;
-	item.weight = item.a + A_FLOATS;
 	return item;
 }
 
@@ -100,10 +94,13 @@ static void item_finish(const struct scaled_work *work, const struct scaled_item
 
 static void scaled_i8(const void *context, uint64_t begin, uint64_t end, uint32_t thread)
 {
+	(void)thread;
 	const struct scaled_work *work = context;
+	int32_t sums[SUMS_FLOATS];
+	float converted[SUMS_FLOATS];
 	for (uint64_t i = begin; i < end; i++) {
-		struct scaled_item item = scaled_item_of(work, i, thread);
-		int32_t sums[SUMS_FLOATS];
+		struct scaled_item item = scaled_item_of(work, i);
+		item.sums = converted;
 		struct cpu_scaled_bytes bytes = {
 			.a = (const int8_t *)work->a + item.row * work->a_stride,
 			.b = (const int8_t *)work->b + item.column * work->b_stride,
@@ -164,7 +161,10 @@ static void scaled_f8(const void *context, uint64_t begin, uint64_t end, uint32_
 {
 	const struct scaled_work *work = context;
 	for (uint64_t i = begin; i < end; i++) {
-		struct scaled_item item = scaled_item_of(work, i, thread);
+		struct scaled_item item = scaled_item_of(work, i);
+		item.sums = work->scratch + thread * work->scratch_floats;
+		item.a = item.sums + SUMS_FLOATS;
+		item.weight = item.a + A_FLOATS;
 		size_t rows = round_up(item.rows, work->kernels->linear->tile_rows);
 		size_t columns = round_up(item.columns, work->kernels->linear->tile_columns);
 		memset(item.sums, 0, rows * ITEM_COLUMNS * sizeof(float));
@@ -194,8 +194,8 @@ static struct scaled_work scaled_work_of(const opd_impl *impl, const opd_call *c
 		.to_f32 = a->dtype == OPD_i8 ? NULL : cpu_kernels_of(impl)->cast->narrow[a->dtype][OPD_f32],
 		.a = a->shape[1] == 0 ? NULL : opd_tensor_data(a),
 		.b = a->shape[1] == 0 ? NULL : opd_tensor_data(b),
-		.a_stride = (uint64_t)a->strides[0],
-		.b_stride = (uint64_t)b->strides[0],
+		.a_stride = a->shape[1] == 0 ? 0 : (uint64_t)a->strides[0],
+		.b_stride = a->shape[1] == 0 ? 0 : (uint64_t)b->strides[0],
 		.row_scales = opd_tensor_data(row_scales),
 		.row_scale_stride = row_scales->elements == 1 ? 0 : (uint64_t)row_scales->strides[0],
 		.column_scales = opd_tensor_data(column_scales),
@@ -211,6 +211,19 @@ static struct scaled_work scaled_work_of(const opd_impl *impl, const opd_call *c
 	};
 }
 
+static opd_status scaled_run_f8(struct scaled_work *work, const opd_exec *exec, uint64_t items, uint64_t cost_ns, opd_error *error)
+{
+	assert(ITEM_ROWS % work->kernels->linear->tile_rows == 0 && ITEM_COLUMNS % work->kernels->linear->tile_columns == 0);
+	work->scratch_floats = SUMS_FLOATS + A_FLOATS + WEIGHT_FLOATS;
+	uint64_t bytes = work->scratch_floats * sizeof(float) * cpu_threads(exec, items, cost_ns);
+	work->scratch = exec->host->alloc(exec->host, bytes);
+	if (work->scratch == NULL)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "scaled_mm: no %llu bytes of host memory for scratch", (unsigned long long)bytes);
+	opd_status status = cpu_for(exec, items, cost_ns, scaled_f8, work, error);
+	exec->host->free(exec->host, work->scratch);
+	return status;
+}
+
 static opd_status scaled_run(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error)
 {
 	(void)state;
@@ -219,16 +232,10 @@ static opd_status scaled_run(const opd_impl *impl, void *state, const opd_call *
 	if (status != OPD_OK || call->outputs[0]->elements == 0)
 		return status;
 	struct scaled_work work = scaled_work_of(impl, call);
-	assert(ITEM_ROWS % work.kernels->linear->tile_rows == 0 && ITEM_COLUMNS % work.kernels->linear->tile_columns == 0);
 	uint64_t items = work.row_items * ((work.columns + ITEM_COLUMNS - 1) / ITEM_COLUMNS), cost_ns = scaled_cost(impl, call);
-	work.scratch_floats = work.to_f32 == NULL ? SUMS_FLOATS : SUMS_FLOATS + A_FLOATS + WEIGHT_FLOATS;
-	uint64_t bytes = work.scratch_floats * sizeof(float) * cpu_threads(exec, items, cost_ns);
-	work.scratch = exec->host->alloc(exec->host, bytes);
-	if (work.scratch == NULL)
-		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "scaled_mm: no %llu bytes of host memory for scratch", (unsigned long long)bytes);
-	status = cpu_for(exec, items, cost_ns, work.to_f32 == NULL ? scaled_i8 : scaled_f8, &work, error);
-	exec->host->free(exec->host, work.scratch);
-	return status;
+	if (work.to_f32 == NULL)
+		return cpu_for(exec, items, cost_ns, scaled_i8, &work, error);
+	return scaled_run_f8(&work, exec, items, cost_ns, error);
 }
 
 const opd_impl cpu_scaled_mm = {

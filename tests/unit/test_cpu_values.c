@@ -1,5 +1,5 @@
-/* Provider `cpu`, element by element: what cast, the f8 formats and topk make of every bit pattern, or of the ones that are hard, at every instruction
- * set of this machine. The conformance tool compares what ops' generators draw; here are the values that they seldom draw. */
+/* Provider `cpu`, element by element: what cast, the f8 formats, topk and products make of every bit pattern, or of the ones that are hard, at every
+ * instruction set of this machine. The conformance tool compares what ops' generators draw; here are the values that they seldom draw. */
 #include <check.h>
 #include <math.h>
 #include <stdlib.h>
@@ -262,6 +262,142 @@ START_TEST(topk_orders_equals_by_index)
 }
 END_TEST
 
+/* ---- Products ----------------------------------------------------------------------------------------------------------- */
+
+/* A view of a vector as a matrix. */
+struct matrix {
+	opd_tensor tensor;
+	int64_t shape[2], strides[2];
+};
+
+static void matrix_init(struct matrix *matrix, const struct vector *vector, int64_t rows, int64_t columns, int64_t row_stride,
+                        int64_t column_stride)
+{
+	matrix->tensor = vector->tensor;
+	matrix->shape[0] = rows, matrix->shape[1] = columns;
+	matrix->strides[0] = row_stride, matrix->strides[1] = column_stride;
+	matrix->tensor.rank = 2;
+	matrix->tensor.shape = matrix->shape;
+	matrix->tensor.strides = matrix->strides;
+	matrix->tensor.elements = (uint64_t)(rows * columns);
+	bool contiguous = row_stride == columns && column_stride == 1;
+	matrix->tensor.flags = rows * columns == 0 ? (uint32_t)OPD_TENSOR_EMPTY | (uint32_t)OPD_TENSOR_CONTIGUOUS
+	                                           : contiguous ? (uint32_t)OPD_TENSOR_CONTIGUOUS : 0;
+}
+
+static void fill_noise(const struct vector *vector, uint64_t seed)
+{
+	for (uint64_t i = 0; i < vector->tensor.elements; i++)
+		element_store_f64(vector->tensor.dtype, vector_at(vector, i), (double)(int64_t)(random_bits(&seed) >> 40) * 0x1p-22 - 2);
+}
+
+/* a · b once with b as it is and once with b's columns contiguous; then its last row alone: two ways through b, and the packing of both. */
+static void check_matmul(opd_dtype dtype, int64_t rows, int64_t depth, int64_t columns)
+{
+	struct vector a, b, turned, y, other;
+	struct matrix left, right, right_turned, result, result_other;
+	vector_init(&a, dtype, (uint64_t)(rows * depth));
+	vector_init(&b, dtype, (uint64_t)(depth * columns));
+	vector_init(&turned, dtype, (uint64_t)(depth * columns));
+	vector_init(&y, dtype, (uint64_t)(rows * columns));
+	vector_init(&other, dtype, (uint64_t)(rows * columns));
+	fill_noise(&a, 1);
+	fill_noise(&b, 2);
+	for (int64_t k = 0; k < depth; k++)
+		for (int64_t n = 0; n < columns; n++)
+			memcpy(vector_at(&turned, (uint64_t)(n * depth + k)), vector_at(&b, (uint64_t)(k * columns + n)), opd_dtype_bytes(dtype));
+	matrix_init(&left, &a, rows, depth, depth, 1);
+	matrix_init(&right, &b, depth, columns, columns, 1);
+	matrix_init(&right_turned, &turned, depth, columns, 1, depth);
+	matrix_init(&result, &y, rows, columns, columns, 1);
+	matrix_init(&result_other, &other, rows, columns, columns, 1);
+	const opd_tensor *output = &result.tensor, *output_other = &result_other.tensor;
+	opd_arg args[] = {{.kind = OPD_ARG_TENSOR, .tensor = &left.tensor}, {.kind = OPD_ARG_TENSOR, .tensor = &right.tensor}};
+	run("matmul", args, 2, &output, 1);
+	args[1].tensor = &right_turned.tensor;
+	run("matmul", args, 2, &output_other, 1);
+	ck_assert_msg(memcmp(y.memory, other.memory, y.tensor.elements * opd_dtype_bytes(dtype)) == 0,
+	              "%s %lld x %lld x %lld: strides of b change bits", opd_dtype_name(dtype), (long long)rows, (long long)depth,
+	              (long long)columns);
+	for (int way = 0; way < 2; way++) {
+		left.tensor.byte_offset = (uint64_t)((rows - 1) * depth) * opd_dtype_bytes(dtype);
+		left.shape[0] = result_other.shape[0] = 1;
+		left.tensor.elements = (uint64_t)depth;
+		result_other.tensor.elements = (uint64_t)columns;
+		args[1].tensor = way == 0 ? &right.tensor : &right_turned.tensor;
+		run("matmul", args, 2, &output_other, 1);
+		ck_assert_msg(memcmp(vector_at(&y, (uint64_t)((rows - 1) * columns)), other.memory, (size_t)columns * opd_dtype_bytes(dtype)) == 0,
+		              "%s %lld x %lld x %lld: a row alone has other bits", opd_dtype_name(dtype), (long long)rows, (long long)depth,
+		              (long long)columns);
+	}
+	free(a.memory);
+	free(b.memory);
+	free(turned.memory);
+	free(y.memory);
+	free(other.memory);
+}
+
+START_TEST(matmul_has_the_same_bits_on_every_way)
+{
+	static const opd_dtype dtypes[] = {OPD_f32, OPD_bf16, OPD_f16};
+	static const int64_t sizes[][3] = {{5, 1, 1}, {7, 513, 33}, {3, 512, 129}, {100, 1030, 70}, {97, 40, 513}};
+	if (!isa_open(_i))
+		return;
+	for (size_t d = 0; d < 3; d++)
+		for (size_t s = 0; s < sizeof sizes / sizeof sizes[0]; s++)
+			check_matmul(dtypes[d], sizes[s][0], sizes[s][1], sizes[s][2]);
+	host_fini(&host);
+}
+END_TEST
+
+/* scaled_mm of i8 that are all `left` and all `right`, scales 1, f32 out: the product itself where f32 holds it. */
+static float scaled_of(int8_t left, int8_t right, int64_t rows, int64_t depth)
+{
+	enum { COLUMNS = 7 };
+	struct vector a, b, scale, y;
+	struct matrix left_matrix, right_matrix, result;
+	vector_init(&a, OPD_i8, (uint64_t)(rows * depth) + 1);
+	vector_init(&b, OPD_i8, (uint64_t)(COLUMNS * depth) + 1);
+	vector_init(&scale, OPD_f32, 1);
+	vector_init(&y, OPD_f32, (uint64_t)rows * COLUMNS);
+	memset(a.memory, left, (size_t)(rows * depth));
+	memset(b.memory, right, (size_t)(COLUMNS * depth));
+	*(float *)scale.memory = 1;
+	matrix_init(&left_matrix, &a, rows, depth, depth, 1);
+	matrix_init(&right_matrix, &b, COLUMNS, depth, depth, 1);
+	matrix_init(&result, &y, rows, COLUMNS, COLUMNS, 1);
+	const opd_arg args[] = {
+		{.kind = OPD_ARG_TENSOR, .tensor = &left_matrix.tensor}, {.kind = OPD_ARG_TENSOR, .tensor = &right_matrix.tensor},
+		{.kind = OPD_ARG_TENSOR, .tensor = &scale.tensor},       {.kind = OPD_ARG_TENSOR, .tensor = &scale.tensor},
+		{.kind = OPD_ARG_NONE},                                  {.kind = OPD_ARG_STR, .str = "f32"}};
+	const opd_tensor *output = &result.tensor;
+	run("scaled_mm", args, 6, &output, 1);
+	float first = *(float *)y.memory;
+	for (uint64_t i = 0; i < y.tensor.elements; i++)
+		ck_assert_float_eq(((float *)y.memory)[i], first);
+	free(a.memory);
+	free(b.memory);
+	free(scale.memory);
+	free(y.memory);
+	return first;
+}
+
+START_TEST(scaled_mm_of_i8_is_exact_at_its_ends)
+{
+	static const int64_t depths[] = {0, 1, 15, 63, 64, 65, 1000, 131071};
+	static const int8_t ends[] = {-128, -1, 127};
+	if (!isa_open(_i))
+		return;
+	for (size_t d = 0; d < sizeof depths / sizeof depths[0]; d++)
+		for (int64_t rows = 1; rows < 7; rows += 5)
+			for (int i = 0; i < 9; i++) {
+				int64_t want = (int64_t)ends[i / 3] * ends[i % 3] * depths[d];
+				ck_assert_float_eq(scaled_of(ends[i / 3], ends[i % 3], rows, depths[d]), (float)want);
+			}
+	host_fini(&host);
+}
+END_TEST
+
 static Suite *values_suite(void)
 {
 	Suite *suite = suite_create("cpu values");
@@ -274,6 +410,8 @@ static Suite *values_suite(void)
 	tcase_add_loop_test(each, cast_of_floats_rounds_once, 0, sets);
 	tcase_add_loop_test(each, cast_of_integers_rounds_once_and_wraps, 0, sets);
 	tcase_add_loop_test(each, topk_orders_equals_by_index, 0, sets);
+	tcase_add_loop_test(each, matmul_has_the_same_bits_on_every_way, 0, sets);
+	tcase_add_loop_test(each, scaled_mm_of_i8_is_exact_at_its_ends, 0, sets);
 	suite_add_tcase(suite, each);
 	return suite;
 }
