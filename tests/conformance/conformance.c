@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "element.h"
 #include "providers/builtin.h"
 #include "tests/conformance/cases.h"
 #include "tests/conformance/compare.h"
@@ -32,7 +33,7 @@ struct tally {
 	const opd_op *op;
 	const struct host_impl *impl;
 	struct schema schema;
-	uint64_t passed, failed, refused, invariance, in_place, derived;
+	uint64_t passed, failed, refused, invariance, in_place, derived, faults;
 	double worst;
 	opd_reason last_refusal;
 };
@@ -203,6 +204,42 @@ static void check_in_place(struct tally *tally, const struct place *place, const
 	case_fini(&donated);
 }
 
+/* ---- Indices that a device checks --------------------------------------------------------------------------------------------- */
+
+/* Spoils one element of each index operand in turn. Where the op's own check refuses that, the kernels must too, and touch nothing. */
+static void check_index(struct tally *tally, const struct place *place, const struct conf_case *conf_case, uint32_t param, int64_t value)
+{
+	struct conf_case spoilt;
+	struct results results;
+	opd_error expected = {0}, error = {0};
+	case_copy(&spoilt, conf_case, CASE_CONTIGUOUS);
+	const opd_tensor *indices = &spoilt.operands[param].tensor;
+	element_store_i64(indices->dtype, operand_at(&spoilt.operands[param], indices->elements / 2), value);
+	opd_call call = case_call(&spoilt, NULL);
+	if (tally->op->check(tally->op, &call, &expected) == OPD_INVALID_ARGUMENT && results_init(&results, tally->op, &spoilt, &error) == OPD_OK) {
+		call = case_call(&spoilt, &results);
+		opd_status status = host_run(&host, tally->impl, &call, 1, &error);
+		tally->faults++;
+		if (status != OPD_INVALID_ARGUMENT)
+			fail(tally, place, "%s with index %lld, expected INVALID_ARGUMENT: %s %s", opd_status_name(status), (long long)value, expected.text, error.text);
+		results_fini(&results);
+	}
+	case_fini(&spoilt);
+}
+
+static void check_indices(struct tally *tally, const struct place *place, const struct conf_case *conf_case)
+{
+	if ((tally->impl->impl->flags & OPD_IMPL_CHECKS_INDICES) == 0 || tally->op->check == NULL || place->values != OPD_VALUES_RANDOM)
+		return;
+	for (uint32_t p = 0; p < tally->schema.param_count; p++) {
+		const opd_tensor *tensor = &conf_case->operands[p].tensor;
+		if (conf_case->operands[p].memory == NULL || (tensor->dtype != OPD_i32 && tensor->dtype != OPD_i64) || tensor->elements == 0)
+			continue;
+		check_index(tally, place, conf_case, p, -5);
+		check_index(tally, place, conf_case, p, INT32_MAX);
+	}
+}
+
 /* An implementation that asked for derived copies: once more with operands that stay, which makes them, and again, which finds them. */
 static void check_derived(struct tally *tally, const struct place *place, const struct bounds *bounds, const struct results *native,
                           struct conf_case *conf_case)
@@ -276,6 +313,7 @@ static void check_layout(struct tally *tally, struct place *place, const struct 
 		if (place->layout == CASE_CONTIGUOUS) {
 			check_rows(tally, place, &laid, native, &got);
 			check_in_place(tally, place, &laid, &got);
+			check_indices(tally, place, &laid);
 		}
 		check_derived(tally, place, bounds, native, &laid);
 		results_fini(&got);
@@ -383,10 +421,10 @@ static void check_impl(struct tally *tally)
 
 static void print_row(const struct tally *tally, const char *remark)
 {
-	(void)printf("%-20s %-10s %8llu %7llu %8llu %10llu %9llu %8llu %10.3f  %s\n", tally->schema.name, tally->impl->provider,
+	(void)printf("%-20s %-10s %8llu %7llu %8llu %10llu %9llu %8llu %7llu %10.3f  %s\n", tally->schema.name, tally->impl->provider,
 	             (unsigned long long)tally->passed, (unsigned long long)tally->failed, (unsigned long long)tally->refused,
-	             (unsigned long long)tally->invariance, (unsigned long long)tally->in_place,
-	             (unsigned long long)tally->derived, tally->worst, remark);
+	             (unsigned long long)tally->invariance, (unsigned long long)tally->in_place, (unsigned long long)tally->derived,
+	             (unsigned long long)tally->faults, tally->worst, remark);
 	(void)fflush(stdout);
 }
 
@@ -397,7 +435,7 @@ static void check_and_print(struct tally *tally, uint64_t *passed, uint64_t *fai
 	char remark[320] = "";
 	if (impl->unsupported != NULL) {
 		(void)snprintf(remark, sizeof remark, "not run: %s", impl->unsupported);
-	} else if (strcmp(impl->device, "cpu") != 0) {
+	} else if (strcmp(impl->device, "cpu") != 0 && host_find_device(&host, impl->device) == NULL) {
 		(void)snprintf(remark, sizeof remark, "not run: needs a %s device", impl->device);
 	} else if (tally->op->dim_count > DIMS_MAX || tally->op->generate == NULL || !schema_read(tally->op->schema, &tally->schema)) {
 		tally->failed++;
@@ -418,8 +456,8 @@ static void check_and_print(struct tally *tally, uint64_t *passed, uint64_t *fai
 static int check_all(const char *provider, const char *op_name)
 {
 	uint64_t passed = 0, failed = 0, rows = 0;
-	(void)printf("%-20s %-10s %8s %7s %8s %10s %9s %8s %10s\n", "op", "provider", "passed", "failed", "refused", "invariance", "in place",
-	             "derived", "worst");
+	(void)printf("%-20s %-10s %8s %7s %8s %10s %9s %8s %7s %10s\n", "op", "provider", "passed", "failed", "refused", "invariance", "in place",
+	             "derived", "faults", "worst");
 	for (size_t i = 0; i < host.impl_count; i++) {
 		struct tally tally = {.impl = &host.impls[i], .op = host_find_op(&host, host.impls[i].impl->op)};
 		(void)snprintf(tally.schema.name, sizeof tally.schema.name, "%s", host.impls[i].impl->op);

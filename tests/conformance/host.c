@@ -73,10 +73,29 @@ static opd_status host_register_impl(const opd_host *table, const opd_impl *impl
 	return host_add_impl(host, impl, host_opening(host)->module->name, error);
 }
 
+const struct device *host_find_device(const struct host *host, const char *kind)
+{
+	for (size_t i = 0; i < host->device_count; i++)
+		if (strcmp(host->devices[i].backend->kind, kind) == 0)
+			return &host->devices[i];
+	return NULL;
+}
+
 static opd_status host_register_backend(const opd_host *table, const opd_backend *backend, opd_error *error)
 {
-	(void)table, (void)backend, (void)error;
-	return OPD_OK;
+	struct host *host = table->context;
+	if (host_find_device(host, backend->kind) != NULL)
+		return opd_fail(error, OPD_ALREADY_EXISTS, "a backend for devices of kind %s is there already", backend->kind);
+	if (host->device_count == HOST_DEVICES || backend->device_count == 0)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "backend %s: %u devices, and at most %d backends", backend->kind,
+		                (unsigned)backend->device_count, HOST_DEVICES);
+	struct device *device = &host->devices[host->device_count];
+	opd_status status = device_open(device, backend, host_opening(host)->state, error);
+	if (status != OPD_OK)
+		device_close(device);
+	else
+		host->device_count++;
+	return status;
 }
 
 static opd_status host_set_shape(const opd_host *table, const char *op, opd_shape_fn shape, opd_error *error)
@@ -87,8 +106,12 @@ static opd_status host_set_shape(const opd_host *table, const char *op, opd_shap
 
 static bool host_find_backend(const opd_host *table, const char *kind, const opd_backend **backend_out, void **state_out)
 {
-	(void)table, (void)kind, (void)backend_out, (void)state_out;
-	return false;
+	const struct device *device = host_find_device(table->context, kind);
+	if (device == NULL)
+		return false;
+	*backend_out = device->backend;
+	*state_out = device->state;
+	return true;
 }
 
 static void *host_alloc(const opd_host *table, uint64_t bytes)
@@ -391,6 +414,9 @@ void host_unprepare(struct host_prepared *prepared)
 opd_status host_run(const struct host *host, const struct host_impl *impl, const opd_call *call, uint32_t threads, opd_error *error)
 {
 	struct host_prepared prepared;
+	const struct device *device = host_find_device(host, impl->impl->device == NULL ? "cpu" : impl->impl->device);
+	if (device != NULL)
+		return device_run(device, &host->table, impl->impl, impl->state, call, error);
 	opd_status status = host_prepare(impl, call, &prepared, error);
 	if (status == OPD_OK)
 		status = host_run_prepared(host, impl, call, &prepared, threads, error);
@@ -407,6 +433,8 @@ void host_drop_derived(const struct host *host)
 void host_fini(struct host *host)
 {
 	helpers_stop(host);
+	while (host->device_count > 0)
+		device_close(&host->devices[--host->device_count]);
 	while (host->module_count > 0)
 		module_close(host, &host->modules[--host->module_count]);
 	derived_copies_drop(&host->copies);

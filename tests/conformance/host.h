@@ -8,8 +8,9 @@
 
 #include "providers/provider.h"
 #include "tests/conformance/derived.h"
+#include "tests/conformance/device.h"
 
-enum { HOST_OPS = 256, HOST_IMPLS = 1024, HOST_MODULES = 32 };
+enum { HOST_OPS = 256, HOST_IMPLS = 1024, HOST_MODULES = 32, HOST_DEVICES = 8 };
 
 struct host_impl {
 	const opd_impl *impl;
@@ -31,6 +32,8 @@ struct host {
 	size_t impl_count;
 	struct host_module modules[HOST_MODULES];
 	size_t module_count;
+	struct device devices[HOST_DEVICES]; /* the first of each backend */
+	size_t device_count;
 	size_t warnings;       /* lines logged at OPD_LOG_WARN */
 	char last_warning[256];
 	bool cancel;           /* what `cancelled` answers */
@@ -53,7 +56,10 @@ const opd_op *host_find_op(const struct host *host, const char *name);
 /* The implementation of an op by a provider, NULL when there is none. */
 const struct host_impl *host_find_impl(const struct host *host, const char *provider, const char *op);
 
-/* Runs an implementation (its plan too) on so many threads; the call's outputs have memory. */
+/* The device that runs implementations for `kind`; NULL: the host itself ("cpu"), or no module has such a backend. */
+const struct device *host_find_device(const struct host *host, const char *kind);
+
+/* Runs an implementation (its plan too) on so many threads, or on its device; the call's operands and outputs lie in host memory. */
 OPD_MUST_USE opd_status host_run(const struct host *host, const struct host_impl *impl, const opd_call *call, uint32_t threads,
                                  opd_error *error);
 
@@ -64,7 +70,7 @@ struct host_prepared {
 	bool planned;
 };
 
-/* The same in three steps, for a call that runs more than once. After a failure there is nothing to undo, and host_unprepare does nothing. */
+/* The same in three steps, for a call that runs more than once, on the host. After a failure there is nothing to undo, and host_unprepare does nothing. */
 OPD_MUST_USE opd_status host_prepare(const struct host_impl *impl, const opd_call *call, struct host_prepared *prepared_out, opd_error *error);
 OPD_MUST_USE opd_status host_run_prepared(const struct host *host, const struct host_impl *impl, const opd_call *call,
                                           const struct host_prepared *prepared, uint32_t threads, opd_error *error);

@@ -1,0 +1,128 @@
+/* What the attention kernels share: which keys a query sees, where they lie, and partial results of stretches of keys.
+ *
+ * Layer: providers/cuda, device code. A stretch's partial result is o [D] (sum of p·v over its own sum), its maximum and its sum; stretches are merged in order.
+ * Not here: the loops over keys (attend_any.cu, attend_decode.cu, attend_prefill.cu). */
+#ifndef OPD_CUDA_ATTEND_CUH
+#define OPD_CUDA_ATTEND_CUH
+
+#include "providers/cuda/kernels/mma.cuh"
+
+/* Keys a stretch: fixed, so that a decode step's bits depend on its own sequence alone. */
+enum { ATTEND_STRETCH = 512 };
+enum { PAGED_TABLE = 3, PAGED_LENGTHS = 4, PAGED_STARTS = 5 };
+enum { ATTEND_HEAD_MAX = 512 };
+
+/* exp(x) = 2^(x·log2 e) */
+#define ATTEND_LOG2E 1.4426950408889634f
+
+int attend_any_launch(const struct cuda_attention_call *call, unsigned stretches, cudaStream_t stream);
+bool attend_decode_takes(const struct cuda_attention_call *call);
+/* The same calls, made for many queries a sequence. */
+int attend_prefill_launch(const struct cuda_attention_call *call, cudaStream_t stream);
+int attend_decode_launch(const struct cuda_attention_call *call, unsigned stretches, cudaStream_t stream);
+
+/* A query row's sequence. */
+struct attend_sequence {
+	int64_t number;
+	int64_t query;   /* its place among the sequence's */
+	int64_t queries;
+	int64_t keys;
+	int64_t visible; /* the first so many keys */
+};
+
+static __device__ __forceinline__ int64_t attend_visible(const cuda_attention_call &call, int64_t query, int64_t queries, int64_t keys)
+{
+	int64_t visible = call.causal ? query + keys - queries + 1 : keys;
+	return visible < 0 ? 0 : visible > keys ? keys : visible;
+}
+
+/* Entry of sequence b's row of the table. */
+static __device__ __forceinline__ int64_t attend_block(const cuda_attention_call &call, int64_t b, int64_t entry)
+{
+	const int64_t at = b * call.table_stride + entry;
+	return call.table.wide ? ((const int64_t *)call.table.data)[at] : ((const int32_t *)call.table.data)[at];
+}
+
+/* One block of a call looks at all starts and lengths; whoever uses an entry of the table has checked it itself, unless nobody computes anything (`all`). */
+static __device__ __forceinline__ void attend_check(const cuda_attention_call &call, bool all)
+{
+	if (threadIdx.x == 0) {
+		index_ok(call.fault, PAGED_STARTS, 0, index_at(call.starts, 0), 0, 0);
+		index_ok(call.fault, PAGED_STARTS, call.sequences, index_at(call.starts, call.sequences), call.tokens, call.tokens);
+	}
+	for (int64_t b = threadIdx.x; b < call.sequences; b += blockDim.x) {
+		const int64_t begin = index_at(call.starts, b), end = index_at(call.starts, b + 1);
+		const int64_t keys = index_at(call.lengths, b);
+		if (!index_ok(call.fault, PAGED_STARTS, b + 1, end, begin, call.tokens) || !index_ok(call.fault, PAGED_LENGTHS, b, keys, end - begin, call.keys) || (end > begin && !all))
+			continue;
+		for (int64_t i = 0; i * call.block_size < keys; i++) /* nobody reads by the blocks of a sequence without queries, nor looks at them */
+			index_ok(call.fault, PAGED_TABLE, b * call.table_blocks + i, attend_block(call, b, i), 0, call.blocks - 1);
+	}
+}
+
+/* The sequence of a query row, by the block's threads together; false: none that is in range, or an earlier fault. */
+static __device__ __forceinline__ bool attend_find(const cuda_attention_call &call, int64_t token, bool check, attend_sequence &made)
+{
+	__shared__ int64_t found;
+	if (!call.paged) {
+		made.number = token / call.queries;
+		made.query = token % call.queries;
+		made.queries = call.queries;
+		made.keys = call.keys;
+		made.visible = attend_visible(call, made.query, made.queries, made.keys);
+		return true;
+	}
+	if (faulted(call.fault))
+		return false;
+	if (check && call.fault.word != NULL)
+		attend_check(call, false);
+	if (threadIdx.x == 0)
+		found = -1;
+	__syncthreads();
+	for (int64_t b = threadIdx.x; b < call.sequences; b += blockDim.x)
+		if (index_at(call.starts, b) <= token && token < index_at(call.starts, b + 1))
+			found = b;
+	__syncthreads();
+	if (found < 0)
+		return false;
+	made.number = found;
+	const int64_t begin = index_at(call.starts, found);
+	made.query = token - begin;
+	made.queries = index_at(call.starts, found + 1) - begin;
+	made.keys = index_at(call.lengths, found);
+	if (begin < 0 || made.keys < made.queries || made.keys > call.keys)
+		return false; /* attend_check reports it */
+	made.visible = attend_visible(call, made.query, made.queries, made.keys);
+	return true;
+}
+
+/* Row number of key j of the sequence, for strides of tokens; paged: 0 after reporting a bad block. */
+static __device__ __forceinline__ int64_t attend_row(const cuda_attention_call &call, const attend_sequence &sequence, int64_t j)
+{
+	if (!call.paged)
+		return j;
+	const int64_t entry = j / call.block_size, block = attend_block(call, sequence.number, entry);
+	if (!index_ok(call.fault, PAGED_TABLE, sequence.number * call.table_blocks + entry, block, 0, call.blocks - 1))
+		return 0;
+	return block * call.block_size + j % call.block_size;
+}
+
+/* Where a sequence's keys (which 0) or values (1) of a head begin. */
+template <class T> static __device__ __forceinline__ const T *attend_base(const cuda_attention_call &call, const attend_sequence &sequence, int which, int64_t kv_head)
+{
+	const T *base = (const T *)(which == 0 ? call.key : call.value) + kv_head * call.key_head_stride[which];
+	return call.paged ? base : base + sequence.number * call.key_sequence_stride[which];
+}
+
+template <class T> static __device__ __forceinline__ const T *attend_query(const cuda_attention_call &call, int64_t token, int64_t head)
+{
+	return (const T *)call.query + token * call.query_stride + head * call.query_head_stride;
+}
+
+/* Partial results in scratch: o [D], maximum, sum for (token, head, stretch). */
+static __device__ __forceinline__ float *attend_partial(const cuda_attention_call &call, int64_t token, int64_t head, unsigned stretches, unsigned stretch)
+{
+	return (float *)call.scratch + ((token * call.heads + head) * stretches + stretch) * (call.head_size + 2);
+}
+
+#endif

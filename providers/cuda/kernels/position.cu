@@ -1,0 +1,245 @@
+/* embedding, rotary_embedding, reshape_and_cache: kernels that follow indices, and check them. */
+#include <initializer_list>
+
+#include "providers/cuda/kernels/common.cuh"
+
+/* ---- embedding ----------------------------------------------------------------------------------------------------------------- */
+
+enum { EMBEDDING_IDS = 0 };
+
+template <class Word> static __global__ void embedding_rows(const __grid_constant__ cuda_embedding_call call)
+{
+	const int64_t token = blockIdx.x;
+	if (faulted(call.fault))
+		return;
+	const int64_t id = index_at(call.ids, token);
+	if (id < 0 || id >= call.vocabulary) {
+		if (threadIdx.x == 0)
+			index_ok(call.fault, EMBEDDING_IDS, token, id, 0, call.vocabulary - 1);
+		return;
+	}
+	const Word *from = (const Word *)((const char *)call.table + id * call.table_stride_bytes);
+	Word *to = (Word *)((char *)call.y + token * call.row_bytes);
+	for (int64_t i = threadIdx.x; i < call.row_bytes / (int64_t)sizeof(Word); i += blockDim.x)
+		to[i] = from[i];
+}
+
+static inline bool all_multiples(uint64_t of, std::initializer_list<uint64_t> values)
+{
+	for (uint64_t value : values)
+		if (value % of != 0)
+			return false;
+	return true;
+}
+
+int cuda_embedding_launch(const struct cuda_embedding_call *call, cudaStream_t stream)
+{
+	const unsigned grid = (unsigned)call->tokens;
+	const std::initializer_list<uint64_t> values = {(uint64_t)call->row_bytes, (uint64_t)call->table_stride_bytes, (uint64_t)call->table, (uint64_t)call->y};
+	if (all_multiples(16, values))
+		embedding_rows<uint4><<<grid, call->row_bytes >= 4096 ? 256 : 64, 0, stream>>>(*call);
+	else if (all_multiples(4, values))
+		embedding_rows<uint32_t><<<grid, 128, 0, stream>>>(*call);
+	else
+		embedding_rows<uint8_t><<<grid, 128, 0, stream>>>(*call);
+	return launched();
+}
+
+/* ---- rotary_embedding ------------------------------------------------------------------------------------------------------------ */
+
+enum { ROTARY_POSITIONS = 0 };
+
+/* a·cosine + b·sine with what rounding takes from the second product: where the two nearly cancel it is as large as the result. (W. Kahan's sum of two products.) */
+static __device__ __forceinline__ float turned(float a, float cosine, float b, float sine)
+{
+	float product = b * sine;
+	return fmaf(a, cosine, product) + fmaf(b, sine, -product);
+}
+
+/* In double, which doesn't overflow on its way: for what isn't finite above. */
+static __device__ __noinline__ float turned_wide(float a, float cosine, float b, float sine)
+{
+	return (float)((double)a * (double)cosine + (double)b * (double)sine);
+}
+
+/* Pair j of N: elements of both halves (neox), or neighbours. x[0] are the lower N elements, x[1] the upper, as they lie in memory. */
+template <class T, int N, bool NEOX> static __device__ __forceinline__ void turn_pairs(pack<T, N> (&x)[2], const float (&cosine)[N], const float (&sine)[N])
+{
+	float y[2 * N], probe = 0;
+#pragma unroll
+	for (int j = 0; j < N; j++) {
+		const int first = NEOX ? j : 2 * j, second = NEOX ? N + j : 2 * j + 1;
+		const float a = to_f32(x[first / N].e[first % N]), b = to_f32(x[second / N].e[second % N]);
+		y[first] = turned(a, cosine[j], b, -sine[j]);
+		y[second] = turned(b, cosine[j], a, sine[j]);
+		probe += y[first] * 0.0f + y[second] * 0.0f;
+	}
+	if (probe != 0.0f) { /* a NaN: something wasn't finite */
+#pragma unroll
+		for (int j = 0; j < N; j++) {
+			const int first = NEOX ? j : 2 * j, second = NEOX ? N + j : 2 * j + 1;
+			const float a = to_f32(x[first / N].e[first % N]), b = to_f32(x[second / N].e[second % N]);
+			y[first] = y[first] - y[first] == 0.0f ? y[first] : turned_wide(a, cosine[j], b, -sine[j]);
+			y[second] = y[second] - y[second] == 0.0f ? y[second] : turned_wide(b, cosine[j], a, sine[j]);
+		}
+	}
+#pragma unroll
+	for (int j = 0; j < 2 * N; j++)
+		x[j / N].e[j % N] = from_f32<T>(y[j]);
+}
+
+enum { HEADS = 2 }; /* that a thread turns by the same angles */
+
+/* Thread: x the pairs of a head, y heads. Grid: x more heads, y and z tokens. */
+template <class T, class C, int N, bool NEOX> static __global__ void rotary_turn(const __grid_constant__ cuda_rotary_call call)
+{
+	const int64_t token = (int64_t)blockIdx.y + (int64_t)blockIdx.z * gridDim.y;
+	const int half = call.rot / 2, pair = (int)threadIdx.x * N, heads = call.heads[0] + call.heads[1];
+	const int low = NEOX ? pair : 2 * pair, high = NEOX ? half + pair : 2 * pair + N;
+	const int first = (int)(blockIdx.x * HEADS * blockDim.y + threadIdx.y);
+	if (token >= call.tokens || faulted(call.fault))
+		return;
+	const int64_t position = index_at(call.positions, token);
+	pack<T, N> x[HEADS][2];
+#pragma unroll
+	for (int i = 0; i < HEADS; i++) {
+		const int head = first + i * (int)blockDim.y, which = head >= call.heads[0];
+		if (head >= heads)
+			continue;
+		const T *from = (const T *)call.from[which] + token * call.strides[which] + (int64_t)(head - which * call.heads[0]) * call.head_size;
+		x[i][0] = load<N>(from + low);
+		x[i][1] = load<N>(from + high);
+	}
+	if (position < 0 || position >= call.positions_max) {
+		if (threadIdx.x == 0)
+			index_ok(call.fault, ROTARY_POSITIONS, token, position, 0, call.positions_max - 1);
+		return;
+	}
+	const C *cache = (const C *)call.cache + position * call.cache_stride;
+	float cosine[N], sine[N];
+	load_f32<N>(cache + pair, cosine);
+	load_f32<N>(cache + half + pair, sine);
+#pragma unroll
+	for (int i = 0; i < HEADS; i++) {
+		const int head = first + i * (int)blockDim.y, which = head >= call.heads[0];
+		if (head >= heads)
+			continue;
+		turn_pairs<T, N, NEOX>(x[i], cosine, sine);
+		T *to = (T *)call.to[which] + (token * call.heads[which] + head - which * call.heads[0]) * call.head_size;
+		store(to + low, x[i][0]);
+		store(to + high, x[i][1]);
+	}
+}
+
+/* What lies past the turned part of a head, where it isn't there already. */
+template <class T> static __global__ void rotary_rest(const __grid_constant__ cuda_rotary_call call)
+{
+	const int64_t token = blockIdx.x;
+	const int rest = call.head_size - call.rot, items = (call.heads[0] + call.heads[1]) * rest;
+	if (faulted(call.fault))
+		return;
+	const int64_t position = index_at(call.positions, token);
+	if (position < 0 || position >= call.positions_max) {
+		if (threadIdx.x == 0)
+			index_ok(call.fault, ROTARY_POSITIONS, token, position, 0, call.positions_max - 1);
+		return;
+	}
+	for (int item = threadIdx.x; item < items; item += blockDim.x) {
+		int head = item / rest;
+		const int which = head >= call.heads[0];
+		head -= which ? call.heads[0] : 0;
+		const int64_t at = (int64_t)head * call.head_size + call.rot + item % rest;
+		const T *from = (const T *)call.from[which] + token * call.strides[which] + at;
+		T *to = (T *)call.to[which] + token * call.heads[which] * call.head_size + at;
+		if (from != to)
+			*to = *from;
+	}
+}
+
+template <class T, class C, int N> static void turn_launch(const cuda_rotary_call *call, cudaStream_t stream)
+{
+	const int parts = call->rot / 2 / N, heads = call->heads[0] + call->heads[1], turns = (heads + HEADS - 1) / HEADS;
+	const int beside = parts >= 256 ? 1 : turns < 256 / parts ? turns : 256 / parts;
+	const int64_t high = call->tokens > 32768 ? 32768 : call->tokens;
+	const dim3 block((unsigned)parts, (unsigned)beside);
+	const dim3 grid((unsigned)((turns + beside - 1) / beside), (unsigned)high, (unsigned)((call->tokens + high - 1) / high));
+	if (call->neox)
+		rotary_turn<T, C, N, true><<<grid, block, 0, stream>>>(*call);
+	else
+		rotary_turn<T, C, N, false><<<grid, block, 0, stream>>>(*call);
+}
+
+template <class T, class C> static void rotary_launch(const cuda_rotary_call *call, cudaStream_t stream)
+{
+	constexpr int N = vec_of<T>;
+	bool vectors = call->rot / 2 % N == 0 && call->rot / 2 / N <= 1024 && call->head_size * sizeof(T) % 16 == 0 && rows_aligned(call->cache, call->cache_stride, sizeof(C)) &&
+	               (call->rot / 2) * sizeof(C) % 16 == 0;
+	for (int i = 0; i < 2; i++)
+		vectors = vectors && rows_aligned(call->from[i], call->strides[i], sizeof(T)) && aligned16(call->to[i]);
+	if (call->rot >= 2 && vectors)
+		turn_launch<T, C, N>(call, stream);
+	else if (call->rot >= 2)
+		turn_launch<T, C, 1>(call, stream);
+	if (call->rot < call->head_size)
+		rotary_rest<T><<<(unsigned)call->tokens, 256, 0, stream>>>(*call);
+}
+
+int cuda_rotary_launch(const struct cuda_rotary_call *call, cudaStream_t stream)
+{
+	CUDA_BY_DTYPE(call->dtype, T, if (call->cache_f32) rotary_launch<T, float>(call, stream); else rotary_launch<T, T>(call, stream));
+	return launched();
+}
+
+/* ---- reshape_and_cache ----------------------------------------------------------------------------------------------------------- */
+
+enum { CACHE_SLOTS = 4 };
+
+/* A block a token, y the key or the value. Of tokens for one slot the last stays, whole: an earlier one looks for it. */
+template <class Word> static __global__ void cache_rows(const __grid_constant__ cuda_cache_call call)
+{
+	const int64_t token = blockIdx.x;
+	const int which = blockIdx.y;
+	if (faulted(call.fault))
+		return;
+	const int64_t slot = index_at(call.slots, token);
+	if (slot < 0)
+		return;
+	if (slot >= call.slot_count) {
+		if (threadIdx.x == 0)
+			index_ok(call.fault, CACHE_SLOTS, token, slot, INT64_MIN, call.slot_count - 1);
+		return;
+	}
+	bool later = false;
+	for (int64_t t = token + 1 + threadIdx.x; t < call.tokens; t += blockDim.x)
+		later |= index_at(call.slots, t) == slot;
+	if (__syncthreads_or(later))
+		return;
+	const Word *from = (const Word *)((const char *)call.tokens_from[which] + token * call.token_stride_bytes[which]);
+	Word *to = (Word *)((char *)call.cache_to[which] + slot * call.row_bytes);
+	for (int64_t i = threadIdx.x; i < call.row_bytes / (int64_t)sizeof(Word); i += blockDim.x)
+		to[i] = from[i];
+}
+
+int cuda_cache_launch(const struct cuda_cache_call *call, cudaStream_t stream)
+{
+	for (int i = 0; i < 2; i++) {
+		if (call->cache_to[i] == call->cache_from[i] || call->cache_bytes == 0)
+			continue;
+		cudaError_t failed = cudaMemcpyAsync(call->cache_to[i], call->cache_from[i], call->cache_bytes, cudaMemcpyDeviceToDevice, stream);
+		if (failed != cudaSuccess)
+			return (int)failed;
+	}
+	if (call->tokens == 0)
+		return 0;
+	const dim3 grid((unsigned)call->tokens, 2);
+	const std::initializer_list<uint64_t> values = {(uint64_t)call->row_bytes,      (uint64_t)call->token_stride_bytes[0], (uint64_t)call->token_stride_bytes[1],
+	                                                (uint64_t)call->tokens_from[0], (uint64_t)call->tokens_from[1],        (uint64_t)call->cache_to[0],
+	                                                (uint64_t)call->cache_to[1]};
+	if (all_multiples(16, values))
+		cache_rows<uint4><<<grid, 128, 0, stream>>>(*call);
+	else if (all_multiples(4, values))
+		cache_rows<uint32_t><<<grid, 128, 0, stream>>>(*call);
+	else
+		cache_rows<uint8_t><<<grid, 128, 0, stream>>>(*call);
+	return launched();
+}
