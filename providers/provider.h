@@ -321,9 +321,9 @@ typedef struct opd_device_info {
  * One thread at a time works with a device (the lane's, or a loop that launches a lone small op): nothing may rest on state of the calling thread, such as a current device or
  * context. event_query and the create/destroy pairs may come from any thread at any time. Offsets and sizes are in bytes and checked.
  * Memory, streams and events are made seldom: the host pools them, so none of these functions needs a pool of its own.
- * A device that can't go on (a sticky error, fallen off the bus) answers OPD_DATA_LOSS wherever that shows, and from then on: the host fails what is in flight, gives everything
- * back (free, stream_destroy and event_destroy must still work), forgets the tensors that lay there, and uses it again only after device_reset has returned OPD_OK. Its implementations
- * count as unsupported meanwhile (`device lost: …`). Any other failure is that one call's.
+ * A device that can't go on (a sticky error, fallen off the bus) answers OPD_DATA_LOSS wherever that shows, and from then on: the host fails what is in flight, gives back streams, events
+ * and memory that no tensor has (free, stream_destroy and event_destroy must still work), and uses it again only after device_reset has returned OPD_OK, which frees what was still allocated.
+ * Implementations of its kind count as unsupported while none of the kind is left (`cuda:0 is lost: …`). Any other failure is that one call's.
  * No function may be NULL but those that say so. */
 typedef struct opd_backend {
 	uint32_t struct_bytes;
@@ -379,7 +379,7 @@ typedef struct opd_backend {
 	opd_status (*graph_launch)(void *state, void *graph, void *stream, opd_error *error);
 	void (*graph_destroy)(void *state, void *graph);
 
-	/* After OPD_DATA_LOSS: makes the device usable again, with nothing on it. Everything was given back before. NULL: it stays lost. */
+	/* After OPD_DATA_LOSS: makes the device usable again, with nothing on it: memory that wasn't freed is gone, and isn't freed later. NULL: it stays lost. */
 	opd_status (*device_reset)(void *state, uint32_t ordinal, opd_error *error);
 } opd_backend;
 

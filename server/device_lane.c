@@ -59,10 +59,21 @@ bool device_wait(struct device_lane *lane)
 
 /* ---- For jobs ---- */
 
-opd_status device_failed(const struct device_lane *lane, struct device_job *job, opd_status status, const char *what)
+opd_status device_failed(struct device_lane *lane, struct device_job *job, opd_status status, const char *what)
 {
+	device_note(lane, status, &job->error);
 	status = module_failure(status, &job->error, "%s failed", what);
 	return opd_error_prefix(&job->error, status, "%s on %s", job->name, lane->device.name);
+}
+
+void device_note(struct device_lane *lane, opd_status status, const opd_error *error)
+{
+	if (status != OPD_DATA_LOSS || lane->lost)
+		return;
+	lane->lost = true;
+	lane->given_back = false;
+	lane->loss = *error;
+	atomic_store_explicit(&lane->memory.lost, true, memory_order_release);
 }
 
 opd_status device_no_memory(struct device_job *job)
@@ -99,8 +110,7 @@ static opd_status need_stream(struct device_lane *lane, struct device_job *job)
 	return device_failed(lane, job, status, "stream_create");
 }
 
-/* Nothing enqueued on the stream touches memory any more when this returns. */
-static void drop_stream(struct device_lane *lane)
+void device_drop_stream(struct device_lane *lane)
 {
 	if (lane->stream != NULL)
 		lane->device.backend->stream_destroy(lane->device.state, lane->stream);
@@ -137,9 +147,10 @@ opd_status device_begin(struct device_lane *lane, struct device_job *job)
 opd_status device_hold(struct device_job *job, struct buffer *buffer)
 {
 	struct device_held *held = arena_alloc(&job->arena, sizeof *held);
-	if (held == NULL) {
+	if (held == NULL || buffer_lost(buffer)) {
+		opd_status status = held == NULL ? device_no_memory(job) : opd_fail(&job->error, OPD_DATA_LOSS, "%s: a tensor is lost: its device was", job->name);
 		buffer_unref(buffer);
-		return device_no_memory(job);
+		return status;
 	}
 	*held = (struct device_held){job->held, buffer};
 	job->held = held;
@@ -169,6 +180,9 @@ opd_status device_copy_in(struct device_lane *lane, struct device_job *job, cons
 {
 	if (bytes == 0)
 		return OPD_OK;
+	unsigned char *piece = device_ring_take(lane, job, bytes);
+	if (piece != NULL)
+		from = memcpy(piece, from, bytes);
 	opd_status status = lane->device.backend->copy_in(lane->device.state, lane->stream, to->data, offset, from, bytes, &job->error);
 	return status == OPD_OK ? OPD_OK : device_failed(lane, job, status, "copy_in");
 }
@@ -177,6 +191,9 @@ opd_status device_copy_out(struct device_lane *lane, struct device_job *job, voi
 {
 	if (bytes == 0)
 		return OPD_OK;
+	unsigned char *piece = device_ring_take(lane, job, bytes);
+	if (piece != NULL && device_ring_land(job, to, piece, bytes))
+		to = piece;
 	opd_status status = lane->device.backend->copy_out(lane->device.state, lane->stream, to, from->data, offset, bytes, &job->error);
 	return status == OPD_OK ? OPD_OK : device_failed(lane, job, status, "copy_out");
 }
@@ -243,8 +260,10 @@ static void mirrors_settle(struct device_job *job)
 
 /* ---- One job ---- */
 
-static opd_status check_before(struct device_job *job)
+static opd_status check_before(const struct device_lane *lane, struct device_job *job)
 {
+	if (lane->lost)
+		return opd_fail(&job->error, OPD_UNAVAILABLE, "%s: %s is lost: %.200s", job->name, lane->device.name, lane->loss.text);
 	if (job->unwanted != NULL && atomic_load_explicit(job->unwanted, memory_order_relaxed))
 		return opd_fail(&job->error, OPD_CANCELLED, "%s: the session has ended", job->name);
 	if (job->deadline_ns != 0 && request_now_ns() >= job->deadline_ns)
@@ -261,7 +280,7 @@ static void record_end(struct device_lane *lane, struct device_job *job)
 	if (status == OPD_OK)
 		return;
 	/* No event will tell when the job's memory may be freed: the stream's end does, and the next job gets another one. */
-	drop_stream(lane);
+	device_drop_stream(lane);
 	if (job->status == OPD_OK) {
 		job->error = error;
 		job->status = device_failed(lane, job, status, "event_record");
@@ -272,7 +291,7 @@ static void job_enqueue(struct device_lane *lane, struct device_job *job)
 {
 	job->started_ns = request_now_ns();
 	arena_init(&job->arena, JOB_ARENA_BYTES);
-	job->status = check_before(job);
+	job->status = check_before(lane, job);
 	if (job->status == OPD_OK)
 		job->enqueue(lane, job);
 	if (job->event != NULL)
@@ -288,6 +307,7 @@ static bool job_complete(struct device_lane *lane, struct device_job *job)
 	opd_status status = lane->device.backend->event_query(lane->device.state, job->event, &error);
 	if (status == OPD_UNAVAILABLE)
 		return false;
+	device_note(lane, status, &error);
 	if (status != OPD_OK && job->status == OPD_OK) {
 		job->error = error;
 		job->status = device_failed(lane, job, status, "the work");
@@ -311,6 +331,7 @@ static void finish_job(struct device_lane *lane, struct device_job *job)
 {
 	job->ended_ns = lane->progress_ns = request_now_ns();
 	mirrors_settle(job);
+	device_ring_settle(lane, job);
 	if (job->complete != NULL)
 		job->complete(lane, job);
 	job_release(lane, job);
@@ -381,6 +402,8 @@ static void *lane_main(void *argument)
 		}
 		if (!poll_flight(lane) && job == NULL && !stop)
 			pause_polling(lane);
+		if (lane->lost && !lane->given_back && lane->flight == NULL)
+			device_give_up(lane);
 	}
 	return NULL;
 }
@@ -512,9 +535,10 @@ void device_lane_stop(struct device_lane *lane)
 	if (lane == NULL)
 		return;
 	device_lane_drain(lane);
-	drop_stream(lane);
+	device_drop_stream(lane);
 	while (lane->event_count != 0)
 		lane->device.backend->event_destroy(lane->device.state, lane->events[--lane->event_count]);
+	device_ring_drop(lane);
 	memory_fini(&lane->memory);
 	(void)pthread_cond_destroy(&lane->wake);
 	(void)pthread_mutex_destroy(&lane->mutex);

@@ -21,6 +21,7 @@ struct server;
 struct device_lane;
 struct device_held;
 struct device_mirror;
+struct device_landing;
 
 /* Embedded in what its owner runs; the owner keeps everything that it points to until `done`. */
 struct device_job {
@@ -45,6 +46,8 @@ struct device_job {
 	bool recorded;
 	struct device_held *held; /* device memory that it uses */
 	struct device_mirror *mirrors; /* that it makes: they count once it has succeeded */
+	struct device_landing *landings; /* what came back into the ring and belongs elsewhere */
+	uint64_t ring_end;        /* of the ring, up to here, is free when it has ended; 0: it uses nothing of it */
 	struct arena arena;       /* from enqueue to complete */
 };
 

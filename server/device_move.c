@@ -53,7 +53,7 @@ opd_status device_wanted(struct request *request, struct msg_text text, uint32_t
 	for (uint32_t i = 0; i < snapshot->device_count; i++) {
 		const struct device *device = &snapshot->devices[i];
 		const uint32_t load = i == 0 ? 0 : device_lane_load(request->context->server, i);
-		if (strlen(device->kind) != filter.kind_bytes || memcmp(device->kind, filter.kind, filter.kind_bytes) != 0 ||
+		if (device->lost != NULL || strlen(device->kind) != filter.kind_bytes || memcmp(device->kind, filter.kind, filter.kind_bytes) != 0 ||
 		    (filter.ordinal >= 0 && device->ordinal != (uint64_t)filter.ordinal) || load >= least)
 			continue;
 		*number_out = i;

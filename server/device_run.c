@@ -281,7 +281,10 @@ static opd_status enqueue_kernel(struct device_lane *lane, struct request *reque
 	}
 	request->run.written = true;
 	opd_status status = impl->def->run(impl->def, impl->state, &mine->call, &exec, &job->error);
-	return status == OPD_OK ? OPD_OK : module_failure(status, &job->error, "%s.%s failed", impl->provider->name, request->run.op->schema->name);
+	if (status == OPD_OK)
+		return OPD_OK;
+	device_note(lane, status, &job->error);
+	return module_failure(status, &job->error, "%s.%s failed", impl->provider->name, request->run.op->schema->name);
 }
 
 /* Those that the reply brings, and the word that says whether an index was bad. */
@@ -402,7 +405,7 @@ uint32_t device_choose(const struct request *request)
 	uint32_t least = UINT32_MAX;
 	uint64_t most = 0;
 	for (uint32_t i = 1; i < snapshot->device_count; i++) {
-		if (strcmp(snapshot->devices[i].kind, kind) != 0 || (filter.ordinal >= 0 && snapshot->devices[i].ordinal != (uint64_t)filter.ordinal))
+		if (strcmp(snapshot->devices[i].kind, kind) != 0 || snapshot->devices[i].lost != NULL || (filter.ordinal >= 0 && snapshot->devices[i].ordinal != (uint64_t)filter.ordinal))
 			continue;
 		const uint32_t load = device_lane_load(request->context->server, i);
 		const uint64_t home = home_bytes(request, i);
@@ -421,7 +424,8 @@ static opd_status prepare(struct request *request, struct device_lane **lane_out
 	const uint32_t room = run->bound.operand_count + run->bound.call.output_count;
 	if (run->device == 0)
 		return opd_fail(&request->error, OPD_INTERNAL, "%s: no device of kind %s", run->op->schema->name, run->dispatch.impl->def->device);
-	run->resident = arena_array(&request->arena, run->bound.call.output_count, sizeof run->resident[0]);
+	if (run->resident == NULL)
+		run->resident = arena_array(&request->arena, run->bound.call.output_count, sizeof run->resident[0]);
 	run->moves = request->message.run.explain ? run->moves : NULL;
 	if (run->moves == NULL && request->message.run.explain)
 		run->moves = arena_array(&request->arena, room + run->bound.operand_count, sizeof run->moves[0]);

@@ -11,6 +11,10 @@
 
 /* Events that are kept for the next jobs. */
 #define DEVICE_EVENTS_KEPT 32u
+/* Of a device, taken once: a driver locks such memory at half a millisecond a MiB. */
+#define DEVICE_RING_BYTES (8u << 20)
+/* Larger copies go from and to where the bytes lie: what a driver does for them costs less then than a second copy. */
+#define DEVICE_RING_PIECE_BYTES (256u << 10)
 
 struct device_lane {
 	struct server *server;
@@ -29,11 +33,18 @@ struct device_lane {
 	struct device_job **done_end;
 	/* the thread's own */
 	bool measured; /* the memory's limit is known */
+	bool lost;     /* the backend said so: nothing more is begun until it was reset */
+	bool given_back;
+	opd_error loss;
 	void *stream;  /* NULL: made for the next job */
 	uint64_t progress_ns; /* when a job was last enqueued or ended */
 	struct device_job *flight; /* oldest first */
 	struct device_job **flight_end;
 	uint32_t in_flight;
+	unsigned char *ring; /* host memory that is fast to copy from and to; NULL: not taken yet, or there is none */
+	bool ring_refused;
+	uint64_t ring_head; /* bytes handed out since it was taken; jobs end in the order in which they began, and so do its pieces */
+	uint64_t ring_tail;
 	uint32_t event_count;
 	void *events[DEVICE_EVENTS_KEPT];
 };
@@ -41,8 +52,20 @@ struct device_lane {
 /* The stream is there, and the job has its event. */
 OPD_MUST_USE opd_status device_begin(struct device_lane *lane, struct device_job *job);
 /* A step of the job failed in a function of the backend: the text says where, also when the module said nothing. */
-opd_status device_failed(const struct device_lane *lane, struct device_job *job, opd_status status, const char *what);
+opd_status device_failed(struct device_lane *lane, struct device_job *job, opd_status status, const char *what);
 opd_status device_no_memory(struct device_job *job);
+/* Any status of the backend's or of an implementation's on the device: OPD_DATA_LOSS means that the device is lost. */
+void device_note(struct device_lane *lane, opd_status status, const opd_error *error);
+/* device_ring.c. A piece of the ring for the job, until it has ended; NULL: too large, or none is free, or the backend has no such memory. */
+unsigned char *device_ring_take(struct device_lane *lane, struct device_job *job, uint64_t bytes);
+/* The piece's bytes go to `to` when the job has succeeded. False: out of memory. */
+OPD_MUST_USE bool device_ring_land(struct device_job *job, void *to, const unsigned char *piece, uint64_t bytes);
+void device_ring_settle(struct device_lane *lane, struct device_job *job); /* it has ended */
+void device_ring_drop(struct device_lane *lane);                           /* nothing is in flight */
+/* device_lost.c. Nothing is in flight on a lost device: all is given back, the registry told, the device reset if the backend can. */
+void device_give_up(struct device_lane *lane);
+/* Drops the stream: nothing enqueued on it touches memory any more when this returns; and events kept for later. */
+void device_drop_stream(struct device_lane *lane);
 
 /* Device memory for the job, borrowed until it is complete. When there is none: what is only cached goes, then jobs in flight are waited for, then mirrors go that nobody uses. */
 OPD_MUST_USE opd_status device_alloc(struct device_lane *lane, struct device_job *job, uint64_t bytes, struct buffer **buffer_out);

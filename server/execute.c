@@ -37,6 +37,15 @@ static void outputs_drop(struct request_run *run)
 	}
 }
 
+/* What an attempt before has left on a device is no result of this one. */
+static void resident_drop(struct request_run *run)
+{
+	for (uint32_t i = 0; run->resident != NULL && i < run->bound.call.output_count; i++) {
+		buffer_unref(run->resident[i]);
+		run->resident[i] = NULL;
+	}
+}
+
 /* A result that only stays on its device needs no host memory. */
 static bool needs_memory(const struct request *request, uint32_t index)
 {
@@ -349,6 +358,7 @@ void execute_run(struct request *request)
 	request->run.on_loop = false;
 	execute_place(request);
 	donate_again(request);
+	resident_drop(&request->run);
 	if (!bring_operands(request))
 		return;
 	request->status = outputs_alloc(request);

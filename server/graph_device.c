@@ -249,6 +249,7 @@ static opd_status enqueue_step(struct device_lane *lane, struct device_job *job,
 	exec->fault_node = (uint32_t)(step - prepared->steps);
 	exec->fault = step->def->check == NULL ? NULL : prepared->on_device->fault->data;
 	opd_status status = step->impl->def->run(step->impl->def, step->impl->state, &step->bound.call, exec, &job->error);
+	device_note(lane, status, &job->error);
 	if (status != OPD_OK)
 		status = module_failure(status, &job->error, "%s.%s failed", step->impl->provider->name, step->bound.op->schema->name);
 	if (status == OPD_OK)
@@ -292,6 +293,7 @@ static void capture(struct device_lane *lane, struct device_job *job, struct gra
 			forget_captured(run->prepared);
 		job->error = (opd_error){0};
 	}
+	device_note(lane, status, &error);
 	mine->plain = mine->captured == NULL;
 	if (mine->plain)
 		LOG(lane->server->log, LOG_WARN, "a graph can't be captured", LOG_STR("graph", run->graph->name.data), LOG_STR("device", lane->device.name),

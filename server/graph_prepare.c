@@ -157,7 +157,7 @@ static uint32_t choose_device(const struct preparing *p, const struct graph_node
 		filter.ordinal = -1; /* it was parsed when the graph was checked */
 	for (uint32_t i = 1; i < snapshot->device_count; i++) {
 		struct server *server = p->run->request->context->server;
-		if (strcmp(snapshot->devices[i].kind, kind) != 0 || (filter.ordinal >= 0 && snapshot->devices[i].ordinal != (uint64_t)filter.ordinal))
+		if (strcmp(snapshot->devices[i].kind, kind) != 0 || snapshot->devices[i].lost != NULL || (filter.ordinal >= 0 && snapshot->devices[i].ordinal != (uint64_t)filter.ordinal))
 			continue;
 		if (chosen == 0 || home_bytes(p, i) > home_bytes(p, chosen) ||
 		    (home_bytes(p, i) == home_bytes(p, chosen) && device_lane_load(server, i) < device_lane_load(server, chosen)))

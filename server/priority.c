@@ -161,7 +161,7 @@ static bool device_exists(const struct snapshot *snapshot, const struct device_f
 	if (strlen(kind) != filter->kind_bytes || memcmp(kind, filter->kind, filter->kind_bytes) != 0)
 		return false;
 	for (uint32_t i = 0; i < snapshot->device_count; i++)
-		if (strcmp(snapshot->devices[i].kind, kind) == 0 && (filter->ordinal < 0 || snapshot->devices[i].ordinal == (uint64_t)filter->ordinal))
+		if (strcmp(snapshot->devices[i].kind, kind) == 0 && snapshot->devices[i].lost == NULL && (filter->ordinal < 0 || snapshot->devices[i].ordinal == (uint64_t)filter->ordinal))
 			return true;
 	return false;
 }
@@ -182,15 +182,20 @@ static bool cut_skipped(const struct cut *cut, const struct provider *provider)
 	return false;
 }
 
-/* A device implementation whose backend isn't loaded can't run. */
-static bool device_loaded(const struct snapshot *snapshot, const struct impl *impl)
+/* A device implementation whose backend isn't loaded, or whose devices are all lost, can't run. NULL: it can. */
+static const char *device_missing(const struct snapshot *snapshot, const struct impl *impl)
 {
+	const char *missing = "no backend for its kind of device is loaded";
 	if (impl->on_host)
-		return true;
-	for (uint32_t i = 1; i < snapshot->device_count; i++)
-		if (strcmp(snapshot->devices[i].kind, impl->def->device) == 0)
-			return true;
-	return false;
+		return NULL;
+	for (uint32_t i = 1; i < snapshot->device_count; i++) {
+		if (strcmp(snapshot->devices[i].kind, impl->def->device) != 0)
+			continue;
+		if (snapshot->devices[i].lost == NULL)
+			return NULL;
+		missing = snapshot->devices[i].lost;
+	}
+	return missing;
 }
 
 /* Takes one name; true when the list ends with it. */
@@ -209,8 +214,9 @@ static bool cut_take(struct cut *cut, const struct snapshot *snapshot, const str
 		cut_skip(cut, provider->name, impl->unsupported_code, impl->unsupported);
 		return false;
 	}
-	if (!device_loaded(snapshot, impl)) {
-		cut_skip(cut, provider->name, OPD_REASON_PLATFORM, "no backend for its kind of device is loaded");
+	const char *missing = device_missing(snapshot, impl);
+	if (missing != NULL) {
+		cut_skip(cut, provider->name, OPD_REASON_PLATFORM, missing);
 		return false;
 	}
 	cut->named++;

@@ -262,6 +262,29 @@ opd_status registry_create(struct log *log, const struct registry_services *serv
 	return OPD_OK;
 }
 
+static const char *remember_lost(struct registry *registry, const char *device, const char *reason)
+{
+	const size_t bytes = strlen(device) + strlen(reason) + sizeof " is lost: ";
+	struct lost_text *lost = malloc(sizeof *lost + bytes);
+	if (lost == NULL)
+		return "the device is lost";
+	(void)snprintf(lost->text, bytes, "%s is lost: %s", device, reason);
+	lost->next = registry->lost_texts;
+	registry->lost_texts = lost;
+	return lost->text;
+}
+
+void registry_set_lost(struct registry *registry, uint32_t device, const char *reason)
+{
+	opd_error error;
+	(void)pthread_mutex_lock(&registry->mutex);
+	struct device *lost = &registry->devices[device];
+	lost->lost = reason == NULL ? NULL : remember_lost(registry, lost->name, reason);
+	if (registry_publish(registry, &error) != OPD_OK)
+		LOG(registry->log, LOG_WARN, "a device's loss shows with the next change only", LOG_STR("device", lost->name), LOG_STR("error", error.text));
+	(void)pthread_mutex_unlock(&registry->mutex);
+}
+
 void registry_destroy(struct registry *registry)
 {
 	if (registry == NULL)
@@ -282,6 +305,11 @@ void registry_destroy(struct registry *registry)
 		module_destroy(module, true);
 	}
 	register_drop_devices(registry, 0);
+	while (registry->lost_texts != NULL) {
+		struct lost_text *lost = registry->lost_texts;
+		registry->lost_texts = lost->next;
+		free(lost);
+	}
 	for (uint32_t i = 0; i < registry->provider_count; i++)
 		provider_destroy(registry->providers[i]);
 	(void)pthread_mutex_destroy(&registry->current_mutex);

@@ -67,6 +67,7 @@ struct device {
 	const char *kind;
 	uint32_t ordinal;
 	const opd_backend *backend; /* NULL: the host */
+	const char *lost;           /* why it can't be used: "test:0 is lost: …"; NULL: it can. Lives as long as the registry */
 	void *state;
 };
 
@@ -109,6 +110,9 @@ void registry_remember(struct registry *registry, const char *name, const char *
 
 /* Another shape function for an op, by its owner. */
 OPD_MUST_USE opd_status registry_set_shape(struct registry *registry, const char *op, opd_shape_fn shape, opd_error *error);
+
+/* A device can't be used any more, or (NULL) can again: implementations of its kind count as unsupported while none of the kind is left. Any thread. */
+void registry_set_lost(struct registry *registry, uint32_t device, const char *reason);
 
 /* The newest snapshot, referenced. */
 struct snapshot *registry_snapshot(struct registry *registry);

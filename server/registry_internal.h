@@ -37,10 +37,16 @@ struct registry {
 	struct provider *providers[REGISTRY_PROVIDERS_MAX];
 	uint32_t device_count;
 	struct device devices[REGISTRY_DEVICES_MAX];
+	struct lost_text *lost_texts; /* of devices: snapshots may still show those of before */
 	struct module *modules; /* newest first */
 	struct plist *server_star;
 	struct plist *configuration_star;
 	struct plist *none; /* stands for no list: remembers which ops were warned of */
+};
+
+struct lost_text {
+	struct lost_text *next;
+	char text[];
 };
 
 /* NULL: no such op. */

@@ -204,6 +204,9 @@ static opd_status place_kept(struct request *request, struct operand *operand, c
 		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s: %s views a tensor of %s as %s", request->run.op->schema->name,
 		                operand->param, opd_dtype_name(kept->dtype), opd_dtype_name(source->dtype));
 	}
+	if (buffer_lost(kept->buffer))
+		return opd_fail(&request->error, OPD_DATA_LOSS, "%s: %s is lost: it lay on %s, which was lost", request->run.op->schema->name, operand->param,
+		                request->snapshot->devices[kept->buffer->device].name);
 	unsigned char *data = kept->buffer->device == 0 ? kept->buffer->data : NULL; /* what lies on a device is no address for us */
 	opd_status status = bind_place(request->run.op, operand, data, kept->bytes, false, &request->error);
 	if (status == OPD_OK) {

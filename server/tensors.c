@@ -83,6 +83,29 @@ static bool pool_shrink(struct memory *memory, uint64_t limit)
 	return any;
 }
 
+/* Under the lock, so that nobody who has seen the old epoch still caches what is gone. */
+void memory_forget(struct memory *memory)
+{
+	struct buffer *gone = NULL;
+	(void)pthread_mutex_lock(&memory->mutex);
+	(void)atomic_fetch_add_explicit(&memory->epoch, 1, memory_order_release);
+	for (unsigned class = 0; class < MEMORY_CLASSES; class ++) {
+		while (memory->cached[class] != NULL) {
+			struct buffer *buffer = memory->cached[class];
+			memory->cached[class] = buffer->next;
+			buffer->next = gone;
+			gone = buffer;
+		}
+	}
+	memory->cached_bytes = 0;
+	(void)pthread_mutex_unlock(&memory->mutex);
+	while (gone != NULL) {
+		struct buffer *buffer = gone;
+		gone = buffer->next;
+		free(buffer);
+	}
+}
+
 bool memory_trim(struct memory *memory)
 {
 	return pool_shrink(memory, 0);
@@ -223,22 +246,28 @@ static struct buffer *pool_take(struct memory *memory, unsigned class, uint64_t 
 	return buffer;
 }
 
+/* False: the caller frees it. */
 static bool pool_give(struct memory *memory, struct buffer *buffer, uint64_t class_bytes)
 {
 	bool kept = false;
 	/* The ceiling holds for what is resident: cached memory must not push live memory past it. */
 	uint64_t used = atomic_load_explicit(&memory->used_bytes, memory_order_relaxed);
 	(void)pthread_mutex_lock(&memory->mutex);
+	const bool gone = buffer->epoch != atomic_load_explicit(&memory->epoch, memory_order_relaxed); /* with the device's reset */
 	/* A device's is freed by its lane alone, when room is made for another. */
-	if (memory->device != 0 || (memory->cached_bytes + class_bytes <= memory->cache_limit_bytes &&
-	    used + memory->cached_bytes + class_bytes <= atomic_load_explicit(&memory->limit_bytes, memory_order_relaxed))) {
+	const bool fits = memory->device != 0 ||
+	                  (memory->cached_bytes + class_bytes <= memory->cache_limit_bytes &&
+	                   used + memory->cached_bytes + class_bytes <= atomic_load_explicit(&memory->limit_bytes, memory_order_relaxed));
+	if (fits && !gone) {
 		buffer->next = memory->cached[buffer->class];
 		memory->cached[buffer->class] = buffer;
 		memory->cached_bytes += class_bytes;
 		kept = true;
 	}
 	(void)pthread_mutex_unlock(&memory->mutex);
-	return kept;
+	if (gone)
+		free(buffer);
+	return kept || gone;
 }
 
 static void *system_alloc(uint64_t class_bytes)
@@ -297,6 +326,8 @@ opd_status buffer_alloc(struct account *account, uint64_t bytes, uint64_t slack_
 	buffer->bytes = bytes + slack_bytes;
 	buffer->charged_bytes = bytes;
 	buffer->account = account_ref(account);
+	buffer->epoch = atomic_load_explicit(&account->memory->epoch, memory_order_relaxed);
+	buffer->memory = account->memory;
 	*buffer_out = buffer;
 	return OPD_OK;
 }
@@ -454,4 +485,11 @@ void buffer_unref(struct buffer *buffer)
 	if (!pool_give(memory, buffer, class_bytes))
 		buffer_destroy(memory, buffer, class_bytes);
 	account_unref(account);
+}
+
+bool buffer_lost(const struct buffer *buffer)
+{
+	const struct memory *memory = buffer->memory;
+	return buffer->device != 0 && (atomic_load_explicit(&memory->lost, memory_order_acquire) ||
+	                               buffer->epoch != atomic_load_explicit(&memory->epoch, memory_order_acquire));
 }

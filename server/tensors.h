@@ -35,6 +35,8 @@ struct memory {
 	uint32_t device;  /* the host's number of it; 0: host memory */
 	const char *name; /* for texts */
 	struct memory_source source; /* of a device */
+	_Atomic bool lost;           /* the device is: what lies there can't be read any more */
+	_Atomic uint32_t epoch;      /* of a device: rises when it was reset, and what was allocated before is gone */
 	_Atomic uint64_t used_bytes; /* the ledger: charged by all accounts */
 	_Atomic uint64_t limit_bytes;
 	uint64_t cache_limit_bytes;
@@ -62,6 +64,8 @@ struct buffer {
 	_Atomic uint32_t refs;
 	uint16_t class;
 	uint32_t device; /* 0: host memory */
+	uint32_t epoch;  /* the memory's, when it was allocated */
+	struct memory *memory; /* where it lies, whoever pays */
 	uint64_t bytes; /* usable */
 	uint64_t charged_bytes;
 	struct account *account;
@@ -81,6 +85,8 @@ OPD_MUST_USE opd_status memory_init_device(struct memory *memory, uint32_t devic
 void memory_fini(struct memory *memory);
 /* Gives back what is only cached; false: nothing was. */
 bool memory_trim(struct memory *memory);
+/* The device was reset: nothing of what was allocated before is there any more, cached or not. On its lane's thread. */
+void memory_forget(struct memory *memory);
 /* Drops the mirror there that was unused for longest; false: every one is in use. */
 bool memory_evict(struct memory *memory);
 
@@ -104,6 +110,8 @@ OPD_MUST_USE opd_status buffer_alloc(struct account *account, uint64_t bytes, ui
 void buffer_recharge(struct buffer *buffer, struct account *account);
 struct buffer *buffer_ref(struct buffer *buffer);
 void buffer_unref(struct buffer *buffer);
+/* It lies on a device that is lost, or was reset since. */
+bool buffer_lost(const struct buffer *buffer);
 
 /* The buffer itself, or its mirror, in that device's memory (0: the host's); referenced. NULL: it has none there. */
 struct buffer *buffer_on(struct buffer *buffer, uint32_t device);

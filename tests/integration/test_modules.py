@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 """Provider modules: one built outside of the tree against an installed opd, bad ones, and a device, each in a real daemon.
 
-    test_modules.py [Sample] [Bad] [Device] [Resident] [DeviceGraphs]
+    test_modules.py [Sample] [Bad] [Device] [Resident] [DeviceGraphs] [LostDevice]
 
 OPD_BIN, OPCTL_BIN, OPD_CONFORMANCE name the programs, OPD_BUILD the build folder (it is installed from), OPD_MODULES the folder with the built test
 modules, OPD_CMAKE and OPD_CC what the sample is built with. Defaults: build/ of this tree.
@@ -1296,6 +1296,70 @@ class DeviceGraphs(unittest.TestCase):
             for _ in range(12):
                 found, reply, _ = client.read_reply()
                 self.assertEqual(self.values(reply), wanted[k, found])
+
+
+class LostDevice(unittest.TestCase):
+    """A device with an error that stays: its work fails, its tensors are lost and say so, everybody else goes on."""
+
+    daemon, client, upload, fetch, relu = Resident.daemon, Resident.client, Resident.upload, Resident.fetch, Resident.relu
+
+    def lose(self, client, device):
+        """The first kernel on the device loses it, with others in flight."""
+        submitted = [client.submit(add_request(i, run_device=device)[0]) for i in range(6)]
+        for reply in dict(client.read_reply()[:2] for _ in submitted).values():
+            self.assertIn(reply.status, (harness.DATA_LOSS, harness.UNAVAILABLE, harness.FAILED_PRECONDITION), reply.message)
+            self.assertIn("test:1", reply.message)
+
+    def test_it_is_passed_over_and_the_others_go_on(self):
+        client = self.client(fault="lost:1", delay_us=1000)
+        other = self.client(self.server)
+        there, elsewhere = self.upload(client, [1, -2], device="test:1"), self.upload(client, [3, -4], device="test:0")
+        here = self.upload(client, [5, -6])
+        self.lose(client, "test:1")
+        harness.wait_until(lambda: "device lost" in self.server.log_text(), "the loss in the log")
+        for operand, status in ((there, harness.DATA_LOSS), (elsewhere, harness.OK), (here, harness.OK)):
+            reply = client.call(run("relu", pb.Tensor(handle=operand), run_priority=["testdev", "native"]))[0]
+            self.assertEqual(reply.status, status, reply.message)
+        self.assertEqual(client.call(pb.Request(fetch=pb.Fetch(tensor=pb.Tensor(handle=there))))[0].status, harness.DATA_LOSS)
+        self.assertEqual(self.fetch(client, elsewhere), [3, -4])
+        request, wanted = add_request(1, run_explain=True)
+        reply = other.ask(request)[0]
+        self.assertEqual((inline_result(reply), reply.run.explain.device), (wanted, "test:0"))
+        request = add_request(1, run_device="test:1")[0]
+        self.assertEqual(other.call(request)[0].status, harness.FAILED_PRECONDITION)
+        with self.assertRaises(Failed) as caught:
+            self.upload(client, [1], device="test:1")
+        self.assertEqual(caught.exception.status, harness.FAILED_PRECONDITION)
+
+    def test_with_no_device_left_its_provider_is_unsupported_and_says_why(self):
+        client = self.client(fault="lost:1+")
+        for device in ("test:0", "test:1"):
+            self.assertEqual(client.call(add_request(1, run_device=device)[0])[0].status, harness.DATA_LOSS)
+        harness.wait_until(lambda: self.server.log_text().count("device lost") == 2, "both losses in the log")
+        reply = client.ask(run("relu", inline([2], f32(-1, 1)), run_priority=["testdev", "native"], run_explain=True))[0].run
+        self.assertEqual(reply.provider, "native")
+        self.assertRegex(reply.explain.skipped[0].reason, "test:. is lost: .*fell off the bus")
+
+    def test_after_a_reset_it_is_used_again_with_nothing_on_it(self):
+        client = self.client(fault="lost:3", reset=1)
+        there = self.upload(client, [1, -2], device="test:1")
+        mirrored = self.upload(client, [7, -8])
+        for _ in range(2):
+            self.relu(client, pb.Tensor(handle=mirrored), run_device="test:1")
+        reply = client.call(run("relu", pb.Tensor(handle=there), run_priority=["testdev"], run_device="test:1"))[0]
+        self.assertEqual(reply.status, harness.DATA_LOSS)
+        harness.wait_until(lambda: "device reset" in self.server.log_text(), "the reset in the log")
+        self.assertEqual(client.call(pb.Request(fetch=pb.Fetch(tensor=pb.Tensor(handle=there))))[0].status, harness.DATA_LOSS)
+        reply = self.relu(client, pb.Tensor(handle=mirrored), run_device="test:1")
+        self.assertEqual((list(unpack_f32(reply.outputs[0].tensor.inline)), len(reply.explain.moves)), ([7, 0], 2))
+        client.ask(pb.Request(free=pb.Free(tensors=[pb.Tensor(handle=there)])))
+
+    def test_retry_goes_on_elsewhere(self):
+        client = self.client(fault="lost:1")
+        request, wanted = add_request(1, run_retry=True)
+        request.run.priority.names.append("native")
+        reply = client.ask(request)[0]
+        self.assertEqual((reply.run.provider, inline_result(reply)), ("native", wanted))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ static const char *const fault_names[DEVICE_FAULT_COUNT] = {
     [DEVICE_FAULT_RECORD] = "record", [DEVICE_FAULT_COPY_IN] = "copy_in", [DEVICE_FAULT_COPY_OUT] = "copy_out",
     [DEVICE_FAULT_LAUNCH] = "launch", [DEVICE_FAULT_KERNEL] = "kernel",   [DEVICE_FAULT_MUTE] = "mute",
     [DEVICE_FAULT_CAPTURE] = "capture",
+    [DEVICE_FAULT_LOST] = "lost",
 };
 
 uint64_t device_now_ns(void)
@@ -39,8 +40,15 @@ opd_status device_check_thread(struct device *device, uint32_t ordinal, const ch
 	device->lane_known[ordinal] = true;
 	bool same = pthread_equal(device->lane[ordinal], pthread_self()) != 0;
 	(void)pthread_mutex_unlock(&device->mutex);
+	if (same && device_check_lost(device, ordinal, error) != OPD_OK)
+		return OPD_DATA_LOSS;
 	return same ? OPD_OK
 	            : opd_fail(error, OPD_INTERNAL, "test:%u: %s by another thread than its lane's", (unsigned)ordinal, what);
+}
+
+opd_status device_check_lost(struct device *device, uint32_t ordinal, opd_error *error)
+{
+	return atomic_load(&device->lost[ordinal]) ? opd_fail(error, OPD_DATA_LOSS, "test:%u fell off the bus", (unsigned)ordinal) : OPD_OK;
 }
 
 /* ---- The environment ---- */
@@ -93,7 +101,7 @@ opd_status device_open(struct device *device, const opd_host *host, opd_error *e
 	device->memory_bytes = 64u << 20;
 	if (!read_number("OPD_TEST_DEVICE_MEMORY", &device->memory_bytes) ||
 	    !read_number("OPD_TEST_DEVICE_DELAY_US", &device->delay_us) ||
-	    !read_number("OPD_TEST_DEVICE_EVENT_US", &device->event_us) || !read_number("OPD_TEST_DEVICE_OPEN_US", &open_us) ||
+	    !read_number("OPD_TEST_DEVICE_EVENT_US", &device->event_us) || !read_number("OPD_TEST_DEVICE_RESET", &device->reset) || !read_number("OPD_TEST_DEVICE_OPEN_US", &open_us) ||
 	    !read_faults(device))
 		return opd_fail(error, OPD_INVALID_ARGUMENT, "one of the OPD_TEST_DEVICE_ variables can't be read");
 	(void)pthread_mutex_init(&device->mutex, NULL);
@@ -117,7 +125,7 @@ void device_close(struct device *device)
 		device_free(device, UINT32_MAX, oldest);
 		allocations++;
 	}
-	bool clean = allocations + device->streams + device->events + device->plans + device->graphs == 0;
+	bool clean = allocations + device->streams + device->events + device->plans + device->graphs + device->hosts == 0;
 	(void)snprintf(text, sizeof text, "graphs: %u captured, %u launches, %u left", (unsigned)device->captures, (unsigned)device->launches,
 	               (unsigned)device->graphs);
 	device->host->log(device->host, OPD_LOG_INFO, text);
@@ -158,6 +166,9 @@ const opd_backend device_backend = {
     .capture_end = device_capture_end,
     .graph_launch = device_graph_launch,
     .graph_destroy = device_graph_destroy,
+    .host_alloc = device_host_alloc,
+    .host_free = device_host_free,
+    .device_reset = device_reset,
 };
 
 /* ---- The module ---- */

@@ -14,7 +14,9 @@
  *     OPD_TEST_DEVICE_EVENT_US=N         from an event's work being done to its being reported
  *     OPD_TEST_DEVICE_OPEN_US=N          that open takes
  *     OPD_TEST_DEVICE_FAULT=POINT:N[+],… the Nth time (from then on) at POINT: alloc, stream, event, record, copy_in, copy_out,
- * launch (run fails), kernel (its event does), mute (launch without code or text that make sense), capture (capture_begin) */
+ * launch (run fails), kernel (its event does), mute (launch without code or text that make sense), capture (capture_begin), lost (a
+ * kernel after which the device is lost)
+ *     OPD_TEST_DEVICE_RESET=1            a lost device can be reset */
 #ifndef OPD_TESTS_DEVICE_H
 #define OPD_TESTS_DEVICE_H
 
@@ -36,6 +38,7 @@ enum device_fault {
 	DEVICE_FAULT_KERNEL,
 	DEVICE_FAULT_MUTE,
 	DEVICE_FAULT_CAPTURE,
+	DEVICE_FAULT_LOST,
 	DEVICE_FAULT_COUNT,
 };
 
@@ -54,6 +57,8 @@ struct device {
 	_Atomic uint32_t streams;
 	_Atomic uint32_t events;
 	_Atomic uint32_t plans;
+	_Atomic bool lost[DEVICE_COUNT]; /* until it is reset */
+	_Atomic uint32_t hosts; /* pieces of locked host memory */
 	_Atomic uint32_t graphs; /* that exist */
 	_Atomic uint32_t captures; /* since the start */
 	_Atomic uint32_t launches;
@@ -64,6 +69,7 @@ struct device {
 	uint64_t memory_bytes;
 	uint64_t delay_us;
 	uint64_t event_us;
+	uint64_t reset;
 };
 
 extern const opd_backend device_backend;
@@ -146,5 +152,11 @@ opd_status device_capture_begin(void *state, void *stream, opd_error *error);
 opd_status device_capture_end(void *state, void *stream, void **graph_out, opd_error *error);
 opd_status device_graph_launch(void *state, void *graph, void *stream, opd_error *error);
 void device_graph_destroy(void *state, void *graph);
+
+opd_status device_host_alloc(void *state, uint32_t ordinal, uint64_t bytes, void **host_out, void **device_out, opd_error *error);
+void device_host_free(void *state, uint32_t ordinal, void *host);
+opd_status device_reset(void *state, uint32_t ordinal, opd_error *error); /* memory.c */
+/* DATA_LOSS when it is lost. */
+OPD_MUST_USE opd_status device_check_lost(struct device *device, uint32_t ordinal, opd_error *error);
 
 #endif

@@ -95,6 +95,46 @@ void device_free(void *state, uint32_t ordinal, void *memory)
 	free(allocation);
 }
 
+opd_status device_host_alloc(void *state, uint32_t ordinal, uint64_t bytes, void **host_out, void **device_out, opd_error *error)
+{
+	struct device *device = state;
+	(void)ordinal;
+	*host_out = aligned_alloc(64, bytes);
+	*device_out = NULL;
+	if (*host_out == NULL)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "host_alloc: out of memory");
+	(void)atomic_fetch_add(&device->hosts, 1);
+	return OPD_OK;
+}
+
+void device_host_free(void *state, uint32_t ordinal, void *host)
+{
+	struct device *device = state;
+	(void)ordinal;
+	free(host);
+	(void)atomic_fetch_sub(&device->hosts, 1);
+}
+
+/* What was allocated there is gone; who frees it afterwards aborts. */
+opd_status device_reset(void *state, uint32_t ordinal, opd_error *error)
+{
+	struct device *device = state;
+	if (device->reset == 0)
+		return opd_fail(error, OPD_UNAVAILABLE, "test:%u doesn't come back", (unsigned)ordinal);
+	for (;;) {
+		(void)pthread_mutex_lock(&device->mutex);
+		struct device_allocation *allocation = device->allocations;
+		while (allocation != NULL && allocation->ordinal != ordinal)
+			allocation = allocation->next;
+		(void)pthread_mutex_unlock(&device->mutex);
+		if (allocation == NULL)
+			break;
+		device_free(device, UINT32_MAX, allocation);
+	}
+	atomic_store(&device->lost[ordinal], false);
+	return OPD_OK;
+}
+
 unsigned char *device_contents(struct device *device, uint32_t ordinal, const void *memory, uint64_t offset, uint64_t bytes,
                                const char *name, opd_error *error)
 {

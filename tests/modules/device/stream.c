@@ -67,6 +67,10 @@ static opd_status do_kernel(struct stream *stream, const struct command *command
 	device_sleep_us(stream->device->delay_us);
 	if (device_faulty(stream->device, DEVICE_FAULT_KERNEL))
 		return opd_fail(error, OPD_INTERNAL, "kernel: injected failure");
+	if (device_faulty(stream->device, DEVICE_FAULT_LOST))
+		atomic_store(&stream->device->lost[stream->ordinal], true);
+	if (device_check_lost(stream->device, stream->ordinal, error) != OPD_OK)
+		return OPD_DATA_LOSS;
 	return command->launch.kernel(stream->device, stream->ordinal, &command->launch, error);
 }
 
@@ -74,6 +78,8 @@ static opd_status do_kernel(struct stream *stream, const struct command *command
 static void do_record(struct stream *stream, struct event *event)
 {
 	event->failure = stream->failure;
+	if (event->failure.status == OPD_OK)
+		(void)!device_check_lost(stream->device, stream->ordinal, &event->failure);
 	event->reported_ns = device_now_ns() + stream->device->event_us * 1000;
 	stream->failure = (opd_error){0};
 	atomic_store_explicit(&event->state, EVENT_COME, memory_order_release);
