@@ -172,11 +172,11 @@ struct layer_statistics {
 static __device__ __forceinline__ layer_statistics layer_finish(const cuda_norm_call &call, float mean, float2 sums)
 {
 	const float rest = sums.x - sums.x == 0 ? sums.x : 0; /* a difference that overflows is its own element's */
-	const float variance = fmaxf(sums.y / (float)call.hidden - rest * rest, 0.0f);
+	const float variance = fmaxf(sums.y - rest * rest, 0.0f);
 	return {mean, rest, rsqrtf((sums.y - sums.y != 0 ? sums.y : variance) + call.epsilon)}; /* NaN and infinities stay what they are */
 }
 
-/* The mean of d, by shares too, and Σ d², of differences from the mean's first part. 16-bit elements have no digits that the second part would keep. */
+/* The means of d and of d², by shares too, of differences from the mean's first part. 16-bit elements have no digits that the second part would keep. */
 template <class T, int N> static __device__ __forceinline__ void layer_add(const float (&v)[N], float mean, float share, float2 &sums)
 {
 #pragma unroll
@@ -184,7 +184,7 @@ template <class T, int N> static __device__ __forceinline__ void layer_add(const
 		const float d = v[j] - mean;
 		if (sizeof(T) > 2)
 			sums.x += d * share;
-		sums.y += d * d;
+		sums.y += d * (d * share);
 	}
 }
 
