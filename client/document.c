@@ -6,7 +6,7 @@ struct document {
 };
 
 /* Zeroed, with the result's name in front of it. */
-static void *document_alloc(opd_result *result, size_t bytes)
+void *document_alloc(opd_result *result, size_t bytes)
 {
 	struct document *document = arena_zalloc(&result->arena, sizeof *document + bytes);
 	if (document == NULL)
@@ -49,6 +49,14 @@ void *document_priority(opd_result *result)
 	priority->level = msg_level_name(from->level);
 	priority->effective = texts(result, from->effective_count, from->effective, &priority->effective_count);
 	priority->stored = texts(result, from->stored_count, from->stored, &priority->stored_count);
+	struct opd_priority_case *cases = arena_array(&result->arena, from->case_count, sizeof *cases);
+	for (uint32_t i = 0; cases != NULL && i < from->case_count; i++) {
+		cases[i].key = result_text(result, from->cases[i].key);
+		cases[i].effective = texts(result, from->cases[i].effective_count, from->cases[i].effective, &cases[i].effective_count);
+		cases[i].stored = texts(result, from->cases[i].stored_count, from->cases[i].stored, &cases[i].stored_count);
+	}
+	priority->cases = cases;
+	priority->case_count = cases == NULL ? 0 : from->case_count;
 	return priority;
 }
 

@@ -14,6 +14,8 @@ typedef void *(*document_fn)(opd_result *result);
 /* Takes `result`, also on failure. RESOURCE_EXHAUSTED alone. */
 OPD_MUST_USE opd_status document_create(opd_result *result, document_fn make, const void **document_out, opd_error *error);
 
+/* Zeroed, in the result's arena; NULL: out of memory. */
+void *document_alloc(opd_result *result, size_t bytes);
 void *document_priority(opd_result *result);
 void *document_ops(opd_result *result);
 void *document_op(opd_result *result);

@@ -151,6 +151,15 @@ void opd_request_timeout(opd_request *request, uint64_t timeout_us)
 	request->message.run.timeout_us = timeout_us;
 }
 
+void opd_request_class(opd_request *request, opd_class service_class)
+{
+	request->form = REQUEST_UNPREPARED;
+	if ((unsigned)service_class > MSG_SERVICE_CLASS_MAX)
+		request_fail(request, OPD_INVALID_ARGUMENT, "%s: class %d, which is none", request->message.run.op.data, (int)service_class);
+	else
+		request->message.run.service_class = (uint32_t)service_class;
+}
+
 void opd_request_mode(opd_request *request, opd_mode mode)
 {
 	request->form = REQUEST_UNPREPARED;

@@ -189,6 +189,7 @@ static void fill_explain(opd_result *result, const struct msg_explain *from, opd
 	explain->on_loop = from->on_loop;
 	explain->level = msg_level_name(from->level);
 	explain->device = result_text(result, from->device);
+	explain->narrowed = result_text(result, from->narrowed);
 	explain->skipped = explain_skips(result, from);
 	explain->skip_count = explain->skipped == NULL ? 0 : from->skip_count;
 	explain->effective = result_texts(result, from->effective_count, from->effective);
@@ -238,6 +239,7 @@ static opd_status bind_graph(opd_result *result, const struct msg_graph_explain 
 	    .arena_bytes = from->arena_bytes,
 	    .unshared_bytes = from->unshared_bytes,
 	    .prepare_ns = from->prepare_ns,
+	    .width = from->width,
 	};
 	result->graph = graph;
 	return OPD_OK;

@@ -13,8 +13,6 @@
 #include "proto/ring.h"
 
 #define RING_BYTES_DEFAULT ((uint64_t)256 << 10)
-/* Who polls keeps its core to itself for so long, and lets others run between two looks after that: perhaps the daemon has no other core. */
-#define PAUSE_NS 5000u
 /* What the epoll says of the socket; of the daemon's wake-ups it says 0. */
 #define SOCKET_EVENT 1u
 
@@ -134,7 +132,7 @@ static bool spin(const opd_client *client, uint64_t deadline_us)
 	for (uint64_t now_ns = begin_ns; now_ns < end_ns && now_ns / 1000 < deadline_us; now_ns = clock_ns()) {
 		if (ring_ready(client))
 			return true;
-		if (now_ns - begin_ns < PAUSE_NS)
+		if (now_ns - begin_ns < RING_PAUSE_NS)
 			ring_relax();
 		else
 			(void)sched_yield();

@@ -28,8 +28,8 @@ opd_request *opd_upload_create(const opd_operand *operand)
 	if (request == NULL || request->error.status != OPD_OK)
 		return request;
 	const struct msg_tensor *tensor = request->message.run.args[0].tensor;
-	if (operand->source != OPD_FROM_HOST && operand->source != OPD_FROM_NOTHING)
-		request_fail(request, OPD_INVALID_ARGUMENT, "upload: the operand has source %d, expected host data (or nothing: bytes that follow in writes)",
+	if (operand->source != OPD_FROM_HOST && operand->source != OPD_FROM_MEMORY && operand->source != OPD_FROM_NOTHING)
+		request_fail(request, OPD_INVALID_ARGUMENT, "upload: the operand has source %d, expected host data, shared memory (or nothing: bytes that follow in writes)",
 		             (int)operand->source);
 	else if (tensor->strided || tensor->byte_offset != 0)
 		request_fail(request, OPD_INVALID_ARGUMENT, "upload: the operand has strides or a byte offset, expected it row-major");
@@ -199,16 +199,24 @@ static opd_status check_upload(const opd_operand *operand, const opd_upload_opti
 	if (request == NULL)
 		return no_memory(error);
 	opd_request_device(request, wanted_device(options));
-	if (request->error.status == OPD_OK && operand->source != OPD_FROM_HOST)
-		request_fail(request, OPD_INVALID_ARGUMENT, "upload: the operand has source %d, expected host data", (int)operand->source);
+	if (request->error.status == OPD_OK && operand->source != OPD_FROM_HOST && operand->source != OPD_FROM_MEMORY)
+		request_fail(request, OPD_INVALID_ARGUMENT, "upload: the operand has source %d, expected host data or shared memory", (int)operand->source);
 	if (request->error.status != OPD_OK) {
 		opd_status status = opd_fail(error, (opd_status)request->error.status, "%s", request->error.text);
 		opd_request_destroy(request);
 		return status;
 	}
-	*bytes_out = request->hosts[0].bytes;
+	*bytes_out = operand->source == OPD_FROM_MEMORY ? request->message.run.args[0].tensor->shared.bytes : request->hosts[0].bytes;
 	*request_out = request;
 	return OPD_OK;
+}
+
+static opd_status upload_shared(const struct upload *upload, opd_request *request, opd_handle *handle_out, opd_error *error)
+{
+	opd_status status = run_for_handle(upload->client, request, handle_out, error);
+	if (status == OPD_OK && upload->options != NULL && upload->options->on_progress != NULL)
+		upload->options->on_progress(upload->options->progress_data, upload->bytes, upload->bytes);
+	return status;
 }
 
 opd_status opd_upload(opd_client *client, const opd_operand *operand, const opd_upload_options *options, opd_handle *handle_out, opd_error *error)
@@ -218,6 +226,8 @@ opd_status opd_upload(opd_client *client, const opd_operand *operand, const opd_
 	opd_status status = check_upload(operand, options, &request, &upload.bytes, error);
 	if (status != OPD_OK)
 		return status;
+	if (operand->source == OPD_FROM_MEMORY) /* nothing is sent: one request, however large */
+		return upload_shared(&upload, request, handle_out, error);
 	const uint64_t limit = client->session.payload_bytes;
 	const bool watched = options != NULL && (options->on_progress != NULL || options->part_bytes != 0);
 	if (upload.bytes == 0 || (!watched && (limit == 0 || upload.bytes <= limit)))

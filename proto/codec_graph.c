@@ -107,6 +107,8 @@ opd_status read_run_graph(struct reader *reader, const Opd__V1__RunGraph *in, st
 	out->inline_results = in->inline_results;
 	opd_status status = read_mode(reader, (int)in->mode, &out->mode);
 	if (status == OPD_OK)
+		status = read_service_class(reader, (int)in->service_class, &out->service_class);
+	if (status == OPD_OK)
 		status = read_args(reader, in->n_inputs, in->inputs, &out->arg_count, &out->args);
 	if (status == OPD_OK)
 		status = read_output_options(reader, in->n_outputs, in->outputs, out);
@@ -124,6 +126,7 @@ static opd_status read_graph_explain(struct reader *reader, const Opd__V1__Graph
 	out->arena_bytes = in->arena_bytes;
 	out->unshared_bytes = in->unshared_bytes;
 	out->prepare_ns = in->prepare_ns;
+	out->width = in->width;
 	opd_status status = read_count(reader, "explained nodes", in->n_nodes, BOUND_GRAPH_EXPLAIN);
 	if (status != OPD_OK)
 		return status;
@@ -243,6 +246,7 @@ Opd__V1__RunGraph *write_run_graph(struct arena *arena, const struct msg_run *in
 	out->explain = in->explain;
 	out->timeout_us = in->timeout_us;
 	out->inline_results = in->inline_results;
+	out->service_class = (Opd__V1__ServiceClass)in->service_class;
 	if (!write_args(arena, in->arg_count, in->args, &out->n_inputs, &out->inputs) ||
 	    !write_output_options(arena, in, &out->n_outputs, &out->outputs))
 		return NULL;
@@ -276,6 +280,7 @@ static Opd__V1__GraphExplain *write_graph_explain(struct arena *arena, const str
 	out->arena_bytes = in->arena_bytes;
 	out->unshared_bytes = in->unshared_bytes;
 	out->prepare_ns = in->prepare_ns;
+	out->width = in->width;
 	return out;
 }
 

@@ -72,6 +72,7 @@ Opd__V1__NodeOutput *write_node_output(struct arena *arena, struct msg_node_outp
 OPD_MUST_USE opd_status read_list(struct reader *reader, const Opd__V1__ProviderList *in, struct msg_list *out);
 OPD_MUST_USE opd_status read_output_options(struct reader *reader, size_t count, Opd__V1__OutputOption *const *in, struct msg_run *out);
 OPD_MUST_USE opd_status read_mode(struct reader *reader, int mode, msg_mode *out);
+OPD_MUST_USE opd_status read_service_class(struct reader *reader, int class, uint32_t *out);
 /* NULL also for a list that isn't there; *fits_out tells. */
 Opd__V1__ProviderList *write_list(struct arena *arena, const struct msg_list *in, bool *fits_out);
 OPD_MUST_USE bool write_output_options(struct arena *arena, const struct msg_run *in, size_t *count_out, Opd__V1__OutputOption ***out);
@@ -100,6 +101,11 @@ OPD_MUST_USE opd_status read_open(struct reader *reader, const Opd__V1__OpenTens
 OPD_MUST_USE opd_status read_publications(struct reader *reader, const Opd__V1__Publications *in, struct msg_reply *out);
 OPD_MUST_USE bool write_publish_request(struct arena *arena, const struct msg_request *in, Opd__V1__Request *out);
 Opd__V1__Publications *write_publications(struct arena *arena, const struct msg_reply *in);
+
+/* codec_sessions.c */
+OPD_MUST_USE opd_status read_sessions(struct reader *reader, const Opd__V1__Sessions *in, struct msg_sessions *out);
+OPD_MUST_USE bool write_session_request(struct arena *arena, const struct msg_request *in, Opd__V1__Request *out);
+Opd__V1__Sessions *write_sessions(struct arena *arena, const struct msg_sessions *in);
 
 /* Borrows: protobuf-c writes nothing through it. */
 static inline ProtobufCBinaryData write_text(struct msg_text in)

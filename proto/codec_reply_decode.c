@@ -103,6 +103,8 @@ opd_status read_explain(struct reader *reader, const Opd__V1__Explain *in, struc
 		                                    in->times->kernel, in->times->moves,    in->times->pack};
 	opd_status status = read_text(reader, "device", in->device, BOUND_STR_BYTES, &explain->device);
 	if (status == OPD_OK)
+		status = read_text(reader, "narrowed", in->narrowed, BOUND_STR_BYTES, &explain->narrowed);
+	if (status == OPD_OK)
 		status = read_skips(reader, in, explain);
 	if (status == OPD_OK)
 		status = read_moves(reader, in, explain);
@@ -132,11 +134,34 @@ static opd_status read_run_reply(struct reader *reader, const Opd__V1__RunReply 
 	return status != OPD_OK ? status : read_graph_reply(reader, in, out);
 }
 
+static opd_status read_cases(struct reader *reader, const Opd__V1__PriorityReply *in, struct msg_priority_reply *out)
+{
+	opd_status status = read_count(reader, "cases", in->n_cases, BOUND_LIST);
+	if (status != OPD_OK)
+		return status;
+	struct msg_priority_case *cases = arena_array(reader->arena, in->n_cases, sizeof *cases);
+	if (cases == NULL)
+		return read_full(reader);
+	for (size_t i = 0; status == OPD_OK && i < in->n_cases; i++) {
+		const Opd__V1__PriorityCase *from = in->cases[i];
+		status = read_text(reader, "key", from->key, BOUND_STR_BYTES, &cases[i].key);
+		if (status == OPD_OK)
+			status = read_names(reader, "effective", from->n_effective, from->effective, &cases[i].effective_count, &cases[i].effective);
+		if (status == OPD_OK)
+			status = read_names(reader, "stored", from->n_stored, from->stored, &cases[i].stored_count, &cases[i].stored);
+	}
+	out->case_count = (uint32_t)in->n_cases;
+	out->cases = cases;
+	return status;
+}
+
 static opd_status read_priority(struct reader *reader, const Opd__V1__PriorityReply *in, struct msg_priority_reply *out)
 {
 	out->level = (msg_level)in->level;
 	opd_status status = read_names(reader, "effective", in->n_effective, in->effective, &out->effective_count, &out->effective);
-	return status != OPD_OK ? status : read_names(reader, "stored", in->n_stored, in->stored, &out->stored_count, &out->stored);
+	if (status == OPD_OK)
+		status = read_names(reader, "stored", in->n_stored, in->stored, &out->stored_count, &out->stored);
+	return status == OPD_OK ? read_cases(reader, in, out) : status;
 }
 
 static opd_status read_impl(struct reader *reader, const Opd__V1__Implementation *in, struct msg_impl *out)
@@ -335,6 +360,9 @@ static opd_status read_body(struct reader *reader, const Opd__V1__Reply *in, str
 		out->memory.region = in->memory->region;
 		out->memory.bytes = in->memory->bytes;
 		return OPD_OK;
+	case OPD__V1__REPLY__BODY_SESSIONS:
+		out->kind = MSG_REPLY_SESSIONS;
+		return read_sessions(reader, in->sessions, &out->sessions);
 	case OPD__V1__REPLY__BODY_RINGS:
 		out->kind = MSG_REPLY_RINGS;
 		out->rings.poll_us = in->rings->poll_us;

@@ -71,6 +71,7 @@ Opd__V1__Explain *write_explain(struct arena *arena, const struct msg_explain *i
 	out->level = (Opd__V1__Level)in->level;
 	out->device = write_text(in->device);
 	out->on_loop = in->on_loop;
+	out->narrowed = write_text(in->narrowed);
 	out->times = write_times(arena, &in->times);
 	if (out->times == NULL || !write_skips(arena, in, out) || !write_moves(arena, in, out) ||
 	    !write_texts(arena, in->effective_count, in->effective, &out->n_effective, &out->effective))
@@ -99,11 +100,27 @@ static Opd__V1__RunReply *write_run_reply(struct arena *arena, const struct msg_
 	return write_graph_reply(arena, in, out) ? out : NULL;
 }
 
+static bool write_cases(struct arena *arena, const struct msg_priority_reply *in, Opd__V1__PriorityReply *out)
+{
+	out->cases = arena_array(arena, in->case_count, sizeof *out->cases);
+	for (uint32_t i = 0; out->cases != NULL && i < in->case_count; i++) {
+		Opd__V1__PriorityCase *narrow = write_new(arena, &opd__v1__priority_case__descriptor);
+		const struct msg_priority_case *from = &in->cases[i];
+		if (narrow == NULL || !write_texts(arena, from->effective_count, from->effective, &narrow->n_effective, &narrow->effective) ||
+		    !write_texts(arena, from->stored_count, from->stored, &narrow->n_stored, &narrow->stored))
+			return false;
+		narrow->key = write_text(from->key);
+		out->cases[i] = narrow;
+	}
+	out->n_cases = in->case_count;
+	return out->cases != NULL;
+}
+
 static Opd__V1__PriorityReply *write_priority(struct arena *arena, const struct msg_priority_reply *in)
 {
 	Opd__V1__PriorityReply *out = write_new(arena, &opd__v1__priority_reply__descriptor);
 	if (out == NULL || !write_texts(arena, in->effective_count, in->effective, &out->n_effective, &out->effective) ||
-	    !write_texts(arena, in->stored_count, in->stored, &out->n_stored, &out->stored))
+	    !write_texts(arena, in->stored_count, in->stored, &out->n_stored, &out->stored) || !write_cases(arena, in, out))
 		return NULL;
 	out->level = (Opd__V1__Level)in->level;
 	return out;
@@ -289,6 +306,9 @@ static bool write_body(struct arena *arena, const struct msg_reply *in, Opd__V1_
 	case MSG_REPLY_MEMORY:
 	case MSG_REPLY_RINGS:
 		return write_memory_reply(arena, in, out);
+	case MSG_REPLY_SESSIONS:
+		out->body_case = OPD__V1__REPLY__BODY_SESSIONS;
+		return (out->sessions = write_sessions(arena, &in->sessions)) != NULL;
 	case MSG_REPLY_PUBLICATIONS:
 		out->body_case = OPD__V1__REPLY__BODY_PUBLICATIONS;
 		return (out->publications = write_publications(arena, in)) != NULL;

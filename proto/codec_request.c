@@ -31,6 +31,14 @@ opd_status read_output_options(struct reader *reader, size_t count, Opd__V1__Out
 	return OPD_OK;
 }
 
+opd_status read_service_class(struct reader *reader, int class, uint32_t *out)
+{
+	if (class < 0 || class > MSG_SERVICE_CLASS_MAX)
+		return opd_fail(reader->error, OPD_INVALID_ARGUMENT, "service_class: %d, expected 0 (normal), 1 (realtime), 2 (interactive) or 3 (batch)", class);
+	*out = (uint32_t)class;
+	return OPD_OK;
+}
+
 opd_status read_mode(struct reader *reader, int mode, msg_mode *out)
 {
 	if (mode < MSG_RUN || mode > MSG_DRY)
@@ -49,6 +57,8 @@ static opd_status read_run(struct reader *reader, const Opd__V1__Run *in, struct
 	out->inline_results = in->inline_results;
 	out->timeout_us = in->timeout_us;
 	opd_status status = read_mode(reader, (int)in->mode, &out->mode);
+	if (status == OPD_OK)
+		status = read_service_class(reader, (int)in->service_class, &out->service_class);
 	if (status == OPD_OK)
 		status = read_text(reader, "op", in->op, BOUND_NAME_BYTES, &out->op);
 	if (status == OPD_OK)
@@ -201,6 +211,14 @@ static opd_status read_request(struct reader *reader, const Opd__V1__Request *in
 		out->kind = MSG_REQUEST_ATTACH_RINGS;
 		out->rings = (struct msg_attach_rings){in->attach_rings->request_bytes, in->attach_rings->reply_bytes, in->attach_rings->poll_us};
 		return OPD_OK;
+	case OPD__V1__REQUEST__BODY_LIST_SESSIONS:
+		out->kind = MSG_REQUEST_LIST_SESSIONS;
+		out->first_session = in->list_sessions->first;
+		return OPD_OK;
+	case OPD__V1__REQUEST__BODY_SET_SESSION:
+		out->kind = MSG_REQUEST_SET_SESSION;
+		out->set_session = (struct msg_set_session){.session = in->set_session->session, .weight = in->set_session->weight};
+		return read_service_class(reader, (int)in->set_session->service_class, &out->set_session.service_class);
 	default:
 		out->kind = MSG_REQUEST_NONE;
 		return OPD_OK;
@@ -275,6 +293,7 @@ static Opd__V1__Run *write_run(struct arena *arena, const struct msg_run *in)
 	out->timeout_us = in->timeout_us;
 	out->uuid = in->uuid;
 	out->inline_results = in->inline_results;
+	out->service_class = (Opd__V1__ServiceClass)in->service_class;
 	bool fits;
 	out->priority = write_list(arena, &in->priority, &fits);
 	if (!fits || !write_args(arena, in->arg_count, in->args, &out->n_args, &out->args) || !write_output_options(arena, in, &out->n_outputs, &out->outputs))
@@ -458,6 +477,9 @@ static bool write_request(struct arena *arena, const struct msg_request *in, Opd
 	case MSG_REQUEST_DRAIN:
 	case MSG_REQUEST_FREE_GRAPH:
 		return write_small(arena, in, out);
+	case MSG_REQUEST_LIST_SESSIONS:
+	case MSG_REQUEST_SET_SESSION:
+		return write_session_request(arena, in, out);
 	case MSG_REQUEST_ATTACH_MEMORY:
 	case MSG_REQUEST_DETACH_MEMORY:
 	case MSG_REQUEST_ATTACH_RINGS:

@@ -176,6 +176,8 @@ struct msg_output_option {
 
 struct msg_graph;
 
+#define MSG_SERVICE_CLASS_MAX 3
+
 struct msg_run {
 	struct msg_text op; /* of RUN_GRAPH: empty, or the client's name for it */
 	uint64_t graph;     /* of RUN_GRAPH: 0 is `once` */
@@ -194,6 +196,7 @@ struct msg_run {
 	uint32_t output_count;
 	const struct msg_output_option *outputs;
 	uint64_t timeout_us;
+	uint32_t service_class; /* 0: the session's; 1 realtime, 2 interactive, 3 batch */
 };
 
 struct msg_result {
@@ -246,6 +249,7 @@ struct msg_explain {
 	const struct msg_move *moves;
 	struct msg_text device;
 	bool on_loop;
+	struct msg_text narrowed; /* key of the configuration's list, where it isn't the op's plain one */
 };
 
 struct msg_node_explain {
@@ -263,6 +267,7 @@ struct msg_graph_explain {
 	uint64_t arena_bytes;
 	uint64_t unshared_bytes;
 	uint64_t prepare_ns;
+	uint32_t width;
 };
 
 struct msg_run_reply {
@@ -494,12 +499,20 @@ typedef enum msg_request_kind {
 	MSG_REQUEST_ATTACH_MEMORY,
 	MSG_REQUEST_DETACH_MEMORY,
 	MSG_REQUEST_ATTACH_RINGS,
+	MSG_REQUEST_LIST_SESSIONS,
+	MSG_REQUEST_SET_SESSION,
 } msg_request_kind;
 
 struct msg_attach_rings {
 	uint64_t request_bytes;
 	uint64_t reply_bytes;
 	uint64_t poll_us;
+};
+
+struct msg_set_session {
+	uint64_t session;
+	uint32_t weight;        /* 0: as it is */
+	uint32_t service_class; /* 0: as it is */
 };
 
 struct msg_request {
@@ -526,7 +539,18 @@ struct msg_request {
 		uint64_t memory_bytes; /* ATTACH_MEMORY */
 		uint32_t region;       /* DETACH_MEMORY */
 		struct msg_attach_rings rings;
+		uint64_t first_session; /* LIST_SESSIONS */
+		struct msg_set_session set_session;
 	};
+};
+
+/* A list of the configuration that holds for some of an op's calls. */
+struct msg_priority_case {
+	struct msg_text key; /* "linear/bf16/rows<=4" */
+	uint32_t effective_count;
+	const struct msg_text *effective;
+	uint32_t stored_count;
+	const struct msg_text *stored;
 };
 
 struct msg_priority_reply {
@@ -535,6 +559,8 @@ struct msg_priority_reply {
 	msg_level level;
 	uint32_t stored_count;
 	const struct msg_text *stored;
+	uint32_t case_count;
+	const struct msg_priority_case *cases; /* in the order in which they are asked */
 };
 
 struct msg_kept {
@@ -577,8 +603,62 @@ typedef enum msg_reply_kind {
 	MSG_REPLY_PUBLICATIONS,
 	MSG_REPLY_REGISTERED,
 	MSG_REPLY_MEMORY,
+	MSG_REPLY_SESSIONS,
 	MSG_REPLY_RINGS,
 } msg_reply_kind;
+
+struct msg_usage {
+	uint64_t jobs;
+	uint64_t device_ns;
+	uint64_t wait_ns;
+	uint64_t wait_max_ns;
+};
+
+struct msg_session_state {
+	uint64_t session;
+	struct msg_text tenant;
+	struct msg_text peer;
+	uint64_t age_us;
+	uint32_t service_class;
+	uint32_t weight;
+	uint32_t in_flight;
+	uint32_t queued;
+	uint32_t running;
+	uint64_t memory_bytes;
+	double share;
+	struct msg_usage usage;
+};
+
+struct msg_tenant_state {
+	struct msg_text name;
+	uint32_t weight;
+	uint32_t service_class;
+	uint32_t class_max;
+	uint64_t device_rate_ns;
+	uint32_t sessions;
+	uint32_t queued;
+	uint32_t running;
+	struct msg_usage usage;
+};
+
+struct msg_lane_state {
+	struct msg_text name;
+	uint32_t threads;
+	uint32_t queued;
+	uint32_t running;
+	uint64_t device_ns;
+};
+
+struct msg_sessions {
+	uint32_t session_count;
+	uint32_t tenant_count;
+	uint32_t lane_count;
+	struct msg_session_state *sessions;
+	struct msg_tenant_state *tenants;
+	struct msg_lane_state *lanes;
+	uint64_t uptime_us;
+	uint64_t next;
+};
 
 struct msg_reply {
 	opd_status status;
@@ -610,6 +690,7 @@ struct msg_reply {
 			uint32_t count;
 			const struct msg_publication *items;
 		} publications;
+		struct msg_sessions sessions;
 		struct msg_registered registered;
 		struct {
 			uint32_t region;

@@ -371,6 +371,13 @@ static bool read_mode(uint64_t value, msg_mode *out)
 	return mode <= MSG_DRY;
 }
 
+/* One that is none is left to the other decoder, which says so. */
+static bool read_service_class(uint64_t value, uint32_t *out)
+{
+	*out = (uint32_t)value;
+	return *out <= MSG_SERVICE_CLASS_MAX;
+}
+
 static bool read_run_field(struct arena *arena, const struct wire_field *field, struct run_arrays *arrays, struct msg_run *out)
 {
 	switch (field->tag) {
@@ -407,6 +414,8 @@ static bool read_run_field(struct arena *arena, const struct wire_field *field, 
 	case WIRE_VARINT(13u):
 		out->inline_results = field->value != 0;
 		return true;
+	case WIRE_VARINT(14u):
+		return read_service_class(field->value, &out->service_class);
 	default:
 		return false;
 	}
@@ -448,6 +457,8 @@ static bool read_run_graph_field(struct arena *arena, const struct wire_field *f
 	case WIRE_VARINT(8u):
 		out->inline_results = field->value != 0;
 		return true;
+	case WIRE_VARINT(9u):
+		return read_service_class(field->value, &out->service_class);
 	default: /* `once` among them: a whole graph, which is read once and not by the thousand */
 		return false;
 	}
@@ -567,6 +578,8 @@ static bool read_explain_field(struct arena *arena, const struct wire_field *fie
 	case WIRE_VARINT(7u):
 		out->on_loop = field->value != 0;
 		return true;
+	case WIRE_BYTES(8u):
+		return read_text(arena, field->bytes, BOUND_STR_BYTES, &out->narrowed);
 	default: /* moves among them: a copy between devices costs more than protobuf-c */
 		return false;
 	}
@@ -581,7 +594,7 @@ static bool read_explain(struct arena *arena, struct wire in, struct msg_explain
 	struct explain_arrays arrays = {.next_skip = arena_array(arena, counts[1], sizeof *arrays.next_skip)};
 	if (arrays.next_skip == NULL || !new_texts(arena, counts[2], BOUND_LIST, &arrays.next_name))
 		return false;
-	out->device = (struct msg_text){"", 0};
+	out->device = out->narrowed = (struct msg_text){"", 0};
 	out->skip_count = counts[1];
 	out->skipped = arrays.next_skip;
 	out->effective_count = counts[2];
@@ -636,6 +649,9 @@ static bool read_graph_explain_field(struct arena *arena, const struct wire_fiel
 		return true;
 	case WIRE_VARINT(6u):
 		out->prepare_ns = field->value;
+		return true;
+	case WIRE_VARINT(7u):
+		out->width = (uint32_t)field->value;
 		return true;
 	default:
 		return false;

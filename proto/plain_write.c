@@ -182,6 +182,7 @@ static void write_list(struct pen *pen, uint32_t number, const struct msg_list *
 static void write_run(struct pen *pen, const struct msg_run *in)
 {
 	const uint8_t *end = pen->at;
+	pen_enum(pen, 14, (int)in->service_class);
 	pen_number(pen, 13, in->inline_results);
 	pen_number(pen, 12, in->uuid);
 	pen_number(pen, 11, in->timeout_us);
@@ -201,6 +202,7 @@ static void write_run(struct pen *pen, const struct msg_run *in)
 static void write_run_graph(struct pen *pen, const struct msg_run *in)
 {
 	const uint8_t *end = pen->at;
+	pen_enum(pen, 9, (int)in->service_class);
 	pen_number(pen, 8, in->inline_results);
 	pen_number(pen, 7, in->timeout_us);
 	pen_number(pen, 6, in->explain);
@@ -252,6 +254,7 @@ static void write_skips(struct pen *pen, uint32_t number, const struct msg_expla
 static void write_explain(struct pen *pen, uint32_t number, const struct msg_explain *in)
 {
 	const uint8_t *end = pen->at;
+	write_text(pen, 8, in->narrowed);
 	pen_number(pen, 7, in->on_loop);
 	write_text(pen, 6, in->device);
 	write_moves(pen, 5, in);
@@ -265,6 +268,7 @@ static void write_explain(struct pen *pen, uint32_t number, const struct msg_exp
 static void write_graph_explain(struct pen *pen, uint32_t number, const struct msg_graph_explain *in)
 {
 	const uint8_t *end = pen->at;
+	pen_number(pen, 7, in->width);
 	pen_number(pen, 6, in->prepare_ns);
 	pen_number(pen, 5, in->unshared_bytes);
 	pen_number(pen, 4, in->arena_bytes);
@@ -344,7 +348,7 @@ static size_t room_of_run(const struct msg_run *in)
 
 static size_t room_of_explain(const struct msg_explain *in)
 {
-	size_t bytes = 3 * MESSAGE_BYTES + in->device.bytes + room_of_texts(in->effective_count, in->effective);
+	size_t bytes = 3 * MESSAGE_BYTES + in->device.bytes + in->narrowed.bytes + room_of_texts(in->effective_count, in->effective);
 	for (uint32_t i = 0; i < in->skip_count; i++)
 		bytes += MESSAGE_BYTES + in->skipped[i].provider.bytes + in->skipped[i].reason.bytes;
 	for (uint32_t i = 0; i < in->move_count; i++)

@@ -79,6 +79,9 @@ OPD_MUST_USE bool ring_publish(struct ring_writer *writer, _Atomic uint32_t *rea
 /* Says what this side is about to wait for; look at the indices again before sleeping. 0: it is awake. */
 void ring_wait(_Atomic uint32_t *waits, uint32_t reasons);
 
+/* Who polls keeps its core to itself for so long, and yields it between two looks after that. */
+#define RING_PAUSE_NS 5000u
+
 /* A breath of a loop that looks at an index. */
 static inline void ring_relax(void)
 {

@@ -12,6 +12,7 @@
 #include "proto/bounds.h"
 #include "proto/text.h"
 #include "server/config_internal.h"
+#include "server/priority_key.h"
 
 #define NAME_RULE "[a-z_][a-z_0-9]*"
 
@@ -60,6 +61,8 @@ struct config *config_create(void)
 		.regions = 16,
 		.shared_bytes = 4ull << 30,
 		.ring_bytes = 32u << 20,
+		.queue = 1024,
+		.lane_queue = 65536,
 		.handshake_us = 10 * 1000000,
 		.stall_us = 60 * 1000000,
 		.drain_us = 30 * 1000000,
@@ -70,11 +73,14 @@ struct config *config_create(void)
 	config->level = LOG_INFO;
 	config->format = LOG_TEXT;
 	config_derive_limits(config);
-	/* The order among providers where nobody says: ours where it can, the definition for the rest. */
+	/* The order among providers where nobody says. */
 	opd_error error;
-	if (config_add_priority(config, "*=cpu,native", &error) != OPD_OK) {
-		config_destroy(config);
-		return NULL;
+	for (size_t i = 0; config_standard_priorities[i] != NULL; i++) {
+		if (config_add_priority(config, config_standard_priorities[i], &error) != OPD_OK) {
+			config_destroy(config);
+			return NULL;
+		}
+		config->priorities[config->priority_count - 1].standard = true;
 	}
 	return config;
 }
@@ -117,6 +123,7 @@ void config_destroy(struct config *config)
 		free(config->modules[i].name);
 		free(config->modules[i].path);
 	}
+	config_clear_tenants(config);
 	free(config->priorities);
 	free(config->modules);
 	free(config->path);
@@ -248,7 +255,13 @@ static struct config_priority *find_priority(struct config *config, const char *
 opd_status config_begin_priority(struct config *config, const char *op, unsigned line, struct config_priority **priority_out,
                                  opd_error *error)
 {
-	opd_status status = strcmp(op, "*") == 0 ? OPD_OK : check_name("op", op, error);
+	struct priority_key key;
+	char name[BOUND_NAME_BYTES + 1];
+	opd_status status = priority_key_parse(op, &key, error);
+	if (status == OPD_OK && strcmp(op, "*") != 0) {
+		(void)snprintf(name, sizeof name, "%.*s", (int)key.op_bytes, op);
+		status = check_name("op", key.op_bytes < sizeof name ? name : op, error);
+	}
 	if (status != OPD_OK)
 		return status;
 	struct config_priority *priority = find_priority(config, op);
@@ -265,6 +278,7 @@ opd_status config_begin_priority(struct config *config, const char *op, unsigned
 	}
 	free_providers(priority);
 	priority->line = line;
+	priority->standard = false;
 	*priority_out = priority;
 	return OPD_OK;
 }
@@ -300,18 +314,38 @@ static opd_status append_providers(struct config_priority *priority, char *names
 	return OPD_OK;
 }
 
+/* A list given for an op replaces those that narrow it too. */
+static void drop_narrowed(struct config *config, const char *op)
+{
+	size_t kept = 0, bytes = strlen(op);
+	for (size_t i = 0; i < config->priority_count; i++) {
+		struct config_priority *priority = &config->priorities[i];
+		if (strncmp(priority->op, op, bytes) == 0 && priority->op[bytes] == '/') {
+			free(priority->op);
+			free_providers(priority);
+		} else {
+			config->priorities[kept++] = *priority;
+		}
+	}
+	config->priority_count = kept;
+}
+
 opd_status config_add_priority(struct config *config, const char *text, opd_error *error)
 {
 	char *copy = strdup(text);
 	if (copy == NULL)
 		return out_of_memory(error);
 	char *equals = strchr(copy, '=');
+	if (equals != NULL && equals > copy && equals[-1] == '<') /* of rows<=4 */
+		equals = strchr(equals + 1, '=');
 	struct config_priority *priority;
 	opd_status status;
 	if (equals == NULL) {
 		status = opd_fail(error, OPD_INVALID_ARGUMENT, "priority \"%.200s\": expected op=provider,provider", text);
 	} else {
 		*equals = '\0';
+		if (strchr(copy, '/') == NULL)
+			drop_narrowed(config, copy);
 		status = config_begin_priority(config, copy, 0, &priority, error);
 		if (status == OPD_OK)
 			status = append_providers(priority, equals + 1, error);

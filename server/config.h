@@ -2,7 +2,7 @@
  *
  * Layer: server. Threads: built by one, then constant.
  * Life: config_create (defaults) → config_load (file) → changes by flags → config_check → config_destroy. A reload makes a new one and swaps.
- * In three files: config.c (the object, listeners, lists, checks), config_key.c (keys with one value), config_file.c (YAML).
+ * In four files: config.c (the object, listeners, lists, checks), config_key.c (keys with one value), config_tenant.c (tenants), config_file.c (YAML).
  * README.md documents every key; errors name file, line, key, value and what was expected. Unknown keys and repeated keys are errors.
  * Not here: whether the named ops and providers exist (server/registry.h checks that when the server starts or reloads). */
 #ifndef OPD_SERVER_CONFIG_H
@@ -14,6 +14,7 @@
 
 #include "opd/status.h"
 #include "server/log.h"
+#include "server/scheduler.h"
 
 typedef enum listen_kind {
 	LISTEN_UNIX = 0,
@@ -28,9 +29,13 @@ struct config_listener {
 	uint16_t port; /* TCP; 0: any free one (printed when listening) */
 };
 
-/* One entry of `priorities`: an op or "*", and its list. */
+/* The lists of providers/priorities.txt, as config_add_priority takes them; NULL at the end. */
+extern const char *const config_standard_priorities[];
+
+/* One entry of `priorities`: its key (priority_key.h) and its list. */
 struct config_priority {
 	char *op;
+	bool standard; /* of the lists that come with opd */
 	size_t count;
 	char **providers;
 	unsigned line; /* in the file; 0: from a flag */
@@ -39,6 +44,22 @@ struct config_priority {
 struct config_module {
 	char *name; /* the provider's, so that lists may name it also when it can't be loaded; NULL: whatever the module calls itself */
 	char *path;
+	unsigned line;
+};
+
+/* How a tenant is treated. */
+struct tenant_policy {
+	uint32_t weight;         /* of its device time, relative to other tenants'; default 100 */
+	sched_class class;       /* of requests that name none; default interactive */
+	sched_class class_max;   /* the most urgent one that its requests may have; default realtime */
+	uint64_t device_rate_ns; /* device time a second, each lane; 0, the default: any */
+	uint32_t sessions;       /* open at once; 0, the default: any */
+};
+
+/* One entry of `tenants`. */
+struct config_tenant {
+	char *name; /* "uid:1000", "anonymous"; "*": every other */
+	struct tenant_policy policy;
 	unsigned line;
 };
 
@@ -55,6 +76,8 @@ struct config_limits {
 	uint32_t regions;              /* of shared memory, of a session; default 16 */
 	uint64_t shared_bytes;         /* of them together, mapped; default 4 GiB */
 	uint64_t ring_bytes;           /* of a session's pair of rings together; default 32 MiB, 0: no rings */
+	uint32_t queue;                /* requests of a session that wait for a lane; default 1024, 0: any */
+	uint32_t lane_queue;           /* requests that wait for a lane; default 65536, 0: any */
 	uint64_t handshake_us;         /* from accept to Hello; default 10 s */
 	uint64_t stall_us;             /* a frame begun and not finished, or a reply not read, without a byte of progress; default 60 s */
 	uint64_t drain_us;             /* default 30 s */
@@ -68,12 +91,14 @@ struct config {
 	struct config_priority *priorities;
 	size_t module_count;
 	struct config_module *modules;
+	size_t tenant_count;
+	struct config_tenant *tenants;
 	struct config_limits limits;
 	uint32_t threads; /* of the CPU lane; 0: one a core that the process may use */
 	bool checked;     /* canaries behind every output, verified after each kernel */
 	uint64_t inline_ns; /* a kernel estimated under this runs on the loop; default 5000, 0: never */
 	uint64_t polling_window_us; /* the loop goes on looking at a polling client's ring for at most so long; default 50, 0: never */
-	uint64_t polling_budget_us; /* … and so much of a second in vain; default 500000 */
+	uint64_t polling_budget_us; /* … and spends at most so much of a second in looks that bring nothing; default 500000 */
 	log_level level;
 	log_format format;
 	char *log_path; /* NULL: stderr */
@@ -97,6 +122,8 @@ OPD_MUST_USE opd_status config_add_listener(struct config *config, const char *a
 OPD_MUST_USE opd_status config_add_priority(struct config *config, const char *text, opd_error *error);
 /* "name=/path.so" or "/path.so" */
 OPD_MUST_USE opd_status config_add_module(struct config *config, const char *text, opd_error *error);
+/* How a tenant of this name is treated: by its own entry, else by that of "*", else by default. */
+void config_tenant(const struct config *config, const char *name, struct tenant_policy *policy_out);
 /* "64 MiB", "1GiB", "4096": binary units. */
 OPD_MUST_USE opd_status config_parse_bytes(const char *text, uint64_t *bytes_out, opd_error *error);
 /* "500ms", "10 s", "2min": units ns, us, ms, s, min, h; a bare 0 needs none. */

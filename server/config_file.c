@@ -310,6 +310,33 @@ static opd_status read_module(struct reader *reader, const char *key, void *cont
 	return status;
 }
 
+static opd_status read_tenant_key(struct reader *reader, const char *name, const char *key, size_t line, void *context)
+{
+	const char *text;
+	opd_status status = scalar(reader, key, "a single value", &text);
+	if (status != OPD_OK)
+		return status;
+	status = config_set_tenant(context, name, text, reader->error);
+	if (status == OPD_NOT_FOUND)
+		return fail_at(reader, line, key, "no such key, expected weight, class, class_max, device_time or sessions");
+	return place(reader, line_of(reader), key, status);
+}
+
+static opd_status read_tenant(struct reader *reader, const char *name, const char *key, size_t line, void *context)
+{
+	(void)context;
+	struct config_tenant *tenant;
+	struct seen seen = {0};
+	opd_status status = config_begin_tenant(reader->config, name, (unsigned)line, &tenant, reader->error);
+	if (status != OPD_OK)
+		return place(reader, line, key, status);
+	status = read_map(reader, key, &seen, read_tenant_key, tenant);
+	if (status == OPD_OK && tenant->policy.class < tenant->policy.class_max)
+		return fail_at(reader, line, key, "class %s, expected one no more urgent than class_max %s", sched_class_name(tenant->policy.class),
+		               sched_class_name(tenant->policy.class_max));
+	return status;
+}
+
 static opd_status read_top(struct reader *reader, const char *name, const char *key, size_t line, void *context)
 {
 	struct seen seen = {0};
@@ -321,6 +348,8 @@ static opd_status read_top(struct reader *reader, const char *name, const char *
 		config_clear_priorities(reader->config); /* the file's lists replace the built-in one */
 		return read_map(reader, key, NULL, read_priority, NULL);
 	}
+	if (strcmp(name, "tenants") == 0)
+		return read_map(reader, key, NULL, read_tenant, NULL);
 	if (strcmp(name, "limits") == 0 || strcmp(name, "log") == 0 || strcmp(name, "polling") == 0)
 		return read_map(reader, key, &seen, read_value, NULL);
 	if (strchr(name, '.') != NULL)

@@ -1,4 +1,4 @@
-/* What the three files of the configuration share.
+/* What the four files of the configuration share.
  *
  * Layer: server, private to config*.c. Threads: as config.h. */
 #ifndef OPD_SERVER_CONFIG_INTERNAL_H
@@ -26,6 +26,12 @@ OPD_MUST_USE opd_status config_check_limits(const struct config *config, opd_err
 /* Append an entry; the texts are copied. Errors say what is wrong with a name, not where it stands. */
 OPD_MUST_USE opd_status config_append_module(struct config *config, const char *name, const char *path, unsigned line,
                                              opd_error *error);
+/* An entry with the defaults, or with those of "*" where that came before. `name` is copied. */
+OPD_MUST_USE opd_status config_begin_tenant(struct config *config, const char *name, unsigned line, struct config_tenant **tenant_out,
+                                            opd_error *error);
+/* NOT_FOUND: no such key. */
+OPD_MUST_USE opd_status config_set_tenant(struct config_tenant *tenant, const char *key, const char *value, opd_error *error);
+void config_clear_tenants(struct config *config);
 /* An empty list for `op` ("*" or a name); replaces an entry of that op. */
 void config_clear_priorities(struct config *config);
 OPD_MUST_USE opd_status config_begin_priority(struct config *config, const char *op, unsigned line,

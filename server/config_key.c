@@ -199,6 +199,8 @@ static const struct config_key keys[] = {
 	{"limits.regions", set_count, AT(limits.regions), 0, 1024, 0},
 	{"limits.shared", set_bytes, AT(limits.shared_bytes), 0, MEMORY_MAX, 0},
 	{"limits.rings", set_bytes, AT(limits.ring_bytes), 0, 2 * BOUND_RING_BYTES_MAX, 0},
+	{"limits.queue", set_count, AT(limits.queue), 0, 1u << 20, 0},
+	{"limits.lane_queue", set_count, AT(limits.lane_queue), 0, 1u << 24, 0},
 	{"limits.handshake", set_us, AT(limits.handshake_us), 10000, 60 * MINUTE_US, 0},
 	{"limits.stall", set_us, AT(limits.stall_us), 100000, 24 * 60 * MINUTE_US, 0},
 	{"limits.drain", set_us, AT(limits.drain_us), 1000, 24 * 60 * MINUTE_US, 0},

@@ -129,7 +129,7 @@ static void send_hello_reply(struct conn *conn, const opd_error *refused)
 		.chunk_bytes = conn->chunk_bytes,
 		.limits = {limits->envelope_bytes, limits->request_bytes, limits->session_bytes, limits->in_flight},
 		.session = conn->session->id,
-		.tenant = msg_text(conn->session->tenant),
+		.tenant = msg_text(conn->session->tenant->name),
 		.admin = conn->session->admin,
 		.feature_count = feature_names(conn->features, features),
 		.features = features,
@@ -186,7 +186,7 @@ void conn_on_hello(struct conn *conn, const uint8_t *envelope, size_t bytes)
 			conn->pipe.ipc = 1; /* from now on descriptors are received: until here, and from others, the system drops them */
 		conn->chunk_bytes = hello.no_chunks ? 0 : hello.chunk_bytes == 0 ? BOUND_CHUNK_BYTES_DEFAULT : hello.chunk_bytes;
 		LOG(conn->server->log, LOG_INFO, "session opened", LOG_UINT("session", conn->session->id), LOG_STR("peer", conn->peer),
-		    LOG_STR("tenant", conn->session->tenant), LOG_STR("client", hello.client.data));
+		    LOG_STR("tenant", conn->session->tenant->name), LOG_STR("client", hello.client.data));
 		send_hello_reply(conn, NULL);
 	} else {
 		conn_refuse_hello(conn, &error);

@@ -104,6 +104,8 @@ void conn_flush(struct conn *conn);
 void conn_tick(struct conn *conn, uint64_t now_us);
 /* Tells the client that the server ends; it is closed when nothing is under way any more. */
 void conn_goaway(struct conn *conn, const char *why);
+/* A request of it that ends before its payload is whole: what still comes of that is skipped. */
+void conn_skip_payload(struct conn *conn, struct request *request);
 /* Nothing accepted, nothing to write. */
 bool conn_idle(const struct conn *conn);
 /* The oldest descriptor that came with the frames being read, now the caller's; -1: none. */

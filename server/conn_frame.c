@@ -8,8 +8,9 @@
 #include "server/daemon.h"
 #include "server/request.h"
 
-/* Payloads from this size on are read straight to where they belong; smaller ones are cheaper to copy than to read apart. */
-#define DIRECT_BYTES 4096u
+/* Payloads from this size on are read straight to where they belong. Smaller ones are cheaper to copy than to read apart: of 16 KiB, 0.3 us against a system call's 0.5
+ * to 1 us, and a pipelined one comes with three others in one read (one op on one core 1.43 to 1.25 of the echo, 64 in flight 80 to 100 k/s). */
+#define DIRECT_BYTES 32768u
 
 /* ---- Requests whose DATA frames are still to come ---- */
 
@@ -86,6 +87,16 @@ static void on_cancel(struct conn *conn, uint64_t id)
 	const bool done = request != NULL && request_cancel(request);
 	LOG(conn->server->log, LOG_DEBUG, done ? "request cancelled" : "nothing to cancel", LOG_UINT("session", conn->session->id),
 	    LOG_UINT("request", id));
+}
+
+void conn_skip_payload(struct conn *conn, struct request *request)
+{
+	if (chunked_find(conn, request->id) == request)
+		conn_chunked_remove(conn, request);
+	if (conn->reading != request)
+		return;
+	conn->reading = NULL;
+	conn->state = CONN_DISCARD;
 }
 
 /* Requests end others that wait for them: each bucket is looked at anew after every one. */

@@ -1,5 +1,6 @@
 /* What a connection writes: replies, notices, a turn's share of them. */
 #include <stdlib.h>
+#include <string.h>
 
 #include "proto/codec.h"
 #include "server/conn_internal.h"
@@ -8,6 +9,10 @@
 #include "server/ring.h"
 
 #define WRITE_BUFS 256u
+/* Pieces up to this size are copied together before they are written: heads, and payloads behind them. */
+#define JOIN_PIECE_BYTES 512u
+#define JOIN_BYTES (16u << 10)
+#define JOIN_LONE_BYTES 1024u /* all that is to be written: a small reply */
 
 /* ---- Writing ---- */
 
@@ -103,11 +108,67 @@ static void unthrottle(struct conn *conn)
 	conn_start_reading(conn);
 }
 
+/* What is written in one call, with small pieces that follow each other as one. */
+struct joined {
+	unsigned count;
+	uv_buf_t bufs[WRITE_BUFS];
+	char room[JOIN_BYTES];
+};
+
+static void join_small(const uv_buf_t *bufs, unsigned count, struct joined *out)
+{
+	size_t used = 0;
+	bool open = false; /* the last of out->bufs ends where `used` does */
+	out->count = 0;
+	for (unsigned i = 0; i < count; i++) {
+		if (bufs[i].len > JOIN_PIECE_BYTES || bufs[i].len > JOIN_BYTES - used) {
+			out->bufs[out->count++] = bufs[i];
+			open = false;
+			continue;
+		}
+		if (!open)
+			out->bufs[out->count++] = uv_buf_init(out->room + used, 0);
+		memcpy(out->room + used, bufs[i].base, bufs[i].len);
+		used += bufs[i].len;
+		out->bufs[out->count - 1].len += bufs[i].len;
+		open = true;
+	}
+}
+
+/* A function of its own, as the next: what it has on the stack must not spread what a lone reply touches over more pages. */
+static __attribute__((noinline)) int put_many(struct conn *conn, const uv_buf_t *bufs, unsigned count)
+{
+	struct joined joined;
+	join_small(bufs, count, &joined);
+	return uv_try_write(&conn->stream, joined.bufs, joined.count);
+}
+
+static __attribute__((noinline)) int put_small(struct conn *conn, const uv_buf_t *bufs, unsigned count)
+{
+	char room[JOIN_LONE_BYTES];
+	size_t bytes = 0;
+	for (unsigned i = 0; i < count; i++) {
+		memcpy(room + bytes, bufs[i].base, bufs[i].len);
+		bytes += bufs[i].len;
+	}
+	const uv_buf_t joined = uv_buf_init(room, (unsigned)bytes);
+	return uv_try_write(&conn->stream, &joined, 1);
+}
+
+/* As uv_try_write. The kernel's work for a piece of 64 bytes is several times that of copying it here: the replies of 64 small ops in flight are one piece instead
+ * of 128. */
+static int put_socket(struct conn *conn, const uv_buf_t *bufs, unsigned count, uint64_t bytes)
+{
+	if (count == 1 || (count == 2 && bytes > JOIN_LONE_BYTES))
+		return uv_try_write(&conn->stream, bufs, count);
+	return bytes <= JOIN_LONE_BYTES ? put_small(conn, bufs, count) : put_many(conn, bufs, count);
+}
+
 /* As uv_try_write. Where it says UV_EAGAIN, what is left goes on by itself: libuv writes it, or the ring's client makes room. */
 static int put(struct conn *conn, const uv_buf_t *bufs, unsigned count, uint64_t bytes)
 {
 	const bool ring = conn->ring != NULL;
-	const int written = ring ? ring_put(conn, bufs, count) : uv_try_write(&conn->stream, bufs, count);
+	const int written = ring ? ring_put(conn, bufs, count) : put_socket(conn, bufs, count, bytes);
 	if (written == UV_EAGAIN && ring)
 		conn->writing = true;
 	else if (written == UV_EAGAIN)
@@ -137,8 +198,6 @@ void conn_flush(struct conn *conn)
 	if (outbox_empty(&conn->outbox)) {
 		if (conn->last_words && conn->session->in_flight == 0)
 			conn_close(conn, LOG_INFO, "done");
-		else if (conn->ring != NULL)
-			ring_written(conn);
 	} else if (!conn->writing) {
 		conn_mark_dirty(conn); /* the turn's share is written: the rest in the next one */
 	}

@@ -12,6 +12,7 @@
 
 #include "server/config.h"
 #include "server/context.h"
+#include "server/deadline.h"
 #include "server/device_lane.h"
 #include "server/lane.h"
 #include "server/plans.h"
@@ -36,6 +37,7 @@ struct server {
 	struct derived *derived;
 	struct memory memory;
 	struct account *account; /* what modules allocate */
+	struct tenants *tenants;
 	struct publications *publications;
 	struct lane *lane;
 	_Atomic(struct device_lane *) device_lanes[REGISTRY_DEVICES_MAX]; /* by device number; started on first use, under the mutex */
@@ -46,6 +48,7 @@ struct server {
 	uv_check_t flush;     /* after polling: replies of the turn leave together */
 	uv_idle_t again;      /* active while a connection has more to do than one turn allows */
 	uv_poll_t tick;       /* once a second: handshakes, stalls, the drain's end */
+	struct deadlines deadlines;
 	int tick_fd;          /* its timerfd. A loop without a libuv timer sleeps without a time limit, which spares arming one: 0.6 us a call */
 	bool running;
 	struct context context; /* the loop's */
@@ -56,7 +59,7 @@ struct server {
 	struct conn *dirty;     /* have replies to write in this turn */
 	struct ring *rings;     /* those awake: looked at in every turn */
 	uint64_t slice_end_ns;  /* until when this turn may look at rings that poll */
-	uint64_t polled_ns;     /* looking in vain, since the tick */
+	uint64_t polled_ns;     /* in looks that brought nothing, since the tick */
 	uint64_t turn;          /* number of the loop's turn */
 	uint64_t turn_us;       /* monotonic time of its start */
 	uint32_t turn_conns;    /* connections that did something in it */
@@ -91,6 +94,8 @@ OPD_MUST_USE opd_status server_set_priorities(struct server *server, const struc
 
 /* Keeps `config`; what lanes read of it is copied. The one before is the caller's to free. */
 void server_take_config(struct server *server, struct config *config);
+/* The configuration's bounds of queues become the lanes'. */
+void server_bound_queues(struct server *server);
 
 /* The loop's: the next poll doesn't sleep, so that on_flush sees what is dirty now. */
 void server_flush_soon(struct server *server);

@@ -380,7 +380,7 @@ void derived_keep(struct derived *derived, const struct derived_run *run, const 
 
 void derived_end(struct derived *derived, struct derived_run *run)
 {
-	while (run->count > 0)
+	while (run != NULL && run->count > 0)
 		let_go(derived, run->copies[--run->count]);
 }
 

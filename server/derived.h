@@ -47,7 +47,7 @@ void *derived_make(struct derived *derived, struct derived_run *run, const void 
                    uint64_t bytes);
 /* `memory`, which derived_make gave to this run, is filled in. */
 void derived_keep(struct derived *derived, const struct derived_run *run, const void *memory);
-/* The kernel has returned. */
+/* The kernel has returned. run NULL is allowed, as in the others. */
 void derived_end(struct derived *derived, struct derived_run *run);
 
 /* The contents of tensor `id` up to `version` end: nobody reads them any more. derived NULL is allowed. One relaxed load when there is no copy. */

@@ -23,8 +23,9 @@ bool dispatch_accepts(const struct impl *impl, const struct op *op, const opd_ca
 }
 
 opd_status dispatch_init(struct dispatch *dispatch, const struct snapshot *snapshot, const struct effective *effective, struct plans *plans,
-                         struct log *log, const struct op *op, bool strict, opd_error *error)
+                         struct log *log, const struct op *op, bool strict, const opd_call *call, opd_error *error)
 {
+	effective = effective_for(effective, call);
 	if (strict && effective->level == MSG_LEVEL_NONE)
 		return opd_fail(error, OPD_FAILED_PRECONDITION, "no priority is set for %s, and the request is strict", op->schema->name);
 	*dispatch = (struct dispatch){

@@ -23,9 +23,10 @@ struct dispatch {
 	bool plan_missing;       /* to be made (not on a loop) before it is known whether it accepts */
 };
 
-/* Starts a walk. FAILED_PRECONDITION: strict without any list. */
+/* Starts a walk of the list, or of the one of its cases that holds for the call. FAILED_PRECONDITION: strict without any list. */
 OPD_MUST_USE opd_status dispatch_init(struct dispatch *dispatch, const struct snapshot *snapshot, const struct effective *effective,
-                                      struct plans *plans, struct log *log, const struct op *op, bool strict, opd_error *error);
+                                      struct plans *plans, struct log *log, const struct op *op, bool strict, const opd_call *call,
+                                      opd_error *error);
 
 /* Walks on from dispatch->index. True: impl (and plan, or plan_missing) are set. False: nobody accepts. Drops the plan of a walk before. */
 bool dispatch_walk(struct dispatch *dispatch, const opd_call *call);

@@ -18,12 +18,21 @@ static uint32_t find_pair(const struct op *op, const struct operand *operand)
 	return UINT32_MAX;
 }
 
+/* Both are there and the same tensor, or the same result still to come. */
+static bool same_tensor(const struct request_run *run, uint32_t a, uint32_t b)
+{
+	const struct msg_tensor *x = run->bound.operands[a].source, *y = run->bound.operands[b].source;
+	if (run->kept[a] != NULL || run->kept[b] != NULL)
+		return run->kept[a] == run->kept[b];
+	return x->source == MSG_SOURCE_RESULT && y->source == MSG_SOURCE_RESULT && x->result.request == y->result.request && x->result.output == y->result.output;
+}
+
 /* Nobody else of this call may read it. */
 static opd_status check_readers(struct request *request, uint32_t index)
 {
 	const struct request_run *run = &request->run;
 	for (uint32_t i = 0; i < run->bound.operand_count; i++)
-		if (i != index && run->kept[i] == run->kept[index])
+		if (i != index && same_tensor(run, i, index))
 			return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s: %s is donated, but %s is the same tensor", run->op->schema->name,
 			                run->bound.operands[index].param, run->bound.operands[i].param);
 	return OPD_OK;
@@ -37,6 +46,24 @@ static opd_status find_handle(struct request *request, const struct msg_tensor *
 	return handle_out->generation == 0 ? (opd_status)request->error.status : OPD_OK;
 }
 
+/* The tensor is there: which one it is, and that it may be given. */
+static opd_status find_tensor(struct request *request, struct donation *donation)
+{
+	const struct request_run *run = &request->run;
+	const struct operand *operand = &run->bound.operands[donation->operand];
+	const char *name = run->op->schema->name;
+	if (run->kept[donation->operand]->hold != NULL)
+		return opd_fail(&request->error, OPD_FAILED_PRECONDITION, "%s: %s is donated, but it is published, hence read-only", name, operand->param);
+	opd_status status = find_handle(request, operand->source, &donation->handle);
+	if (status != OPD_OK)
+		return status;
+	if (graphs_run_uses(request->session, donation->handle.index))
+		return opd_fail(&request->error, OPD_FAILED_PRECONDITION, "%s: %s is donated, but it is the state of a graph's run that hasn't ended", name,
+		                operand->param);
+	donation->lineage = kept_lineage(&request->session->kept, donation->handle, &request->error);
+	return donation->lineage == 0 ? (opd_status)request->error.status : OPD_OK;
+}
+
 static opd_status prepare(struct request *request, uint32_t index, struct donation *donation)
 {
 	struct request_run *run = &request->run;
@@ -45,25 +72,19 @@ static opd_status prepare(struct request *request, uint32_t index, struct donati
 	const char *name = run->op->schema->name;
 	if (source->source != MSG_SOURCE_HANDLE && source->source != MSG_SOURCE_RESULT)
 		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s: %s is donated: expected a kept tensor, a handle or a result", name, operand->param);
-	if (run->kept[index] == NULL)
-		return opd_fail(&request->error, OPD_FAILED_PRECONDITION, "%s: %s is donated, but result %" PRIu64 ".%u is still to come", name, operand->param,
-		                source->result.request, (unsigned)source->result.output);
-	*donation = (struct donation){.operand = index, .result = find_pair(run->op, operand)};
+	*donation = (struct donation){.operand = index, .result = find_pair(run->op, operand), .promised = run->kept[index] == NULL};
 	if (donation->result == UINT32_MAX)
 		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s: %s is donated, but no result may take its place; schema: %s", name, operand->param,
 		                run->op->schema->text);
-	if (run->kept[index]->hold != NULL)
-		return opd_fail(&request->error, OPD_FAILED_PRECONDITION, "%s: %s is donated, but it is published, hence read-only", name, operand->param);
 	opd_status status = check_readers(request, index);
-	if (status == OPD_OK)
-		status = find_handle(request, source, &donation->handle);
-	if (status != OPD_OK)
-		return status;
-	if (graphs_run_uses(request->session, donation->handle.index))
-		return opd_fail(&request->error, OPD_FAILED_PRECONDITION, "%s: %s is donated, but it is the state of a graph's run that hasn't ended", name,
-		                operand->param);
-	donation->lineage = kept_lineage(&request->session->kept, donation->handle, &request->error);
-	return donation->lineage == 0 ? (opd_status)request->error.status : OPD_OK;
+	return status != OPD_OK || donation->promised ? status : find_tensor(request, donation);
+}
+
+/* From here on its old name is refused. */
+static void give(struct request *request, struct donation *donation)
+{
+	donation->handle = kept_give(&request->session->kept, donation->handle.index, request->id);
+	donation->open = true;
 }
 
 static uint32_t count_donated(const struct bound *bound)
@@ -95,8 +116,27 @@ opd_status donate_accept(struct request *request)
 	run->donations = donations;
 	run->donation_count = count;
 	for (uint32_t i = 0; i < count; i++) {
-		donations[i].handle = kept_give(&request->session->kept, donations[i].handle.index, request->id);
-		donations[i].open = true;
+		const struct msg_tensor *source = run->bound.operands[donations[i].operand].source;
+		if (donations[i].promised)
+			kept_promise(&request->session->kept, source->result.request, source->result.output, request->id);
+		else
+			give(request, &donations[i]);
+	}
+	return OPD_OK;
+}
+
+opd_status donate_arrived(struct request *request, uint32_t operand)
+{
+	struct request_run *run = &request->run;
+	for (uint32_t i = 0; i < run->donation_count; i++) {
+		struct donation *donation = &run->donations[i];
+		if (!donation->promised || donation->operand != operand)
+			continue;
+		donation->promised = false;
+		opd_status status = find_tensor(request, donation);
+		if (status == OPD_OK)
+			give(request, donation);
+		return status;
 	}
 	return OPD_OK;
 }
@@ -217,6 +257,10 @@ void donate_failed(struct request *request)
 	struct kept *kept = &request->session->kept;
 	for (uint32_t i = 0; i < run->donation_count; i++) {
 		struct donation *donation = &run->donations[i];
+		const struct msg_tensor *source = run->bound.operands[donation->operand].source;
+		if (donation->promised)
+			kept_unpromise(kept, source->result.request, source->result.output, request->id);
+		donation->promised = false;
 		if (!donation->open)
 			continue;
 		donation->open = false;

@@ -15,6 +15,8 @@
 
 /* Estimated kernel time that a loop may spend in one turn. */
 #define INLINE_TURN_NS 20000u
+/* Of a session's kernels on the loop, before the lane's order is told. */
+#define INLINE_CHARGE_NS 100000u
 
 /* Behind every output in checked mode. */
 #define CANARY_BYTES 64u
@@ -234,15 +236,58 @@ static void wait_for_lane(struct request *request)
 	execute_done(request);
 }
 
+/* The lane takes no more of this session, or of anybody. */
+static void refuse_queue(struct request *request)
+{
+	const struct server *server = request->context->server;
+	const struct session *session = request->session;
+	const struct scheduler *scheduler = lane_scheduler_lock(server->lane);
+	const uint64_t wait_us = scheduler_wait_ns(scheduler, &session->flow, request->run.class) / 1000 + 1;
+	const uint32_t queued = session->flow.queued;
+	const uint32_t all = scheduler->queued;
+	const uint32_t limit = scheduler->flow_queue_max;
+	const uint32_t lane_limit = scheduler->queue_max;
+	lane_scheduler_unlock(server->lane);
+	request->status = opd_fail(&request->error, OPD_RESOURCE_EXHAUSTED,
+	                           "%s: %" PRIu32 " requests of this session wait for the cpu lane, at most %" PRIu32 " may, and %" PRIu32
+	                           " in all, at most %" PRIu32 ": try again in about %" PRIu64 " us",
+	                           request->run.op->schema->name, queued, limit, all, lane_limit, wait_us);
+	execute_done(request);
+}
+
 static void lane_start(struct request *request, void (*run)(struct lane_job *, struct lane_exec *))
 {
 	struct server *server = request->context->server;
-	request->job = (struct lane_job){.run = run, .done = request->direct ? job_done_direct : job_done};
+	struct session *session = request->session;
+	request->job = (struct lane_job){
+		.run = run,
+		.done = request->direct ? job_done_direct : job_done,
+		.item = {.flow = &session->flow, .class = (uint8_t)request->run.class, .estimate_ns = request->run.cost_ns},
+		.charge_ns = session->inline_ns,
+	};
 	if (wants_clock(request))
 		request->clock.queued = request_now_ns();
-	lane_submit(server->lane, &request->job);
+	if (!lane_submit(server->lane, &request->job)) {
+		request->job.run = NULL;
+		refuse_queue(request);
+		return;
+	}
+	session->inline_ns = 0;
 	if (request->direct)
 		wait_for_lane(request);
+}
+
+/* What runs on the loop counts as the lane's: told when the session comes there, or when it has become much. */
+static void charge_inline(struct request *request, uint64_t cost_ns)
+{
+	struct session *session = request->session;
+	session->inline_ns += cost_ns;
+	if (session->inline_ns < INLINE_CHARGE_NS)
+		return;
+	struct lane *lane = request->context->server->lane;
+	scheduler_charge(lane_scheduler_lock(lane), &session->flow, request->run.class, session->inline_ns);
+	lane_scheduler_unlock(lane);
+	session->inline_ns = 0;
 }
 
 bool execute_fits_loop(struct request *request, uint64_t cost_ns)
@@ -255,6 +300,7 @@ bool execute_fits_loop(struct request *request, uint64_t cost_ns)
 	if (lane_busy(server->lane) || request->context->inline_ns + cost_ns > INLINE_TURN_NS)
 		return false;
 	request->context->inline_ns += cost_ns;
+	charge_inline(request, cost_ns);
 	return true;
 }
 
@@ -262,10 +308,10 @@ bool execute_fits_loop(struct request *request, uint64_t cost_ns)
 static bool fits_loop(struct request *request)
 {
 	const struct impl *impl = request->run.dispatch.impl;
-	if (impl->def->cost_ns == NULL || impl->provider->module->library != NULL || request->run.dispatch.plan_missing)
+	request->run.cost_ns = impl->def->cost_ns == NULL ? 0 : impl->def->cost_ns(impl->def, &request->run.bound.call);
+	if (impl->provider->module->library != NULL || request->run.dispatch.plan_missing)
 		return false;
-	uint64_t cost = impl->def->cost_ns(impl->def, &request->run.bound.call);
-	return execute_fits_loop(request, cost);
+	return execute_fits_loop(request, request->run.cost_ns);
 }
 
 /* ---- On a device ---- */

@@ -63,6 +63,7 @@ void run_explain(struct request *request)
 	explain->effective = effective_list_names(dispatch->effective, dispatch->count, &request->arena);
 	explain->effective_count = explain->effective == NULL ? 0 : dispatch->count;
 	explain->level = dispatch->effective->level;
+	explain->narrowed = msg_text(dispatch->effective->narrowed);
 	explain->on_loop = run->on_loop;
 	if (dispatch->impl != NULL && request->message.run.mode == MSG_DRY)
 		execute_place(request); /* where it would run now */

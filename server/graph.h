@@ -116,6 +116,16 @@ OPD_MUST_USE opd_status graph_check(struct graph *graph, const struct snapshot *
                                     opd_error *error);
 /* graph_order.c, called by graph_check: fills in graph->order. INVALID_ARGUMENT names the nodes that wait for each other. */
 OPD_MUST_USE opd_status graph_order(struct graph *graph, opd_error *error);
+/* What must run before what: node i after before[first[i]] to before[first[i + 1]], some perhaps twice. False: out of memory. */
+struct graph_edges {
+	uint32_t count;
+	uint32_t room;
+	uint32_t (*pairs)[2]; /* {node, the one before it} */
+	uint32_t *first;      /* [node_count + 1] */
+	uint32_t *before;     /* [count] */
+};
+OPD_MUST_USE bool graph_edges_make(const struct graph *graph, struct graph_edges *edges);
+void graph_edges_fini(struct graph_edges *edges);
 /* Index of a value that a checked operand names. */
 static inline uint32_t graph_value_of(const struct graph *graph, const struct msg_tensor *tensor)
 {

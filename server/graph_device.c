@@ -399,11 +399,14 @@ static opd_status alloc_results(struct graph_run *run)
 	request->run.resident = arena_array(&request->arena, run->prepared->output_count, sizeof request->run.resident[0]);
 	if (request->run.resident == NULL)
 		return opd_fail(&request->error, OPD_RESOURCE_EXHAUSTED, "graph '%s': out of memory", run->graph->name.data);
+	opd_status status = graph_describe_outputs(run);
+	if (status != OPD_OK)
+		return status;
 	for (uint32_t i = 0; i < run->prepared->output_count; i++) {
-		opd_tensor *output = graph_describe_output(run, i);
+		opd_tensor *output = &request->run.bound.outputs[i];
 		if (i < message->output_count && message->outputs[i].no_copy)
 			continue;
-		opd_status status = buffer_alloc(request->session->account, extent_of(output), 0, &request->run.outputs[i], &request->error);
+		status = buffer_alloc(request->session->account, extent_of(output), 0, &request->run.outputs[i], &request->error);
 		if (status != OPD_OK)
 			return opd_error_prefix(&request->error, status, "graph '%s': output '%s'", run->graph->name.data, run->graph->outputs[i].name.data);
 		output->data = request->run.outputs[i]->data;

@@ -1,5 +1,6 @@
-/* Running a prepared graph's nodes, one after the other: on a lane thread, or on the loop where all of it is tiny. */
+/* Running a prepared graph's nodes: stage after stage on a lane's threads, or on the loop where all of it is tiny. */
 #include <inttypes.h>
+#include <pthread.h>
 #include <string.h>
 
 #include "proto/tensor.h"
@@ -8,6 +9,7 @@
 #include "server/graph_run.h"
 #include "server/module.h"
 #include "server/request.h"
+#include "server/shared.h"
 
 #define CANARY 0xa5
 
@@ -18,7 +20,7 @@ static uint64_t tensor_size(const opd_tensor *tensor)
 
 /* ---- Memory ---- */
 
-opd_tensor *graph_describe_output(struct graph_run *run, uint32_t index)
+static void describe_output(struct graph_run *run, uint32_t index)
 {
 	opd_tensor *output = &run->request->run.bound.outputs[index];
 	*output = run->prepared->outputs[index];
@@ -26,7 +28,6 @@ opd_tensor *graph_describe_output(struct graph_run *run, uint32_t index)
 	memcpy(run->shapes[index][1], output->strides, output->rank * sizeof output->strides[0]);
 	output->shape = run->shapes[index][0];
 	output->strides = run->shapes[index][1];
-	return output;
 }
 
 static opd_status alloc_outputs(struct graph_run *run, opd_error *error)
@@ -36,11 +37,15 @@ static opd_status alloc_outputs(struct graph_run *run, opd_error *error)
 	uint64_t canary = prepared->checked ? GRAPH_CANARY_BYTES : 0;
 	for (uint32_t i = 0; i < prepared->output_count; i++) {
 		uint64_t bytes = tensor_size(&prepared->outputs[i]);
+		opd_tensor *output = &request->run.bound.outputs[i];
+		output->data = prepared->checked ? NULL : shared_result(request, i); /* what lies behind a range is the client's: no canary there */
+		if (output->data != NULL)
+			continue;
 		opd_status status = buffer_alloc(request->session->account, bytes, canary, &request->run.outputs[i], error);
 		if (status != OPD_OK)
 			return opd_error_prefix(error, status, "graph '%s': output '%s'", run->graph->name.data,
 			                        run->graph->outputs[i].name.data);
-		graph_describe_output(run, i)->data = request->run.outputs[i]->data;
+		output->data = request->run.outputs[i]->data;
 	}
 	request->run.bound.output_bytes = prepared->output_bytes;
 	return OPD_OK;
@@ -121,7 +126,7 @@ static void set_addresses(struct graph_run *run)
 		}
 	}
 	for (uint32_t i = 0; i < graph->output_count; i++)
-		graph_set_base(prepared, 1 + graph->input_count + i, run->request->run.outputs[i]->data);
+		graph_set_base(prepared, 1 + graph->input_count + i, run->request->run.bound.outputs[i].data);
 }
 
 /* ---- Steps ---- */
@@ -187,34 +192,89 @@ static opd_status run_step(struct graph_run *run, const struct step *step, opd_e
 	return prepared->checked ? check_canaries(step, error) : OPD_OK;
 }
 
-static opd_status run_steps(struct graph_run *run, struct lane_exec *lane)
+/* Whoever would have failed first had one thread run them all: steps before it are still run, so that they can fail too, and none behind it. What depends on a
+ * step stands behind it in that order. */
+static void note_failure(struct graph_run *run, uint32_t order, opd_status status, const opd_error *error)
+{
+	static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER; /* failures are rare */
+	(void)pthread_mutex_lock(&mutex);
+	if (order < atomic_load_explicit(&run->failed_order, memory_order_relaxed)) {
+		run->request->error = *error;
+		run->request->status = status;
+		atomic_store_explicit(&run->failed_order, order, memory_order_relaxed);
+	}
+	(void)pthread_mutex_unlock(&mutex);
+}
+
+/* Step after step, on one thread. */
+static void run_part(struct graph_run *run, const struct schedule_part *part, struct lane_exec *lane)
 {
 	const struct prepared *prepared = run->prepared;
-	struct request *request = run->request;
+	const struct request *request = run->request;
 	opd_exec exec = {.struct_bytes = sizeof exec, .threads = lane->threads, .lane = lane};
-	for (uint32_t i = 0; i < prepared->step_count; i++) {
+	struct derived_run derived = {.count = 0};
+	opd_error error;
+	lane->derived = &derived;
+	for (uint32_t i = part->first; i < part->first + part->count; i++) {
 		const struct step *step = &prepared->steps[i];
 		uint64_t began = run->node_ns == NULL ? 0 : request_now_ns();
-		if (atomic_load_explicit(&request->session->gone, memory_order_relaxed) || lane_cancelled(lane))
-			return opd_fail(&request->error, OPD_CANCELLED, "graph '%s': nobody wants its results any more",
-			                run->graph->name.data);
-		opd_status status = run_step(run, step, &exec, &request->error);
+		if (step->order > atomic_load_explicit(&run->failed_order, memory_order_relaxed))
+			continue;
+		if (atomic_load_explicit(&request->session->gone, memory_order_relaxed) || lane_cancelled(lane)) {
+			note_failure(run, step->order, opd_fail(&error, OPD_CANCELLED, "graph '%s': nobody wants its results any more", run->graph->name.data), &error);
+			break;
+		}
+		opd_status status = run_step(run, step, &exec, &error);
 		if (status != OPD_OK)
-			return graph_node_error(run->graph, step->node, status, &request->error);
+			note_failure(run, step->order, graph_node_error(run->graph, step->node, status, &error), &error);
 		if (run->node_ns != NULL)
 			run->node_ns[i] = request_now_ns() - began;
 	}
+	lane->derived = NULL;
+}
+
+struct stage_run {
+	struct graph_run *run;
+	const struct schedule_stage *stage;
+	const struct lane_exec *lane;
+};
+
+/* Kernels may open loops of their own: threads that have no part left help with those. */
+static void run_parts(void *argument, uint64_t begin, uint64_t end, uint32_t thread)
+{
+	const struct stage_run *stage = argument;
+	(void)thread;
+	for (uint64_t i = begin; i < end; i++) {
+		struct lane_exec mine = {.lane = stage->lane->lane, .job = stage->lane->job, .threads = stage->lane->threads};
+		run_part(stage->run, &stage->run->prepared->parts[stage->stage->first + i], &mine);
+	}
+}
+
+static opd_status run_stages(struct graph_run *run, struct lane_exec *lane)
+{
+	const struct prepared *prepared = run->prepared;
+	atomic_store_explicit(&run->failed_order, GRAPH_NONE, memory_order_relaxed);
+	for (uint32_t i = 0; i < prepared->stage_count; i++) {
+		struct stage_run stage = {run, &prepared->stages[i], lane};
+		if (stage.stage->count == 1)
+			run_part(run, &prepared->parts[stage.stage->first], lane);
+		else
+			lane_parallel_for(lane, stage.stage->count, 1, run_parts, &stage);
+	}
+	if (atomic_load_explicit(&run->failed_order, memory_order_relaxed) != GRAPH_NONE)
+		return run->request->status;
 	make_copies(prepared, prepared->first_late, prepared->copy_count - prepared->first_late);
 	return OPD_OK;
 }
 
 /* ---- */
 
-/* Fake and dry runs end here: what they ask for is prepared. */
-static void describe_outputs(struct graph_run *run)
+/* And that those that are wanted in shared memory fit there. */
+opd_status graph_describe_outputs(struct graph_run *run)
 {
 	for (uint32_t i = 0; i < run->prepared->output_count; i++)
-		(void)graph_describe_output(run, i);
+		describe_output(run, i);
+	return shared_check_results(run->request);
 }
 
 /* Some input of a graph of the CPU must come from a device first. */
@@ -234,9 +294,10 @@ void graph_execute(struct graph_run *run, struct lane_exec *lane)
 		status = prepared_make(run, &request->error);
 		run->prepare_ns = request_now_ns() - began;
 	}
-	if (status == OPD_OK && request->message.run.mode != MSG_RUN) {
-		describe_outputs(run);
-		request->status = OPD_OK;
+	if (status == OPD_OK)
+		status = graph_describe_outputs(run);
+	if (request->message.run.mode != MSG_RUN) { /* what these ask for is prepared */
+		request->status = status;
 		return;
 	}
 	if (status == OPD_OK && (run->prepared->device != 0 || lies_elsewhere(run))) {
@@ -248,11 +309,8 @@ void graph_execute(struct graph_run *run, struct lane_exec *lane)
 		status = allocate(run, &request->error);
 	request->clock.started = request_now_ns();
 	if (status == OPD_OK) {
-		struct derived_run derived = {.count = 0};
 		set_addresses(run);
-		lane->derived = &derived;
-		status = run_steps(run, lane);
-		lane->derived = NULL;
+		status = run_stages(run, lane);
 	}
 	request->clock.ended = request_now_ns();
 	request->status = status;

@@ -10,6 +10,7 @@ static struct msg_node_explain explain_node(struct graph_run *run, uint32_t inde
 	struct arena *arena = &run->request->arena;
 	struct msg_node_explain out = {.node = node->name, .op = node->run.op, .provider = msg_text(step->impl->provider->name)};
 	out.explain.level = step->dispatch.effective->level;
+	out.explain.narrowed = msg_text(step->dispatch.effective->narrowed);
 	out.explain.device = msg_text(run->prepared->snapshot->devices[run->prepared->device].name);
 	out.explain.skipped = dispatch_skips(&step->dispatch, step->bound.op, &step->bound.call, arena, &out.explain.skip_count);
 	out.explain.effective = effective_list_names(step->dispatch.effective, step->dispatch.count, arena);
@@ -66,6 +67,7 @@ void graph_explain(struct graph_run *run)
 	    .arena_bytes = prepared->sizes.peak_bytes,
 	    .unshared_bytes = prepared->sizes.sum_bytes,
 	    .prepare_ns = run->prepare_ns,
+	    .width = prepared->width,
 	};
 	request->reply.kind = MSG_REPLY_RUN;
 	request->reply.run.graph = explain;

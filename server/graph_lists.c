@@ -26,9 +26,15 @@ static struct effective *cut_list(const struct graph_node *node, const struct sn
 	const struct msg_list *own = &node->run.priority;
 	struct device_filter filter;
 	bool filtered = node->run.device.bytes != 0 && device_filter_parse(node->run.device, &filter, NULL) == OPD_OK;
-	return effective_create(snapshot, &snapshot->ops[node->op_index], own->present ? MSG_LEVEL_NODE : list->level,
-	                        own->present ? own->names : list->names, own->present ? own->count : list->count,
-	                        filtered ? &filter : NULL, NULL);
+	const struct op *op = &snapshot->ops[node->op_index];
+	struct effective *effective =
+		effective_create(snapshot, op, own->present ? MSG_LEVEL_NODE : list->level, own->present ? own->names : list->names,
+	                     own->present ? own->count : list->count, filtered ? &filter : NULL, NULL);
+	if (effective != NULL && !own->present && !effective_add_cases(effective, snapshot, op, list, filtered ? &filter : NULL)) {
+		effective_unref(effective);
+		return NULL;
+	}
+	return effective;
 }
 
 /* before: what held for the node at the last run, of the same snapshot; NULL: nothing. */

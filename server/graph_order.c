@@ -4,16 +4,7 @@
 
 #include "server/graph.h"
 
-/* Who must run before whom: edge_count pairs, then by node, as offsets into one array. */
-struct edges {
-	uint32_t count;
-	uint32_t room;
-	uint32_t (*pairs)[2]; /* {node, the one before it} */
-	uint32_t *first;      /* [node_count + 1] */
-	uint32_t *before;     /* [count] */
-};
-
-static bool edge_add(struct edges *edges, uint32_t node, uint32_t before)
+static bool edge_add(struct graph_edges *edges, uint32_t node, uint32_t before)
 {
 	if (edges->count == edges->room) {
 		uint32_t room = edges->room == 0 ? 256 : edges->room * 2;
@@ -29,7 +20,7 @@ static bool edge_add(struct edges *edges, uint32_t node, uint32_t before)
 }
 
 /* A node runs after those that it names, and one that donates after all other readers of the old value. */
-static bool edges_of_operand(const struct graph *graph, struct edges *edges, uint32_t index, const struct msg_tensor *source)
+static bool edges_of_operand(const struct graph *graph, struct graph_edges *edges, uint32_t index, const struct msg_tensor *source)
 {
 	bool from_node = source->source == MSG_SOURCE_NODE;
 	uint32_t donated =
@@ -39,7 +30,7 @@ static bool edges_of_operand(const struct graph *graph, struct edges *edges, uin
 	return donated == GRAPH_NONE || donated == index || edge_add(edges, donated, index);
 }
 
-static bool edges_sort(const struct graph *graph, struct edges *edges)
+static bool edges_sort(const struct graph *graph, struct graph_edges *edges)
 {
 	edges->first = calloc((size_t)graph->node_count + 2, sizeof edges->first[0]);
 	edges->before = calloc((size_t)edges->count + 1, sizeof edges->before[0]);
@@ -54,7 +45,7 @@ static bool edges_sort(const struct graph *graph, struct edges *edges)
 	return true;
 }
 
-static bool edges_make(const struct graph *graph, struct edges *edges)
+bool graph_edges_make(const struct graph *graph, struct graph_edges *edges)
 {
 	for (uint32_t n = 0; n < graph->node_count; n++) {
 		const struct msg_run *run = &graph->nodes[n].run;
@@ -69,7 +60,7 @@ static bool edges_make(const struct graph *graph, struct edges *edges)
 	return edges_sort(graph, edges);
 }
 
-static void edges_fini(struct edges *edges)
+void graph_edges_fini(struct graph_edges *edges)
 {
 	free(edges->pairs);
 	free(edges->first);
@@ -105,7 +96,7 @@ struct walk {
 };
 
 /* Depth first from node `root`, along what must run before. */
-static opd_status visit(struct graph *graph, const struct edges *edges, uint32_t root, struct walk *walk, opd_error *error)
+static opd_status visit(struct graph *graph, const struct graph_edges *edges, uint32_t root, struct walk *walk, opd_error *error)
 {
 	uint32_t *path = walk->path, *next = walk->next;
 	uint8_t *marks = walk->marks;
@@ -136,18 +127,18 @@ static opd_status visit(struct graph *graph, const struct edges *edges, uint32_t
 /* In the order given, but for what must run earlier. */
 opd_status graph_order(struct graph *graph, opd_error *error)
 {
-	struct edges edges = {0};
+	struct graph_edges edges = {0};
 	struct walk walk = {
 	    .path = calloc(graph->node_count, sizeof walk.path[0]),
 	    .next = calloc(graph->node_count, sizeof walk.next[0]),
 	    .marks = calloc(graph->node_count, sizeof walk.marks[0]),
 	};
-	bool made = walk.path != NULL && walk.next != NULL && walk.marks != NULL && edges_make(graph, &edges);
+	bool made = walk.path != NULL && walk.next != NULL && walk.marks != NULL && graph_edges_make(graph, &edges);
 	opd_status status = made ? OPD_OK : opd_fail(error, OPD_RESOURCE_EXHAUSTED, "graph '%s': out of memory", graph->name.data);
 	for (uint32_t i = 0; status == OPD_OK && i < graph->node_count; i++)
 		if (walk.marks[i] == MARK_NEW)
 			status = visit(graph, &edges, i, &walk, error);
-	edges_fini(&edges);
+	graph_edges_fini(&edges);
 	free(walk.path);
 	free(walk.next);
 	free(walk.marks);

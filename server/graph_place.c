@@ -35,13 +35,25 @@ bool prepare_patch(struct preparing *p, opd_tensor *tensor, struct place place)
 /* Bytes of the arena from this step on. False: out of memory, or past what fits. */
 static bool add_item(struct preparing *p, uint32_t step, uint64_t bytes, struct place *place_out)
 {
-	struct plan_item *items = grow(&p->scratch, p->items, p->item_count, &p->item_room, sizeof items[0]);
+	struct layout_item *items = grow(&p->scratch, p->items, p->item_count, &p->item_room, sizeof items[0]);
 	uint64_t aligned;
 	if (items == NULL || !size_align(bytes, &aligned))
 		return false;
 	p->items = items;
-	items[p->item_count] = (struct plan_item){.first = step, .last = step, .bytes = aligned};
+	items[p->item_count] = (struct layout_item){.step = step, .bytes = aligned};
 	*place_out = (struct place){BASE_ARENA, p->item_count++};
+	return true;
+}
+
+bool prepare_use(struct preparing *p, struct place place, uint32_t step)
+{
+	if (place.base != BASE_ARENA)
+		return true;
+	struct layout_use *uses = grow(&p->scratch, p->uses, p->use_count, &p->use_room, sizeof uses[0]);
+	if (uses == NULL)
+		return false;
+	p->uses = uses;
+	uses[p->use_count++] = (struct layout_use){place.item, step};
 	return true;
 }
 
@@ -108,9 +120,7 @@ opd_status prepare_operand(struct preparing *p, uint32_t step, const struct op *
 		status = place_view(p, op, operand, from);
 	if (status != OPD_OK)
 		return status;
-	if (place.base == BASE_ARENA)
-		p->items[place.item].last = step;
-	return prepare_patch(p, &operand->tensor, place) ? OPD_OK : prepare_memory(p->error);
+	return prepare_use(p, place, step) && prepare_patch(p, &operand->tensor, place) ? OPD_OK : prepare_memory(p->error);
 }
 
 /* ---- Results ---- */

@@ -190,7 +190,7 @@ static opd_status choose(struct preparing *p, struct step *step, const struct op
 {
 	struct dispatch *dispatch = &step->dispatch;
 	opd_status status = dispatch_init(dispatch, p->prepared->snapshot, p->prepared->lists->effective[step->node], p->plans,
-	                                  p->log, op, node->run.strict, p->error);
+	                                  p->log, op, node->run.strict, &step->bound.call, p->error);
 	if (status != OPD_OK)
 		return status;
 	bool accepted = dispatch_walk(dispatch, &step->bound.call);
@@ -210,9 +210,9 @@ static opd_status choose(struct preparing *p, struct step *step, const struct op
 	step->impl = dispatch->impl;
 	step->def = op->def;
 	step->plan = dispatch->plan == NULL ? NULL : &dispatch->plan->made;
-	uint64_t cost = step->impl->def->cost_ns == NULL ? 0 : step->impl->def->cost_ns(step->impl->def, &step->bound.call);
-	p->prepared->can_be_inline = p->prepared->can_be_inline && cost != 0 && step->impl->provider->module->library == NULL;
-	p->prepared->cost_ns += cost;
+	step->cost_ns = step->impl->def->cost_ns == NULL ? 0 : step->impl->def->cost_ns(step->impl->def, &step->bound.call);
+	p->prepared->can_be_inline = p->prepared->can_be_inline && step->cost_ns != 0 && step->impl->provider->module->library == NULL;
+	p->prepared->cost_ns += step->cost_ns;
 	return OPD_OK;
 }
 
@@ -223,6 +223,7 @@ static opd_status make_step(struct preparing *p, uint32_t index)
 	struct prepared *prepared = p->prepared;
 	struct step *step = &prepared->steps[index];
 	step->node = p->graph->order[index];
+	step->order = index;
 	const struct graph_node *node = &p->graph->nodes[step->node];
 	const struct op *op = &prepared->snapshot->ops[node->op_index];
 	prepared->step_count = index + 1;
@@ -277,8 +278,8 @@ static opd_status make_outputs(struct preparing *p)
 			                p->graph->name.data);
 		if (place.base == wanted.base)
 			continue;
-		if (place.base == BASE_ARENA)
-			p->items[place.item].last = p->graph->node_count;
+		if (!prepare_use(p, place, p->graph->node_count))
+			return prepare_memory(p->error);
 		opd_tensor *from = prepare_tensor(&prepared->arena, p->values[value]);
 		opd_tensor *to = prepare_tensor(&prepared->arena, p->values[value]);
 		if (from == NULL || to == NULL || !prepare_patch(p, from, place) || !prepare_patch(p, to, wanted) ||
@@ -321,9 +322,9 @@ static opd_status make_all(struct preparing *p)
 	opd_status status = make_steps(p);
 	if (status == OPD_OK)
 		status = make_outputs(p);
-	if (status == OPD_OK && !graph_plan(p->items, p->item_count, &p->prepared->sizes))
-		status = prepare_memory(p->error);
 	p->prepared->device = p->device;
+	if (status == OPD_OK)
+		status = prepare_arrange(p);
 	if (status == OPD_OK)
 		status = sort_patches(p);
 	return status == OPD_OK ? charge(p->prepared, p->error) : status;

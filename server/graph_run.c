@@ -54,7 +54,7 @@ static opd_status donate_states(struct graph_run *run)
 	}
 	for (uint32_t i = 0; i < graph->state_count; i++)
 		if (run->states[i].donated)
-			run->states[i].handle = kept_donate(kept, graph->inputs[graph->states[i]].slot, request->id);
+			run->states[i].handle = kept_lend(kept, graph->inputs[graph->states[i]].slot, request->id);
 	return OPD_OK;
 }
 
@@ -175,6 +175,7 @@ static void begin_here(struct graph_run *run)
 		request_fail(request);
 		return;
 	}
+	request->run.cost_ns = prepared == NULL ? 0 : prepared->cost_ns;
 	if (prepared == NULL || !prepared->can_be_inline || !execute_fits_loop(request, prepared->cost_ns)) {
 		execute_graph(request);
 		return;
@@ -268,6 +269,7 @@ static void settle_states(struct graph_run *run, bool succeeded)
 		if (!state->donated)
 			continue;
 		state->donated = false;
+		kept_returned(kept, input->slot, input->lineage);
 		if (succeeded && state->fresh != NULL)
 			kept_replace(kept, input->slot, input->lineage, kept_tensor_ref(state->fresh));
 		else if (succeeded)

@@ -6,13 +6,14 @@
  * left) → graph_execute on a lane or the loop → graph_run_done. Runs of other graphs pass it. A prepared graph holds for its
  * shapes, the nodes' lists and the registry's snapshot: one flat array of steps, each with its implementation, plan and bound
  * call; a run sets the addresses that have changed since the last one and calls kernel after kernel: nothing is inferred,
- * dispatched, planned or allocated for a node. */
+ * dispatched, planned or allocated for a node. Steps stand in stages of parts: the parts of a stage are run by several threads at once (graph_schedule.h). */
 #ifndef OPD_SERVER_GRAPH_RUN_H
 #define OPD_SERVER_GRAPH_RUN_H
 
 #include "server/dispatch.h"
 #include "server/graph.h"
 #include "server/graph_plan.h"
+#include "server/graph_schedule.h"
 #include "server/lane.h"
 #include "server/tensors.h"
 
@@ -36,6 +37,8 @@ struct step {
 	struct bound bound;
 	struct dispatch dispatch;
 	uint32_t node;
+	uint32_t order; /* its place where one thread runs them all: of several that fail, the first is named */
+	uint64_t cost_ns; /* estimated; 0: unknown */
 	uint32_t donates; /* states that it writes: of prepared.donates, [first, first + count) */
 	uint32_t donate_count;
 	uint32_t copies; /* of prepared.copies: results of an implementation that doesn't work in place, to where they belong */
@@ -75,6 +78,10 @@ struct prepared {
 	opd_tensor *outputs;   /* [output_count]: as results, data NULL */
 	uint64_t output_bytes; /* each padded to 64 */
 	uint32_t *donates;     /* states */
+	struct schedule_part *parts;   /* of steps */
+	struct schedule_stage *stages; /* of parts; one after the other */
+	uint32_t stage_count;
+	uint32_t width; /* most parts of a stage: 1: no steps run at once */
 	struct copy *copies;
 	uint32_t first_late; /* copies from here on are made when all nodes have run: outputs that lie elsewhere */
 	uint32_t copy_count;
@@ -118,6 +125,7 @@ struct graph_run {
 	uint64_t prepare_ns;
 	uint64_t *node_ns; /* [node_count], by step; NULL: nobody asked */
 	bool dispatched;   /* it prepared what it ran */
+	_Atomic uint32_t failed_order; /* lowest among the steps that have failed; GRAPH_NONE: none has */
 };
 
 /* graph_prepare.c. The one that fits, moved to the front; NULL: none. */
@@ -143,9 +151,10 @@ void graph_bring_release(struct graph_run *run);
 /* Where a kernel of the CPU reads the input's kept tensor. */
 unsigned char *graph_host_data(const struct graph_run *run, uint32_t input, const struct kept_tensor *tensor);
 
-/* graph_execute.c, for graph_device.c: where a base's tensors lie from now on; a result as this run has it. */
+/* graph_execute.c, for graph_device.c: where a base's tensors lie from now on; results as this run has them, and that those wanted in shared memory
+ * fit there. */
 void graph_set_base(struct prepared *prepared, uint32_t base, void *address);
-opd_tensor *graph_describe_output(struct graph_run *run, uint32_t index);
+OPD_MUST_USE opd_status graph_describe_outputs(struct graph_run *run);
 
 /* graph_execute.c. On a lane or the loop: prepares unless that is done, and runs all nodes; the request's status and error say
  * how it went. */

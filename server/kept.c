@@ -19,6 +19,11 @@ typedef enum result_state {
 	RESULT_FAILED,
 } result_state;
 
+struct kept_output {
+	struct msg_handle handle; /* generation 0: not kept */
+	uint64_t promised_to;     /* while it is still to come: the request that it is donated to; 0: none */
+};
+
 struct kept_result {
 	uint64_t request;
 	result_state state;
@@ -29,7 +34,7 @@ struct kept_result {
 	struct kept_result *failed_next; /* by age */
 	struct waiter *waiters;
 	struct waiter **waiters_end;
-	struct msg_handle handles[]; /* [count]; generation 0: not kept */
+	struct kept_output outputs[]; /* [count] */
 };
 
 static _Atomic uint64_t next_tensor_id = 1;
@@ -138,9 +143,10 @@ static opd_status no_tensor(const struct kept *kept, struct msg_handle handle, o
 	return opd_fail(error, OPD_NOT_FOUND, "handle %u.%016" PRIx64 " is no tensor of this session", (unsigned)handle.index, handle.generation);
 }
 
-static opd_status check_whole(const struct kept_slot *slot, opd_error *error)
+/* A graph's own runs follow one another on its states, lent or not. */
+static opd_status check_whole(const struct kept_slot *slot, bool lent, opd_error *error)
 {
-	if (slot->giving)
+	if (slot->giving || (slot->lent != 0 && !lent))
 		return opd_fail(error, OPD_FAILED_PRECONDITION, "the tensor is donated to request %" PRIu64 ", which hasn't ended", slot->donated_to);
 	if (slot->lost_to == 0)
 		return OPD_OK;
@@ -249,7 +255,7 @@ opd_status kept_expect(struct kept *kept, uint64_t request, uint32_t count, opd_
 		return status;
 	if ((kept->results == NULL || kept->result_count > 2 * kept->result_mask) && !results_grow(kept))
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "kept tensors: out of memory");
-	struct kept_result *result = calloc(1, sizeof *result + count * sizeof result->handles[0]);
+	struct kept_result *result = calloc(1, sizeof *result + count * sizeof result->outputs[0]);
 	if (result == NULL)
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "kept tensors: out of memory");
 	result->request = request;
@@ -318,9 +324,10 @@ static void tell(struct kept *kept, struct kept_result *result)
 static void slot_leave(struct kept *kept, struct kept_slot *slot, uint32_t index)
 {
 	struct kept_result *result = slot->request == 0 ? NULL : result_find(kept, slot->request);
-	if (result == NULL || slot->output >= result->count || result->handles[slot->output].index != index || result->handles[slot->output].generation == 0)
+	struct msg_handle *handle = result == NULL || slot->output >= result->count ? NULL : &result->outputs[slot->output].handle;
+	if (handle == NULL || handle->index != index || handle->generation == 0)
 		return;
-	result->handles[slot->output].generation = 0;
+	handle->generation = 0;
 	if (--result->live == 0)
 		result_remove(kept, slot->request);
 }
@@ -346,7 +353,7 @@ void kept_settle(struct kept *kept, uint64_t request, struct kept_tensor *const 
 			kept->live--;
 			if (!slot_adopt(kept, handles_out[i], request, i))
 				handles_out[i].generation = 0;
-			result->handles[i] = handles_out[i];
+			result->outputs[i].handle = handles_out[i];
 			result->live += handles_out[i].generation != 0;
 			continue;
 		}
@@ -355,10 +362,10 @@ void kept_settle(struct kept *kept, uint64_t request, struct kept_tensor *const 
 			kept_tensor_unref(tensors[i]);
 			kept->live--;
 		} else {
-			result->handles[i] = (struct msg_handle){index, kept->slots[index].generation};
+			result->outputs[i].handle = (struct msg_handle){index, kept->slots[index].generation};
 			result->live++;
 		}
-		handles_out[i] = result->handles[i];
+		handles_out[i] = result->outputs[i].handle;
 	}
 	result->state = RESULT_SETTLED;
 	result->live++; /* a waiter may free the last handle, and the result with it: it stays until all were called */
@@ -404,7 +411,7 @@ struct kept_tensor *kept_find_any(struct kept *kept, struct msg_handle handle, o
 	struct kept_slot *slot = slot_find(kept, handle);
 	if (slot == NULL)
 		(void)no_tensor(kept, handle, error);
-	return slot == NULL || check_whole(slot, error) != OPD_OK ? NULL : kept_tensor_ref(slot->tensor);
+	return slot == NULL || check_whole(slot, false, error) != OPD_OK ? NULL : kept_tensor_ref(slot->tensor);
 }
 
 /* The handle of a settled result; generation 0 with the error written, or pending. */
@@ -418,14 +425,17 @@ static struct msg_handle result_handle(const struct kept *kept, uint64_t request
 		return none;
 	}
 	if (result != NULL && result->state == RESULT_PENDING && output < result->count) {
-		*pending_out = true;
+		const uint64_t promised_to = result->outputs[output].promised_to;
+		*pending_out = promised_to == 0;
+		if (promised_to != 0)
+			(void)opd_fail(error, OPD_FAILED_PRECONDITION, "result %" PRIu64 ".%u was donated to request %" PRIu64, request, (unsigned)output, promised_to);
 		return none;
 	}
-	if (result == NULL || output >= result->count || result->handles[output].generation == 0) {
+	if (result == NULL || output >= result->count || result->outputs[output].handle.generation == 0) {
 		(void)opd_fail(error, OPD_NOT_FOUND, "result %" PRIu64 ".%u was not kept, or was freed", request, (unsigned)output);
 		return none;
 	}
-	return result->handles[output];
+	return result->outputs[output].handle;
 }
 
 struct kept_tensor *kept_find_result(struct kept *kept, uint64_t request, uint32_t output, bool *pending_out, opd_error *error)
@@ -489,7 +499,7 @@ struct kept_tensor *kept_follow(const struct kept *kept, uint32_t index, uint64_
 	const struct kept_slot *slot = slot_follow(kept, index, lineage);
 	if (slot == NULL)
 		(void)opd_fail(error, OPD_NOT_FOUND, "the tensor that it was bound to (index %u) was freed", (unsigned)index);
-	if (slot == NULL || check_whole(slot, error) != OPD_OK)
+	if (slot == NULL || check_whole(slot, true, error) != OPD_OK)
 		return NULL;
 	*handle_out = (struct msg_handle){index, slot->generation};
 	return slot->tensor;
@@ -508,6 +518,33 @@ struct msg_handle kept_give(struct kept *kept, uint32_t index, uint64_t request)
 {
 	kept->slots[index].giving = true;
 	return kept_donate(kept, index, request);
+}
+
+void kept_promise(struct kept *kept, uint64_t request, uint32_t output, uint64_t to)
+{
+	struct kept_result *result = result_find(kept, request);
+	assert(result != NULL && result->state == RESULT_PENDING && result->outputs[output].promised_to == 0);
+	result->outputs[output].promised_to = to;
+}
+
+void kept_unpromise(struct kept *kept, uint64_t request, uint32_t output, uint64_t to)
+{
+	struct kept_result *result = result_find(kept, request);
+	if (result != NULL && output < result->count && result->outputs[output].promised_to == to)
+		result->outputs[output].promised_to = 0;
+}
+
+struct msg_handle kept_lend(struct kept *kept, uint32_t index, uint64_t request)
+{
+	kept->slots[index].lent++;
+	return kept_donate(kept, index, request);
+}
+
+void kept_returned(struct kept *kept, uint32_t index, uint64_t lineage)
+{
+	struct kept_slot *slot = slot_follow(kept, index, lineage);
+	if (slot != NULL)
+		slot->lent--;
 }
 
 void kept_given(struct kept *kept, struct msg_handle donated)
@@ -556,8 +593,8 @@ opd_status kept_free(struct kept *kept, struct msg_handle handle, opd_error *err
 	struct kept_slot *slot = slot_find(kept, handle);
 	if (slot == NULL)
 		return no_tensor(kept, handle, error);
-	if (slot->giving)
-		return check_whole(slot, error);
+	if (slot->giving || slot->lent != 0)
+		return check_whole(slot, false, error);
 	slot_leave(kept, slot, handle.index);
 	kept_tensor_unref(slot->tensor);
 	*slot = (struct kept_slot){.next_free = kept->first_free};

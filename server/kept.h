@@ -51,6 +51,7 @@ struct kept_slot {
 	uint64_t donated_to;         /* the request */
 	uint64_t lost_to;            /* the request whose kernel failed on it; 0: it is whole */
 	bool giving;                 /* donated to a run that hasn't ended: nobody reads it meanwhile */
+	uint32_t lent;               /* runs of graphs that have it as a state to write, and haven't ended: nobody else reads it meanwhile */
 };
 
 struct kept_result;
@@ -119,6 +120,12 @@ void kept_take_back(struct kept *kept, struct msg_handle donated);
 /* The same to a single run: until kept_given nobody reads the slot, not even by its new handle. */
 struct msg_handle kept_give(struct kept *kept, uint32_t index, uint64_t request);
 void kept_given(struct kept *kept, struct msg_handle donated);
+/* The same to a run of a graph, of which several may follow one another; kept_returned: one has ended. */
+struct msg_handle kept_lend(struct kept *kept, uint32_t index, uint64_t request);
+void kept_returned(struct kept *kept, uint32_t index, uint64_t lineage);
+/* A result still to come is donated to request `to`: whoever names it from now on is refused; who waits for it already gets it. kept_unpromise: `to` has ended before it came. */
+void kept_promise(struct kept *kept, uint64_t request, uint32_t output, uint64_t to);
+void kept_unpromise(struct kept *kept, uint64_t request, uint32_t output, uint64_t to);
 /* The slot's tensor from now on; takes the reference (dropped when the slot was freed meanwhile). */
 void kept_replace(struct kept *kept, uint32_t index, uint64_t lineage, struct kept_tensor *tensor);
 /* The slot of `handle` has `tensor` in place of `expected`, whose contents are the same; takes the reference. Result: the handle, or generation 0 where the slot has something

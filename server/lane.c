@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -20,7 +21,7 @@ struct worker {
 	uint32_t number;
 	bool parked; /* on the lane's stack of sleeping workers */
 	struct worker *next_parked;
-	pthread_cond_t cond; /* unparked, or its loop's last helper has left */
+	pthread_cond_t cond; /* unparked, or its loop's last helper has left; of CLOCK_MONOTONIC */
 	pthread_t thread;
 };
 
@@ -34,6 +35,7 @@ struct loop {
 	uint32_t shares;
 	_Atomic uint32_t claimed; /* shares begun; may run past `shares` */
 	_Atomic uint32_t helpers; /* changed under the lane's mutex; read without by the spinning owner */
+	_Atomic uint64_t helped_ns; /* their time */
 };
 
 struct lane {
@@ -43,8 +45,10 @@ struct lane {
 	_Atomic(struct lane_job *) done; /* newest first */
 
 	pthread_mutex_t mutex;
-	struct lane_job *head, **tail; /* queued */
-	uint32_t queued;
+	struct scheduler scheduler; /* of queued jobs */
+	struct sched_group own_group;
+	struct sched_flow own_flow; /* of jobs that are nobody's */
+	uint64_t ready_ns; /* all that is queued waits for its rate until then; UINT64_MAX: nothing does */
 	uint32_t spinning; /* threads that look for work without sleeping */
 	uint32_t waking;   /* unparked, not yet running */
 	struct worker *parked;
@@ -89,7 +93,7 @@ static uint32_t loop_left(const struct loop *loop)
 /* How many threads could work now. Under the mutex. */
 static uint64_t demand(const struct lane *lane)
 {
-	uint64_t wanted = lane->queued;
+	uint64_t wanted = lane->ready_ns == UINT64_MAX ? lane->scheduler.queued : 0; /* a thread sleeps until then already */
 	for (const struct loop *loop = lane->loops; loop != NULL; loop = loop->next)
 		wanted += loop_left(loop);
 	return wanted;
@@ -124,6 +128,24 @@ static void unlock_and_wake(struct lane *lane)
 		(void)pthread_cond_signal(&woken[i]->cond);
 }
 
+/* Jobs wait for their tenants' rates: not longer than that. Comes back off the stack of sleeping threads, counted as one that was woken. */
+static void wait_until_ready(struct worker *worker)
+{
+	struct lane *lane = worker->lane;
+	const struct timespec until = {(time_t)(lane->ready_ns / 1000000000u), (long)(lane->ready_ns % 1000000000u)};
+	int failed = 0;
+	while (worker->parked && failed == 0)
+		failed = pthread_cond_timedwait(&worker->cond, &lane->mutex, &until);
+	if (!worker->parked)
+		return;
+	struct worker **link = &lane->parked;
+	while (*link != worker)
+		link = &(*link)->next_parked;
+	*link = worker->next_parked;
+	worker->parked = false;
+	lane->waking++;
+}
+
 /* Sleeps until somebody unparks this thread. Under the mutex, before and after. */
 static void park(struct worker *worker)
 {
@@ -131,6 +153,8 @@ static void park(struct worker *worker)
 	worker->parked = true;
 	worker->next_parked = lane->parked;
 	lane->parked = worker;
+	if (lane->ready_ns != UINT64_MAX)
+		wait_until_ready(worker);
 	while (worker->parked)
 		(void)pthread_cond_wait(&worker->cond, &lane->mutex);
 	lane->waking--;
@@ -187,7 +211,9 @@ static bool help(struct worker *worker)
 		return false;
 	(void)atomic_fetch_add_explicit(&loop->helpers, 1, memory_order_relaxed);
 	unlock_and_wake(lane);
+	const uint64_t began = now_ns();
 	run_shares(lane, loop, worker->number);
+	(void)atomic_fetch_add_explicit(&loop->helped_ns, now_ns() - began, memory_order_relaxed);
 	(void)pthread_mutex_lock(&lane->mutex);
 	/* The owner may return, and the loop be gone, as soon as it sees zero. */
 	struct worker *owner = loop->owner;
@@ -253,34 +279,63 @@ void lane_parallel_for(struct lane_exec *exec, uint64_t items, uint64_t grain, o
 	loop_open(exec->lane, &loop);
 	run_shares(exec->lane, &loop, self->number);
 	loop_close(exec->lane, &loop);
+	exec->helped_ns += atomic_load_explicit(&loop.helped_ns, memory_order_relaxed);
 	exec->in_loop = false;
 }
 
 /* ---- Jobs -------------------------------------------------------------------------------------------------------------- */
 
-void lane_submit(struct lane *lane, struct lane_job *job)
+/* Under the mutex. */
+static bool enqueue(struct lane *lane, struct lane_job *job, uint64_t time_ns)
 {
-	job->next = NULL;
-	lane_submit_list(lane, job);
+	struct sched_item *item = &job->item;
+	assert(!lane->stopping);
+	if (item->flow == NULL) {
+		item->flow = &lane->own_flow;
+		item->class = CLASS_INTERACTIVE;
+	}
+	if (job->charge_ns != 0) {
+		scheduler_charge(&lane->scheduler, item->flow, (sched_class)item->class, job->charge_ns);
+		job->charge_ns = 0;
+	}
+	if (!scheduler_submit(&lane->scheduler, item, time_ns))
+		return false;
+	(void)atomic_fetch_add_explicit(&lane->load, 1, memory_order_relaxed);
+	(void)atomic_fetch_add_explicit(&lane->hints, 1, memory_order_relaxed);
+	lane->ready_ns = UINT64_MAX; /* whether it may run is the next pick's to say */
+	return true;
+}
+
+bool lane_submit(struct lane *lane, struct lane_job *job)
+{
+	const uint64_t time_ns = now_ns();
+	(void)pthread_mutex_lock(&lane->mutex);
+	bool queued = enqueue(lane, job, time_ns);
+	unlock_and_wake(lane);
+	return queued;
 }
 
 void lane_submit_list(struct lane *lane, struct lane_job *first)
 {
-	if (first == NULL)
-		return;
-	uint32_t count = 1;
-	struct lane_job *last = first;
-	for (; last->next != NULL; last = last->next)
-		count++;
-	(void)atomic_fetch_add_explicit(&lane->load, count, memory_order_relaxed);
-	(void)atomic_fetch_add_explicit(&lane->hints, count, memory_order_relaxed);
+	const uint64_t time_ns = now_ns();
 	(void)pthread_mutex_lock(&lane->mutex);
-	assert(!lane->stopping);
-	*lane->tail = first;
-	for (struct lane_job **link = lane->tail; *link != NULL; link = &(*link)->next)
-		(*link)->link = link;
-	lane->tail = &last->next;
-	lane->queued += count;
+	for (struct lane_job *job = first, *next; job != NULL; job = next) {
+		next = job->next;
+		bool queued = enqueue(lane, job, time_ns);
+		assert(queued && job->item.flow == &lane->own_flow);
+		(void)queued;
+	}
+	unlock_and_wake(lane);
+}
+
+struct scheduler *lane_scheduler_lock(struct lane *lane)
+{
+	(void)pthread_mutex_lock(&lane->mutex);
+	return &lane->scheduler;
+}
+
+void lane_scheduler_unlock(struct lane *lane)
+{
 	unlock_and_wake(lane);
 }
 
@@ -320,42 +375,49 @@ uint32_t lane_finish_done(struct lane *lane)
 	return count;
 }
 
-/* Under the mutex. */
-static void dequeue(struct lane *lane, struct lane_job *job)
-{
-	*job->link = job->next;
-	if (job->next != NULL)
-		job->next->link = job->link;
-	else
-		lane->tail = job->link;
-	job->link = NULL;
-	lane->queued--;
-	(void)atomic_fetch_sub_explicit(&lane->hints, 1, memory_order_relaxed);
-}
-
 bool lane_withdraw(struct lane *lane, struct lane_job *job)
 {
 	(void)pthread_mutex_lock(&lane->mutex);
-	bool queued = job->link != NULL;
-	if (queued)
-		dequeue(lane, job);
+	bool queued = scheduler_withdraw(&lane->scheduler, &job->item);
 	(void)pthread_mutex_unlock(&lane->mutex);
-	if (queued)
+	if (queued) {
+		(void)atomic_fetch_sub_explicit(&lane->hints, 1, memory_order_relaxed);
 		(void)atomic_fetch_sub_explicit(&lane->load, 1, memory_order_relaxed);
+	}
 	return queued;
 }
 
-/* Under the mutex, before and after; false: nothing is queued. */
+/* Under the mutex; NULL: none may run now. */
+static struct lane_job *pick(struct lane *lane, uint64_t time_ns)
+{
+	struct sched_item *item = scheduler_pick(&lane->scheduler, time_ns, &lane->ready_ns);
+	if (item == NULL)
+		return NULL;
+	(void)atomic_fetch_sub_explicit(&lane->hints, 1, memory_order_relaxed);
+	return (struct lane_job *)(void *)((char *)item - offsetof(struct lane_job, item));
+}
+
+/* Under the mutex, before and after; false: nothing is queued that may run. */
 static bool run_next(struct worker *worker)
 {
 	struct lane *lane = worker->lane;
-	struct lane_job *job = lane->head;
+	if (lane->scheduler.queued == 0) {
+		lane->ready_ns = UINT64_MAX;
+		return false;
+	}
+	const uint64_t began_ns = now_ns();
+	struct lane_job *job = pick(lane, began_ns);
 	if (job == NULL)
 		return false;
-	dequeue(lane, job);
+	const struct sched_item item = job->item;
 	unlock_and_wake(lane);
 	struct lane_exec exec = {.lane = lane, .job = job, .threads = lane->threads};
 	job->run(job, &exec);
+	const uint64_t device_ns = now_ns() - began_ns + exec.helped_ns;
+	/* Before the job is its owner's again, who may then free the flow. */
+	(void)pthread_mutex_lock(&lane->mutex);
+	scheduler_complete(&lane->scheduler, item.flow, (sched_class)item.class, item.estimate_ns, device_ns);
+	(void)pthread_mutex_unlock(&lane->mutex);
 	job_finish(lane, job);
 	(void)pthread_mutex_lock(&lane->mutex);
 	return true;
@@ -422,12 +484,21 @@ static uint32_t count_cores(void)
 	return count < 1 ? 1 : (uint32_t)count;
 }
 
+static void init_cond(pthread_cond_t *cond)
+{
+	pthread_condattr_t attributes;
+	(void)pthread_condattr_init(&attributes);
+	(void)pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+	(void)pthread_cond_init(cond, &attributes);
+	(void)pthread_condattr_destroy(&attributes);
+}
+
 static bool start_worker(struct lane *lane, uint32_t number)
 {
 	struct worker *worker = &lane->workers[number];
 	worker->lane = lane;
 	worker->number = number;
-	(void)pthread_cond_init(&worker->cond, NULL);
+	init_cond(&worker->cond);
 	if (pthread_create(&worker->thread, NULL, worker_main, worker) != 0) {
 		(void)pthread_cond_destroy(&worker->cond);
 		return false;
@@ -460,7 +531,12 @@ opd_status lane_create(const struct lane_options *options, struct lane **lane_ou
 	if (lane == NULL)
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "lane: out of memory");
 	(void)pthread_mutex_init(&lane->mutex, NULL);
-	lane->tail = &lane->head;
+	scheduler_init(&lane->scheduler);
+	lane->scheduler.servers = threads;
+	sched_group_init(&lane->own_group, SCHED_WEIGHT_DEFAULT);
+	sched_flow_init(&lane->own_flow, &lane->own_group, SCHED_WEIGHT_DEFAULT);
+	lane->own_flow.unbounded = true;
+	lane->ready_ns = UINT64_MAX;
 	lane->threads = threads;
 	lane->spin_ns = options->spin_ns;
 	lane->wake = options->wake;
@@ -490,6 +566,7 @@ void lane_stop(struct lane *lane)
 		return;
 	(void)pthread_mutex_lock(&lane->mutex);
 	lane->stopping = true;
+	scheduler_forget_rates(&lane->scheduler);
 	unpark_all(lane);
 	(void)pthread_mutex_unlock(&lane->mutex);
 	for (; lane->started > 0; lane->started--) {

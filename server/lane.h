@@ -1,4 +1,4 @@
-/* The CPU lane: a pool of threads that runs jobs in the order of their submission, and helps with the parallel loops of those that run.
+/* The CPU lane: a pool of threads that runs jobs in the order that a scheduler gives them, and helps with the parallel loops of those that run.
  *
  * Layer: server, bottom (knows nothing of requests). Threads: lane_create, lane_stop, lane_destroy by one; everything else any.
  * Life: lane_create → lane_submit… and lane_take_done whenever `wake` was called → lane_stop (runs what is queued, joins) → lane_take_done once
@@ -9,7 +9,8 @@
  * Cost, on a 2-core Zen 4 VM (submitter asleep in poll, woken by an eventfd): from lane_submit to the job back in hand 5 µs, of which 3 are that
  * wake-up and 1.9 the job's start; lane_submit itself 0.03 µs while a thread still spins and 1 to 5 µs when one must be woken. A parallel loop
  * that nobody joins costs 0.06 µs. On another, idle core a wake-up takes the 50 to 70 µs of that machine.
- * Not here: who may run what next (the scheduler in front of a lane), and lanes of devices. */
+ * Device time: a job is charged, to the flow that it names, the time that its thread and its loops' helpers spent on it.
+ * Not here: who runs next (server/scheduler.h, under the lane's mutex), and lanes of devices. */
 #ifndef OPD_SERVER_LANE_H
 #define OPD_SERVER_LANE_H
 
@@ -19,6 +20,7 @@
 
 #include "opd/status.h"
 #include "providers/provider.h"
+#include "server/scheduler.h"
 
 struct lane;
 struct lane_exec;
@@ -27,7 +29,8 @@ struct derived_run;
 /* Embedded in what its owner runs. Zeroed but for the callbacks when it is submitted. */
 struct lane_job {
 	struct lane_job *next; /* the lane's; of a list to submit or to take: the next one */
-	struct lane_job **link; /* the lane's: what points to it while it is queued, else NULL */
+	struct sched_item item; /* flow, class and estimate are the owner's. No flow: the lane's own work, which is never refused, as `interactive` */
+	uint64_t charge_ns;     /* device time of the flow's that went by the lane: charged with the submission */
 	void (*run)(struct lane_job *job, struct lane_exec *exec); /* on a lane thread */
 	void (*done)(struct lane_job *job);                        /* for whoever takes the done jobs: the lane doesn't call it itself */
 	_Atomic bool cancelled;                                    /* by lane_cancel */
@@ -39,6 +42,7 @@ struct lane_exec {
 	struct lane_job *job; /* NULL: nothing to cancel */
 	uint32_t threads;     /* that a parallel loop may use, this one included */
 	bool in_loop;         /* a parallel loop is open */
+	uint64_t helped_ns;   /* time that other threads spent on its loops */
 	struct derived_run *derived; /* the job's: derived copies that its kernel has; NULL: it gets none */
 };
 
@@ -57,10 +61,15 @@ struct lane_options {
 /* RESOURCE_EXHAUSTED: memory or threads. The threads are called opd-lane-0… and get no signals. */
 OPD_MUST_USE opd_status lane_create(const struct lane_options *options, struct lane **lane_out, opd_error *error);
 
-/* One job, or a list of them linked by next: one lock and at most a few wake-ups for all. Not after lane_stop. Doesn't block but for the
- * queue's own lock, held for a few instructions. */
-void lane_submit(struct lane *lane, struct lane_job *job);
+/* False: the queue of the job's flow, or the lane's, is full; the job is still its owner's. Not after lane_stop. Doesn't block but for the queue's own lock, held for
+ * a few instructions. */
+OPD_MUST_USE bool lane_submit(struct lane *lane, struct lane_job *job);
+/* Jobs of the lane's own, linked by next: one lock and at most a few wake-ups for all. */
 void lane_submit_list(struct lane *lane, struct lane_job *first);
+
+/* The lane's scheduler, to read it or to change weights and bounds: for a few instructions. */
+struct scheduler *lane_scheduler_lock(struct lane *lane);
+void lane_scheduler_unlock(struct lane *lane);
 
 /* All jobs done since the last call, in the order in which they ended, linked by next; NULL: none. Lock-free. */
 struct lane_job *lane_take_done(struct lane *lane);

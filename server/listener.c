@@ -62,7 +62,10 @@ static void identify_unix(struct conn *conn)
 	if (uv_fileno(&conn->handle, &fd) != 0 || getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &bytes) != 0)
 		return;
 	(void)snprintf(conn->peer, sizeof conn->peer, "unix:uid=%u,pid=%d", (unsigned)peer.uid, (int)peer.pid);
-	(void)snprintf(conn->session->tenant, sizeof conn->session->tenant, "uid:%u", (unsigned)peer.uid);
+	char tenant[TENANT_NAME_BYTES];
+	(void)snprintf(tenant, sizeof tenant, "uid:%u", (unsigned)peer.uid);
+	if (!session_set_tenant(conn->session, tenant))
+		return; /* anonymous, with no more rights than that */
 	conn->session->admin = peer.uid == 0 || peer.uid == geteuid();
 }
 
@@ -90,6 +93,14 @@ static void log_accept_error(struct listener *listener, int failed)
 	if (log_limit_take(&limit, 5, &suppressed))
 		LOG(listener->server->log, LOG_WARN, "connection not accepted", LOG_STR("listener", listener->address),
 		    LOG_STR("reason", uv_strerror(failed)), LOG_UINT("suppressed", suppressed));
+}
+
+/* The session counts already. */
+static void check_tenant(const struct tenant *tenant, opd_error *refused)
+{
+	const uint32_t sessions = atomic_load_explicit(&tenant->sessions, memory_order_relaxed);
+	if (refused->status == OPD_OK && tenant->policy.sessions != 0 && sessions > tenant->policy.sessions)
+		(void)opd_fail(refused, OPD_RESOURCE_EXHAUSTED, "%u sessions of tenant %s are open, no more may be", (unsigned)(sessions - 1), tenant->name);
 }
 
 static void on_connection(uv_stream_t *stream, int status)
@@ -124,6 +135,7 @@ static void on_connection(uv_stream_t *stream, int status)
 		(void)uv_tcp_nodelay(&conn->tcp, 1);
 		(void)uv_tcp_keepalive(&conn->tcp, 1, 60);
 	}
+	check_tenant(conn->session->tenant, &refused);
 	conn_start(conn, refused.status == OPD_OK ? NULL : &refused);
 }
 

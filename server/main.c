@@ -251,6 +251,17 @@ static void print_lists(const struct config *config)
 			(void)printf("%s%s", k > 0 ? ", " : "", config->priorities[i].providers[k]);
 		(void)printf("]\n");
 	}
+	for (size_t i = 0; i < config->tenant_count; i++) {
+		const struct tenant_policy *policy = &config->tenants[i].policy;
+		(void)printf("tenant: ");
+		print_text(config->tenants[i].name);
+		(void)printf(" = weight %" PRIu32 ", class %s (at most %s)", policy->weight, sched_class_name(policy->class), sched_class_name(policy->class_max));
+		if (policy->device_rate_ns != 0)
+			(void)printf(", %" PRIu64 " ms of device time a second", policy->device_rate_ns / 1000000);
+		if (policy->sessions != 0)
+			(void)printf(", %" PRIu32 " sessions", policy->sessions);
+		(void)printf("\n");
+	}
 	for (size_t i = 0; i < config->module_count; i++) {
 		(void)printf("module: %s%s", config->modules[i].name != NULL ? config->modules[i].name : "", config->modules[i].name != NULL ? " = " : "");
 		print_text(config->modules[i].path);

@@ -46,7 +46,28 @@ void plist_unref(struct plist *list)
 		list->cache = effective->next;
 		effective_unref(effective);
 	}
+	for (uint32_t i = 0; i < list->case_count; i++)
+		plist_unref(list->cases[i].list);
+	free(list->cases);
+	free(list->narrowed);
 	free(list);
+}
+
+opd_status plist_add_case(struct plist *list, const char *text, const struct priority_key *key, struct plist *narrow, opd_error *error)
+{
+	if (list->case_count == PLIST_CASES_MAX)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "%s: more than %u lists narrow the op's", text, PLIST_CASES_MAX);
+	struct plist_case *cases = reallocarray(list->cases, list->case_count + 1, sizeof cases[0]);
+	if (cases != NULL)
+		list->cases = cases;
+	narrow->narrowed = strdup(text);
+	if (cases == NULL || narrow->narrowed == NULL)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "priority list: out of memory");
+	uint32_t at = list->case_count++;
+	for (; at > 0 && priority_key_before(key, &cases[at - 1].key); at--)
+		cases[at] = cases[at - 1];
+	cases[at] = (struct plist_case){*key, plist_ref(narrow)};
+	return OPD_OK;
 }
 
 /* SEMANTICS 16: a provider of the op (NULL: of any op), or a configured module that isn't there. */
@@ -256,6 +277,52 @@ struct effective *effective_create(const struct snapshot *snapshot, const struct
 	return effective;
 }
 
+bool effective_add_cases(struct effective *effective, const struct snapshot *snapshot, const struct op *op, const struct plist *list,
+                         const struct device_filter *filter)
+{
+	if (list->case_count == 0)
+		return true;
+	effective->cases = calloc(list->case_count, sizeof effective->cases[0]);
+	if (effective->cases == NULL)
+		return false;
+	for (uint32_t i = 0; i < list->case_count; i++) {
+		const struct plist_case *narrow = &list->cases[i];
+		struct effective *cut =
+			effective_create(snapshot, op, list->level, narrow->list->names, narrow->list->count, filter, narrow->list);
+		if (cut == NULL)
+			return false;
+		cut->narrowed = narrow->list->narrowed;
+		effective->cases[effective->case_count++] = (struct effective_case){narrow->key.dtype, narrow->key.rows_max, cut};
+	}
+	return true;
+}
+
+static const opd_tensor *first_tensor(const opd_call *call)
+{
+	for (uint32_t i = 0; i < call->arg_count; i++) {
+		if (call->args[i].kind == OPD_ARG_TENSOR)
+			return call->args[i].tensor;
+		if (call->args[i].kind == OPD_ARG_TENSORS && call->args[i].count > 0)
+			return call->args[i].tensors[0];
+	}
+	return NULL;
+}
+
+const struct effective *effective_for(const struct effective *effective, const opd_call *call)
+{
+	const opd_tensor *first = effective->case_count == 0 ? NULL : first_tensor(call);
+	if (first == NULL)
+		return effective;
+	uint64_t last = first->rank == 0 ? 1 : (uint64_t)first->shape[first->rank - 1];
+	uint64_t rows = last == 0 ? 0 : first->elements / last;
+	for (uint32_t i = 0; i < effective->case_count; i++) {
+		const struct effective_case *narrow = &effective->cases[i];
+		if ((narrow->dtype == OPD_DTYPE_NONE || narrow->dtype == first->dtype) && rows <= narrow->rows_max)
+			return narrow->effective;
+	}
+	return effective;
+}
+
 struct effective *effective_create_none(const struct snapshot *snapshot, const struct op *op, const struct device_filter *filter)
 {
 	return effective_create(snapshot, op, MSG_LEVEL_NONE, NULL, 0, filter, NULL);
@@ -301,6 +368,9 @@ void effective_unref(struct effective *effective)
 {
 	if (effective == NULL || atomic_fetch_sub_explicit(&effective->refs, 1, memory_order_acq_rel) != 1)
 		return;
+	for (uint32_t i = 0; i < effective->case_count; i++)
+		effective_unref(effective->cases[i].effective);
+	free(effective->cases);
 	plist_unref(effective->list);
 	free(effective);
 }
@@ -316,7 +386,7 @@ static bool first_time(_Atomic uint32_t *bits, uint32_t index)
 	return (atomic_fetch_or_explicit(&bits[index / 32], bit, memory_order_relaxed) & bit) == 0;
 }
 
-void effective_warn(const struct effective *effective, const struct op *op, struct log *log, _Atomic uint32_t *once, struct log_limit *limit)
+static void effective_warn_one(const struct effective *effective, const struct op *op, struct log *log, _Atomic uint32_t *once, struct log_limit *limit)
 {
 	if (!effective->appended)
 		return;
@@ -332,4 +402,11 @@ void effective_warn(const struct effective *effective, const struct op *op, stru
 	else
 		LOG(log, LOG_WARN, "no listed provider supports all arguments, falling back to native is possible: add native to the list to silence this",
 		    LOG_STR("op", name), LOG_STR("level", msg_level_name(effective->level)), LOG_UINT("suppressed", suppressed));
+}
+
+void effective_warn(const struct effective *effective, const struct op *op, struct log *log, _Atomic uint32_t *once, struct log_limit *limit)
+{
+	effective_warn_one(effective, op, log, once, limit);
+	for (uint32_t i = 0; i < effective->case_count; i++)
+		effective_warn_one(effective->cases[i].effective, op, log, effective->cases[i].effective->list->warned, limit);
 }

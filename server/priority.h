@@ -12,7 +12,15 @@
 
 #include "proto/arena.h"
 #include "proto/message.h"
+#include "server/priority_key.h"
 #include "server/registry.h"
+
+/* Lists of an op that hold for some calls instead of its plain one. */
+#define PLIST_CASES_MAX 64u
+struct plist_case {
+	struct priority_key key;
+	struct plist *list;
+};
 
 /* A stored list: names as given. */
 struct plist {
@@ -22,6 +30,9 @@ struct plist {
 	uint32_t count;
 	struct msg_text *names; /* in the same block */
 	_Atomic uint32_t warned[REGISTRY_OPS_MAX / 32]; /* by op index: the fallback to native was warned of */
+	char *narrowed;          /* of a case: its key, as "linear/bf16"; NULL otherwise */
+	uint32_t case_count;     /* of the configuration's list of an op: those that narrow it, in the order in which they are asked */
+	struct plist_case *cases;
 	struct effective *cache; /* of a session's list: those resolved so far, newest first */
 };
 
@@ -45,7 +56,16 @@ struct effective {
 	const struct impl **impls;
 	struct effective_skip *skips;
 	struct plist *list;     /* whose warned bits count: of a snapshot's fallback; NULL otherwise */
+	uint32_t case_count;
+	struct effective_case *cases; /* of a list with cases: the same, cut, in their order */
+	const char *narrowed;   /* of a case: its key, the list's own; NULL otherwise */
 	struct effective *next; /* in a plist's cache */
+};
+
+struct effective_case {
+	opd_dtype dtype;
+	uint64_t rows_max;
+	struct effective *effective;
 };
 
 /* `device` of a request: a kind, and which of that kind. */
@@ -62,6 +82,9 @@ struct plist *plist_create(msg_level level, bool star, const struct msg_text *na
 struct plist *plist_ref(struct plist *list);
 void plist_unref(struct plist *list);
 
+/* Adds a list that narrows another, which isn't shared yet; takes a reference of its own, and gives it its key. RESOURCE_EXHAUSTED: memory, or too many of them. */
+OPD_MUST_USE opd_status plist_add_case(struct plist *list, const char *text, const struct priority_key *key, struct plist *narrow, opd_error *error);
+
 /* SEMANTICS 16: every name is a provider of the op (NULL: of any op), or a configured module that couldn't be loaded. NOT_FOUND names the first that isn't, and says which there are. */
 OPD_MUST_USE opd_status plist_check(const struct snapshot *snapshot, const struct op *op, const struct msg_text *names, uint32_t count,
                                     opd_error *error);
@@ -69,6 +92,11 @@ OPD_MUST_USE opd_status plist_check(const struct snapshot *snapshot, const struc
 /* Cuts names for an op. filter NULL: no device asked for. NULL: out of memory. */
 struct effective *effective_create(const struct snapshot *snapshot, const struct op *op, msg_level level, const struct msg_text *names,
                                    uint32_t count, const struct device_filter *filter, struct plist *list);
+/* Cuts the list's cases for the op, and gives them to its effective. False: out of memory. */
+OPD_MUST_USE bool effective_add_cases(struct effective *effective, const struct snapshot *snapshot, const struct op *op, const struct plist *list,
+                                      const struct device_filter *filter);
+/* The one that holds for these arguments: a case, or itself. Borrowed. */
+const struct effective *effective_for(const struct effective *effective, const opd_call *call);
 /* No list at any level: native alone. */
 struct effective *effective_create_none(const struct snapshot *snapshot, const struct op *op, const struct device_filter *filter);
 /* Of a session's stored list, from its cache or made now; referenced. */
@@ -78,7 +106,7 @@ const struct msg_text *effective_list_names(const struct effective *effective, u
 struct effective *effective_ref(struct effective *effective);
 void effective_unref(struct effective *effective);
 
-/* Warns once per op and stored list where dispatch may fall back to native unasked (SEMANTICS 19, 21, 22). once: the stored list's warned bits; NULL for a
+/* Warns once per op and stored list (those of cases too) where dispatch may fall back to native unasked (SEMANTICS 19, 21, 22). once: the stored list's warned bits; NULL for a
  * request's own list, whose warnings `limit` bounds. */
 void effective_warn(const struct effective *effective, const struct op *op, struct log *log, _Atomic uint32_t *once, struct log_limit *limit);
 

@@ -12,16 +12,8 @@
 #include "server/derived.h"
 #include "server/kept.h"
 #include "server/session.h"
+#include "server/tenant.h"
 #include "server/tensors.h"
-
-/* Whoever publishes or holds something: an account, for what no session pays. */
-struct tenant {
-	struct tenant *next;
-	char name[64];
-	uint32_t refs; /* publications and holders' entries */
-	uint32_t publications;
-	struct account *account;
-};
 
 /* How many kept tensors of a tenant's sessions have a content. */
 struct holder {
@@ -67,14 +59,14 @@ struct hold {
 struct publications {
 	pthread_mutex_t mutex;
 	struct memory *memory;
-	struct tenant *tenants;
+	struct tenants *tenants;
 	struct content *contents;
 	struct publication *first;
 	struct publication **end;
 	uint32_t count;
 };
 
-struct publications *publications_create(struct memory *memory)
+struct publications *publications_create(struct memory *memory, struct tenants *tenants)
 {
 	/* A process that ends with this daemon in it must not take OpenSSL away from lanes that still hash. */
 	(void)OPENSSL_init_crypto(OPENSSL_INIT_NO_ATEXIT, NULL);
@@ -86,6 +78,7 @@ struct publications *publications_create(struct memory *memory)
 		return NULL;
 	}
 	table->memory = memory;
+	table->tenants = tenants;
 	table->end = &table->first;
 	return table;
 }
@@ -93,43 +86,6 @@ struct publications *publications_create(struct memory *memory)
 static opd_status out_of_memory(opd_error *error)
 {
 	return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "publish: out of memory");
-}
-
-/* ---- Tenants ---- */
-
-/* Referenced; NULL: out of memory. */
-static struct tenant *tenant_get(struct publications *table, const char *name)
-{
-	struct tenant *tenant = table->tenants;
-	while (tenant != NULL && strcmp(tenant->name, name) != 0)
-		tenant = tenant->next;
-	if (tenant == NULL) {
-		tenant = calloc(1, sizeof *tenant);
-		if (tenant == NULL)
-			return NULL;
-		tenant->account = account_create(table->memory, UINT64_MAX); /* the daemon's ledger limits it */
-		if (tenant->account == NULL) {
-			free(tenant);
-			return NULL;
-		}
-		(void)snprintf(tenant->name, sizeof tenant->name, "%s", name);
-		tenant->next = table->tenants;
-		table->tenants = tenant;
-	}
-	tenant->refs++;
-	return tenant;
-}
-
-static void tenant_put(struct publications *table, struct tenant *tenant)
-{
-	if (--tenant->refs != 0)
-		return;
-	struct tenant **link = &table->tenants;
-	while (*link != tenant)
-		link = &(*link)->next;
-	*link = tenant->next;
-	account_unref(tenant->account);
-	free(tenant);
 }
 
 /* ---- Contents ---- */
@@ -200,19 +156,15 @@ static void content_settle(struct publications *table, struct content *content)
 
 /* ---- Holds ---- */
 
-static struct holder *holder_get(struct publications *table, struct content *content, const char *tenant)
+static struct holder *holder_get(struct publications *table, struct content *content, struct tenant *tenant)
 {
 	for (struct holder *holder = content->holders; holder != NULL; holder = holder->next)
-		if (strcmp(holder->tenant->name, tenant) == 0)
+		if (holder->tenant == tenant)
 			return holder;
 	struct holder *holder = calloc(1, sizeof *holder);
 	if (holder == NULL)
 		return NULL;
-	holder->tenant = tenant_get(table, tenant);
-	if (holder->tenant == NULL) {
-		free(holder);
-		return NULL;
-	}
+	holder->tenant = tenant_ref(table->tenants, tenant);
 	holder->next = content->holders;
 	content->holders = holder;
 	return holder;
@@ -226,7 +178,7 @@ static void holder_drop(struct publications *table, struct content *content, str
 	*link = holder->next;
 	if (content->payer == 0 && buffer_payer(content->buffer) == holder->tenant->account)
 		content_move_charge(table, content);
-	tenant_put(table, holder->tenant);
+	tenant_unref(table->tenants, holder->tenant);
 	free(holder);
 }
 
@@ -292,10 +244,10 @@ static bool describe(const struct publication *publication, struct arena *arena,
 }
 
 /* The tenant's of this name; NULL: none. */
-static struct publication *find_own(const struct publications *table, const char *tenant, struct msg_text name)
+static struct publication *find_own(const struct publications *table, const struct tenant *tenant, struct msg_text name)
 {
 	for (struct publication *at = table->first; at != NULL; at = at->next)
-		if (strcmp(at->tenant->name, tenant) == 0 && strlen(at->name) == name.bytes && memcmp(at->name, name.data, name.bytes) == 0)
+		if (at->tenant == tenant && strlen(at->name) == name.bytes && memcmp(at->name, name.data, name.bytes) == 0)
 			return at;
 	return NULL;
 }
@@ -307,7 +259,7 @@ static struct publication *find_visible(const struct publications *table, const 
 	for (struct publication *at = table->first; at != NULL; at = at->next) {
 		const bool right = open->sha256 != NULL ? memcmp(at->content->sha256, open->sha256, MSG_SHA256_BYTES) == 0
 		                                        : strlen(at->name) == open->name.bytes && memcmp(at->name, open->name.data, open->name.bytes) == 0;
-		if (right && strcmp(at->tenant->name, session->tenant) == 0)
+		if (right && at->tenant == session->tenant)
 			return at;
 		if (right && at->all && others == NULL)
 			others = at;
@@ -330,7 +282,7 @@ static void publication_remove(struct publications *table, struct publication *p
 	if (content->payer != 0 && content->payer == publication->session)
 		content->payer = 0;
 	content_settle(table, content);
-	tenant_put(table, publication->tenant);
+	tenant_unref(table->tenants, publication->tenant);
 	free(publication);
 }
 
@@ -354,7 +306,7 @@ static opd_status check_room(const struct publications *table, const struct tena
 	return OPD_OK;
 }
 
-/* A new one, in the table. Takes the tenant's reference on success. */
+/* A new one, in the table. */
 static opd_status publication_create(struct publications *table, const struct session *session, struct tenant *tenant, struct content *content,
                                      const struct msg_publish *publish, struct publication **out, opd_error *error)
 {
@@ -363,7 +315,7 @@ static opd_status publication_create(struct publications *table, const struct se
 	if (publication == NULL)
 		return status == OPD_OK ? out_of_memory(error) : status;
 	memcpy(publication->name, publish->name.data, publish->name.bytes);
-	publication->tenant = tenant;
+	publication->tenant = tenant_ref(table->tenants, tenant);
 	publication->content = content;
 	publication->all = publish->all;
 	publication->lasting = publish->lasting;
@@ -393,7 +345,7 @@ static opd_status publication_again(struct publication *publication, const struc
 static opd_status add(struct publications *table, const struct session *session, struct tenant *tenant, const struct kept_tensor *tensor, const uint8_t *sha256,
                       const struct msg_publish *publish, struct publication **publication_out, struct kept_tensor **tensor_out, opd_error *error)
 {
-	struct publication *publication = find_own(table, tenant->name, publish->name);
+	struct publication *publication = find_own(table, tenant, publish->name);
 	struct content *content = content_find(table, tenant, tensor, sha256);
 	const bool fresh = content == NULL && publication == NULL;
 	if (fresh && (content = content_create(table, session, tensor, sha256)) == NULL)
@@ -403,7 +355,6 @@ static opd_status add(struct publications *table, const struct session *session,
 	if (status == OPD_OK && (*tensor_out = content_hold(table, content, session)) == NULL) {
 		status = out_of_memory(error);
 		if (fresh) {
-			tenant->refs++; /* given back by the removal */
 			publication_remove(table, publication);
 			return status;
 		}
@@ -425,15 +376,11 @@ opd_status publications_add(struct publications *table, const struct session *se
 		return opd_fail(error, OPD_INVALID_ARGUMENT, "publish: name \"%s\", expected 1 to %u of A-Z a-z 0-9 _ . - : /",
 		                text_escape(publish->name.data == NULL ? "" : publish->name.data, publish->name.bytes, shown, sizeof shown), BOUND_NAME_BYTES);
 	(void)pthread_mutex_lock(&table->mutex);
-	struct tenant *tenant = tenant_get(table, session->tenant);
 	struct publication *publication = NULL;
 	*tensor_out = NULL;
-	const uint32_t before = table->count;
-	opd_status status = tenant == NULL ? out_of_memory(error) : add(table, session, tenant, tensor, sha256, publish, &publication, tensor_out, error);
+	opd_status status = add(table, session, session->tenant, tensor, sha256, publish, &publication, tensor_out, error);
 	if (status == OPD_OK && !describe(publication, arena, out))
 		status = out_of_memory(error); /* it is published all the same; saying so takes no more than asking again */
-	if (tenant != NULL && table->count == before) /* a new publication keeps the reference */
-		tenant_put(table, tenant);
 	(void)pthread_mutex_unlock(&table->mutex);
 	if (status != OPD_OK) {
 		kept_tensor_unref(*tensor_out);
@@ -491,7 +438,7 @@ bool publications_list(struct publications *table, const struct session *session
 	bool made = items != NULL;
 	uint32_t count = 0;
 	for (const struct publication *at = table->first; made && at != NULL; at = at->next)
-		if (session->admin || at->all || strcmp(at->tenant->name, session->tenant) == 0)
+		if (session->admin || at->all || at->tenant == session->tenant)
 			made = describe(at, arena, &items[count++]);
 	(void)pthread_mutex_unlock(&table->mutex);
 	*items_out = items;
@@ -519,7 +466,7 @@ void publications_destroy(struct publications *table)
 		return;
 	while (table->first != NULL)
 		publication_remove(table, table->first);
-	assert(table->contents == NULL && table->tenants == NULL);
+	assert(table->contents == NULL);
 	(void)pthread_mutex_destroy(&table->mutex);
 	free(table);
 }

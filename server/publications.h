@@ -4,7 +4,7 @@
  * Life: publications_create → add, open, withdraw, list, end of sessions → publications_destroy, when no session is left.
  * Who pays: the publishing session, until it withdraws or ends; then, as at once for a lasting one, a tenant that still has it (whose publication it is first, else whose
  * sessions hold it). Moving a charge may pass the new payer's limit: it is never refused.
- * A tenant is the peer's identity (session.h). Names are a tenant's own: its sessions see its names first, then those that others published to all, oldest first. */
+ * A tenant is the peer's identity (tenant.h). Names are a tenant's own: its sessions see its names first, then those that others published to all, oldest first. */
 #ifndef OPD_SERVER_PUBLICATIONS_H
 #define OPD_SERVER_PUBLICATIONS_H
 
@@ -18,12 +18,13 @@
 
 struct hold;
 struct kept_tensor;
-struct memory;
 struct publications;
+struct memory;
 struct session;
+struct tenants;
 
 /* NULL: out of memory. */
-struct publications *publications_create(struct memory *memory);
+struct publications *publications_create(struct memory *memory, struct tenants *tenants);
 /* Lasting ones end here. NULL is allowed. */
 void publications_destroy(struct publications *table);
 

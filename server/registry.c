@@ -204,6 +204,11 @@ static void remember_missing(struct registry *registry, const char *name, const 
 	(void)pthread_mutex_unlock(&registry->mutex);
 }
 
+void registry_remember(struct registry *registry, const char *name, const char *reason)
+{
+	remember_missing(registry, name, "", reason);
+}
+
 opd_status registry_load(struct registry *registry, const char *path, const char *name, bool remember, opd_error *error)
 {
 	void *library = NULL;
@@ -351,23 +356,58 @@ static void configured_swap(struct registry *registry, struct configured *config
 	}
 }
 
+static opd_status configured_plain(struct registry *registry, struct configured *configured, const struct registry_list *list, opd_error *error)
+{
+	struct plist *made;
+	struct plist **slot;
+	opd_status status = make_list(registry, MSG_LEVEL_CONFIGURATION, list->op, list->names, list->count, &made, &slot, error);
+	if (status != OPD_OK)
+		return status;
+	uint32_t at = slot == &registry->configuration_star ? registry->op_count : (uint32_t)(registry_find(registry, list->op) - registry->ops);
+	plist_unref(configured->lists[at]);
+	configured->lists[at] = made;
+	return OPD_OK;
+}
+
+/* A list for some of an op's calls: it hangs on the op's plain one. */
+static opd_status configured_narrow(struct registry *registry, struct configured *configured, const struct registry_list *list,
+                                    const struct priority_key *key, opd_error *error)
+{
+	const struct op *op = snapshot_find_op(registry->current, (struct msg_text){list->op, key->op_bytes}, error);
+	if (op == NULL)
+		return OPD_NOT_FOUND;
+	struct plist *plain = configured->lists[op->index];
+	if (plain == NULL)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "priority for %s: it narrows a list of %s, and there is none", list->op, op->schema->name);
+	struct plist *narrow;
+	struct plist **slot;
+	opd_status status = make_list(registry, MSG_LEVEL_CONFIGURATION, op->schema->name, list->names, list->count, &narrow, &slot, error);
+	if (status == OPD_OK)
+		status = plist_add_case(plain, list->op, key, narrow, error);
+	else
+		narrow = NULL;
+	plist_unref(narrow);
+	return status;
+}
+
+/* Plain lists first, then those that narrow them. */
 static opd_status configured_fill(struct registry *registry, struct configured *configured, const struct registry_list *lists, size_t count,
                                   size_t *failed_out, opd_error *error)
 {
-	for (size_t i = 0; i < count; i++) {
-		struct plist *list;
-		struct plist **slot;
-		opd_status status =
-			make_list(registry, MSG_LEVEL_CONFIGURATION, lists[i].op, lists[i].names, lists[i].count, &list, &slot, error);
-		if (status != OPD_OK) {
-			*failed_out = i;
-			return status;
+	opd_status status = OPD_OK;
+	for (size_t turn = 0; turn < 2; turn++)
+		for (size_t i = 0; i < count; i++) {
+			struct priority_key key;
+			status = priority_key_parse(lists[i].op, &key, error);
+			if (status == OPD_OK && priority_key_narrow(&key) == (turn == 1))
+				status = turn == 0 ? configured_plain(registry, configured, &lists[i], error)
+				                   : configured_narrow(registry, configured, &lists[i], &key, error);
+			if (status != OPD_OK) {
+				*failed_out = i;
+				return status;
+			}
 		}
-		uint32_t at = slot == &registry->configuration_star ? registry->op_count : (uint32_t)(registry_find(registry, lists[i].op) - registry->ops);
-		plist_unref(configured->lists[at]);
-		configured->lists[at] = list;
-	}
-	return OPD_OK;
+	return status;
 }
 
 opd_status registry_set_configuration(struct registry *registry, const struct registry_list *lists, size_t count, size_t *failed_out,

@@ -104,6 +104,9 @@ void registry_destroy(struct registry *registry);
 OPD_MUST_USE opd_status registry_open_builtin(struct registry *registry, const opd_module *module, opd_error *error);
 OPD_MUST_USE opd_status registry_load(struct registry *registry, const char *path, const char *name, bool remember, opd_error *error);
 
+/* A name that lists may use although no module of it is there (SEMANTICS 16), with the reason why. Nothing happens when there is a provider of this name. */
+void registry_remember(struct registry *registry, const char *name, const char *reason);
+
 /* Another shape function for an op, by its owner. */
 OPD_MUST_USE opd_status registry_set_shape(struct registry *registry, const char *op, opd_shape_fn shape, opd_error *error);
 
@@ -126,7 +129,7 @@ OPD_MUST_USE opd_status registry_set_priority(struct registry *registry, int lev
                                               opd_error *error);
 /* All of the configuration's lists in one step: requests see the old ones or the new ones. On failure nothing changes, and *failed_out is the bad one's index (count: memory). */
 struct registry_list {
-	const char *op; /* or "*" */
+	const char *op; /* or "*", or an op narrowed: priority_key.h; an op that has narrowed lists has a plain one as well */
 	const char *const *names;
 	uint32_t count;
 };

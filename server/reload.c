@@ -4,6 +4,7 @@
 
 #include "server/daemon.h"
 #include "server/derived.h"
+#include "server/request.h"
 
 opd_status server_set_priorities(struct server *server, const struct config *config, opd_error *error)
 {
@@ -12,6 +13,8 @@ opd_status server_set_priorities(struct server *server, const struct config *con
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "priorities: out of memory");
 	for (size_t i = 0; i < config->priority_count; i++) {
 		const struct config_priority *priority = &config->priorities[i];
+		for (size_t k = 0; priority->standard && k < priority->count; k++) /* the lists that come with opd name providers of modules that may be anywhere or nowhere */
+			registry_remember(server->registry, priority->providers[k], "no such module is configured");
 		lists[i] = (struct registry_list){priority->op, (const char *const *)priority->providers, (uint32_t)priority->count};
 	}
 	size_t failed;
@@ -47,6 +50,21 @@ static bool module_known(const struct config *config, const char *path)
 	return false;
 }
 
+/* Sessions that are open keep their class; weights, rates and caps count from now on. */
+static void apply_policy(struct tenant *tenant, void *argument)
+{
+	struct server *server = argument;
+	config_tenant(server->config, tenant->name, &tenant->policy);
+	struct sched_group *group = tenant->groups[0];
+	if (group == NULL)
+		return;
+	struct scheduler *scheduler = lane_scheduler_lock(server->lane);
+	sched_group_set_weight(scheduler, group, tenant->policy.weight);
+	if (group->rate_ns != tenant->policy.device_rate_ns)
+		sched_group_set_rate(scheduler, group, tenant->policy.device_rate_ns, request_now_ns());
+	lane_scheduler_unlock(server->lane);
+}
+
 opd_status server_reload(struct server *server, struct config *config, opd_error *error)
 {
 	const struct config *before = server->config;
@@ -70,6 +88,8 @@ opd_status server_reload(struct server *server, struct config *config, opd_error
 		return opd_error_prefix(error, status, "reload");
 	log_set_level(server->log, config->level);
 	server_take_config(server, config);
+	server_bound_queues(server);
+	tenants_walk(server->tenants, apply_policy, server);
 	atomic_store(&server->memory.limit_bytes, config->limits.memory_bytes);
 	derived_set_limit(server->derived, config->limits.derived_bytes);
 	atomic_store(&server->account->limit_bytes, config->limits.memory_bytes);

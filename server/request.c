@@ -1,5 +1,6 @@
 #include "server/request.h"
 
+#include <assert.h>
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
@@ -62,6 +63,35 @@ static void priority_set(struct request *request)
 	request_reply_empty(request);
 }
 
+/* Copied: a pop or a reload may drop the list before the reply is encoded for a direct caller. False: no room. */
+static bool copy_stored(struct request *request, const struct plist *list, const struct msg_text **stored_out, uint32_t *count_out)
+{
+	struct msg_text *stored = arena_array(&request->arena, list->count, sizeof stored[0]);
+	for (uint32_t i = 0; stored != NULL && i < list->count; i++)
+		stored[i] = (struct msg_text){arena_text(&request->arena, list->names[i].data, list->names[i].bytes), list->names[i].bytes};
+	*stored_out = stored;
+	*count_out = list->count;
+	return stored != NULL;
+}
+
+/* The lists that narrow this one. False: no room. */
+static bool fill_cases(struct request *request, const struct effective *effective, struct msg_priority_reply *reply)
+{
+	struct msg_priority_case *cases = arena_array(&request->arena, effective->case_count, sizeof cases[0]);
+	for (uint32_t i = 0; cases != NULL && i < effective->case_count; i++) {
+		const struct effective *narrow = effective->cases[i].effective;
+		cases[i].key = msg_text(arena_text(&request->arena, narrow->narrowed, strlen(narrow->narrowed)));
+		cases[i].effective = effective_list_names(narrow, narrow->count, &request->arena);
+		cases[i].effective_count = narrow->count;
+		if (cases[i].key.data == NULL || cases[i].effective == NULL ||
+		    !copy_stored(request, narrow->list, &cases[i].stored, &cases[i].stored_count))
+			return false;
+	}
+	reply->cases = cases;
+	reply->case_count = effective->case_count;
+	return cases != NULL;
+}
+
 static void priority_get(struct request *request)
 {
 	const struct op *op = snapshot_find_op(request->snapshot, request->message.op, &request->error);
@@ -77,15 +107,9 @@ static void priority_get(struct request *request)
 		list = effective->list;
 	reply->effective = effective == NULL ? NULL : effective_list_names(effective, effective->count, &request->arena);
 	bool made = reply->effective != NULL;
-	if (made && list != NULL) {
-		/* Copied: a pop may drop the list before the reply is encoded for a direct caller. */
-		struct msg_text *stored = arena_array(&request->arena, list->count, sizeof stored[0]);
-		made = stored != NULL;
-		for (uint32_t i = 0; made && i < list->count; i++)
-			stored[i] = (struct msg_text){arena_text(&request->arena, list->names[i].data, list->names[i].bytes), list->names[i].bytes};
-		reply->stored = stored;
-		reply->stored_count = list->count;
-	}
+	if (made && list != NULL)
+		made = copy_stored(request, list, &reply->stored, &reply->stored_count);
+	made = made && fill_cases(request, effective, reply);
 	if (made) {
 		reply->effective_count = effective->count;
 		reply->level = effective->level;
@@ -134,6 +158,8 @@ static const struct step {
 	[MSG_REQUEST_ATTACH_MEMORY] = {"attach_memory", NULL, region_attach_start, false},
 	[MSG_REQUEST_DETACH_MEMORY] = {"detach_memory", NULL, region_detach_start, false},
 	[MSG_REQUEST_ATTACH_RINGS] = {"attach_rings", NULL, ring_attach_start, false},
+	[MSG_REQUEST_LIST_SESSIONS] = {"list_sessions", NULL, inspect_sessions, false},
+	[MSG_REQUEST_SET_SESSION] = {"set_session", NULL, admin_set_session, true},
 	[MSG_REQUEST_REGISTER_GRAPH] = {"register_graph", graph_register_accept, graph_register_start, false},
 	[MSG_REQUEST_RUN_GRAPH] = {"run_graph", run_accept, run_start, false},
 	[MSG_REQUEST_FREE_GRAPH] = {"free_graph", graph_free_accept, request_reply_empty, false},
@@ -275,6 +301,8 @@ static void encode(struct request *request)
 static void finish(struct request *request)
 {
 	request->replied = true;
+	if (request->run.deadline_ns != 0 && !request->direct)
+		deadline_clear(&request->context->server->deadlines, request);
 	if (!request->direct)
 		encode(request);
 	request->on_reply(request);
@@ -360,6 +388,18 @@ static bool withdraw(struct request *request)
 	       lane_withdraw(request->context->server->lane, &request->job);
 }
 
+void request_expire(struct request *request)
+{
+	/* What has begun is finished: its kernel can't be taken back, and a result that is there is worth more than an error. */
+	if (request->replied || request->cancelled || !withdraw(request))
+		return;
+	request->cancelled = true;
+	stop_waiting(request);
+	(void)opd_fail(&request->error, OPD_DEADLINE_EXCEEDED, "%s: not started within its timeout of %" PRIu64 " us",
+	               request->run.op != NULL ? request->run.op->schema->name : steps[request->message.kind].name, request->message.run.timeout_us);
+	request_fail(request);
+}
+
 bool request_cancel(struct request *request)
 {
 	if (request->replied || request->cancelled || !can_be_cancelled(request))
@@ -401,7 +441,9 @@ void request_task(struct request *request, request_task_fn task, request_task_fn
 		return;
 	}
 	request->job = (struct lane_job){.run = task_run, .done = task_done};
-	lane_submit(request->context->server->lane, &request->job);
+	const bool queued = lane_submit(request->context->server->lane, &request->job); /* as the lane's own */
+	assert(queued);
+	(void)queued;
 }
 
 /* ---- Payloads ---- */

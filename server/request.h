@@ -65,7 +65,10 @@ struct request_run {
 	uint32_t donation_count;
 	struct buffer *scratch;
 	uint32_t device;            /* number of the device that it runs on */
+	sched_class class;          /* in the lane's order */
+	uint64_t cost_ns;           /* estimated; 0: unknown */
 	uint64_t deadline_ns;       /* 0: none */
+	struct heap_node deadline;  /* among its context's, while it waits to start */
 	struct msg_handle *handles; /* [output_count], once settled */
 	struct region **regions;    /* [region_count]: shared memory of operands, then of results, referenced; NULL where none (shared.c) */
 	uint32_t region_count;
@@ -149,6 +152,8 @@ void request_abandon(struct request *request, opd_status status, const char *why
 /* Nobody wants its result. One that hasn't begun on a lane ends with CANCELLED before this returns, and may be gone then; a kernel that runs is told,
  * and its end is the request's. Its owner expects no more of its payload. False: nothing was to be done. Not from on_reply or a waiter's callback. */
 bool request_cancel(struct request *request);
+/* Its deadline has come: answered now with DEADLINE_EXCEEDED, unless its kernel has begun. */
+void request_expire(struct request *request);
 
 /* ---- For the files that implement kinds of requests ---- */
 
@@ -229,6 +234,8 @@ void inspect_info(struct request *request);
 void inspect_tensors(struct request *request);
 void admin_load_module(struct request *request); /* admin.c */
 void admin_set_log_level(struct request *request);
+void inspect_sessions(struct request *request);
+void admin_set_session(struct request *request);
 void admin_drain(struct request *request);
 
 #endif

@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <inttypes.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -266,6 +267,10 @@ int ring_put(struct conn *conn, const uv_buf_t *bufs, unsigned count)
 		written += bytes;
 		room -= bytes;
 	}
+	if (ring->poll_ns != 0) { /* before the client sees its answer: the next request then needs no wake-up */
+		ring->active_ns = request_now_ns();
+		wake(ring);
+	}
 	if (ring_publish(&ring->replies, &ring->header->client_waits))
 		wake_client(ring);
 	return (int)written;
@@ -283,7 +288,7 @@ static void look_for_room(struct ring *ring)
 
 /* ---- Turns ---- */
 
-/* The next request is probably near: its client said that it polls, has its answers, and isn't the only one with work. */
+/* The next request is probably near, its client having said that it polls and having all its answers; no kernel needs the core; and the second's budget isn't spent. */
 static bool is_polling(const struct ring *ring, uint64_t now_ns)
 {
 	const struct server *server = ring->server;
@@ -325,7 +330,23 @@ void rings_serve(struct server *server)
 		ring->next = kept;
 		kept = ring;
 	}
-	server->rings = kept;
+	while (kept != NULL) {
+		struct ring *ring = kept;
+		kept = ring->next;
+		if (ring->conn == NULL) /* closed while another was served */
+			continue;
+		ring->next = server->rings;
+		server->rings = ring;
+	}
+}
+
+/* Others may need this core, the client perhaps. Where nobody does, a yield costs 0.3 us. */
+static void breathe(uint64_t looked_ns)
+{
+	if (looked_ns < RING_PAUSE_NS)
+		ring_relax();
+	else
+		(void)sched_yield();
 }
 
 bool rings_look(struct server *server)
@@ -339,20 +360,12 @@ bool rings_look(struct server *server)
 			polling = polling || is_polling(ring, now);
 			found = conn_may_read(ring->conn) && ring_filled(&ring->requests) != 0;
 		}
-		ring_relax();
+		breathe(now - begin);
 		now = request_now_ns();
 	}
-	server->polled_ns += now - begin;
+	if (!found)
+		server->polled_ns += now - begin;
 	return found;
-}
-
-void ring_written(struct conn *conn)
-{
-	struct ring *ring = conn->ring;
-	if (ring->poll_ns == 0 || ring->answering || conn->session->in_flight != 0)
-		return;
-	ring->active_ns = request_now_ns();
-	wake(ring);
 }
 
 /* ---- The socket ---- */

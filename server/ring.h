@@ -27,8 +27,6 @@ void ring_attach_start(struct request *request);
 int ring_put(struct conn *conn, const uv_buf_t *bufs, unsigned count);
 /* The connection may read on: looks at its ring in the next turn. */
 void ring_wake(struct conn *conn);
-/* All replies are written: one that polls is looked at from now. */
-void ring_written(struct conn *conn);
 /* What came over the socket beside the ring: descriptors, each with a byte of 0. */
 void ring_socket_bytes(struct conn *conn, const unsigned char *bytes, size_t count);
 /* With its connection. */

@@ -39,6 +39,7 @@ static opd_status find_list_for_device(struct request *request, const struct msg
 	if (status != OPD_OK)
 		return status;
 	msg_level level = MSG_LEVEL_REQUEST;
+	const struct plist *stored = NULL;
 	const struct msg_text *names = run->priority.names;
 	uint32_t count = run->priority.count;
 	if (run->priority.present) {
@@ -52,16 +53,20 @@ static opd_status find_list_for_device(struct request *request, const struct msg
 		level = list->level;
 		names = list->names;
 		count = list->count;
+		stored = list;
 	}
 	request->run.effective = effective_create(request->snapshot, op, level, names, count, &filter, NULL);
-	return request->run.effective == NULL ? out_of_memory(request) : OPD_OK;
+	if (request->run.effective == NULL ||
+	    (stored != NULL && !effective_add_cases(request->run.effective, request->snapshot, op, stored, &filter)))
+		return out_of_memory(request);
+	return OPD_OK;
 }
 
 static void warn_of_fallback(struct request *request, const struct msg_run *run, const struct op *op)
 {
 	struct effective *effective = request->run.effective;
 	_Atomic uint32_t *once = NULL;
-	if (!effective->appended || run->strict || run->mode == MSG_FAKE)
+	if ((!effective->appended && effective->case_count == 0) || run->strict || run->mode == MSG_FAKE)
 		return;
 	if (effective->level == MSG_LEVEL_SESSION)
 		once = session_priority(request->session, op->index)->warned;
@@ -100,6 +105,8 @@ static void on_settled(struct waiter *waiter, struct kept_tensor *tensor, const 
 		request->run.failed = true;
 		request->error = *error;
 	}
+	if (!request->run.failed && donate_arrived(request, mine->operand) != OPD_OK)
+		request->run.failed = true;
 	run_proceed(request);
 }
 
@@ -283,6 +290,15 @@ static opd_status expect_kept(struct request *request, const struct msg_run *run
 	return status;
 }
 
+/* What it asks for, but nothing more urgent than its tenant may. */
+static sched_class class_of(const struct request *request)
+{
+	const uint32_t asked = request->message.run.service_class;
+	const struct session *session = request->session;
+	const sched_class class = asked == 0 ? session->class : (sched_class)(asked - 1);
+	return class < session->tenant->policy.class_max ? session->tenant->policy.class_max : class;
+}
+
 opd_status run_take(struct request *request)
 {
 	const struct msg_run *run = &request->message.run;
@@ -297,8 +313,11 @@ opd_status run_take(struct request *request)
 		status = expect_kept(request, run);
 	if (run->explain)
 		request->clock.accepted = request_now_ns();
+	request->run.class = class_of(request);
 	if (run->timeout_us != 0)
 		request->run.deadline_ns = request->clock.received + (run->timeout_us < UINT64_MAX / 2000 ? run->timeout_us * 1000 : UINT64_MAX / 2);
+	if (request->run.deadline_ns != 0 && !request->direct && status == OPD_OK)
+		deadline_set(&request->context->server->deadlines, request);
 	return status;
 }
 
@@ -425,7 +444,7 @@ static void run_ready(struct request *request)
 		status = shared_check_results(request);
 	if (status == OPD_OK && message->mode != MSG_FAKE)
 		status = dispatch_init(&run->dispatch, request->snapshot, run->effective, request->context->server->plans,
-		                       request->context->server->log, run->op, message->strict, &request->error);
+		                       request->context->server->log, run->op, message->strict, &run->bound.call, &request->error);
 	if (status != OPD_OK) {
 		request_fail(request);
 		return;
@@ -450,6 +469,28 @@ static bool donates(const struct request_run *run, uint32_t output)
 		if (run->donations[i].result == output)
 			return true;
 	return false;
+}
+
+/* What is kept, and goes nowhere else, is the table's alone from now on: whoever has waited for it may be given its memory. */
+static void let_go(struct request *request)
+{
+	struct request_run *run = &request->run;
+	const struct msg_run *message = &request->message.run;
+	for (uint32_t i = 0; i < run->bound.call.output_count && i < message->output_count; i++) {
+		if (!message->outputs[i].no_copy)
+			continue;
+		buffer_unref(run->outputs[i]);
+		run->outputs[i] = NULL;
+		if (run->resident != NULL)
+			buffer_unref(run->resident[i]);
+		if (run->resident != NULL)
+			run->resident[i] = NULL;
+	}
+	for (uint32_t i = 0; i < run->donation_count; i++) {
+		const uint32_t operand = run->donations[i].operand;
+		kept_tensor_unref(run->kept[operand]);
+		run->kept[operand] = NULL;
+	}
 }
 
 bool run_keeps(const struct request *request, uint32_t output)
@@ -487,6 +528,7 @@ static bool keep_outputs(struct request *request)
 		return false;
 	}
 	run->expected = false;
+	let_go(request);
 	kept_settle(&request->session->kept, request->id, tensors, count, run->handles);
 	return true;
 }
@@ -616,6 +658,7 @@ void run_failed(struct request *request)
 void run_release(struct request *request)
 {
 	struct request_run *run = &request->run;
+	shared_release(request);
 	if (request->message.kind != MSG_REQUEST_RUN && request->message.kind != MSG_REQUEST_RUN_GRAPH)
 		return;
 	for (uint32_t i = 0; i < run->bound.operand_count; i++) {
@@ -628,7 +671,6 @@ void run_release(struct request *request)
 	for (uint32_t i = 0; run->resident != NULL && i < run->bound.call.output_count; i++)
 		buffer_unref(run->resident[i]);
 	buffer_unref(run->scratch);
-	shared_release(request);
 	dispatch_fini(&run->dispatch);
 	effective_unref(run->effective);
 	graph_run_release(request);

@@ -317,6 +317,8 @@ static opd_status open_loop(struct server *server, opd_error *error)
 		failed = uv_idle_init(&server->loop, &server->again);
 	if (failed == 0)
 		failed = open_tick(server);
+	if (failed == 0)
+		failed = deadlines_open(&server->deadlines, &server->loop);
 	server->wake.data = server->flush.data = server->again.data = server->tick.data = server;
 	if (failed == 0)
 		failed = uv_check_start(&server->flush, on_flush);
@@ -369,15 +371,18 @@ static opd_status start(struct server *server, opd_error *error)
 		status = memory_init(&server->memory, config->limits.memory_bytes, config->limits.cache_bytes, error);
 	if (status == OPD_OK) {
 		server->account = account_create(&server->memory, config->limits.memory_bytes);
-		server->publications = publications_create(&server->memory);
+		server->tenants = tenants_create(&server->memory);
+		server->publications = publications_create(&server->memory, server->tenants);
 		server->stage = malloc(CONN_STAGE_BYTES);
-		if (server->account == NULL || server->publications == NULL || server->stage == NULL)
+		if (server->account == NULL || server->tenants == NULL || server->publications == NULL || server->stage == NULL)
 			status = opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: out of memory");
 	}
 	if (status == OPD_OK)
 		status = derived_create(&server->memory, config->limits.derived_bytes, &server->derived, error);
 	if (status == OPD_OK)
 		status = lane_create(&lane, &server->lane, error);
+	if (status == OPD_OK)
+		server_bound_queues(server);
 	if (status == OPD_OK)
 		status = plans_create(PLAN_ENTRIES, PLAN_BYTES, &server->plans, error);
 	if (status == OPD_OK)
@@ -387,6 +392,14 @@ static opd_status start(struct server *server, opd_error *error)
 	for (size_t i = 0; status == OPD_OK && i < config->listener_count; i++)
 		status = listener_open(server, &config->listeners[i], error);
 	return status;
+}
+
+void server_bound_queues(struct server *server)
+{
+	struct scheduler *scheduler = lane_scheduler_lock(server->lane);
+	scheduler->flow_queue_max = server->config->limits.queue;
+	scheduler->queue_max = server->config->limits.lane_queue;
+	lane_scheduler_unlock(server->lane);
 }
 
 void server_take_config(struct server *server, struct config *config)
@@ -477,6 +490,7 @@ void server_destroy(struct server *server)
 	for (uint32_t i = 0; i < REGISTRY_DEVICES_MAX; i++)
 		device_lane_stop(server->device_lanes[i]);
 	lane_destroy(server->lane);
+	tenants_destroy(server->tenants);
 	plans_destroy(server->plans);
 	derived_destroy(server->derived); /* before their makers are closed */
 	registry_destroy(server->registry);
@@ -487,6 +501,7 @@ void server_destroy(struct server *server)
 	}
 	if (server->tick_fd >= 0)
 		(void)close(server->tick_fd);
+	deadlines_close(&server->deadlines);
 	free(server->stage);
 	config_destroy(server->config);
 	(void)pthread_mutex_destroy(&server->mutex);

@@ -5,6 +5,7 @@
 
 #include "proto/bounds.h"
 #include "proto/text.h"
+#include "server/daemon.h"
 #include "server/graph.h"
 
 #define STAR UINT32_MAX
@@ -78,16 +79,43 @@ struct session *session_create(struct server *server, struct memory *memory, uin
 	session->id = id;
 	session->server = server;
 	session->admin = admin;
-	(void)snprintf(session->tenant, sizeof session->tenant, "%s", tenant);
 	session->account = account_create(memory, limit_bytes);
 	session->maps = calloc(1, sizeof *session->maps);
 	kept_init(&session->kept, kept_limit);
-	if (session->account == NULL || session->maps == NULL) {
+	if (session->account == NULL || session->maps == NULL || !session_set_tenant(session, tenant)) {
 		session_unref(session);
 		return NULL;
 	}
 	session->maps->base = true;
 	return session;
+}
+
+static void leave_tenant(struct session *session)
+{
+	if (session->tenant == NULL)
+		return;
+	(void)atomic_fetch_sub_explicit(&session->tenant->sessions, 1, memory_order_relaxed);
+	tenant_unref(session->server->tenants, session->tenant);
+	session->tenant = NULL;
+}
+
+bool session_set_tenant(struct session *session, const char *name)
+{
+	struct server *server = session->server;
+	struct tenant_policy policy;
+	config_tenant(server->config, name, &policy);
+	struct tenant *tenant = tenant_get(server->tenants, name, &policy);
+	struct sched_group *group = tenant == NULL ? NULL : tenant_group(server->tenants, tenant, 0);
+	if (group == NULL) {
+		tenant_unref(server->tenants, tenant);
+		return false;
+	}
+	leave_tenant(session);
+	session->tenant = tenant;
+	(void)atomic_fetch_add_explicit(&tenant->sessions, 1, memory_order_relaxed);
+	session->class = tenant->policy.class;
+	sched_flow_init(&session->flow, group, SCHED_WEIGHT_DEFAULT);
+	return true;
 }
 
 struct session *session_ref(struct session *session)
@@ -109,6 +137,7 @@ void session_unref(struct session *session)
 		map_destroy(map);
 	}
 	account_unref(session->account);
+	leave_tenant(session);
 	free(session);
 }
 

@@ -14,6 +14,7 @@
 #include "server/kept.h"
 #include "server/priority.h"
 #include "server/region.h"
+#include "server/tenant.h"
 
 struct server;
 struct conn;
@@ -25,7 +26,10 @@ struct session {
 	uint64_t id;
 	struct server *server;
 	struct conn *conn; /* NULL: closed, or not begun */
-	char tenant[64];   /* "uid:1000", "anonymous" */
+	struct tenant *tenant; /* "uid:1000", "anonymous": referenced */
+	struct sched_flow flow; /* its place in the order of the CPU lane */
+	sched_class class;      /* of requests that name none */
+	uint64_t inline_ns;     /* what ran on the loop and the lane's order doesn't know yet */
 	bool admin;
 	bool direct; /* handed over to a direct caller: its loop keeps its hands off */
 	struct account *account;
@@ -43,6 +47,8 @@ struct session {
 /* NULL: out of memory. */
 struct session *session_create(struct server *server, struct memory *memory, uint64_t id, const char *tenant, bool admin, uint64_t limit_bytes,
                                uint32_t kept_limit);
+/* Before its first request: whose it is. False: out of memory, nothing has changed. */
+OPD_MUST_USE bool session_set_tenant(struct session *session, const char *tenant);
 struct session *session_ref(struct session *session);
 void session_unref(struct session *session);
 

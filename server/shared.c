@@ -36,23 +36,42 @@ static bool is_integer(opd_dtype dtype)
 
 /* ---- Taking ---- */
 
-static opd_status take(struct request *request, uint32_t slot, uint32_t region, uint64_t offset, uint64_t bytes, const char *what)
+static opd_status take_named(struct request *request, uint32_t slot, uint32_t region, uint64_t offset, uint64_t bytes, const char *name, const char *what)
 {
 	uint64_t end;
 	const struct conn *conn = request->session->conn;
 	if (conn == NULL || (conn->features & CONN_SHM) == 0)
-		return opd_fail(&request->error, OPD_UNIMPLEMENTED, "%s: %s: this session has no feature \"shm\"", op_name(request), what);
+		return opd_fail(&request->error, OPD_UNIMPLEMENTED, "%s: %s: this session has no feature \"shm\"", name, what);
 	struct region *found = regions_find(&request->session->regions, region, &request->error);
 	if (found == NULL)
-		return opd_error_prefix(&request->error, OPD_NOT_FOUND, "%s: %s", op_name(request), what);
+		return opd_error_prefix(&request->error, OPD_NOT_FOUND, "%s: %s", name, what);
 	request->run.regions[slot] = found;
 	if (offset % OPD_TENSOR_ALIGNMENT != 0)
-		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s: %s begins at byte %" PRIu64 " of region %u, expected a multiple of %d", op_name(request), what,
+		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s: %s begins at byte %" PRIu64 " of region %u, expected a multiple of %d", name, what,
 		                offset, (unsigned)region, OPD_TENSOR_ALIGNMENT);
 	if (!size_add(offset, bytes, &end) || end > found->bytes)
 		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s: %s lies at bytes %" PRIu64 " + %" PRIu64 " of region %u, which has %" PRIu64,
-		                op_name(request), what, offset, bytes, (unsigned)region, found->bytes);
+		                name, what, offset, bytes, (unsigned)region, found->bytes);
 	return OPD_OK;
+}
+
+static opd_status take(struct request *request, uint32_t slot, uint32_t region, uint64_t offset, uint64_t bytes, const char *what)
+{
+	return take_named(request, slot, region, offset, bytes, op_name(request), what);
+}
+
+opd_status shared_take_range(struct request *request, const char *what, const struct msg_tensor *tensor)
+{
+	request->run.regions = arena_array(&request->arena, 1, sizeof request->run.regions[0]);
+	if (request->run.regions == NULL)
+		return opd_fail(&request->error, OPD_RESOURCE_EXHAUSTED, "%s: out of memory", what);
+	request->run.region_count = 1;
+	return take_named(request, 0, tensor->shared.region, tensor->shared.offset, tensor->shared.bytes, what, "the tensor");
+}
+
+unsigned char *shared_range(const struct request *request, const struct msg_tensor *tensor)
+{
+	return request->run.regions[0]->data + tensor->shared.offset;
 }
 
 static opd_status take_result(struct request *request, uint32_t output)
@@ -64,8 +83,6 @@ static opd_status take_result(struct request *request, uint32_t output)
 		return OPD_OK;
 	if (request->message.run.outputs[output].keep)
 		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s: %s is to be kept, and can't lie in shared memory", op_name(request), what);
-	if (request->message.kind == MSG_REQUEST_RUN_GRAPH)
-		return opd_fail(&request->error, OPD_UNIMPLEMENTED, "%s: %s can't be placed in shared memory: graphs send their results", op_name(request), what);
 	return take(request, request->run.bound.operand_count + output, range->region, range->offset, range->bytes, what);
 }
 
@@ -214,8 +231,9 @@ bool shared_fill(struct request *request, uint32_t output, struct msg_tensor *te
 	const uint64_t bytes = made->elements * opd_dtype_bytes(made->dtype);
 	if (range == NULL)
 		return false;
-	if (is_integer(made->dtype) && bytes != 0)
-		memcpy(result_region(request, output)->data + range->offset, opd_tensor_data(made), bytes);
+	unsigned char *there = result_region(request, output)->data + range->offset;
+	if (opd_tensor_data(made) != there && bytes != 0)
+		memcpy(there, opd_tensor_data(made), bytes);
 	tensor->source = MSG_SOURCE_SHARED;
 	tensor->shared.region = range->region;
 	tensor->shared.offset = range->offset;

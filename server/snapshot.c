@@ -127,6 +127,15 @@ static bool snapshot_fill_op(struct registry *registry, struct snapshot *snapsho
 	return true;
 }
 
+static struct effective *fallback_create(const struct snapshot *snapshot, const struct op *op, struct plist *list)
+{
+	struct effective *effective = effective_create(snapshot, op, list->level, list->names, list->count, NULL, list);
+	if (effective != NULL && effective_add_cases(effective, snapshot, op, list, NULL))
+		return effective;
+	effective_unref(effective);
+	return NULL;
+}
+
 /* The list that holds when neither request nor session has one: nearest level wins whole, an op's own entry beats `*` within a level. */
 static struct effective *fallback_of(struct registry *registry, struct snapshot *snapshot, const struct op *op)
 {
@@ -134,7 +143,7 @@ static struct effective *fallback_of(struct registry *registry, struct snapshot 
 	struct plist *lists[] = {entry->server, registry->server_star, entry->configuration, registry->configuration_star};
 	for (size_t i = 0; i < sizeof lists / sizeof lists[0]; i++)
 		if (lists[i] != NULL)
-			return effective_create(snapshot, op, lists[i]->level, lists[i]->names, lists[i]->count, NULL, lists[i]);
+			return fallback_create(snapshot, op, lists[i]);
 	struct effective *effective = effective_create_none(snapshot, op, NULL);
 	if (effective != NULL)
 		effective->list = plist_ref(registry->none);

@@ -7,6 +7,7 @@
 #include "server/daemon.h"
 #include "server/device_run.h"
 #include "server/request.h"
+#include "server/shared.h"
 
 /* Up to here a part is copied on the loop: 10 us. */
 #define COPY_ON_LOOP_BYTES (64u << 10)
@@ -16,12 +17,17 @@ static opd_status out_of_memory(struct request *request, const char *what)
 	return opd_fail(&request->error, OPD_RESOURCE_EXHAUSTED, "%s: out of memory", what);
 }
 
-/* Its bytes are the whole payload, or inline, and are as many as `bytes`. */
+static uint64_t sent_bytes(const struct msg_tensor *tensor)
+{
+	return tensor->source == MSG_SOURCE_PAYLOAD ? tensor->payload.bytes : tensor->source == MSG_SOURCE_SHARED ? tensor->shared.bytes : tensor->inlined.bytes;
+}
+
+/* Its bytes are the whole payload, inline, or a range of shared memory, and are as many as `bytes`. */
 static opd_status check_source(struct request *request, const char *what, const struct msg_tensor *tensor, uint64_t bytes)
 {
-	uint64_t sent = tensor->source == MSG_SOURCE_PAYLOAD ? tensor->payload.bytes : tensor->inlined.bytes;
-	if (tensor->source != MSG_SOURCE_PAYLOAD && tensor->source != MSG_SOURCE_INLINE)
-		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s: the tensor's bytes are neither payload nor inline", what);
+	const uint64_t sent = sent_bytes(tensor);
+	if (tensor->source != MSG_SOURCE_PAYLOAD && tensor->source != MSG_SOURCE_INLINE && tensor->source != MSG_SOURCE_SHARED)
+		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s: the tensor's bytes are neither payload, inline nor shared", what);
 	if (tensor->source == MSG_SOURCE_PAYLOAD && (tensor->payload.offset != 0 || tensor->payload.bytes != request->payload_bytes))
 		return opd_fail(&request->error, OPD_INVALID_ARGUMENT,
 		                "%s: the tensor lies at payload bytes %" PRIu64 " + %" PRIu64 ", expected the whole payload of %" PRIu64, what,
@@ -29,7 +35,7 @@ static opd_status check_source(struct request *request, const char *what, const 
 	if (sent != bytes)
 		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s: the tensor has %" PRIu64 " bytes, but %" PRIu64 " were sent", what, bytes,
 		                sent);
-	return OPD_OK;
+	return tensor->source == MSG_SOURCE_SHARED ? shared_take_range(request, what, tensor) : OPD_OK;
 }
 
 static opd_status check_upload(struct request *request, const struct msg_upload *message, uint64_t *bytes_out)
@@ -123,7 +129,7 @@ static void upload_moved(struct request *request)
 }
 
 /* The payload's buffer is the tensor's: nothing is copied, but to a device. */
-void upload_start(struct request *request)
+static void upload_go(struct request *request)
 {
 	const bool parts = request->message.upload.parts;
 	if (request->move.device == 0) {
@@ -132,6 +138,25 @@ void upload_start(struct request *request)
 	}
 	request->move = (struct device_move){.device = request->move.device, .bytes = upload_bytes(request), .host = parts ? NULL : request->payload->data};
 	device_move_start(request, "upload", upload_moved);
+}
+
+static void upload_copy(struct request *request)
+{
+	const struct msg_tensor *tensor = request->message.upload.tensor;
+	memcpy(request->payload->data, shared_range(request, tensor), tensor->shared.bytes);
+}
+
+/* What lies in shared memory is copied, since its client may go on writing there. */
+void upload_start(struct request *request)
+{
+	const struct msg_tensor *tensor = request->message.upload.tensor;
+	if (tensor->source == MSG_SOURCE_SHARED && tensor->shared.bytes > COPY_ON_LOOP_BYTES) {
+		request_task(request, upload_copy, upload_go);
+		return;
+	}
+	if (tensor->source == MSG_SOURCE_SHARED && tensor->shared.bytes != 0)
+		upload_copy(request);
+	upload_go(request);
 }
 
 /* ---- Parts ---- */
@@ -167,6 +192,8 @@ opd_status write_accept(struct request *request)
 static const void *write_source(const struct request *request)
 {
 	const struct msg_tensor *data = request->message.write.data;
+	if (data->source == MSG_SOURCE_SHARED)
+		return shared_range(request, data);
 	return data->source == MSG_SOURCE_PAYLOAD ? request->payload->data : data->inlined.data;
 }
 

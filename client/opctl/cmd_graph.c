@@ -33,6 +33,8 @@ static void print_graph(const opd_graph_explain *explain, bool ran)
 		(void)printf("           … of %u nodes\n", explain->node_count);
 	(void)printf("memory     %s of intermediate results, %s without reuse\n", bytes_text(explain->arena_bytes),
 	             bytes_text(explain->unshared_bytes));
+	if (explain->width > 1)
+		(void)printf("at once    up to %u parts, by several threads\n", explain->width);
 	if (explain->dispatched)
 		(void)printf("dispatched in %s\n", duration_text((double)explain->prepare_ns));
 	else
@@ -55,6 +57,7 @@ static cJSON *graph_json(const opd_graph_explain *explain, bool ran)
 	cJSON_AddItemToObject(document, "arena_bytes", json_u64(explain->arena_bytes));
 	cJSON_AddItemToObject(document, "unshared_bytes", json_u64(explain->unshared_bytes));
 	cJSON_AddItemToObject(document, "prepare_ns", json_u64(explain->prepare_ns));
+	cJSON_AddItemToObject(document, "width", json_u64(explain->width));
 	return document;
 }
 

@@ -29,6 +29,10 @@ static int print_priority(const struct opctl *ctl, const char *op, const opd_pri
 		(void)printf("op         %s\nlevel      %s\n", shown(op), shown(priority->level));
 		print_list("stored     ", priority->stored, priority->stored_count);
 		print_list("effective  ", priority->effective, priority->effective_count);
+		for (uint32_t i = 0; i < priority->case_count; i++) {
+			(void)printf("calls of   %s\n", shown(priority->cases[i].key));
+			print_list("           ", priority->cases[i].effective, priority->cases[i].effective_count);
+		}
 		return EXIT_DONE;
 	}
 	cJSON *document = cJSON_CreateObject();
@@ -36,6 +40,14 @@ static int print_priority(const struct opctl *ctl, const char *op, const opd_pri
 	cJSON_AddStringToObject(document, "level", priority->level);
 	cJSON_AddItemToObject(document, "stored", json_texts(priority->stored, priority->stored_count));
 	cJSON_AddItemToObject(document, "effective", json_texts(priority->effective, priority->effective_count));
+	cJSON *cases = cJSON_AddArrayToObject(document, "cases");
+	for (uint32_t i = 0; i < priority->case_count; i++) {
+		cJSON *narrow = cJSON_CreateObject();
+		cJSON_AddStringToObject(narrow, "key", priority->cases[i].key);
+		cJSON_AddItemToObject(narrow, "stored", json_texts(priority->cases[i].stored, priority->cases[i].stored_count));
+		cJSON_AddItemToObject(narrow, "effective", json_texts(priority->cases[i].effective, priority->cases[i].effective_count));
+		cJSON_AddItemToArray(cases, narrow);
+	}
 	return print_json(document);
 }
 

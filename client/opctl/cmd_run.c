@@ -25,12 +25,25 @@ const struct option_use run_options[] = {
     {OPTION_UUID, "also the id of the source that ran"},
     {OPTION_RETRY, "a failed kernel lets the next provider try"},
     {OPTION_TF32, "f32 products may be rounded to TF32"},
+    {OPTION_CLASS, "how urgent: realtime, interactive or batch (default: the session's)"},
     {OPTION_TIMEOUT, "give up after this long"},
     {OPTION_SEED, "of randn: (default 0)"},
     {OPTION_END, NULL},
 };
 const struct option_use fake_options[] = {{OPTION_TIMEOUT, "give up after this long"}, {OPTION_END, NULL}};
 const struct option_use explain_options[] = {DISPATCH_OPTIONS, {OPTION_TIMEOUT, "give up after this long"}, {OPTION_END, NULL}};
+
+opd_status opctl_set_class(const struct opctl *ctl, opd_request *request, opd_error *error)
+{
+	static const char *const names[] = {"normal", "realtime", "interactive", "batch"};
+	const char *name = options_has(&ctl->options, OPTION_CLASS) ? ctl->options.values[OPTION_CLASS] : names[0];
+	for (size_t i = 0; i < sizeof names / sizeof names[0]; i++)
+		if (strcmp(name, names[i]) == 0) {
+			opd_request_class(request, (opd_class)i);
+			return OPD_OK;
+		}
+	return opd_fail(error, OPD_INVALID_ARGUMENT, "--class is '%s', expected realtime, interactive or batch", shown(name));
+}
 
 static opd_status set_options(const struct opctl *ctl, struct call *call, opd_mode mode, opd_error *error)
 {
@@ -42,12 +55,15 @@ static opd_status set_options(const struct opctl *ctl, struct call *call, opd_mo
 	opd_request_retry(call->request, options_has(options, OPTION_RETRY));
 	opd_request_allow_tf32(call->request, options_has(options, OPTION_TF32));
 	opd_request_timeout(call->request, ctl->timeout_us);
+	opd_status status = opctl_set_class(ctl, call->request, error);
+	if (status != OPD_OK)
+		return status;
 	if (options_has(options, OPTION_DEVICE))
 		opd_request_device(call->request, options->values[OPTION_DEVICE]);
 	if (!options_has(options, OPTION_PRIORITY))
 		return OPD_OK;
 	struct name_list list;
-	const opd_status status = name_list_parse("--priority", options->values[OPTION_PRIORITY], &list, error);
+	status = name_list_parse("--priority", options->values[OPTION_PRIORITY], &list, error);
 	if (status != OPD_OK)
 		return status;
 	opd_request_priority(call->request, list.names, list.count);

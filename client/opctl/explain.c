@@ -18,6 +18,8 @@ static void print_times(const opd_explain *explain)
 void explain_print(const opd_explain *explain, bool ran)
 {
 	(void)printf("level      %s\n", shown(explain->level));
+	if (explain->narrowed[0] != '\0')
+		(void)printf("list of    %s\n", shown(explain->narrowed));
 	print_list("effective  ", explain->effective, explain->effective_count);
 	(void)printf("device     %s\n", shown(explain->device));
 	for (uint32_t i = 0; i < explain->skip_count; i++)
@@ -46,6 +48,7 @@ cJSON *explain_json(const opd_explain *explain, bool ran)
 	cJSON *document = cJSON_CreateObject();
 	cJSON_AddStringToObject(document, "level", explain->level);
 	cJSON_AddItemToObject(document, "effective", json_texts(explain->effective, explain->effective_count));
+	cJSON_AddStringToObject(document, "narrowed", explain->narrowed);
 	cJSON_AddStringToObject(document, "device", explain->device);
 	cJSON_AddBoolToObject(document, "on_loop", explain->on_loop);
 	cJSON *skipped = cJSON_AddArrayToObject(document, "skipped");

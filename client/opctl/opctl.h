@@ -48,7 +48,9 @@ OPD_MUST_USE opd_status opctl_connect(struct opctl *ctl, connect_need need, opd_
 /* Loads the modules of --module, if any. */
 OPD_MUST_USE opd_status opctl_load_modules(struct opctl *ctl, opd_error *error);
 
-/* cmd_run.c: the file that --output names, by its ending; the name is checked before anything runs. */
+/* cmd_run.c. --class, where it is given. */
+OPD_MUST_USE opd_status opctl_set_class(const struct opctl *ctl, opd_request *request, opd_error *error);
+/* The file that --output names, by its ending; the name is checked before anything runs. */
 OPD_MUST_USE opd_status opctl_check_output(const char *path, opd_error *error);
 OPD_MUST_USE opd_status opctl_write_results(const struct opctl *ctl, const char *op, const opd_result *result, opd_error *error);
 
@@ -69,6 +71,10 @@ int cmd_verify(struct opctl *ctl);
 int cmd_bench(struct opctl *ctl);
 int cmd_ping(struct opctl *ctl);
 int cmd_info(struct opctl *ctl);
+int cmd_sessions(struct opctl *ctl);
+int cmd_session(struct opctl *ctl);
+int cmd_top(struct opctl *ctl);
+extern const struct option_use top_options[];
 int cmd_module(struct opctl *ctl);
 int cmd_log_level(struct opctl *ctl);
 int cmd_drain(struct opctl *ctl);

@@ -26,6 +26,7 @@
 	X(STRICT, "strict", 0, NULL)                                                                                                 \
 	X(DEVICE, "device", 0, "DEVICE")                                                                                             \
 	X(UUID, "uuid", 0, NULL)                                                                                                     \
+	X(CLASS, "class", 0, "CLASS")                                                                                                \
 	X(TIMEOUT, "timeout", 0, "SECONDS")                                                                                          \
 	X(EXPLAIN, "explain", 0, NULL)                                                                                               \
 	X(RETRY, "retry", 0, NULL)                                                                                                   \

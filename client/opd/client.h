@@ -173,6 +173,15 @@ OPD_API void opd_request_allow_tf32(opd_request *request, bool allow);
 OPD_API void opd_request_device(opd_request *request, const char *device); /* "cpu", "cuda:1"; NULL: any. Of an upload: where the tensor is to live; NULL: host memory */
 OPD_API void opd_request_timeout(opd_request *request, uint64_t timeout_us); /* of the server's, from receipt; 0: none */
 
+/* How urgent: classes go in strict order on each lane, and none starves. At most what the tenant may (the daemon's configuration). */
+typedef enum opd_class {
+	OPD_CLASS_NORMAL = 0, /* the session's own: the tenant's default */
+	OPD_CLASS_REALTIME = 1,
+	OPD_CLASS_INTERACTIVE = 2,
+	OPD_CLASS_BATCH = 3,
+} opd_class;
+OPD_API void opd_request_class(opd_request *request, opd_class service_class);
+
 typedef enum opd_mode {
 	OPD_MODE_RUN = 0,
 	OPD_MODE_FAKE = 1, /* results' dtypes and shapes only; no tensor data moves */
@@ -272,6 +281,7 @@ typedef struct opd_explain {
 	uint32_t move_count;
 	uint32_t reserved;
 	const struct opd_move *moves;
+	const char *narrowed; /* key of the list, where the configuration has one for such calls: "linear/bf16/rows<=4"; else "" */
 } opd_explain;
 
 typedef struct opd_move {
@@ -301,6 +311,7 @@ typedef struct opd_graph_explain {
 	uint64_t arena_bytes;    /* peak of the intermediate results */
 	uint64_t unshared_bytes; /* what they would take if no memory were used again */
 	uint64_t prepare_ns;
+	uint32_t width; /* so many parts of it are run by several threads at once, at most; 1: node after node */
 } opd_graph_explain;
 /* NULL unless asked for, and of a graph. */
 OPD_API const opd_graph_explain *opd_result_graph(const opd_result *result);
@@ -386,7 +397,7 @@ typedef struct opd_upload_options {
 	const char *device; /* where it is to live: "cuda:1"; NULL: in the server's host memory */
 } opd_upload_options;
 
-/* Uploads and waits; options NULL: the defaults. In parts, one that the server had no memory for is sent again, five times at most. A failed upload leaves nothing
+/* Uploads and waits; options NULL: the defaults. An operand in shared memory is copied by the server, whole, and nothing is sent. In parts, one that the server had no memory for is sent again, five times at most. A failed upload leaves nothing
  * in the session. */
 OPD_API OPD_MUST_USE opd_status opd_upload(opd_client *client, const opd_operand *operand, const opd_upload_options *options, opd_handle *handle_out,
                                            opd_error *error);
@@ -413,6 +424,67 @@ typedef struct opd_kept_list {
 
 /* This session's kept tensors. */
 OPD_API OPD_MUST_USE opd_status opd_kept_tensors(opd_client *client, const opd_kept_list **list_out, opd_error *error);
+
+/* ---- Sharing: who uses the daemon's lanes ------------------------------------------------------------------------------- */
+
+/* What has run on a lane; nanoseconds. */
+typedef struct opd_usage {
+	uint64_t jobs;
+	uint64_t device_ns; /* measured: kernels, and what other threads did for them */
+	uint64_t wait_ns;   /* all jobs' waiting together */
+	uint64_t wait_max_ns;
+} opd_usage;
+
+typedef struct opd_session_state {
+	uint64_t session;
+	const char *tenant;
+	const char *peer; /* "unix:uid=1000,pid=42", "tcp://127.0.0.1:5123" */
+	uint64_t age_us;
+	opd_class service_class; /* of requests that name none */
+	uint32_t weight;
+	uint32_t in_flight; /* requests not yet answered */
+	uint32_t queued;    /* of them, waiting for the CPU lane */
+	uint32_t running;
+	uint64_t memory_bytes;
+	double share; /* of the lane, 0 to 1, while all that wait now go on waiting */
+	opd_usage usage;
+} opd_session_state;
+
+typedef struct opd_tenant_state {
+	const char *name;
+	uint32_t weight;
+	opd_class service_class;
+	opd_class class_max;
+	uint32_t sessions;
+	uint64_t device_rate_ns; /* device time that it may use a second; 0: any */
+	uint32_t queued;
+	uint32_t running;
+	opd_usage usage;
+} opd_tenant_state;
+
+typedef struct opd_lane_state {
+	const char *name;
+	uint32_t threads;
+	uint32_t queued;
+	uint32_t running;
+	uint64_t device_ns; /* used since the daemon's start */
+} opd_lane_state;
+
+typedef struct opd_sharing {
+	uint64_t uptime_us;
+	uint64_t next; /* session to go on with; 0: that was all */
+	uint32_t session_count;
+	uint32_t tenant_count;
+	uint32_t lane_count;
+	const opd_session_state *sessions; /* oldest first */
+	const opd_tenant_state *tenants;
+	const opd_lane_state *lanes;
+} opd_sharing;
+
+/* The sessions that this one sees, from number `first` on: its tenant's, an administrator all. A document (opd_document_free). */
+OPD_API OPD_MUST_USE opd_status opd_sessions(opd_client *client, uint64_t first, const opd_sharing **sharing_out, opd_error *error);
+/* Administrators: another weight among its tenant's sessions (0: as it is), another class for requests that name none (OPD_CLASS_NORMAL: as it is). OPD_NOT_FOUND. */
+OPD_API OPD_MUST_USE opd_status opd_set_session(opd_client *client, uint64_t session, uint32_t weight, opd_class service_class, opd_error *error);
 
 /* ---- Publications: tensors that several sessions have, once in memory -------------------------------------------------- */
 
@@ -486,7 +558,17 @@ typedef struct opd_priority {
 	uint32_t stored_count;
 	const char *const *effective; /* what dispatch walks */
 	const char *const *stored;    /* the list as it was given */
+	uint32_t case_count;
+	const struct opd_priority_case *cases; /* lists of the configuration for some of the op's calls, in the order in which they are asked; the first that holds is walked */
 } opd_priority;
+
+typedef struct opd_priority_case {
+	const char *key; /* "linear/bf16/rows<=4" */
+	uint32_t effective_count;
+	uint32_t stored_count;
+	const char *const *effective;
+	const char *const *stored;
+} opd_priority_case;
 OPD_API OPD_MUST_USE opd_status opd_priority_get(opd_client *client, const char *op, const opd_priority **priority_out, opd_error *error);
 
 /* ---- Inspecting -------------------------------------------------------------------------------------------------------- */

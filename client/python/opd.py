@@ -14,6 +14,8 @@ A client is one connection and one session; it belongs to one thread at a time. 
 """
 import collections
 import contextlib
+import fcntl
+import mmap
 import os
 import select
 import socket
@@ -34,7 +36,7 @@ except ImportError as error:
     raise ImportError("opd needs opd_pb2.py, made by `protoc --python_out=FOLDER opd.proto`, beside opd.py or in $OPD_PB2: "
                       f"{error}") from error
 
-__all__ = ["Client", "Graph", "Registered", "Tensor", "Handle", "Future", "Result", "Error", "bf16_from_float32", "float32_from_bf16"]
+__all__ = ["Client", "Graph", "Registered", "Tensor", "Memory", "Handle", "Future", "Result", "Error", "bf16_from_float32", "float32_from_bf16"]
 
 VERSION = "0.1.0"
 
@@ -104,6 +106,8 @@ class Tensor:
 
     strides are in elements, byte_offset is where element 0 lies in data."""
 
+    memory, offset = None, 0  # of one that lies in a Memory
+
     def __init__(self, data, dtype, shape, strides=None, byte_offset=0):
         if dtype not in DTYPES:
             raise InvalidArgument(f"dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
@@ -153,6 +157,49 @@ class Tensor:
 
     def __dlpack_device__(self):
         return (1, 0)
+
+
+class Memory:
+    """Memory that this process and a daemon on this host both map, made by Client.memory: its tensors are operands that nobody
+    sends, and places where results go (`out=`). A range that a running request reads or writes is to be left alone."""
+
+    def __init__(self, client, nbytes):
+        self._client, self.nbytes, self._used, self.region = client, nbytes, 0, 0
+        descriptor = os.memfd_create("opd-python", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(descriptor, nbytes)
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+            self._map = mmap.mmap(descriptor, nbytes)
+            self.region = client._attach(descriptor, nbytes)
+        finally:
+            os.close(descriptor)
+
+    def tensor(self, dtype, shape, offset=None):
+        """A row-major Tensor in it, zeroed when new, at `offset` (a multiple of 64) or behind the last one made without an offset.
+        `.numpy()` shares its memory."""
+        made = Tensor(None, dtype, shape)
+        begin = self._used if offset is None else offset
+        if begin % 64 or not 0 <= begin <= self.nbytes - made.nbytes:
+            raise InvalidArgument(f"{made!r} at byte {begin} of a memory of {self.nbytes}, expected a multiple of 64 with room")
+        if offset is None:
+            self._used = min(begin + made.nbytes + -made.nbytes % 64, self.nbytes + -self.nbytes % 64)
+        return self._at(begin, dtype, shape)
+
+    def _at(self, offset, dtype, shape):
+        made = Tensor(None, dtype, shape)
+        made.data = memoryview(self._map)[offset:offset + made.nbytes]
+        made.memory, made.offset = self, offset
+        return made
+
+    def array(self, dtype, shape, offset=None):
+        """The same as a NumPy array to work with. As an operand give the Tensor: an array is sent."""
+        return self.tensor(dtype, shape, offset).numpy()
+
+    def close(self):
+        """No later request may name it; what is in flight isn't disturbed. Its tensors stay, as plain memory."""
+        if self.region and self._client._dead is None:
+            self._client._detach(self.region)
+        self.region = 0
 
 
 def bf16_from_float32(array):
@@ -325,8 +372,24 @@ def _write_tensor(out, value, payload, bare):
     if len(value.data) == 0:
         out.inline = b""
         return
+    if value.memory is not None and value.memory.region:
+        out.shared.region, out.shared.offset, out.shared.bytes = value.memory.region, value.offset, len(value.data)
+        return
     out.payload.offset = payload.add(value.data)
     out.payload.bytes = len(value.data)
+
+
+def _write_out(run, out):
+    """Where results go: Tensors of a Memory, None for those that are sent."""
+    for index, place in enumerate([out] if isinstance(out, Tensor) else out):
+        if len(run.outputs) == index:
+            run.outputs.add()
+        if place is None:
+            continue
+        if not isinstance(place, Tensor) or place.memory is None or not place.memory.region:
+            raise InvalidArgument(f"out: {place!r}, expected a Tensor of an open Memory, or None")
+        shared = run.outputs[index].shared
+        shared.region, shared.offset, shared.bytes = place.memory.region, place.offset, len(place.data)
 
 
 def _operand(value):
@@ -374,6 +437,14 @@ def _write_value(arg, value, payload, bare):
 def _write_args(run, args, attrs, payload, bare):
     for name, value in [("", value) for value in args] + list(attrs.items()):
         _write_value(run.args.add(name=name), value, payload, bare)
+
+
+def _service_class(name):
+    if name is None:
+        return pb.NORMAL
+    if name not in ("realtime", "interactive", "batch"):
+        raise ValueError(f"service_class is {name!r}, expected 'realtime', 'interactive' or 'batch'")
+    return pb.ServiceClass.Value(name.upper())
 
 
 class Graph:
@@ -435,7 +506,7 @@ class Registered:
     def __call__(self, *args, **options):
         return self.submit(*args, **options).result()
 
-    def submit(self, *args, explain=False, keep=False, copy=True, timeout=None, inline_results=False, mode=pb.RUN, attrs=None, **named):
+    def submit(self, *args, explain=False, keep=False, copy=True, out=(), timeout=None, service_class=None, inline_results=False, mode=pb.RUN, attrs=None, **named):
         """A Future of the Result: options as of Client.run; its `graph` (with explain) and `states` are the graph's."""
         payload = _Payload()
         run = pb.RunGraph(graph=self.id, explain=explain, inline_results=inline_results, mode=mode)
@@ -443,10 +514,12 @@ class Registered:
             _write_value(run.inputs.add(name=name), value, payload, mode != pb.RUN)
         if timeout is not None:
             run.timeout_us = max(1, int(timeout * 1e6))
+        run.service_class = _service_class(service_class)
         wanted = range(self._outputs) if keep is True else keep or ()
         for index in range(max(wanted, default=-1) + 1):
             run.outputs.add(keep=index in wanted, no_copy=index in wanted and not copy)
-        return self.client._submit(pb.Request(run_graph=run), Result, payload)
+        _write_out(run, out)
+        return self.client._submit(pb.Request(run_graph=run), self.client._result, payload)
 
     def free(self):
         self.client._call(pb.Request(free_graph=pb.FreeGraph(graph=self.id)))
@@ -457,11 +530,11 @@ class Result:
     `tensors` (always Tensors, also where nothing was sent), `handles` (None where an output isn't kept), `provider`, `uuid`,
     `explain`; of a graph `graph`, its explain record, and `states`, the Handles of its states from now on."""
 
-    def __init__(self, reply, payload):
+    def __init__(self, reply, payload, memories=None):
         run = reply.run
         self.provider, self.uuid = run.provider, run.uuid
         self.explain = run.explain if run.HasField("explain") else None
-        self.tensors = [_read_tensor(result.tensor, payload) for result in run.outputs]
+        self.tensors = [_read_tensor(result.tensor, payload, memories) for result in run.outputs]
         self.handles = [_read_handle(result.kept, result.tensor) if result.HasField("kept") else None for result in run.outputs]
         self.outputs = [_present(tensor) for tensor in self.tensors]
         self.graph = run.graph if run.HasField("graph") else None
@@ -487,7 +560,16 @@ def _read_handle(handle, tensor):
     return Handle(handle.index, handle.generation, _NAMES.get(tensor.dtype), tensor.shape)
 
 
-def _read_tensor(tensor, payload):
+def _read_shared(tensor, made, memories):
+    place, memory = tensor.shared, (memories or {}).get(tensor.shared.region)
+    if memory is None:
+        return made  # closed meanwhile
+    if place.bytes != made.nbytes or place.offset % 64 or place.offset + place.bytes > memory.nbytes:
+        raise DataLoss(f"malformed answer from the server: {made!r} at {place.offset} of a memory of {memory.nbytes} bytes")
+    return memory._at(place.offset, made.dtype, made.shape)
+
+
+def _read_tensor(tensor, payload, memories=None):
     if tensor.dtype not in _NAMES:
         raise DataLoss(f"malformed answer from the server: dtype {tensor.dtype}")
     made = Tensor(None, _NAMES[tensor.dtype], tensor.shape)
@@ -499,6 +581,8 @@ def _read_tensor(tensor, payload):
         if end > len(payload) or tensor.payload.bytes != made.nbytes:
             raise DataLoss(f"malformed answer from the server: {made!r} at {begin} to {end} of a payload of {len(payload)} bytes")
         return Tensor(payload[begin:end], made.dtype, made.shape)
+    if source == "shared":
+        return _read_shared(tensor, made, memories)
     if made.nbytes == 0 and source is None:
         return Tensor(b"", made.dtype, made.shape)
     return made
@@ -645,6 +729,16 @@ class _Connection:
             if upload.pieces:
                 self.uploads.append(upload)
 
+    def pass_descriptor(self, descriptor, frame):
+        """Nothing else is being sent: the frame, with a descriptor at its first byte. False: the socket is full."""
+        try:
+            sent = self.sock.sendmsg([frame], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", descriptor))], socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            return False
+        if sent < len(frame):
+            self.send([memoryview(frame)[sent:]])
+        return True
+
     def flush(self):
         while self.pending():
             if not self.writing:
@@ -697,7 +791,8 @@ class _Connection:
 class Client:
     """One connection and one session. `timeout`: seconds to connect, and to wait for any answer (None: without limit)."""
 
-    def __init__(self, address, timeout=30.0, chunk_bytes=0, no_chunks=False, name="opd-python " + VERSION):
+    def __init__(self, address, timeout=30.0, chunk_bytes=0, no_chunks=False, name="opd-python " + VERSION, shared_memory=False):
+        self._memories = {}
         self.address, self.timeout = address, timeout
         self._futures, self._last, self._outputs = {}, 0, {}
         self._goaway, self._dead, self.hello = None, None, None
@@ -705,7 +800,7 @@ class Client:
             self._link = _Connection(_dial(address, timeout))
         except (OSError, UnicodeError) as error:
             raise Unavailable(f"{address}: {error}") from error
-        hello = pb.Hello(version_min=1, version_max=1, features=["cancel"], client=name, chunk_bytes=chunk_bytes, no_chunks=no_chunks)
+        hello = pb.Hello(version_min=1, version_max=1, features=["cancel"] + ["shm"] * shared_memory, client=name, chunk_bytes=chunk_bytes, no_chunks=no_chunks)
         envelope = hello.SerializeToString()
         self._link.send([memoryview(_header(_HELLO, 0, len(envelope), 0) + envelope)])
         self._pump_until(lambda: self.hello is not None, self._deadline(timeout))
@@ -731,8 +826,9 @@ class Client:
         them, for names that are taken here.
 
         priority: list of providers, for this request. strict: no fallback. explain, uuid: more in the result. keep: True, or the
-        indices of outputs that stay in the session. copy: False leaves kept outputs out of the reply. device: "cpu", "cuda:1".
-        timeout: seconds, the server's. retry, allow_tf32, inline_results: as in the protocol."""
+        indices of outputs that stay in the session. copy: False leaves kept outputs out of the reply. out: Tensors of a Memory that
+        the outputs go to (None: sent). device: "cpu", "cuda:1".
+        timeout: seconds, the server's. service_class: "realtime", "interactive", "batch" (None: the session's). retry, allow_tf32, inline_results: as in the protocol."""
         future = self.submit(op, *args, **options)
         try:
             return future.result()
@@ -748,8 +844,8 @@ class Client:
         """What would run and why, without running it: the result has provider and explain, its tensors no data."""
         return self.submit(op, *args, mode=pb.DRY, explain=True, **options).result()
 
-    def submit(self, op, *args, priority=None, strict=False, explain=False, uuid=False, keep=False, copy=True, device="",
-               timeout=None, retry=False, allow_tf32=False, inline_results=False, mode=pb.RUN, attrs=None, **named):
+    def submit(self, op, *args, priority=None, strict=False, explain=False, uuid=False, keep=False, copy=True, out=(), device="",
+               timeout=None, service_class=None, retry=False, allow_tf32=False, inline_results=False, mode=pb.RUN, attrs=None, **named):
         """As run, without waiting: a Future."""
         payload, bare = _Payload(), mode != pb.RUN
         run = pb.Run(op=op, strict=strict, mode=mode, explain=explain, uuid=uuid, device=device, retry=retry,
@@ -760,9 +856,14 @@ class Client:
             run.priority.names.extend(priority)
         if timeout is not None:
             run.timeout_us = max(1, int(timeout * 1e6))
+        run.service_class = _service_class(service_class)
         if keep is not False:
             self._write_keep(run, keep, copy)
-        return self._submit(pb.Request(run=run), Result, payload)
+        _write_out(run, out)
+        return self._submit(pb.Request(run=run), self._result, payload)
+
+    def _result(self, reply, payload):
+        return Result(reply, payload, self._memories)
 
     def _write_keep(self, run, keep, copy):
         wanted = range(self._output_count(run.op)) if keep is True else keep
@@ -795,6 +896,32 @@ class Client:
         elif "cancel" in self.hello.features:
             self._link.send([memoryview(_header(_CANCEL, future.request, 0, 0))])
         self._guard(self._link.flush)
+
+    # ---- Shared memory
+
+    def memory(self, nbytes):
+        """A Memory of so many bytes: over a Unix socket, with `shared_memory=True`."""
+        if "shm" not in self.hello.features:
+            raise _fail(9, "shared memory: this session can't: it needs a Unix socket, shared_memory=True, and a server with the feature \"shm\"")
+        if nbytes <= 0:
+            raise InvalidArgument(f"shared memory of {nbytes} bytes, expected at least 1")
+        made = Memory(self, nbytes)
+        self._memories[made.region] = made
+        return made
+
+    def _attach(self, descriptor, nbytes):
+        envelope = pb.Request(attach_memory=pb.AttachMemory(bytes=nbytes)).SerializeToString()
+        deadline = self._deadline(self.timeout)
+        self._pump_until(lambda: not self._link.pending(), deadline)
+        self._last += 1
+        future = self._futures[self._last] = Future(self, self._last, lambda reply, payload: reply.memory.region)
+        frame = _header(_REQUEST, self._last, len(envelope), 0) + envelope
+        self._pump_until(lambda: self._guard(lambda: self._link.pass_descriptor(descriptor, frame)), deadline)
+        return future.result()
+
+    def _detach(self, region):
+        del self._memories[region]
+        self._call(pb.Request(detach_memory=pb.DetachMemory(region=region)))
 
     # ---- Graphs
 

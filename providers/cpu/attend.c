@@ -6,6 +6,8 @@
 
 /* Rows from which on a chunk is first converted to f32 side by side: each element is then read often enough. */
 #define PACKED_ROWS 8
+/* How far ahead rows are asked for: their heads lie one after another, and the next pages aren't always those of the next tokens. */
+#define LOOKAHEAD_BYTES 16384
 /* With fewer items than so many a thread, splits are items of their own. */
 #define ITEMS_A_THREAD 4
 
@@ -53,10 +55,12 @@ struct attend_work {
 	atomic_bool *cancelled;
 };
 
-/* What a tile is: rows [row, row + count) of a sequence's queries times group, with one kv head. */
+/* What a tile is: rows [row, row + count) of a sequence's queries times group, with one kv head; or, for a single query, all rows of `heads` of them, which then
+ * are read in the order of memory: 16 KiB of 4 tokens rather than 512 bytes every 4 KiB, where no prefetcher follows and rows share sets of a first-level cache
+ * (from 0.45 to 0.95 of the rate of plain reading). */
 struct attend_tile {
 	struct attend_sequence sequence;
-	uint64_t kv_head, row, count;
+	uint64_t kv_head, heads, row, count; /* count: of all heads */
 	uint64_t longest; /* keys that its last row sees */
 	uint64_t split;   /* where splits are items */
 };
@@ -69,6 +73,15 @@ static uint64_t divide_up(uint64_t value, uint64_t by)
 static uint64_t attend_tiles(const struct attend_work *work, const struct attend_sequence *sequence)
 {
 	return divide_up(sequence->queries * work->group, CPU_ATTEND_ROWS);
+}
+
+/* Kv heads that a tile takes together. */
+static uint64_t attend_heads(const struct attend_work *work, const struct attend_sequence *sequence)
+{
+	if (sequence->queries != 1 || work->group > CPU_ATTEND_ROWS || work->padded != work->attend->head_size)
+		return 1;
+	uint64_t most = CPU_ATTEND_ROWS / work->group;
+	return most < work->attend->kv_heads ? most : work->attend->kv_heads;
 }
 
 static uint64_t attend_splits(const struct attend_work *work, const struct attend_sequence *sequence)
@@ -110,10 +123,12 @@ static struct attend_tile attend_tile_of(const struct attend_work *work, uint64_
 	uint64_t number = item - work->first[b];
 	tile.split = number % splits;
 	tile.row = number / splits % tiles * CPU_ATTEND_ROWS;
-	tile.kv_head = number / splits / tiles;
-	uint64_t rows = tile.sequence.queries * work->group;
+	uint64_t heads = attend_heads(work, &tile.sequence);
+	tile.kv_head = number / splits / tiles * heads;
+	tile.heads = work->attend->kv_heads - tile.kv_head < heads ? work->attend->kv_heads - tile.kv_head : heads;
+	uint64_t rows = tile.sequence.queries * work->group * tile.heads;
 	tile.count = rows - tile.row < CPU_ATTEND_ROWS ? rows - tile.row : CPU_ATTEND_ROWS;
-	tile.longest = attend_visible(work, &tile.sequence, tile.row + tile.count - 1);
+	tile.longest = tile.heads > 1 ? tile.sequence.keys : attend_visible(work, &tile.sequence, tile.row + tile.count - 1);
 	return tile;
 }
 
@@ -122,6 +137,8 @@ static uint64_t attend_row_at(const struct attend_work *work, const struct atten
                               uint64_t head_bytes)
 {
 	uint64_t row = tile->row + r;
+	if (tile->heads > 1)
+		return (tile->kv_head * work->group + row) * head_bytes;
 	return row / work->group * token_bytes + (tile->kv_head * work->group + row % work->group) * head_bytes;
 }
 
@@ -248,6 +265,37 @@ static void attend_mix_chunk(const struct attend_work *work, const struct attend
 	run->count = count;
 }
 
+/* One chunk of a single kv head. */
+static void attend_chunk(const struct attend_work *work, const struct attend_tile *tile, uint64_t at, struct cpu_attend_run keys,
+                         struct cpu_attend_run values, struct attend_scratch *scratch, struct attend_part *part)
+{
+	unsigned dtype;
+	keys = attend_readable(work, tile, &keys, scratch, &dtype);
+	work->kernels->scores[dtype](scratch->query, (size_t)tile->count, work->padded, &keys, scratch->scores);
+	values = attend_readable(work, tile, &values, scratch, &dtype);
+	attend_mix_chunk(work, tile, at, &values, dtype, scratch, part);
+}
+
+/* One chunk of several: a single query sees all of its keys. */
+static void attend_chunk_heads(const struct attend_work *work, const struct attend_tile *tile, const struct cpu_attend_run *keys,
+                               const struct cpu_attend_run *values, struct attend_scratch *scratch, struct attend_part *part)
+{
+	const struct attend *attend = work->attend;
+	float shrinks[CPU_ATTEND_ROWS];
+	work->kernels->scores_heads[attend->dtype](scratch->query, (size_t)tile->heads, (size_t)work->group, work->padded, keys, attend->key_head,
+	                                           scratch->scores);
+	for (uint64_t r = 0; r < tile->count; r++)
+		shrinks[r] = work->kernels->weigh(scratch->scores + r * CPU_ATTEND_KEYS, keys->count, attend->scale, &part->rows[r].maximum,
+		                                  &part->rows[r].sum);
+	work->kernels->mix_heads[attend->dtype](scratch->scores, shrinks, (size_t)tile->heads, (size_t)work->group, work->padded, values,
+	                                        attend->value_head, part->mixed);
+}
+
+static size_t attend_lookahead(uint64_t token_bytes)
+{
+	return token_bytes > 0 && token_bytes < LOOKAHEAD_BYTES ? (size_t)(LOOKAHEAD_BYTES / token_bytes) : 1;
+}
+
 /* Keys [begin, end) of one split, to `part`. */
 static void attend_split(const struct attend_work *work, const struct attend_tile *tile, uint64_t begin, uint64_t end,
                          struct attend_scratch *scratch, struct attend_part *part)
@@ -258,13 +306,13 @@ static void attend_split(const struct attend_work *work, const struct attend_til
 	for (uint64_t at = begin; at < end; at += CPU_ATTEND_KEYS) {
 		size_t count = (size_t)(end - at < CPU_ATTEND_KEYS ? end - at : CPU_ATTEND_KEYS);
 		size_t ahead = (size_t)(end - at);
-		struct cpu_attend_run keys = {sequence->key, scratch->keys + (at - begin), count, ahead};
-		struct cpu_attend_run values = {sequence->value, scratch->values + (at - begin), count, ahead};
-		unsigned dtype;
-		keys = attend_readable(work, tile, &keys, scratch, &dtype);
-		work->kernels->scores[dtype](scratch->query, (size_t)tile->count, work->padded, &keys, scratch->scores);
-		values = attend_readable(work, tile, &values, scratch, &dtype);
-		attend_mix_chunk(work, tile, at, &values, dtype, scratch, part);
+		struct cpu_attend_run keys = {sequence->key, scratch->keys + (at - begin), count, ahead, attend_lookahead(work->attend->key_token)};
+		struct cpu_attend_run values = {sequence->value, scratch->values + (at - begin), count, ahead,
+		                                attend_lookahead(work->attend->value_token)};
+		if (tile->heads > 1)
+			attend_chunk_heads(work, tile, &keys, &values, scratch, part);
+		else
+			attend_chunk(work, tile, at, keys, values, scratch, part);
 	}
 }
 
@@ -282,7 +330,7 @@ static void attend_finish(const struct attend_work *work, const struct attend_ti
 	uint64_t head_bytes = attend->head_size * attend->element_bytes;
 	for (uint64_t r = 0; r < tile->count; r++) {
 		unsigned char *y = tile->sequence.y + attend_row_at(work, tile, r, attend->heads * head_bytes, head_bytes);
-		if (attend_visible(work, &tile->sequence, tile->row + r) == 0)
+		if (tile->longest == 0 || (tile->heads == 1 && attend_visible(work, &tile->sequence, tile->row + r) == 0))
 			memset(y, 0, head_bytes);
 		else
 			work->kernels->finish[attend->dtype](whole->mixed + r * work->padded, whole->rows[r].sum, y, (size_t)attend->head_size);
@@ -355,12 +403,13 @@ static uint64_t attend_count(struct attend_work *work, uint64_t *first, uint64_t
 	for (uint64_t b = 0; b < attend->sequences; b++) {
 		struct attend_sequence sequence;
 		attend->sequence(attend, b, &sequence);
-		uint64_t here = sequence.queries * work->group;
+		uint64_t here = sequence.queries * work->group, heads = attend_heads(work, &sequence);
 		first[b] = items;
-		items += attend->kv_heads * attend_tiles(work, &sequence) * attend_splits(work, &sequence);
+		items += divide_up(attend->kv_heads, heads) * attend_tiles(work, &sequence) * attend_splits(work, &sequence);
 		rows += (double)here * (double)attend->kv_heads;
 		pairs += (double)here * (double)attend->kv_heads * (double)sequence.keys;
 		elements += 2 * (double)attend_tiles(work, &sequence) * (double)sequence.keys * (double)(attend->kv_heads * attend->head_size);
+		here *= heads;
 		if (here > work->tile_rows)
 			work->tile_rows = here < CPU_ATTEND_ROWS ? here : CPU_ATTEND_ROWS;
 	}

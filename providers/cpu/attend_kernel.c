@@ -11,24 +11,38 @@
 #define ROWS 4  /* rows that share loads of keys and values */
 #define KEYS 4  /* keys that share loads of those rows */
 #define ALONE 16 /* keys at a time for a single row */
+#define JOINED 8 /* keys whose heads are gone through one after another, where all heads of a token are read: 4 KiB each in f32, in the order in which they lie */
 #define VECTORS 4 /* of a value row, for ROWS rows; twice as many for a single row */
 #else
 #define ROWS 2
 #define KEYS 4
 #define ALONE 4
+#define JOINED 4
 #define VECTORS 2
 #endif
 
-/* Rows of a cache lie pages apart, where no hardware prefetcher follows: so many keys are asked for ahead. */
-#define AHEAD 16
+/* The usual head size. A single row's loop over it is unrolled; unrolling those of several rows puts their sums into memory (gcc 12: ten times as slow with 16 registers). */
+#define USUAL 128
+#define ATTEND_UNROLL _Pragma("GCC unroll 8")
 
+/* The same bytes of the row `run->lookahead` keys later. */
 VEC_INLINE void attend_prefetch(const struct cpu_attend_run *run, size_t key, uint64_t byte)
 {
-	if (key + AHEAD < run->ahead)
-		__builtin_prefetch(run->base + run->places[key + AHEAD] + byte, 0, 3);
+	if (byte % 64 == 0 && key + run->lookahead < run->ahead)
+		__builtin_prefetch(run->base + run->places[key + run->lookahead] + byte, 0, 3);
 }
 
 /* ---- Scores ------------------------------------------------------------------------------------------------------------- */
+
+#if defined(VEC_AVX512)
+/* In 128-bit lane i: what vec_sum adds up last of the i-th. */
+VEC_INLINE __m512 attend_quarters(__m512 a, __m512 b, __m512 c, __m512 d)
+{
+	__m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+	__m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
+	return _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+}
+#endif
 
 /* to[4·i + j] = vec_sum(sums[i][j]), i's four at distance `stride`. */
 VEC_INLINE void attend_fold(const vec_f32 *sums, size_t rows, size_t keys, float *to, size_t stride)
@@ -36,12 +50,8 @@ VEC_INLINE void attend_fold(const vec_f32 *sums, size_t rows, size_t keys, float
 #if defined(VEC_AVX512)
 	if (rows * keys == 16) {
 		__m512 quarters[4]; /* of key j: row i in 128-bit lane i */
-		for (size_t j = 0; j < 4; j++) {
-			__m512 a = sums[j], b = sums[4 + j], c = sums[8 + j], d = sums[12 + j];
-			__m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
-			__m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
-			quarters[j] = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
-		}
+		for (size_t j = 0; j < 4; j++)
+			quarters[j] = attend_quarters(sums[j], sums[4 + j], sums[8 + j], sums[12 + j]);
 		__m512d q0 = _mm512_castps_pd(quarters[0]), q1 = _mm512_castps_pd(quarters[1]);
 		__m512d q2 = _mm512_castps_pd(quarters[2]), q3 = _mm512_castps_pd(quarters[3]);
 		__m512 low = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(q0, q1)), _mm512_castpd_ps(_mm512_unpackhi_pd(q0, q1)));
@@ -53,26 +63,44 @@ VEC_INLINE void attend_fold(const vec_f32 *sums, size_t rows, size_t keys, float
 		_mm_storeu_ps(to + 3 * stride, _mm512_extractf32x4_ps(all, 3));
 		return;
 	}
+	if (rows == 1 && keys == 8) {
+		__m512d low = _mm512_castps_pd(attend_quarters(sums[0], sums[1], sums[2], sums[3]));
+		__m512d high = _mm512_castps_pd(attend_quarters(sums[4], sums[5], sums[6], sums[7]));
+		__m512 pairs = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)), _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+		__m512 all = _mm512_add_ps(_mm512_shuffle_ps(pairs, pairs, 0x88), _mm512_shuffle_ps(pairs, pairs, 0xdd));
+		__m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 0, 0, 0, 0, 0, 0, 0, 0);
+		_mm256_storeu_ps(to, _mm512_castps512_ps256(_mm512_permutexvar_ps(order, all)));
+		return;
+	}
 #endif
 	for (size_t i = 0; i < rows; i++)
 		for (size_t j = 0; j < keys; j++)
 			to[i * stride + j] = vec_sum(sums[i * keys + j]);
 }
 
-/* Rows r < rows against keys key … key + keys − 1; rows and keys are constants of the caller. */
+/* Rows r < rows against keys key … key + keys − 1; rows, keys and ahead (later keys are asked for) are constants of the caller. */
 VEC_INLINE void attend_scores_block(opd_dtype dtype, const float *query, size_t rows, size_t padded, const struct cpu_attend_run *run,
-                                    size_t key, size_t keys, float *scores)
+                                    size_t key, size_t keys, bool ahead, float *scores)
 {
 	vec_f32 sums[16];
 	for (size_t i = 0; i < rows * keys; i++)
 		sums[i] = vec_splat(0.0f);
-	for (size_t d = 0; d < padded; d += VEC_LANES) {
+	if (rows == 1) { /* key by key, in the order of memory; their chains overlap */
+		for (size_t j = 0; j < keys; j++) {
+			const void *row = run->base + run->places[key + j];
+			ATTEND_UNROLL
+			for (size_t d = 0; d < padded; d += VEC_LANES)
+				sums[j] = vec_fma(vec_load(OPD_f32, query, d), vec_load(dtype, row, d), sums[j]);
+		}
+	}
+	for (size_t d = 0; rows > 1 && d < padded; d += VEC_LANES) {
 		vec_f32 q[ROWS];
 		for (size_t r = 0; r < rows; r++)
 			q[r] = vec_load(OPD_f32, query + r * padded, d);
 		for (size_t j = 0; j < keys; j++) {
 			vec_f32 k = vec_load(dtype, run->base + run->places[key + j], d);
-			attend_prefetch(run, key + j, d * opd_dtype_bytes(dtype));
+			if (ahead)
+				attend_prefetch(run, key + j, d * opd_dtype_bytes(dtype));
 			for (size_t r = 0; r < rows; r++)
 				sums[r * keys + j] = vec_fma(q[r], k, sums[r * keys + j]);
 		}
@@ -83,24 +111,57 @@ VEC_INLINE void attend_scores_block(opd_dtype dtype, const float *query, size_t 
 		attend_fold(sums, rows, keys, scores + key, CPU_ATTEND_KEYS);
 }
 
-VEC_INLINE void attend_scores(opd_dtype dtype, const float *query, size_t rows, size_t padded, const struct cpu_attend_run *run,
+VEC_INLINE void attend_scores(opd_dtype dtype, const float *query, size_t rows, size_t padded, const struct cpu_attend_run *run, bool ahead,
                               float *scores)
 {
 	size_t r = 0;
 	for (; r + ROWS <= rows; r += ROWS) {
 		size_t j = 0;
 		for (; j + KEYS <= run->count; j += KEYS)
-			attend_scores_block(dtype, query + r * padded, ROWS, padded, run, j, KEYS, scores + r * CPU_ATTEND_KEYS);
+			attend_scores_block(dtype, query + r * padded, ROWS, padded, run, j, KEYS, ahead, scores + r * CPU_ATTEND_KEYS);
 		for (; j < run->count; j++)
-			attend_scores_block(dtype, query + r * padded, ROWS, padded, run, j, 1, scores + r * CPU_ATTEND_KEYS);
+			attend_scores_block(dtype, query + r * padded, ROWS, padded, run, j, 1, ahead, scores + r * CPU_ATTEND_KEYS);
 	}
 	for (; r < rows; r++) {
 		size_t j = 0;
 		for (; j + ALONE <= run->count; j += ALONE)
-			attend_scores_block(dtype, query + r * padded, 1, padded, run, j, ALONE, scores + r * CPU_ATTEND_KEYS);
+			attend_scores_block(dtype, query + r * padded, 1, padded, run, j, ALONE, ahead, scores + r * CPU_ATTEND_KEYS);
+		for (; j + JOINED <= run->count; j += JOINED)
+			attend_scores_block(dtype, query + r * padded, 1, padded, run, j, JOINED, ahead, scores + r * CPU_ATTEND_KEYS);
 		for (; j < run->count; j++)
-			attend_scores_block(dtype, query + r * padded, 1, padded, run, j, 1, scores + r * CPU_ATTEND_KEYS);
+			attend_scores_block(dtype, query + r * padded, 1, padded, run, j, 1, ahead, scores + r * CPU_ATTEND_KEYS);
 	}
+}
+
+/* Keys [at, at + JOINED) of a run, or what is left of it, for the head at `base`. */
+VEC_INLINE struct cpu_attend_run attend_joined(const struct cpu_attend_run *run, size_t at, const unsigned char *base)
+{
+	size_t count = run->count - at < JOINED ? run->count - at : JOINED;
+	return (struct cpu_attend_run){base, run->places + at, count, run->ahead - at, run->lookahead};
+}
+
+/* A single row a head keeps up with memory as the processor's own prefetcher brings it; more compute so long that asking ahead pays. */
+VEC_INLINE void attend_scores_joined(opd_dtype dtype, const float *query, size_t heads, size_t rows, size_t padded,
+                                     const struct cpu_attend_run *run, uint64_t head_bytes, float *scores)
+{
+	for (size_t j = 0; j < run->count; j += JOINED) {
+		for (size_t h = 0; h < heads; h++) {
+			struct cpu_attend_run keys = attend_joined(run, j, run->base + h * head_bytes);
+			attend_scores(dtype, query + h * rows * padded, rows, padded, &keys, rows > 1, scores + h * rows * CPU_ATTEND_KEYS + j);
+		}
+	}
+}
+
+/* The usual shapes are constants to the compiler: loops over a head's vectors are then unrolled. */
+VEC_INLINE void attend_scores_heads(opd_dtype dtype, const float *query, size_t heads, size_t rows, size_t padded,
+                                    const struct cpu_attend_run *run, uint64_t head_bytes, float *scores)
+{
+	if (rows == 1 && padded == USUAL)
+		attend_scores_joined(dtype, query, heads, 1, USUAL, run, head_bytes, scores);
+	else if (rows == ROWS && padded == USUAL)
+		attend_scores_joined(dtype, query, heads, ROWS, USUAL, run, head_bytes, scores);
+	else
+		attend_scores_joined(dtype, query, heads, rows, padded, run, head_bytes, scores);
 }
 
 /* ---- Weights ------------------------------------------------------------------------------------------------------------ */
@@ -146,7 +207,7 @@ static float attend_weigh(float *scores, size_t count, float scale, float *maxim
 
 /* Rows r < rows, `vectors` vectors of their values from element `at` on; both are constants of the caller. */
 VEC_INLINE void attend_mix_block(opd_dtype dtype, const float *weights, const float *shrinks, size_t rows, size_t vectors, size_t padded,
-                                 const struct cpu_attend_run *run, size_t at, float *mixed)
+                                 const struct cpu_attend_run *run, size_t at, bool ahead, float *mixed)
 {
 	vec_f32 sums[ROWS * VECTORS];
 	for (size_t r = 0; r < rows; r++)
@@ -158,7 +219,8 @@ VEC_INLINE void attend_mix_block(opd_dtype dtype, const float *weights, const fl
 			w[r] = vec_splat(weights[r * CPU_ATTEND_KEYS + j]);
 		for (size_t v = 0; v < vectors; v++) {
 			vec_f32 x = vec_load(dtype, run->base + run->places[j], at + v * VEC_LANES);
-			attend_prefetch(run, j, (at + v * VEC_LANES) * opd_dtype_bytes(dtype));
+			if (ahead)
+				attend_prefetch(run, j, (at + v * VEC_LANES) * opd_dtype_bytes(dtype));
 			for (size_t r = 0; r < rows; r++)
 				sums[r * vectors + v] = vec_fma(w[r], x, sums[r * vectors + v]);
 		}
@@ -169,23 +231,49 @@ VEC_INLINE void attend_mix_block(opd_dtype dtype, const float *weights, const fl
 }
 
 VEC_INLINE void attend_mix_rows(opd_dtype dtype, const float *weights, const float *shrinks, size_t rows, size_t vectors, size_t padded,
-                                const struct cpu_attend_run *run, float *mixed)
+                                const struct cpu_attend_run *run, bool ahead, float *mixed)
 {
 	size_t at = 0;
 	for (; at + vectors * VEC_LANES <= padded; at += vectors * VEC_LANES)
-		attend_mix_block(dtype, weights, shrinks, rows, vectors, padded, run, at, mixed);
+		attend_mix_block(dtype, weights, shrinks, rows, vectors, padded, run, at, ahead, mixed);
 	for (; at < padded; at += VEC_LANES)
-		attend_mix_block(dtype, weights, shrinks, rows, 1, padded, run, at, mixed);
+		attend_mix_block(dtype, weights, shrinks, rows, 1, padded, run, at, ahead, mixed);
 }
 
 VEC_INLINE void attend_mix(opd_dtype dtype, const float *weights, const float *shrinks, size_t rows, size_t padded,
-                           const struct cpu_attend_run *run, float *mixed)
+                           const struct cpu_attend_run *run, bool ahead, float *mixed)
 {
 	size_t r = 0;
 	for (; r + ROWS <= rows; r += ROWS)
-		attend_mix_rows(dtype, weights + r * CPU_ATTEND_KEYS, shrinks + r, ROWS, VECTORS, padded, run, mixed + r * padded);
+		attend_mix_rows(dtype, weights + r * CPU_ATTEND_KEYS, shrinks + r, ROWS, VECTORS, padded, run, ahead, mixed + r * padded);
 	for (; r < rows; r++)
-		attend_mix_rows(dtype, weights + r * CPU_ATTEND_KEYS, shrinks + r, 1, 2 * VECTORS, padded, run, mixed + r * padded);
+		attend_mix_rows(dtype, weights + r * CPU_ATTEND_KEYS, shrinks + r, 1, 2 * VECTORS, padded, run, ahead, mixed + r * padded);
+}
+
+VEC_INLINE void attend_mix_joined(opd_dtype dtype, const float *weights, const float *shrinks, size_t heads, size_t rows, size_t padded,
+                                  const struct cpu_attend_run *run, uint64_t head_bytes, float *mixed)
+{
+	float ones[CPU_ATTEND_ROWS];
+	for (size_t r = 0; r < rows; r++)
+		ones[r] = 1.0f;
+	for (size_t j = 0; j < run->count; j += JOINED) {
+		for (size_t h = 0; h < heads; h++) {
+			struct cpu_attend_run values = attend_joined(run, j, run->base + h * head_bytes);
+			attend_mix(dtype, weights + h * rows * CPU_ATTEND_KEYS + j, j == 0 ? shrinks + h * rows : ones, rows, padded, &values, rows > 1,
+			           mixed + h * rows * padded);
+		}
+	}
+}
+
+VEC_INLINE void attend_mix_heads(opd_dtype dtype, const float *weights, const float *shrinks, size_t heads, size_t rows, size_t padded,
+                                 const struct cpu_attend_run *run, uint64_t head_bytes, float *mixed)
+{
+	if (rows == 1 && padded == USUAL)
+		attend_mix_joined(dtype, weights, shrinks, heads, 1, USUAL, run, head_bytes, mixed);
+	else if (rows == ROWS && padded == USUAL)
+		attend_mix_joined(dtype, weights, shrinks, heads, ROWS, USUAL, run, head_bytes, mixed);
+	else
+		attend_mix_joined(dtype, weights, shrinks, heads, rows, padded, run, head_bytes, mixed);
 }
 
 static void attend_merge(struct cpu_attend_row *row, float *mixed, const struct cpu_attend_row *part, const float *part_mixed, size_t padded)
@@ -209,10 +297,8 @@ VEC_INLINE void attend_pack(opd_dtype dtype, const struct cpu_attend_run *run, s
 	for (size_t j = 0; j < run->count; j++, to += padded) {
 		const void *row = run->base + run->places[j];
 		size_t d = 0;
-		for (; d + VEC_LANES <= head_size; d += VEC_LANES) {
-			attend_prefetch(run, j, d * opd_dtype_bytes(dtype));
+		for (; d + VEC_LANES <= head_size; d += VEC_LANES)
 			vec_store(OPD_f32, to, d, vec_load(dtype, row, d));
-		}
 		if (d < head_size)
 			vec_store(OPD_f32, to, d, vec_load_part(dtype, row, d, head_size - d, 0.0f));
 	}
@@ -234,12 +320,22 @@ VEC_INLINE void attend_finish(opd_dtype dtype, const float *mixed, float sum, vo
 	static void attend_scores_##name(const float *query, size_t rows, size_t padded, const struct cpu_attend_run *run,         \
 	                                 float *scores)                                                                            \
 	{                                                                                                                          \
-		attend_scores(OPD_##name, query, rows, padded, run, scores);                                                           \
+		attend_scores(OPD_##name, query, rows, padded, run, false, scores);                                                          \
 	}                                                                                                                          \
 	static void attend_mix_##name(const float *weights, const float *shrinks, size_t rows, size_t padded,                      \
 	                              const struct cpu_attend_run *run, float *mixed)                                              \
 	{                                                                                                                          \
-		attend_mix(OPD_##name, weights, shrinks, rows, padded, run, mixed);                                                    \
+		attend_mix(OPD_##name, weights, shrinks, rows, padded, run, false, mixed);                                                   \
+	}                                                                                                                          \
+	static void attend_scores_heads_##name(const float *query, size_t heads, size_t rows, size_t padded,                       \
+	                                       const struct cpu_attend_run *run, uint64_t head_bytes, float *scores)               \
+	{                                                                                                                          \
+		attend_scores_heads(OPD_##name, query, heads, rows, padded, run, head_bytes, scores);                                  \
+	}                                                                                                                          \
+	static void attend_mix_heads_##name(const float *weights, const float *shrinks, size_t heads, size_t rows, size_t padded,  \
+	                                    const struct cpu_attend_run *run, uint64_t head_bytes, float *mixed)                   \
+	{                                                                                                                          \
+		attend_mix_heads(OPD_##name, weights, shrinks, heads, rows, padded, run, head_bytes, mixed);                           \
 	}                                                                                                                          \
 	static void attend_finish_##name(const float *mixed, float sum, void *y, size_t head_size)                                 \
 	{                                                                                                                          \
@@ -254,8 +350,10 @@ const struct cpu_attend_kernels CPU_SYMBOL(cpu_attend) = {
 	.lanes = VEC_LANES,
 	.pack = {attend_pack_f32, attend_pack_bf16, attend_pack_f16},
 	.scores = {attend_scores_f32, attend_scores_bf16, attend_scores_f16},
+	.scores_heads = {attend_scores_heads_f32, attend_scores_heads_bf16, attend_scores_heads_f16},
 	.weigh = attend_weigh,
 	.mix = {attend_mix_f32, attend_mix_bf16, attend_mix_f16},
+	.mix_heads = {attend_mix_heads_f32, attend_mix_heads_bf16, attend_mix_heads_f16},
 	.merge = attend_merge,
 	.finish = {attend_finish_f32, attend_finish_bf16, attend_finish_f16},
 };

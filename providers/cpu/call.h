@@ -64,6 +64,18 @@ static inline bool cpu_accept_dtype(const opd_tensor *x, opd_reason *reason)
 	return cpu_accept_dtype_of("x", x, reason);
 }
 
+/* A `dim` argument counted from the front; of rank 0 it is 0. The host has checked it. */
+static inline uint32_t cpu_dim(const opd_tensor *x, int64_t dim)
+{
+	int64_t rank = x->rank == 0 ? 1 : x->rank;
+	return (uint32_t)(dim < 0 ? dim + rank : dim);
+}
+
+static inline bool cpu_dim_is_last(const opd_tensor *x, int64_t dim)
+{
+	return cpu_dim(x, dim) + 1 >= x->rank;
+}
+
 /* Elements of the last dimension lie next to each other. NULL passes. */
 static inline bool cpu_accept_rows(const char *name, const opd_tensor *tensor, opd_reason *reason)
 {

@@ -7,11 +7,13 @@
 #include <cpuid.h>
 #endif
 
-/* Costs: measured with one thread on a Zen 4 core, rows of 4096, operands in cache; linear with 4096x4096 weights from memory (README.md). */
+/* Costs: measured with one thread on a Zen 4 core, rows of 4096, operands in cache; linear with 4096x4096 weights from memory (README.md). Those from
+ * `arithmetic` on are estimates so far, from instruction counts: `conformance --time` prints them beside what it measures. */
 #define TABLE_BUT_SCALED_MM(set) .norm = &cpu_norm_##set, .activation = &cpu_activation_##set, .softmax = &cpu_softmax_##set, \
                    .linear = &cpu_linear_##set, .attend = &cpu_attend_##set, \
                    .position = &cpu_position_##set, .arithmetic = &cpu_arithmetic_##set, .cast = &cpu_cast_##set, \
-                   .quant = &cpu_quant_##set, .moments = &cpu_moments_##set, .topk = &cpu_topk_##set, .matmul = &cpu_matmul_##set
+                   .quant = &cpu_quant_##set, .moments = &cpu_moments_##set, .topk = &cpu_topk_##set, .matmul = &cpu_matmul_##set, \
+                   .columns = &cpu_columns_##set
 #define TABLE(set) .isa = #set, TABLE_BUT_SCALED_MM(set), .scaled_mm = &cpu_scaled_mm_##set
 
 /* Costs of an op that takes any dtype: picoseconds an element of f32, bf16, f16, f8, f64, and of integers of 8, 16, 32, 64 bits. */
@@ -45,6 +47,7 @@ static const struct cpu_kernels cpu_isa_baseline = {
 			.quant_scale = {30, {2000, 2300, 3500}},
 			.layer_norm = {30, {1200, 2000, 5000}},
 			.sparse = {30, {4000, 6000, 10000}},
+			.softmax_columns = {30, {3200, 3800, 5500}},
 			.topk = ANY(700, 1500, 3000, 4000, 1000, 400, 400, 400, 800),
 			.topk_kept_ns = 60,
 			.matmul_product_fs = 60000,
@@ -74,6 +77,7 @@ static const struct cpu_kernels cpu_isa_avx2 = {
 			.quant_scale = {30, {500, 500, 500}},
 			.layer_norm = {30, {300, 500, 400}},
 			.sparse = {30, {1500, 2000, 1800}},
+			.softmax_columns = {30, {1000, 1100, 1050}},
 			.topk = ANY(150, 200, 200, 400, 800, 100, 100, 100, 500),
 			.topk_kept_ns = 60,
 			.matmul_product_fs = 20000,
@@ -100,6 +104,7 @@ static const struct cpu_kernels cpu_isa_avx2 = {
 	.quant_scale = {30, {250, 250, 250}}, \
 	.layer_norm = {30, {200, 350, 300}}, \
 	.sparse = {30, {800, 1000, 900}}, \
+	.softmax_columns = {30, {450, 500, 480}}, \
 	.topk = ANY(100, 120, 120, 250, 600, 100, 100, 100, 500), \
 	.topk_kept_ns = 60, \
 	.matmul_product_fs = 12000, \

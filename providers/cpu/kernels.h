@@ -56,12 +56,13 @@ typedef void (*cpu_linear_finish_fn)(const float *sums, const void *bias, void *
 #define CPU_ATTEND_ROWS 32
 #define CPU_ATTEND_KEYS 64
 
-/* Rows of a cache: row j lies at base + places[j]. `ahead` places are known, `count` are meant. */
+/* Rows of a cache: row j lies at base + places[j]. `ahead` places are known, `count` are meant; memory is asked for `lookahead` rows early. */
 struct cpu_attend_run {
 	const unsigned char *base;
 	const uint64_t *places;
 	size_t count; /* at most CPU_ATTEND_KEYS */
 	size_t ahead;
+	size_t lookahead;
 };
 
 /* A softmax whose scores come step by step: Σ e^(score − maximum). */
@@ -171,6 +172,18 @@ struct cpu_scaled_mm_kernels {
 	void (*finish[CPU_DTYPES])(const struct cpu_scaled_finish *finish, void *y);
 };
 
+/* Neighbouring lines of `extent` elements; steps in bytes between the rows that hold one element of each. */
+struct cpu_columns {
+	const void *x;
+	void *y;
+	size_t x_step, y_step;
+	size_t extent, columns;
+};
+
+struct cpu_columns_kernels {
+	void (*softmax[CPU_DTYPES])(const struct cpu_columns *tile);
+};
+
 /* Keys of x [count] whose order is topk's. True when one is above `floor`. */
 typedef bool (*cpu_keys_fn)(const void *x, size_t count, uint32_t floor, uint32_t *keys);
 
@@ -217,11 +230,16 @@ struct cpu_attend_kernels {
 	void (*pack[CPU_DTYPES])(const struct cpu_attend_run *run, size_t head_size, size_t padded, float *to);
 	/* scores[r][j] = query r · key j. */
 	void (*scores[CPU_DTYPES])(const float *query, size_t rows, size_t padded, const struct cpu_attend_run *run, float *scores);
+	/* The same for `heads` heads, whose keys lie head_bytes apart, of `rows` rows each: keys in the order of memory. Row r of head h is row h·rows + r. */
+	void (*scores_heads[CPU_DTYPES])(const float *query, size_t heads, size_t rows, size_t padded, const struct cpu_attend_run *run,
+	                                 uint64_t head_bytes, float *scores);
 	/* One row's scores, times scale, to weights e^(score − maximum); maximum and sum go on. Returns what older weights shrink by. */
 	float (*weigh)(float *scores, size_t count, float scale, float *maximum, float *sum);
 	/* mixed[r] = mixed[r] · shrinks[r] + Σ weights[r][j] · value j. */
 	void (*mix[CPU_DTYPES])(const float *weights, const float *shrinks, size_t rows, size_t padded, const struct cpu_attend_run *run,
 	                        float *mixed);
+	void (*mix_heads[CPU_DTYPES])(const float *weights, const float *shrinks, size_t heads, size_t rows, size_t padded,
+	                              const struct cpu_attend_run *run, uint64_t head_bytes, float *mixed);
 	/* Joins a part's softmax and mixed values to a row's. */
 	void (*merge)(struct cpu_attend_row *row, float *mixed, const struct cpu_attend_row *part, const float *part_mixed, size_t padded);
 	/* y = mixed / sum, rounded. */
@@ -257,7 +275,8 @@ struct cpu_costs {
 	struct cpu_cost quant_scale;        /* elements of x */
 	struct cpu_cost layer_norm;         /* elements of x */
 	struct cpu_cost sparse;             /* elements of y */
-	struct cpu_any_cost topk;           /* elements of x */
+	struct cpu_cost softmax_columns;    /* elements of x, along another dimension than the last */
+	struct cpu_any_cost topk;           /* elements of x; for argmax of other dtypes, or along other dimensions, too */
 	uint32_t topk_kept_ns;              /* nanoseconds a result */
 	uint32_t matmul_product_fs;         /* femtoseconds a product */
 	struct cpu_any_cost scaled_weight;  /* elements of b, read once */
@@ -279,6 +298,7 @@ struct cpu_kernels {
 	const struct cpu_topk_kernels *topk;
 	const struct cpu_matmul_kernels *matmul;
 	const struct cpu_scaled_mm_kernels *scaled_mm;
+	const struct cpu_columns_kernels *columns;
 	struct cpu_costs costs;
 };
 
@@ -309,7 +329,8 @@ struct cpu_kernels {
 	extern const struct cpu_moments_kernels cpu_moments_##isa;       \
 	extern const struct cpu_topk_kernels cpu_topk_##isa;             \
 	extern const struct cpu_matmul_kernels cpu_matmul_##isa;         \
-	extern const struct cpu_scaled_mm_kernels cpu_scaled_mm_##isa;
+	extern const struct cpu_scaled_mm_kernels cpu_scaled_mm_##isa;   \
+	extern const struct cpu_columns_kernels cpu_columns_##isa;
 CPU_ISA_MAP(X)
 #undef X
 #if defined(__x86_64__)

@@ -1,5 +1,7 @@
 /* rotary_embedding and argmax: what is taken, what it costs, rows to kernels. */
-#include "providers/cpu/call.h"
+#include <string.h>
+
+#include "providers/cpu/columns.h"
 #include "uuid/cpu_position.h"
 
 /* ---- rotary_embedding --------------------------------------------------------------------------------------------------- */
@@ -89,52 +91,125 @@ static bool argmax_predicate(const opd_impl *impl, void *state, const opd_call *
 {
 	(void)impl, (void)state;
 	const opd_tensor *x = cpu_tensor(call, 0);
-	int64_t dim = call->args[1].i;
-	if (dim != -1 && dim + 1 != (int64_t)(x->rank == 0 ? 1 : x->rank))
-		return OPD_REFUSE(reason, OPD_REASON_ATTRIBUTE, "dim %lld of rank %u, only the last", (long long)dim, x->rank);
 	if (opd_tensor_last(x) > INT32_MAX)
 		return OPD_REFUSE(reason, OPD_REASON_SHAPE, "last dimension %lld, at most %d", (long long)opd_tensor_last(x), INT32_MAX);
-	return cpu_accept_dtype(x, reason) && cpu_accept_rows("x", x, reason);
+	return cpu_accept_rows("x", x, reason);
+}
+
+/* The kernel that scans f32, bf16, f16 rows. */
+static bool argmax_has_kernel(const opd_call *call)
+{
+	const opd_tensor *x = cpu_tensor(call, 0);
+	return cpu_dtype_index(x->dtype) != CPU_DTYPES && cpu_dim_is_last(x, call->args[1].i);
 }
 
 static uint64_t argmax_cost(const opd_impl *impl, const opd_call *call)
 {
+	const struct cpu_costs *costs = &cpu_kernels_of(impl)->costs;
 	const opd_tensor *x = cpu_tensor(call, 0);
-	return cpu_cost_ns(&cpu_kernels_of(impl)->costs.argmax, x->dtype, x->elements);
+	return argmax_has_kernel(call) ? cpu_cost_ns(&costs->argmax, x->dtype, x->elements) : cpu_any_cost_ns(&costs->topk, x->dtype, x->elements);
 }
 
 struct argmax_work {
-	cpu_argmax_fn kernel;
+	cpu_argmax_fn kernel; /* NULL: by keys */
+	const struct cpu_topk_kernels *keys;
+	opd_dtype dtype;
 	struct cpu_rows x;
+	struct columns columns; /* along another dimension than the last */
 	int64_t *y;
 	size_t count;
 };
+
+/* Keys of up to COLUMNS_TILE elements, in topk's order: 64 bits hold those of any dtype. */
+static void argmax_keys(const struct argmax_work *work, const unsigned char *x, size_t count, uint64_t *keys)
+{
+	uint32_t narrow[COLUMNS_TILE];
+	if (work->keys->wide_keys[work->dtype] != NULL) {
+		work->keys->wide_keys[work->dtype](x, count, keys);
+		return;
+	}
+	(void)work->keys->keys[work->dtype](x, count, 0, narrow);
+	for (size_t i = 0; i < count; i++)
+		keys[i] = narrow[i];
+}
+
+static int64_t argmax_of_keys(const struct argmax_work *work, const unsigned char *x)
+{
+	uint64_t keys[COLUMNS_TILE], best = 0;
+	size_t at = 0;
+	for (size_t from = 0; from < work->count; from += COLUMNS_TILE) {
+		size_t here = work->count - from < COLUMNS_TILE ? work->count - from : COLUMNS_TILE;
+		argmax_keys(work, x + from * opd_dtype_bytes(work->dtype), here, keys);
+		for (size_t i = 0; i < here; i++)
+			if (keys[i] > best)
+				best = keys[i], at = from + i;
+	}
+	return (int64_t)at;
+}
 
 static void argmax_rows(const void *context, uint64_t begin, uint64_t end, uint32_t thread)
 {
 	(void)thread;
 	const struct argmax_work *work = context;
-	for (uint64_t r = begin; r < end; r++)
-		work->y[r] = (int64_t)work->kernel(cpu_row(&work->x, r), work->count);
+	for (uint64_t r = begin; r < end; r++) {
+		const void *x = cpu_row(&work->x, r);
+		work->y[r] = work->kernel != NULL ? (int64_t)work->kernel(x, work->count) : argmax_of_keys(work, x);
+	}
+}
+
+static void argmax_tiles(const void *context, uint64_t begin, uint64_t end, uint32_t thread)
+{
+	(void)thread;
+	const struct argmax_work *work = context;
+	for (uint64_t t = begin; t < end; t++) {
+		struct columns_tile tile = columns_tile_at(&work->columns, t);
+		uint64_t keys[COLUMNS_TILE], best[COLUMNS_TILE] = {0};
+		int64_t at[COLUMNS_TILE] = {0};
+		for (uint64_t e = 0; e < work->columns.extent; e++) {
+			argmax_keys(work, tile.data + e * work->columns.step * work->columns.bytes, tile.count, keys);
+			for (size_t i = 0; i < tile.count; i++) {
+				at[i] = keys[i] > best[i] ? (int64_t)e : at[i];
+				best[i] = keys[i] > best[i] ? keys[i] : best[i];
+			}
+		}
+		memcpy(work->y + tile.line, at, tile.count * sizeof at[0]);
+	}
+}
+
+/* OPD_INTERNAL unless the result is what argmax along `dim` writes. */
+static opd_status argmax_expect_output(const opd_impl *impl, const opd_call *call, uint32_t dim, opd_error *error)
+{
+	const opd_tensor *x = cpu_tensor(call, 0);
+	bool keep = call->args[2].b;
+	int64_t shape[OPD_RANK_MAX];
+	uint32_t rank = 0;
+	for (uint32_t i = 0; i < x->rank; i++)
+		if (i != dim || keep)
+			shape[rank++] = i == dim ? 1 : x->shape[i];
+	return cpu_expect_shape(impl, call, 0, OPD_i64, rank, shape, error);
 }
 
 static opd_status argmax_run(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error)
 {
 	(void)state;
 	const opd_tensor *x = cpu_tensor(call, 0);
-	bool keep = call->args[2].b && x->rank > 0;
-	int64_t shape[OPD_RANK_MAX];
-	for (uint32_t i = 0; i < x->rank; i++)
-		shape[i] = i + 1 == x->rank ? 1 : x->shape[i];
-	opd_status status = cpu_expect_shape(impl, call, 0, OPD_i64, keep || x->rank == 0 ? x->rank : x->rank - 1, shape, error);
+	const uint32_t dim = cpu_dim(x, call->args[1].i);
+	opd_status status = argmax_expect_output(impl, call, dim, error);
 	if (status != OPD_OK || x->elements == 0)
 		return status;
 	struct argmax_work work = {
-		.kernel = cpu_kernels_of(impl)->position->argmax[cpu_dtype_index(x->dtype)],
-		.x = cpu_rows_of(x),
+		.keys = cpu_kernels_of(impl)->topk,
+		.dtype = x->dtype,
 		.y = opd_tensor_data(call->outputs[0]),
 		.count = (size_t)opd_tensor_last(x),
 	};
+	if (!cpu_dim_is_last(x, call->args[1].i)) {
+		work.columns = columns_of(x, dim);
+		return cpu_for(exec, work.columns.tiles, argmax_cost(impl, call), argmax_tiles, &work, error);
+	}
+	work.x = cpu_rows_of(x);
+	if (argmax_has_kernel(call))
+		work.kernel = cpu_kernels_of(impl)->position->argmax[cpu_dtype_index(x->dtype)];
 	return cpu_for(exec, x->elements / work.count, argmax_cost(impl, call), argmax_rows, &work, error);
 }
 

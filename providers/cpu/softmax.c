@@ -1,21 +1,19 @@
 /* softmax: what is taken, what it costs, rows to kernels. */
-#include "providers/cpu/call.h"
+#include "providers/cpu/columns.h"
 #include "uuid/cpu_softmax.h"
 
 static bool softmax_predicate(const opd_impl *impl, void *state, const opd_call *call, opd_reason *reason)
 {
 	(void)impl, (void)state;
 	const opd_tensor *x = cpu_tensor(call, 0);
-	int64_t dim = call->args[1].i;
-	if (dim != -1 && dim + 1 != (int64_t)(x->rank == 0 ? 1 : x->rank))
-		return OPD_REFUSE(reason, OPD_REASON_ATTRIBUTE, "dim %lld of rank %u, only the last", (long long)dim, x->rank);
 	return cpu_accept_dtype(x, reason) && cpu_accept_rows("x", x, reason);
 }
 
 static uint64_t softmax_cost(const opd_impl *impl, const opd_call *call)
 {
 	const opd_tensor *x = cpu_tensor(call, 0);
-	return cpu_cost_ns(&cpu_kernels_of(impl)->costs.softmax, x->dtype, x->elements);
+	const struct cpu_costs *costs = &cpu_kernels_of(impl)->costs;
+	return cpu_cost_ns(cpu_dim_is_last(x, call->args[1].i) ? &costs->softmax : &costs->softmax_columns, x->dtype, x->elements);
 }
 
 struct softmax_work {
@@ -32,6 +30,30 @@ static void softmax_rows(const void *context, uint64_t begin, uint64_t end, uint
 		work->kernel(cpu_row(&work->x, r), cpu_row(&work->y, r), work->count);
 }
 
+/* Along another dimension: items are tiles of neighbouring lines. */
+struct softmax_columns_work {
+	void (*kernel)(const struct cpu_columns *tile);
+	struct columns x, y;
+};
+
+static void softmax_tiles(const void *context, uint64_t begin, uint64_t end, uint32_t thread)
+{
+	(void)thread;
+	const struct softmax_columns_work *work = context;
+	for (uint64_t i = begin; i < end; i++) {
+		struct columns_tile from = columns_tile_at(&work->x, i), to = columns_tile_at(&work->y, i);
+		struct cpu_columns tile = {
+			.x = from.data,
+			.y = to.data,
+			.x_step = (size_t)(work->x.step * work->x.bytes),
+			.y_step = (size_t)(work->y.step * work->y.bytes),
+			.extent = (size_t)work->x.extent,
+			.columns = from.count,
+		};
+		work->kernel(&tile);
+	}
+}
+
 static opd_status softmax_run(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error)
 {
 	(void)state;
@@ -39,6 +61,15 @@ static opd_status softmax_run(const opd_impl *impl, void *state, const opd_call 
 	opd_status status = cpu_expect_output(impl, call, 0, x, opd_tensor_last(x), error);
 	if (status != OPD_OK || x->elements == 0)
 		return status;
+	if (!cpu_dim_is_last(x, call->args[1].i)) {
+		uint32_t dim = cpu_dim(x, call->args[1].i);
+		struct softmax_columns_work columns = {
+			.kernel = cpu_kernels_of(impl)->columns->softmax[cpu_dtype_index(x->dtype)],
+			.x = columns_of(x, dim),
+			.y = columns_of(call->outputs[0], dim),
+		};
+		return cpu_for(exec, columns.x.tiles, softmax_cost(impl, call), softmax_tiles, &columns, error);
+	}
 	struct softmax_work work = {
 		.kernel = cpu_kernels_of(impl)->softmax->softmax[cpu_dtype_index(x->dtype)],
 		.x = cpu_rows_of(x),

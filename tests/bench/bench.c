@@ -20,6 +20,7 @@ static const struct {
     {"latency", bench_latency},         {"rate", bench_rate},     {"bulk", bench_bulk},
     {"connections", bench_connections}, {"counts", bench_counts}, {"graph", bench_graph},
     {"memory", bench_memory},
+    {"rings", bench_rings},
 };
 #define BENCHMARKS (sizeof benchmarks / sizeof benchmarks[0])
 

@@ -8,6 +8,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/types.h>
 
 #include "opd/client.h"
 #include "tests/bench/daemon.h"
@@ -32,6 +33,7 @@ void bench_connections(struct bench *bench);
 void bench_counts(struct bench *bench);
 void bench_graph(struct bench *bench);
 void bench_memory(struct bench *bench);
+void bench_rings(struct bench *bench);
 
 /* ---- Placement ---- */
 
@@ -46,9 +48,14 @@ extern const struct placement placement_same, placement_two;
 /* Pins the caller and the peers' clients to the client's core; the floor, the peers and all threads of the daemon to the server's. */
 void placement_apply(const struct placement *placement, const struct bench *bench, const struct daemon *daemon);
 
+/* Pins one more process to the server's core. */
+void placement_server(const struct placement *placement, pid_t pid);
+
 /* ---- Calls ---- */
 
 opd_client *call_connect(const char *address);
+/* With the feature "shm". */
+opd_client *call_connect_shared(const char *address);
 
 /* Runs and drops the result. */
 void call_run(opd_client *client, const opd_request *request);
@@ -59,6 +66,11 @@ typedef opd_request *(*call_build_fn)(opd_client *client);
 opd_request *call_norm(opd_client *client);
 /* relu of 16 f32: 64 bytes in, 64 bytes out. */
 opd_request *call_tiny(opd_client *client);
+
+/* The same norm of a kept tensor, whose result is kept: nothing but envelopes on the wire. */
+opd_request *call_resident(opd_client *client);
+/* The same with its tensor, and its result, in memory that both sides map. The client was connected with shared_memory; *memory_out is the caller's to destroy. */
+opd_request *call_shared(opd_client *client, opd_memory **memory_out);
 
 /* Sends a host tensor through relu, which must not change it, and keeps the result in the session. */
 opd_handle call_keep(opd_client *client, const float *data, int64_t elements);

@@ -225,7 +225,7 @@ static const struct impl *call_steps(struct parts *parts, step last)
 	if (last >= STEP_SHAPES && bind_outputs(&parts->arena, &bound, error) != OPD_OK)
 		bench_fail("the call has no result shapes");
 	if (last >= STEP_CHOOSE) {
-		if (dispatch_init(&dispatch, parts->snapshot, effective, parts->plans, &parts->log, op, false, error) != OPD_OK ||
+		if (dispatch_init(&dispatch, parts->snapshot, effective, parts->plans, &parts->log, op, false, &bound.call, error) != OPD_OK ||
 		    !dispatch_walk(&dispatch, &bound.call))
 			bench_fail("nobody takes the call");
 		impl = dispatch.impl;

@@ -21,13 +21,30 @@ void placement_apply(const struct placement *placement, const struct bench *benc
 		peer_pin(&bench->peers[i], server, placement->client);
 }
 
-opd_client *call_connect(const char *address)
+void placement_server(const struct placement *placement, pid_t pid)
+{
+	const int last = pin_cores() - 1;
+	if (!pin_process(pid, placement->server < last ? placement->server : last))
+		bench_fail("can't pin process %d", (int)pid);
+}
+
+static opd_client *connect_with(const char *address, const opd_connect_options *options)
 {
 	opd_client *client;
 	opd_error error;
-	if (opd_connect(address, NULL, &client, &error) != OPD_OK)
+	if (opd_connect(address, options, &client, &error) != OPD_OK)
 		bench_fail("%s: %s", address, error.text);
 	return client;
+}
+
+opd_client *call_connect(const char *address)
+{
+	return connect_with(address, NULL);
+}
+
+opd_client *call_connect_shared(const char *address)
+{
+	return connect_with(address, &(opd_connect_options){.struct_bytes = sizeof(opd_connect_options), .shared_memory = true});
 }
 
 void call_run(opd_client *client, const opd_request *request)
@@ -62,19 +79,56 @@ opd_handle call_keep(opd_client *client, const float *data, int64_t elements)
 	return handle;
 }
 
-opd_request *call_norm(opd_client *client)
+static void norm_fill(float *x, float *weight)
 {
-	static float x[NORM_ELEMENTS], weight[NORM_ELEMENTS];
 	for (int i = 0; i < NORM_ELEMENTS; i++) {
 		x[i] = (float)(i % 17) - 8;
 		weight[i] = 1 + (float)(i % 5) / 4;
 	}
+}
+
+/* Of `x`, with a kept weight. */
+static opd_request *norm_create(opd_client *client, const opd_operand *x, const float *weight)
+{
 	opd_handle handle = call_keep(client, weight, NORM_ELEMENTS);
 	opd_request *request = request_create("rms_norm");
-	opd_request_tensor(request, NULL, &(opd_operand)OPD_OPERAND(OPD_f32, x, 1, NORM_ELEMENTS));
+	opd_request_tensor(request, NULL, x);
 	opd_request_tensor(request, NULL,
 	                   &(opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_HANDLE, .handle = handle});
 	opd_request_float(request, NULL, 1e-5);
+	return request;
+}
+
+opd_request *call_norm(opd_client *client)
+{
+	static float x[NORM_ELEMENTS], weight[NORM_ELEMENTS];
+	norm_fill(x, weight);
+	return norm_create(client, &(opd_operand)OPD_OPERAND(OPD_f32, x, 1, NORM_ELEMENTS), weight);
+}
+
+opd_request *call_resident(opd_client *client)
+{
+	static float x[NORM_ELEMENTS], weight[NORM_ELEMENTS];
+	norm_fill(x, weight);
+	const opd_operand kept = {.struct_bytes = sizeof kept, .source = OPD_FROM_HANDLE, .handle = call_keep(client, x, NORM_ELEMENTS)};
+	opd_request *request = norm_create(client, &kept, weight);
+	opd_request_output(request, 0, true, false);
+	return request;
+}
+
+opd_request *call_shared(opd_client *client, opd_memory **memory_out)
+{
+	static float weight[NORM_ELEMENTS];
+	const uint64_t bytes = NORM_ELEMENTS * sizeof(float);
+	opd_error error;
+	if (opd_memory_create(client, 2 * bytes, memory_out, &error) != OPD_OK)
+		bench_fail("shared memory: %s", error.text);
+	float *x = opd_memory_data(*memory_out);
+	norm_fill(x, weight);
+	const opd_operand shared = {.struct_bytes = sizeof shared, .dtype = OPD_f32, .rank = 1, .shape = (const int64_t[]){NORM_ELEMENTS},
+	                            .source = OPD_FROM_MEMORY, .memory = *memory_out, .data = x};
+	opd_request *request = norm_create(client, &shared, weight);
+	opd_request_output_memory(request, 0, *memory_out, x + NORM_ELEMENTS, bytes);
 	return request;
 }
 

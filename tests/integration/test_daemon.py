@@ -238,6 +238,9 @@ class Configuration(WithFolder):
             ("priorities: {no_such_op: [cpu]}\n", "no_such_op"),
             ("priorities: {rms_norm: [no_such_provider]}\n", "no_such_provider"),
             ("priorities: {'*': [no_such_provider]}\n", "no_such_provider"),
+            ("priorities: {rms_norm/bf16: [cpu]}\n", "priority for rms_norm/bf16: it narrows a list of rms_norm, and there is none"),
+            ("priorities: {rms_norm: [cpu], rms_norm/bf16: [no_such_provider]}\n", "no_such_provider"),
+            ("priorities: {no_such_op: [cpu], no_such_op/bf16: [cpu]}\n", "no_such_op"),
         ]:
             with self.subTest(words=words):
                 path, (code, _, err) = self.check(text)
@@ -255,6 +258,50 @@ class Configuration(WithFolder):
         self.assertIn("/no/such/module.so", providers["mine"].reason)
         reply, _ = client.ask(pb.Request(get_priority=pb.GetPriority(op="rms_norm")))
         self.assertEqual(list(reply.priority.effective)[:1], ["cpu"])
+
+    def test_promise_15_an_ops_list_may_be_narrowed_to_a_dtype_and_few_rows(self):
+        daemon = self.start(config="""priorities:
+  relu: [native]
+  relu/bf16: [cpu, native]
+  relu/rows<=2: [cpu]
+  relu/bf16/rows<=1: [native, cpu]
+  "*": [cpu, native]
+""")
+        client = self.client(daemon.address)
+
+        def ran(rows, dtype, **more):
+            operand = harness.inline([rows, 8], bytes(rows * 8 * (4 if dtype == pb.F32 else 2)), dtype=dtype)
+            reply, _ = client.ask(run("relu", operand, run_explain=True, **more))
+            return reply.run.provider, reply.run.explain.narrowed, list(reply.run.explain.effective)
+
+        self.assertEqual(ran(2, pb.F32), ("cpu", "relu/rows<=2", ["cpu", "native"]))  # native is appended to each list by itself
+        self.assertEqual(ran(3, pb.F32), ("native", "", ["native"]))
+        self.assertEqual(ran(1, pb.BF16), ("native", "relu/bf16/rows<=1", ["native"]))
+        self.assertEqual(ran(2, pb.BF16), ("cpu", "relu/bf16", ["cpu", "native"]))
+        self.assertEqual(ran(2, pb.F32, run_device="cpu"), ("cpu", "relu/rows<=2", ["cpu", "native"]))
+        self.assertEqual(ran(2, pb.F32, run_priority=["native"]), ("native", "", ["native"]))  # a nearer list wins whole
+        daemon.wait_log("falling back to native is possible", "op=relu")
+        reply, _ = client.ask(pb.Request(get_priority=pb.GetPriority(op="relu")))
+        self.assertEqual([(case.key, list(case.stored), list(case.effective)) for case in reply.priority.cases],
+                         [("relu/bf16/rows<=1", ["native", "cpu"], ["native"]), ("relu/bf16", ["cpu", "native"], ["cpu", "native"]),
+                          ("relu/rows<=2", ["cpu"], ["cpu", "native"])])
+        self.assertEqual(list(reply.priority.stored), ["native"])
+        client.ask(pb.Request(set_priority=pb.SetPriority(op="relu", list=pb.ProviderList(names=["native"]))))
+        self.assertEqual(ran(2, pb.F32), ("native", "", ["native"]))
+        self.assertFalse(client.ask(pb.Request(get_priority=pb.GetPriority(op="relu")))[0].priority.cases)
+
+    def test_the_lists_that_hold_where_nobody_says_are_those_of_the_table(self):
+        with open(os.path.join(harness.ROOT, "providers", "priorities.txt"), encoding="utf-8") as table:
+            lists = dict(line.strip().rsplit("=", 1) for line in table if not line.startswith("#"))
+        client = self.client(self.start().address)
+        for key, names in lists.items():
+            with self.subTest(key=key):
+                op = "sigmoid" if key == "*" else key.split("/")[0]
+                priority = client.ask(pb.Request(get_priority=pb.GetPriority(op=op)))[0].priority
+                if "/" in key:
+                    self.assertEqual([list(case.stored) for case in priority.cases if case.key == key], [names.split(",")])
+                elif key != "*" or "sigmoid" not in lists:
+                    self.assertEqual(list(priority.stored), names.split(","))
 
     def test_flags_go_over_the_file_also_after_a_reload(self):
         daemon = self.start("--priority", "rms_norm=native", config="priorities: {rms_norm: [cpu], softmax: [cpu]}\n")

@@ -1,5 +1,5 @@
 #!/usr/bin/python3
-"""Derived copies (DESIGN.md: Providers): what a provider keeps of tensors that stay, through a real daemon. The module tests/modules/derived adds a copy of b instead of b:
+"""Derived copies: what a provider keeps of tensors that stay, through a real daemon. The module tests/modules/derived adds a copy of b instead of b:
 whoever gets a copy of other contents gets a wrong sum.
 
 OPD_BIN names the daemon, OPD_MODULES the folder with the built test modules.
@@ -12,7 +12,9 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import harness
 from harness import Client, Daemon, Failed, f32, inline, pb, run, tensor, unpack_f32
 
-MODULE = os.path.join(os.environ.get("OPD_MODULES", os.path.join(harness.ROOT, "build", "tests", "modules")), "derived", "derived.so")
+BUILD = os.environ.get("OPD_BUILD", os.path.join(harness.ROOT, "build"))
+MODULE = os.path.join(os.environ.get("OPD_MODULES", os.path.join(BUILD, "tests", "modules")), "derived", "derived.so")
+ONEDNN = os.path.join(BUILD, "lib", "opd", "opd-provider-onednn.so")
 COUNT = 256
 BYTES = 4 * COUNT
 
@@ -217,6 +219,31 @@ class Derived(unittest.TestCase):
         copies, size, made, found = self.derived(first)
         self.assertEqual((copies, size, made), (1, BYTES, 1))
         self.assertGreater(found, 0)
+
+
+class PackedWeights(unittest.TestCase):
+    """The module onednn: a resident weight is packed once, for all numbers of rows whose layout is the same."""
+
+    def test_a_resident_weight_is_packed_once_and_right(self):
+        if not os.path.exists(ONEDNN):
+            self.skipTest("onednn isn't built here")
+        daemon = Daemon("--module", ONEDNN)
+        self.addCleanup(daemon.stop)
+        with Client(daemon.address) as client:
+            described = client.ask(pb.Request(describe=pb.Describe(op="linear")))[0].op.implementations
+            if not [one for one in described if one.provider == "onednn" and one.supported]:
+                self.skipTest("oneDNN isn't installed")
+            numbers = [float(i % 5 - 2) for i in range(96 * 64)]  # small integers: sums are exact in any order
+            weight = client.ask(pb.Request(upload=pb.Upload(tensor=tensor([96, 64]))), f32(*numbers))[0].run.outputs[0].kept
+            for _ in range(4):
+                x = [float(i % 3 - 1) for i in range(8 * 64)]
+                request = run("linear", inline([8, 64], f32(*x)), of_handle(weight), run_priority=["onednn"], run_strict=True, run_inline_results=True)
+                got = unpack_f32(client.ask(request)[0].run.outputs[0].tensor.inline)
+                wanted = [sum(x[r * 64 + k] * numbers[c * 64 + k] for k in range(64)) for r in range(8) for c in range(96)]
+                self.assertEqual(list(got), wanted)
+            info = client.info()
+            self.assertEqual((info.derived_copies, info.derived_made, info.derived_found), (1, 1, 2))
+            self.assertGreaterEqual(info.derived_bytes, 4 * 96 * 64)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,12 @@ static void open_checked(void)
 		ones[i] = fives[i] = 1;
 }
 
+static void open_narrow(void)
+{
+	house_start(&house, (const char *const[]){"limits.session", "64 KiB", "limits.request", "64 KiB", NULL});
+	client = house_client(&house);
+}
+
 static void close_house(void)
 {
 	opd_close(client);
@@ -345,6 +351,166 @@ START_TEST(promise_32_a_tensor_that_is_being_given_is_nobodys_meanwhile)
 }
 END_TEST
 
+/* ---- Results still to come ---- */
+
+static opd_operand of_result(opd_ticket ticket, bool donate)
+{
+	return (opd_operand){.struct_bytes = sizeof(opd_operand), .source = OPD_FROM_RESULT, .ticket = ticket, .donate = donate};
+}
+
+static opd_ticket submitted(opd_request *request)
+{
+	opd_ticket ticket = 0;
+	OK(opd_submit(client, request, &ticket, &error));
+	opd_request_destroy(request);
+	return ticket;
+}
+
+/* Twice `data`, kept, once the gate is open. */
+static opd_ticket waiting_result(const float *data)
+{
+	const opd_operand input = host(data);
+	lab_reset();
+	opd_request *request = opd_request_create("lab_wait");
+	opd_request_tensor(request, NULL, &input);
+	opd_request_output(request, 0, true, false);
+	return submitted(request);
+}
+
+static opd_ticket fetching(opd_ticket ticket)
+{
+	const opd_operand operand = of_result(ticket, false);
+	return submitted(opd_fetch_create(&operand));
+}
+
+/* Its handle, and its first value where it was copied. */
+static opd_handle done(opd_ticket ticket, float *value_out)
+{
+	opd_result *result = NULL;
+	OK(opd_wait(client, ticket, UINT64_MAX, &result, &error));
+	if (value_out != NULL)
+		*value_out = *(const float *)opd_tensor_data(opd_result_tensor(result, 0));
+	const opd_handle handle = opd_result_handle(result, 0);
+	opd_result_destroy(result);
+	return handle;
+}
+
+static void ends(opd_ticket ticket, opd_status expected, const char *part)
+{
+	opd_result *result = NULL;
+	const opd_status got = opd_wait(client, ticket, UINT64_MAX, &result, &error);
+	opd_result_destroy(result);
+	ck_assert_msg(got == expected, "%s: %s", opd_status_name(got), got == OPD_OK ? "" : error.text);
+	says(part);
+}
+
+START_TEST(promise_32_a_result_still_to_come_may_be_donated_in_the_order_of_acceptance)
+{
+	float before = 0;
+	const opd_ticket made = waiting_result(ones), reader = fetching(made);
+	const opd_ticket first = submitted(add("native", of_result(made, true), host(fives), false));
+	ends(fetching(made), OPD_FAILED_PRECONDITION, "was donated to request");
+	fails(add("native", of_result(made, true), host(fives), false), OPD_FAILED_PRECONDITION, "was donated to request");
+	const opd_ticket second = submitted(add("native", of_result(first, true), host(fives), true)), third = fetching(second);
+	const opd_ticket both = submitted(add("native", of_result(second, true), of_result(second, false), false));
+	lab_gate(true);
+	ends(both, OPD_INVALID_ARGUMENT, "x is donated, but by is the same tensor");
+	(void)done(reader, &before);
+	ck_assert_float_eq(before, 2);
+	expect_error(done(made, NULL), OPD_NOT_FOUND, "is no tensor of this session"); /* two donations ago */
+	expect_error(done(first, NULL), OPD_FAILED_PRECONDITION, "was donated to request");
+	expect_value(done(second, &before), 12);
+	ck_assert_float_eq(before, 12);
+	(void)done(third, &before);
+	ck_assert_float_eq(before, 12);
+}
+END_TEST
+
+/* A session may have two tensors and a half: each step must write where the one before it did. */
+START_TEST(promise_32_a_chain_of_steps_that_waits_for_none_stays_in_one_memory)
+{
+	static float large[6 * ELEMENTS];
+	static const int64_t shape = 6 * ELEMENTS;
+	const opd_operand input = {.struct_bytes = sizeof input, .dtype = OPD_f32, .rank = 1, .shape = &shape, .data = large};
+	opd_handle by = {0};
+	for (int64_t i = 0; i < shape; i++)
+		large[i] = 1;
+	lab_reset();
+	OK(opd_upload(client, &input, NULL, &by, &error));
+	opd_request *request = opd_request_create("lab_wait");
+	const opd_operand named = of_handle(by, false);
+	opd_request_tensor(request, NULL, &named);
+	opd_request_output(request, 0, true, false);
+	opd_ticket step = submitted(request);
+	opd_ticket steps[12];
+	for (int i = 0; i < 12; i++) {
+		steps[i] = step;
+		step = submitted(add("native", of_result(step, true), of_handle(by, false), false));
+	}
+	lab_gate(true);
+	for (int i = 0; i < 12; i++)
+		(void)done(steps[i], NULL);
+	const opd_handle last = done(step, NULL);
+	opd_result *result = NULL;
+	OK(opd_free(client, &by, 1, &error));
+	const opd_operand all = of_handle(last, false);
+	OK(opd_fetch(client, &all, &result, &error));
+	ck_assert_float_eq(((const float *)opd_tensor_data(opd_result_tensor(result, 0)))[shape - 1], 14);
+	opd_result_destroy(result);
+}
+END_TEST
+
+START_TEST(promise_32_a_promise_ends_with_the_request_that_it_was_made_to)
+{
+	float value = 0;
+	opd_operand wrong = host(fives);
+	wrong.shape = (const int64_t[]){ELEMENTS / 2};
+	const opd_ticket made = waiting_result(ones);
+	const opd_ticket cancelled = submitted(add("native", of_result(made, true), host(fives), false));
+	opd_cancel(client, cancelled);
+	OK(opd_ping(client, &error));
+	const opd_ticket again = fetching(made);
+	const opd_ticket failing = submitted(add("native", of_result(made, true), wrong, false));
+	lab_gate(true);
+	(void)done(again, &value);
+	ck_assert_float_eq(value, 2);
+	ends(failing, OPD_INVALID_ARGUMENT, "another shape");
+	expect_value(done(made, NULL), 2);
+}
+END_TEST
+
+START_TEST(promise_32_a_result_that_never_comes_is_given_to_nobody)
+{
+	const opd_ticket slow = waiting_result(ones);
+	opd_request *broken = add("aside", of_result(slow, false), host(fives), false);
+	opd_request_output(broken, 0, true, false);
+	const opd_ticket made = submitted(broken);
+	const opd_ticket given = submitted(add("native", of_result(made, true), host(fives), false));
+	const opd_ticket dependent = submitted(add("native", of_result(given, true), host(fives), false));
+	opd_cancel(client, made); /* it still waits for `slow` */
+	ends(given, OPD_ABORTED, "failed");
+	ends(dependent, OPD_ABORTED, "failed");
+	lab_gate(true);
+	expect_value(done(slow, NULL), 2);
+}
+END_TEST
+
+START_TEST(a_session_that_ends_with_promises_leaves_nothing)
+{
+	opd_client *mine = client, *leaving = house_client(&house);
+	client = leaving;
+	opd_ticket step = waiting_result(ones);
+	for (int i = 0; i < 20; i++)
+		step = submitted(add(i % 2 == 0 ? "native" : "aside", of_result(step, true), host(fives), false));
+	OK(opd_ping(client, &error));
+	opd_close(leaving);
+	client = mine;
+	lab_gate(true);
+	house_await_bytes(&house, 0);
+	OK(opd_ping(client, &error));
+}
+END_TEST
+
 START_TEST(promise_33_donated_or_not_the_bits_are_the_same)
 {
 	static float x[ELEMENTS], by[ELEMENTS];
@@ -425,11 +591,17 @@ int main(void)
 	tcase_add_test(tests, promise_32_a_request_that_ends_before_its_kernel_has_given_nothing);
 	tcase_add_test(tests, promise_32_a_tensor_that_a_failed_kernel_may_have_written_is_lost);
 	tcase_add_test(tests, promise_32_a_tensor_that_is_being_given_is_nobodys_meanwhile);
+	tcase_add_test(tests, promise_32_a_result_still_to_come_may_be_donated_in_the_order_of_acceptance);
+	tcase_add_test(tests, promise_32_a_promise_ends_with_the_request_that_it_was_made_to);
+	tcase_add_test(tests, promise_32_a_result_that_never_comes_is_given_to_nobody);
+	tcase_add_test(tests, a_session_that_ends_with_promises_leaves_nothing);
 	tcase_add_test(tests, promise_33_donated_or_not_the_bits_are_the_same);
 	tcase_add_test(tests, direct_calls_donate_as_frames_do);
 	tcase_add_test(tests, a_session_that_ends_with_donations_under_way_leaves_nothing);
 	tests = add_case(suite, "checked", open_checked);
 	tcase_add_test(tests, checked_mode_writes_no_canary_behind_a_donated_tensor);
+	tests = add_case(suite, "narrow", open_narrow);
+	tcase_add_test(tests, promise_32_a_chain_of_steps_that_waits_for_none_stays_in_one_memory);
 	SRunner *runner = srunner_create(suite);
 	srunner_run_all(runner, CK_ENV);
 	int failed = srunner_ntests_failed(runner);

@@ -841,6 +841,41 @@ START_TEST(cancelled_runs_leave_the_state_to_the_others)
 }
 END_TEST
 
+static opd_graph *waiting_graph(opd_handle sum);
+
+/* Its name while a run writes it can be had from the list alone; what it holds then is nobody's. */
+START_TEST(a_state_that_a_run_may_write_is_read_by_nobody_else_meanwhile)
+{
+	enum { RUNS = 3 };
+	opd_ticket tickets[RUNS];
+	opd_handle sum = kept_of(4, 1);
+	const uint64_t id = registered(waiting_graph(sum));
+	for (int i = 0; i < RUNS; i++) {
+		opd_request *request = run_of(id, 4);
+		OK(opd_submit(client, request, &tickets[i], &error));
+		opd_request_destroy(request);
+	}
+	house_await_count(&lab_counts.waiting, 1);
+	opd_cancel(client, tickets[1]);
+	const opd_kept_list *list = NULL;
+	OK(opd_kept_tensors(client, &list, &error));
+	ck_assert_uint_eq(list->count, 1);
+	const opd_handle now = list->tensors[0].handle;
+	opd_document_free(list);
+	ck_assert_uint_ne(now.generation, sum.generation);
+	fails(read_of(now), OPD_FAILED_PRECONDITION, "hasn't ended");
+	fails(read_of(sum), OPD_NOT_FOUND, "is no tensor of this session"); /* donated three times since */
+	ck_assert_int_eq(opd_free(client, &now, 1, &error), OPD_FAILED_PRECONDITION);
+	lab_gate(true);
+	for (int i = 0; i < RUNS; i++) {
+		opd_result *result = NULL;
+		(void)!opd_wait(client, tickets[i], UINT64_MAX, &result, &error);
+		opd_result_destroy(result);
+	}
+	gives(read_of(now), 5); /* 1 + 2 * 2 */
+}
+END_TEST
+
 static opd_graph *waiting_graph(opd_handle sum)
 {
 	opd_graph *graph = opd_graph_create("waiting");
@@ -1048,6 +1083,7 @@ int main(void)
 	tcase_add_test(tests, a_graph_freed_while_it_runs_ends_in_peace);
 	tcase_add_test(tests, a_client_that_leaves_in_mid_run_leaves_nothing);
 	tcase_add_test(tests, cancelled_runs_leave_the_state_to_the_others);
+	tcase_add_test(tests, a_state_that_a_run_may_write_is_read_by_nobody_else_meanwhile);
 	tcase_add_test(tests, a_run_behind_another_may_be_late_and_then_donates_nothing);
 	tcase_add_test(tests, lists_hold_as_they_were_when_the_run_was_sent);
 	tcase_add_test(tests, canaries_stand_behind_every_result);

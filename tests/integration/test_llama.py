@@ -93,6 +93,31 @@ class Llama(unittest.TestCase):
         words = self.expect(REFERENCE[0], "--connect", self.unix, "--trace", "--provider", "native", count=2)
         self.assertNotIn(" cpu ", words)
 
+    def test_a_random_model_is_made_from_its_seed(self):
+        folder = tempfile.mkdtemp(dir=self.folder)
+        config = os.path.join(folder, "tiny.json")
+        with open(config, "w", encoding="utf-8") as file:
+            json.dump({"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300,
+                       "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}, file)
+        os.symlink(config, os.path.join(folder, "config.json"))
+
+        def made(*arguments, where=config):
+            done = subprocess.run([LLAMA, "--connect", self.unix, "--random", where, "--ids", "1,2,3", "-n", "12", *arguments], capture_output=True, timeout=600, check=False)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            return done.stdout.split(), done.stderr.decode()
+
+        ids, words = made("--stats")
+        self.assertEqual(len(ids), 12)
+        layer = 64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 96 + 2 * 64
+        self.assertIn(f"weights {(2 * layer + 302 * 64) * 4 / 1e6:.1f} MB a token", words)
+        self.assertIn("threads read here", words)
+        self.assertEqual(made(where=folder)[0], ids)
+        self.assertEqual(len(made("--provider", "native")[0]), 12)
+        self.assertNotEqual(made("--seed", "2")[0], ids)
+        for dtype in ("bf16", "f16"):
+            self.assertEqual(len(made("--dtype", dtype)[0]), 12)
+        self.assertEqual(subprocess.run([LLAMA, "--random", config, "--model", folder, "--ids", "1"], capture_output=True, check=False).returncode, 2)
+
     def test_clients_share_published_weights(self):
         """The second finds what the first has published, and memory is taken once."""
         opctl = os.environ["OPCTL_BIN"]

@@ -50,6 +50,11 @@ static void open_house(void)
 	open_with(NULL);
 }
 
+static void open_checked(void)
+{
+	open_with((const char *const[]){"checked", "true", NULL});
+}
+
 static void open_narrow(void)
 {
 	open_with((const char *const[]){"limits.regions", "2", "limits.shared", "2 MiB", NULL});
@@ -142,6 +147,98 @@ START_TEST(a_last_result_byte_may_be_the_region_s_last)
 }
 END_TEST
 
+/* ---- Graphs ---- */
+
+static opd_value relu_node(opd_graph *graph, opd_value x)
+{
+	opd_request *node = opd_request_create("relu");
+	opd_request_value(node, NULL, x);
+	const opd_value value = opd_graph_node(graph, NULL, node);
+	opd_request_destroy(node);
+	return value;
+}
+
+/* Floats: x's, relu once and (read by it, in the region) twice; ids: the largest of each. */
+static uint64_t graph_of_three(void)
+{
+	uint64_t id = 0;
+	opd_graph *graph = opd_graph_create("three");
+	const opd_value once = relu_node(graph, opd_graph_input(graph, "x"));
+	opd_request *node = opd_request_create("argmax");
+	opd_request_value(node, NULL, once);
+	opd_graph_output(graph, "once", once);
+	opd_graph_output(graph, "twice", relu_node(graph, once));
+	opd_graph_output(graph, "largest", opd_graph_node(graph, NULL, node));
+	opd_request_destroy(node);
+	OK(opd_graph_register(client, graph, &id, &error));
+	opd_graph_destroy(graph);
+	return id;
+}
+
+static opd_request *run_of_three(uint64_t id, void *x, int64_t elements, const uint64_t at_bytes[3], const uint64_t bytes[3])
+{
+	opd_request *request = opd_request_graph(id);
+	const opd_operand operand = vector(x, elements);
+	opd_request_tensor(request, NULL, &operand);
+	for (uint32_t i = 0; i < 3; i++)
+		opd_request_output_memory(request, i, memory, at(at_bytes[i]), bytes[i]);
+	return request;
+}
+
+static void graph_results_are_where_they_are_wanted(void)
+{
+	const uint64_t id = graph_of_three();
+	for (uint64_t round = 0; round < 3; round++) { /* elsewhere each time, and in a buffer of the daemon's in between */
+		const uint64_t places[3] = {8192 + round * 64, 16384 + round * 128, 65536 - 64 * (round + 1)};
+		opd_result *result = NULL;
+		at(0)[3] = -3;
+		at(0)[500 + round] = 5000;
+		OK(run(run_of_three(id, at(0), 1000, places, (const uint64_t[]){4000, 4000, 8}), &result));
+		for (uint32_t i = 0; i < 3; i++)
+			ck_assert_ptr_eq(opd_tensor_data(opd_result_tensor(result, i)), at(places[i]));
+		ck_assert(at(places[0])[3] == 0 && at(places[0])[999] == at(0)[999] && at(places[1])[999] == at(0)[999]);
+		ck_assert_int_eq(*(const int64_t *)(const void *)at(places[2]), 500 + (int64_t)round);
+		opd_result_destroy(result);
+		opd_request *sent = opd_request_graph(id);
+		const opd_operand operand = vector(at(0), 1000);
+		opd_request_tensor(sent, NULL, &operand);
+		OK(run(sent, &result));
+		ck_assert_float_eq(((const float *)opd_tensor_data(opd_result_tensor(result, 1)))[500 + round], 5000);
+		opd_result_destroy(result);
+		at(0)[500 + round] = 0;
+	}
+}
+
+START_TEST(results_of_a_graph_lie_in_shared_memory_too)
+{
+	graph_results_are_where_they_are_wanted();
+}
+END_TEST
+
+START_TEST(results_of_a_graph_are_copied_there_in_checked_mode)
+{
+	graph_results_are_where_they_are_wanted();
+}
+END_TEST
+
+START_TEST(ranges_of_a_graph_s_results_are_held_to_the_same_rules)
+{
+	const uint64_t id = graph_of_three();
+	at(4096)[0] = 99;
+	refuses(run_of_three(id, at(0), 1000, (const uint64_t[]){4096, 8192, 16384}, (const uint64_t[]){3999, 4000, 8}), OPD_INVALID_ARGUMENT,
+	        "three: result 0 has 4000 bytes, but 3999");
+	refuses(run_of_three(id, at(0), 1000, (const uint64_t[]){4096, 8000, 16384}, (const uint64_t[]){4000, 4000, 8}), OPD_INVALID_ARGUMENT,
+	        "three: result 1 overlaps result 0");
+	refuses(run_of_three(id, at(0), 1000, (const uint64_t[]){8192, 16384, 3968}, (const uint64_t[]){4000, 4000, 64}), OPD_INVALID_ARGUMENT,
+	        "three: result 2 overlaps x");
+	ck_assert_float_eq(at(4096)[0], 99);
+	opd_memory_destroy(memory);
+	memory = NULL;
+	OK(opd_memory_create(client, MEMORY_BYTES, &memory, &error));
+	graph_results_are_where_they_are_wanted();
+}
+END_TEST
+
 START_TEST(a_region_detached_in_flight_stays_until_the_kernel_is_done)
 {
 	enum { COUNT = 8, BYTES = 1 << 16 };
@@ -170,6 +267,30 @@ START_TEST(memory_outlives_its_client)
 	opd_memory_destroy(memory);
 	client = sharing_client();
 	OK(opd_memory_create(client, MEMORY_BYTES, &memory, &error));
+}
+END_TEST
+
+/* On the loop, and on a lane. What is written to the memory afterwards isn't the tensor's. */
+START_TEST(uploads_and_their_parts_come_from_shared_memory)
+{
+	static const int64_t counts[] = {16, 50000};
+	for (size_t i = 0; i < 2; i++) {
+		opd_operand x = vector(at(0), counts[i]);
+		opd_handle handle;
+		opd_result *result = NULL;
+		float *expected = malloc((size_t)counts[i] * sizeof *expected);
+		memcpy(expected, at(0), (size_t)counts[i] * sizeof *expected);
+		OK(opd_upload(client, &x, NULL, &handle, &error));
+		at(0)[5] += 1;
+		const opd_operand kept = {.struct_bytes = sizeof kept, .source = OPD_FROM_HANDLE, .handle = handle};
+		OK(opd_fetch(client, &kept, &result, &error));
+		ck_assert(memcmp(opd_tensor_data(opd_result_tensor(result, 0)), expected, (size_t)counts[i] * sizeof *expected) == 0);
+		opd_result_destroy(result);
+		free(expected);
+	}
+	opd_operand outside = vector(at(MEMORY_BYTES - 64), 64);
+	opd_handle none;
+	ck_assert_int_eq(opd_upload(client, &outside, NULL, &none, &error), OPD_INVALID_ARGUMENT);
 }
 END_TEST
 
@@ -503,7 +624,10 @@ static Suite *suite(void)
 	tcase_add_test(wide, operands_and_results_lie_in_shared_memory_and_nothing_is_copied);
 	tcase_add_test(wide, an_operand_may_begin_anywhere_that_its_elements_may);
 	tcase_add_test(wide, a_last_result_byte_may_be_the_region_s_last);
+	tcase_add_test(wide, uploads_and_their_parts_come_from_shared_memory);
 	tcase_add_test(wide, a_region_detached_in_flight_stays_until_the_kernel_is_done);
+	tcase_add_test(wide, results_of_a_graph_lie_in_shared_memory_too);
+	tcase_add_test(wide, ranges_of_a_graph_s_results_are_held_to_the_same_rules);
 	tcase_add_test(wide, memory_outlives_its_client);
 	tcase_add_test(wide, results_overlap_neither_operands_nor_each_other);
 	tcase_add_test(wide, a_range_that_is_too_small_for_the_result_is_refused_before_the_kernel);
@@ -514,6 +638,10 @@ static Suite *suite(void)
 	tcase_add_test(wide, an_attached_file_cannot_shrink_and_ranges_outside_are_refused);
 	tcase_add_test(wide, overlap_is_seen_through_two_regions_of_one_file);
 	suite_add_tcase(made, wide);
+	TCase *checked = tcase_create("checked");
+	tcase_add_checked_fixture(checked, open_checked, close_house);
+	suite_add_tcase(made, checked);
+	tcase_add_test(checked, results_of_a_graph_are_copied_there_in_checked_mode);
 	TCase *narrow = tcase_create("narrow");
 	tcase_set_timeout(narrow, 60);
 	tcase_add_checked_fixture(narrow, open_narrow, close_house);

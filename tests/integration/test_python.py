@@ -6,6 +6,7 @@
 PYTHONPATH: the folder with opd.py and opd_pb2.py. The daemon's tests fail, rather than being skipped, without OPD_BIN."""
 import array
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -381,6 +382,45 @@ class AgainstTheDaemon(unittest.TestCase):
                 with opd.Client(address, timeout=120, **options) as client:
                     np.testing.assert_array_equal(client.run("relu", x)[0], expected)
 
+    def test_operands_and_results_lie_in_shared_memory(self):
+        before = len(os.listdir("/proc/self/fd"))
+        self.use_shared_memory()
+        gc.collect()  # a map has a descriptor of its own, and lives as long as its tensors
+        self.assertEqual(len(os.listdir("/proc/self/fd")), before)
+
+    def use_shared_memory(self):
+        with opd.Client(self.unix, shared_memory=True) as client:
+            memory = client.memory(1 << 16)
+            x, y, ids = memory.tensor("f32", [2, 600]), memory.tensor("f32", [2, 600]), memory.tensor("i64", [3])
+            x.numpy()[:] = RNG.standard_normal((2, 600))
+            result = client.run("relu", x, out=y)
+            np.testing.assert_array_equal(result[0], np.maximum(x.numpy(), 0))
+            self.assertTrue(np.shares_memory(result[0], y.numpy()))
+            futures = [client.submit("relu", x, out=[memory.tensor("f32", [2, 600])]) for _ in range(5)]
+            for future in futures:
+                np.testing.assert_array_equal(future.result()[0], y.numpy())
+            ids.numpy()[:] = [1, 0, 1]
+            taken = client.run("embedding", ids, x, out=memory.tensor("f32", [3, 600]))[0]
+            np.testing.assert_array_equal(taken, x.numpy()[[1, 0, 1]])
+            with self.assertRaisesRegex(opd.InvalidArgument, "overlaps x"):
+                client.run("relu", x, out=memory.tensor("f32", [2, 600], offset=x.offset + 64))
+            with self.assertRaisesRegex(opd.InvalidArgument, "expected a multiple of 64 with room"):
+                memory.tensor("f32", [1 << 20])
+            with self.assertRaisesRegex(opd.InvalidArgument, "out: .*expected a Tensor of an open Memory"):
+                client.run("relu", x, out=opd.Tensor(bytes(4800), "f32", [2, 600]))
+            region = memory.region
+            memory.close()
+            memory.close()
+            np.testing.assert_array_equal(client.run("relu", x)[0], y.numpy())  # sent, as any other
+            memory.region = region
+            with self.assertRaisesRegex(opd.NotFound, "isn't attached"):
+                client.run("relu", x)
+            memory.region = 0
+        with opd.Client(self.unix) as client, self.assertRaisesRegex(opd.FailedPrecondition, "shared_memory=True"):
+            client.memory(4096)
+        with opd.Client(self.tcp, shared_memory=True) as client, self.assertRaisesRegex(opd.FailedPrecondition, "Unix socket"):
+            client.memory(4096)
+
     def test_many_requests_in_flight_each_get_their_own_answer(self):
         inputs = [np.full((1 + i % 7, 8), i, "float32") for i in range(300)]
         futures = [self.client.submit("add", x, x) for x in inputs]
@@ -593,7 +633,7 @@ class AgainstTheDaemon(unittest.TestCase):
         tensor = pb.Tensor(dtype=pb.F32, shape=[4])
         bad = [
             (pb.Request(upload=pb.Upload()), b"", "no dtype"),
-            (pb.Request(upload=pb.Upload(tensor=tensor)), b"", "neither payload nor inline"),
+            (pb.Request(upload=pb.Upload(tensor=tensor)), b"", "neither payload, inline nor shared"),
             (pb.Request(upload=pb.Upload(tensor=pb.Tensor(dtype=pb.F32, shape=[4], inline=bytes(15)))), b"", "15"),
             (pb.Request(upload=pb.Upload(tensor=pb.Tensor(
                 dtype=pb.F32, shape=[4], payload=pb.Range(offset=0, bytes=16)))), bytes(80), "the whole payload of 80"),

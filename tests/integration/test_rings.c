@@ -276,6 +276,35 @@ START_TEST(a_drain_answers_what_is_in_flight_and_says_goodbye)
 }
 END_TEST
 
+static void read_turn(void *turn)
+{
+	atomic_store((_Atomic uint64_t *)turn, house.server->turn);
+}
+
+/* How often the loop has gone round. */
+static uint64_t loop_turns(void)
+{
+	static _Atomic uint64_t turn;
+	atomic_store(&turn, 0);
+	OK(server_post(house.server, read_turn, &turn, &error));
+	house_await_count(&turn, 1);
+	return atomic_load(&turn);
+}
+
+/* Counted in turns of the loop, which are 20 us each while it looks at a ring, and a handful a second while it sleeps. */
+START_TEST(a_polling_client_that_does_nothing_lets_the_loop_sleep)
+{
+	opd_client *client = ringing(0, 1000000);
+	OK(opd_ping(client, &error));
+	(void)poll(NULL, 0, 50);
+	const uint64_t before = loop_turns();
+	(void)poll(NULL, 0, 400);
+	ck_assert_uint_lt(loop_turns() - before, 100);
+	OK(opd_ping(client, &error));
+	opd_close(client);
+}
+END_TEST
+
 START_TEST(who_cannot_have_rings_is_told_why)
 {
 	opd_client *client = NULL;
@@ -767,6 +796,7 @@ static Suite *suite(void)
 	tcase_add_test(works, operands_and_results_in_shared_ranges_go_with_rings);
 	tcase_add_test(works, an_event_loop_is_told_of_everything);
 	tcase_add_loop_test(works, a_wait_ends_at_its_time_and_a_cancel_reaches_the_daemon, 0, 2);
+	tcase_add_test(works, a_polling_client_that_does_nothing_lets_the_loop_sleep);
 	tcase_add_test(works, a_drain_answers_what_is_in_flight_and_says_goodbye);
 	tcase_add_test(hostile, every_other_descriptor_and_size_is_refused);
 	tcase_add_test(hostile, rings_are_attached_once_and_when_nothing_is_under_way);

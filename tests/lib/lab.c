@@ -18,6 +18,7 @@ void lab_reset(void)
 	atomic_store(&lab_counts.plans_freed, 0);
 	atomic_store(&lab_counts.runs, 0);
 	atomic_store(&lab_counts.waiting, 0);
+	atomic_store(&lab_counts.working_most, 0);
 	atomic_store(&lab_counts.shapes, 0);
 	atomic_store(&lab_counts.data_in_shape, 0);
 	lab_gate(false);
@@ -108,6 +109,35 @@ static opd_status wait_run(const opd_impl *impl, void *state, const opd_call *ca
 	return OPD_OK;
 }
 
+/* y = factor * x, after `ns` of the estimate's time */
+static uint64_t work_cost(const opd_impl *impl, const opd_call *call)
+{
+	(void)impl;
+	return (uint64_t)call->args[2].i;
+}
+
+static opd_status work_run(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error)
+{
+	struct timespec now;
+	(void)impl;
+	(void)state;
+	(void)exec;
+	const uint64_t running = atomic_fetch_add(&lab_counts.working, 1) + 1;
+	uint64_t most = atomic_load(&lab_counts.working_most);
+	while (running > most && !atomic_compare_exchange_weak(&lab_counts.working_most, &most, running))
+		;
+	(void)clock_gettime(CLOCK_MONOTONIC, &now);
+	const int64_t end = now.tv_sec * 1000000000 + now.tv_nsec + call->args[2].i;
+	while (now.tv_sec * 1000000000 + now.tv_nsec < end)
+		(void)clock_gettime(CLOCK_MONOTONIC, &now);
+	/* Somebody else should be here too: give it time to come. */
+	for (int i = 0; i < 10000 && call->args[3].b && atomic_load(&lab_counts.working_most) < 2; i++)
+		(void)nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+	scale(call->args[0].tensor, call->args[1].f, call->outputs[0]);
+	(void)atomic_fetch_sub(&lab_counts.working, 1);
+	return call->args[1].f >= 0 ? OPD_OK : opd_fail(error, OPD_INTERNAL, "lab_work: the factor is %g", call->args[1].f);
+}
+
 static opd_status types_run(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error)
 {
 	(void)impl;
@@ -161,6 +191,16 @@ static opd_status run_halfway(const opd_impl *impl, void *state, const opd_call 
 	return opd_fail(error, OPD_INTERNAL, "halfway: it always stops there");
 }
 
+static opd_status generate_work(const opd_op *op, opd_generator *generator, opd_error *error)
+{
+	opd_status status = generate_scale(op, generator, error);
+	if (status != OPD_OK)
+		return status;
+	generator->set_float(generator, "factor", 2);
+	generator->set_int(generator, "ns", 1000);
+	return OPD_OK;
+}
+
 static opd_status generate_add(const opd_op *op, opd_generator *generator, opd_error *error)
 {
 	opd_status status = generate_scale(op, generator, error);
@@ -182,6 +222,7 @@ static opd_status generate_add(const opd_op *op, opd_generator *generator, opd_e
 
 static const opd_impl scale_native = IMPL("lab_scale", NULL, lab_scale_run);
 static const opd_impl wait_native = IMPL("lab_wait", NULL, wait_run);
+static const opd_impl work_native = IMPL("lab_work", NULL, work_run, .cost_ns = work_cost);
 static const opd_impl add_native = IMPL("lab_add", NULL, add_run, .flags = OPD_IMPL_IN_PLACE);
 static const opd_impl types_native = IMPL("lab_types", NULL, types_run);
 static const int64_t default_dims[] = {16};
@@ -209,6 +250,18 @@ static const opd_op lab_wait = {
     .default_dims = default_dims,
     .dim_count = 1,
     .native = &wait_native,
+};
+static const opd_op lab_work = {
+    .struct_bytes = sizeof lab_work,
+    .schema = "lab_work(Tensor x, float factor, int ns, bool company=False) -> Tensor",
+    .doc = "takes its time; fails with a negative factor",
+    .activations = "x",
+    .shape = any_shape,
+    .generate = generate_work,
+    .dims = "elements",
+    .default_dims = default_dims,
+    .dim_count = 1,
+    .native = &work_native,
 };
 static const opd_in_place add_pairs[] = {{0, 0}};
 static const opd_op lab_add = {
@@ -244,6 +297,8 @@ static opd_status open_lab(const opd_host *host, void *state, opd_error *error)
 	opd_status status = host->register_op(host, &lab_scale, error);
 	if (status == OPD_OK)
 		status = host->register_op(host, &lab_wait, error);
+	if (status == OPD_OK)
+		status = host->register_op(host, &lab_work, error);
 	if (status == OPD_OK)
 		status = host->register_op(host, &lab_add, error);
 	return status == OPD_OK ? host->register_op(host, &lab_types, error) : status;

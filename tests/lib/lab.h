@@ -2,7 +2,7 @@
  *
  * Layer: tests. Threads: kernels, predicates and plans on any; counters are atomics, zeroed by lab_reset.
  * Everything that SEMANTICS.md promises of implementations is provoked by one of these modules:
- *   lab        owns the ops lab_scale (y = factor * x), lab_wait (the same, once the gate is open), lab_add (y = x + by; x may be
+ *   lab        owns the ops lab_scale (y = factor * x), lab_wait (the same, once the gate is open), lab_work (the same, and takes its time), lab_add (y = x + by; x may be
  * donated), lab_types (every type of parameter) even_only  takes an even number of elements               plain      takes everything absent     is statically
  * unsupported                      planner    its plan refuses more than 8 elements breaks     accepts, and its kernel fails
  * spills     accepts, and writes a byte past the end older      knows lab_scale without its last parameter     picky      takes
@@ -34,6 +34,8 @@ struct lab_counts {
 	_Atomic uint64_t plans_freed;
 	_Atomic uint64_t runs;          /* kernels of lab_scale, of any provider */
 	_Atomic uint64_t waiting;       /* kernels of lab_wait that have begun */
+	_Atomic uint64_t working;       /* kernels of lab_work that run now */
+	_Atomic uint64_t working_most;  /* … at once, since lab_reset */
 	_Atomic uint64_t shapes;        /* calls of lab_scale's shape function */
 	_Atomic uint64_t data_in_shape; /* … that were shown contents */
 };

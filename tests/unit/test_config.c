@@ -202,6 +202,15 @@ static const struct bad bad_files[] = {
 	{"listen: [\"tcp://h:\"]\n", ":1: listen: \"tcp://h:\": port \"\", expected 0 to 65535"},
 	{"listen: [{a: b}]\n", ":1: listen: a map, expected an address such as unix:/run/opd/opd.sock"},
 	{"priorities: [cpu]\n", ":1: priorities: a list, expected a map"},
+	{"priorities:\n  relu/half: [cpu]\n", ":2: priorities.relu/half: \"half\" is no dtype (as bf16) and no number of rows (as rows<=4)"},
+	{"priorities:\n  relu/rows<=0: [cpu]\n", ":2: priorities.relu/rows<=0: \"rows<=0\" is no number of rows (as rows<=4)"},
+	{"priorities:\n  relu/rows<=1x: [cpu]\n", ":2: priorities.relu/rows<=1x: \"rows<=1x\" is no number of rows (as rows<=4)"},
+	{"priorities:\n  relu/rows<=99999999999999999999: [cpu]\n", ":2: priorities.relu/rows<=99999999999999999999: \"rows<=99999999999999999999\" is no number of rows (as rows<=4)"},
+	{"priorities:\n  relu/rows<=4/bf16: [cpu]\n", ":2: priorities.relu/rows<=4/bf16: \"bf16\" is no number of rows (as rows<=4), which comes last"},
+	{"priorities:\n  relu/bf16/f32: [cpu]\n", ":2: priorities.relu/bf16/f32: \"f32\" is no number of rows (as rows<=4), which comes last"},
+	{"priorities:\n  '*/bf16': [cpu]\n", ":2: priorities.*/bf16: \"*\" is no op, and only an op's list may be narrowed"},
+	{"priorities:\n  Relu/bf16: [cpu]\n", ":2: priorities.Relu/bf16: op \"Relu\" is not a name, expected [a-z_][a-z_0-9]* of at most 128 bytes"},
+	{"priorities:\n  relu/bf16: [cpu]\n  relu/bf16: [cpu]\n", ":3: priorities.relu/bf16: there already, in line 2"},
 	{"priorities:\n  relu: cpu\n", ":2: priorities.relu: a single value, expected a list"},
 	{"priorities:\n  relu:\n", ":2: priorities.relu: nothing, expected a list of providers ([] for an empty one)"},
 	{"priorities:\n  relu: [cpu]\n  add: [cpu]\n  relu: [native]\n", ":4: priorities.relu: there already, in line 2"},
@@ -396,6 +405,22 @@ START_TEST(flags_go_over_the_file)
 }
 END_TEST
 
+START_TEST(a_flag_for_an_op_replaces_the_lists_that_narrow_it_too)
+{
+	load_ok("priorities: {relu: [cpu], relu/bf16: [native], 'relu/bf16/rows<=4': [cpu], 'add/rows<=4': [cpu], add: [native]}\n");
+	ck_assert_uint_eq(config->priority_count, 5);
+	ck_assert_int_eq(config_add_priority(config, "add/rows<=4=native,cpu", &error), OPD_OK);
+	ck_assert_uint_eq(config->priority_count, 5);
+	ck_assert_str_eq(config->priorities[3].op, "add/rows<=4");
+	ck_assert_uint_eq(config->priorities[3].count, 2);
+	ck_assert_int_eq(config_add_priority(config, "relu=native", &error), OPD_OK);
+	ck_assert_uint_eq(config->priority_count, 3);
+	ck_assert_str_eq(config->priorities[0].op, "relu");
+	ck_assert_str_eq(config->priorities[0].providers[0], "native");
+	ck_assert_str_eq(config->priorities[1].op, "add/rows<=4");
+}
+END_TEST
+
 START_TEST(bad_flags_are_refused)
 {
 	ck_assert_int_eq(config_add_priority(config, "relu", &error), OPD_INVALID_ARGUMENT);
@@ -478,6 +503,7 @@ static void add_check_tests(TCase *tests)
 	tcase_add_test(tests, a_listener_twice_is_refused_but_any_free_port_may_repeat);
 	tcase_add_test(tests, a_socket_path_that_does_not_fit_is_refused);
 	tcase_add_test(tests, flags_go_over_the_file);
+	tcase_add_test(tests, a_flag_for_an_op_replaces_the_lists_that_narrow_it_too);
 	tcase_add_test(tests, bad_flags_are_refused);
 	tcase_add_test(tests, modules_come_with_and_without_a_name);
 	tcase_add_test(tests, the_default_socket_follows_its_rule);

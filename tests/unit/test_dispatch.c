@@ -270,7 +270,7 @@ static void dispatches(const struct effective *effective, const opd_call *call, 
 	struct dispatch dispatch;
 	const struct op *op = op_named("lab_scale");
 	uint64_t before = atomic_load(&forbidden);
-	opd_status status = dispatch_init(&dispatch, snapshot, effective, plans, &test_log, op, false, &error);
+	opd_status status = dispatch_init(&dispatch, snapshot, effective, plans, &test_log, op, false, call, &error);
 	bool found = status == OPD_OK && dispatch_walk(&dispatch, call);
 	uint64_t calls = atomic_load(&forbidden) - before;
 	ck_assert(found);
@@ -306,6 +306,62 @@ START_TEST(promise_30_dispatch_allocates_locks_compares_and_formats_nothing)
 		dispatches(effective, &bound.call, expected[i]);
 		effective_unref(effective);
 	}
+}
+END_TEST
+
+/* A list of one name that narrows `plain`. */
+static void narrow(struct plist *plain, const char *text, const char *name)
+{
+	struct priority_key key;
+	struct plist *list = plist_create(MSG_LEVEL_CONFIGURATION, false, &(struct msg_text){name, strlen(name)}, 1);
+	ck_assert_int_eq(priority_key_parse(text, &key, &error), OPD_OK);
+	ck_assert_int_eq(plist_add_case(plain, text, &key, list, &error), OPD_OK);
+	plist_unref(list);
+}
+
+START_TEST(promise_30_the_list_for_a_dtype_and_few_rows_is_found_by_comparing_numbers)
+{
+	struct bound bound;
+	struct msg_arg arg;
+	struct msg_tensor x;
+	const struct op *op = op_named("lab_scale");
+	struct plist *plain = plist_create(MSG_LEVEL_CONFIGURATION, false, &(struct msg_text){"native", 6}, 1);
+	narrow(plain, "lab_scale/rows<=1", "plain"); /* asked last */
+	narrow(plain, "lab_scale/f32", "older");
+	narrow(plain, "lab_scale/bf16", "breaks");
+	narrow(plain, "lab_scale/f32/rows<=8", "picky");
+	narrow(plain, "lab_scale/f32/rows<=2", "even_only");
+	struct effective *effective = effective_create(snapshot, op, MSG_LEVEL_CONFIGURATION, plain->names, plain->count, NULL, plain);
+	ck_assert(effective_add_cases(effective, snapshot, op, plain, NULL));
+	bind_scale(&bound, &arg, &x, 8);
+	int64_t shape[2] = {1, 8}; /* rows, and what is left of eight elements */
+	opd_tensor tensor = *bound.call.args[0].tensor;
+	opd_arg args[OPD_RANK_MAX];
+	memcpy(args, bound.call.args, bound.call.arg_count * sizeof args[0]);
+	opd_call call = bound.call;
+	tensor.rank = 2;
+	tensor.shape = shape;
+	args[0].tensor = &tensor;
+	call.args = args;
+	static const struct {
+		int64_t rows;
+		opd_dtype dtype;
+		const char *expected;
+	} cases[] = {{1, OPD_f32, "even_only"}, {2, OPD_f32, "even_only"}, {4, OPD_f32, "picky"}, {8, OPD_f32, "picky"}, {1, OPD_bf16, "breaks"}, {8, OPD_bf16, "breaks"},
+	             {1, OPD_f16, "plain"},     {2, OPD_f16, "native"}};
+	for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+		shape[0] = cases[i].rows;
+		shape[1] = 8 / cases[i].rows;
+		tensor.dtype = cases[i].dtype;
+		uint64_t before = atomic_load(&forbidden);
+		const struct effective *found = effective_for(effective, &call);
+		ck_assert_uint_eq(atomic_load(&forbidden), before);
+		ck_assert_msg(strcmp(found->impls[0]->provider->name, cases[i].expected) == 0, "case %zu: %s", i, found->impls[0]->provider->name);
+		ck_assert((found->narrowed == NULL) == (found == effective));
+	}
+	dispatches(effective, &bound.call, "even_only"); /* one row of eight f32 */
+	effective_unref(effective);
+	plist_unref(plain);
 }
 END_TEST
 
@@ -389,6 +445,7 @@ int main(void)
 	tcase_add_test(tests, promise_5_every_type_is_checked_against_every_kind);
 	tcase_add_test(tests, promise_12_without_a_predicate_an_implementation_takes_everything);
 	tcase_add_test(tests, promise_30_dispatch_allocates_locks_compares_and_formats_nothing);
+	tcase_add_test(tests, promise_30_the_list_for_a_dtype_and_few_rows_is_found_by_comparing_numbers);
 	tcase_add_test(tests, promise_30_the_catalogues_predicates_keep_to_the_hot_path_too);
 	tcase_add_test(tests, plans_are_bounded_and_freed_and_refusals_are_cached);
 	suite_add_tcase(suite, tests);

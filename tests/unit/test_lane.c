@@ -112,7 +112,7 @@ START_TEST(every_job_runs_once_and_is_done_once)
 	struct test_job *jobs = make_jobs(COUNT, run_count);
 	start_with(thread_counts[_i % 4], spins[_i / 4]);
 	for (size_t i = 0; i < COUNT; i++)
-		lane_submit(bench.lane, &jobs[i].job);
+		ck_assert(lane_submit(bench.lane, &jobs[i].job));
 	take_until(COUNT);
 	ck_assert(!lane_busy(bench.lane));
 	expect_once(jobs, COUNT);
@@ -147,7 +147,7 @@ START_TEST(done_jobs_come_in_the_order_in_which_they_ended)
 	struct test_job *jobs = make_jobs(COUNT, run_count);
 	start_with(1, 0);
 	for (size_t i = 0; i < COUNT; i++)
-		lane_submit(bench.lane, &jobs[i].job);
+		ck_assert(lane_submit(bench.lane, &jobs[i].job));
 	lane_stop(bench.lane);
 	struct lane_job *job = lane_take_done(bench.lane);
 	for (size_t i = 0; i < COUNT; i++, job = job->next)
@@ -165,7 +165,7 @@ START_TEST(wake_is_called_only_when_the_list_was_empty)
 	struct test_job *jobs = make_jobs(COUNT, run_count);
 	start_with(4, 0);
 	for (size_t i = 0; i < COUNT; i++)
-		lane_submit(bench.lane, &jobs[i].job);
+		ck_assert(lane_submit(bench.lane, &jobs[i].job));
 	lane_stop(bench.lane); /* nobody took one */
 	ck_assert_uint_eq(atomic_load(&bench.wakes), 1);
 	ck_assert_uint_eq(lane_finish_done(bench.lane), COUNT);
@@ -185,7 +185,7 @@ static void *submit_all(void *argument)
 {
 	struct submitter *mine = argument;
 	for (size_t i = 0; i < mine->count; i++)
-		lane_submit(bench.lane, &mine->jobs[i].job);
+		expect(lane_submit(bench.lane, &mine->jobs[i].job));
 	return NULL;
 }
 
@@ -278,7 +278,7 @@ START_TEST(a_loop_covers_every_item_with_distinct_thread_numbers)
 {
 	struct test_job *jobs = make_jobs(1, run_loops);
 	start_with(thread_counts[_i], LANE_SPIN_NS_DEFAULT);
-	lane_submit(bench.lane, &jobs[0].job);
+	ck_assert(lane_submit(bench.lane, &jobs[0].job));
 	take_until(1);
 	expect_once(jobs, 1);
 	stop();
@@ -311,7 +311,7 @@ START_TEST(an_idle_thread_joins_a_loop)
 	ck_assert_int_eq(pthread_barrier_init(&barrier, NULL, 2), 0);
 	start_with(2, _i == 0 ? 0 : LANE_SPIN_NS_DEFAULT);
 	for (uint32_t i = 0; i < 50; i++) {
-		lane_submit(bench.lane, &jobs[i].job); /* would hang if one thread ran both shares */
+		ck_assert(lane_submit(bench.lane, &jobs[i].job)); /* would hang if one thread ran both shares */
 		take_until(i + 1);
 	}
 	ck_assert_uint_eq(atomic_load(&meetings), 100);
@@ -355,7 +355,7 @@ START_TEST(single_submissions_wake_as_many_threads_as_there_are_jobs)
 	for (uint32_t round = 0; round < ROUNDS; round++) {
 		struct test_job *jobs = make_jobs(THREADS, run_rendezvous);
 		for (size_t i = 0; i < THREADS; i++)
-			lane_submit(bench.lane, &jobs[i].job);
+			ck_assert(lane_submit(bench.lane, &jobs[i].job));
 		take_until((round + 1) * THREADS);
 		free(jobs);
 	}
@@ -384,7 +384,7 @@ START_TEST(a_loop_inside_a_loop_runs_serially_on_the_thread_that_meets_it)
 {
 	struct test_job *jobs = make_jobs(1, run_nested);
 	start_with(4, 0);
-	lane_submit(bench.lane, &jobs[0].job);
+	ck_assert(lane_submit(bench.lane, &jobs[0].job));
 	take_until(1);
 	expect_once(jobs, 1);
 	stop();
@@ -426,7 +426,7 @@ START_TEST(a_cancelled_job_is_told_and_still_comes_back_once)
 	struct test_job *jobs = make_jobs(3, run_until_cancelled);
 	start_with(1, 0);
 	for (size_t i = 0; i < 3; i++)
-		lane_submit(bench.lane, &jobs[i].job);
+		ck_assert(lane_submit(bench.lane, &jobs[i].job));
 	ck_assert(lane_busy(bench.lane));
 	for (size_t i = 3; i-- > 0;) /* queued ones first */
 		lane_cancel(&jobs[i].job);
@@ -445,17 +445,17 @@ START_TEST(a_queued_job_that_is_withdrawn_is_neither_run_nor_done)
 	jobs[0].job.run = run_until_cancelled; /* the only thread is in it */
 	struct lane_job never = {0};
 	start_with(1, 0);
-	lane_submit(bench.lane, &jobs[0].job);
+	ck_assert(lane_submit(bench.lane, &jobs[0].job));
 	while (lane_withdraw(bench.lane, &jobs[0].job)) /* until the thread has it */
-		lane_submit(bench.lane, &jobs[0].job);
+		ck_assert(lane_submit(bench.lane, &jobs[0].job));
 	for (size_t i = 1; i < COUNT; i++)
-		lane_submit(bench.lane, &jobs[i].job);
+		ck_assert(lane_submit(bench.lane, &jobs[i].job));
 	ck_assert(lane_withdraw(bench.lane, &jobs[3].job)); /* amid, first, last */
 	ck_assert(lane_withdraw(bench.lane, &jobs[1].job));
 	ck_assert(lane_withdraw(bench.lane, &jobs[COUNT - 1].job));
 	ck_assert(!lane_withdraw(bench.lane, &jobs[3].job));
 	ck_assert(!lane_withdraw(bench.lane, &never));
-	lane_submit(bench.lane, &jobs[1].job); /* it is its owner's again; now behind the others */
+	ck_assert(lane_submit(bench.lane, &jobs[1].job)); /* it is its owner's again; now behind the others */
 	lane_cancel(&jobs[0].job);
 	take_until(4);
 	ck_assert(!lane_busy(bench.lane));
@@ -477,7 +477,7 @@ START_TEST(a_job_is_either_withdrawn_or_done)
 	start_with(thread_counts[_i], LANE_SPIN_NS_DEFAULT);
 	for (size_t i = 0; i < COUNT; i += BATCH) {
 		for (size_t k = i; k < i + BATCH; k++)
-			lane_submit(bench.lane, &jobs[k].job);
+			ck_assert(lane_submit(bench.lane, &jobs[k].job));
 		for (size_t k = i + BATCH; k-- > i + i % 3;) {
 			withdrawn[k] = lane_withdraw(bench.lane, &jobs[k].job);
 			left -= withdrawn[k];
@@ -510,7 +510,7 @@ START_TEST(stopping_runs_what_is_queued)
 	for (size_t i = 0; i < COUNT; i++) {
 		jobs[i].items = ITEMS;
 		jobs[i].hits = hits + i * ITEMS;
-		lane_submit(bench.lane, &jobs[i].job);
+		ck_assert(lane_submit(bench.lane, &jobs[i].job));
 	}
 	lane_stop(bench.lane);
 	ck_assert(!lane_busy(bench.lane));
@@ -531,7 +531,7 @@ START_TEST(starting_and_stopping_at_once_leaves_nothing)
 		struct test_job *jobs = make_jobs(4, run_count);
 		start_with(4, spins[i % 3]);
 		for (int k = 0; k < i % 5; k++)
-			lane_submit(bench.lane, &jobs[k].job);
+			ck_assert(lane_submit(bench.lane, &jobs[k].job));
 		stop();
 		free(jobs);
 	}
@@ -559,7 +559,7 @@ START_TEST(threads_have_names_and_get_no_signals)
 	struct test_job *jobs = make_jobs(1, run_inspect);
 	sigset_t mine;
 	start_with(1, 0);
-	lane_submit(bench.lane, &jobs[0].job);
+	ck_assert(lane_submit(bench.lane, &jobs[0].job));
 	take_until(1);
 	ck_assert_str_eq(thread_name, "opd-lane-0");
 	ck_assert_int_eq(sigismember(&thread_mask, SIGTERM), 1);
@@ -592,6 +592,136 @@ START_TEST(no_option_means_a_thread_for_each_core_of_this_process)
 }
 END_TEST
 
+/* ---- Who runs next ---- */
+
+static void run_busy(struct lane_job *job, struct lane_exec *exec)
+{
+	struct test_job *mine = (struct test_job *)(void *)job;
+	struct timespec now, end;
+	clock_gettime(CLOCK_MONOTONIC, &end);
+	end.tv_nsec += (long)mine->items;
+	end.tv_sec += end.tv_nsec / 1000000000;
+	end.tv_nsec %= 1000000000;
+	do
+		clock_gettime(CLOCK_MONOTONIC, &now);
+	while (now.tv_sec < end.tv_sec || (now.tv_sec == end.tv_sec && now.tv_nsec < end.tv_nsec));
+	run_count(job, exec);
+}
+
+START_TEST(flows_take_turns_by_their_weights_and_not_by_who_came_first)
+{
+	enum { EACH = 60 };
+	struct test_job *jobs = make_jobs(2 * EACH + 1, run_busy);
+	struct sched_group group;
+	struct sched_flow light, heavy;
+	sched_group_init(&group, 1);
+	sched_flow_init(&light, &group, 1);
+	sched_flow_init(&heavy, &group, 3);
+	start_with(1, 0);
+	jobs[2 * EACH].items = 20000000; /* while the others are queued */
+	ck_assert(lane_submit(bench.lane, &jobs[2 * EACH].job));
+	for (size_t i = 0; i < 2 * EACH; i++) {
+		jobs[i].items = 100000;
+		jobs[i].job.item.flow = i < EACH ? &light : &heavy;
+		jobs[i].job.item.estimate_ns = 100000;
+		ck_assert(lane_submit(bench.lane, &jobs[i].job));
+	}
+	take_until(2 * EACH + 1);
+	/* How many turns each has is for test_scheduler.c, on a clock that nothing disturbs. Here: who came last had its first turn second. */
+	uint32_t before = 0;
+	for (size_t i = 0; i < EACH; i++)
+		before += jobs[i].order < jobs[EACH].order;
+	ck_assert_uint_eq(before, 1);
+	ck_assert_uint_ge(light.usage.device_ns, EACH * 100000);
+	stop();
+	free(jobs);
+}
+END_TEST
+
+START_TEST(a_full_queue_refuses_its_flow_alone)
+{
+	struct test_job *jobs = make_jobs(6, run_count);
+	struct sched_group group;
+	struct sched_flow flow, other;
+	sched_group_init(&group, 1);
+	sched_flow_init(&flow, &group, 1);
+	sched_flow_init(&other, &group, 1);
+	start_with(1, 0);
+	lane_scheduler_lock(bench.lane)->flow_queue_max = 2;
+	lane_scheduler_unlock(bench.lane);
+	jobs[0].job.run = run_until_cancelled;
+	ck_assert(lane_submit(bench.lane, &jobs[0].job));
+	while (lane_withdraw(bench.lane, &jobs[0].job))
+		ck_assert(lane_submit(bench.lane, &jobs[0].job));
+	for (size_t i = 1; i < 5; i++)
+		jobs[i].job.item.flow = i < 4 ? &flow : &other;
+	ck_assert(lane_submit(bench.lane, &jobs[1].job));
+	ck_assert(lane_submit(bench.lane, &jobs[2].job));
+	ck_assert(!lane_submit(bench.lane, &jobs[3].job));
+	ck_assert(lane_submit(bench.lane, &jobs[4].job));
+	ck_assert(lane_submit(bench.lane, &jobs[5].job));
+	lane_cancel(&jobs[0].job);
+	take_until(5);
+	ck_assert_uint_eq(atomic_load(&jobs[3].runs), 0);
+	ck_assert(!lane_busy(bench.lane));
+	ck_assert(lane_submit(bench.lane, &jobs[3].job));
+	take_until(6);
+	stop();
+	free(jobs);
+}
+END_TEST
+
+START_TEST(a_flow_beyond_its_rate_waits_and_then_runs_though_nobody_else_comes)
+{
+	enum { COUNT = 8 };
+	struct test_job *jobs = make_jobs(COUNT, run_busy);
+	struct sched_group group;
+	struct sched_flow flow;
+	struct timespec begin, end;
+	sched_group_init(&group, 1);
+	sched_flow_init(&flow, &group, 1);
+	start_with(_i == 0 ? 1 : 3, _i == 1 ? 0 : LANE_SPIN_NS_DEFAULT);
+	clock_gettime(CLOCK_MONOTONIC, &begin);
+	sched_group_set_rate(lane_scheduler_lock(bench.lane), &group, 10000000, (uint64_t)begin.tv_sec * 1000000000 + (uint64_t)begin.tv_nsec);
+	lane_scheduler_unlock(bench.lane);
+	for (size_t i = 0; i < COUNT; i++) {
+		jobs[i].items = 2000000; /* 16 ms in all, of 10 ms a second and a full bucket of 10 */
+		jobs[i].job.item.flow = &flow;
+		jobs[i].job.item.estimate_ns = 2000000;
+		ck_assert(lane_submit(bench.lane, &jobs[i].job));
+	}
+	take_until(COUNT);
+	clock_gettime(CLOCK_MONOTONIC, &end);
+	ck_assert_msg((end.tv_sec - begin.tv_sec) * 1000 + (end.tv_nsec - begin.tv_nsec) / 1000000 > 200, "16 ms of work in less than 200 ms");
+	expect_once(jobs, COUNT);
+	stop();
+	free(jobs);
+}
+END_TEST
+
+START_TEST(stopping_does_not_wait_for_a_rate)
+{
+	struct test_job *jobs = make_jobs(4, run_busy);
+	struct sched_group group;
+	struct sched_flow flow;
+	sched_group_init(&group, 1);
+	sched_flow_init(&flow, &group, 1);
+	start_with(2, 0);
+	sched_group_set_rate(lane_scheduler_lock(bench.lane), &group, 1, 0);
+	lane_scheduler_unlock(bench.lane);
+	for (size_t i = 0; i < 4; i++) {
+		jobs[i].items = 1000000;
+		jobs[i].job.item.flow = &flow;
+		ck_assert(lane_submit(bench.lane, &jobs[i].job));
+	}
+	lane_stop(bench.lane);
+	ck_assert_uint_eq(lane_finish_done(bench.lane), 4);
+	expect_once(jobs, 4);
+	stop();
+	free(jobs);
+}
+END_TEST
+
 int main(void)
 {
 	Suite *suite = suite_create("lane");
@@ -616,6 +746,10 @@ int main(void)
 	tcase_add_test(tests, threads_have_names_and_get_no_signals);
 	tcase_add_test(tests, too_many_threads_are_refused);
 	tcase_add_test(tests, no_option_means_a_thread_for_each_core_of_this_process);
+	tcase_add_test(tests, flows_take_turns_by_their_weights_and_not_by_who_came_first);
+	tcase_add_test(tests, a_full_queue_refuses_its_flow_alone);
+	tcase_add_loop_test(tests, a_flow_beyond_its_rate_waits_and_then_runs_though_nobody_else_comes, 0, 3);
+	tcase_add_test(tests, stopping_does_not_wait_for_a_rate);
 	suite_add_tcase(suite, tests);
 	SRunner *runner = srunner_create(suite);
 	srunner_run_all(runner, CK_ENV);

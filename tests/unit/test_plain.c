@@ -334,7 +334,7 @@ static struct msg_reply random_reply(struct parts *parts)
 	parts->explain = random_explain(parts);
 	for (int i = 0; i < 3; i++)
 		parts->nodes[i] = (struct msg_node_explain){random_text(), random_text(), random_text(), random_explain(parts)};
-	parts->graph = (struct msg_graph_explain){chance(4), parts->nodes, (uint32_t)random_number(), chance(2), random_number(), random_number(), random_number()};
+	parts->graph = (struct msg_graph_explain){chance(4), parts->nodes, (uint32_t)random_number(), chance(2), random_number(), random_number(), random_number(), (uint32_t)random_number()};
 	run->provider = random_text();
 	run->uuid = random_text();
 	run->output_count = chance(5);

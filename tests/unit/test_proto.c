@@ -297,7 +297,7 @@ START_TEST(a_run_has_every_field_where_it_belongs)
 	ck_assert(text_is(run->op, "some_op") && text_is(run->device, "cuda:1"));
 	ck_assert(run->priority.present && run->priority.count == 2 && text_is(run->priority.names[0], "onednn"));
 	ck_assert(run->strict && run->explain && run->retry && run->allow_tf32 && run->uuid && run->inline_results);
-	ck_assert(run->mode == MSG_DRY && run->timeout_us == 1ull << 63);
+	ck_assert(run->mode == MSG_DRY && run->timeout_us == 1ull << 63 && run->service_class == 3);
 	ck_assert(run->output_count == 4 && run->outputs[3].shared.region == 1 && run->outputs[3].shared.bytes == 64 && run->outputs[0].keep && !run->outputs[0].no_copy && run->outputs[1].no_copy);
 	ck_assert_uint_eq(run->arg_count, 10);
 	const struct msg_arg *args = run->args;

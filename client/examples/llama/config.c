@@ -148,7 +148,9 @@ opd_status llama_read_config(const char *folder, struct llama_config *config_out
 {
 	char path[4096];
 	char *text;
-	if (snprintf(path, sizeof path, "%s/config.json", folder) >= (int)sizeof path)
+	const char *end = strrchr(folder, '.');
+	const bool file = end != NULL && strcmp(end, ".json") == 0;
+	if (snprintf(path, sizeof path, "%s%s", folder, file ? "" : "/config.json") >= (int)sizeof path)
 		return opd_fail(error, OPD_INVALID_ARGUMENT, "model: the folder's name has more than %zu bytes", sizeof path);
 	opd_status status = read_text(path, &text, error);
 	if (status != OPD_OK)

@@ -9,6 +9,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "client/file_tensor.h"
 #include "opd/client.h"
 
 #define LLAMA_LAYERS_MAX 256
@@ -84,6 +85,8 @@ struct llama {
 	uint64_t decoding; /* graph of one token */
 	unsigned ahead;    /* steps in flight */
 	const char *share; /* NULL: the weights are this session's alone */
+	bool random;       /* weights are made from `seed`, in `dtype` */
+	uint64_t seed;
 	bool trace;
 	bool stats;
 	bool shm;             /* inputs lie in `memory` */
@@ -100,13 +103,22 @@ struct llama {
 
 /* ---- config.c ---- */
 
-/* DIR/config.json. INVALID_ARGUMENT names what isn't there or isn't supported. */
+/* DIR/config.json, or a file whose name ends in .json. INVALID_ARGUMENT names what isn't there or isn't supported. */
 OPD_MUST_USE opd_status llama_read_config(const char *folder, struct llama_config *config_out, opd_error *error);
 
 /* ---- weights.c ---- */
 
-/* Uploads the weights of every DIR/…safetensors, fused (query, key and value; gate and up) and cast to `dtype` by the daemon. `quiet`: no progress on stderr. */
+/* Uploads the weights of every DIR/…safetensors (or random ones, for which the folder is but a name), fused (query, key and value; gate and up) and cast to `dtype` by the daemon. `quiet`: no progress on stderr. */
 OPD_MUST_USE opd_status llama_load(struct llama *llama, const char *folder, bool quiet, opd_error *error);
+
+/* Bytes of weights that a step of one token reads. */
+uint64_t llama_weight_bytes(const struct llama *llama);
+
+/* ---- random.c: a tensor of the model, from its name and the seed; rows 0: a norm's ---- */
+OPD_MUST_USE opd_status llama_random_piece(const struct llama *llama, const char *name, int64_t rows, int64_t columns, struct file_tensor *out, opd_error *error);
+
+/* ---- rate.c: bytes a second that so many threads read of this machine's memory; 0: not known. Takes a tenth of a second ---- */
+double llama_read_rate(unsigned threads);
 
 /* ---- graph.c ---- */
 

@@ -12,12 +12,15 @@
 
 static const char help[] =
 	"Usage: opd-llama [--connect ADDRESS] --model FOLDER --prompt TEXT [-n COUNT]\n"
+	"       opd-llama [--connect ADDRESS] --random CONFIG [--seed N] --ids LIST [-n COUNT]\n"
 	"\n"
 	"Generates text with a Llama model, all of whose arithmetic is done by an opd daemon. The text goes to stdout, everything else to stderr.\n"
 	"\n"
 	"  --connect ADDRESS  unix:/path, tcp://host:port, embedded: (a daemon in this process); else $OPD_ADDRESS, else the default socket,\n"
 	"                     else embedded:\n"
 	"  --model FOLDER     config.json and .safetensors files with Hugging Face names\n"
+	"  --random CONFIG    in place of --model: a config.json, or its folder; the weights are made from a seed, in the dtype asked for\n"
+	"  --seed N           of those (default 1)\n"
 	"  --prompt TEXT      what to go on with, where a token is a byte (\"tokenizer\": \"bytes\")\n"
 	"  --ids LIST         the same as token ids, \"1,15043,3186\": for every other tokenizer; ids come out\n"
 	"  -n COUNT           tokens to generate (default 128); fewer if the model ends its text\n"
@@ -29,14 +32,14 @@ static const char help[] =
 	"  --poll US          with --rings: both sides look for so many microseconds before they sleep\n"
 	"  --ahead COUNT      tokens under way before the first of them is answered (default 4, at most 64)\n"
 	"  --trace            of every step: which provider ran each node, and for how long\n"
-	"  --stats            tokens a second, and the share of time outside kernels\n"
+	"  --stats            tokens a second, the share of time outside kernels, and what part of this machine's memory rate the weights read mean\n"
 	"  --help             this\n"
 	"\n"
 	"Exit codes: 0 done, 1 failed, 2 wrong usage.\n";
 
 struct arguments {
 	const char *address;
-	const char *model;
+	const char *model; /* or the config of a random one */
 	const char *prompt;
 	const char *ids;
 	const char *provider;
@@ -44,6 +47,8 @@ struct arguments {
 	opd_dtype dtype;
 	int64_t count;
 	int64_t ahead;
+	int64_t seed;
+	bool random;
 	bool trace;
 	bool stats;
 	bool shm;
@@ -51,10 +56,11 @@ struct arguments {
 	int64_t poll_us;
 };
 
-enum option_key { KEY_CONNECT = 256, KEY_MODEL, KEY_PROMPT, KEY_IDS, KEY_DTYPE, KEY_PROVIDER, KEY_SHARE, KEY_SHM, KEY_RINGS, KEY_POLL, KEY_AHEAD, KEY_TRACE, KEY_STATS, KEY_HELP };
+enum option_key { KEY_CONNECT = 256, KEY_MODEL, KEY_RANDOM, KEY_SEED, KEY_PROMPT, KEY_IDS, KEY_DTYPE, KEY_PROVIDER, KEY_SHARE, KEY_SHM, KEY_RINGS, KEY_POLL, KEY_AHEAD, KEY_TRACE, KEY_STATS, KEY_HELP };
 
 static const struct option options[] = {
 	{"connect", required_argument, NULL, KEY_CONNECT}, {"model", required_argument, NULL, KEY_MODEL},
+	{"random", required_argument, NULL, KEY_RANDOM},   {"seed", required_argument, NULL, KEY_SEED},
 	{"prompt", required_argument, NULL, KEY_PROMPT},   {"ids", required_argument, NULL, KEY_IDS},
 	{"dtype", required_argument, NULL, KEY_DTYPE},     {"provider", required_argument, NULL, KEY_PROVIDER},
 	{"share", required_argument, NULL, KEY_SHARE},
@@ -105,7 +111,14 @@ static void parse_one(struct arguments *arguments, int key)
 		arguments->address = optarg;
 		return;
 	case KEY_MODEL:
+	case KEY_RANDOM:
+		if (arguments->model != NULL)
+			usage("expected one of --model and --random, once", NULL);
 		arguments->model = optarg;
+		arguments->random = key == KEY_RANDOM;
+		return;
+	case KEY_SEED:
+		arguments->seed = number("--seed: expected a whole number from 0", optarg, 0, INT64_MAX);
 		return;
 	case KEY_PROMPT:
 		arguments->prompt = optarg;
@@ -153,13 +166,13 @@ static void parse_one(struct arguments *arguments, int key)
 
 static struct arguments parse(int argc, char **argv)
 {
-	struct arguments arguments = {.dtype = OPD_f32, .count = 128, .ahead = 4};
+	struct arguments arguments = {.dtype = OPD_f32, .count = 128, .ahead = 4, .seed = 1};
 	for (int key; (key = getopt_long(argc, argv, "n:", options, NULL)) != -1;)
 		parse_one(&arguments, key);
 	if (optind != argc)
 		usage("an argument too many", argv[optind]);
 	if (arguments.model == NULL)
-		usage("--model is missing", NULL);
+		usage("--model or --random is missing", NULL);
 	if ((arguments.prompt == NULL) == (arguments.ids == NULL))
 		usage("expected either --prompt or --ids", NULL);
 	return arguments;
@@ -268,6 +281,24 @@ static void show_stats(const struct llama *llama)
 		              100 * (token_ns - kernel_ns) / token_ns);
 }
 
+/* A token reads all weights once. The machine measured is this one: the daemon's too, unless it is far away. */
+static void show_rate(struct llama *llama)
+{
+	const struct llama_times *times = &llama->times;
+	const opd_server_info *info = NULL;
+	opd_error error;
+	if (times->decode_tokens == 0 || opd_info(llama->client, &info, &error) != OPD_OK)
+		return;
+	const unsigned threads = info->threads;
+	opd_document_free(info);
+	const double bytes = (double)llama_weight_bytes(llama), rate = llama_read_rate(threads);
+	const double read = bytes * (double)times->decode_tokens / (double)times->decode_ns * 1e9;
+	(void)fprintf(stderr, "weights %.1f MB a token: %.2f GB/s", bytes / 1e6, read / 1e9);
+	if (rate != 0)
+		(void)fprintf(stderr, ", %.0f %% of the %.2f GB/s that %u threads read here", 100 * read / rate, rate / 1e9, threads);
+	(void)fputc('\n', stderr);
+}
+
 static opd_status generate(struct llama *llama, const struct arguments *arguments, const int64_t *ids, int64_t count, opd_error *error)
 {
 	const int64_t positions = llama->config.positions;
@@ -328,13 +359,17 @@ int main(int argc, char **argv)
 	llama->trace = arguments.trace;
 	llama->stats = arguments.stats;
 	llama->shm = arguments.shm;
+	llama->random = arguments.random;
+	llama->seed = (uint64_t)arguments.seed;
 	const opd_status status = work(llama, &arguments, &error);
 	if (isatty(STDOUT_FILENO))
 		(void)putchar('\n');
 	if (status != OPD_OK)
 		(void)fprintf(stderr, "opd-llama: %s: %s\n", opd_status_name(status), shown(error.text));
-	else if (arguments.stats)
+	else if (arguments.stats) {
 		show_stats(llama);
+		show_rate(llama);
+	}
 	llama_fini(llama);
 	opd_close(llama->client);
 	free(llama);

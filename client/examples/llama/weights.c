@@ -128,7 +128,8 @@ static opd_status upload(struct llama *llama, struct files *files, const struct 
 	opd_status status = OPD_OK;
 	for (uint32_t i = 0; i < count && status == OPD_OK; i++) {
 		struct file_tensor part = {0};
-		status = piece_read(files, &pieces[i], columns, &part, error);
+		status = llama->random ? llama_random_piece(llama, pieces[i].name, pieces[i].rows, columns, &part, error)
+		                       : piece_read(files, &pieces[i], columns, &part, error);
 		if (status == OPD_OK && i > 0 && part.dtype != all.dtype)
 			status = opd_fail(error, OPD_INVALID_ARGUMENT, "%s: %s is %s, but %s is %s", files->folder, pieces[i].name, opd_dtype_name(part.dtype),
 			                  pieces[0].name, opd_dtype_name(all.dtype));
@@ -158,7 +159,10 @@ static opd_status upload(struct llama *llama, struct files *files, const struct 
 static void shared_name(const struct llama *llama, const struct piece *pieces, uint32_t count, char *out, size_t bytes)
 {
 	static const char *const with[] = {"", "", ".gate_up", ".qkv"};
-	(void)snprintf(out, bytes, "%s/%s%s:%s", llama->share, pieces[0].name, with[count], opd_dtype_name(llama->dtype));
+	char seed[24] = "";
+	if (llama->random)
+		(void)snprintf(seed, sizeof seed, ":%llu", (unsigned long long)llama->seed);
+	(void)snprintf(out, bytes, "%s/%s%s:%s%s", llama->share, pieces[0].name, with[count], opd_dtype_name(llama->dtype), seed);
 }
 
 /* Opened where it is published already; else uploaded, and published until withdrawn. */
@@ -263,10 +267,20 @@ static opd_status load_all(struct llama *llama, struct files *files, opd_error *
 	return status == OPD_OK ? load_rope(llama, error) : status;
 }
 
+uint64_t llama_weight_bytes(const struct llama *llama)
+{
+	const struct llama_config *config = &llama->config;
+	const uint64_t hidden = (uint64_t)config->hidden, query = (uint64_t)(config->heads * config->head_dim), key = (uint64_t)(config->kv_heads * config->head_dim);
+	const uint64_t layer = hidden * (query + 2 * key) + hidden * query + 3 * hidden * (uint64_t)config->intermediate + 2 * hidden;
+	return ((uint64_t)config->layers * layer + ((uint64_t)config->vocabulary + 2) * hidden) * opd_dtype_bytes(llama->dtype); /* the head, the last norm, a row of the table */
+}
+
 opd_status llama_load(struct llama *llama, const char *folder, bool quiet, opd_error *error)
 {
 	struct files files = {.folder = folder, .quiet = quiet};
-	opd_status status = files_open(&files, error);
+	if (llama->random)
+		files.bytes = llama_weight_bytes(llama);
+	opd_status status = llama->random ? OPD_OK : files_open(&files, error);
 	if (status == OPD_OK)
 		status = load_all(llama, &files, error);
 	if (!quiet)

@@ -127,7 +127,7 @@ def every_run():
         explain=True,
         device="cuda:1", outputs=[pb.OutputOption(keep=True), pb.OutputOption(no_copy=True), pb.OutputOption(),
             pb.OutputOption(shared=pb.SharedRange(region=1, offset=1 << 40, bytes=64))], retry=True,
-        allow_tf32=True, timeout_us=1 << 63, uuid=True, inline_results=True)), (1 << 64) - 1)
+        allow_tf32=True, timeout_us=1 << 63, uuid=True, inline_results=True, service_class=pb.BATCH)), (1 << 64) - 1)
     write("run-empty-list", "A priority list that is there and empty: native, with a warning.", REQUEST,
           pb.Request(run=pb.Run(op="relu", priority=pb.ProviderList(), mode=pb.FAKE)), 2)
 
@@ -252,7 +252,7 @@ def graphs():
           pb.Request(register_graph=pb.RegisterGraph(graph=graph)), 60)
     write("request-run-graph", "A run of it with every field of a registered graph's.", REQUEST, pb.Request(run_graph=pb.RunGraph(
         graph=60, inputs=[pb.Argument(name="x", tensor=tensor(pb.F32, [2, 4], payload=pb.Range(offset=0, bytes=32)))],
-        outputs=[pb.OutputOption(keep=True), pb.OutputOption(no_copy=True)], mode=pb.DRY, explain=True, timeout_us=7,
+        outputs=[pb.OutputOption(keep=True), pb.OutputOption(no_copy=True)], mode=pb.DRY, explain=True, timeout_us=7, service_class=pb.REALTIME,
         inline_results=True)), 61, bytes(32))
     write("request-run-graph-once", "A run of a graph that isn't registered.", REQUEST,
           pb.Request(run_graph=pb.RunGraph(once=graph)), 62)

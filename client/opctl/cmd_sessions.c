@@ -1,0 +1,312 @@
+/* sessions, session, top: who shares the daemon. */
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "client/opctl/print.h"
+
+#define TOP_LINES 20
+
+const struct option_use top_options[] = {
+    {OPTION_COUNT, "pictures, then it ends (default: until Ctrl-C)"},
+    {OPTION_DURATION, "seconds between two (default 1)"},
+    {OPTION_END, NULL},
+};
+
+static const char *const class_names[] = {"normal", "realtime", "interactive", "batch"};
+
+static const char *class_name(opd_class service_class)
+{
+	return (unsigned)service_class < sizeof class_names / sizeof class_names[0] ? class_names[service_class] : "?";
+}
+
+static int begin(struct opctl *ctl, bool right, const char *usage)
+{
+	opd_error error;
+	if (!right) {
+		(void)opd_fail(&error, OPD_INVALID_ARGUMENT, "expected %s", usage);
+		return report_usage(ctl, &error);
+	}
+	const opd_status status = opctl_connect(ctl, CONNECT_DAEMON, &error);
+	return status == OPD_OK ? EXIT_DONE : report_failure(ctl, status, &error);
+}
+
+/* ---- sessions ---- */
+
+static void add_usage(cJSON *item, const opd_usage *usage)
+{
+	cJSON_AddItemToObject(item, "jobs", json_u64(usage->jobs));
+	cJSON_AddItemToObject(item, "device_ns", json_u64(usage->device_ns));
+	cJSON_AddItemToObject(item, "wait_ns", json_u64(usage->wait_ns));
+	cJSON_AddItemToObject(item, "wait_max_ns", json_u64(usage->wait_max_ns));
+}
+
+static void add_session(cJSON *list, const opd_session_state *session)
+{
+	cJSON *item = cJSON_CreateObject();
+	cJSON_AddItemToArray(list, item);
+	cJSON_AddItemToObject(item, "session", json_u64(session->session));
+	cJSON_AddStringToObject(item, "tenant", session->tenant);
+	cJSON_AddStringToObject(item, "peer", session->peer);
+	cJSON_AddItemToObject(item, "age_us", json_u64(session->age_us));
+	cJSON_AddStringToObject(item, "class", class_name(session->service_class));
+	cJSON_AddItemToObject(item, "weight", json_u64(session->weight));
+	cJSON_AddItemToObject(item, "in_flight", json_u64(session->in_flight));
+	cJSON_AddItemToObject(item, "queued", json_u64(session->queued));
+	cJSON_AddItemToObject(item, "running", json_u64(session->running));
+	cJSON_AddItemToObject(item, "memory_bytes", json_u64(session->memory_bytes));
+	cJSON_AddItemToObject(item, "share", json_f64(session->share));
+	add_usage(item, &session->usage);
+}
+
+static void add_tenant(cJSON *list, const opd_tenant_state *tenant)
+{
+	cJSON *item = cJSON_CreateObject();
+	cJSON_AddItemToArray(list, item);
+	cJSON_AddStringToObject(item, "tenant", tenant->name);
+	cJSON_AddItemToObject(item, "weight", json_u64(tenant->weight));
+	cJSON_AddStringToObject(item, "class", class_name(tenant->service_class));
+	cJSON_AddStringToObject(item, "class_max", class_name(tenant->class_max));
+	cJSON_AddItemToObject(item, "device_rate_ns", json_u64(tenant->device_rate_ns));
+	cJSON_AddItemToObject(item, "sessions", json_u64(tenant->sessions));
+	cJSON_AddItemToObject(item, "queued", json_u64(tenant->queued));
+	cJSON_AddItemToObject(item, "running", json_u64(tenant->running));
+	add_usage(item, &tenant->usage);
+}
+
+static cJSON *lanes_json(const opd_sharing *sharing)
+{
+	cJSON *list = cJSON_CreateArray();
+	for (uint32_t i = 0; i < sharing->lane_count; i++) {
+		cJSON *item = cJSON_CreateObject();
+		cJSON_AddItemToArray(list, item);
+		cJSON_AddStringToObject(item, "lane", sharing->lanes[i].name);
+		cJSON_AddItemToObject(item, "threads", json_u64(sharing->lanes[i].threads));
+		cJSON_AddItemToObject(item, "queued", json_u64(sharing->lanes[i].queued));
+		cJSON_AddItemToObject(item, "running", json_u64(sharing->lanes[i].running));
+		cJSON_AddItemToObject(item, "device_ns", json_u64(sharing->lanes[i].device_ns));
+	}
+	return list;
+}
+
+static void print_session(const opd_session_state *session)
+{
+	const opd_usage *usage = &session->usage;
+	const double jobs = usage->jobs == 0 ? 1 : (double)usage->jobs;
+	(void)printf("%7" PRIu64 "  %-14s %-11s %7u %6u %6u %9" PRIu64 " %10s %10s %10s  %s\n", session->session, shown(session->tenant),
+	             class_name(session->service_class), session->weight, session->queued, session->running, usage->jobs,
+	             duration_text((double)usage->device_ns), duration_text((double)usage->wait_ns / jobs), bytes_text(session->memory_bytes),
+	             shown(session->peer));
+}
+
+static void print_tenant(const opd_tenant_state *tenant)
+{
+	(void)printf("tenant %-14s weight %u, class %s (at most %s), %u sessions, %u queued, %u running, %" PRIu64 " jobs, %s of device time\n",
+	             shown(tenant->name), tenant->weight, class_name(tenant->service_class), class_name(tenant->class_max), tenant->sessions, tenant->queued,
+	             tenant->running, tenant->usage.jobs, duration_text((double)tenant->usage.device_ns));
+}
+
+static void print_heading(const opd_sharing *sharing)
+{
+	for (uint32_t i = 0; i < sharing->lane_count; i++)
+		(void)printf("lane %s: %u threads, %u queued, %u running, %s of device time used\n", shown(sharing->lanes[i].name), sharing->lanes[i].threads,
+		             sharing->lanes[i].queued, sharing->lanes[i].running, duration_text((double)sharing->lanes[i].device_ns));
+	for (uint32_t i = 0; i < sharing->tenant_count; i++)
+		print_tenant(&sharing->tenants[i]);
+}
+
+int cmd_sessions(struct opctl *ctl)
+{
+	const int code = begin(ctl, ctl->options.count == 1, "sessions");
+	if (code != EXIT_DONE)
+		return code;
+	cJSON *document = ctl->json ? cJSON_CreateObject() : NULL;
+	cJSON *list = cJSON_AddArrayToObject(document, "sessions");
+	uint64_t next = 0;
+	do {
+		opd_error error;
+		const opd_sharing *sharing;
+		const opd_status status = opd_sessions(ctl->client, next, &sharing, &error);
+		if (status != OPD_OK) {
+			cJSON_Delete(document);
+			return report_failure(ctl, status, &error);
+		}
+		if (next == 0 && ctl->json) {
+			cJSON *tenants = cJSON_AddArrayToObject(document, "tenants");
+			for (uint32_t i = 0; i < sharing->tenant_count; i++)
+				add_tenant(tenants, &sharing->tenants[i]);
+			cJSON_AddItemToObject(document, "lanes", lanes_json(sharing));
+		}
+		if (next == 0 && !ctl->json) {
+			print_heading(sharing);
+			(void)puts("session  tenant         class        weight queued    run      jobs     device  mean wait     memory  peer");
+		}
+		for (uint32_t i = 0; i < sharing->session_count; i++) {
+			if (ctl->json)
+				add_session(list, &sharing->sessions[i]);
+			else
+				print_session(&sharing->sessions[i]);
+		}
+		next = sharing->next;
+		opd_document_free(sharing);
+	} while (next != 0);
+	return ctl->json ? print_json(document) : EXIT_DONE;
+}
+
+/* ---- session ID set weight|class VALUE ---- */
+
+static opd_status parse_number(const char *what, const char *text, uint64_t *out, opd_error *error)
+{
+	char *end;
+	*out = text[0] >= '0' && text[0] <= '9' ? strtoull(text, &end, 10) : 0;
+	if (text[0] < '0' || text[0] > '9' || *end != '\0')
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s is '%s', expected a whole number", what, shown(text));
+	return OPD_OK;
+}
+
+static opd_status parse_change(const struct options *options, uint64_t *session, uint32_t *weight, opd_class *service_class, opd_error *error)
+{
+	const char *const *words = (const char *const *)options->positional;
+	uint64_t number = 0;
+	opd_status status = parse_number("the session", words[1], session, error);
+	if (status != OPD_OK)
+		return status;
+	if (strcmp(words[3], "weight") == 0) {
+		status = parse_number("the weight", words[4], &number, error);
+		if (status == OPD_OK && (number == 0 || number > 1000000))
+			return opd_fail(error, OPD_INVALID_ARGUMENT, "the weight is %s, expected 1 to 1000000", shown(words[4]));
+		*weight = (uint32_t)number;
+		return status;
+	}
+	for (unsigned i = 1; i < sizeof class_names / sizeof class_names[0]; i++)
+		if (strcmp(words[4], class_names[i]) == 0)
+			*service_class = (opd_class)i;
+	if (*service_class == OPD_CLASS_NORMAL)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "the class is '%s', expected realtime, interactive or batch", shown(words[4]));
+	return OPD_OK;
+}
+
+int cmd_session(struct opctl *ctl)
+{
+	const struct options *options = &ctl->options;
+	const bool right = options->count == 5 && strcmp(options->positional[2], "set") == 0 &&
+	                   (strcmp(options->positional[3], "weight") == 0 || strcmp(options->positional[3], "class") == 0);
+	opd_error error;
+	uint64_t session = 0;
+	uint32_t weight = 0;
+	opd_class service_class = OPD_CLASS_NORMAL;
+	if (right && parse_change(options, &session, &weight, &service_class, &error) != OPD_OK)
+		return report_usage(ctl, &error);
+	const int code = begin(ctl, right, "session ID set weight|class VALUE");
+	if (code != EXIT_DONE)
+		return code;
+	const opd_status status = opd_set_session(ctl->client, session, weight, service_class, &error);
+	if (status != OPD_OK)
+		return report_failure(ctl, status, &error);
+	if (ctl->json) {
+		cJSON *document = cJSON_CreateObject();
+		cJSON_AddBoolToObject(document, "done", true);
+		return print_json(document);
+	}
+	(void)printf("session %" PRIu64 ": %s %s\n", session, options->positional[3], shown(options->positional[4]));
+	return EXIT_DONE;
+}
+
+/* ---- top ---- */
+
+struct line {
+	const opd_session_state *now;
+	uint64_t device_ns; /* since the picture before */
+	uint64_t jobs;
+	uint64_t wait_ns;
+};
+
+static int by_use(const void *a, const void *b)
+{
+	const struct line *one = a, *other = b;
+	if (one->device_ns != other->device_ns)
+		return one->device_ns < other->device_ns ? 1 : -1;
+	return one->now->session < other->now->session ? -1 : one->now->session > other->now->session;
+}
+
+/* Both lists rise by session. */
+static void fill_lines(const opd_sharing *before, const opd_sharing *now, struct line *lines)
+{
+	uint32_t k = 0;
+	for (uint32_t i = 0; i < now->session_count; i++) {
+		const opd_session_state *session = &now->sessions[i];
+		while (k < before->session_count && before->sessions[k].session < session->session)
+			k++;
+		static const opd_usage none;
+		const bool known = k < before->session_count && before->sessions[k].session == session->session;
+		const opd_usage *was = known ? &before->sessions[k].usage : &none;
+		lines[i] = (struct line){session, session->usage.device_ns - was->device_ns, session->usage.jobs - was->jobs, session->usage.wait_ns - was->wait_ns};
+	}
+}
+
+static void print_picture(const opd_sharing *before, const opd_sharing *now, struct line *lines)
+{
+	const double span_ns = (double)(now->uptime_us - before->uptime_us) * 1e3;
+	uint64_t used_ns = 0;
+	fill_lines(before, now, lines);
+	qsort(lines, now->session_count, sizeof lines[0], by_use);
+	if (isatty(STDOUT_FILENO))
+		(void)fputs("\x1b[H\x1b[2J", stdout);
+	for (uint32_t i = 0; i < now->lane_count && i < before->lane_count; i++) {
+		used_ns = now->lanes[i].device_ns - before->lanes[i].device_ns;
+		(void)printf("lane %s: %5.1f %% of %u threads, %u queued, %u running\n", shown(now->lanes[i].name),
+		             span_ns > 0 ? 100 * (double)used_ns / span_ns / (now->lanes[i].threads == 0 ? 1 : now->lanes[i].threads) : 0, now->lanes[i].threads,
+		             now->lanes[i].queued, now->lanes[i].running);
+	}
+	(void)puts("session  tenant         class        weight  share queued    run    jobs/s  mean wait     memory");
+	for (uint32_t i = 0; i < now->session_count && i < TOP_LINES; i++) {
+		const opd_session_state *session = lines[i].now;
+		(void)printf("%7" PRIu64 "  %-14s %-11s %7u %5.1f%% %6u %6u %9.0f %10s %10s\n", session->session, shown(session->tenant),
+		             class_name(session->service_class), session->weight, used_ns == 0 ? 0 : 100 * (double)lines[i].device_ns / (double)used_ns,
+		             session->queued, session->running, span_ns > 0 ? (double)lines[i].jobs / span_ns * 1e9 : 0,
+		             duration_text((double)lines[i].wait_ns / (lines[i].jobs == 0 ? 1 : (double)lines[i].jobs)), bytes_text(session->memory_bytes));
+	}
+	(void)fflush(stdout);
+}
+
+static opd_status picture(struct opctl *ctl, const opd_sharing **before, opd_error *error)
+{
+	const opd_sharing *now;
+	opd_status status = opd_sessions(ctl->client, 0, &now, error);
+	if (status != OPD_OK)
+		return status;
+	struct line *lines = calloc(now->session_count + 1, sizeof *lines);
+	if (lines == NULL) {
+		opd_document_free(now);
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "out of memory");
+	}
+	print_picture(*before, now, lines);
+	free(lines);
+	opd_document_free(*before);
+	*before = now;
+	return OPD_OK;
+}
+
+int cmd_top(struct opctl *ctl)
+{
+	opd_error error;
+	int64_t count;
+	uint64_t interval_us;
+	if (options_int(&ctl->options, OPTION_COUNT, 0, INT64_MAX, 0, &count, &error) != OPD_OK ||
+	    options_seconds(&ctl->options, OPTION_DURATION, 1000000, &interval_us, &error) != OPD_OK)
+		return report_usage(ctl, &error);
+	const int code = begin(ctl, ctl->options.count == 1, "top [-c N] [--duration SECONDS]");
+	if (code != EXIT_DONE)
+		return code;
+	const opd_sharing *before = NULL;
+	opd_status status = opd_sessions(ctl->client, 0, &before, &error);
+	for (int64_t i = 0; status == OPD_OK && (count == 0 || i < count); i++) {
+		const struct timespec interval = {(time_t)(interval_us / 1000000), (long)(interval_us % 1000000) * 1000};
+		(void)nanosleep(&interval, NULL);
+		status = picture(ctl, &before, &error);
+	}
+	opd_document_free(before);
+	return status == OPD_OK ? EXIT_DONE : report_failure(ctl, status, &error);
+}

@@ -1,0 +1,148 @@
+/* Who runs next on a lane: fair among tenants, then among a tenant's sessions, by measured device time, in classes.
+ *
+ * Layer: server, bottom. It reads no clock, takes no lock, allocates nothing and knows no request: its caller says what time it is, which is how the tests run hours of
+ * it in seconds. Threads: its owner's (a lane holds its mutex).
+ * Life: scheduler_init → group and flow init → scheduler_submit, scheduler_pick, scheduler_complete… → flow and group fini → nothing to free.
+ *
+ * The order is that of start-time fair queueing (Goyal, Vin, Cheng: "Start-time Fair Queueing", 1996), one level for tenants and one for the sessions of each: whoever
+ * has had the least device time by its weight comes first, and who was idle gets no credit for it (its time starts at that of who was served last). What
+ * a job will take isn't known when it is picked: it is charged its estimate then, and the difference when it is done.
+ * Classes go in strict order, but each lower one that waits is owed a share of what the higher ones use (min_share), and is served once that makes up for its next job.
+ * Each class has its own order: what a tenant does in `batch` doesn't count against its `realtime` work. */
+#ifndef OPD_SERVER_SCHEDULER_H
+#define OPD_SERVER_SCHEDULER_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "server/heap.h"
+
+typedef enum sched_class {
+	CLASS_REALTIME = 0,
+	CLASS_INTERACTIVE = 1,
+	CLASS_BATCH = 2,
+	CLASS_COUNT = 3,
+} sched_class;
+
+#define SCHED_WEIGHT_DEFAULT 100u
+#define SCHED_WEIGHT_MAX 1000000u
+/* A job that nobody could estimate, of a flow that has had none yet. */
+#define SCHED_ESTIMATE_DEFAULT_NS 10000u
+/* Credit of a waiting class is bounded: a long wait doesn't become a long burst. */
+#define SCHED_CREDIT_MAX_NS 1000000000.0
+
+struct sched_flow;
+
+/* In the job that it stands for. */
+struct sched_item {
+	struct sched_item *next;
+	struct sched_item **link; /* what points to it while it is queued, else NULL */
+	struct sched_flow *flow;
+	uint64_t estimate_ns; /* of its device time; 0: unknown. From pick on: what it was charged */
+	uint64_t queued_ns;   /* by scheduler_submit */
+	uint8_t class;        /* sched_class */
+};
+
+/* Whom a level serves: those that have something to run, by the device time that each has had over its weight. */
+struct sched_level {
+	struct heap waiting;
+	double virtual_ns; /* of who was served last: where newcomers start */
+	uint64_t weight;   /* of those that wait, together */
+};
+
+/* What has run, for whoever asks. */
+struct sched_usage {
+	uint64_t jobs;
+	uint64_t device_ns;
+	uint64_t wait_ns; /* from submit to pick */
+	uint64_t wait_max_ns;
+};
+
+struct sched_flow_class {
+	struct heap_node node; /* among its group's flows; key: virtual time */
+	struct sched_item *head, **tail;
+};
+
+struct sched_group_class {
+	struct heap_node node; /* among the groups */
+	struct sched_level flows;
+};
+
+/* A tenant on one lane. */
+struct sched_group {
+	struct sched_group_class classes[CLASS_COUNT];
+	uint32_t weight;
+	uint32_t queued;
+	uint32_t running;
+	/* Device time a second that it may use (0: any), as a bucket that holds one second's. */
+	uint64_t rate_ns;
+	double tokens_ns;
+	uint64_t filled_ns;
+	struct heap_node throttled; /* among the scheduler's, while the bucket is empty; key: when it will not be */
+	struct sched_usage usage;
+};
+
+/* A session on one lane. */
+struct sched_flow {
+	struct sched_flow_class classes[CLASS_COUNT];
+	struct sched_group *group;
+	uint32_t weight;
+	bool unbounded; /* never refused */
+	uint32_t queued;
+	uint32_t running;
+	uint64_t queued_ns; /* estimates of what is queued */
+	double mean_ns;     /* of its jobs, lately: the estimate of one that has none */
+	struct sched_usage usage;
+};
+
+struct scheduler {
+	struct sched_level classes[CLASS_COUNT]; /* of groups */
+	double credit_ns[CLASS_COUNT];
+	double min_share[CLASS_COUNT]; /* of the time that higher classes use while this one waits; 0 to 1 */
+	uint32_t waiting[CLASS_COUNT]; /* items queued */
+	struct heap throttled;
+	bool rates_forgotten;
+	uint32_t queued;
+	uint32_t running;
+	uint64_t queued_ns;
+	uint64_t device_ns;      /* used by all so far */
+	uint32_t queue_max;      /* items; 0: any */
+	uint32_t flow_queue_max; /* of one flow */
+	uint32_t servers;        /* that run jobs at once, for estimates of waits; at least 1 */
+};
+
+/* Shares of 0.1 for interactive and 0.05 for batch, no bounds, one server. */
+void scheduler_init(struct scheduler *scheduler);
+
+/* weight: 1 to SCHED_WEIGHT_MAX, relative to the others' at its level. */
+void sched_group_init(struct sched_group *group, uint32_t weight);
+void sched_flow_init(struct sched_flow *flow, struct sched_group *group, uint32_t weight);
+void sched_group_set_weight(struct scheduler *scheduler, struct sched_group *group, uint32_t weight);
+void sched_flow_set_weight(struct sched_flow *flow, uint32_t weight);
+/* Device nanoseconds a second; 0: no bound. */
+void sched_group_set_rate(struct scheduler *scheduler, struct sched_group *group, uint64_t rate_ns, uint64_t now_ns);
+/* Nobody waits for its rate any more: at the end, what is queued still runs. */
+void scheduler_forget_rates(struct scheduler *scheduler);
+
+/* item->flow, class and estimate_ns are set. False: the queue of the lane, or of the flow, is full; nothing has changed. */
+bool scheduler_submit(struct scheduler *scheduler, struct sched_item *item, uint64_t now_ns);
+/* Takes a queued item back. False: it isn't queued. */
+bool scheduler_withdraw(struct scheduler *scheduler, struct sched_item *item);
+/* The item to run now; NULL: none. Where all that wait have used up their rates, *ready_ns_out says when to ask again (else UINT64_MAX). */
+struct sched_item *scheduler_pick(struct scheduler *scheduler, uint64_t now_ns, uint64_t *ready_ns_out);
+/* A picked item of this flow and class, charged estimate_ns, took device_ns. The item itself may be gone already. */
+void scheduler_complete(struct scheduler *scheduler, struct sched_flow *flow, sched_class class, uint64_t estimate_ns, uint64_t device_ns);
+/* Device time that went by the scheduler: a kernel that ran on the I/O loop. */
+void scheduler_charge(struct scheduler *scheduler, struct sched_flow *flow, sched_class class, uint64_t device_ns);
+
+/* How long the flow's queue will take at its present share: what a client that was refused is told to wait. */
+uint64_t scheduler_wait_ns(const struct scheduler *scheduler, const struct sched_flow *flow, sched_class class);
+/* Of the lane's time, what the flow gets while everybody who waits now goes on waiting; 0 to 1. */
+double scheduler_share(const struct scheduler *scheduler, const struct sched_flow *flow, sched_class class);
+
+/* "realtime"…; NULL for a number out of range. */
+const char *sched_class_name(uint32_t class);
+/* CLASS_COUNT: no such name. */
+sched_class sched_class_parse(const char *name, uint64_t bytes);
+
+#endif

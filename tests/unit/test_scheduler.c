@@ -1,0 +1,391 @@
+/* server/scheduler.h on a virtual clock: who gets how much of a lane, who waits how long, whoever the others are. Seconds and hours of lanes with thousands of sessions,
+ * the same each time. */
+#include <check.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "tests/lib/simulator.h"
+
+#define US 1000.0
+#define MS 1000000.0
+#define SECOND 1000000000u
+
+static struct simulator sim;
+
+static void start(uint32_t servers, uint64_t seed)
+{
+	simulator_init(&sim, servers, seed);
+}
+
+/* Whatever is tested: no server stands still while somebody may run, and all time is somebody's. */
+static void stop(void)
+{
+	uint64_t sum = 0;
+	for (uint32_t i = 0; i < sim.client_count; i++)
+		sum += sim.clients[i]->device_ns;
+	ck_assert_uint_eq(sum, sim.busy_ns);
+	ck_assert_uint_eq(sim.idle_while_waiting_ns, 0);
+	for (uint32_t i = 0; i < sim.client_count; i++)
+		ck_assert_uint_eq(sim.clients[i]->flow.usage.device_ns, sim.clients[i]->device_ns);
+	simulator_fini(&sim);
+	ck_assert_uint_eq(sim.scheduler.queued, 0);
+	ck_assert_uint_eq(sim.scheduler.queued_ns, 0);
+}
+
+static struct sim_work saturating(sched_class class, sim_costs costs, double cost_ns)
+{
+	return (struct sim_work){.class = class, .in_flight = 8, .costs = costs, .cost_ns = cost_ns};
+}
+
+static struct sim_work arriving(sched_class class, double interval_ns, sim_costs costs, double cost_ns)
+{
+	return (struct sim_work){.class = class, .interval_ns = interval_ns, .costs = costs, .cost_ns = cost_ns};
+}
+
+static double share(const struct sim_client *client)
+{
+	return (double)client->device_ns / (double)sim.busy_ns;
+}
+
+static void expect_share(const struct sim_client *client, double expected, double within)
+{
+	ck_assert_msg(share(client) > expected - within && share(client) < expected + within, "share %.4f, expected %.4f within %.4f",
+	              share(client), expected, within);
+}
+
+/* Jain's index of the clients [from, to): 1 where all have had the same. */
+static double fairness(uint32_t from, uint32_t to)
+{
+	double sum = 0, squares = 0;
+	for (uint32_t i = from; i < to; i++) {
+		double x = (double)sim.clients[i]->device_ns;
+		sum += x;
+		squares += x * x;
+	}
+	return sum * sum / ((to - from) * squares);
+}
+
+/* ---- Shares ---- */
+
+START_TEST(two_sessions_share_device_time_by_weight_whatever_their_ops_cost)
+{
+	const double costs[][2] = {{10 * US, 10 * MS}, {10 * MS, 10 * US}, {100 * US, 100 * US}, {3 * US, 700 * US}};
+	start(_i < 4 ? 1 : 4, 1);
+	struct sched_group *tenant = simulator_tenant(&sim, 100);
+	struct sim_client *a = simulator_client(&sim, tenant, 1, saturating(CLASS_INTERACTIVE, SIM_FIXED, costs[_i % 4][0]));
+	struct sim_client *b = simulator_client(&sim, tenant, 3, saturating(CLASS_INTERACTIVE, SIM_EXPONENTIAL, costs[_i % 4][1]));
+	simulator_run(&sim, 5ull * SECOND);
+	expect_share(a, 0.25, 0.02);
+	expect_share(b, 0.75, 0.02);
+	stop();
+}
+END_TEST
+
+START_TEST(two_tenants_share_by_weight_however_many_sessions_they_open)
+{
+	start(2, 2);
+	struct sched_group *small = simulator_tenant(&sim, 1);
+	struct sched_group *large = simulator_tenant(&sim, 3);
+	for (int i = 0; i < 200; i++)
+		(void)simulator_client(&sim, small, 100, saturating(CLASS_BATCH, SIM_PARETO, 50 * US));
+	struct sim_client *one = simulator_client(&sim, large, 100, saturating(CLASS_BATCH, SIM_FIXED, 2 * MS));
+	simulator_run(&sim, 5ull * SECOND);
+	expect_share(one, 0.75, 0.02);
+	ck_assert_uint_gt(small->usage.device_ns, 0);
+	stop();
+}
+END_TEST
+
+START_TEST(a_hundred_sessions_of_equal_weight_get_the_same)
+{
+	start(2, 3);
+	struct sched_group *tenant = simulator_tenant(&sim, 100);
+	for (int i = 0; i < 100; i++)
+		(void)simulator_client(&sim, tenant, 100, saturating(CLASS_INTERACTIVE, (sim_costs)(i % 3), (i % 7 + 1) * 40 * US));
+	simulator_run(&sim, 5ull * SECOND);
+	ck_assert_msg(fairness(0, 100) > 0.99, "Jain's index %.4f", fairness(0, 100));
+	stop();
+}
+END_TEST
+
+START_TEST(thousands_of_sessions_with_heavy_tails_get_the_same)
+{
+	start(8, 4);
+	for (int t = 0; t < 50; t++) {
+		struct sched_group *tenant = simulator_tenant(&sim, 100);
+		for (int i = 0; i < 60; i++)
+			(void)simulator_client(&sim, tenant, 100,
+			                       (struct sim_work){.class = CLASS_BATCH, .in_flight = 2, .costs = SIM_PARETO, .cost_ns = 100 * US});
+	}
+	simulator_run(&sim, 60ull * SECOND);
+	double least = 1e18, most = 0;
+	for (int t = 0; t < 50; t++) {
+		least = sim.tenants[t]->usage.device_ns < least ? (double)sim.tenants[t]->usage.device_ns : least;
+		most = sim.tenants[t]->usage.device_ns > most ? (double)sim.tenants[t]->usage.device_ns : most;
+	}
+	ck_assert_msg(most / least < 1.05, "most over least of the tenants: %.3f", most / least);
+	ck_assert_msg(fairness(0, sim.client_count) > 0.97, "Jain's index %.4f", fairness(0, sim.client_count));
+	stop();
+}
+END_TEST
+
+START_TEST(who_was_idle_gets_no_credit_for_it)
+{
+	start(1, 5);
+	struct sched_group *a = simulator_tenant(&sim, 100), *b = simulator_tenant(&sim, 100);
+	struct sim_client *first = simulator_client(&sim, a, 100, saturating(CLASS_BATCH, SIM_FIXED, 1 * MS));
+	struct sim_work late = saturating(CLASS_BATCH, SIM_FIXED, 1 * MS);
+	late.from_ns = 10ull * SECOND;
+	struct sim_client *second = simulator_client(&sim, b, 100, late);
+	simulator_run(&sim, 10ull * SECOND);
+	const uint64_t before = first->device_ns;
+	simulator_run(&sim, 12ull * SECOND);
+	const double after = (double)(first->device_ns - before) / (2.0 * SECOND);
+	ck_assert_msg(after > 0.49 && after < 0.51, "the older one's share since the other came: %.4f", after);
+	ck_assert_uint_gt(second->device_ns, 0);
+	stop();
+}
+END_TEST
+
+START_TEST(a_changed_weight_counts_from_then_on)
+{
+	start(1, 6);
+	struct sched_group *a = simulator_tenant(&sim, 100), *b = simulator_tenant(&sim, 100);
+	struct sim_client *one = simulator_client(&sim, a, 100, saturating(CLASS_BATCH, SIM_FIXED, 300 * US));
+	(void)simulator_client(&sim, b, 100, saturating(CLASS_BATCH, SIM_FIXED, 200 * US));
+	simulator_run(&sim, 1ull * SECOND);
+	sched_group_set_weight(&sim.scheduler, a, 900);
+	const uint64_t before = one->device_ns;
+	simulator_run(&sim, 3ull * SECOND);
+	const double after = (double)(one->device_ns - before) / (2.0 * SECOND);
+	ck_assert_msg(after > 0.88 && after < 0.92, "share %.4f", after);
+	stop();
+}
+END_TEST
+
+/* ---- Classes ---- */
+
+START_TEST(a_realtime_request_waits_for_one_running_kernel_at_most)
+{
+	start(1, 7);
+	for (int t = 0; t < 20; t++)
+		(void)simulator_client(&sim, simulator_tenant(&sim, 100), 100, saturating(CLASS_BATCH, SIM_FIXED, 2 * MS));
+	struct sim_client *urgent =
+		simulator_client(&sim, simulator_tenant(&sim, 1), 1, arriving(CLASS_REALTIME, 20 * MS, SIM_FIXED, 100 * US));
+	simulator_watch(urgent);
+	simulator_run(&sim, 20ull * SECOND);
+	ck_assert_uint_gt(urgent->waits->count, 500);
+	/* 2 ms, and its own requests that came just before: 4 in 20 ms are one in 10^8 */
+	ck_assert_msg(histogram_quantile(urgent->waits, 0.99) <= 2.2 * MS, "p99 %.1f us", (double)histogram_quantile(urgent->waits, 0.99) / 1e3);
+	ck_assert_msg(urgent->waits->max_ns <= 2.5 * MS, "longest %.1f us", (double)urgent->waits->max_ns / 1e3);
+	stop();
+}
+END_TEST
+
+START_TEST(no_class_starves)
+{
+	start(2, 8);
+	for (int t = 0; t < 4; t++)
+		(void)simulator_client(&sim, simulator_tenant(&sim, 100), 100, saturating(CLASS_REALTIME, SIM_EXPONENTIAL, 500 * US));
+	struct sim_client *middle =
+		simulator_client(&sim, simulator_tenant(&sim, 100), 100, saturating(CLASS_INTERACTIVE, SIM_EXPONENTIAL, 300 * US));
+	struct sim_client *lowest = simulator_client(&sim, simulator_tenant(&sim, 100), 100, saturating(CLASS_BATCH, SIM_FIXED, 5 * MS));
+	simulator_watch(lowest);
+	simulator_run(&sim, 20ull * SECOND);
+	expect_share(middle, 0.1 / 1.15, 0.02);
+	expect_share(lowest, 0.05 / 1.15, 0.01);
+	/* 8 of them wait for each other: 5 ms each, of a twentieth of two servers, and a little */
+	ck_assert_msg(lowest->waits->max_ns < 8 * 5 * MS * 23 / 2 * 1.2, "longest %.1f ms", (double)lowest->waits->max_ns / 1e6);
+	stop();
+}
+END_TEST
+
+START_TEST(a_class_alone_has_all)
+{
+	start(2, 9);
+	struct sim_client *lowest = simulator_client(&sim, simulator_tenant(&sim, 1), 1, saturating(CLASS_BATCH, SIM_FIXED, 1 * MS));
+	simulator_run(&sim, 1ull * SECOND);
+	ck_assert_uint_ge(lowest->device_ns, 1990000000u);
+	stop();
+}
+END_TEST
+
+/* ---- Waits, bounds, rates ---- */
+
+START_TEST(small_sessions_hardly_notice_a_large_one)
+{
+	start(4, 10);
+	for (int t = 0; t < 8; t++)
+		(void)simulator_client(&sim, simulator_tenant(&sim, 100), 100,
+		                       (struct sim_work){.class = CLASS_INTERACTIVE, .in_flight = 512, .costs = SIM_PARETO, .cost_ns = 300 * US});
+	for (int i = 0; i < 2000; i++)
+		simulator_watch(simulator_client(&sim, simulator_tenant(&sim, 100), 100,
+		                                 arriving(CLASS_INTERACTIVE, 4000 * MS, SIM_EXPONENTIAL, 300 * US)));
+	simulator_run(&sim, 20ull * SECOND);
+	static struct histogram all;
+	for (uint32_t i = 8; i < sim.client_count; i++)
+		for (unsigned k = 0; k < HISTOGRAM_BUCKETS; k++) {
+			all.buckets[k] += sim.clients[i]->waits->buckets[k];
+			all.count += sim.clients[i]->waits->buckets[k];
+		}
+	/* First come, first served would make them wait for 4096 jobs: 300 ms. */
+	ck_assert_uint_gt(all.count, 5000);
+	ck_assert_msg(histogram_quantile(&all, 0.5) < 1 * MS, "median %.1f us", (double)histogram_quantile(&all, 0.5) / 1e3);
+	ck_assert_msg(histogram_quantile(&all, 0.99) < 10 * MS, "p99 %.1f us", (double)histogram_quantile(&all, 0.99) / 1e3);
+	stop();
+}
+END_TEST
+
+START_TEST(queues_are_bounded_and_others_go_on)
+{
+	start(1, 11);
+	sim.scheduler.flow_queue_max = 16;
+	sim.scheduler.queue_max = 40;
+	struct sched_group *tenant = simulator_tenant(&sim, 100);
+	struct sim_client *flood = simulator_client(&sim, tenant, 100, arriving(CLASS_BATCH, 10 * US, SIM_FIXED, 1 * MS));
+	struct sim_client *calm = simulator_client(&sim, tenant, 100, arriving(CLASS_BATCH, 20 * MS, SIM_FIXED, 1 * MS));
+	for (int i = 0; i < 200; i++) {
+		simulator_run(&sim, (uint64_t)i * 5000000);
+		ck_assert_uint_le(flood->flow.queued, 16);
+		ck_assert_uint_le(sim.scheduler.queued, 40);
+	}
+	ck_assert_uint_gt(flood->refused, 50000);
+	ck_assert_uint_eq(calm->refused, 0);
+	/* What it is told to wait: its queue of 16, at half of the lane while the other waits, at all of it while it doesn't. */
+	const uint64_t wait = scheduler_wait_ns(&sim.scheduler, &flood->flow, CLASS_BATCH);
+	ck_assert_msg(wait >= 10 * MS && wait <= 40 * MS, "wait %.1f ms", (double)wait / 1e6);
+	stop();
+}
+END_TEST
+
+START_TEST(a_rate_bounds_device_time_and_leaves_the_rest_to_others)
+{
+	start(2, 12);
+	struct sched_group *bounded = simulator_tenant(&sim, 900), *free_one = simulator_tenant(&sim, 100);
+	sched_group_set_rate(&sim.scheduler, bounded, SECOND / 2, 0);
+	struct sim_client *a = simulator_client(&sim, bounded, 100, saturating(CLASS_INTERACTIVE, SIM_EXPONENTIAL, 3 * MS));
+	struct sim_client *b = simulator_client(&sim, free_one, 100, saturating(CLASS_BATCH, SIM_FIXED, 1 * MS));
+	simulator_run(&sim, 20ull * SECOND);
+	/* Half a second each second, and the bucket that was full at the start. */
+	ck_assert_msg(a->device_ns > 9.9 * SECOND && a->device_ns < 10.6 * SECOND, "%.3f s", (double)a->device_ns / 1e9);
+	ck_assert_msg(b->device_ns > 29.2 * SECOND, "%.3f s", (double)b->device_ns / 1e9);
+	stop();
+}
+END_TEST
+
+START_TEST(a_lone_bounded_tenant_is_served_again_when_its_bucket_fills)
+{
+	start(1, 13);
+	struct sched_group *bounded = simulator_tenant(&sim, 100);
+	sched_group_set_rate(&sim.scheduler, bounded, SECOND / 10, 0);
+	struct sim_client *a = simulator_client(&sim, bounded, 100, saturating(CLASS_INTERACTIVE, SIM_FIXED, 1 * MS));
+	simulator_run(&sim, 10ull * SECOND);
+	ck_assert_msg(a->device_ns > 1.0 * SECOND && a->device_ns < 1.12 * SECOND, "%.3f s", (double)a->device_ns / 1e9);
+	stop();
+}
+END_TEST
+
+START_TEST(withdrawn_items_leave_nothing)
+{
+	struct scheduler scheduler;
+	struct sched_group group;
+	struct sched_flow flows[3];
+	struct sched_item items[300];
+	scheduler_init(&scheduler);
+	sched_group_init(&group, 100);
+	for (int i = 0; i < 3; i++)
+		sched_flow_init(&flows[i], &group, 100);
+	srand(14);
+	for (int round = 0; round < 200; round++) {
+		bool queued[300];
+		uint32_t left = 300;
+		for (int i = 0; i < 300; i++) {
+			items[i] = (struct sched_item){.flow = &flows[rand() % 3], .class = (uint8_t)(rand() % 3), .estimate_ns = (uint64_t)(rand() % 5000)};
+			ck_assert(scheduler_submit(&scheduler, &items[i], 0));
+			queued[i] = true;
+		}
+		while (left > 0) {
+			int i = rand() % 300;
+			if (rand() % 2 == 0) {
+				ck_assert(scheduler_withdraw(&scheduler, &items[i]) == queued[i]);
+			} else {
+				uint64_t ready;
+				struct sched_item *item = scheduler_pick(&scheduler, 0, &ready);
+				ck_assert_ptr_nonnull(item);
+				i = (int)(item - items);
+				ck_assert(queued[i]);
+				scheduler_complete(&scheduler, item->flow, item->class, item->estimate_ns, (uint64_t)(rand() % 9000));
+			}
+			left -= queued[i];
+			queued[i] = false;
+		}
+		ck_assert_uint_eq(scheduler.queued, 0);
+		ck_assert_uint_eq(scheduler.queued_ns, 0);
+		ck_assert_uint_eq(scheduler.running, 0);
+		for (int i = 0; i < CLASS_COUNT; i++)
+			ck_assert_ptr_null(scheduler.classes[i].waiting.first);
+	}
+}
+END_TEST
+
+START_TEST(one_session_is_served_in_the_order_of_its_requests)
+{
+	struct scheduler scheduler;
+	struct sched_group group;
+	struct sched_flow flow;
+	struct sched_item items[50];
+	scheduler_init(&scheduler);
+	sched_group_init(&group, 1);
+	sched_flow_init(&flow, &group, 1);
+	for (int i = 0; i < 50; i++) {
+		items[i] = (struct sched_item){.flow = &flow, .class = CLASS_INTERACTIVE};
+		ck_assert(scheduler_submit(&scheduler, &items[i], 0));
+	}
+	uint64_t ready;
+	for (int i = 0; i < 50; i++) {
+		ck_assert_ptr_eq(scheduler_pick(&scheduler, 0, &ready), &items[i]);
+		scheduler_complete(&scheduler, &flow, CLASS_INTERACTIVE, items[i].estimate_ns, (uint64_t)i * 1000);
+	}
+	ck_assert_ptr_null(scheduler_pick(&scheduler, 0, &ready));
+	ck_assert_uint_eq(ready, UINT64_MAX);
+}
+END_TEST
+
+START_TEST(classes_have_names)
+{
+	for (uint32_t i = 0; i < CLASS_COUNT; i++)
+		ck_assert_uint_eq(sched_class_parse(sched_class_name(i), strlen(sched_class_name(i))), i);
+	ck_assert_uint_eq(sched_class_parse("batch2", 6), CLASS_COUNT);
+	ck_assert_uint_eq(sched_class_parse("", 0), CLASS_COUNT);
+	ck_assert_ptr_null(sched_class_name(CLASS_COUNT));
+}
+END_TEST
+
+int main(void)
+{
+	Suite *suite = suite_create("scheduler");
+	TCase *tests = tcase_create("scheduler");
+	tcase_set_timeout(tests, 120);
+	tcase_add_loop_test(tests, two_sessions_share_device_time_by_weight_whatever_their_ops_cost, 0, 8);
+	tcase_add_test(tests, two_tenants_share_by_weight_however_many_sessions_they_open);
+	tcase_add_test(tests, a_hundred_sessions_of_equal_weight_get_the_same);
+	tcase_add_test(tests, thousands_of_sessions_with_heavy_tails_get_the_same);
+	tcase_add_test(tests, who_was_idle_gets_no_credit_for_it);
+	tcase_add_test(tests, a_changed_weight_counts_from_then_on);
+	tcase_add_test(tests, a_realtime_request_waits_for_one_running_kernel_at_most);
+	tcase_add_test(tests, no_class_starves);
+	tcase_add_test(tests, a_class_alone_has_all);
+	tcase_add_test(tests, small_sessions_hardly_notice_a_large_one);
+	tcase_add_test(tests, queues_are_bounded_and_others_go_on);
+	tcase_add_test(tests, a_rate_bounds_device_time_and_leaves_the_rest_to_others);
+	tcase_add_test(tests, a_lone_bounded_tenant_is_served_again_when_its_bucket_fills);
+	tcase_add_test(tests, withdrawn_items_leave_nothing);
+	tcase_add_test(tests, one_session_is_served_in_the_order_of_its_requests);
+	tcase_add_test(tests, classes_have_names);
+	suite_add_tcase(suite, tests);
+	SRunner *runner = srunner_create(suite);
+	srunner_run_all(runner, CK_ENV);
+	int failed = srunner_ntests_failed(runner);
+	srunner_free(runner);
+	return failed == 0 ? 0 : 1;
+}
