@@ -104,13 +104,26 @@ VEC_INLINE double moments_variance(opd_dtype dtype, const void *x, size_t count,
 
 /* ---- layer_norm --------------------------------------------------------------------------------------------------------- */
 
+/* v · weight + bias, where the product alone may be past what f32 holds and the sum isn't. */
+VEC_INLINE vec_f32 layer_norm_affine(vec_f32 v, vec_f32 weight, vec_f32 bias)
+{
+#if defined(VEC_AVX512) || defined(VEC_AVX2)
+	return vec_fma(v, weight, bias);
+#else
+	const vec_f32 half = vec_splat(0.5f);
+	return (v * (weight * half) + bias * half) * vec_splat(2.0f);
+#endif
+}
+
 VEC_INLINE vec_f32 layer_norm_at(opd_dtype dtype, opd_dtype weight_dtype, opd_dtype bias_dtype, const struct cpu_layer_norm *norm, size_t i, size_t count,
                                  const struct moments_mean *mean, vec_f32 factor)
 {
 	vec_f32 v = moments_difference(vec_load_some(dtype, norm->x, i, count), mean) * factor;
-	if (norm->weight != NULL)
+	if (norm->weight != NULL && norm->bias != NULL)
+		v = layer_norm_affine(v, vec_load_some(weight_dtype, norm->weight, i, count), vec_load_some(bias_dtype, norm->bias, i, count));
+	else if (norm->weight != NULL)
 		v = v * vec_load_some(weight_dtype, norm->weight, i, count);
-	if (norm->bias != NULL)
+	else if (norm->bias != NULL)
 		v = v + vec_load_some(bias_dtype, norm->bias, i, count);
 	return vec_one_nan(v);
 }
