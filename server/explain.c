@@ -1,4 +1,6 @@
 /* The explain record: what was skipped and why, the effective list, where it comes from, and where the time went. */
+#include <string.h>
+
 #include "server/daemon.h"
 #include "server/request.h"
 
@@ -63,7 +65,8 @@ void run_explain(struct request *request)
 	explain->effective = effective_list_names(dispatch->effective, dispatch->count, &request->arena);
 	explain->effective_count = explain->effective == NULL ? 0 : dispatch->count;
 	explain->level = dispatch->effective->level;
-	explain->narrowed = msg_text(dispatch->effective->narrowed);
+	if (dispatch->effective->narrowed != NULL) /* copied: a reload may drop the list before a direct caller reads this */
+		explain->narrowed = msg_text(arena_text(&request->arena, dispatch->effective->narrowed, strlen(dispatch->effective->narrowed)));
 	explain->on_loop = run->on_loop;
 	if (dispatch->impl != NULL && request->message.run.mode == MSG_DRY)
 		execute_place(request); /* where it would run now */

@@ -1,5 +1,7 @@
 /* What a run of a graph says of itself: per node who ran, who was passed over and how long it took; memory; whether it was
  * dispatched anew. */
+#include <string.h>
+
 #include "server/graph_run.h"
 #include "server/request.h"
 
@@ -10,7 +12,9 @@ static struct msg_node_explain explain_node(struct graph_run *run, uint32_t inde
 	struct arena *arena = &run->request->arena;
 	struct msg_node_explain out = {.node = node->name, .op = node->run.op, .provider = msg_text(step->impl->provider->name)};
 	out.explain.level = step->dispatch.effective->level;
-	out.explain.narrowed = msg_text(step->dispatch.effective->narrowed);
+	const char *narrowed = step->dispatch.effective->narrowed;
+	if (narrowed != NULL)
+		out.explain.narrowed = msg_text(arena_text(arena, narrowed, strlen(narrowed)));
 	out.explain.device = msg_text(run->prepared->snapshot->devices[run->prepared->device].name);
 	out.explain.skipped = dispatch_skips(&step->dispatch, step->bound.op, &step->bound.call, arena, &out.explain.skip_count);
 	out.explain.effective = effective_list_names(step->dispatch.effective, step->dispatch.count, arena);
