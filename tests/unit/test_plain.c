@@ -288,6 +288,7 @@ static struct msg_request random_request(struct parts *parts)
 	run->explain = chance(2);
 	run->timeout_us = random_number();
 	run->inline_results = chance(2);
+	run->service_class = chance(MSG_SERVICE_CLASS_MAX + 1);
 	if (request.kind == MSG_REQUEST_RUN_GRAPH) {
 		run->graph = random_number();
 		return request;
@@ -308,7 +309,7 @@ static struct msg_request random_request(struct parts *parts)
 static struct msg_explain random_explain(struct parts *parts)
 {
 	struct msg_explain explain = {.skip_count = chance(4), .skipped = parts->skips, .effective_count = chance(5), .effective = parts->names,
-	                              .level = (msg_level)chance(6), .device = random_text(), .on_loop = chance(2)};
+	                              .level = (msg_level)chance(6), .device = random_text(), .narrowed = random_text(), .on_loop = chance(2)};
 	explain.move_count = chance(8) == 0 ? chance(3) : 0; /* read by protobuf-c */
 	explain.moves = parts->moves;
 	explain.times = (struct msg_times){random_number(), random_number(), random_number(), random_number(), random_number(), random_number()};
