@@ -44,9 +44,14 @@ VEC_INLINE sums_vec sums_add_offset(sums_vec sums, bytes_vec b)
 	return _mm512_dpbusd_epi32(sums, _mm512_set1_epi8((char)OFFSET), b);
 }
 
+/* By 2^32: what the offset adds may be past an int, and is taken off again. */
 VEC_INLINE int32_t sums_total(sums_vec sums)
 {
-	return _mm512_reduce_add_epi32(sums);
+	uint32_t lanes[16], total = 0;
+	memcpy(lanes, &sums, sizeof lanes);
+	for (int i = 0; i < 16; i++)
+		total += lanes[i];
+	return (int32_t)total;
 }
 
 #else
@@ -74,9 +79,14 @@ VEC_INLINE sums_vec sums_add(sums_vec sums, bytes_vec a, bytes_vec b)
 	return _mm512_add_epi32(sums, _mm512_madd_epi16(a, b));
 }
 
+/* By 2^32: what the offset adds may be past an int, and is taken off again. */
 VEC_INLINE int32_t sums_total(sums_vec sums)
 {
-	return _mm512_reduce_add_epi32(sums);
+	uint32_t lanes[16], total = 0;
+	memcpy(lanes, &sums, sizeof lanes);
+	for (int i = 0; i < 16; i++)
+		total += lanes[i];
+	return (int32_t)total;
 }
 
 #elif defined(VEC_AVX2)
