@@ -3,7 +3,9 @@
 #include "tests/unit/test_client.h"
 
 #include <poll.h>
+#include <stdatomic.h>
 #include <sys/socket.h>
+#include <time.h>
 
 static void script_echo(struct peer *peer, void *argument)
 {
@@ -573,11 +575,22 @@ START_TEST(the_servers_limit_of_requests_in_flight_is_kept)
 }
 END_TEST
 
+/* Reads nothing after the greeting until it is let: what is larger than the socket's buffers then waits in the client. */
+static void script_echo_when_let(struct peer *peer, void *argument)
+{
+	peer_hello(peer, NULL);
+	while (!atomic_load((_Atomic bool *)argument))
+		(void)nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+	peer_echo(peer);
+}
+
 START_TEST(an_event_loop_drives_it_through_fd_and_process)
 {
+	static _Atomic bool let;
+	atomic_store(&let, false);
 	struct peer peer;
 	opd_error error;
-	peer_start(&peer, PEER_UNIX, script_echo, NULL);
+	peer_start(&peer, PEER_UNIX, script_echo_when_let, &let);
 	opd_client *client = test_connect(&peer, 0);
 	float *data = test_floats(1 << 20, 3);
 	opd_request *large = test_vector(data, 1 << 20), *small = test_vector(data, 8);
@@ -589,6 +602,7 @@ START_TEST(an_event_loop_drives_it_through_fd_and_process)
 	while (taken < 2) {
 		struct pollfd entry = {.fd = opd_client_fd(client), .events = opd_client_events(client)};
 		wrote = wrote || (entry.events & POLLOUT) != 0;
+		atomic_store(&let, true); /* the first time round the peer has read nothing */
 		ck_assert_int_eq(poll(&entry, 1, 10000), 1);
 		MUST(opd_process(client, &error));
 		while (opd_finished(client) != 0) {
