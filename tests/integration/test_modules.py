@@ -299,6 +299,7 @@ class Bad(unittest.TestCase):
         self.assertEqual({os.path.basename(path)[:-3] for path in glob.glob(bad("*"))} - {"forgetful", "late"}, set(BAD))
 
     def test_bad_modules_are_refused_with_their_reason(self):
+        """Hardening: providers-abi, providers-symbol"""
         for name, (status, words) in BAD.items():
             with self.subTest(name):
                 self.refused(bad(name), status, words)
@@ -356,6 +357,7 @@ class Bad(unittest.TestCase):
         self.refused(path, "PERMISSION_DENIED", "owned by uid 12345")
 
     def test_configured_names_stay_usable_in_lists_as_statically_unsupported(self):
+        """Hardening: sessions-list-unsupported"""
         flags = []
         for name in BAD:
             flags += ["--module", "m_%s=%s" % (name, bad(name))]
@@ -769,6 +771,7 @@ class Device(unittest.TestCase):
             self.fails_once("alloc:%d" % count, "relu on test:0: alloc: injected failure", relu_request)
 
     def test_a_kernels_failure_is_that_requests_error(self):
+        """Hardening: providers-fails"""
         self.fails_once("launch:1", "launch: injected failure")
         self.fails_once("kernel:1", "add on test:0: kernel: injected failure")
         self.fails_once("mute:1", "testdev.add failed", status=harness.UNKNOWN)
@@ -795,6 +798,7 @@ class Device(unittest.TestCase):
                     daemon.stop()
 
     def test_a_backend_that_always_fails_fails_always_and_alone(self):
+        """Hardening: promise-containment"""
         for fault in ("stream:1+", "record:1+", "alloc:1+", "kernel:1+"):
             with self.subTest(fault):
                 daemon = DeviceDaemon(fault=fault)
@@ -828,6 +832,7 @@ class Device(unittest.TestCase):
         self.assertEqual((replies[first].status, replies[second].status), (harness.INTERNAL, harness.ABORTED))
 
     def test_more_than_the_device_holds_is_resource_exhausted(self):
+        """Hardening: providers-memory"""
         client = self.client(self.daemon(memory=1 << 16))
         for _ in range(2):
             reply, _ = client.call(add_request(1, count=1 << 13)[0])  # two operands and a result of 32 KiB
@@ -1311,6 +1316,7 @@ class LostDevice(unittest.TestCase):
             self.assertIn("test:1", reply.message)
 
     def test_it_is_passed_over_and_the_others_go_on(self):
+        """Hardening: providers-sticky"""
         client = self.client(fault="lost:1", delay_us=1000)
         other = self.client(self.server)
         there, elsewhere = self.upload(client, [1, -2], device="test:1"), self.upload(client, [3, -4], device="test:0")
