@@ -368,6 +368,23 @@ class Signals(WithFolder):
         daemon.signal(signal.SIGHUP)
         wait_until(lambda: self.client(daemon.address).hello.limits.payload_bytes == 65536)
 
+    def test_a_reload_logs_what_has_changed(self):
+        daemon = self.start(config="limits: {stall: 50s, queue: 9}\npriorities: {relu: [cpu]}\ntenants: {anonymous: {weight: 5}}\n")
+        daemon.write_config("limits: {stall: 2min}\npriorities: {relu: [native, cpu], silu: []}\ntenants: {anonymous: {weight: 6, class: batch}}\n")
+        daemon.signal(signal.SIGHUP)
+        daemon.wait_log("configuration reloaded", "changes=5")
+        wanted = [
+            'key=limits.queue old=9 new=1024',
+            'key=limits.stall old=50s new=2min',
+            'key=priorities.relu old=[cpu] new="[native, cpu]"',
+            'key=priorities.silu old=(none) new=[]',
+            'key=tenants.anonymous old="weight: 5" new="weight: 6, class: batch"',
+        ]
+        found = [line.split("configuration changed ")[1] for line in daemon.log_text().splitlines() if "configuration changed" in line]
+        self.assertEqual(found, wanted)
+        daemon.signal(signal.SIGHUP)
+        daemon.wait_log("configuration reloaded", "changes=0")
+
     def test_reload_storm_under_load_loses_no_request(self):
         """Hardening: operations-reload-storm"""
         daemon = self.start(config="priorities: {rms_norm: [cpu]}\n")

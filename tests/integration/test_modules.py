@@ -13,6 +13,7 @@ import math
 import os
 import select
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -425,6 +426,22 @@ class Bad(unittest.TestCase):
                 another.ping()
             self.assertFalse(select.select([loader.sock], [], [], 0)[0], "the module was loaded before anybody else was served")
             self.assertEqual(loader.read_reply()[1].status, harness.OK)
+
+    def test_a_reload_that_fails_leaves_no_module_behind(self):
+        daemon = daemon_for(self, config="limits: {stall: 50s}")
+        module = "modules: [{name: testdev, path: %s}]\n" % self.file("reloaded.so")
+        self.assertNotIn("testdev", {provider["name"] for provider in opctl(daemon, "providers")})
+        for count, lists in enumerate(("{relu: [testdev, nobody]}", "{relu: [testdev], nothing: [testdev]}"), 1):
+            daemon.write_config(module + "limits: {stall: 51s}\npriorities: " + lists)
+            daemon.signal(signal.SIGHUP)
+            daemon.wait_log("error", "not reloaded", count=count)
+            self.assertNotIn("testdev", {provider["name"] for provider in opctl(daemon, "providers")})
+            self.assertEqual([name for name in opctl(daemon, "info")["devices"] if name.startswith("test")], [])
+        daemon.write_config(module + "priorities: {relu: [testdev]}")
+        daemon.signal(signal.SIGHUP)
+        daemon.wait_log("info", "configuration reloaded")
+        with Client(daemon.address) as client:
+            self.assertEqual(client.ask(run("relu", inline([2], f32(-1, 1))))[0].run.provider, "testdev")
 
     def test_check_config_names_a_module_that_is_missing_from_the_lists(self):
         command(harness.OPD, "--check-config", "--module", "gone=/nowhere.so", "--priority", "relu=gone,native")
