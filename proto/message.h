@@ -331,6 +331,9 @@ struct msg_provider {
 	const struct msg_text *ops;
 	uint32_t device_count;
 	const struct msg_text *devices;
+	uint64_t failures;
+	uint32_t quarantined_count;
+	const struct msg_text *quarantined;
 };
 
 struct msg_info {
@@ -501,12 +504,18 @@ typedef enum msg_request_kind {
 	MSG_REQUEST_ATTACH_RINGS,
 	MSG_REQUEST_LIST_SESSIONS,
 	MSG_REQUEST_SET_SESSION,
+	MSG_REQUEST_RESTORE_PROVIDER,
 } msg_request_kind;
 
 struct msg_attach_rings {
 	uint64_t request_bytes;
 	uint64_t reply_bytes;
 	uint64_t poll_us;
+};
+
+struct msg_restore {
+	struct msg_text provider;
+	struct msg_text op;
 };
 
 struct msg_set_session {
@@ -541,6 +550,7 @@ struct msg_request {
 		struct msg_attach_rings rings;
 		uint64_t first_session; /* LIST_SESSIONS */
 		struct msg_set_session set_session;
+		struct msg_restore restore; /* RESTORE_PROVIDER */
 	};
 };
 

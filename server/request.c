@@ -159,6 +159,7 @@ static const struct step {
 	[MSG_REQUEST_DETACH_MEMORY] = {"detach_memory", NULL, region_detach_start, false},
 	[MSG_REQUEST_ATTACH_RINGS] = {"attach_rings", NULL, ring_attach_start, false},
 	[MSG_REQUEST_LIST_SESSIONS] = {"list_sessions", NULL, inspect_sessions, false},
+	[MSG_REQUEST_RESTORE_PROVIDER] = {"restore_provider", NULL, admin_restore_provider, true},
 	[MSG_REQUEST_SET_SESSION] = {"set_session", NULL, admin_set_session, true},
 	[MSG_REQUEST_REGISTER_GRAPH] = {"register_graph", graph_register_accept, graph_register_start, false},
 	[MSG_REQUEST_RUN_GRAPH] = {"run_graph", run_accept, run_start, false},

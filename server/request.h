@@ -233,6 +233,7 @@ void inspect_providers(struct request *request);
 void inspect_info(struct request *request);
 void inspect_tensors(struct request *request);
 void admin_load_module(struct request *request); /* admin.c */
+void admin_restore_provider(struct request *request);
 void admin_set_log_level(struct request *request);
 void inspect_sessions(struct request *request);
 void admin_set_session(struct request *request);

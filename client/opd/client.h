@@ -622,6 +622,9 @@ typedef struct opd_provider_description {
 	uint32_t device_count;
 	const char *const *ops;
 	const char *const *devices;
+	uint64_t failures; /* of its kernels, since the daemon's start */
+	uint32_t quarantined_count;
+	const char *const *quarantined; /* "relu: 5 failures (kernel error 5)": implementations that were taken out */
 } opd_provider_description;
 
 typedef struct opd_provider_list {
@@ -680,6 +683,8 @@ OPD_API OPD_MUST_USE opd_status opd_generate(opd_client *client, const char *op,
 /* ---- Administration (PERMISSION_DENIED unless opd_session.admin) ------------------------------------------------------------ */
 
 OPD_API OPD_MUST_USE opd_status opd_load_module(opd_client *client, const char *path, opd_error *error);
+/* Ends the quarantine of a provider, or (op not NULL) of its implementation of one op. FAILED_PRECONDITION: nothing of it is quarantined. */
+OPD_API OPD_MUST_USE opd_status opd_restore_provider(opd_client *client, const char *provider, const char *op, opd_error *error);
 OPD_API OPD_MUST_USE opd_status opd_set_log_level(opd_client *client, const char *level, opd_error *error);
 /* Stop accepting, finish what is under way within timeout_us (0: the configuration's), end. */
 OPD_API OPD_MUST_USE opd_status opd_drain(opd_client *client, uint64_t timeout_us, opd_error *error);

@@ -1062,6 +1062,10 @@ class Client:
 
     # ---- Administration
 
+    def restore_provider(self, provider, op=""):
+        """Ends its quarantine, or (op) that of one implementation."""
+        self._call(pb.Request(restore_provider=pb.RestoreProvider(provider=provider, op=op)))
+
     def load_module(self, path):
         self._call(pb.Request(load_module=pb.LoadModule(path=path)))
 
