@@ -377,13 +377,14 @@ OPD_API opd_request *opd_request_once(const opd_graph *graph);
 
 /* ---- Kept tensors ------------------------------------------------------------------------------------------------------ */
 
-/* Requests that are no ops, for opd_run and opd_submit as those of ops are; they take no arguments and no output options. NULL: out of memory; what is wrong
+/* Requests that are no ops, for opd_run and opd_submit as those of ops are; they take no arguments and, but for a fetch's opd_request_output_memory, no output options. NULL: out of memory; what is wrong
  * with an operand comes out of submit.
  *   upload  a host tensor, row-major, becomes a kept one: the result has one output, its handle. Later requests may name it by the upload's ticket, answered or not.
  *           With OPD_FROM_NOTHING the tensor is made without bytes, which come in writes; until all are there, naming it is FAILED_PRECONDITION.
  *   write   `bytes` of `data` go to byte `offset` of such a tensor. Any order; a range may be written again while others are missing. After the last its bytes don't
  *           change any more, and a write is FAILED_PRECONDITION. The result has no outputs. `data` is kept by reference, as a tensor's is.
- *   fetch   a kept tensor (handle or result) comes back whole, or a view of it: the result has one output. */
+ *   fetch   a kept tensor (handle or result) comes back whole, or a view of it: the result has one output. With opd_request_output_memory of output 0 it is copied
+ *           there by the server, and nothing is sent. */
 OPD_API opd_request *opd_upload_create(const opd_operand *operand);
 OPD_API opd_request *opd_write_create(opd_handle handle, uint64_t offset, const void *data, uint64_t bytes);
 OPD_API opd_request *opd_fetch_create(const opd_operand *operand);
