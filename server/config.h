@@ -27,6 +27,7 @@ struct config_listener {
 	char *path;    /* UNIX */
 	char *host;    /* TCP: a name or a literal address without brackets */
 	uint16_t port; /* TCP; 0: any free one (printed when listening) */
+	int fd;        /* listens already, passed by the service manager; 0: to be opened */
 };
 
 /* The lists of providers/priorities.txt, as config_add_priority takes them; NULL at the end. */
