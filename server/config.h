@@ -83,6 +83,7 @@ struct config_limits {
 	uint64_t handshake_us;         /* from accept to Hello; default 10 s */
 	uint64_t stall_us;             /* a frame begun and not finished, or a reply not read, without a byte of progress; default 60 s */
 	uint64_t drain_us;             /* default 30 s */
+	uint64_t stuck_us;             /* all threads of a lane in kernels, work waiting and nothing ending for so long is unhealthy; default 30 s, 0: never */
 };
 
 struct config {

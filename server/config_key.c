@@ -205,6 +205,7 @@ static const struct config_key keys[] = {
 	{"limits.handshake", set_us, AT(limits.handshake_us), 10000, 60 * MINUTE_US, 0},
 	{"limits.stall", set_us, AT(limits.stall_us), 100000, 24 * 60 * MINUTE_US, 0},
 	{"limits.drain", set_us, AT(limits.drain_us), 1000, 24 * 60 * MINUTE_US, 0},
+	{"limits.stuck", set_us, AT(limits.stuck_us), 0, 24 * 60 * MINUTE_US, 0},
 	{"threads", set_count, AT(threads), 0, 1024, 0},
 	{"checked", set_bool, AT(checked), 0, 0, 0},
 	{"inline", set_ns, AT(inline_ns), 0, 1000000, 0},

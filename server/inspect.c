@@ -5,6 +5,7 @@
 
 #include "proto/bounds.h"
 #include "proto/text.h"
+#include "server/health.h"
 #include "server/daemon.h"
 #include "server/derived.h"
 #include "server/listener.h"
@@ -213,6 +214,10 @@ void inspect_info(struct request *request)
 		.derived_found = derived.found,
 		.derived_made = derived.made,
 	};
+	if (!health_fill(server, snapshot, &request->arena, &request->reply.info)) {
+		fail_memory(request, "info");
+		return;
+	}
 	request_reply(request, MSG_REPLY_INFO);
 }
 
