@@ -354,6 +354,10 @@ struct msg_info {
 	uint64_t derived_bytes;
 	uint64_t derived_found;
 	uint64_t derived_made;
+	uint32_t unhealthy_count;
+	const struct msg_text *unhealthy;
+	uint32_t degraded_count;
+	const struct msg_text *degraded;
 };
 
 /* ---- Graphs ---- */

@@ -66,6 +66,7 @@ struct config *config_create(void)
 		.handshake_us = 10 * 1000000,
 		.stall_us = 60 * 1000000,
 		.drain_us = 30 * 1000000,
+		.stuck_us = 30 * 1000000,
 	};
 	config->quarantine = (struct config_quarantine){.failures = 5, .provider_failures = 20, .window_us = 60 * 1000000, .cooldown_us = 60 * 1000000};
 	config->inline_ns = 5000;

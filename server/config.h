@@ -28,6 +28,7 @@ struct config_listener {
 	char *path;    /* UNIX */
 	char *host;    /* TCP: a name or a literal address without brackets */
 	uint16_t port; /* TCP; 0: any free one (printed when listening) */
+	int fd;        /* listens already, passed by the service manager; 0: to be opened */
 };
 
 /* The lists of providers/priorities.txt, as config_add_priority takes them; NULL at the end. */
@@ -106,6 +107,7 @@ struct config_limits {
 	uint64_t handshake_us;         /* from accept to Hello; default 10 s */
 	uint64_t stall_us;             /* a frame begun and not finished, or a reply not read, without a byte of progress; default 60 s */
 	uint64_t drain_us;             /* default 30 s */
+	uint64_t stuck_us;             /* all threads of a lane in kernels, work waiting and nothing ending for so long is unhealthy; default 30 s, 0: never */
 };
 
 struct config {

@@ -68,6 +68,10 @@ struct server {
 	bool crowded;           /* in the one before, more than one did */
 	struct listener *listeners;
 	uint64_t next_session;
+	uint64_t lane_done;        /* jobs of the CPU lane that have ended */
+	uint64_t lane_done_before; /* at the last tick */
+	uint64_t lane_progress_us; /* when it last got on, or had nothing that waits */
+	uint32_t lane_waiting;     /* at the last tick */
 	bool draining;
 	bool drain_failed;
 	bool ending;            /* the lanes are stopped: nothing may be submitted to one any more */

@@ -217,6 +217,16 @@ static void on_listener_closed(uv_handle_t *handle)
 	free(listener);
 }
 
+/* One that the service manager has opened, and that stays its own: the path isn't removed at the end, and clients wait there for the next daemon. */
+static opd_status take_passed(struct listener *listener, const struct config_listener *config, opd_error *error)
+{
+	int failed = config->kind == LISTEN_UNIX ? uv_pipe_open(&listener->pipe, config->fd) : uv_tcp_open(&listener->tcp, config->fd);
+	if (failed != 0)
+		return cannot_listen(config, uv_strerror(failed), error);
+	(void)snprintf(listener->address, sizeof listener->address, "%s", config->address);
+	return OPD_OK;
+}
+
 opd_status listener_open(struct server *server, const struct config_listener *config, opd_error *error)
 {
 	struct listener *listener = calloc(1, sizeof *listener);
@@ -230,7 +240,9 @@ opd_status listener_open(struct server *server, const struct config_listener *co
 		return cannot_listen(config, uv_strerror(failed), error);
 	}
 	listener->handle.data = listener;
-	opd_status status = config->kind == LISTEN_UNIX ? bind_unix(listener, config, error) : bind_tcp(listener, config, error);
+	opd_status status = config->fd != 0 ? take_passed(listener, config, error)
+	                    : config->kind == LISTEN_UNIX ? bind_unix(listener, config, error)
+	                                                  : bind_tcp(listener, config, error);
 	if (status == OPD_OK) {
 		failed = uv_listen(&listener->stream, BACKLOG, on_connection);
 		if (failed != 0)

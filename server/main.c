@@ -6,17 +6,20 @@
 #include <libgen.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "proto/text.h"
 #include "server/config.h"
 #include "server/log.h"
 #include "server/server.h"
+#include "server/service.h"
 
 enum {
 	EXIT_OK = 0,
@@ -87,6 +90,7 @@ struct options {
 	const char *config_path;
 	bool check;
 	bool allow_remote;
+	struct service service;
 	size_t change_count;
 	struct change *changes; /* [argc] */
 };
@@ -223,6 +227,8 @@ static opd_status build_config(const struct options *options, struct config **co
 	if (status == OPD_OK)
 		status = apply_all(config, options, error);
 	if (status == OPD_OK)
+		status = service_listen(&options->service, config, error);
+	if (status == OPD_OK)
 		status = config_check(config, options->allow_remote, error);
 	if (status != OPD_OK) {
 		config_destroy(config);
@@ -330,6 +336,7 @@ struct daemon {
 	struct server *server; /* NULL: not yet there, or gone */
 	bool gone;
 	unsigned ends;         /* SIGTERM and SIGINT so far */
+	_Atomic bool beating;  /* a watchdog's beat is on its way to the loop */
 	bool over;             /* the thread ends at its next signal */
 	pthread_t thread;
 };
@@ -354,6 +361,7 @@ static void on_end(struct daemon *daemon, int number)
 		LOG(daemon->log, LOG_ERROR, "ended by force");
 		_exit(EXIT_FAILED);
 	}
+	service_notify(&daemon->options->service, "STOPPING=1\nSTATUS=draining");
 	if (daemon->server != NULL)
 		server_drain(daemon->server, 0);
 }
@@ -380,6 +388,7 @@ static void reload_on_loop(void *argument)
 		config_destroy(reload->config);
 		log_reload_failure(daemon, &error);
 	}
+	service_notify(&daemon->options->service, "READY=1");
 	free(reload);
 }
 
@@ -395,6 +404,15 @@ static opd_status post_reload(struct daemon *daemon, struct config *config, opd_
 	return status;
 }
 
+static void notify_reloading(const struct service *service)
+{
+	struct timespec now;
+	char message[64];
+	(void)clock_gettime(CLOCK_MONOTONIC, &now);
+	(void)snprintf(message, sizeof message, "RELOADING=1\nMONOTONIC_USEC=%" PRIu64, (uint64_t)now.tv_sec * 1000000 + (uint64_t)now.tv_nsec / 1000);
+	service_notify(service, message);
+}
+
 /* Under the mutex. The file is read here, so that the loop doesn't wait for a disk. */
 static void on_reload(struct daemon *daemon)
 {
@@ -402,14 +420,17 @@ static void on_reload(struct daemon *daemon)
 	opd_error error;
 	if (daemon->server == NULL)
 		return;
+	notify_reloading(&daemon->options->service);
 	opd_status status = build_config(daemon->options, &config, &error);
 	if (status == OPD_OK) {
 		status = post_reload(daemon, config, &error);
 		if (status != OPD_OK)
 			config_destroy(config);
 	}
-	if (status != OPD_OK)
+	if (status != OPD_OK) {
 		log_reload_failure(daemon, &error);
+		service_notify(&daemon->options->service, "READY=1");
+	}
 }
 
 static void on_reopen(struct daemon *daemon)
@@ -421,18 +442,45 @@ static void on_reopen(struct daemon *daemon)
 		LOG(daemon->log, LOG_ERROR, "log not opened again, the old file stays", LOG_STR("error", error.text));
 }
 
+/* On the loop: it turns. */
+static void beat_on_loop(void *argument)
+{
+	struct daemon *daemon = argument;
+	service_notify(&daemon->options->service, "WATCHDOG=1");
+	atomic_store(&daemon->beating, false);
+}
+
+/* Under the mutex. A loop that hangs has the last beat still before it, and gets no second one. */
+static void beat(struct daemon *daemon)
+{
+	opd_error error;
+	if (daemon->server == NULL || atomic_exchange(&daemon->beating, true))
+		return;
+	if (server_post(daemon->server, beat_on_loop, daemon, &error) != OPD_OK)
+		atomic_store(&daemon->beating, false);
+}
+
+/* The next signal; 0: half of the watchdog's time went by without one. */
+static int next_signal(const struct service *service, const sigset_t *set)
+{
+	const uint64_t wait_us = service->watchdog_us / 2;
+	const struct timespec wait = {(time_t)(wait_us / 1000000), (long)(wait_us % 1000000) * 1000};
+	const int number = wait_us == 0 ? sigwaitinfo(set, NULL) : sigtimedwait(set, NULL, &wait);
+	return number < 0 ? 0 : number;
+}
+
 static void *signal_main(void *argument)
 {
 	struct daemon *daemon = argument;
 	sigset_t set;
 	fill_signals(&set);
 	for (;;) {
-		int number = 0;
-		if (sigwait(&set, &number) != 0)
-			continue;
+		const int number = next_signal(&daemon->options->service, &set);
 		(void)pthread_mutex_lock(&daemon->mutex);
 		bool over = daemon->over;
-		if (!over && number == SIGHUP)
+		if (!over && number == 0)
+			beat(daemon);
+		else if (!over && number == SIGHUP)
 			on_reload(daemon);
 		else if (!over && number == SIGUSR1)
 			on_reopen(daemon);
@@ -558,7 +606,9 @@ static int serve(struct daemon *daemon, struct config *config)
 		return exit_code(status);
 	}
 	set_server(daemon, server);
+	service_notify(&daemon->options->service, "READY=1\nSTATUS=serving");
 	status = server_run(server);
+	service_notify(&daemon->options->service, "STOPPING=1");
 	set_server(daemon, NULL);
 	if (status != OPD_OK) {
 		/* Work was cut off: a kernel may still be running, for hours, and taking the daemon apart would wait for it. The drain has a limit. */
@@ -600,7 +650,7 @@ static int run(int argc, char **argv, struct options *options)
 	int code = parse_flags(argc, argv, options);
 	if (code >= 0)
 		return code;
-	if (build_config(options, &config, &error) != OPD_OK)
+	if (service_init(&options->service, &error) != OPD_OK || build_config(options, &config, &error) != OPD_OK)
 		return fail(EXIT_USAGE, "", error.text);
 	return options->check ? check_config(config) : run_daemon(options, config);
 }

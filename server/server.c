@@ -14,6 +14,7 @@
 #include "server/containment.h"
 #include "server/daemon.h"
 #include "server/derived.h"
+#include "server/health.h"
 #include "server/publications.h"
 #include "server/listener.h"
 #include "server/module.h"
@@ -130,7 +131,7 @@ static void drain_check(struct server *server)
 
 static void finish_lanes(struct server *server)
 {
-	(void)lane_finish_done(server->lane);
+	server->lane_done += lane_finish_done(server->lane);
 	if (!atomic_exchange_explicit(&server->device_done, false, memory_order_acquire))
 		return;
 	for (uint32_t i = 0; i < REGISTRY_DEVICES_MAX; i++) {
@@ -209,6 +210,7 @@ static void on_tick(uv_poll_t *tick, int status, int events)
 		next = conn->next;
 		conn_tick(conn, now_us);
 	}
+	health_tick(server, now_us);
 	drain_check(server);
 }
 
@@ -431,7 +433,7 @@ opd_status server_create(struct config *config, struct log *log, struct server *
 	server->log = log;
 	server_take_config(server, config);
 	server->tick_fd = -1;
-	server->started_us = server->turn_us = request_now_ns() / 1000;
+	server->started_us = server->lane_progress_us = server->turn_us = request_now_ns() / 1000;
 	context_init(&server->context, server);
 	opd_status status = start(server, error);
 	if (status != OPD_OK) {

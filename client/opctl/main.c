@@ -57,6 +57,7 @@ const struct command opctl_commands[] = {
      bench_options, cmd_bench},
     {"ping", "", "round trips to the daemon", NULL, ping_options, cmd_ping},
     {"info", "", "the daemon: version, listeners, memory, devices", NULL, no_options, cmd_info},
+    {"health", "", "whether the daemon should get work: exit code 0, or 1 and what is wrong, or 3 when nobody answers", NULL, health_options, cmd_health},
     {"sessions", "", "who is connected: sessions, tenants, and what each has had of the lanes", NULL, no_options, cmd_sessions},
     {"session", "ID set weight|class VALUE", "another weight or class for a session (administrators)",
      "weight: 1 to 1000000, among its tenant's sessions. class: realtime, interactive or batch, of its requests that name none.\n", no_options, cmd_session},

@@ -656,6 +656,10 @@ typedef struct opd_server_info {
 	uint64_t derived_bytes;
 	uint64_t derived_found; /* runs that were given one that was there */
 	uint64_t derived_made;
+	uint32_t unhealthy_count;
+	uint32_t degraded_count;
+	const char *const *unhealthy; /* what should keep new work away, each "object: what"; none: healthy */
+	const char *const *degraded;  /* what an operator should look at while everything is served */
 } opd_server_info;
 
 OPD_API OPD_MUST_USE opd_status opd_ops(opd_client *client, const opd_op_list **list_out, opd_error *error);
