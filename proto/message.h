@@ -509,10 +509,21 @@ struct msg_attach_rings {
 	uint64_t poll_us;
 };
 
+#define MSG_QUOTA_KINDS 8u
+
+struct msg_quota {
+	uint32_t kind; /* below MSG_QUOTA_KINDS */
+	uint64_t limit;
+	uint64_t used;
+	uint64_t refused;
+};
+
 struct msg_set_session {
 	uint64_t session;
 	uint32_t weight;        /* 0: as it is */
 	uint32_t service_class; /* 0: as it is */
+	uint32_t quota_count;
+	struct msg_quota *quotas;
 };
 
 struct msg_request {
@@ -627,6 +638,8 @@ struct msg_session_state {
 	uint64_t memory_bytes;
 	double share;
 	struct msg_usage usage;
+	uint32_t quota_count;
+	struct msg_quota *quotas;
 };
 
 struct msg_tenant_state {
@@ -639,6 +652,8 @@ struct msg_tenant_state {
 	uint32_t queued;
 	uint32_t running;
 	struct msg_usage usage;
+	uint32_t quota_count;
+	struct msg_quota *quotas;
 };
 
 struct msg_lane_state {

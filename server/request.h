@@ -89,9 +89,11 @@ struct request {
 	struct arena arena;
 	uint64_t arena_charged_bytes; /* of it, to the session; 0: it is small */
 	struct msg_request message;
+	uint64_t envelope_bytes;
 	uint64_t payload_bytes; /* declared */
 	uint64_t payload_received;
 	struct buffer *payload;
+	bool entered;   /* it counts against quotas */
 	bool chunked;   /* the payload comes in DATA frames */
 	bool started;
 	bool replied;   /* on_reply was called */
@@ -169,6 +171,7 @@ uint64_t request_now_ns(void);
 OPD_MUST_USE opd_status run_accept(struct request *request);   /* run.c */
 void run_start(struct request *request);
 void run_release(struct request *request); /* gives back what run_accept and later steps took */
+void run_refused(struct request *request); /* it was never begun: whoever names its results is told that it failed, not that there never was such a result */
 void run_failed(struct request *request);  /* the request ends with an error: whoever waits for its results learns of it */
 /* It can't go on. True: it ends later, when what it waits for is there. */
 bool run_abandoned(struct request *request);
