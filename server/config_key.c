@@ -213,6 +213,8 @@ static const struct config_key keys[] = {
 	{"polling.budget", set_us, AT(polling_budget_us), 0, 1000000, 0},
 	{"log.level", set_level, AT(level), 0, 0, 0},
 	{"log.format", set_format, AT(format), 0, 0, 0},
+	{"log.lines", set_count, AT(log_lines), 0, 1000000, 0},
+	{"core", set_bool, AT(core), 0, 0, 0},
 	{"log.file", set_log_file, AT(log_path), 0, 0, 0},
 };
 
