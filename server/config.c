@@ -68,6 +68,7 @@ struct config *config_create(void)
 		.drain_us = 30 * 1000000,
 		.stuck_us = 30 * 1000000,
 	};
+	config->quarantine = (struct config_quarantine){.failures = 5, .provider_failures = 20, .window_us = 60 * 1000000, .cooldown_us = 60 * 1000000};
 	config->inline_ns = 5000;
 	config->polling_window_us = 50;
 	config->polling_budget_us = 500000;
@@ -126,6 +127,7 @@ void config_destroy(struct config *config)
 		free(config->modules[i].path);
 	}
 	config_clear_tenants(config);
+	config_clear_providers(config);
 	free(config->priorities);
 	free(config->modules);
 	free(config->path);

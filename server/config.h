@@ -2,7 +2,8 @@
  *
  * Layer: server. Threads: built by one, then constant.
  * Life: config_create (defaults) → config_load (file) → changes by flags → config_check → config_destroy. A reload makes a new one and swaps.
- * In five files: config.c (the object, listeners, lists, checks), config_key.c (keys with one value), config_tenant.c (tenants), config_file.c (YAML), config_text.c (as text).
+ * In six files: config.c (the object, listeners, lists, checks), config_key.c (keys with one value), config_tenant.c (tenants), config_provider.c (providers), config_file.c (YAML),
+ * config_text.c (as text).
  * README.md documents every key; errors name file, line, key, value and what was expected. Unknown keys and repeated keys are errors.
  * Not here: whether the named ops and providers exist (server/registry.h checks that when the server starts or reloads). */
 #ifndef OPD_SERVER_CONFIG_H
@@ -65,6 +66,29 @@ struct config_tenant {
 	unsigned line;
 };
 
+/* How far a provider is trusted. */
+struct provider_policy {
+	bool checked;       /* as config.checked, for its kernels alone */
+	uint64_t budget_us; /* that a kernel of its may take; 0, the default: any */
+};
+
+/* One entry of `providers`. */
+struct config_provider {
+	char *name; /* "*": every other */
+	struct provider_policy policy;
+	unsigned line;
+};
+
+#define QUARANTINE_FAILURES_MAX 64u
+
+/* When a provider that fails is taken out (server/containment.h). */
+struct config_quarantine {
+	uint32_t failures;          /* of one of its implementations, within the window; default 5, 0: never */
+	uint32_t provider_failures; /* of all of its together; default 20, 0: never */
+	uint64_t window_us;         /* default 60 s */
+	uint64_t cooldown_us;       /* until it is tried again; default 60 s */
+};
+
 struct config_limits {
 	uint64_t memory_bytes;         /* tensor bytes of the daemon; default: half of the machine's memory */
 	uint64_t session_bytes;        /* … of a session; default: memory_bytes / 2 */
@@ -96,6 +120,9 @@ struct config {
 	struct config_module *modules;
 	size_t tenant_count;
 	struct config_tenant *tenants;
+	size_t provider_count;
+	struct config_provider *providers;
+	struct config_quarantine quarantine;
 	struct config_limits limits;
 	uint32_t threads; /* of the CPU lane; 0: one a core that the process may use */
 	bool checked;     /* canaries behind every output, verified after each kernel */
@@ -129,6 +156,8 @@ OPD_MUST_USE opd_status config_add_priority(struct config *config, const char *t
 OPD_MUST_USE opd_status config_add_module(struct config *config, const char *text, opd_error *error);
 /* How a tenant of this name is treated: by its own entry, else by that of "*", else by default. */
 void config_tenant(const struct config *config, const char *name, struct tenant_policy *policy_out);
+/* How far a provider is trusted: what its own entry says, else that of "*", else the defaults. */
+void config_provider(const struct config *config, const char *name, struct provider_policy *policy_out);
 /* "64 MiB", "1GiB", "4096": binary units. */
 OPD_MUST_USE opd_status config_parse_bytes(const char *text, uint64_t *bytes_out, opd_error *error);
 /* "500ms", "10 s", "2min": units ns, us, ms, s, min, h; a bare 0 needs none. */

@@ -40,6 +40,11 @@ OPD_MUST_USE opd_status config_set_tenant(struct config_tenant *tenant, const ch
 /* Remembers that `key` was given, for config_compare. */
 OPD_MUST_USE opd_status config_note_tenant(struct config_tenant *tenant, const char *key, const char *value, opd_error *error);
 void config_clear_tenants(struct config *config);
+/* The same of `providers`. */
+OPD_MUST_USE opd_status config_begin_provider(struct config *config, const char *name, unsigned line, struct config_provider **provider_out,
+                                              opd_error *error);
+OPD_MUST_USE opd_status config_set_provider(struct config_provider *provider, const char *key, const char *value, opd_error *error);
+void config_clear_providers(struct config *config);
 /* An empty list for `op` ("*" or a name); replaces an entry of that op. */
 void config_clear_priorities(struct config *config);
 OPD_MUST_USE opd_status config_begin_priority(struct config *config, const char *op, unsigned line,

@@ -3,6 +3,8 @@
 
 #include <assert.h>
 #include <inttypes.h>
+#include <stdarg.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -350,16 +352,28 @@ opd_status registry_create(struct log *log, const struct registry_services *serv
 	return OPD_OK;
 }
 
+/* The text as long as the registry lives; NULL: out of memory. Devices and kernels fail seldom, and a cool-down lies between two quarantines. */
+OPD_PRINTF(2, 3)
+static const char *keep_text(struct registry *registry, const char *format, ...)
+{
+	char text[OPD_ERROR_TEXT_BYTES];
+	va_list args;
+	va_start(args, format);
+	(void)vsnprintf(text, sizeof text, format, args);
+	va_end(args);
+	struct lost_text *kept = malloc(sizeof *kept + strlen(text) + 1);
+	if (kept == NULL)
+		return NULL;
+	memcpy(kept->text, text, strlen(text) + 1);
+	kept->next = registry->lost_texts;
+	registry->lost_texts = kept;
+	return kept->text;
+}
+
 static const char *remember_lost(struct registry *registry, const char *device, const char *reason)
 {
-	const size_t bytes = strlen(device) + strlen(reason) + sizeof " is lost: ";
-	struct lost_text *lost = malloc(sizeof *lost + bytes);
-	if (lost == NULL)
-		return "the device is lost";
-	(void)snprintf(lost->text, bytes, "%s is lost: %s", device, reason);
-	lost->next = registry->lost_texts;
-	registry->lost_texts = lost;
-	return lost->text;
+	const char *text = keep_text(registry, "%s is lost: %s", device, reason);
+	return text == NULL ? "the device is lost" : text;
 }
 
 void registry_set_lost(struct registry *registry, uint32_t device, const char *reason)
@@ -371,6 +385,28 @@ void registry_set_lost(struct registry *registry, uint32_t device, const char *r
 	if (registry_publish(registry, &error) != OPD_OK)
 		LOG(registry->log, LOG_WARN, "a device's loss shows with the next change only", LOG_STR("device", lost->name), LOG_STR("error", error.text));
 	(void)pthread_mutex_unlock(&registry->mutex);
+}
+
+bool registry_try_quarantine(struct registry *registry, const struct provider *provider, const struct impl *impl, const char *reason)
+{
+	opd_error error;
+	if (pthread_mutex_trylock(&registry->mutex) != 0)
+		return false;
+	const char **out = impl != NULL ? &registry->impls_out[impl->index] : &registry->providers_out[provider->index];
+	const char *before = *out;
+	const char *text = reason == NULL ? NULL : keep_text(registry, "%s", reason);
+	*out = reason != NULL && text == NULL ? "too many failures" : text;
+	const bool published = registry_publish(registry, &error) == OPD_OK;
+	if (!published)
+		*out = before;
+	(void)pthread_mutex_unlock(&registry->mutex);
+	return published;
+}
+
+/* An op that has implementations stays where it is, and so does its name. */
+const char *registry_op_name(const struct registry *registry, const struct impl *impl)
+{
+	return registry->ops[impl->op_index].schema->name;
 }
 
 void registry_destroy(struct registry *registry)

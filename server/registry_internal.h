@@ -39,7 +39,9 @@ struct registry {
 	struct provider *providers[REGISTRY_PROVIDERS_MAX];
 	uint32_t device_count;
 	struct device devices[REGISTRY_DEVICES_MAX];
-	struct lost_text *lost_texts; /* of devices: snapshots may still show those of before */
+	struct lost_text *lost_texts; /* of lost devices, and of quarantines: snapshots may still show those of before */
+	const char *impls_out[REGISTRY_IMPLS_MAX];         /* why an implementation is quarantined; NULL: it isn't */
+	const char *providers_out[REGISTRY_PROVIDERS_MAX]; /* … or all of a provider's */
 	struct module *modules; /* newest first */
 	struct plist *server_star;
 	struct plist *configuration_star;
