@@ -78,6 +78,10 @@ struct server {
 	bool ending;            /* the lanes are stopped: nothing may be submitted to one any more */
 	uint64_t drain_until_us;
 
+	struct log_limit opened_lines;  /* what clients can fill a log with: `log.lines` a minute of each */
+	struct log_limit closed_lines;
+	struct log_limit refused_lines;
+	struct log_limit broken_lines;
 	struct log_limit list_warnings; /* of fallbacks that requests' own lists allow */
 	_Atomic uint64_t requests; /* accepted since the start */
 	_Atomic uint64_t uploads_refused;  /* for daemon memory */
