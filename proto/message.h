@@ -358,6 +358,7 @@ struct msg_info {
 	uint64_t derived_bytes;
 	uint64_t derived_found;
 	uint64_t derived_made;
+	uint32_t stuck;
 };
 
 /* ---- Graphs ---- */

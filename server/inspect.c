@@ -257,6 +257,7 @@ void inspect_info(struct request *request)
 		.derived_bytes = derived.bytes,
 		.derived_found = derived.found,
 		.derived_made = derived.made,
+		.stuck = lane_stuck(server->lane),
 	};
 	request_reply(request, MSG_REPLY_INFO);
 }

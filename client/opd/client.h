@@ -655,6 +655,7 @@ typedef struct opd_server_info {
 	uint64_t derived_bytes;
 	uint64_t derived_found; /* runs that were given one that was there */
 	uint64_t derived_made;
+	uint32_t stuck; /* threads in kernels that have exceeded their budget and still run */
 } opd_server_info;
 
 OPD_API OPD_MUST_USE opd_status opd_ops(opd_client *client, const opd_op_list **list_out, opd_error *error);
