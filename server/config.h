@@ -2,7 +2,8 @@
  *
  * Layer: server. Threads: built by one, then constant.
  * Life: config_create (defaults) → config_load (file) → changes by flags → config_check → config_destroy. A reload makes a new one and swaps.
- * In five files: config.c (the object, listeners, lists, checks), config_key.c (keys with one value), config_tenant.c (tenants), config_provider.c (providers), config_file.c (YAML).
+ * In six files: config.c (the object, listeners, lists, checks), config_key.c (keys with one value), config_tenant.c (tenants), config_provider.c (providers), config_file.c (YAML),
+ * config_text.c (as text).
  * README.md documents every key; errors name file, line, key, value and what was expected. Unknown keys and repeated keys are errors.
  * Not here: whether the named ops and providers exist (server/registry.h checks that when the server starts or reloads). */
 #ifndef OPD_SERVER_CONFIG_H
@@ -59,6 +60,7 @@ struct tenant_policy {
 /* One entry of `tenants`. */
 struct config_tenant {
 	char *name; /* "uid:1000", "anonymous"; "*": every other */
+	char *text; /* what the file says of it: "weight: 300, class: batch"; NULL: nothing */
 	struct tenant_policy policy;
 	unsigned line;
 };
@@ -160,6 +162,11 @@ OPD_MUST_USE opd_status config_parse_duration(const char *text, uint64_t *ns_out
 /* What one key alone can't tell: limits that contradict each other, listeners twice, a TCP listener that is not loopback (refused until identities exist,
  * unless its host is given with the flag that asks for it). Adds the default listener where there is none. */
 OPD_MUST_USE opd_status config_check(struct config *config, bool allow_remote, opd_error *error);
+
+/* What differs between two of them, key by key, as the file would say it: on_change(key, before, after, argument), sorted by key; NULL: the key isn't there. Tenants are told as they
+ * were written. */
+typedef void (*config_change_fn)(const char *key, const char *before, const char *after, void *argument);
+OPD_MUST_USE opd_status config_compare(const struct config *before, const struct config *after, config_change_fn on_change, void *argument, opd_error *error);
 
 /* Where opd listens and opctl looks when nobody says: $XDG_RUNTIME_DIR/opd.sock, as root /run/opd/opd.sock, else /tmp/opd-<uid>/opd.sock. Written into out. The same rule stands in
  * client/address.h: README.md documents it. */

@@ -317,6 +317,8 @@ static opd_status read_tenant_key(struct reader *reader, const char *name, const
 	if (status != OPD_OK)
 		return status;
 	status = config_set_tenant(context, name, text, reader->error);
+	if (status == OPD_OK)
+		status = config_note_tenant(context, name, text, reader->error);
 	if (status == OPD_NOT_FOUND)
 		return fail_at(reader, line, key, "no such key, expected weight, class, class_max, device_time or sessions");
 	return place(reader, line_of(reader), key, status);

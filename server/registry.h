@@ -108,6 +108,13 @@ void registry_destroy(struct registry *registry);
 OPD_MUST_USE opd_status registry_open_builtin(struct registry *registry, const opd_module *module, opd_error *error);
 OPD_MUST_USE opd_status registry_load(struct registry *registry, const char *path, const char *name, bool remember, opd_error *error);
 
+/* A change of several steps: from begin to its end nothing that is loaded, remembered or set is published, and cancel takes all of it back (modules that were opened are closed). The
+ * registry's writer lock is held meanwhile: all on one thread. The configuration's lists are set last: they aren't taken back. */
+struct registry_change;
+OPD_MUST_USE opd_status registry_change_begin(struct registry *registry, struct registry_change **change_out, opd_error *error);
+void registry_change_commit(struct registry_change *change);
+void registry_change_cancel(struct registry_change *change);
+
 /* A name that lists may use although no module of it is there (SEMANTICS 16), with the reason why. Nothing happens when there is a provider of this name. */
 void registry_remember(struct registry *registry, const char *name, const char *reason);
 

@@ -28,6 +28,8 @@ struct registry {
 	pthread_t opening_thread;     /* on this thread */
 	pthread_mutex_t current_mutex; /* of `current` alone: a module may take long to open, and nobody waits for it to read the registry */
 	struct snapshot *current;
+	struct snapshot *staged; /* what a change of several steps would publish so far */
+	struct registry_change *change; /* NULL: changes are published one by one */
 	_Atomic uint64_t version;
 	uint32_t op_count;
 	struct entry ops[REGISTRY_OPS_MAX];

@@ -239,6 +239,7 @@ START_TEST(ranges_of_a_graph_s_results_are_held_to_the_same_rules)
 }
 END_TEST
 
+/* Hardening: memory-unregistered */
 START_TEST(a_region_detached_in_flight_stays_until_the_kernel_is_done)
 {
 	enum { COUNT = 8, BYTES = 1 << 16 };
@@ -351,6 +352,7 @@ static void *rewrite(void *context)
 	return NULL;
 }
 
+/* Hardening: memory-rewritten */
 START_TEST(ids_rewritten_while_a_kernel_runs_are_read_once)
 {
 	struct rewriter rewriter = {.ids = (int64_t *)at(1 << 19)};
@@ -495,6 +497,7 @@ static void refuses_descriptor(struct raw *raw, int fd, uint64_t bytes, const ch
 	(void)close(fd);
 }
 
+/* Hardening: memory-unsealed, memory-pipe, memory-directory, memory-device */
 START_TEST(every_other_descriptor_is_refused_and_none_is_leaked)
 {
 	struct raw raw;
@@ -544,6 +547,7 @@ START_TEST(descriptors_that_nobody_wants_are_closed)
 }
 END_TEST
 
+/* Hardening: memory-shortened, memory-wrap */
 START_TEST(an_attached_file_cannot_shrink_and_ranges_outside_are_refused)
 {
 	struct raw raw;
