@@ -19,6 +19,7 @@
 #include "server/registry.h"
 #include "server/server.h"
 #include "server/tensors.h"
+#include "server/watch.h"
 
 struct allocation;
 struct containment;
@@ -52,6 +53,7 @@ struct server {
 	uv_idle_t again;      /* active while a connection has more to do than one turn allows */
 	uv_poll_t tick;       /* once a second: handshakes, stalls, the drain's end */
 	struct deadlines deadlines;
+	struct watches watches;
 	int tick_fd;          /* its timerfd. A loop without a libuv timer sleeps without a time limit, which spares arming one: 0.6 us a call */
 	bool running;
 	struct context context; /* the loop's */
