@@ -518,10 +518,21 @@ struct msg_restore {
 	struct msg_text op;
 };
 
+#define MSG_QUOTA_KINDS 8u
+
+struct msg_quota {
+	uint32_t kind; /* below MSG_QUOTA_KINDS */
+	uint64_t limit;
+	uint64_t used;
+	uint64_t refused;
+};
+
 struct msg_set_session {
 	uint64_t session;
 	uint32_t weight;        /* 0: as it is */
 	uint32_t service_class; /* 0: as it is */
+	uint32_t quota_count;
+	struct msg_quota *quotas;
 };
 
 struct msg_fetch {
@@ -642,6 +653,8 @@ struct msg_session_state {
 	uint64_t memory_bytes;
 	double share;
 	struct msg_usage usage;
+	uint32_t quota_count;
+	struct msg_quota *quotas;
 };
 
 struct msg_tenant_state {
@@ -654,6 +667,8 @@ struct msg_tenant_state {
 	uint32_t queued;
 	uint32_t running;
 	struct msg_usage usage;
+	uint32_t quota_count;
+	struct msg_quota *quotas;
 };
 
 struct msg_lane_state {

@@ -15,6 +15,7 @@
 
 #include "opd/status.h"
 #include "server/log.h"
+#include "server/quota.h"
 #include "server/scheduler.h"
 
 typedef enum listen_kind {
@@ -54,8 +55,8 @@ struct tenant_policy {
 	uint32_t weight;         /* of its device time, relative to other tenants'; default 100 */
 	sched_class class;       /* of requests that name none; default interactive */
 	sched_class class_max;   /* the most urgent one that its requests may have; default realtime */
-	uint64_t device_rate_ns; /* device time a second, each lane; 0, the default: any */
-	uint32_t sessions;       /* open at once; 0, the default: any */
+	uint64_t quota[QUOTA_COUNT];         /* of all its sessions together; 0, the default: any */
+	uint64_t session_quota[QUOTA_COUNT]; /* of each; 0: as `limits` has it */
 };
 
 /* One entry of `tenants`. */
@@ -104,6 +105,9 @@ struct config_limits {
 	uint64_t ring_bytes;           /* of a session's pair of rings together; default 32 MiB, 0: no rings */
 	uint32_t queue;                /* requests of a session that wait for a lane; default 1024, 0: any */
 	uint32_t lane_queue;           /* requests that wait for a lane; default 65536, 0: any */
+	uint32_t refuse_uploads;       /* percent of memory_bytes in use from which uploads are refused; default 90, 100: never before it is full */
+	uint32_t refuse_sessions;      /* … new sessions; default 95 */
+	uint32_t drop_caches;          /* … cached plans and derived copies are given up; default 98 */
 	uint64_t handshake_us;         /* from accept to Hello; default 10 s */
 	uint64_t stall_us;             /* a frame begun and not finished, or a reply not read, without a byte of progress; default 60 s */
 	uint64_t drain_us;             /* default 30 s */

@@ -210,6 +210,13 @@ void conn_start(struct conn *conn, const opd_error *refuse)
 
 /* ---- Stalls ---- */
 
+/* Its replies hold memory that others could use. */
+static void cut_off(struct conn *conn)
+{
+	conn->server->slow_readers++;
+	conn_close(conn, LOG_WARN, "the client doesn't read its replies");
+}
+
 void conn_tick(struct conn *conn, uint64_t now_us)
 {
 	const struct config_limits *limits = &conn->server->config->limits;
@@ -223,5 +230,5 @@ void conn_tick(struct conn *conn, uint64_t now_us)
 	else if (half_read && (!conn->throttled || conn->chunked_count != 0) && now_us > read_us && now_us - read_us > limits->stall_us)
 		conn_close(conn, LOG_WARN, "a half-sent request stalled");
 	else if (!outbox_empty(&conn->outbox) && now_us > conn->write_us && now_us - conn->write_us > limits->stall_us)
-		conn_close(conn, LOG_WARN, "the client doesn't read its replies");
+		cut_off(conn);
 }

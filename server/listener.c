@@ -99,11 +99,23 @@ static void log_accept_error(struct listener *listener, int failed)
 }
 
 /* The session counts already. */
-static void check_tenant(const struct tenant *tenant, opd_error *refused)
+static void check_tenant(struct tenant *tenant, opd_error *refused)
 {
 	const uint32_t sessions = atomic_load_explicit(&tenant->sessions, memory_order_relaxed);
-	if (refused->status == OPD_OK && tenant->policy.sessions != 0 && sessions > tenant->policy.sessions)
-		(void)opd_fail(refused, OPD_RESOURCE_EXHAUSTED, "%u sessions of tenant %s are open, no more may be", (unsigned)(sessions - 1), tenant->name);
+	const uint64_t limit = quota_limit(&tenant->quota, QUOTA_SESSIONS);
+	if (refused->status != OPD_OK || limit == 0 || sessions <= limit)
+		return;
+	quota_count_refusal(&tenant->quota, QUOTA_SESSIONS);
+	(void)opd_fail(refused, OPD_RESOURCE_EXHAUSTED, "%u sessions of tenant %s are open, no more may be", (unsigned)(sessions - 1), tenant->name);
+}
+
+/* An administrator is let in: somebody must be able to look, and to free. */
+static void check_memory(const struct session *session, opd_error *refused)
+{
+	struct server *server = session->server;
+	if (refused->status == OPD_OK && !session->admin &&
+	    server_memory_filled(server, server->config->limits.refuse_sessions, "no session is opened", refused))
+		server->sessions_refused++;
 }
 
 static void on_connection(uv_stream_t *stream, int status)
@@ -138,6 +150,7 @@ static void on_connection(uv_stream_t *stream, int status)
 		(void)uv_tcp_nodelay(&conn->tcp, 1);
 		(void)uv_tcp_keepalive(&conn->tcp, 1, 60);
 	}
+	check_memory(conn->session, &refused);
 	check_tenant(conn->session->tenant, &refused);
 	conn_start(conn, refused.status == OPD_OK ? NULL : &refused);
 }

@@ -244,6 +244,13 @@ static void print_text(const char *text)
 	(void)fputs(text_escape(text, strlen(text), escaped, sizeof escaped), stdout);
 }
 
+static void print_quotas(const char *prefix, const uint64_t limits[QUOTA_COUNT])
+{
+	for (uint32_t i = 0; i < QUOTA_COUNT; i++)
+		if (limits[i] != 0)
+			(void)printf(", %s%s %" PRIu64 "%s", prefix, quota_name(i), limits[i], i == QUOTA_DEVICE_TIME ? " ns" : "");
+}
+
 static void print_lists(const struct config *config)
 {
 	for (size_t i = 0; i < config->listener_count; i++) {
@@ -262,10 +269,8 @@ static void print_lists(const struct config *config)
 		(void)printf("tenant: ");
 		print_text(config->tenants[i].name);
 		(void)printf(" = weight %" PRIu32 ", class %s (at most %s)", policy->weight, sched_class_name(policy->class), sched_class_name(policy->class_max));
-		if (policy->device_rate_ns != 0)
-			(void)printf(", %" PRIu64 " ms of device time a second", policy->device_rate_ns / 1000000);
-		if (policy->sessions != 0)
-			(void)printf(", %" PRIu32 " sessions", policy->sessions);
+		print_quotas("", policy->quota);
+		print_quotas("session_", policy->session_quota);
 		(void)printf("\n");
 	}
 	for (size_t i = 0; i < config->provider_count; i++) {
@@ -291,6 +296,8 @@ static void print_summary(const struct config *config)
 	             limits->memory_bytes, limits->session_bytes, limits->request_bytes, limits->envelope_bytes, limits->cache_bytes, limits->derived_bytes);
 	(void)printf("limits: %" PRIu32 " sessions, of each %" PRIu32 " requests in flight and %" PRIu32 " kept tensors\n", limits->sessions,
 	             limits->in_flight, limits->kept);
+	(void)printf("limits: of the memory in use, %" PRIu32 " %% refuse uploads, %" PRIu32 " %% new sessions, %" PRIu32 " %% drop caches\n", limits->refuse_uploads,
+	             limits->refuse_sessions, limits->drop_caches);
 	(void)printf("limits: handshake %" PRIu64 " ms, stall %" PRIu64 " ms, drain %" PRIu64 " ms\n", limits->handshake_us / 1000,
 	             limits->stall_us / 1000, limits->drain_us / 1000);
 	(void)printf("threads: %" PRIu32 "%s, inline: %" PRIu64 " ns, checked: %s\n", config->threads,

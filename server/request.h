@@ -92,6 +92,7 @@ struct request {
 	uint64_t payload_bytes; /* declared */
 	uint64_t payload_received;
 	struct buffer *payload;
+	bool entered;   /* it counts against quotas */
 	bool chunked;   /* the payload comes in DATA frames */
 	bool started;
 	bool replied;   /* on_reply was called */
@@ -108,7 +109,7 @@ struct request {
 	bool decoding;               /* on a lane, which has message, described and error until then */
 	void *envelope_memory;       /* owned: what a lane decodes, and where it lies */
 	const uint8_t *envelope;
-	size_t envelope_bytes;
+	size_t envelope_bytes; /* counted by bytes_in too */
 	struct lane_job job;
 	struct device_job device_job;
 	struct device_lane *device_lane; /* that device_job was submitted to */
@@ -178,6 +179,7 @@ uint64_t request_now_ns(void);
 OPD_MUST_USE opd_status run_accept(struct request *request);   /* run.c */
 void run_start(struct request *request);
 void run_release(struct request *request); /* gives back what run_accept and later steps took */
+void run_refused(struct request *request); /* it was never begun: whoever names its results is told that it failed, not that there never was such a result */
 void run_failed(struct request *request);  /* the request ends with an error: whoever waits for its results learns of it */
 /* It can't go on. True: it ends later, when what it waits for is there. */
 bool run_abandoned(struct request *request);

@@ -194,6 +194,22 @@ static void on_flush(uv_check_t *check)
 		(void)uv_idle_stop(&server->again);
 }
 
+/* The last step before memory is full: what can be made again goes, once until there is room again. */
+static void drop_caches(struct server *server)
+{
+	opd_error reason;
+	const bool filled = server_memory_filled(server, server->config->limits.drop_caches, "caches dropped", &reason);
+	if (filled && !server->caches_are_dropped) {
+		const uint32_t plans = plans_trim(server->plans);
+		const uint64_t derived_bytes = derived_reclaim(server->derived, UINT64_MAX);
+		(void)memory_trim(&server->memory);
+		server->caches_dropped++;
+		LOG(server->log, LOG_WARN, "memory is nearly full, caches dropped", LOG_STR("reason", reason.text), LOG_UINT("plans", plans),
+		    LOG_UINT("derived_bytes", derived_bytes));
+	}
+	server->caches_are_dropped = filled;
+}
+
 static void on_tick(uv_poll_t *tick, int status, int events)
 {
 	(void)status;
@@ -206,6 +222,8 @@ static void on_tick(uv_poll_t *tick, int status, int events)
 	const uint64_t now_us = now_ns / 1000;
 	containment_tick(server->containment, now_ns);
 	server->polled_ns = 0;
+	drop_caches(server);
+	tenants_sweep(server->tenants, now_us * 1000);
 	for (struct conn *conn = server->conns, *next; conn != NULL; conn = next) {
 		next = conn->next;
 		conn_tick(conn, now_us);
@@ -421,6 +439,7 @@ void server_take_config(struct server *server, struct config *config)
 	if (server->containment != NULL)
 		containment_configure(server->containment, config);
 	atomic_store_explicit(&server->inline_ns, config->inline_ns, memory_order_relaxed);
+	atomic_store_explicit(&server->refuse_uploads, config->limits.refuse_uploads, memory_order_relaxed);
 }
 
 opd_status server_create(struct config *config, struct log *log, struct server **server_out, opd_error *error)
