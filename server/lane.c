@@ -48,6 +48,7 @@ struct lane {
 	struct scheduler scheduler; /* of queued jobs */
 	struct sched_group own_group;
 	struct sched_flow own_flow; /* of jobs that are nobody's */
+	struct histogram waits[CLASS_COUNT]; /* written under the mutex */
 	uint64_t ready_ns; /* all that is queued waits for its rate until then; UINT64_MAX: nothing does */
 	uint32_t spinning; /* threads that look for work without sleeping */
 	uint32_t waking;   /* unparked, not yet running */
@@ -414,6 +415,8 @@ static bool run_next(struct worker *worker)
 	if (job == NULL)
 		return false;
 	const struct sched_item item = job->item;
+	const uint64_t waited_ns = began_ns > item.queued_ns ? began_ns - item.queued_ns : 0;
+	histogram_add(&lane->waits[item.class], waited_ns, false);
 	unlock_and_wake(lane);
 	struct lane_exec exec = {.lane = lane, .job = job, .threads = lane->threads};
 	job->run(job, &exec);
@@ -422,6 +425,8 @@ static bool run_next(struct worker *worker)
 	(void)pthread_mutex_lock(&lane->mutex);
 	scheduler_complete(&lane->scheduler, item.flow, (sched_class)item.class, item.estimate_ns, device_ns);
 	(void)pthread_mutex_unlock(&lane->mutex);
+	job->waited_ns = waited_ns;
+	job->device_ns = device_ns;
 	job_finish(lane, job);
 	(void)pthread_mutex_lock(&lane->mutex);
 	return true;
@@ -450,6 +455,11 @@ static void *worker_main(void *argument)
 	}
 	(void)pthread_mutex_unlock(&lane->mutex);
 	return NULL;
+}
+
+const struct histogram *lane_waits(const struct lane *lane, sched_class class)
+{
+	return &lane->waits[class];
 }
 
 bool lane_busy(const struct lane *lane)
