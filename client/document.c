@@ -203,6 +203,8 @@ void *document_info(opd_result *result)
 	info->stuck = from->stuck;
 	info->listeners = texts(result, from->listener_count, from->listeners, &info->listener_count);
 	info->devices = texts(result, from->device_count, from->devices, &info->device_count);
+	info->unhealthy = texts(result, from->unhealthy_count, from->unhealthy, &info->unhealthy_count);
+	info->degraded = texts(result, from->degraded_count, from->degraded, &info->degraded_count);
 	return info;
 }
 

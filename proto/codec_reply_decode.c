@@ -321,6 +321,10 @@ static opd_status read_info(struct reader *reader, const Opd__V1__Info *in, stru
 		status = read_names(reader, "listeners", in->n_listeners, in->listeners, &out->listener_count, &out->listeners);
 	if (status == OPD_OK)
 		status = read_names(reader, "devices", in->n_devices, in->devices, &out->device_count, &out->devices);
+	if (status == OPD_OK)
+		status = read_names(reader, "unhealthy", in->n_unhealthy, in->unhealthy, &out->unhealthy_count, &out->unhealthy);
+	if (status == OPD_OK)
+		status = read_names(reader, "degraded", in->n_degraded, in->degraded, &out->degraded_count, &out->degraded);
 	return status;
 }
 

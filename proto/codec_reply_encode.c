@@ -245,7 +245,9 @@ static Opd__V1__Info *write_info(struct arena *arena, const struct msg_info *in)
 {
 	Opd__V1__Info *out = write_new(arena, &opd__v1__info__descriptor);
 	if (out == NULL || !write_texts(arena, in->listener_count, in->listeners, &out->n_listeners, &out->listeners) ||
-	    !write_texts(arena, in->device_count, in->devices, &out->n_devices, &out->devices))
+	    !write_texts(arena, in->device_count, in->devices, &out->n_devices, &out->devices) ||
+	    !write_texts(arena, in->unhealthy_count, in->unhealthy, &out->n_unhealthy, &out->unhealthy) ||
+	    !write_texts(arena, in->degraded_count, in->degraded, &out->n_degraded, &out->degraded))
 		return NULL;
 	out->version = write_text(in->version);
 	out->uptime_us = in->uptime_us;

@@ -223,8 +223,7 @@ static opd_status read_request(struct reader *reader, const Opd__V1__Request *in
 		return OPD_OK;
 	case OPD__V1__REQUEST__BODY_SET_SESSION:
 		out->kind = MSG_REQUEST_SET_SESSION;
-		out->set_session = (struct msg_set_session){.session = in->set_session->session, .weight = in->set_session->weight};
-		return read_service_class(reader, (int)in->set_session->service_class, &out->set_session.service_class);
+		return read_set_session(reader, in->set_session, &out->set_session);
 	case OPD__V1__REQUEST__BODY_RESTORE_PROVIDER:
 		out->kind = MSG_REQUEST_RESTORE_PROVIDER;
 		return read_restore(reader, in->restore_provider, &out->restore);

@@ -89,6 +89,12 @@ struct msg_node_output {
 	uint32_t output;
 };
 
+struct msg_shared_range {
+	uint32_t region; /* 0: none */
+	uint64_t offset;
+	uint64_t bytes;
+};
+
 struct msg_tensor {
 	opd_dtype dtype; /* decoded: a valid dtype or OPD_DTYPE_NONE; the shape and strides are not yet checked */
 	uint32_t rank;   /* decoded: at most OPD_RANK_MAX */
@@ -112,11 +118,7 @@ struct msg_tensor {
 			uint64_t request;
 			uint32_t output;
 		} result;
-		struct {
-			uint32_t region;
-			uint64_t offset;
-			uint64_t bytes;
-		} shared;
+		struct msg_shared_range shared;
 		uint32_t graph_input;
 		struct msg_node_output node;
 	};
@@ -161,12 +163,6 @@ typedef enum msg_mode {
 	MSG_FAKE = 1,
 	MSG_DRY = 2,
 } msg_mode;
-
-struct msg_shared_range {
-	uint32_t region; /* 0: none */
-	uint64_t offset;
-	uint64_t bytes;
-};
 
 struct msg_output_option {
 	bool keep;
@@ -360,6 +356,10 @@ struct msg_info {
 	uint64_t derived_bytes;
 	uint64_t derived_found;
 	uint64_t derived_made;
+	uint32_t unhealthy_count;
+	const struct msg_text *unhealthy;
+	uint32_t degraded_count;
+	const struct msg_text *degraded;
 	uint32_t stuck;
 };
 
@@ -521,10 +521,26 @@ struct msg_restore {
 	struct msg_text op;
 };
 
+#define MSG_QUOTA_KINDS 8u
+
+struct msg_quota {
+	uint32_t kind; /* below MSG_QUOTA_KINDS */
+	uint64_t limit;
+	uint64_t used;
+	uint64_t refused;
+};
+
 struct msg_set_session {
 	uint64_t session;
 	uint32_t weight;        /* 0: as it is */
 	uint32_t service_class; /* 0: as it is */
+	uint32_t quota_count;
+	struct msg_quota *quotas;
+};
+
+struct msg_fetch {
+	struct msg_tensor *tensor;
+	struct msg_shared_range into;
 };
 
 struct msg_request {
@@ -541,7 +557,7 @@ struct msg_request {
 		uint64_t timeout_us;       /* DRAIN */
 		struct msg_upload upload;
 		struct msg_write write;
-		struct msg_tensor *fetch;
+		struct msg_fetch fetch;
 		uint32_t first; /* LIST_TENSORS */
 		struct msg_publish publish;
 		struct msg_open open;
@@ -640,6 +656,8 @@ struct msg_session_state {
 	uint64_t memory_bytes;
 	double share;
 	struct msg_usage usage;
+	uint32_t quota_count;
+	struct msg_quota *quotas;
 };
 
 struct msg_tenant_state {
@@ -652,6 +670,8 @@ struct msg_tenant_state {
 	uint32_t queued;
 	uint32_t running;
 	struct msg_usage usage;
+	uint32_t quota_count;
+	struct msg_quota *quotas;
 };
 
 struct msg_lane_state {

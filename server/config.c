@@ -63,15 +63,20 @@ struct config *config_create(void)
 		.ring_bytes = 32u << 20,
 		.queue = 1024,
 		.lane_queue = 65536,
+		.refuse_uploads = 90,
+		.refuse_sessions = 95,
+		.drop_caches = 98,
 		.handshake_us = 10 * 1000000,
 		.stall_us = 60 * 1000000,
 		.drain_us = 30 * 1000000,
+		.stuck_us = 30 * 1000000,
 	};
 	config->quarantine = (struct config_quarantine){.failures = 5, .provider_failures = 20, .window_us = 60 * 1000000, .cooldown_us = 60 * 1000000};
 	config->inline_ns = 5000;
 	config->polling_window_us = 50;
 	config->polling_budget_us = 500000;
 	config->level = LOG_INFO;
+	config->log_lines = 600;
 	config->format = LOG_TEXT;
 	config_derive_limits(config);
 	/* The order among providers where nobody says. */

@@ -15,6 +15,7 @@
 
 #include "opd/status.h"
 #include "server/log.h"
+#include "server/quota.h"
 #include "server/scheduler.h"
 
 typedef enum listen_kind {
@@ -28,6 +29,7 @@ struct config_listener {
 	char *path;    /* UNIX */
 	char *host;    /* TCP: a name or a literal address without brackets */
 	uint16_t port; /* TCP; 0: any free one (printed when listening) */
+	int fd;        /* listens already, passed by the service manager; 0: to be opened */
 };
 
 /* The lists of providers/priorities.txt, as config_add_priority takes them; NULL at the end. */
@@ -54,8 +56,8 @@ struct tenant_policy {
 	uint32_t weight;         /* of its device time, relative to other tenants'; default 100 */
 	sched_class class;       /* of requests that name none; default interactive */
 	sched_class class_max;   /* the most urgent one that its requests may have; default realtime */
-	uint64_t device_rate_ns; /* device time a second, each lane; 0, the default: any */
-	uint32_t sessions;       /* open at once; 0, the default: any */
+	uint64_t quota[QUOTA_COUNT];         /* of all its sessions together; 0, the default: any */
+	uint64_t session_quota[QUOTA_COUNT]; /* of each; 0: as `limits` has it */
 };
 
 /* One entry of `tenants`. */
@@ -104,9 +106,13 @@ struct config_limits {
 	uint64_t ring_bytes;           /* of a session's pair of rings together; default 32 MiB, 0: no rings */
 	uint32_t queue;                /* requests of a session that wait for a lane; default 1024, 0: any */
 	uint32_t lane_queue;           /* requests that wait for a lane; default 65536, 0: any */
+	uint32_t refuse_uploads;       /* percent of memory_bytes in use from which uploads are refused; default 90, 100: never before it is full */
+	uint32_t refuse_sessions;      /* … new sessions; default 95 */
+	uint32_t drop_caches;          /* … cached plans and derived copies are given up; default 98 */
 	uint64_t handshake_us;         /* from accept to Hello; default 10 s */
 	uint64_t stall_us;             /* a frame begun and not finished, or a reply not read, without a byte of progress; default 60 s */
 	uint64_t drain_us;             /* default 30 s */
+	uint64_t stuck_us;             /* all threads of a lane in kernels, work waiting and nothing ending for so long is unhealthy; default 30 s, 0: never */
 };
 
 struct config {
@@ -132,6 +138,8 @@ struct config {
 	log_level level;
 	log_format format;
 	char *log_path; /* NULL: stderr */
+	uint32_t log_lines; /* of one kind a minute, of those that clients can cause; default 600, 0: any */
+	bool core;          /* core dumps are allowed (of tensors only what is smaller than 1 MiB is in them) */
 	uint32_t given; /* limits that somebody set (config_key.c's bits); the others follow memory_bytes */
 };
 

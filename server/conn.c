@@ -71,6 +71,7 @@ static void on_closed(uv_handle_t *handle)
 	session_unref(conn->session);
 	conn_drop_descriptors(conn);
 	free(conn->partial);
+	free(conn->held_data);
 	free(conn);
 	server_wake(server); /* a drain may wait for the last one */
 }
@@ -80,8 +81,10 @@ void conn_close(struct conn *conn, log_level level, const char *reason)
 	if (conn->closing)
 		return;
 	conn->closing = true;
-	LOG(conn->server->log, level, "session closed", LOG_UINT("session", conn->session->id), LOG_STR("peer", conn->peer),
-	    LOG_STR("reason", reason), LOG_UINT("in_flight", conn->session->in_flight));
+	/* Requests that end without a reply have their reason in the log, always. */
+	LOG_LIMITED(conn->server->log, level, &conn->server->closed_lines, conn->session->in_flight > 0 ? 0 : conn->server->config->log_lines, "session closed",
+	            LOG_UINT("session", conn->session->id), LOG_STR("peer", conn->peer), LOG_STR("reason", reason),
+	            LOG_UINT("in_flight", conn->session->in_flight));
 	ring_close(conn);
 	conn->handle.data = conn;
 	uv_close(&conn->handle, on_closed);
@@ -150,8 +153,8 @@ void conn_refuse_hello(struct conn *conn, const opd_error *error)
 {
 	conn->broken = true; /* one answer, however much comes behind */
 	conn_stop_reading(conn);
-	LOG(conn->server->log, LOG_WARN, "session refused", LOG_UINT("session", conn->session->id), LOG_STR("peer", conn->peer),
-	    LOG_STR("reason", error->text));
+	LOG_LIMITED(conn->server->log, LOG_WARN, &conn->server->refused_lines, conn->server->config->log_lines, "session refused",
+	            LOG_UINT("session", conn->session->id), LOG_STR("peer", conn->peer), LOG_STR("reason", error->text));
 	send_hello_reply(conn, error);
 }
 
@@ -185,8 +188,8 @@ void conn_on_hello(struct conn *conn, const uint8_t *envelope, size_t bytes)
 		if ((conn->features & CONN_PASSES) != 0)
 			conn->pipe.ipc = 1; /* from now on descriptors are received: until here, and from others, the system drops them */
 		conn->chunk_bytes = hello.no_chunks ? 0 : hello.chunk_bytes == 0 ? BOUND_CHUNK_BYTES_DEFAULT : hello.chunk_bytes;
-		LOG(conn->server->log, LOG_INFO, "session opened", LOG_UINT("session", conn->session->id), LOG_STR("peer", conn->peer),
-		    LOG_STR("tenant", conn->session->tenant->name), LOG_STR("client", hello.client.data));
+		LOG_LIMITED(conn->server->log, LOG_INFO, &conn->server->opened_lines, conn->server->config->log_lines, "session opened",
+		            LOG_UINT("session", conn->session->id), LOG_STR("peer", conn->peer), LOG_STR("tenant", conn->session->tenant->name), LOG_STR("client", hello.client.data));
 		send_hello_reply(conn, NULL);
 	} else {
 		conn_refuse_hello(conn, &error);
@@ -207,10 +210,17 @@ void conn_start(struct conn *conn, const opd_error *refuse)
 
 /* ---- Stalls ---- */
 
+/* Its replies hold memory that others could use. */
+static void cut_off(struct conn *conn)
+{
+	conn->server->slow_readers++;
+	conn_close(conn, LOG_WARN, "the client doesn't read its replies");
+}
+
 void conn_tick(struct conn *conn, uint64_t now_us)
 {
 	const struct config_limits *limits = &conn->server->config->limits;
-	bool half_read = !conn->broken && (conn->partial_bytes != 0 || conn->state != CONN_HEAD || conn->chunked_count != 0);
+	bool half_read = !conn->broken && !conn->held && (conn->partial_bytes != 0 || conn->state != CONN_HEAD || conn->chunked_count != 0);
 	/* Throttled, it isn't read: then only payloads that nothing in flight can do without are stalled, and only when nothing is answered either. */
 	uint64_t read_us = !conn->throttled || conn->read_us > conn->write_us ? conn->read_us : conn->write_us;
 	if (conn->closing)
@@ -220,5 +230,5 @@ void conn_tick(struct conn *conn, uint64_t now_us)
 	else if (half_read && (!conn->throttled || conn->chunked_count != 0) && now_us > read_us && now_us - read_us > limits->stall_us)
 		conn_close(conn, LOG_WARN, "a half-sent request stalled");
 	else if (!outbox_empty(&conn->outbox) && now_us > conn->write_us && now_us - conn->write_us > limits->stall_us)
-		conn_close(conn, LOG_WARN, "the client doesn't read its replies");
+		cut_off(conn);
 }

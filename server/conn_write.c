@@ -40,9 +40,13 @@ void conn_new_turn(struct conn *conn)
 
 static void wrote(struct conn *conn, uint64_t bytes)
 {
-	conn->write_us = conn->server->turn_us;
 	conn->turn_written += bytes;
+	conn->progress_bytes += bytes;
 	outbox_consume(&conn->outbox, bytes);
+	if (conn->progress_bytes < CONN_PROGRESS_BYTES && !outbox_empty(&conn->outbox))
+		return;
+	conn->write_us = conn->server->turn_us;
+	conn->progress_bytes = 0;
 }
 
 static void on_written(uv_write_t *write, int status)

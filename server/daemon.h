@@ -34,6 +34,7 @@ struct server {
 	struct config *config;         /* the loop's alone: a reload frees it */
 	_Atomic bool checked;          /* what lanes and direct callers need of it: some provider's outputs have canaries */
 	_Atomic uint64_t inline_ns;
+	_Atomic uint32_t refuse_uploads; /* percent */
 	struct registry *registry;
 	struct containment *containment;
 	struct plans *plans;
@@ -70,13 +71,26 @@ struct server {
 	bool crowded;           /* in the one before, more than one did */
 	struct listener *listeners;
 	uint64_t next_session;
+	uint64_t lane_done;        /* jobs of the CPU lane that have ended */
+	uint64_t lane_done_before; /* at the last tick */
+	uint64_t lane_progress_us; /* when it last got on, or had nothing that waits */
+	uint32_t lane_waiting;     /* at the last tick */
 	bool draining;
 	bool drain_failed;
 	bool ending;            /* the lanes are stopped: nothing may be submitted to one any more */
 	uint64_t drain_until_us;
 
+	struct log_limit opened_lines;  /* what clients can fill a log with: `log.lines` a minute of each */
+	struct log_limit closed_lines;
+	struct log_limit refused_lines;
+	struct log_limit broken_lines;
 	struct log_limit list_warnings; /* of fallbacks that requests' own lists allow */
 	_Atomic uint64_t requests; /* accepted since the start */
+	_Atomic uint64_t uploads_refused;  /* for daemon memory */
+	uint64_t sessions_refused;         /* for daemon memory */
+	uint64_t caches_dropped;           /* for daemon memory: how often */
+	uint64_t slow_readers;             /* cut off */
+	bool caches_are_dropped;           /* memory has not come below the mark since */
 	_Atomic uint64_t graph_runs;       /* begun since the start */
 	_Atomic uint64_t graph_dispatches; /* of them, those that had to prepare anew */
 	_Atomic bool device_done;  /* a device lane has finished jobs */
@@ -100,6 +114,9 @@ OPD_MUST_USE opd_status server_set_priorities(struct server *server, const struc
 void server_take_config(struct server *server, struct config *config);
 /* The configuration's bounds of queues become the lanes'. */
 void server_bound_queues(struct server *server);
+
+/* At least so many percent of limits.memory hold what can't be given up; written as the reason, which begins with `what`. 100: never. */
+bool server_memory_filled(const struct server *server, uint32_t percent, const char *what, opd_error *error);
 
 /* The loop's: the next poll doesn't sleep, so that on_flush sees what is dirty now. */
 void server_flush_soon(struct server *server);

@@ -343,22 +343,19 @@ static void wait_for_lane(struct request *request)
 	execute_done(request);
 }
 
-/* The lane takes no more of this session, or of anybody. */
+/* The lane takes no more of this session, of its tenant, or of anybody. */
 static void refuse_queue(struct request *request)
 {
-	const struct server *server = request->context->server;
-	const struct session *session = request->session;
-	const struct scheduler *scheduler = lane_scheduler_lock(server->lane);
-	const uint64_t wait_us = scheduler_wait_ns(scheduler, &session->flow, request->run.class) / 1000 + 1;
-	const uint32_t queued = session->flow.queued;
-	const uint32_t all = scheduler->queued;
-	const uint32_t limit = scheduler->flow_queue_max;
-	const uint32_t lane_limit = scheduler->queue_max;
-	lane_scheduler_unlock(server->lane);
+	const struct lane_refusal *refusal = &request->job.refusal;
+	struct session *session = request->session;
+	const bool of_tenant = refusal->full == SCHED_FULL_GROUP;
+	const char *whose = of_tenant ? " of tenant " : refusal->full == SCHED_FULL_FLOW ? " of this session" : "";
+	if (refusal->full != SCHED_FULL_LANE)
+		quota_count_refusal(of_tenant ? &session->tenant->quota : &session->quota, QUOTA_QUEUED);
 	request->status = opd_fail(&request->error, OPD_RESOURCE_EXHAUSTED,
-	                           "%s: %" PRIu32 " requests of this session wait for the cpu lane, at most %" PRIu32 " may, and %" PRIu32
-	                           " in all, at most %" PRIu32 ": try again in about %" PRIu64 " us",
-	                           request->run.op->schema->name, queued, limit, all, lane_limit, wait_us);
+	                           "%s: %" PRIu32 " requests%s%s wait for the cpu lane, at most %" PRIu32 " may: try again in about %" PRIu64 " us",
+	                           request->run.op->schema->name, refusal->queued, whose, of_tenant ? session->tenant->name : "", refusal->limit,
+	                           refusal->wait_ns / 1000 + 1);
 	execute_done(request);
 }
 

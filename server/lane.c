@@ -311,8 +311,12 @@ static bool enqueue(struct lane *lane, struct lane_job *job, uint64_t time_ns)
 		scheduler_charge(&lane->scheduler, item->flow, (sched_class)item->class, job->charge_ns);
 		job->charge_ns = 0;
 	}
-	if (!scheduler_submit(&lane->scheduler, item, time_ns))
+	if (!scheduler_submit(&lane->scheduler, item, time_ns)) {
+		struct lane_refusal *refusal = &job->refusal;
+		refusal->full = scheduler_full(&lane->scheduler, item->flow, &refusal->queued, &refusal->limit);
+		refusal->wait_ns = scheduler_wait_ns(&lane->scheduler, item->flow, (sched_class)item->class);
 		return false;
+	}
 	(void)atomic_fetch_add_explicit(&lane->load, 1, memory_order_relaxed);
 	(void)atomic_fetch_add_explicit(&lane->hints, 1, memory_order_relaxed);
 	lane->ready_ns = UINT64_MAX; /* whether it may run is the next pick's to say */

@@ -26,6 +26,14 @@ struct lane;
 struct lane_exec;
 struct derived_run;
 
+/* Whose queue was full. */
+struct lane_refusal {
+	sched_full full;
+	uint32_t queued;
+	uint32_t limit;
+	uint64_t wait_ns; /* how long what is queued will take */
+};
+
 /* Embedded in what its owner runs. Zeroed but for the callbacks when it is submitted. */
 struct lane_job {
 	struct lane_job *next; /* the lane's; of a list to submit or to take: the next one */
@@ -34,6 +42,7 @@ struct lane_job {
 	void (*run)(struct lane_job *job, struct lane_exec *exec); /* on a lane thread */
 	void (*done)(struct lane_job *job);                        /* for whoever takes the done jobs: the lane doesn't call it itself */
 	_Atomic bool cancelled;                                    /* by lane_cancel */
+	struct lane_refusal refusal;                               /* by a lane_submit that was false */
 };
 
 /* What a job may use while it runs. */
@@ -61,7 +70,7 @@ struct lane_options {
 /* RESOURCE_EXHAUSTED: memory or threads. The threads are called opd-lane-0… and get no signals. */
 OPD_MUST_USE opd_status lane_create(const struct lane_options *options, struct lane **lane_out, opd_error *error);
 
-/* False: the queue of the job's flow, or the lane's, is full; the job is still its owner's. Not after lane_stop. Doesn't block but for the queue's own lock, held for
+/* False: the queue of the job's flow, of its group or the lane's is full (job->refusal); the job is still its owner's. Not after lane_stop. Doesn't block but for the queue's own lock, held for
  * a few instructions. */
 OPD_MUST_USE bool lane_submit(struct lane *lane, struct lane_job *job);
 /* Jobs of the lane's own, linked by next: one lock and at most a few wake-ups for all. */

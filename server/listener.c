@@ -2,13 +2,16 @@
 
 #include <arpa/inet.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <inttypes.h>
 #include <netdb.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "server/conn.h"
@@ -96,11 +99,23 @@ static void log_accept_error(struct listener *listener, int failed)
 }
 
 /* The session counts already. */
-static void check_tenant(const struct tenant *tenant, opd_error *refused)
+static void check_tenant(struct tenant *tenant, opd_error *refused)
 {
 	const uint32_t sessions = atomic_load_explicit(&tenant->sessions, memory_order_relaxed);
-	if (refused->status == OPD_OK && tenant->policy.sessions != 0 && sessions > tenant->policy.sessions)
-		(void)opd_fail(refused, OPD_RESOURCE_EXHAUSTED, "%u sessions of tenant %s are open, no more may be", (unsigned)(sessions - 1), tenant->name);
+	const uint64_t limit = quota_limit(&tenant->quota, QUOTA_SESSIONS);
+	if (refused->status != OPD_OK || limit == 0 || sessions <= limit)
+		return;
+	quota_count_refusal(&tenant->quota, QUOTA_SESSIONS);
+	(void)opd_fail(refused, OPD_RESOURCE_EXHAUSTED, "%u sessions of tenant %s are open, no more may be", (unsigned)(sessions - 1), tenant->name);
+}
+
+/* An administrator is let in: somebody must be able to look, and to free. */
+static void check_memory(const struct session *session, opd_error *refused)
+{
+	struct server *server = session->server;
+	if (refused->status == OPD_OK && !session->admin &&
+	    server_memory_filled(server, server->config->limits.refuse_sessions, "no session is opened", refused))
+		server->sessions_refused++;
 }
 
 static void on_connection(uv_stream_t *stream, int status)
@@ -135,6 +150,7 @@ static void on_connection(uv_stream_t *stream, int status)
 		(void)uv_tcp_nodelay(&conn->tcp, 1);
 		(void)uv_tcp_keepalive(&conn->tcp, 1, 60);
 	}
+	check_memory(conn->session, &refused);
 	check_tenant(conn->session->tenant, &refused);
 	conn_start(conn, refused.status == OPD_OK ? NULL : &refused);
 }
@@ -144,6 +160,25 @@ static void on_connection(uv_stream_t *stream, int status)
 static opd_status cannot_listen(const struct config_listener *config, const char *why, opd_error *error)
 {
 	return opd_fail(error, OPD_UNAVAILABLE, "can't listen on %s: %s", config->address, why);
+}
+
+#define FOLDER_LOCK_TRIES 200u /* of 10 ms */
+
+/* Two daemons that start at once must not both find the stale socket of a third, and one of them remove the other's: who looks, removes and binds holds the folder's lock until it listens.
+ * Nothing is left behind, and somebody else's lock on a shared folder holds nobody up for long. -1: none; else to be closed. */
+static int lock_folder(const char *path)
+{
+	char folder[sizeof ((struct sockaddr_un *)NULL)->sun_path];
+	(void)snprintf(folder, sizeof folder, "%s", path);
+	char *slash = strrchr(folder, '/');
+	if (slash == NULL)
+		return -1;
+	slash[slash == folder] = '\0';
+	const int fd = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	const struct timespec pause = {.tv_nsec = 10000000};
+	for (unsigned tries = 0; fd >= 0 && tries < FOLDER_LOCK_TRIES && flock(fd, LOCK_EX | LOCK_NB) != 0; tries++)
+		(void)nanosleep(&pause, NULL);
+	return fd;
 }
 
 /* A socket file that nobody answers on is left from a daemon that was killed. */
@@ -217,6 +252,16 @@ static void on_listener_closed(uv_handle_t *handle)
 	free(listener);
 }
 
+/* One that the service manager has opened, and that stays its own: the path isn't removed at the end, and clients wait there for the next daemon. */
+static opd_status take_passed(struct listener *listener, const struct config_listener *config, opd_error *error)
+{
+	int failed = config->kind == LISTEN_UNIX ? uv_pipe_open(&listener->pipe, config->fd) : uv_tcp_open(&listener->tcp, config->fd);
+	if (failed != 0)
+		return cannot_listen(config, uv_strerror(failed), error);
+	(void)snprintf(listener->address, sizeof listener->address, "%s", config->address);
+	return OPD_OK;
+}
+
 opd_status listener_open(struct server *server, const struct config_listener *config, opd_error *error)
 {
 	struct listener *listener = calloc(1, sizeof *listener);
@@ -230,12 +275,17 @@ opd_status listener_open(struct server *server, const struct config_listener *co
 		return cannot_listen(config, uv_strerror(failed), error);
 	}
 	listener->handle.data = listener;
-	opd_status status = config->kind == LISTEN_UNIX ? bind_unix(listener, config, error) : bind_tcp(listener, config, error);
+	const int lock = config->kind == LISTEN_UNIX && config->fd == 0 ? lock_folder(config->path) : -1;
+	opd_status status = config->fd != 0 ? take_passed(listener, config, error)
+	                    : config->kind == LISTEN_UNIX ? bind_unix(listener, config, error)
+	                                                  : bind_tcp(listener, config, error);
 	if (status == OPD_OK) {
 		failed = uv_listen(&listener->stream, BACKLOG, on_connection);
 		if (failed != 0)
 			status = cannot_listen(config, uv_strerror(failed), error);
 	}
+	if (lock >= 0)
+		(void)close(lock);
 	if (status != OPD_OK) {
 		uv_close(&listener->handle, on_listener_closed);
 		return status;

@@ -50,18 +50,21 @@ static bool module_known(const struct config *config, const char *path)
 	return false;
 }
 
-/* Sessions that are open keep their class; weights, rates and caps count from now on. */
+/* Sessions that are open keep their class and quotas of their own; weights, the tenant's quotas and caps count from now on. */
 static void apply_policy(struct tenant *tenant, void *argument)
 {
 	struct server *server = argument;
-	config_tenant(server->config, tenant->name, &tenant->policy);
+	struct tenant_policy policy;
+	config_tenant(server->config, tenant->name, &policy);
+	tenant_set_policy(tenant, &policy);
 	struct sched_group *group = tenant->groups[0];
 	if (group == NULL)
 		return;
 	struct scheduler *scheduler = lane_scheduler_lock(server->lane);
 	sched_group_set_weight(scheduler, group, tenant->policy.weight);
-	if (group->rate_ns != tenant->policy.device_rate_ns)
-		sched_group_set_rate(scheduler, group, tenant->policy.device_rate_ns, request_now_ns());
+	group->queue_max = (uint32_t)policy.quota[QUOTA_QUEUED];
+	if (group->bucket.rate_ns != policy.quota[QUOTA_DEVICE_TIME])
+		sched_group_set_rate(scheduler, group, policy.quota[QUOTA_DEVICE_TIME], request_now_ns());
 	lane_scheduler_unlock(server->lane);
 }
 

@@ -9,6 +9,8 @@
 #include "proto/tensor.h"
 #include "proto/text.h"
 #include "server/daemon.h"
+#include "server/derived.h"
+#include "server/graph.h"
 #include "server/ring.h"
 #include "server/shared.h"
 
@@ -130,9 +132,10 @@ static const struct step {
 	opd_status (*accept)(struct request *request); /* NULL: nothing to check before the payload */
 	void (*start)(struct request *request);
 	bool admin;
+	bool work; /* counts against quotas; what only asks, frees or administers never does */
 } steps[] = {
 	[MSG_REQUEST_NONE] = {.name = "unknown"},
-	[MSG_REQUEST_RUN] = {"run", run_accept, run_start, false},
+	[MSG_REQUEST_RUN] = {"run", run_accept, run_start, false, true},
 	[MSG_REQUEST_FREE] = {"free", free_accept, free_start, false},
 	[MSG_REQUEST_PUSH_PRIORITY] = {"push_priority", NULL, priority_push, false},
 	[MSG_REQUEST_POP_PRIORITY] = {"pop_priority", NULL, priority_pop, false},
@@ -143,14 +146,14 @@ static const struct step {
 	[MSG_REQUEST_LIST_PROVIDERS] = {"list_providers", NULL, inspect_providers, false},
 	[MSG_REQUEST_PING] = {"ping", NULL, request_reply_empty, false},
 	[MSG_REQUEST_INFO] = {"info", NULL, inspect_info, false},
-	[MSG_REQUEST_GENERATE] = {"generate", NULL, generate_start, false},
+	[MSG_REQUEST_GENERATE] = {"generate", NULL, generate_start, false, true},
 	[MSG_REQUEST_LOAD_MODULE] = {"load_module", NULL, admin_load_module, true},
 	[MSG_REQUEST_SET_LOG_LEVEL] = {"set_log_level", NULL, admin_set_log_level, true},
 	[MSG_REQUEST_DRAIN] = {"drain", NULL, admin_drain, true},
-	[MSG_REQUEST_UPLOAD] = {"upload", upload_accept, upload_start, false},
-	[MSG_REQUEST_WRITE] = {"write", write_accept, write_start, false},
-	[MSG_REQUEST_FETCH] = {"fetch", fetch_accept, take_start, false},
-	[MSG_REQUEST_PUBLISH] = {"publish", publish_accept, take_start, false},
+	[MSG_REQUEST_UPLOAD] = {"upload", upload_accept, upload_start, false, true},
+	[MSG_REQUEST_WRITE] = {"write", write_accept, write_start, false, true},
+	[MSG_REQUEST_FETCH] = {"fetch", fetch_accept, take_start, false, true},
+	[MSG_REQUEST_PUBLISH] = {"publish", publish_accept, take_start, false, true},
 	[MSG_REQUEST_OPEN] = {"open_tensor", NULL, publish_open, false},
 	[MSG_REQUEST_WITHDRAW] = {"withdraw", NULL, publish_withdraw, false},
 	[MSG_REQUEST_LIST_PUBLICATIONS] = {"list_publications", NULL, publish_list, false},
@@ -161,8 +164,8 @@ static const struct step {
 	[MSG_REQUEST_LIST_SESSIONS] = {"list_sessions", NULL, inspect_sessions, false},
 	[MSG_REQUEST_RESTORE_PROVIDER] = {"restore_provider", NULL, admin_restore_provider, true},
 	[MSG_REQUEST_SET_SESSION] = {"set_session", NULL, admin_set_session, true},
-	[MSG_REQUEST_REGISTER_GRAPH] = {"register_graph", graph_register_accept, graph_register_start, false},
-	[MSG_REQUEST_RUN_GRAPH] = {"run_graph", run_accept, run_start, false},
+	[MSG_REQUEST_REGISTER_GRAPH] = {"register_graph", graph_register_accept, graph_register_start, false, true},
+	[MSG_REQUEST_RUN_GRAPH] = {"run_graph", run_accept, run_start, false, true},
 	[MSG_REQUEST_FREE_GRAPH] = {"free_graph", graph_free_accept, request_reply_empty, false},
 };
 
@@ -211,9 +214,13 @@ void request_release(struct request *request)
 	buffer_unref(request->payload);
 	buffer_unref(request->staged);
 	kept_tensor_unref(request->tensor);
+	graph_unref(request->described);
+	free(request->envelope_memory);
 	snapshot_unref(request->snapshot);
 	if (request->arena_charged_bytes != 0)
 		account_release(request->session->account, request->arena_charged_bytes);
+	if (request->entered)
+		quota_leave(&request->session->quota, &request->session->tenant->quota);
 	session_unref(request->session);
 	struct context *context = request->context;
 	struct arena arena = request->arena;
@@ -245,10 +252,74 @@ static opd_status charge_arena(struct request *request)
 	return OPD_OK;
 }
 
-opd_status request_accept(struct request *request, const uint8_t *envelope, size_t bytes, uint64_t payload_bytes)
+/* ---- Quotas ---- */
+
+/* When somebody who has too much in flight may hope for room: when the lane has done what it has of the session. */
+static uint64_t lane_wait_ns(const struct request *request)
 {
-	request->clock.received = request_now_ns();
-	opd_status status = codec_decode_request(&request->arena, envelope, bytes, &request->message, &request->error);
+	struct lane *lane = request->context->server->lane;
+	const uint64_t wait_ns = scheduler_wait_ns(lane_scheduler_lock(lane), &request->session->flow, request->session->class);
+	lane_scheduler_unlock(lane);
+	return wait_ns;
+}
+
+static opd_status refuse_quota(struct request *request, const char *what, const struct quota_refusal *refusal)
+{
+	const struct tenant *tenant = request->session->tenant;
+	const bool in_flight = refusal->kind == QUOTA_IN_FLIGHT;
+	const char *whose = refusal->of_tenant ? "tenant " : "this session";
+	const uint64_t wait_us = (in_flight ? lane_wait_ns(request) : refusal->wait_ns) / 1000 + 1;
+	if (in_flight)
+		return opd_fail(&request->error, OPD_RESOURCE_EXHAUSTED,
+		                "%s: quota in_flight of %s%s: %" PRIu64 " requests are in flight, at most %" PRIu64 " may be: try again in about %" PRIu64 " us", what,
+		                whose, refusal->of_tenant ? tenant->name : "", refusal->used, refusal->limit, wait_us);
+	return opd_fail(&request->error, OPD_RESOURCE_EXHAUSTED,
+	                "%s: quota %s of %s%s: more was sent than %" PRIu64 " bytes a second: try again in about %" PRIu64 " us", what, quota_name(refusal->kind),
+	                whose, refusal->of_tenant ? tenant->name : "", refusal->limit, wait_us);
+}
+
+/* Part of limits.memory in use, in percent: what gives way to tensors doesn't count. */
+static bool memory_filled(const struct server *server, uint32_t percent, uint64_t *used_out, uint64_t *limit_out)
+{
+	struct derived_statistics derived;
+	derived_count(server->derived, &derived);
+	const uint64_t used = server_memory_bytes(server);
+	*used_out = used > derived.bytes ? used - derived.bytes : 0;
+	*limit_out = atomic_load_explicit(&server->memory.limit_bytes, memory_order_relaxed);
+	return percent < 100 && *used_out >= *limit_out / 100 * percent;
+}
+
+bool server_memory_filled(const struct server *server, uint32_t percent, const char *what, opd_error *error)
+{
+	uint64_t used, limit;
+	if (!memory_filled(server, percent, &used, &limit))
+		return false;
+	(void)opd_fail(error, OPD_RESOURCE_EXHAUSTED, "%s while %" PRIu64 " of at most %" PRIu64 " bytes of daemon memory are in use (%" PRIu32 " %%)", what, used, limit,
+	               percent);
+	return true;
+}
+
+/* Before anything is taken for it: what its session and its tenant may, and what the daemon has room for. */
+static opd_status enter(struct request *request, const struct step *step, uint64_t payload_bytes)
+{
+	struct server *server = request->context->server;
+	struct session *session = request->session;
+	struct quota_refusal refusal;
+	if (!step->work)
+		return OPD_OK;
+	if (request->message.kind == MSG_REQUEST_UPLOAD &&
+	    server_memory_filled(server, atomic_load_explicit(&server->refuse_uploads, memory_order_relaxed), "upload: none is taken", &request->error)) {
+		(void)atomic_fetch_add_explicit(&server->uploads_refused, 1, memory_order_relaxed);
+		return OPD_RESOURCE_EXHAUSTED;
+	}
+	if (!quota_enter(&session->quota, &session->tenant->quota, request->envelope_bytes + payload_bytes, request->clock.received, &refusal))
+		return refuse_quota(request, step->name, &refusal);
+	request->entered = true;
+	return OPD_OK;
+}
+
+static opd_status accept_decoded(struct request *request, opd_status status, uint64_t payload_bytes)
+{
 	if (status == OPD_OK)
 		status = charge_arena(request);
 	if (status == OPD_OK)
@@ -259,12 +330,59 @@ opd_status request_accept(struct request *request, const uint8_t *envelope, size
 	return status;
 }
 
+/* The graph that a request brings; NULL: none. */
+static const struct msg_graph *graph_of(const struct msg_request *message)
+{
+	if (message->kind == MSG_REQUEST_REGISTER_GRAPH)
+		return &message->graph;
+	return message->kind == MSG_REQUEST_RUN_GRAPH && message->run.graph == 0 ? message->run.once : NULL;
+}
+
+/* A graph that is wrong is refused when it is accepted: graph_create finds the error. */
+static void decode_task(struct request *request)
+{
+	request->status = codec_decode_request(&request->arena, request->envelope, request->envelope_bytes, &request->message, &request->error);
+	free(request->envelope_memory);
+	request->envelope_memory = NULL;
+	const struct msg_graph *graph = request->status == OPD_OK ? graph_of(&request->message) : NULL;
+	const uint64_t id = request->message.kind == MSG_REQUEST_REGISTER_GRAPH ? request->id : 0;
+	if (graph != NULL)
+		(void)!graph_describe(request->snapshot, graph, id, &request->described, &request->error);
+}
+
+void request_decode(struct request *request, void *memory, const uint8_t *envelope, size_t bytes, request_task_fn decoded)
+{
+	request->envelope_memory = memory;
+	request->envelope = envelope;
+	request->envelope_bytes = bytes;
+	request->decoding = true;
+	request->clock.received = request_now_ns();
+	request->snapshot = snapshot_ref(context_snapshot(request->context));
+	request_task(request, decode_task, decoded);
+}
+
+opd_status request_accept_decoded(struct request *request, uint64_t payload_bytes)
+{
+	request->decoding = false;
+	request->job = (struct lane_job){0}; /* nothing to withdraw */
+	return accept_decoded(request, request->status, payload_bytes);
+}
+
+opd_status request_accept(struct request *request, const uint8_t *envelope, size_t bytes, uint64_t payload_bytes)
+{
+	request->clock.received = request_now_ns();
+	request->envelope_bytes = bytes;
+	opd_status status = codec_decode_request(&request->arena, envelope, bytes, &request->message, &request->error);
+	return accept_decoded(request, status, payload_bytes);
+}
+
 opd_status request_accept_message(struct request *request, uint64_t payload_bytes)
 {
 	struct server *server = request->context->server;
 	const struct step *step = &steps[request->message.kind];
 	(void)atomic_fetch_add_explicit(&server->requests, 1, memory_order_relaxed);
-	request->snapshot = snapshot_ref(context_snapshot(request->context));
+	if (request->snapshot == NULL)
+		request->snapshot = snapshot_ref(context_snapshot(request->context));
 	if (step->start == NULL)
 		return opd_fail(&request->error, OPD_UNIMPLEMENTED, "this server (opd %s) doesn't know this kind of request", OPD_VERSION);
 	if (step->admin && !request->session->admin)
@@ -272,8 +390,13 @@ opd_status request_accept_message(struct request *request, uint64_t payload_byte
 		                step->name);
 	if (payload_bytes != 0 && !step_has_payload(request->message.kind))
 		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s has a payload of %" PRIu64 " bytes, expected none", step->name, payload_bytes);
+	opd_status status = enter(request, step, payload_bytes);
+	if (status != OPD_OK) {
+		run_refused(request);
+		return status;
+	}
 	request->payload_bytes = payload_bytes;
-	opd_status status = step->accept == NULL ? OPD_OK : step->accept(request);
+	status = step->accept == NULL ? OPD_OK : step->accept(request);
 	if (status == OPD_OK && payload_bytes != 0)
 		status = buffer_alloc(request->session->account, payload_bytes, BUFFER_SLACK_BYTES, &request->payload, &request->error);
 	return status;
@@ -310,6 +433,12 @@ static void finish(struct request *request)
 		deadline_clear(&request->context->server->deadlines, request);
 	if (!request->direct)
 		encode(request);
+	if (request->entered) {
+		const uint64_t bytes = request->frame.envelope_bytes + request->reply_bytes;
+		struct session *session = request->session;
+		const bool timed = quota_limit(&session->quota, QUOTA_BYTES_OUT) != 0 || quota_limit(&session->tenant->quota, QUOTA_BYTES_OUT) != 0;
+		quota_send(&session->quota, &session->tenant->quota, bytes, timed ? request_now_ns() : 0);
+	}
 	request->on_reply(request);
 }
 
@@ -373,11 +502,13 @@ void request_abandon(struct request *request, opd_status status, const char *why
 
 /* ---- Cancelling ---- */
 
-/* Before its payload is whole every kind can be. Later those that compute or send; the others are short, or change what the session has. */
+/* Before its payload is whole every kind can be, also one that a lane still decodes. Later those that compute or send; the others are short, or change what the session has. */
 static bool can_be_cancelled(const struct request *request)
 {
+	if (!request->started)
+		return true;
 	const msg_request_kind kind = request->message.kind;
-	return !request->started || kind == MSG_REQUEST_RUN || kind == MSG_REQUEST_RUN_GRAPH || kind == MSG_REQUEST_GENERATE || kind == MSG_REQUEST_FETCH ||
+	return kind == MSG_REQUEST_RUN || kind == MSG_REQUEST_RUN_GRAPH || kind == MSG_REQUEST_GENERATE || kind == MSG_REQUEST_FETCH ||
 	       kind == MSG_REQUEST_PUBLISH;
 }
 
@@ -435,7 +566,8 @@ bool request_cancel(struct request *request)
 	if (request->replied || request->cancelled || !can_be_cancelled(request))
 		return false;
 	request->cancelled = true;
-	stop_waiting(request);
+	if (!request->decoding) /* else it waits for nothing yet, and its message is a lane's */
+		stop_waiting(request);
 	if (!withdraw(request)) {
 		lane_cancel(&request->job);
 		return true;

@@ -92,6 +92,7 @@ struct request {
 	uint64_t payload_bytes; /* declared */
 	uint64_t payload_received;
 	struct buffer *payload;
+	bool entered;   /* it counts against quotas */
 	bool chunked;   /* the payload comes in DATA frames */
 	bool started;
 	bool replied;   /* on_reply was called */
@@ -106,6 +107,11 @@ struct request {
 	uint32_t free_waiting; /* a free's results still to come */
 	void *task_data;       /* a generation's tensors, in the arena */
 	struct graph_run *graph_run; /* of RUN_GRAPH, in the arena */
+	struct graph *described;     /* of a graph that was decoded on a lane, until it is accepted; owned */
+	bool decoding;               /* on a lane, which has message, described and error until then */
+	void *envelope_memory;       /* owned: what a lane decodes, and where it lies */
+	const uint8_t *envelope;
+	size_t envelope_bytes; /* counted by bytes_in too */
 	struct lane_job job;
 	struct device_job device_job;
 	struct device_lane *device_lane; /* that device_job was submitted to */
@@ -138,6 +144,10 @@ void request_destroy(struct request *request);
 
 /* Decodes and checks what needs no tensor bytes. Not OK: the request has failed, call request_fail. */
 OPD_MUST_USE opd_status request_accept(struct request *request, const uint8_t *envelope, size_t bytes, uint64_t payload_bytes);
+/* The same in two steps, for envelopes that would keep the loop: decodes on a lane, and checks there what of a graph needs no session; then `decoded` is called on the
+ * context's thread, for request_accept_decoded, unless the request was cancelled before a lane had begun. Takes `memory` (of malloc), in which the envelope lies. */
+void request_decode(struct request *request, void *memory, const uint8_t *envelope, size_t bytes, request_task_fn decoded);
+OPD_MUST_USE opd_status request_accept_decoded(struct request *request, uint64_t payload_bytes);
 /* The same for a message that is decoded already. */
 OPD_MUST_USE opd_status request_accept_message(struct request *request, uint64_t payload_bytes);
 
@@ -175,6 +185,7 @@ uint64_t request_now_ns(void);
 OPD_MUST_USE opd_status run_accept(struct request *request);   /* run.c */
 void run_start(struct request *request);
 void run_release(struct request *request); /* gives back what run_accept and later steps took */
+void run_refused(struct request *request); /* it was never begun: whoever names its results is told that it failed, not that there never was such a result */
 void run_failed(struct request *request);  /* the request ends with an error: whoever waits for its results learns of it */
 /* It can't go on. True: it ends later, when what it waits for is there. */
 bool run_abandoned(struct request *request);

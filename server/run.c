@@ -342,13 +342,20 @@ static opd_status check_and_take(struct request *request)
 	return status == OPD_OK ? run_take(request) : status;
 }
 
+void run_refused(struct request *request)
+{
+	struct kept *kept = &request->session->kept;
+	const msg_request_kind kind = request->message.kind;
+	const bool keeps = kind == MSG_REQUEST_UPLOAD || ((kind == MSG_REQUEST_RUN || kind == MSG_REQUEST_RUN_GRAPH) && keeps_any(&request->message.run));
+	if (keeps && !request->run.expected && kept_expect(kept, request->id, 0, NULL) == OPD_OK)
+		kept_fail(kept, request->id);
+}
+
 opd_status run_accept(struct request *request)
 {
 	opd_status status = request->message.kind == MSG_REQUEST_RUN_GRAPH ? graph_run_accept(request) : check_and_take(request);
-	struct kept *kept = &request->session->kept;
-	/* Those who name its results are told that it failed, not that there never was such a result. */
-	if (status != OPD_OK && !request->run.expected && keeps_any(&request->message.run) && kept_expect(kept, request->id, 0, NULL) == OPD_OK)
-		kept_fail(kept, request->id);
+	if (status != OPD_OK)
+		run_refused(request);
 	return status;
 }
 

@@ -14,6 +14,7 @@
 #include "server/containment.h"
 #include "server/daemon.h"
 #include "server/derived.h"
+#include "server/health.h"
 #include "server/publications.h"
 #include "server/listener.h"
 #include "server/module.h"
@@ -130,7 +131,7 @@ static void drain_check(struct server *server)
 
 static void finish_lanes(struct server *server)
 {
-	(void)lane_finish_done(server->lane);
+	server->lane_done += lane_finish_done(server->lane);
 	if (!atomic_exchange_explicit(&server->device_done, false, memory_order_acquire))
 		return;
 	for (uint32_t i = 0; i < REGISTRY_DEVICES_MAX; i++) {
@@ -193,6 +194,22 @@ static void on_flush(uv_check_t *check)
 		(void)uv_idle_stop(&server->again);
 }
 
+/* The last step before memory is full: what can be made again goes, once until there is room again. */
+static void drop_caches(struct server *server)
+{
+	opd_error reason;
+	const bool filled = server_memory_filled(server, server->config->limits.drop_caches, "caches dropped", &reason);
+	if (filled && !server->caches_are_dropped) {
+		const uint32_t plans = plans_trim(server->plans);
+		const uint64_t derived_bytes = derived_reclaim(server->derived, UINT64_MAX);
+		(void)memory_trim(&server->memory);
+		server->caches_dropped++;
+		LOG(server->log, LOG_WARN, "memory is nearly full, caches dropped", LOG_STR("reason", reason.text), LOG_UINT("plans", plans),
+		    LOG_UINT("derived_bytes", derived_bytes));
+	}
+	server->caches_are_dropped = filled;
+}
+
 static void on_tick(uv_poll_t *tick, int status, int events)
 {
 	(void)status;
@@ -205,10 +222,13 @@ static void on_tick(uv_poll_t *tick, int status, int events)
 	const uint64_t now_us = now_ns / 1000;
 	containment_tick(server->containment, now_ns);
 	server->polled_ns = 0;
+	drop_caches(server);
+	tenants_sweep(server->tenants, now_us * 1000);
 	for (struct conn *conn = server->conns, *next; conn != NULL; conn = next) {
 		next = conn->next;
 		conn_tick(conn, now_us);
 	}
+	health_tick(server, now_us);
 	drain_check(server);
 }
 
@@ -442,6 +462,7 @@ void server_take_config(struct server *server, struct config *config)
 	if (server->containment != NULL)
 		containment_configure(server->containment, config);
 	atomic_store_explicit(&server->inline_ns, config->inline_ns, memory_order_relaxed);
+	atomic_store_explicit(&server->refuse_uploads, config->limits.refuse_uploads, memory_order_relaxed);
 }
 
 opd_status server_create(struct config *config, struct log *log, struct server **server_out, opd_error *error)
@@ -454,7 +475,7 @@ opd_status server_create(struct config *config, struct log *log, struct server *
 	server->log = log;
 	server_take_config(server, config);
 	server->tick_fd = -1;
-	server->started_us = server->turn_us = request_now_ns() / 1000;
+	server->started_us = server->lane_progress_us = server->turn_us = request_now_ns() / 1000;
 	context_init(&server->context, server);
 	opd_status status = start(server, error);
 	if (status != OPD_OK) {

@@ -33,6 +33,7 @@ struct session {
 	bool admin;
 	bool direct; /* handed over to a direct caller: its loop keeps its hands off */
 	struct account *account;
+	struct quota quota; /* of this session alone */
 	struct kept kept;
 	struct regions regions;
 	struct priority_map *maps; /* newest first; the last one is the base */
@@ -49,6 +50,8 @@ struct session *session_create(struct server *server, struct memory *memory, uin
                                uint32_t kept_limit);
 /* Before its first request: whose it is. False: out of memory, nothing has changed. */
 OPD_MUST_USE bool session_set_tenant(struct session *session, const char *tenant);
+/* 0: as `limits` has it. */
+void session_set_quota(struct session *session, quota_kind kind, uint64_t limit);
 struct session *session_ref(struct session *session);
 void session_unref(struct session *session);
 

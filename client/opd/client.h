@@ -377,13 +377,14 @@ OPD_API opd_request *opd_request_once(const opd_graph *graph);
 
 /* ---- Kept tensors ------------------------------------------------------------------------------------------------------ */
 
-/* Requests that are no ops, for opd_run and opd_submit as those of ops are; they take no arguments and no output options. NULL: out of memory; what is wrong
+/* Requests that are no ops, for opd_run and opd_submit as those of ops are; they take no arguments and, but for a fetch's opd_request_output_memory, no output options. NULL: out of memory; what is wrong
  * with an operand comes out of submit.
  *   upload  a host tensor, row-major, becomes a kept one: the result has one output, its handle. Later requests may name it by the upload's ticket, answered or not.
  *           With OPD_FROM_NOTHING the tensor is made without bytes, which come in writes; until all are there, naming it is FAILED_PRECONDITION.
  *   write   `bytes` of `data` go to byte `offset` of such a tensor. Any order; a range may be written again while others are missing. After the last its bytes don't
  *           change any more, and a write is FAILED_PRECONDITION. The result has no outputs. `data` is kept by reference, as a tensor's is.
- *   fetch   a kept tensor (handle or result) comes back whole, or a view of it: the result has one output. */
+ *   fetch   a kept tensor (handle or result) comes back whole, or a view of it: the result has one output. With opd_request_output_memory of output 0 it is copied
+ *           there by the server, and nothing is sent. */
 OPD_API opd_request *opd_upload_create(const opd_operand *operand);
 OPD_API opd_request *opd_write_create(opd_handle handle, uint64_t offset, const void *data, uint64_t bytes);
 OPD_API opd_request *opd_fetch_create(const opd_operand *operand);
@@ -435,6 +436,25 @@ typedef struct opd_usage {
 	uint64_t wait_max_ns;
 } opd_usage;
 
+/* What a session, or all sessions of a tenant together, may use. */
+typedef enum opd_quota_kind {
+	OPD_QUOTA_SESSIONS = 0,      /* open at once, of a tenant */
+	OPD_QUOTA_IN_FLIGHT = 1,     /* requests accepted and not yet answered */
+	OPD_QUOTA_QUEUED = 2,        /* of them, waiting for one lane */
+	OPD_QUOTA_BYTES_IN = 3,      /* of requests, a second */
+	OPD_QUOTA_BYTES_OUT = 4,     /* of replies, a second */
+	OPD_QUOTA_MEMORY = 5,        /* tensor bytes in host memory */
+	OPD_QUOTA_DEVICE_MEMORY = 6, /* tensor bytes on each device */
+	OPD_QUOTA_DEVICE_TIME = 7,   /* nanoseconds a second, on each lane */
+} opd_quota_kind;
+
+typedef struct opd_quota {
+	opd_quota_kind kind;
+	uint64_t limit;   /* 0: any */
+	uint64_t used;    /* now; of bytes in and out and of device time: since the beginning */
+	uint64_t refused; /* so many times something was, for this limit */
+} opd_quota;
+
 typedef struct opd_session_state {
 	uint64_t session;
 	const char *tenant;
@@ -448,6 +468,8 @@ typedef struct opd_session_state {
 	uint64_t memory_bytes;
 	double share; /* of the lane, 0 to 1, while all that wait now go on waiting */
 	opd_usage usage;
+	uint32_t quota_count;
+	const opd_quota *quotas;
 } opd_session_state;
 
 typedef struct opd_tenant_state {
@@ -460,6 +482,8 @@ typedef struct opd_tenant_state {
 	uint32_t queued;
 	uint32_t running;
 	opd_usage usage;
+	uint32_t quota_count;
+	const opd_quota *quotas;
 } opd_tenant_state;
 
 typedef struct opd_lane_state {
@@ -485,6 +509,8 @@ typedef struct opd_sharing {
 OPD_API OPD_MUST_USE opd_status opd_sessions(opd_client *client, uint64_t first, const opd_sharing **sharing_out, opd_error *error);
 /* Administrators: another weight among its tenant's sessions (0: as it is), another class for requests that name none (OPD_CLASS_NORMAL: as it is). OPD_NOT_FOUND. */
 OPD_API OPD_MUST_USE opd_status opd_set_session(opd_client *client, uint64_t session, uint32_t weight, opd_class service_class, opd_error *error);
+/* Administrators: another limit for the session (not OPD_QUOTA_SESSIONS, which is a tenant's); 0: as the daemon's configuration has it. What is in use above it stays. */
+OPD_API OPD_MUST_USE opd_status opd_set_session_quota(opd_client *client, uint64_t session, opd_quota_kind kind, uint64_t limit, opd_error *error);
 
 /* ---- Publications: tensors that several sessions have, once in memory -------------------------------------------------- */
 
@@ -657,6 +683,10 @@ typedef struct opd_server_info {
 	uint64_t derived_bytes;
 	uint64_t derived_found; /* runs that were given one that was there */
 	uint64_t derived_made;
+	uint32_t unhealthy_count;
+	uint32_t degraded_count;
+	const char *const *unhealthy; /* what should keep new work away, each "object: what"; none: healthy */
+	const char *const *degraded;  /* what an operator should look at while everything is served */
 	uint32_t stuck; /* threads in kernels that have exceeded their budget and still run */
 } opd_server_info;
 

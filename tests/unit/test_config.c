@@ -274,7 +274,7 @@ static const struct bad bad_files[] = {
 	{"priorities:\n  *: [cpu]\n",
      ":2: did not find expected alphabetic or numeric character (a * must be quoted: \"*\")"},
 	{"modules:\n- {name: mine}\n", ":2: modules: a module without a path"},
-	{"modules:\n- {path: /a, file: b}\n", ":2: modules.file: no such key, expected name or path"},
+	{"modules:\n- {path: /a, file: b}\n", ":2: modules.file: no such key, expected name, path or isolated"},
 	{"modules:\n- {path: /a, path: /b}\n", ":2: modules: key \"path\" is there twice"},
 	{"modules:\n- a.so\n", ":2: modules: module \"a.so\": expected an absolute path"},
 	{"modules:\n- {name: native, path: /a}\n", ":2: modules: module \"native\": the name is reserved"},
