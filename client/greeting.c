@@ -78,22 +78,31 @@ opd_status greeting_accept(opd_client *client, const uint8_t *envelope, size_t b
 	return OPD_OK;
 }
 
+static ssize_t send_some(opd_client *client, const uint8_t *data, size_t bytes)
+{
+	if (client->tls == NULL)
+		return send(client->fd, data, bytes, MSG_NOSIGNAL | MSG_DONTWAIT);
+	return client_tls_send(client->tls, client->fd, &(struct iovec){(void *)(uintptr_t)data, bytes}, 1);
+}
+
 /* A fresh socket takes a frame of a few hundred bytes whole; should it not, it is waited for. */
-static opd_status send_all(int fd, const uint8_t *data, size_t bytes, uint64_t deadline_us, opd_error *error)
+static opd_status send_all(opd_client *client, const uint8_t *data, size_t bytes, uint64_t deadline_us, opd_error *error)
 {
 	while (bytes != 0) {
-		const ssize_t sent = send(fd, data, bytes, MSG_NOSIGNAL | MSG_DONTWAIT);
+		const ssize_t sent = send_some(client, data, bytes);
 		if (sent >= 0) {
 			data += sent;
 			bytes -= (size_t)sent;
 			continue;
 		}
+		if (client->tls != NULL && (errno == EPIPE || errno == ECONNRESET))
+			return OPD_OK; /* the server refuses our certificate: its alert is there to be read */
 		if (errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR)
 			return opd_fail(error, OPD_UNAVAILABLE, "%s", strerrordesc_np(errno));
 		const uint64_t now = clock_us();
 		if (now >= deadline_us)
 			return opd_fail(error, OPD_UNAVAILABLE, "no answer: the server doesn't read");
-		struct pollfd entry = {.fd = fd, .events = POLLOUT};
+		struct pollfd entry = {.fd = client->fd, .events = POLLOUT};
 		(void)poll(&entry, 1, (int)((deadline_us - now) / 1000 + 1 < 1000 ? (deadline_us - now) / 1000 + 1 : 1000));
 	}
 	return OPD_OK;
@@ -125,7 +134,7 @@ static opd_status send_hello(opd_client *client, const opd_connect_options *opti
 	const struct frame_header header = {
 	    .version = FRAME_VERSION, .type = FRAME_HELLO, .envelope_bytes = (uint32_t)buffer.envelope_bytes};
 	frame_encode(&header, buffer.frame);
-	return send_all(client->fd, buffer.frame, FRAME_HEADER_BYTES + buffer.envelope_bytes, deadline_us, error);
+	return send_all(client, buffer.frame, FRAME_HEADER_BYTES + buffer.envelope_bytes, deadline_us, error);
 }
 
 opd_status greeting_exchange(opd_client *client, const opd_connect_options *options, opd_error *error)

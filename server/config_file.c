@@ -350,7 +350,7 @@ static opd_status read_top(struct reader *reader, const char *name, const char *
 	}
 	if (strcmp(name, "tenants") == 0)
 		return read_map(reader, key, NULL, read_tenant, NULL);
-	if (strcmp(name, "limits") == 0 || strcmp(name, "log") == 0 || strcmp(name, "polling") == 0)
+	if (strcmp(name, "limits") == 0 || strcmp(name, "log") == 0 || strcmp(name, "polling") == 0 || strcmp(name, "tls") == 0)
 		return read_map(reader, key, &seen, read_value, NULL);
 	if (strchr(name, '.') != NULL)
 		return fail_at(reader, line, key, "no such key (write the part before the dot as a map of its own)");

@@ -169,6 +169,31 @@ static opd_status set_format(struct config *config, const struct config_key *key
 	return OPD_OK;
 }
 
+static opd_status set_path(struct config *config, const struct config_key *key, const char *value, opd_error *error)
+{
+	if (value[0] == '\0')
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "empty, expected a path");
+	char *copy = strdup(value);
+	if (copy == NULL)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "out of memory");
+	char **path = field(config, key);
+	free(*path);
+	*path = copy;
+	return OPD_OK;
+}
+
+static opd_status set_tls_clients(struct config *config, const struct config_key *key, const char *value, opd_error *error)
+{
+	static const char *const names[] = {[TLS_CLIENTS_OFF] = "off", [TLS_CLIENTS_OPTIONAL] = "optional", [TLS_CLIENTS_REQUIRED] = "required"};
+	for (size_t i = TLS_CLIENTS_OFF; i <= TLS_CLIENTS_REQUIRED; i++) {
+		if (strcmp(value, names[i]) == 0) {
+			*(tls_clients *)field(config, key) = (tls_clients)i;
+			return OPD_OK;
+		}
+	}
+	return opd_fail(error, OPD_INVALID_ARGUMENT, "\"%.64s\", expected off, optional or required", value);
+}
+
 static opd_status set_log_file(struct config *config, const struct config_key *key, const char *value, opd_error *error)
 {
 	if (value[0] == '\0')
@@ -201,9 +226,14 @@ static const struct config_key keys[] = {
 	{"limits.rings", set_bytes, AT(limits.ring_bytes), 0, 2 * BOUND_RING_BYTES_MAX, 0},
 	{"limits.queue", set_count, AT(limits.queue), 0, 1u << 20, 0},
 	{"limits.lane_queue", set_count, AT(limits.lane_queue), 0, 1u << 24, 0},
+	{"limits.handshakes", set_count, AT(limits.handshakes), 1, 1000000, 0},
 	{"limits.handshake", set_us, AT(limits.handshake_us), 10000, 60 * MINUTE_US, 0},
 	{"limits.stall", set_us, AT(limits.stall_us), 100000, 24 * 60 * MINUTE_US, 0},
 	{"limits.drain", set_us, AT(limits.drain_us), 1000, 24 * 60 * MINUTE_US, 0},
+	{"tls.certificate", set_path, AT(tls.certificate), 0, 0, 0},
+	{"tls.key", set_path, AT(tls.key), 0, 0, 0},
+	{"tls.client_ca", set_path, AT(tls.client_ca), 0, 0, 0},
+	{"tls.client_certificates", set_tls_clients, AT(tls.clients), 0, 0, 0},
 	{"threads", set_count, AT(threads), 0, 1024, 0},
 	{"checked", set_bool, AT(checked), 0, 0, 0},
 	{"inline", set_ns, AT(inline_ns), 0, 1000000, 0},

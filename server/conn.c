@@ -8,6 +8,7 @@
 #include "proto/bounds.h"
 #include "proto/codec.h"
 #include "server/conn_internal.h"
+#include "server/conn_tls.h"
 #include "server/daemon.h"
 #include "server/publications.h"
 #include "server/request.h"
@@ -57,10 +58,12 @@ static void unlink_conn(struct conn *conn)
 
 /* ---- Closing ---- */
 
-static void on_closed(uv_handle_t *handle)
+void conn_closed(struct conn *conn)
 {
-	struct conn *conn = handle->data;
 	struct server *server = conn->server;
+	if (!conn_tls_destroy(conn))
+		return;
+	stranger_remove(conn);
 	outbox_drop(&conn->outbox);
 	conn->session->conn = NULL; /* what is in a lane ends without a reader */
 	atomic_store_explicit(&conn->session->gone, true, memory_order_relaxed);
@@ -75,6 +78,11 @@ static void on_closed(uv_handle_t *handle)
 	server_wake(server); /* a drain may wait for the last one */
 }
 
+static void on_closed(uv_handle_t *handle)
+{
+	conn_closed(handle->data);
+}
+
 void conn_close(struct conn *conn, log_level level, const char *reason)
 {
 	if (conn->closing)
@@ -83,6 +91,8 @@ void conn_close(struct conn *conn, log_level level, const char *reason)
 	LOG(conn->server->log, level, "session closed", LOG_UINT("session", conn->session->id), LOG_STR("peer", conn->peer),
 	    LOG_STR("reason", reason), LOG_UINT("in_flight", conn->session->in_flight));
 	ring_close(conn);
+	if (conn->tls != NULL)
+		conn_tls_goodbye(conn);
 	conn->handle.data = conn;
 	uv_close(&conn->handle, on_closed);
 }
@@ -179,6 +189,7 @@ void conn_on_hello(struct conn *conn, const uint8_t *envelope, size_t bytes)
 		status = check_hello(&hello, &error);
 	if (status == OPD_OK) {
 		conn->greeted = true;
+		stranger_remove(conn);
 		conn->features = common_features(&hello) & ~(conn->local ? 0u : CONN_PASSES);
 		if (conn->server->config->limits.ring_bytes == 0)
 			conn->features &= ~CONN_RINGS;
@@ -199,7 +210,9 @@ void conn_on_hello(struct conn *conn, const uint8_t *envelope, size_t bytes)
 void conn_start(struct conn *conn, const opd_error *refuse)
 {
 	conn->handle.data = conn;
-	if (refuse != NULL)
+	if (refuse != NULL && conn->tls != NULL && !conn_tls_refuse_later(conn, refuse))
+		conn_close(conn, LOG_WARN, refuse->text);
+	else if (refuse != NULL && conn->tls == NULL)
 		conn_refuse_hello(conn, refuse);
 	else
 		conn_start_reading(conn);
@@ -219,6 +232,6 @@ void conn_tick(struct conn *conn, uint64_t now_us)
 		conn_close(conn, LOG_WARN, "no Hello within the handshake's time");
 	else if (half_read && (!conn->throttled || conn->chunked_count != 0) && now_us > read_us && now_us - read_us > limits->stall_us)
 		conn_close(conn, LOG_WARN, "a half-sent request stalled");
-	else if (!outbox_empty(&conn->outbox) && now_us > conn->write_us && now_us - conn->write_us > limits->stall_us)
+	else if ((!outbox_empty(&conn->outbox) || conn->writing) && now_us > conn->write_us && now_us - conn->write_us > limits->stall_us)
 		conn_close(conn, LOG_WARN, "the client doesn't read its replies");
 }

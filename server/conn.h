@@ -15,6 +15,7 @@
 #include "server/log.h"
 #include "server/outbox.h"
 #include "server/session.h"
+#include "server/stranger.h"
 
 #define CONN_TURN_BYTES (256u << 10)
 /* What a connection may write in a turn when no other did anything in the one before: over TCP, 64 MiB down go at 1.0 of libuv's direct rate instead of 0.7, and who comes
@@ -34,6 +35,7 @@
 struct server;
 struct request;
 struct ring;
+struct conn_tls;
 
 typedef enum conn_state {
 	CONN_HEAD = 0,    /* a frame's header or envelope comes next */
@@ -85,6 +87,8 @@ struct conn {
 	int descriptors[CONN_DESCRIPTORS];               /* passed, and not yet taken by the frame that they came with; oldest first */
 	uint32_t descriptor_count;
 	struct ring *ring;       /* its frames go through shared memory (server/ring.h); NULL: through the socket */
+	struct conn_tls *tls;    /* its frames are sealed (server/conn_tls.h); NULL: they aren't */
+	struct stranger stranger;
 	struct outbox outbox;
 	uint64_t turn;
 	uint64_t turn_read;

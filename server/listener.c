@@ -37,6 +37,7 @@ static void describe_peer(struct conn *conn)
 	struct sockaddr_storage peer;
 	int bytes = sizeof peer;
 	char host[INET6_ADDRSTRLEN] = "?";
+	const char *scheme = conn->tls != NULL ? "tls" : "tcp";
 	if (uv_tcp_getpeername(&conn->tcp, (struct sockaddr *)&peer, &bytes) != 0)
 		return;
 	uint16_t port;
@@ -44,12 +45,12 @@ static void describe_peer(struct conn *conn)
 		const struct sockaddr_in6 *six = (const struct sockaddr_in6 *)&peer;
 		(void)inet_ntop(AF_INET6, &six->sin6_addr, host, sizeof host);
 		port = ntohs(six->sin6_port);
-		(void)snprintf(conn->peer, sizeof conn->peer, "tcp://[%s]:%u", host, port);
+		(void)snprintf(conn->peer, sizeof conn->peer, "%s://[%s]:%u", scheme, host, port);
 	} else {
 		const struct sockaddr_in *four = (const struct sockaddr_in *)&peer;
 		(void)inet_ntop(AF_INET, &four->sin_addr, host, sizeof host);
 		port = ntohs(four->sin_port);
-		(void)snprintf(conn->peer, sizeof conn->peer, "tcp://%s:%u", host, port);
+		(void)snprintf(conn->peer, sizeof conn->peer, "%s://%s:%u", scheme, host, port);
 	}
 }
 
@@ -120,6 +121,8 @@ static void on_connection(uv_stream_t *stream, int status)
 		return;
 	}
 	int failed = open_handle(listener, conn);
+	if (failed == 0 && listener->kind == LISTEN_TLS && (conn->tls = conn_tls_create(conn)) == NULL)
+		failed = UV_ENOMEM;
 	if (failed == 0)
 		failed = uv_accept(stream, &conn->stream);
 	if (failed != 0) {
@@ -131,6 +134,7 @@ static void on_connection(uv_stream_t *stream, int status)
 		identify_unix(conn);
 		widen(conn);
 	} else {
+		stranger_add(conn);
 		describe_peer(conn);
 		(void)uv_tcp_nodelay(&conn->tcp, 1);
 		(void)uv_tcp_keepalive(&conn->tcp, 1, 60);
@@ -192,8 +196,8 @@ static void name_tcp(struct listener *listener, const struct config_listener *co
 	unsigned port = config->port;
 	if (uv_tcp_getsockname(&listener->tcp, (struct sockaddr *)&own, &bytes) == 0)
 		port = ntohs(own.ss_family == AF_INET6 ? ((struct sockaddr_in6 *)&own)->sin6_port : ((struct sockaddr_in *)&own)->sin_port);
-	const char *format = strchr(config->host, ':') == NULL ? "tcp://%s:%u" : "tcp://[%s]:%u";
-	(void)snprintf(listener->address, sizeof listener->address, format, config->host, port);
+	const bool six = strchr(config->host, ':') != NULL;
+	(void)snprintf(listener->address, sizeof listener->address, "%s://%s%s%s:%u", config->kind == LISTEN_TLS ? "tls" : "tcp", six ? "[" : "", config->host, six ? "]" : "", port);
 }
 
 static opd_status bind_tcp(struct listener *listener, const struct config_listener *config, opd_error *error)
@@ -219,6 +223,8 @@ static void on_listener_closed(uv_handle_t *handle)
 
 opd_status listener_open(struct server *server, const struct config_listener *config, opd_error *error)
 {
+	if (config->kind == LISTEN_TLS && server->config->tls_context == NULL)
+		return cannot_listen(config, "no certificate was loaded", error);
 	struct listener *listener = calloc(1, sizeof *listener);
 	if (listener == NULL)
 		return cannot_listen(config, "out of memory", error);
@@ -240,7 +246,7 @@ opd_status listener_open(struct server *server, const struct config_listener *co
 		uv_close(&listener->handle, on_listener_closed);
 		return status;
 	}
-	if (config->kind == LISTEN_TCP)
+	if (config->kind != LISTEN_UNIX)
 		name_tcp(listener, config);
 	listener->next = server->listeners;
 	server->listeners = listener;

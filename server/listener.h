@@ -1,4 +1,4 @@
-/* Listening sockets: Unix and TCP; whoever connects becomes a conn.
+/* Listening sockets: Unix, TCP, TLS over TCP; whoever connects becomes a conn.
  *
  * Layer: server. Threads: the loop's.
  * A Unix socket left behind by a killed daemon is replaced; one that still answers is refused. */

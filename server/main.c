@@ -17,6 +17,7 @@
 #include "server/config.h"
 #include "server/log.h"
 #include "server/server.h"
+#include "server/tls_context.h"
 
 enum {
 	EXIT_OK = 0,
@@ -33,7 +34,8 @@ enum {
 	FLAG_CONFIG,
 	FLAG_CHECK,
 	FLAG_SOCKET,
-	FLAG_REMOTE,
+	FLAG_INSECURE,
+	FLAG_SELF_SIGNED,
 	FLAG_LISTEN,
 	FLAG_PRIORITY,
 	FLAG_MODULE,
@@ -55,9 +57,15 @@ static const struct flag flags[] = {
 	{"config", FLAG_CONFIG, NULL, "FILE", "read this YAML file; flags go over it, also after a reload"},
 	{"check-config", FLAG_CHECK, NULL, NULL, "check flags and file, print what they come to, don't serve"},
 	{"Listening", 0, NULL, NULL, NULL},
-	{"listen", FLAG_LISTEN, NULL, "ADDRESS", "unix:/path or tcp://host:port (repeatable; replaces the file's)"},
-	{"allow-remote-without-auth", FLAG_REMOTE, NULL, NULL, "let TCP listeners be reached from other machines: anyone may run ops"},
+	{"listen", FLAG_LISTEN, NULL, "ADDRESS", "unix:/path, tls://host:port or tcp://host:port (repeatable; replaces the file's)"},
+	{"insecure-plain-tcp", FLAG_INSECURE, NULL, NULL, "let tcp:// listeners be reached from other machines: anyone on the way reads and runs everything"},
 	{"print-default-socket", FLAG_SOCKET, NULL, NULL, "print where opd listens, and opctl looks, when nobody says"},
+	{"TLS", 0, NULL, NULL, NULL},
+	{"tls-certificate", FLAG_SET, "tls.certificate", "FILE", "the certificate, and the chain behind it, in PEM"},
+	{"tls-key", FLAG_SET, "tls.key", "FILE", "its private key: at most its group may read it"},
+	{"tls-client-ca", FLAG_SET, "tls.client_ca", "FILE", "who signs clients' certificates"},
+	{"tls-client-certificates", FLAG_SET, "tls.client_certificates", "MODE", "off, optional or required; default: required where there is a client CA"},
+	{"self-signed", FLAG_SELF_SIGNED, NULL, NULL, "without a certificate: make one in memory, for a first try, and print the fingerprint to pin"},
 	{"Dispatch", 0, NULL, NULL, NULL},
 	{"priority", FLAG_PRIORITY, NULL, "OP=LIST", "providers in the order of preference, as rms_norm=cuda,cpu or '*=cpu' (repeatable)"},
 	{"module", FLAG_MODULE, NULL, "[NAME=]PATH", "load a provider (repeatable)"},
@@ -86,7 +94,9 @@ struct change {
 struct options {
 	const char *config_path;
 	bool check;
-	bool allow_remote;
+	bool insecure_plain_tcp;
+	bool self_signed;
+	struct tls_self *self; /* once made, the same at every reload */
 	size_t change_count;
 	struct change *changes; /* [argc] */
 };
@@ -147,8 +157,11 @@ static int take_flag(struct options *options, const struct flag *flag, const cha
 	case FLAG_CHECK:
 		options->check = true;
 		return -1;
-	case FLAG_REMOTE:
-		options->allow_remote = true;
+	case FLAG_INSECURE:
+		options->insecure_plain_tcp = true;
+		return -1;
+	case FLAG_SELF_SIGNED:
+		options->self_signed = true;
 		return -1;
 	default:
 		options->changes[options->change_count++] = (struct change){flag, value};
@@ -223,7 +236,9 @@ static opd_status build_config(const struct options *options, struct config **co
 	if (status == OPD_OK)
 		status = apply_all(config, options, error);
 	if (status == OPD_OK)
-		status = config_check(config, options->allow_remote, error);
+		status = config_check(config, options->insecure_plain_tcp, error);
+	if (status == OPD_OK)
+		status = config_load_tls(config, options->self, error);
 	if (status != OPD_OK) {
 		config_destroy(config);
 		return status;
@@ -278,6 +293,11 @@ static void print_summary(const struct config *config)
 	             limits->memory_bytes, limits->session_bytes, limits->request_bytes, limits->envelope_bytes, limits->cache_bytes, limits->derived_bytes);
 	(void)printf("limits: %" PRIu32 " sessions, of each %" PRIu32 " requests in flight and %" PRIu32 " kept tensors\n", limits->sessions,
 	             limits->in_flight, limits->kept);
+	if (config->tls_context != NULL) {
+		(void)printf("tls: ");
+		print_text(config->tls_context->subject);
+		(void)printf(", until %s, %s\n", config->tls_context->not_after, config->tls_context->fingerprint);
+	}
 	(void)printf("limits: handshake %" PRIu64 " ms, stall %" PRIu64 " ms, drain %" PRIu64 " ms\n", limits->handshake_us / 1000,
 	             limits->stall_us / 1000, limits->drain_us / 1000);
 	(void)printf("threads: %" PRIu32 "%s, inline: %" PRIu64 " ns, checked: %s\n", config->threads,
@@ -591,8 +611,14 @@ static int run(int argc, char **argv, struct options *options)
 	int code = parse_flags(argc, argv, options);
 	if (code >= 0)
 		return code;
+	if (options->self_signed && (options->self = tls_self_create(&error)) == NULL)
+		return fail(EXIT_FAILED, "", error.text);
 	if (build_config(options, &config, &error) != OPD_OK)
 		return fail(EXIT_USAGE, "", error.text);
+	if (options->self_signed && config->tls_context != NULL && config->tls.certificate == NULL) {
+		(void)printf("opd: a certificate of its own, until it ends; clients pin it: --fingerprint %s\n", config->tls_context->fingerprint);
+		(void)fflush(stdout);
+	}
 	return options->check ? check_config(config) : run_daemon(options, config);
 }
 
@@ -604,6 +630,7 @@ int main(int argc, char **argv)
 	if (options.changes == NULL)
 		return fail(EXIT_FAILED, "", "out of memory");
 	int code = run(argc, argv, &options);
+	tls_self_destroy(options.self);
 	free(options.changes);
 	return code;
 }

@@ -5,6 +5,7 @@
 #include "server/daemon.h"
 #include "server/derived.h"
 #include "server/request.h"
+#include "server/tls_context.h"
 
 opd_status server_set_priorities(struct server *server, const struct config *config, opd_error *error)
 {
@@ -95,5 +96,6 @@ opd_status server_reload(struct server *server, struct config *config, opd_error
 	atomic_store(&server->account->limit_bytes, config->limits.memory_bytes);
 	config_destroy((struct config *)before);
 	LOG(server->log, LOG_INFO, "configuration reloaded", LOG_STR("path", config->path));
+	tls_context_log(config->tls_context, server->log);
 	return OPD_OK;
 }

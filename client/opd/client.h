@@ -72,10 +72,19 @@ typedef struct opd_connect_options {
 	bool rings;             /* frames go through memory that both sides map, over a Unix socket that stays as the life line (else OPD_FAILED_PRECONDITION) */
 	uint64_t poll_us;       /* with rings: look at them for so long before sleeping, and ask the daemon to do so too, within its configuration; 0: sleep at once */
 	uint64_t ring_bytes;    /* of each of the two: a power of two, 4 KiB to 16 MiB; 0: 256 KiB */
+	/* Of tls:// addresses, read during the call. The server's certificate must be signed by an authority and have the server's name; or have this fingerprint (with ca_file: both). */
+	const char *ca_file;          /* authorities in PEM; NULL: the system's */
+	const char *certificate_file; /* the client's own, the chain behind it, in PEM; NULL: none */
+	const char *key_file;         /* … and its key */
+	const char *server_name;      /* NULL: the address's host */
+	const char *fingerprint;      /* "sha256:" and 64 hexadecimal digits, as `opd --self-signed` prints it; NULL: not pinned */
 } opd_connect_options;
 
-/* Addresses: "unix:/path", also with options ("unix:/path?rings&poll=20us&shm" is the path with rings, poll_us, shared_memory), "tcp://host:port" (IPv6 in brackets: "tcp://[::1]:7777"), "embedded:" once libopd-embedded has registered it (else OPD_UNIMPLEMENTED
- * says what to link). OPD_INVALID_ARGUMENT: not an address; OPD_UNAVAILABLE: nobody answers, or the server refused the session (its words in the text). */
+/* Addresses: "unix:/path", also with options ("unix:/path?rings&poll=20us&shm" is the path with rings, poll_us, shared_memory); "tls://host:port", also with options
+ * ("tls://host:7777?ca=FILE&cert=FILE&key=FILE&server-name=NAME&fingerprint=sha256:…"); "tcp://host:port" is plain, whatever the host (IPv6 in brackets: "tcp://[::1]:7777");
+ * "embedded:" once libopd-embedded has registered it (else OPD_UNIMPLEMENTED says what to link). OPD_INVALID_ARGUMENT: not an address, a file that can't be used; OPD_UNAVAILABLE: nobody
+ * answers, or the server refused the session (its words in the text); OPD_UNAUTHENTICATED: the server's certificate is not the one expected (expired, another name, an unknown
+ * authority: the text says which), or the server refuses ours; OPD_FAILED_PRECONDITION: it doesn't speak TLS 1.3, or speaks something else than opd. */
 OPD_API OPD_MUST_USE opd_status opd_connect(const char *address, const opd_connect_options *options, opd_client **client_out, opd_error *error);
 
 /* Ends the session; requests in flight are dropped, results already taken stay valid. NULL is allowed. */
