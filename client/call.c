@@ -348,6 +348,15 @@ opd_status opd_load_module(opd_client *client, const char *path, opd_error *erro
 	return status == OPD_OK ? call_empty(client, &message, error) : status;
 }
 
+opd_status opd_restore_provider(opd_client *client, const char *provider, const char *op, opd_error *error)
+{
+	const struct msg_request message = {.kind = MSG_REQUEST_RESTORE_PROVIDER, .restore = {msg_text(provider), msg_text(op)}};
+	opd_status status = check_name("restore: provider", provider, error);
+	if (status == OPD_OK && op != NULL)
+		status = check_name("restore: op", op, error);
+	return status == OPD_OK ? call_empty(client, &message, error) : status;
+}
+
 opd_status opd_set_log_level(opd_client *client, const char *level, opd_error *error)
 {
 	const struct msg_request message = {.kind = MSG_REQUEST_SET_LOG_LEVEL, .log_level = msg_text(level)};

@@ -157,6 +157,8 @@ static void fill_provider(opd_result *result, const struct msg_provider *from, o
 	out->available = from->available;
 	out->ops = texts(result, from->op_count, from->ops, &out->op_count);
 	out->devices = texts(result, from->device_count, from->devices, &out->device_count);
+	out->quarantined = texts(result, from->quarantined_count, from->quarantined, &out->quarantined_count);
+	out->failures = from->failures;
 }
 
 void *document_providers(opd_result *result)

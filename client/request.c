@@ -169,13 +169,13 @@ void opd_request_mode(opd_request *request, opd_mode mode)
 		request->message.run.mode = (msg_mode)mode;
 }
 
-/* The output's options, defaults where there were none; NULL: remembered. */
-static struct msg_output_option *output_option(opd_request *request, uint32_t output)
+/* The output's options, defaults where there were none; NULL: remembered. range: it goes to shared memory, which a fetch's may too. */
+static struct msg_output_option *output_option(opd_request *request, uint32_t output, bool range)
 {
 	struct msg_run *run = &request->message.run;
 	request->form = REQUEST_UNPREPARED;
-	if (request->kind != MSG_REQUEST_RUN) {
-		request_fail(request, OPD_INVALID_ARGUMENT, "%s: an output's options, which only runs have", run->op.data);
+	if (request->kind != MSG_REQUEST_RUN && !(range && request->kind == MSG_REQUEST_FETCH && output == 0)) {
+		request_fail(request, OPD_INVALID_ARGUMENT, "%s: options of output %u, which only runs have", run->op.data, output);
 		return NULL;
 	}
 	if (output >= BOUND_OUTPUTS) {
@@ -199,7 +199,7 @@ static struct msg_output_option *output_option(opd_request *request, uint32_t ou
 
 void opd_request_output(opd_request *request, uint32_t output, bool keep, bool copy)
 {
-	struct msg_output_option *option = output_option(request, output);
+	struct msg_output_option *option = output_option(request, output, false);
 	if (option != NULL)
 		*option = (struct msg_output_option){.keep = keep, .no_copy = !copy};
 }
@@ -212,7 +212,7 @@ void opd_request_output_memory(opd_request *request, uint32_t output, const opd_
 		             request->message.run.op.data, output, (unsigned long long)bytes, (unsigned long long)memory->bytes);
 		return;
 	}
-	struct msg_output_option *option = output_option(request, output);
+	struct msg_output_option *option = output_option(request, output, true);
 	if (option != NULL)
 		*option = (struct msg_output_option){.shared = {memory->region, offset, bytes}};
 }
@@ -274,7 +274,9 @@ const struct msg_request *request_message(opd_request *request)
 		other->write = (struct msg_write){.handle = request->handle, .offset = request->offset, .data = run->args[0].tensor};
 		return other;
 	case MSG_REQUEST_FETCH:
-		other->fetch = run->args[0].tensor;
+		other->fetch = (struct msg_fetch){.tensor = run->args[0].tensor};
+		if (run->output_count != 0)
+			other->fetch.into = run->outputs[0].shared;
 		return other;
 	default:
 		return &request->message;

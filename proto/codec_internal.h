@@ -62,7 +62,7 @@ Opd__V1__Handle *write_handle(struct arena *arena, struct msg_handle in);
 /* codec_kept.c: uploads, writes, fetches, the list of kept tensors. */
 OPD_MUST_USE opd_status read_upload(struct reader *reader, const Opd__V1__Upload *in, struct msg_upload *out);
 OPD_MUST_USE opd_status read_write(struct reader *reader, const Opd__V1__Write *in, struct msg_write *out);
-OPD_MUST_USE opd_status read_fetch(struct reader *reader, const Opd__V1__Fetch *in, struct msg_tensor **out);
+OPD_MUST_USE opd_status read_fetch(struct reader *reader, const Opd__V1__Fetch *in, struct msg_fetch *out);
 OPD_MUST_USE opd_status read_kept_tensors(struct reader *reader, const Opd__V1__KeptTensors *in, struct msg_reply *out);
 OPD_MUST_USE bool write_kept_request(struct arena *arena, const struct msg_request *in, Opd__V1__Request *out);
 Opd__V1__KeptTensors *write_kept_tensors(struct arena *arena, const struct msg_reply *in);

@@ -33,9 +33,10 @@ opd_status read_write(struct reader *reader, const Opd__V1__Write *in, struct ms
 	return read_one(reader, in->data, &out->data);
 }
 
-opd_status read_fetch(struct reader *reader, const Opd__V1__Fetch *in, struct msg_tensor **out)
+opd_status read_fetch(struct reader *reader, const Opd__V1__Fetch *in, struct msg_fetch *out)
 {
-	return read_one(reader, in->tensor, out);
+	read_shared(in->into, &out->into);
+	return read_one(reader, in->tensor, &out->tensor);
 }
 
 static opd_status read_kept(struct reader *reader, const Opd__V1__KeptTensor *in, struct msg_kept *out)
@@ -96,10 +97,15 @@ static Opd__V1__Write *write_write(struct arena *arena, const struct msg_write *
 	return out;
 }
 
-static Opd__V1__Fetch *write_fetch(struct arena *arena, const struct msg_tensor *in)
+static Opd__V1__Fetch *write_fetch(struct arena *arena, const struct msg_fetch *in)
 {
+	const struct msg_shared_range *into = &in->into;
 	Opd__V1__Fetch *out = write_new(arena, &opd__v1__fetch__descriptor);
-	return out == NULL || (out->tensor = write_tensor(arena, in)) == NULL ? NULL : out;
+	if (out == NULL || (out->tensor = write_tensor(arena, in->tensor)) == NULL)
+		return NULL;
+	if (into->region != 0 && (out->into = write_shared(arena, into->region, into->offset, into->bytes)) == NULL)
+		return NULL;
+	return out;
 }
 
 bool write_kept_request(struct arena *arena, const struct msg_request *in, Opd__V1__Request *out)
@@ -113,7 +119,7 @@ bool write_kept_request(struct arena *arena, const struct msg_request *in, Opd__
 		return (out->write = write_write(arena, &in->write)) != NULL;
 	case MSG_REQUEST_FETCH:
 		out->body_case = OPD__V1__REQUEST__BODY_FETCH;
-		return (out->fetch = write_fetch(arena, in->fetch)) != NULL;
+		return (out->fetch = write_fetch(arena, &in->fetch)) != NULL;
 	default:
 		out->body_case = OPD__V1__REQUEST__BODY_LIST_TENSORS;
 		out->list_tensors = write_new(arena, &opd__v1__list_tensors__descriptor);

@@ -271,6 +271,9 @@ static opd_status read_provider(struct reader *reader, const Opd__V1__Provider *
 		status = read_names(reader, "ops", in->n_ops, in->ops, &out->op_count, &out->ops);
 	if (status == OPD_OK)
 		status = read_names(reader, "devices", in->n_devices, in->devices, &out->device_count, &out->devices);
+	if (status == OPD_OK)
+		status = read_names(reader, "quarantined", in->n_quarantined, in->quarantined, &out->quarantined_count, &out->quarantined);
+	out->failures = in->failures;
 	return status;
 }
 

@@ -213,8 +213,10 @@ static Opd__V1__Provider *write_provider(struct arena *arena, const struct msg_p
 {
 	Opd__V1__Provider *out = write_new(arena, &opd__v1__provider__descriptor);
 	if (out == NULL || !write_texts(arena, in->op_count, in->ops, &out->n_ops, &out->ops) ||
-	    !write_texts(arena, in->device_count, in->devices, &out->n_devices, &out->devices))
+	    !write_texts(arena, in->device_count, in->devices, &out->n_devices, &out->devices) ||
+	    !write_texts(arena, in->quarantined_count, in->quarantined, &out->n_quarantined, &out->quarantined))
 		return NULL;
+	out->failures = in->failures;
 	out->name = write_text(in->name);
 	out->version = write_text(in->version);
 	out->available = in->available;

@@ -115,6 +115,12 @@ static opd_status read_generate(struct reader *reader, const Opd__V1__Generate *
 	return status;
 }
 
+static opd_status read_restore(struct reader *reader, const Opd__V1__RestoreProvider *in, struct msg_restore *out)
+{
+	opd_status status = read_text(reader, "provider", in->provider, BOUND_NAME_BYTES, &out->provider);
+	return status == OPD_OK ? read_text(reader, "op", in->op, BOUND_NAME_BYTES, &out->op) : status;
+}
+
 static opd_status read_request(struct reader *reader, const Opd__V1__Request *in, struct msg_request *out)
 {
 	switch (in->body_case) {
@@ -219,6 +225,9 @@ static opd_status read_request(struct reader *reader, const Opd__V1__Request *in
 		out->kind = MSG_REQUEST_SET_SESSION;
 		out->set_session = (struct msg_set_session){.session = in->set_session->session, .weight = in->set_session->weight};
 		return read_service_class(reader, (int)in->set_session->service_class, &out->set_session.service_class);
+	case OPD__V1__REQUEST__BODY_RESTORE_PROVIDER:
+		out->kind = MSG_REQUEST_RESTORE_PROVIDER;
+		return read_restore(reader, in->restore_provider, &out->restore);
 	default:
 		out->kind = MSG_REQUEST_NONE;
 		return OPD_OK;
@@ -390,6 +399,14 @@ static bool write_small(struct arena *arena, const struct msg_request *in, Opd__
 			return false;
 		out->load_module->path = write_text(in->path);
 		return true;
+	case MSG_REQUEST_RESTORE_PROVIDER:
+		out->body_case = OPD__V1__REQUEST__BODY_RESTORE_PROVIDER;
+		out->restore_provider = write_new(arena, &opd__v1__restore_provider__descriptor);
+		if (out->restore_provider == NULL)
+			return false;
+		out->restore_provider->provider = write_text(in->restore.provider);
+		out->restore_provider->op = write_text(in->restore.op);
+		return true;
 	case MSG_REQUEST_SET_LOG_LEVEL:
 		out->body_case = OPD__V1__REQUEST__BODY_SET_LOG_LEVEL;
 		out->set_log_level = write_new(arena, &opd__v1__set_log_level__descriptor);
@@ -473,6 +490,7 @@ static bool write_request(struct arena *arena, const struct msg_request *in, Opd
 	case MSG_REQUEST_GET_PRIORITY:
 	case MSG_REQUEST_DESCRIBE:
 	case MSG_REQUEST_LOAD_MODULE:
+	case MSG_REQUEST_RESTORE_PROVIDER:
 	case MSG_REQUEST_SET_LOG_LEVEL:
 	case MSG_REQUEST_DRAIN:
 	case MSG_REQUEST_FREE_GRAPH:

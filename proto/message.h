@@ -89,6 +89,12 @@ struct msg_node_output {
 	uint32_t output;
 };
 
+struct msg_shared_range {
+	uint32_t region; /* 0: none */
+	uint64_t offset;
+	uint64_t bytes;
+};
+
 struct msg_tensor {
 	opd_dtype dtype; /* decoded: a valid dtype or OPD_DTYPE_NONE; the shape and strides are not yet checked */
 	uint32_t rank;   /* decoded: at most OPD_RANK_MAX */
@@ -112,11 +118,7 @@ struct msg_tensor {
 			uint64_t request;
 			uint32_t output;
 		} result;
-		struct {
-			uint32_t region;
-			uint64_t offset;
-			uint64_t bytes;
-		} shared;
+		struct msg_shared_range shared;
 		uint32_t graph_input;
 		struct msg_node_output node;
 	};
@@ -161,12 +163,6 @@ typedef enum msg_mode {
 	MSG_FAKE = 1,
 	MSG_DRY = 2,
 } msg_mode;
-
-struct msg_shared_range {
-	uint32_t region; /* 0: none */
-	uint64_t offset;
-	uint64_t bytes;
-};
 
 struct msg_output_option {
 	bool keep;
@@ -331,6 +327,9 @@ struct msg_provider {
 	const struct msg_text *ops;
 	uint32_t device_count;
 	const struct msg_text *devices;
+	uint64_t failures;
+	uint32_t quarantined_count;
+	const struct msg_text *quarantined;
 };
 
 struct msg_info {
@@ -501,6 +500,7 @@ typedef enum msg_request_kind {
 	MSG_REQUEST_ATTACH_RINGS,
 	MSG_REQUEST_LIST_SESSIONS,
 	MSG_REQUEST_SET_SESSION,
+	MSG_REQUEST_RESTORE_PROVIDER,
 } msg_request_kind;
 
 struct msg_attach_rings {
@@ -509,10 +509,20 @@ struct msg_attach_rings {
 	uint64_t poll_us;
 };
 
+struct msg_restore {
+	struct msg_text provider;
+	struct msg_text op;
+};
+
 struct msg_set_session {
 	uint64_t session;
 	uint32_t weight;        /* 0: as it is */
 	uint32_t service_class; /* 0: as it is */
+};
+
+struct msg_fetch {
+	struct msg_tensor *tensor;
+	struct msg_shared_range into;
 };
 
 struct msg_request {
@@ -529,7 +539,7 @@ struct msg_request {
 		uint64_t timeout_us;       /* DRAIN */
 		struct msg_upload upload;
 		struct msg_write write;
-		struct msg_tensor *fetch;
+		struct msg_fetch fetch;
 		uint32_t first; /* LIST_TENSORS */
 		struct msg_publish publish;
 		struct msg_open open;
@@ -541,6 +551,7 @@ struct msg_request {
 		struct msg_attach_rings rings;
 		uint64_t first_session; /* LIST_SESSIONS */
 		struct msg_set_session set_session;
+		struct msg_restore restore; /* RESTORE_PROVIDER */
 	};
 };
 

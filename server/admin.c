@@ -1,4 +1,5 @@
 /* Administrative requests: the step table has checked the right. */
+#include "server/containment.h"
 #include "server/daemon.h"
 #include "server/request.h"
 
@@ -15,6 +16,9 @@ static void load_task(struct request *request)
 static void load_done(struct request *request)
 {
 	struct log *log = request->context->server->log;
+	struct server *server = request->context->server;
+	if (request->status == OPD_OK && !request->direct) /* the configuration is the loop's */
+		containment_configure(server->containment, server->config);
 	if (request->status == OPD_OK)
 		LOG(log, LOG_INFO, "module loaded", LOG_STR("path", request->message.path.data), LOG_UINT("session", request->session->id));
 	else
@@ -50,6 +54,16 @@ void admin_load_module(struct request *request)
 	load->request = request;
 	/* It fails only without a function. */
 	(void)uv_queue_work(&request->context->server->loop, &load->work, load_work, load_work_done);
+}
+
+void admin_restore_provider(struct request *request)
+{
+	const struct msg_restore *restore = &request->message.restore;
+	opd_status status = containment_restore(request->context->server->containment, request->snapshot, restore->provider, restore->op, &request->error);
+	if (status != OPD_OK)
+		request_fail(request);
+	else
+		request_reply_empty(request);
 }
 
 void admin_set_log_level(struct request *request)

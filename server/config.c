@@ -69,6 +69,7 @@ struct config *config_create(void)
 		.stall_us = 60 * 1000000,
 		.drain_us = 30 * 1000000,
 	};
+	config->quarantine = (struct config_quarantine){.failures = 5, .provider_failures = 20, .window_us = 60 * 1000000, .cooldown_us = 60 * 1000000};
 	config->inline_ns = 5000;
 	config->polling_window_us = 50;
 	config->polling_budget_us = 500000;
@@ -130,6 +131,7 @@ void config_destroy(struct config *config)
 	free(config->tls.certificate);
 	free(config->tls.key);
 	free(config->tls.client_ca);
+	config_clear_providers(config);
 	free(config->priorities);
 	free(config->modules);
 	free(config->path);

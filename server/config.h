@@ -2,7 +2,8 @@
  *
  * Layer: server. Threads: built by one, then constant.
  * Life: config_create (defaults) → config_load (file) → changes by flags → config_check → config_destroy. A reload makes a new one and swaps.
- * In four files: config.c (the object, listeners, lists, checks), config_key.c (keys with one value), config_tenant.c (tenants), config_file.c (YAML).
+ * In six files: config.c (the object, listeners, lists, checks), config_key.c (keys with one value), config_tenant.c (tenants), config_provider.c (providers), config_file.c (YAML),
+ * config_text.c (as text).
  * README.md documents every key; errors name file, line, key, value and what was expected. Unknown keys and repeated keys are errors.
  * Not here: whether the named ops and providers exist (server/registry.h checks that when the server starts or reloads). */
 #ifndef OPD_SERVER_CONFIG_H
@@ -78,8 +79,32 @@ struct tenant_policy {
 /* One entry of `tenants`. */
 struct config_tenant {
 	char *name; /* "uid:1000", "anonymous"; "*": every other */
+	char *text; /* what the file says of it: "weight: 300, class: batch"; NULL: nothing */
 	struct tenant_policy policy;
 	unsigned line;
+};
+
+/* How far a provider is trusted. */
+struct provider_policy {
+	bool checked;       /* as config.checked, for its kernels alone */
+	uint64_t budget_us; /* that a kernel of its may take; 0, the default: any */
+};
+
+/* One entry of `providers`. */
+struct config_provider {
+	char *name; /* "*": every other */
+	struct provider_policy policy;
+	unsigned line;
+};
+
+#define QUARANTINE_FAILURES_MAX 64u
+
+/* When a provider that fails is taken out (server/containment.h). */
+struct config_quarantine {
+	uint32_t failures;          /* of one of its implementations, within the window; default 5, 0: never */
+	uint32_t provider_failures; /* of all of its together; default 20, 0: never */
+	uint64_t window_us;         /* default 60 s */
+	uint64_t cooldown_us;       /* until it is tried again; default 60 s */
 };
 
 struct config_limits {
@@ -115,6 +140,9 @@ struct config {
 	struct config_tenant *tenants;
 	struct config_tls tls;
 	struct tls_context *tls_context; /* config_load_tls; NULL: no listener needs it */
+	size_t provider_count;
+	struct config_provider *providers;
+	struct config_quarantine quarantine;
 	struct config_limits limits;
 	uint32_t threads; /* of the CPU lane; 0: one a core that the process may use */
 	bool checked;     /* canaries behind every output, verified after each kernel */
@@ -146,6 +174,8 @@ OPD_MUST_USE opd_status config_add_priority(struct config *config, const char *t
 OPD_MUST_USE opd_status config_add_module(struct config *config, const char *text, opd_error *error);
 /* How a tenant of this name is treated: by its own entry, else by that of "*", else by default. */
 void config_tenant(const struct config *config, const char *name, struct tenant_policy *policy_out);
+/* How far a provider is trusted: what its own entry says, else that of "*", else the defaults. */
+void config_provider(const struct config *config, const char *name, struct provider_policy *policy_out);
 /* "64 MiB", "1GiB", "4096": binary units. */
 OPD_MUST_USE opd_status config_parse_bytes(const char *text, uint64_t *bytes_out, opd_error *error);
 /* "500ms", "10 s", "2min": units ns, us, ms, s, min, h; a bare 0 needs none. */
@@ -157,6 +187,11 @@ OPD_MUST_USE opd_status config_check(struct config *config, bool insecure_plain_
 
 /* After the check: reads the certificates, where a listener speaks TLS. self: NULL or what --self-signed has made. */
 OPD_MUST_USE opd_status config_load_tls(struct config *config, const struct tls_self *self, opd_error *error);
+
+/* What differs between two of them, key by key, as the file would say it: on_change(key, before, after, argument), sorted by key; NULL: the key isn't there. Tenants are told as they
+ * were written. */
+typedef void (*config_change_fn)(const char *key, const char *before, const char *after, void *argument);
+OPD_MUST_USE opd_status config_compare(const struct config *before, const struct config *after, config_change_fn on_change, void *argument, opd_error *error);
 
 /* Where opd listens and opctl looks when nobody says: $XDG_RUNTIME_DIR/opd.sock, as root /run/opd/opd.sock, else /tmp/opd-<uid>/opd.sock. Written into out. The same rule stands in
  * client/address.h: README.md documents it. */

@@ -317,6 +317,8 @@ static opd_status read_tenant_key(struct reader *reader, const char *name, const
 	if (status != OPD_OK)
 		return status;
 	status = config_set_tenant(context, name, text, reader->error);
+	if (status == OPD_OK)
+		status = config_note_tenant(context, name, text, reader->error);
 	if (status == OPD_NOT_FOUND)
 		return fail_at(reader, line, key, "no such key, expected weight, class, class_max, device_time or sessions");
 	return place(reader, line_of(reader), key, status);
@@ -337,6 +339,29 @@ static opd_status read_tenant(struct reader *reader, const char *name, const cha
 	return status;
 }
 
+static opd_status read_provider_key(struct reader *reader, const char *name, const char *key, size_t line, void *context)
+{
+	const char *text;
+	opd_status status = scalar(reader, key, "a single value", &text);
+	if (status != OPD_OK)
+		return status;
+	status = config_set_provider(context, name, text, reader->error);
+	if (status == OPD_NOT_FOUND)
+		return fail_at(reader, line, key, "no such key, expected checked or budget");
+	return place(reader, line_of(reader), key, status);
+}
+
+static opd_status read_trust(struct reader *reader, const char *name, const char *key, size_t line, void *context)
+{
+	(void)context;
+	struct config_provider *provider;
+	struct seen seen = {0};
+	opd_status status = config_begin_provider(reader->config, name, (unsigned)line, &provider, reader->error);
+	if (status != OPD_OK)
+		return place(reader, line, key, status);
+	return read_map(reader, key, &seen, read_provider_key, provider);
+}
+
 static opd_status read_top(struct reader *reader, const char *name, const char *key, size_t line, void *context)
 {
 	struct seen seen = {0};
@@ -350,7 +375,9 @@ static opd_status read_top(struct reader *reader, const char *name, const char *
 	}
 	if (strcmp(name, "tenants") == 0)
 		return read_map(reader, key, NULL, read_tenant, NULL);
-	if (strcmp(name, "limits") == 0 || strcmp(name, "log") == 0 || strcmp(name, "polling") == 0 || strcmp(name, "tls") == 0)
+	if (strcmp(name, "providers") == 0)
+		return read_map(reader, key, NULL, read_trust, NULL);
+	if (strcmp(name, "limits") == 0 || strcmp(name, "log") == 0 || strcmp(name, "polling") == 0 || strcmp(name, "quarantine") == 0 || strcmp(name, "tls") == 0)
 		return read_map(reader, key, &seen, read_value, NULL);
 	if (strchr(name, '.') != NULL)
 		return fail_at(reader, line, key, "no such key (write the part before the dot as a map of its own)");

@@ -1,4 +1,4 @@
-/* What the four files of the configuration share.
+/* What the five files of the configuration share.
  *
  * Layer: server, private to config*.c. Threads: as config.h. */
 #ifndef OPD_SERVER_CONFIG_INTERNAL_H
@@ -17,6 +17,12 @@ struct config_key {
 
 /* NULL: no such key. */
 const struct config_key *config_key_find(const char *name);
+/* All of them; NULL: no more. */
+const struct config_key *config_key_at(size_t index);
+
+/* The key's value, as the file would say it: "64 MiB", "10s". Longer ones are cut. */
+#define CONFIG_TEXT_BYTES 512u
+void config_key_text(const struct config *config, const struct config_key *key, char *out, size_t out_bytes);
 
 /* Fills the limits that nobody set from memory_bytes. */
 void config_derive_limits(struct config *config);
@@ -31,7 +37,14 @@ OPD_MUST_USE opd_status config_begin_tenant(struct config *config, const char *n
                                             opd_error *error);
 /* NOT_FOUND: no such key. */
 OPD_MUST_USE opd_status config_set_tenant(struct config_tenant *tenant, const char *key, const char *value, opd_error *error);
+/* Remembers that `key` was given, for config_compare. */
+OPD_MUST_USE opd_status config_note_tenant(struct config_tenant *tenant, const char *key, const char *value, opd_error *error);
 void config_clear_tenants(struct config *config);
+/* The same of `providers`. */
+OPD_MUST_USE opd_status config_begin_provider(struct config *config, const char *name, unsigned line, struct config_provider **provider_out,
+                                              opd_error *error);
+OPD_MUST_USE opd_status config_set_provider(struct config_provider *provider, const char *key, const char *value, opd_error *error);
+void config_clear_providers(struct config *config);
 /* An empty list for `op` ("*" or a name); replaces an entry of that op. */
 void config_clear_priorities(struct config *config);
 OPD_MUST_USE opd_status config_begin_priority(struct config *config, const char *op, unsigned line,

@@ -1,6 +1,7 @@
 /* Keys with one value: what they are called, where they lie, what they may be. */
 #include <ctype.h>
 #include <inttypes.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -182,11 +183,13 @@ static opd_status set_path(struct config *config, const struct config_key *key, 
 	return OPD_OK;
 }
 
+static const char *const tls_clients_names[] = {
+	[TLS_CLIENTS_UNSAID] = "", [TLS_CLIENTS_OFF] = "off", [TLS_CLIENTS_OPTIONAL] = "optional", [TLS_CLIENTS_REQUIRED] = "required"};
+
 static opd_status set_tls_clients(struct config *config, const struct config_key *key, const char *value, opd_error *error)
 {
-	static const char *const names[] = {[TLS_CLIENTS_OFF] = "off", [TLS_CLIENTS_OPTIONAL] = "optional", [TLS_CLIENTS_REQUIRED] = "required"};
 	for (size_t i = TLS_CLIENTS_OFF; i <= TLS_CLIENTS_REQUIRED; i++) {
-		if (strcmp(value, names[i]) == 0) {
+		if (strcmp(value, tls_clients_names[i]) == 0) {
 			*(tls_clients *)field(config, key) = (tls_clients)i;
 			return OPD_OK;
 		}
@@ -234,6 +237,10 @@ static const struct config_key keys[] = {
 	{"tls.key", set_path, AT(tls.key), 0, 0, 0},
 	{"tls.client_ca", set_path, AT(tls.client_ca), 0, 0, 0},
 	{"tls.client_certificates", set_tls_clients, AT(tls.clients), 0, 0, 0},
+	{"quarantine.failures", set_count, AT(quarantine.failures), 0, QUARANTINE_FAILURES_MAX, 0},
+	{"quarantine.provider_failures", set_count, AT(quarantine.provider_failures), 0, QUARANTINE_FAILURES_MAX, 0},
+	{"quarantine.window", set_us, AT(quarantine.window_us), 1000, 24 * 60 * MINUTE_US, 0},
+	{"quarantine.cooldown", set_us, AT(quarantine.cooldown_us), 1000, 24 * 60 * MINUTE_US, 0},
 	{"threads", set_count, AT(threads), 0, 1024, 0},
 	{"checked", set_bool, AT(checked), 0, 0, 0},
 	{"inline", set_ns, AT(inline_ns), 0, 1000000, 0},
@@ -250,6 +257,93 @@ const struct config_key *config_key_find(const char *name)
 		if (strcmp(keys[i].name, name) == 0)
 			return &keys[i];
 	return NULL;
+}
+
+const struct config_key *config_key_at(size_t index)
+{
+	return index < sizeof keys / sizeof *keys ? &keys[index] : NULL;
+}
+
+/* ---- As text ---- */
+
+/* By the largest unit that divides it. */
+static void print_scaled(uint64_t value, const struct unit *units, const char *blank, char *out, size_t out_bytes)
+{
+	const struct unit *best = units;
+	for (; value != 0 && units->name != NULL; units++)
+		if (value % units->factor == 0)
+			best = units;
+	(void)snprintf(out, out_bytes, "%" PRIu64 "%s%s", value / best->factor, best->name[0] == '\0' ? "" : blank, best->name);
+}
+
+static void print_bytes(const void *field, char *out, size_t out_bytes)
+{
+	print_scaled(*(const uint64_t *)field, byte_units, " ", out, out_bytes);
+}
+
+static void print_count(const void *field, char *out, size_t out_bytes)
+{
+	(void)snprintf(out, out_bytes, "%" PRIu32, *(const uint32_t *)field);
+}
+
+static void print_us(const void *field, char *out, size_t out_bytes)
+{
+	print_scaled(*(const uint64_t *)field * 1000, time_units, "", out, out_bytes);
+}
+
+static void print_ns(const void *field, char *out, size_t out_bytes)
+{
+	print_scaled(*(const uint64_t *)field, time_units, "", out, out_bytes);
+}
+
+static void print_bool(const void *field, char *out, size_t out_bytes)
+{
+	(void)snprintf(out, out_bytes, "%s", *(const bool *)field ? "true" : "false");
+}
+
+static void print_level(const void *field, char *out, size_t out_bytes)
+{
+	(void)snprintf(out, out_bytes, "%s", log_level_name(*(const log_level *)field));
+}
+
+static void print_format(const void *field, char *out, size_t out_bytes)
+{
+	(void)snprintf(out, out_bytes, "%s", *(const log_format *)field == LOG_JSON ? "json" : "text");
+}
+
+static void print_path(const void *field_at, char *out, size_t out_bytes)
+{
+	const char *const *path = field_at;
+	(void)snprintf(out, out_bytes, "%s", *path == NULL ? "" : *path);
+}
+
+static void print_tls_clients(const void *field_at, char *out, size_t out_bytes)
+{
+	(void)snprintf(out, out_bytes, "%s", tls_clients_names[*(const tls_clients *)field_at]);
+}
+
+static void print_log_file(const void *field, char *out, size_t out_bytes)
+{
+	const char *path = *(char *const *)field;
+	(void)snprintf(out, out_bytes, "%s", path == NULL ? "stderr" : path);
+}
+
+/* One for each way to set. */
+static const struct {
+	opd_status (*set)(struct config *config, const struct config_key *key, const char *value, opd_error *error);
+	void (*print)(const void *field, char *out, size_t out_bytes);
+} printers[] = {
+	{set_bytes, print_bytes}, {set_count, print_count}, {set_us, print_us},         {set_ns, print_ns},
+	{set_path, print_path},   {set_tls_clients, print_tls_clients},
+	{set_bool, print_bool},   {set_level, print_level}, {set_format, print_format}, {set_log_file, print_log_file},
+};
+
+void config_key_text(const struct config *config, const struct config_key *key, char *out, size_t out_bytes)
+{
+	(void)snprintf(out, out_bytes, "?"); /* a way to set without a row above: test_config finds it */
+	for (size_t i = 0; i < sizeof printers / sizeof *printers; i++)
+		if (printers[i].set == key->set)
+			printers[i].print((const char *)config + key->offset, out, out_bytes);
 }
 
 opd_status config_set(struct config *config, const char *name, const char *value, opd_error *error)

@@ -1,5 +1,6 @@
 /* Tenants: who gets how much of the lanes. */
 #include <inttypes.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -101,10 +102,22 @@ opd_status config_set_tenant(struct config_tenant *tenant, const char *key, cons
 	return opd_fail(error, OPD_NOT_FOUND, "no such key");
 }
 
+opd_status config_note_tenant(struct config_tenant *tenant, const char *key, const char *value, opd_error *error)
+{
+	char *text;
+	if (asprintf(&text, "%s%s%s: %s", tenant->text == NULL ? "" : tenant->text, tenant->text == NULL ? "" : ", ", key, value) < 0)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "out of memory");
+	free(tenant->text);
+	tenant->text = text;
+	return OPD_OK;
+}
+
 void config_clear_tenants(struct config *config)
 {
-	for (size_t i = 0; i < config->tenant_count; i++)
+	for (size_t i = 0; i < config->tenant_count; i++) {
 		free(config->tenants[i].name);
+		free(config->tenants[i].text);
+	}
 	free(config->tenants);
 	config->tenants = NULL;
 	config->tenant_count = 0;

@@ -74,6 +74,7 @@ void conn_closed(struct conn *conn)
 	session_unref(conn->session);
 	conn_drop_descriptors(conn);
 	free(conn->partial);
+	free(conn->held_data);
 	free(conn);
 	server_wake(server); /* a drain may wait for the last one */
 }
@@ -223,7 +224,7 @@ void conn_start(struct conn *conn, const opd_error *refuse)
 void conn_tick(struct conn *conn, uint64_t now_us)
 {
 	const struct config_limits *limits = &conn->server->config->limits;
-	bool half_read = !conn->broken && (conn->partial_bytes != 0 || conn->state != CONN_HEAD || conn->chunked_count != 0);
+	bool half_read = !conn->broken && !conn->held && (conn->partial_bytes != 0 || conn->state != CONN_HEAD || conn->chunked_count != 0);
 	/* Throttled, it isn't read: then only payloads that nothing in flight can do without are stalled, and only when nothing is answered either. */
 	uint64_t read_us = !conn->throttled || conn->read_us > conn->write_us ? conn->read_us : conn->write_us;
 	if (conn->closing)

@@ -67,6 +67,11 @@ struct conn {
 	bool throttled;   /* too much in flight: until something is written */
 	bool broken;      /* the client broke the framing: nothing of it is read any more */
 	bool last_words;  /* close once everything is written */
+	bool held;        /* an envelope is decoded on a lane: what comes behind it waits in held_bytes */
+	uint8_t *held_data;
+	size_t held_bytes;
+	uint64_t held_payload_bytes; /* of the request's header */
+	bool held_chunked;
 	uint64_t chunk_bytes;
 	uint64_t opened_us;
 	uint64_t read_us;  /* last progress */

@@ -27,6 +27,11 @@ void conn_drop_descriptors(struct conn *conn);
 
 /* conn_read.c */
 void conn_start_reading(struct conn *conn);
+/* The memory in which the head lies whose envelope conn_on_frame was given, now the caller's; NULL: not in memory of its own. */
+void *conn_take_head(struct conn *conn, const uint8_t *envelope);
+/* Nothing that comes is looked at before conn_go_on. */
+void conn_hold(struct conn *conn);
+void conn_go_on(struct conn *conn);
 /* For what doesn't come by the socket (server/ring.h). Whether anything may be read now; where payload bytes belong, and how many are still to come (NULL: something else comes
  * next); so many are there; bytes of anything else, copied, which may hold many frames. Each may close the connection. */
 bool conn_may_read(const struct conn *conn);

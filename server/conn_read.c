@@ -52,6 +52,16 @@ static void drop_partial(struct conn *conn)
 	}
 }
 
+void *conn_take_head(struct conn *conn, const uint8_t *envelope)
+{
+	uint8_t *head = conn->partial;
+	if (head == NULL || envelope != head + FRAME_HEADER_BYTES)
+		return NULL;
+	conn->partial = NULL;
+	conn->partial_room = 0;
+	return head;
+}
+
 /* Adds to the partial head up to `whole` bytes; returns how many were taken. */
 static size_t extend_partial(struct conn *conn, const uint8_t *data, size_t bytes, uint32_t whole)
 {
@@ -128,6 +138,19 @@ static unsigned char *payload_at(const struct conn *conn)
 	return conn->reading->payload->data + conn->reading->payload_received;
 }
 
+/* What was read already; nothing more is. */
+static void keep_held(struct conn *conn, const uint8_t *data, size_t bytes)
+{
+	uint8_t *larger = realloc(conn->held_data, conn->held_bytes + bytes);
+	if (larger == NULL) {
+		conn_close(conn, LOG_ERROR, "out of memory for what is held");
+		return;
+	}
+	memcpy(larger + conn->held_bytes, data, bytes);
+	conn->held_data = larger;
+	conn->held_bytes += bytes;
+}
+
 uint8_t *conn_payload_room(const struct conn *conn, uint64_t *bytes_out)
 {
 	*bytes_out = conn->frame_left;
@@ -148,18 +171,23 @@ static size_t consume_one(struct conn *conn, const uint8_t *data, size_t bytes)
 
 void conn_consume(struct conn *conn, const uint8_t *data, size_t bytes)
 {
-	for (size_t taken = 0; taken < bytes && !conn->closing && !conn->broken;)
+	size_t taken = 0;
+	while (taken < bytes && !conn->closing && !conn->broken && !conn->held)
 		taken += consume_one(conn, data + taken, bytes - taken);
+	if (taken < bytes && conn->held)
+		keep_held(conn, data + taken, bytes - taken);
 }
 
 /* Who has asked for rings sends frames there and not here, also before it has the answer. */
 static void consume_socket(struct conn *conn, const uint8_t *data, size_t bytes)
 {
 	size_t taken = 0;
-	while (taken < bytes && conn->ring == NULL && !conn->closing && !conn->broken)
+	while (taken < bytes && conn->ring == NULL && !conn->closing && !conn->broken && !conn->held)
 		taken += consume_one(conn, data + taken, bytes - taken);
 	if (taken < bytes && conn->ring != NULL)
 		ring_socket_bytes(conn, data + taken, bytes - taken);
+	else if (taken < bytes && conn->held)
+		keep_held(conn, data + taken, bytes - taken);
 }
 
 /* The buffer's slack takes in the next frame's head, so that a pipelined request costs one read. */
@@ -179,7 +207,7 @@ static bool turn_over(const struct conn *conn)
 
 bool conn_may_read(const struct conn *conn)
 {
-	return !conn->closing && !conn->broken && !conn->throttled && !turn_over(conn);
+	return !conn->closing && !conn->broken && !conn->throttled && !conn->held && !turn_over(conn);
 }
 
 /* An empty buffer makes libuv leave the socket for the next turn, without the two epoll_ctl of a stop and a start. */
@@ -214,6 +242,13 @@ static void read_in_place(struct conn *conn, const uint8_t *base, size_t bytes)
 	consume_socket(conn, head, extra);
 }
 
+/* No frame is under way that they could belong to. */
+static void drop_unclaimed_descriptors(struct conn *conn)
+{
+	if (conn->descriptor_count != 0 && conn->partial_bytes == 0 && conn->ring == NULL && !conn->held)
+		conn_drop_descriptors(conn);
+}
+
 static void on_read(uv_stream_t *stream, ssize_t nread, const uv_buf_t *buf)
 {
 	struct conn *conn = stream->data;
@@ -233,13 +268,35 @@ static void on_read(uv_stream_t *stream, ssize_t nread, const uv_buf_t *buf)
 		consume_socket(conn, (const uint8_t *)buf->base, (size_t)nread);
 	else
 		read_in_place(conn, (const uint8_t *)buf->base, (size_t)nread);
-	if (conn->descriptor_count != 0 && conn->partial_bytes == 0 && conn->ring == NULL) /* no frame under way that they could belong to */
-		conn_drop_descriptors(conn);
+	drop_unclaimed_descriptors(conn);
+}
+
+void conn_hold(struct conn *conn)
+{
+	conn->held = true;
+	conn_stop_reading(conn);
+}
+
+void conn_go_on(struct conn *conn)
+{
+	uint8_t *data = conn->held_data;
+	const size_t bytes = conn->held_bytes;
+	conn->held = false;
+	conn->held_data = NULL;
+	conn->held_bytes = 0;
+	conn->read_us = conn->server->turn_us; /* it was not the client that stalled */
+	if (conn->ring == NULL)
+		consume_socket(conn, data, bytes);
+	else
+		conn_consume(conn, data, bytes);
+	free(data);
+	drop_unclaimed_descriptors(conn);
+	conn_start_reading(conn);
 }
 
 void conn_start_reading(struct conn *conn)
 {
-	if (conn->closing || conn->broken || conn->throttled)
+	if (conn->closing || conn->broken || conn->throttled || conn->held)
 		return;
 	if (conn->ring != NULL)
 		ring_wake(conn);

@@ -23,6 +23,7 @@
 #include "server/tensors.h"
 
 struct allocation;
+struct containment;
 struct derived;
 struct listener;
 struct conn;
@@ -32,9 +33,10 @@ struct ring;
 struct server {
 	struct log *log;
 	struct config *config;         /* the loop's alone: a reload frees it */
-	_Atomic bool checked;          /* what lanes and direct callers need of it */
+	_Atomic bool checked;          /* what lanes and direct callers need of it: some provider's outputs have canaries */
 	_Atomic uint64_t inline_ns;
 	struct registry *registry;
+	struct containment *containment;
 	struct plans *plans;
 	struct derived *derived;
 	struct memory memory;

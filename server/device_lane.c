@@ -74,6 +74,7 @@ void device_note(struct device_lane *lane, opd_status status, const opd_error *e
 	lane->given_back = false;
 	lane->loss = *error;
 	atomic_store_explicit(&lane->memory.lost, true, memory_order_release);
+	device_tell_loss(lane);
 }
 
 opd_status device_no_memory(struct device_job *job)

@@ -22,11 +22,16 @@ static opd_status reset(struct device_lane *lane, opd_error *error)
 	return backend->device_reset(lane->device.state, lane->device.ordinal, error);
 }
 
+/* Before the failed request is answered, and before the log says so: who has read either must not be sent there again. */
+void device_tell_loss(struct device_lane *lane)
+{
+	registry_set_lost(lane->server->registry, lane->number, lane->loss.text);
+	LOG(lane->server->log, LOG_ERROR, "device lost", LOG_STR("device", lane->device.name), LOG_STR("error", lane->loss.text));
+}
+
 void device_give_up(struct device_lane *lane)
 {
 	opd_error error = {0};
-	LOG(lane->server->log, LOG_ERROR, "device lost", LOG_STR("device", lane->device.name), LOG_STR("error", lane->loss.text));
-	registry_set_lost(lane->server->registry, lane->number, lane->loss.text);
 	give_back(lane);
 	lane->given_back = true;
 	if (reset(lane, &error) != OPD_OK) {

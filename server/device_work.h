@@ -62,7 +62,9 @@ unsigned char *device_ring_take(struct device_lane *lane, struct device_job *job
 OPD_MUST_USE bool device_ring_land(struct device_job *job, void *to, const unsigned char *piece, uint64_t bytes);
 void device_ring_settle(struct device_lane *lane, struct device_job *job); /* it has ended */
 void device_ring_drop(struct device_lane *lane);                           /* nothing is in flight */
-/* device_lost.c. Nothing is in flight on a lost device: all is given back, the registry told, the device reset if the backend can. */
+/* device_lost.c. The device has just been lost: new requests pass it over from here on, then the log says so. */
+void device_tell_loss(struct device_lane *lane);
+/* Nothing is in flight on a lost device: all is given back, the device reset if the backend can. */
 void device_give_up(struct device_lane *lane);
 /* Drops the stream: nothing enqueued on it touches memory any more when this returns; and events kept for later. */
 void device_drop_stream(struct device_lane *lane);

@@ -6,6 +6,7 @@
 
 #include "proto/tensor.h"
 #include "server/bring.h"
+#include "server/containment.h"
 #include "server/daemon.h"
 #include "server/derived.h"
 #include "server/device_run.h"
@@ -53,15 +54,25 @@ static bool needs_memory(const struct request *request, uint32_t index)
 	return request->run.dispatch.impl->on_host || index >= message->output_count || !message->outputs[index].no_copy;
 }
 
+/* Of an attempt before by a provider that isn't checked: there is no room for a canary. */
+static void drop_narrow(struct request *request, uint32_t index, uint64_t bytes)
+{
+	struct request_run *run = &request->run;
+	if (!run->checked || run->outputs[index] == NULL || donate_is_in_place(request, index) || run->outputs[index]->bytes >= bytes + CANARY_BYTES)
+		return;
+	buffer_unref(run->outputs[index]);
+	run->outputs[index] = NULL;
+}
+
 /* One buffer an output: each may be kept, sent or dropped alone. */
 static opd_status outputs_alloc(struct request *request)
 {
 	struct request_run *run = &request->run;
-	if (run->outputs == NULL) { /* a reload may change the mode before this request has ended */
-		run->checked = atomic_load_explicit(&request->context->server->checked, memory_order_relaxed);
+	const struct containment_policy *policy = containment_policy(request->context->server->containment, run->dispatch.impl->provider);
+	const bool checked = atomic_load_explicit(&policy->checked, memory_order_relaxed);
+	run->checked = checked; /* a reload may change it before this request has ended */
+	if (run->outputs == NULL)
 		run->outputs = arena_array(&request->arena, run->bound.call.output_count, sizeof run->outputs[0]);
-	}
-	const bool checked = run->checked;
 	if (run->outputs == NULL)
 		return opd_fail(&request->error, OPD_RESOURCE_EXHAUSTED, "run: out of memory");
 	for (uint32_t i = 0; i < run->bound.call.output_count; i++) {
@@ -69,6 +80,7 @@ static opd_status outputs_alloc(struct request *request)
 		uint64_t bytes = output->elements * opd_dtype_bytes(output->dtype); /* checked by bind_outputs */
 		if ((output->data = shared_result(request, i)) != NULL || !needs_memory(request, i))
 			continue; /* no canary there: what lies behind is the client's */
+		drop_narrow(request, i, bytes);
 		if (run->outputs[i] == NULL && run->dispatch.impl->on_host)
 			run->outputs[i] = donate_output(request, i);
 		if (run->outputs[i] == NULL) {
@@ -83,18 +95,66 @@ static opd_status outputs_alloc(struct request *request)
 	return OPD_OK;
 }
 
+/* Byte of the canary behind `data` that isn't as it was; CANARY_BYTES: it is whole. */
+static uint32_t canary_broken(const unsigned char *data, uint64_t bytes)
+{
+	uint32_t k = 0;
+	while (k < CANARY_BYTES && data[bytes + k] == CANARY)
+		k++;
+	return k;
+}
+
 static opd_status canaries_check(struct request *request)
 {
 	const struct request_run *run = &request->run;
+	const char *provider = run->dispatch.impl->provider->name;
+	const char *op = run->op->schema->name;
 	for (uint32_t i = 0; i < run->bound.call.output_count; i++) {
 		const opd_tensor *output = &run->bound.outputs[i];
 		uint64_t bytes = output->elements * opd_dtype_bytes(output->dtype);
-		for (uint32_t k = 0; run->outputs[i] != NULL && k < CANARY_BYTES && !donate_is_in_place(request, i); k++)
-			if (run->outputs[i]->data[bytes + k] != CANARY)
-				return opd_fail(&request->error, OPD_INTERNAL, "%s.%s wrote past the end of result %u, at byte %" PRIu64 " of %" PRIu64,
-				                run->dispatch.impl->provider->name, run->op->schema->name, (unsigned)i, bytes + k, bytes);
+		if (run->outputs[i] == NULL || donate_is_in_place(request, i))
+			continue;
+		uint32_t broken = canary_broken(run->outputs[i]->data, bytes);
+		if (broken != CANARY_BYTES)
+			return opd_fail(&request->error, OPD_INTERNAL, "%s.%s wrote past the end of result %u, at byte %" PRIu64 " of %" PRIu64, provider, op,
+			                (unsigned)i, bytes + broken, bytes);
 	}
 	return OPD_OK;
+}
+
+/* A kernel gets its results' descriptions to read. One that writes another shape into them has also computed another. */
+static uint64_t outputs_print(const struct request_run *run)
+{
+	uint64_t print = 0xcbf29ce484222325u;
+	for (uint32_t i = 0; i < run->bound.call.output_count; i++) {
+		const opd_tensor *output = &run->bound.outputs[i];
+		const uint64_t fixed[] = {(uint64_t)(uint32_t)output->dtype, output->rank, output->elements, output->byte_offset, (uint64_t)(uintptr_t)output->data,
+		                          (uint64_t)(uintptr_t)output->shape, (uint64_t)(uintptr_t)output->strides};
+		for (size_t k = 0; k < sizeof fixed / sizeof fixed[0]; k++)
+			print = (print ^ fixed[k]) * 0x100000001b3u;
+	}
+	return print;
+}
+
+/* The same of the shapes and strides themselves; only while the descriptions are as they were. */
+static uint64_t shapes_print(const struct request_run *run)
+{
+	uint64_t print = 0xcbf29ce484222325u;
+	for (uint32_t i = 0; i < run->bound.call.output_count; i++) {
+		const opd_tensor *output = &run->bound.outputs[i];
+		for (uint32_t d = 0; d < output->rank; d++)
+			print = ((print ^ (uint64_t)output->shape[d]) * 0x100000001b3u ^ (uint64_t)output->strides[d]) * 0x100000001b3u;
+	}
+	return print;
+}
+
+static opd_status shapes_check(struct request *request, uint64_t outputs_before, uint64_t shapes_before)
+{
+	const struct request_run *run = &request->run;
+	if (outputs_print(run) == outputs_before && shapes_print(run) == shapes_before)
+		return OPD_OK;
+	return opd_fail(&request->error, OPD_INTERNAL, "%s.%s changed the dtype, shape or place of a result that it was given", run->dispatch.impl->provider->name,
+	                run->op->schema->name);
 }
 
 /* ---- On the CPU ---- */
@@ -115,12 +175,39 @@ static opd_status make_scratch(struct request *request, const struct plan *plan,
 {
 	if (plan == NULL || plan->made.scratch_bytes == 0)
 		return OPD_OK;
-	opd_status status =
-		buffer_alloc(request->session->account, plan->made.scratch_bytes, 0, &request->run.scratch, &request->error);
+	const uint64_t bytes = plan->made.scratch_bytes;
+	const uint64_t canary = request->run.checked ? CANARY_BYTES : 0;
+	opd_status status = buffer_alloc(request->session->account, bytes, canary, &request->run.scratch, &request->error);
 	if (status != OPD_OK)
 		return opd_error_prefix(&request->error, status, "%s: scratch", request->run.op->schema->name);
 	exec->scratch = request->run.scratch->data;
+	memset(request->run.scratch->data + bytes, CANARY, canary);
 	return OPD_OK;
+}
+
+static opd_status scratch_check(struct request *request, const opd_plan *plan)
+{
+	const struct request_run *run = &request->run;
+	if (run->scratch == NULL)
+		return OPD_OK;
+	const uint32_t broken = canary_broken(run->scratch->data, plan->scratch_bytes);
+	if (broken == CANARY_BYTES)
+		return OPD_OK;
+	return opd_fail(&request->error, OPD_INTERNAL, "%s.%s wrote past the end of its scratch, at byte %" PRIu64 " of %" PRIu64,
+	                run->dispatch.impl->provider->name, run->op->schema->name, plan->scratch_bytes + broken, plan->scratch_bytes);
+}
+
+/* What a kernel has left behind, in checked mode. */
+static opd_status results_check(struct request *request, const opd_plan *plan, uint64_t outputs_before, uint64_t shapes_before)
+{
+	opd_status status = shapes_check(request, outputs_before, shapes_before);
+	if (status == OPD_OK)
+		status = canaries_check(request);
+	if (status == OPD_OK)
+		status = scratch_check(request, plan);
+	if (status != OPD_OK)
+		containment_failed(request->context->server->containment, request->run.dispatch.impl, FAILURE_OVERRUN);
+	return status;
 }
 
 static opd_status run_kernel(struct request *request, struct lane_exec *lane)
@@ -141,17 +228,23 @@ static opd_status run_kernel(struct request *request, struct lane_exec *lane)
 	if (status != OPD_OK)
 		return status;
 	struct derived_run derived = {.count = 0};
+	const uint64_t outputs_before = run->checked ? outputs_print(run) : 0;
+	const uint64_t shapes_before = run->checked ? shapes_print(run) : 0;
 	lane->derived = &derived;
 	run->written = true;
 	request->error.text[0] = '\0';
 	status = impl->def->run(impl->def, impl->state, &run->bound.call, &exec, &request->error);
 	lane->derived = NULL;
 	derived_end(request->context->server->derived, &derived);
+	if (status != OPD_OK) {
+		status = module_failure(status, &request->error, "%s.%s failed", impl->provider->name, run->op->schema->name);
+		containment_note(request->context->server->containment, impl, status);
+	} else if (run->checked) {
+		status = results_check(request, exec.plan, outputs_before, shapes_before);
+	}
 	buffer_unref(run->scratch);
 	run->scratch = NULL;
-	if (status != OPD_OK)
-		return module_failure(status, &request->error, "%s.%s failed", impl->provider->name, run->op->schema->name);
-	return run->checked ? canaries_check(request) : OPD_OK;
+	return status;
 }
 
 /* The native definition's name comes first in the texts of its own errors; a provider's failure says whose it was. */
@@ -327,8 +420,15 @@ static bool fits_loop(struct request *request)
 
 void execute_device_done(struct request *request)
 {
-	if (request->status == OPD_OK && !request->run.plan_refused && request->run.checked)
+	struct containment *containment = request->context->server->containment;
+	const struct impl *impl = request->run.dispatch.impl;
+	if (request->status == OPD_OK && !request->run.plan_refused && request->run.checked) {
 		request->status = canaries_check(request);
+		if (request->status != OPD_OK)
+			containment_failed(containment, impl, FAILURE_OVERRUN);
+	} else if (request->run.written && request->status != OPD_DATA_LOSS) { /* a lost device is passed over as such */
+		containment_note(containment, impl, request->status);
+	}
 	execute_done(request);
 }
 

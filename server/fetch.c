@@ -1,36 +1,61 @@
-/* Kept tensors going back to their client: whole or a view, from where they lie if that is row-major, else laid out on the lane. From a device only the bytes that are wanted come over,
- * and they don't stay. */
+/* Kept tensors going back to their client: whole or a view, from where they lie if that is row-major, else laid out on the lane; or copied into a range of shared memory. From a device
+ * only the bytes that are wanted come over, and they don't stay. */
+#include <inttypes.h>
 #include <string.h>
 
 #include "proto/tensor.h"
 #include "server/bring.h"
 #include "server/daemon.h"
 #include "server/request.h"
+#include "server/shared.h"
+
+/* Up to here a row-major tensor is copied into its range on the loop: 10 us. */
+#define COPY_ON_LOOP_BYTES (64u << 10)
 
 struct fetch {
 	struct take take; /* first */
 	struct operand operand;
-	opd_tensor output;
 };
 
 /* What errors call it: a view is checked as an op's operand is. */
 static struct schema fetch_schema = {.name = "fetch"};
 static const struct op fetch_op = {.schema = &fetch_schema};
 
-static void reply(struct request *request, const void *data)
+static uint64_t bytes_of(const struct request *request)
 {
-	const struct msg_tensor *source = request->message.fetch;
-	struct msg_result *result = arena_zalloc(&request->arena, sizeof *result);
+	const struct msg_tensor *source = request->message.fetch.tensor;
 	uint64_t bytes = 0;
 	(void)!tensor_bytes(source->dtype, source->rank, source->shape, &bytes); /* checked by bind_place */
-	bool made = result != NULL;
-	if (made) {
-		result->tensor.dtype = source->dtype;
-		result->tensor.rank = source->rank;
-		memcpy(result->tensor.shape, source->shape, sizeof result->tensor.shape);
-		made = request_send(request, &result->tensor, data, bytes);
-	}
-	if (!made) {
+	return bytes;
+}
+
+/* The range that it goes to; NULL: it is sent. */
+static const struct msg_shared_range *range_of(const struct request *request)
+{
+	return request->message.fetch.into.region == 0 ? NULL : &request->message.fetch.into;
+}
+
+/* Says where its bytes are. False: out of memory. */
+static bool describe(struct request *request, struct msg_tensor *tensor, const void *data)
+{
+	const struct msg_tensor *source = request->message.fetch.tensor;
+	const struct msg_shared_range *range = range_of(request);
+	tensor->dtype = source->dtype;
+	tensor->rank = source->rank;
+	memcpy(tensor->shape, source->shape, sizeof tensor->shape);
+	if (range == NULL)
+		return request_send(request, tensor, data, bytes_of(request));
+	tensor->source = MSG_SOURCE_SHARED;
+	tensor->shared.region = range->region;
+	tensor->shared.offset = range->offset;
+	tensor->shared.bytes = bytes_of(request);
+	return true;
+}
+
+static void reply(struct request *request, const void *data)
+{
+	struct msg_result *result = arena_zalloc(&request->arena, sizeof *result);
+	if (result == NULL || !describe(request, &result->tensor, data)) {
 		(void)opd_fail(&request->error, OPD_RESOURCE_EXHAUSTED, "fetch: out of memory");
 		request_fail(request);
 		return;
@@ -57,20 +82,42 @@ static unsigned char *lay_out(const opd_tensor *from, uint32_t dimension, const 
 	return to;
 }
 
+/* Where its bytes are laid out; NULL: nowhere, they are sent from where they lie. */
+static unsigned char *target(const struct request *request)
+{
+	if (range_of(request) != NULL)
+		return shared_range(request, range_of(request)->offset);
+	return request->payload == NULL ? NULL : request->payload->data;
+}
+
 static void fetch_task(struct request *request)
 {
 	const opd_tensor *from = &((const struct fetch *)request->task_data)->operand.tensor;
-	(void)lay_out(from, 0, opd_tensor_data(from), request->payload->data);
+	const uint64_t bytes = bytes_of(request);
+	if (!opd_tensor_contiguous(from))
+		(void)lay_out(from, 0, opd_tensor_data(from), target(request));
+	else if (bytes != 0)
+		memcpy(target(request), opd_tensor_data(from), bytes);
 }
 
 static void fetch_done(struct request *request)
 {
-	reply(request, request->payload->data);
+	reply(request, target(request));
+}
+
+static opd_status check_room(struct request *request)
+{
+	const struct msg_shared_range *range = range_of(request);
+	const uint64_t bytes = bytes_of(request);
+	if (range == NULL || bytes <= range->bytes)
+		return OPD_OK;
+	return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "fetch: the tensor has %" PRIu64 " bytes, but %" PRIu64 " of region %u were named", bytes, range->bytes,
+	                (unsigned)range->region);
 }
 
 static opd_status place(struct request *request, struct fetch *fetch)
 {
-	struct msg_tensor *source = request->message.fetch;
+	struct msg_tensor *source = request->message.fetch.tensor;
 	const struct kept_tensor *kept = request->tensor;
 	if (source->dtype == OPD_DTYPE_NONE) {
 		source->dtype = kept->dtype;
@@ -84,10 +131,11 @@ static opd_status place(struct request *request, struct fetch *fetch)
 	}
 	fetch->operand = (struct operand){.param = "the view", .source = source};
 	opd_status status = bind_place(&fetch_op, &fetch->operand, NULL, kept->bytes, false, &request->error);
-	if (status != OPD_OK || opd_tensor_contiguous(&fetch->operand.tensor))
+	if (status == OPD_OK)
+		status = check_room(request);
+	if (status != OPD_OK || range_of(request) != NULL || opd_tensor_contiguous(&fetch->operand.tensor))
 		return status;
-	return buffer_alloc(request->session->account, fetch->operand.tensor.elements * opd_dtype_bytes(source->dtype), 0, &request->payload,
-	                    &request->error);
+	return buffer_alloc(request->session->account, bytes_of(request), 0, &request->payload, &request->error);
 }
 
 /* The bytes are in host memory. */
@@ -104,10 +152,14 @@ static void fetch_here(struct request *request)
 	if (request->tensor->buffer->device != 0)
 		tensor->byte_offset = 0; /* only what is wanted came over */
 	tensor->data = request->staged->data;
-	if (request->payload == NULL)
+	if (target(request) == NULL) {
 		reply(request, opd_tensor_data(tensor));
-	else
+	} else if (opd_tensor_contiguous(tensor) && bytes_of(request) <= COPY_ON_LOOP_BYTES) {
+		fetch_task(request);
+		fetch_done(request);
+	} else {
 		request_task(request, fetch_task, fetch_done);
+	}
 }
 
 static void fetch_ready(struct request *request)
@@ -171,7 +223,9 @@ opd_status fetch_accept(struct request *request)
 	struct fetch *fetch = arena_zalloc(&request->arena, sizeof *fetch);
 	if (fetch == NULL)
 		return opd_fail(&request->error, OPD_RESOURCE_EXHAUSTED, "fetch: out of memory");
-	return take_accept(request, &fetch->take, request->message.fetch, "fetch", fetch_ready);
+	if (range_of(request) != NULL && shared_take_range(request, "fetch", "the range", range_of(request)) != OPD_OK)
+		return (opd_status)request->error.status;
+	return take_accept(request, &fetch->take, request->message.fetch.tensor, "fetch", fetch_ready);
 }
 
 void take_stop_waiting(struct request *request)

@@ -120,9 +120,6 @@ static opd_status add_input(struct graph *graph, const struct msg_graph_input *m
 	}
 	if (graph->state_count == BOUND_GRAPH_STATES)
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "graph: more than %u states", BOUND_GRAPH_STATES);
-	status = bind_kept(graph, &message->tensor, input, error);
-	if (status != OPD_OK)
-		return opd_error_prefix(error, status, "graph: input '%s'", input->name.data);
 	if (input->kind == MSG_GRAPH_STATE) {
 		input->state = graph->state_count;
 		graph->states[graph->state_count++] = (uint32_t)(input - graph->inputs);
@@ -166,14 +163,13 @@ static opd_status add_inputs(struct graph *graph, const struct msg_graph *messag
 	if (graph->inputs == NULL || graph->states == NULL || graph->schema.params == NULL || names == NULL)
 		return out_of_memory(error);
 	for (uint32_t i = 0; i < message->input_count; i++) {
-		graph->input_count = i + 1; /* what is bound so far is given back on failure */
+		graph->input_count = i + 1;
 		opd_status status = add_input(graph, &message->inputs[i], &graph->inputs[i], error);
 		if (status != OPD_OK)
 			return status;
 		names[i] = graph->inputs[i].name;
 	}
-	opd_status status = sort_slots(graph, error);
-	return status == OPD_OK ? graph_check_unique(scratch, "input", names, message->input_count, error) : status;
+	return graph_check_unique(scratch, "input", names, message->input_count, error);
 }
 
 /* ---- What its runs are calls of ---- */
@@ -204,7 +200,7 @@ static bool write_schema(struct graph *graph)
 
 /* ---- Life ---- */
 
-static opd_status fill(struct graph *graph, const struct snapshot *snapshot, const struct msg_graph *message, opd_error *error)
+static opd_status describe(struct graph *graph, const struct snapshot *snapshot, const struct msg_graph *message, opd_error *error)
 {
 	struct arena scratch;
 	arena_init(&scratch, GRAPH_ARENA_BYTES);
@@ -219,27 +215,54 @@ static opd_status fill(struct graph *graph, const struct snapshot *snapshot, con
 		status = graph_check(graph, snapshot, message, error);
 	if (status == OPD_OK && !write_schema(graph))
 		status = out_of_memory(error);
-	if (status != OPD_OK)
-		return status;
-	uint64_t bytes = sizeof *graph + graph->arena.used_bytes;
-	status = account_charge(graph->session->account, bytes, error);
-	if (status != OPD_OK)
-		return opd_error_prefix(error, status, "graph '%s'", graph->name.data);
-	graph->charged_bytes = bytes;
-	return OPD_OK;
+	return status;
 }
 
-opd_status graph_create(struct session *session, const struct snapshot *snapshot, const struct msg_graph *message, uint64_t id,
-                        struct graph **graph_out, opd_error *error)
+opd_status graph_describe(const struct snapshot *snapshot, const struct msg_graph *message, uint64_t id, struct graph **graph_out, opd_error *error)
 {
 	struct graph *graph = calloc(1, sizeof *graph);
 	if (graph == NULL)
 		return out_of_memory(error);
 	graph->refs = 1;
 	graph->id = id;
-	graph->session = session;
 	arena_init(&graph->arena, GRAPH_ARENA_BYTES);
-	opd_status status = fill(graph, snapshot, message, error);
+	opd_status status = describe(graph, snapshot, message, error);
+	if (status == OPD_OK)
+		*graph_out = graph;
+	else
+		graph_unref(graph);
+	return status;
+}
+
+opd_status graph_bind(struct graph *graph, struct session *session, const struct msg_graph *message, opd_error *error)
+{
+	opd_status status = OPD_OK;
+	graph->session = session;
+	for (uint32_t i = 0; i < graph->input_count && status == OPD_OK; i++)
+		if (graph->inputs[i].kind != MSG_GRAPH_INPUT && bind_kept(graph, &message->inputs[i].tensor, &graph->inputs[i], error) != OPD_OK)
+			status = opd_error_prefix(error, (opd_status)error->status, "graph: input '%s'", graph->inputs[i].name.data);
+	if (status == OPD_OK)
+		status = sort_slots(graph, error);
+	if (status != OPD_OK)
+		return status;
+	uint64_t bytes = sizeof *graph + graph->arena.used_bytes;
+	status = account_charge(session->account, bytes, error);
+	if (status != OPD_OK)
+		return opd_error_prefix(error, status, "graph '%s'", graph->name.data);
+	graph->charged_bytes = bytes;
+	return OPD_OK;
+}
+
+opd_status graph_create(struct request *request, const struct msg_graph *message, uint64_t id, struct graph **graph_out)
+{
+	struct graph *graph = request->described; /* made on a lane, or found wrong there */
+	opd_error *error = &request->error;
+	opd_status status = (opd_status)error->status;
+	request->described = NULL;
+	if (graph == NULL && status == OPD_OK)
+		status = graph_describe(request->snapshot, message, id, &graph, error);
+	if (status == OPD_OK)
+		status = graph_bind(graph, request->session, message, error);
 	if (status == OPD_OK)
 		*graph_out = graph;
 	else
@@ -334,8 +357,7 @@ opd_status graph_register_accept(struct request *request)
 	struct graph *graph = NULL;
 	if (graphs_get(request->session) == NULL)
 		return out_of_memory(&request->error);
-	opd_status status =
-	    graph_create(request->session, request->snapshot, &request->message.graph, request->id, &graph, &request->error);
+	opd_status status = graph_create(request, &request->message.graph, request->id, &graph);
 	if (status == OPD_OK)
 		status = table_add(request->session, graph, &request->error);
 	if (status == OPD_OK)

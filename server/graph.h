@@ -1,7 +1,7 @@
 /* A registered graph: ops whose operands are the graph's inputs or other nodes' outputs, checked once, run many times.
  *
  * Layer: server, beside run.c. Threads: its session's; while a run of it is in a lane that run alone has `prepared`.
- * Life: graph_create (checks everything that needs no shapes) → runs (server/graph_run.h) → graph_unref by the table and by each
+ * Life: graph_create (graph_describe checks everything that needs neither shapes nor a session, graph_bind the rest) → runs (server/graph_run.h) → graph_unref by the table and by each
  * run. Ownership: the description is copied into the graph's own arena and charged to the session; constants are referenced, so
  * that a freed handle doesn't touch them; a state is followed by slot and lineage through every donation, by this graph's runs,
  * another's or a request's. Errors name the graph, the node ("node 'attn'"), the parameter, the value and what was expected; a
@@ -103,9 +103,13 @@ struct graphs {
 	bool scheduling;
 };
 
-/* Checks and copies. Everything of `message` may go afterwards. */
-OPD_MUST_USE opd_status graph_create(struct session *session, const struct snapshot *snapshot, const struct msg_graph *message,
-                                     uint64_t id, struct graph **graph_out, opd_error *error);
+/* Checks and copies all that needs no session: on any thread. */
+OPD_MUST_USE opd_status graph_describe(const struct snapshot *snapshot, const struct msg_graph *message, uint64_t id, struct graph **graph_out,
+                                       opd_error *error);
+/* Binds constants and states of what `message` describes, and charges it. Not OK: graph_unref is still to be called. */
+OPD_MUST_USE opd_status graph_bind(struct graph *graph, struct session *session, const struct msg_graph *message, opd_error *error);
+/* Both, for a request; the first may have been done on a lane (request_decode). Everything of `message` may go afterwards. */
+OPD_MUST_USE opd_status graph_create(struct request *request, const struct msg_graph *message, uint64_t id, struct graph **graph_out);
 struct graph *graph_ref(struct graph *graph);
 void graph_unref(struct graph *graph);
 /* "node 'attn'" before the error's text. */

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "proto/tensor.h"
+#include "server/containment.h"
 #include "server/daemon.h"
 #include "server/derived.h"
 #include "server/graph_run.h"
@@ -186,10 +187,17 @@ static opd_status run_step(struct graph_run *run, const struct step *step, opd_e
 		set_canaries(step);
 	status = step->impl->def->run(step->impl->def, step->impl->state, &step->bound.call, exec, error);
 	derived_end(run->request->context->server->derived, ((struct lane_exec *)exec->lane)->derived);
-	if (status != OPD_OK)
-		return step_failed(step, status, " failed", error);
+	struct containment *containment = run->request->context->server->containment;
+	if (status != OPD_OK) {
+		status = step_failed(step, status, " failed", error);
+		containment_note(containment, step->impl, status);
+		return status;
+	}
 	make_copies(prepared, step->copies, step->copy_count);
-	return prepared->checked ? check_canaries(step, error) : OPD_OK;
+	status = prepared->checked ? check_canaries(step, error) : OPD_OK;
+	if (status != OPD_OK)
+		containment_failed(containment, step->impl, FAILURE_OVERRUN);
+	return status;
 }
 
 /* Whoever would have failed first had one thread run them all: steps before it are still run, so that they can fail too, and none behind it. What depends on a

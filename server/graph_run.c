@@ -21,7 +21,7 @@ static opd_status find_graph(struct request *request, struct graph **graph_out)
 	if (graphs_get(request->session) == NULL)
 		return out_of_memory(request);
 	if (message->once != NULL && message->graph == 0)
-		return graph_create(request->session, request->snapshot, message->once, 0, graph_out, &request->error);
+		return graph_create(request, message->once, 0, graph_out);
 	if (message->once != NULL)
 		return opd_fail(&request->error, OPD_INVALID_ARGUMENT,
 		                "run_graph: names graph %" PRIu64 " and brings one: expected one of them", message->graph);

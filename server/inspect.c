@@ -1,10 +1,12 @@
 /* What the daemon says of itself: ops, one op, providers, the daemon. */
 #include <inttypes.h>
+#include <stdio.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "proto/bounds.h"
 #include "proto/text.h"
+#include "server/containment.h"
 #include "server/daemon.h"
 #include "server/derived.h"
 #include "server/listener.h"
@@ -36,13 +38,31 @@ void inspect_ops(struct request *request)
 	request_reply(request, MSG_REPLY_OPS);
 }
 
-static void fill_impl(const struct op *op, const struct impl *impl, struct msg_impl *out)
+/* Why an implementation can't run now; no text: it can. False: out of memory. */
+static bool fill_reason(struct request *request, const struct impl *impl, struct msg_text *out)
+{
+	opd_reason_code code;
+	const char *reason = snapshot_unsupported(request->snapshot, impl, &code);
+	if (reason == NULL || code != OPD_REASON_QUARANTINE) {
+		*out = msg_text(reason);
+		return true;
+	}
+	char text[320];
+	(void)snprintf(text, sizeof text, "quarantined: %s", reason);
+	*out = msg_text(arena_text(&request->arena, text, strlen(text)));
+	return out->data != NULL;
+}
+
+static bool fill_impl(struct request *request, const struct op *op, const struct impl *impl, struct msg_impl *out)
 {
 	const opd_impl *def = impl->def;
+	struct msg_text reason;
+	if (!fill_reason(request, impl, &reason))
+		return false;
 	*out = (struct msg_impl){
 		.provider = msg_text(impl->provider->name),
-		.supported = impl->supported,
-		.reason = msg_text(impl->unsupported),
+		.supported = reason.data == NULL,
+		.reason = reason,
 		.predicate = def->predicate != NULL || impl->params != op->schema->param_count,
 		.plan_may_refuse = (def->flags & OPD_IMPL_PLAN_MAY_REFUSE) != 0,
 		.in_place = (def->flags & OPD_IMPL_IN_PLACE) != 0,
@@ -53,6 +73,7 @@ static void fill_impl(const struct op *op, const struct impl *impl, struct msg_i
 		.schema = msg_text(def->schema == NULL ? op->schema->text : def->schema),
 		.uuid = msg_text(def->uuid),
 	};
+	return true;
 }
 
 /* "rows,hidden" as a list. */
@@ -120,9 +141,21 @@ void inspect_op(struct request *request)
 		fail_memory(request, "describe");
 		return;
 	}
-	for (uint32_t i = 0; i < op->impl_count; i++)
-		fill_impl(op, op->impls[i], &impls[i]);
+	for (uint32_t i = 0; i < op->impl_count; i++) {
+		if (!fill_impl(request, op, op->impls[i], &impls[i])) {
+			fail_memory(request, "describe");
+			return;
+		}
+	}
 	request_reply(request, MSG_REPLY_OP);
+}
+
+/* "relu: 5 failures (kernel error 5)"; NULL: out of memory. */
+static const char *quarantine_text(struct request *request, const struct op *op, const char *reason)
+{
+	char text[320];
+	(void)snprintf(text, sizeof text, "%s: %s", op->schema->name, reason);
+	return arena_text(&request->arena, text, strlen(text));
 }
 
 /* Available: it has an implementation that can run here, or devices. Otherwise the first reason there is. */
@@ -131,8 +164,11 @@ static bool fill_provider(struct request *request, const struct provider *provid
 	const struct snapshot *snapshot = request->snapshot;
 	struct msg_text *ops = arena_array(&request->arena, snapshot->op_count, sizeof ops[0]);
 	struct msg_text *devices = arena_array(&request->arena, snapshot->device_count, sizeof devices[0]);
-	if (ops == NULL || devices == NULL)
+	struct msg_text *quarantined = arena_array(&request->arena, snapshot->op_count, sizeof quarantined[0]);
+	if (ops == NULL || devices == NULL || quarantined == NULL)
 		return false;
+	out->quarantined = quarantined;
+	out->failures = containment_failures(request->context->server->containment, provider);
 	out->name = msg_text(provider->name);
 	out->version = msg_text(provider->version);
 	out->source = msg_text(provider->source);
@@ -144,9 +180,18 @@ static bool fill_provider(struct request *request, const struct provider *provid
 		if (impl == NULL)
 			continue;
 		ops[out->op_count++] = msg_text(snapshot->ops[i].schema->name);
-		out->available = out->available || impl->supported;
-		if (!impl->supported && out->reason.data == NULL)
-			out->reason = msg_text(impl->unsupported);
+		struct msg_text reason;
+		if (!fill_reason(request, impl, &reason))
+			return false;
+		out->available = out->available || reason.data == NULL;
+		if (out->reason.data == NULL)
+			out->reason = reason;
+		const char *out_for = snapshot->quarantined[impl->index];
+		if (out_for == NULL)
+			continue;
+		quarantined[out->quarantined_count] = msg_text(quarantine_text(request, &snapshot->ops[i], out_for));
+		if (quarantined[out->quarantined_count++].data == NULL)
+			return false;
 	}
 	for (uint32_t i = 1; i < snapshot->device_count && provider->module != NULL; i++)
 		if (snapshot->devices[i].state == provider->module->state)

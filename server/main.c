@@ -277,6 +277,13 @@ static void print_lists(const struct config *config)
 			(void)printf(", %" PRIu32 " sessions", policy->sessions);
 		(void)printf("\n");
 	}
+	for (size_t i = 0; i < config->provider_count; i++) {
+		const struct provider_policy *policy = &config->providers[i].policy;
+		(void)printf("provider: %s = checked: %s", config->providers[i].name, policy->checked ? "true" : "false");
+		if (policy->budget_us != 0)
+			(void)printf(", budget %" PRIu64 " ms", policy->budget_us / 1000);
+		(void)printf("\n");
+	}
 	for (size_t i = 0; i < config->module_count; i++) {
 		(void)printf("module: %s%s", config->modules[i].name != NULL ? config->modules[i].name : "", config->modules[i].name != NULL ? " = " : "");
 		print_text(config->modules[i].path);
@@ -302,6 +309,8 @@ static void print_summary(const struct config *config)
 	             limits->stall_us / 1000, limits->drain_us / 1000);
 	(void)printf("threads: %" PRIu32 "%s, inline: %" PRIu64 " ns, checked: %s\n", config->threads,
 	             config->threads == 0 ? " (one a core)" : "", config->inline_ns, config->checked ? "true" : "false");
+	(void)printf("quarantine: %" PRIu32 " failures, %" PRIu32 " of a provider, in %" PRIu64 " ms, for %" PRIu64 " ms\n", config->quarantine.failures,
+	             config->quarantine.provider_failures, config->quarantine.window_us / 1000, config->quarantine.cooldown_us / 1000);
 	(void)printf("polling: window %" PRIu64 " us, budget %" PRIu64 " us of a second\n", config->polling_window_us, config->polling_budget_us);
 	(void)printf("log: %s, %s, ", log_level_name(config->level), config->format == LOG_JSON ? "json" : "text");
 	print_text(config->log_path != NULL ? config->log_path : "stderr");

@@ -210,8 +210,10 @@ static bool cut_take(struct cut *cut, const struct snapshot *snapshot, const str
 			cut_skip(cut, provider->name, OPD_REASON_NO_IMPLEMENTATION, op->schema->name);
 		return false;
 	}
-	if (!impl->supported) {
-		cut_skip(cut, provider->name, impl->unsupported_code, impl->unsupported);
+	opd_reason_code code;
+	const char *unsupported = snapshot_unsupported(snapshot, impl, &code);
+	if (unsupported != NULL) {
+		cut_skip(cut, provider->name, code, unsupported);
 		return false;
 	}
 	const char *missing = device_missing(snapshot, impl);

@@ -121,6 +121,7 @@ static opd_status add_impl(struct registry *registry, struct module *module, con
 		.state = module->state,
 		.provider = provider,
 		.op_index = op_index,
+		.index = registry->impl_count,
 		.params = params,
 		.supported = def->unsupported == NULL,
 		.unsupported = def->unsupported,
@@ -129,6 +130,7 @@ static opd_status add_impl(struct registry *registry, struct module *module, con
 		.complete = def->predicate == NULL && (def->flags & OPD_IMPL_PLAN_MAY_REFUSE) == 0 &&
 		            params == registry->ops[op_index].schema->param_count,
 	};
+	registry->impls_out[impl->index] = NULL;
 	registry->impls[registry->impl_count++] = impl;
 	return OPD_OK;
 }

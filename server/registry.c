@@ -3,6 +3,8 @@
 
 #include <assert.h>
 #include <inttypes.h>
+#include <stdarg.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -18,18 +20,34 @@ struct entry *registry_find(struct registry *registry, const char *name)
 	return NULL;
 }
 
-opd_status registry_publish(struct registry *registry, opd_error *error)
+static void make_current(struct registry *registry, struct snapshot *snapshot)
 {
-	struct snapshot *snapshot = snapshot_create(registry);
-	if (snapshot == NULL)
-		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "registry: out of memory");
 	(void)pthread_mutex_lock(&registry->current_mutex);
 	struct snapshot *before = registry->current;
 	registry->current = snapshot;
 	atomic_store_explicit(&registry->version, snapshot->version, memory_order_release);
 	(void)pthread_mutex_unlock(&registry->current_mutex);
 	snapshot_unref(before);
+}
+
+opd_status registry_publish(struct registry *registry, opd_error *error)
+{
+	struct snapshot *snapshot = snapshot_create(registry);
+	if (snapshot == NULL)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "registry: out of memory");
+	if (registry->change == NULL) {
+		make_current(registry, snapshot);
+	} else {
+		snapshot_unref(registry->staged);
+		registry->staged = snapshot;
+	}
 	return OPD_OK;
+}
+
+/* What a writer builds on. */
+static const struct snapshot *newest(const struct registry *registry)
+{
+	return registry->staged != NULL ? registry->staged : registry->current;
 }
 
 struct snapshot *registry_snapshot(struct registry *registry)
@@ -233,6 +251,78 @@ opd_status registry_load(struct registry *registry, const char *path, const char
 	return status;
 }
 
+/* ---- Changes of several steps ---- */
+
+struct registry_change {
+	struct registry *registry;
+	struct mark mark;
+	struct module *modules; /* the newest one of before */
+	uint32_t provider_count;
+	struct provider *providers[REGISTRY_PROVIDERS_MAX];
+};
+
+opd_status registry_change_begin(struct registry *registry, struct registry_change **change_out, opd_error *error)
+{
+	struct registry_change *change = calloc(1, sizeof *change);
+	if (change == NULL)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "registry: out of memory");
+	(void)pthread_mutex_lock(&registry->mutex);
+	change->registry = registry;
+	change->mark = (struct mark){registry->op_count, registry->impl_count, registry->device_count};
+	change->modules = registry->modules;
+	change->provider_count = registry->provider_count;
+	memcpy(change->providers, registry->providers, registry->provider_count * sizeof registry->providers[0]);
+	registry->change = change;
+	*change_out = change;
+	return OPD_OK;
+}
+
+static void change_end(struct registry_change *change)
+{
+	struct registry *registry = change->registry;
+	registry->staged = NULL;
+	registry->change = NULL;
+	(void)pthread_mutex_unlock(&registry->mutex);
+	free(change);
+}
+
+void registry_change_commit(struct registry_change *change)
+{
+	struct registry *registry = change->registry;
+	if (registry->staged != NULL)
+		make_current(registry, registry->staged);
+	change_end(change);
+}
+
+/* Names that are new, or have taken the place of those that were missing. */
+static void restore_providers(struct registry *registry, const struct registry_change *change)
+{
+	for (uint32_t i = 0; i < registry->provider_count; i++) {
+		struct provider *before = i < change->provider_count ? change->providers[i] : NULL;
+		struct provider *provider = registry->providers[i];
+		if (provider == before)
+			continue;
+		provider->replaced = NULL;
+		provider_destroy(provider);
+		registry->providers[i] = before;
+	}
+	registry->provider_count = change->provider_count;
+}
+
+void registry_change_cancel(struct registry_change *change)
+{
+	struct registry *registry = change->registry;
+	snapshot_unref(registry->staged);
+	roll_back(registry, &change->mark);
+	restore_providers(registry, change);
+	while (registry->modules != change->modules) {
+		struct module *module = registry->modules;
+		registry->modules = module->next;
+		module_destroy(module, true);
+	}
+	change_end(change);
+}
+
 /* ---- Life ---- */
 
 opd_status registry_create(struct log *log, const struct registry_services *services, struct registry **registry_out, opd_error *error)
@@ -262,16 +352,28 @@ opd_status registry_create(struct log *log, const struct registry_services *serv
 	return OPD_OK;
 }
 
+/* The text as long as the registry lives; NULL: out of memory. Devices and kernels fail seldom, and a cool-down lies between two quarantines. */
+OPD_PRINTF(2, 3)
+static const char *keep_text(struct registry *registry, const char *format, ...)
+{
+	char text[OPD_ERROR_TEXT_BYTES];
+	va_list args;
+	va_start(args, format);
+	(void)vsnprintf(text, sizeof text, format, args);
+	va_end(args);
+	struct lost_text *kept = malloc(sizeof *kept + strlen(text) + 1);
+	if (kept == NULL)
+		return NULL;
+	memcpy(kept->text, text, strlen(text) + 1);
+	kept->next = registry->lost_texts;
+	registry->lost_texts = kept;
+	return kept->text;
+}
+
 static const char *remember_lost(struct registry *registry, const char *device, const char *reason)
 {
-	const size_t bytes = strlen(device) + strlen(reason) + sizeof " is lost: ";
-	struct lost_text *lost = malloc(sizeof *lost + bytes);
-	if (lost == NULL)
-		return "the device is lost";
-	(void)snprintf(lost->text, bytes, "%s is lost: %s", device, reason);
-	lost->next = registry->lost_texts;
-	registry->lost_texts = lost;
-	return lost->text;
+	const char *text = keep_text(registry, "%s is lost: %s", device, reason);
+	return text == NULL ? "the device is lost" : text;
 }
 
 void registry_set_lost(struct registry *registry, uint32_t device, const char *reason)
@@ -283,6 +385,28 @@ void registry_set_lost(struct registry *registry, uint32_t device, const char *r
 	if (registry_publish(registry, &error) != OPD_OK)
 		LOG(registry->log, LOG_WARN, "a device's loss shows with the next change only", LOG_STR("device", lost->name), LOG_STR("error", error.text));
 	(void)pthread_mutex_unlock(&registry->mutex);
+}
+
+bool registry_try_quarantine(struct registry *registry, const struct provider *provider, const struct impl *impl, const char *reason)
+{
+	opd_error error;
+	if (pthread_mutex_trylock(&registry->mutex) != 0)
+		return false;
+	const char **out = impl != NULL ? &registry->impls_out[impl->index] : &registry->providers_out[provider->index];
+	const char *before = *out;
+	const char *text = reason == NULL ? NULL : keep_text(registry, "%s", reason);
+	*out = reason != NULL && text == NULL ? "too many failures" : text;
+	const bool published = registry_publish(registry, &error) == OPD_OK;
+	if (!published)
+		*out = before;
+	(void)pthread_mutex_unlock(&registry->mutex);
+	return published;
+}
+
+/* An op that has implementations stays where it is, and so does its name. */
+const char *registry_op_name(const struct registry *registry, const struct impl *impl)
+{
+	return registry->ops[impl->op_index].schema->name;
 }
 
 void registry_destroy(struct registry *registry)
@@ -331,7 +455,7 @@ static opd_status make_list(struct registry *registry, int level, const char *na
                             struct plist **list_out, struct plist ***slot_out, opd_error *error)
 {
 	bool star = name == NULL || strcmp(name, "*") == 0;
-	const struct op *op = star ? NULL : snapshot_find_op(registry->current, msg_text(name), error);
+	const struct op *op = star ? NULL : snapshot_find_op(newest(registry), msg_text(name), error);
 	if (!star && op == NULL)
 		return OPD_NOT_FOUND;
 	*slot_out = list_slot(registry, level, star ? NULL : &registry->ops[op->index]);
@@ -343,7 +467,7 @@ static opd_status make_list(struct registry *registry, int level, const char *na
 		return opd_fail(error, OPD_INVALID_ARGUMENT, "priority list of %u providers, at most %u", (unsigned)count, BOUND_PROVIDERS);
 	for (uint32_t i = 0; i < count; i++)
 		texts[i] = msg_text(names[i]);
-	opd_status status = plist_check(registry->current, op, texts, count, error);
+	opd_status status = plist_check(newest(registry), op, texts, count, error);
 	if (status != OPD_OK)
 		return status;
 	*list_out = plist_create((msg_level)level, star, texts, count);
@@ -401,7 +525,7 @@ static opd_status configured_plain(struct registry *registry, struct configured 
 static opd_status configured_narrow(struct registry *registry, struct configured *configured, const struct registry_list *list,
                                     const struct priority_key *key, opd_error *error)
 {
-	const struct op *op = snapshot_find_op(registry->current, (struct msg_text){list->op, key->op_bytes}, error);
+	const struct op *op = snapshot_find_op(newest(registry), (struct msg_text){list->op, key->op_bytes}, error);
 	if (op == NULL)
 		return OPD_NOT_FOUND;
 	struct plist *plain = configured->lists[op->index];

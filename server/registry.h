@@ -44,6 +44,7 @@ struct impl {
 	void *state; /* of its module */
 	const struct provider *provider;
 	uint32_t op_index;
+	uint32_t index;  /* among all implementations */
 	uint32_t params; /* of its schema: fewer than the op's, and it refuses calls that use the others */
 	bool supported;  /* statically */
 	bool complete;   /* takes all arguments: no predicate, no plan that may refuse, the op's whole schema */
@@ -82,6 +83,8 @@ struct snapshot {
 	const struct provider *const *providers;
 	uint32_t device_count;
 	const struct device *devices; /* [0] is the host */
+	uint32_t impl_count;
+	const char **quarantined; /* by impl->index: why it was taken out; NULL: it wasn't */
 };
 
 struct registry;
@@ -105,6 +108,13 @@ void registry_destroy(struct registry *registry);
 OPD_MUST_USE opd_status registry_open_builtin(struct registry *registry, const opd_module *module, opd_error *error);
 OPD_MUST_USE opd_status registry_load(struct registry *registry, const char *path, const char *name, bool remember, opd_error *error);
 
+/* A change of several steps: from begin to its end nothing that is loaded, remembered or set is published, and cancel takes all of it back (modules that were opened are closed). The
+ * registry's writer lock is held meanwhile: all on one thread. The configuration's lists are set last: they aren't taken back. */
+struct registry_change;
+OPD_MUST_USE opd_status registry_change_begin(struct registry *registry, struct registry_change **change_out, opd_error *error);
+void registry_change_commit(struct registry_change *change);
+void registry_change_cancel(struct registry_change *change);
+
 /* A name that lists may use although no module of it is there (SEMANTICS 16), with the reason why. Nothing happens when there is a provider of this name. */
 void registry_remember(struct registry *registry, const char *name, const char *reason);
 
@@ -113,6 +123,11 @@ OPD_MUST_USE opd_status registry_set_shape(struct registry *registry, const char
 
 /* A device can't be used any more, or (NULL) can again: implementations of its kind count as unsupported while none of the kind is left. Any thread. */
 void registry_set_lost(struct registry *registry, uint32_t device, const char *reason);
+
+/* An implementation (NULL: all of the provider's) counts as unsupported from now on, with this reason; NULL: as registered again. Any thread; false: a module is being opened or there is no
+ * memory, and nothing has changed: try again. */
+OPD_MUST_USE bool registry_try_quarantine(struct registry *registry, const struct provider *provider, const struct impl *impl, const char *reason);
+const char *registry_op_name(const struct registry *registry, const struct impl *impl); /* any thread */
 
 /* The newest snapshot, referenced. */
 struct snapshot *registry_snapshot(struct registry *registry);
@@ -126,6 +141,8 @@ const struct op *snapshot_op(const struct snapshot *snapshot, const char *name, 
 const struct op *snapshot_find_op(const struct snapshot *snapshot, struct msg_text name, opd_error *error);
 const struct provider *snapshot_provider(const struct snapshot *snapshot, const char *name, size_t bytes);
 const struct impl *op_impl(const struct op *op, const struct provider *provider);
+/* Why it can't run whatever the call (code in *code_out), statically or since it was quarantined; NULL: it can. */
+const char *snapshot_unsupported(const struct snapshot *snapshot, const struct impl *impl, opd_reason_code *code_out);
 
 /* The lists below all sessions: the server's defaults and the configuration's. `op` NULL: `*`. names NULL: clear. INVALID_ARGUMENT or NOT_FOUND, and nothing changes, when a name isn't
  * a provider of the op (SEMANTICS 16). level: MSG_LEVEL_SERVER or MSG_LEVEL_CONFIGURATION. */

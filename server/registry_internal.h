@@ -28,6 +28,8 @@ struct registry {
 	pthread_t opening_thread;     /* on this thread */
 	pthread_mutex_t current_mutex; /* of `current` alone: a module may take long to open, and nobody waits for it to read the registry */
 	struct snapshot *current;
+	struct snapshot *staged; /* what a change of several steps would publish so far */
+	struct registry_change *change; /* NULL: changes are published one by one */
 	_Atomic uint64_t version;
 	uint32_t op_count;
 	struct entry ops[REGISTRY_OPS_MAX];
@@ -37,7 +39,9 @@ struct registry {
 	struct provider *providers[REGISTRY_PROVIDERS_MAX];
 	uint32_t device_count;
 	struct device devices[REGISTRY_DEVICES_MAX];
-	struct lost_text *lost_texts; /* of devices: snapshots may still show those of before */
+	struct lost_text *lost_texts; /* of lost devices, and of quarantines: snapshots may still show those of before */
+	const char *impls_out[REGISTRY_IMPLS_MAX];         /* why an implementation is quarantined; NULL: it isn't */
+	const char *providers_out[REGISTRY_PROVIDERS_MAX]; /* … or all of a provider's */
 	struct module *modules; /* newest first */
 	struct plist *server_star;
 	struct plist *configuration_star;

@@ -66,27 +66,83 @@ static void apply_policy(struct tenant *tenant, void *argument)
 	lane_scheduler_unlock(server->lane);
 }
 
-opd_status server_reload(struct server *server, struct config *config, opd_error *error)
+/* What can't change while running. */
+static opd_status check_fixed(const struct config *before, const struct config *config, opd_error *error)
 {
-	const struct config *before = server->config;
 	if (!same_listeners(before, config))
-		return opd_fail(error, OPD_FAILED_PRECONDITION, "reload: listeners can't change while running: restart the daemon");
+		return opd_fail(error, OPD_FAILED_PRECONDITION, "listeners can't change while running: restart the daemon");
 	if (before->threads != config->threads)
-		return opd_fail(error, OPD_FAILED_PRECONDITION, "reload: threads can't change while running (%u to %u): restart the daemon",
+		return opd_fail(error, OPD_FAILED_PRECONDITION, "threads can't change while running (%u to %u): restart the daemon",
 		                (unsigned)before->threads, (unsigned)config->threads);
 	if (before->format != config->format || !same_text(before->log_path, config->log_path))
-		return opd_fail(error, OPD_FAILED_PRECONDITION, "reload: log.file and log.format can't change while running: restart the daemon");
-	for (size_t i = 0; i < config->module_count; i++) {
+		return opd_fail(error, OPD_FAILED_PRECONDITION, "log.file and log.format can't change while running: restart the daemon");
+	return OPD_OK;
+}
+
+static opd_status load_new_modules(struct server *server, const struct config *config, opd_error *error)
+{
+	opd_status status = OPD_OK;
+	for (size_t i = 0; status == OPD_OK && i < config->module_count; i++) {
 		const struct config_module *module = &config->modules[i];
-		if (!module_known(before, module->path)) {
-			opd_status status = registry_load(server->registry, module->path, module->name, false, error);
-			if (status != OPD_OK)
-				return opd_error_prefix(error, status, "reload");
-		}
+		if (!module_known(server->config, module->path))
+			status = registry_load(server->registry, module->path, module->name, false, error);
 	}
-	opd_status status = server_set_priorities(server, config, error);
+	return status;
+}
+
+/* New modules and the lists that may name them: all or none. */
+static opd_status change_registry(struct server *server, const struct config *config, opd_error *error)
+{
+	struct registry_change *change;
+	opd_status status = registry_change_begin(server->registry, &change, error);
 	if (status != OPD_OK)
-		return opd_error_prefix(error, status, "reload");
+		return status;
+	status = load_new_modules(server, config, error);
+	if (status == OPD_OK)
+		status = server_set_priorities(server, config, error);
+	if (status == OPD_OK)
+		registry_change_commit(change);
+	else
+		registry_change_cancel(change);
+	return status;
+}
+
+/* ---- The difference ---- */
+
+#define CHANGES_LOGGED 64u
+
+struct changes {
+	struct log *log;
+	uint64_t count;
+};
+
+static void log_change(const char *key, const char *before, const char *after, void *argument)
+{
+	struct changes *changes = argument;
+	if (changes->count++ < CHANGES_LOGGED)
+		LOG(changes->log, LOG_INFO, "configuration changed", LOG_STR("key", key), LOG_STR("old", before == NULL ? "(none)" : before),
+		    LOG_STR("new", after == NULL ? "(none)" : after));
+}
+
+static void log_changes(struct server *server, const struct config *before, const struct config *config)
+{
+	struct changes changes = {.log = server->log};
+	opd_error error;
+	if (config_compare(before, config, log_change, &changes, &error) != OPD_OK)
+		LOG(server->log, LOG_WARN, "what has changed isn't known", LOG_STR("error", error.text));
+	LOG(server->log, LOG_INFO, "configuration reloaded", LOG_STR("path", config->path), LOG_UINT("changes", changes.count));
+}
+
+static void warn_of_modules_that_stay(struct server *server, const struct config *before, const struct config *config)
+{
+	for (size_t i = 0; i < before->module_count; i++)
+		if (!module_known(config, before->modules[i].path))
+			LOG(server->log, LOG_WARN, "a module stays loaded until a restart", LOG_STR("path", before->modules[i].path));
+}
+
+/* Nothing here fails. */
+static void take(struct server *server, struct config *config)
+{
 	log_set_level(server->log, config->level);
 	server_take_config(server, config);
 	server_bound_queues(server);
@@ -94,8 +150,20 @@ opd_status server_reload(struct server *server, struct config *config, opd_error
 	atomic_store(&server->memory.limit_bytes, config->limits.memory_bytes);
 	derived_set_limit(server->derived, config->limits.derived_bytes);
 	atomic_store(&server->account->limit_bytes, config->limits.memory_bytes);
-	config_destroy((struct config *)before);
-	LOG(server->log, LOG_INFO, "configuration reloaded", LOG_STR("path", config->path));
+}
+
+opd_status server_reload(struct server *server, struct config *config, opd_error *error)
+{
+	struct config *before = server->config;
+	opd_status status = check_fixed(before, config, error);
+	if (status == OPD_OK)
+		status = change_registry(server, config, error);
+	if (status != OPD_OK)
+		return opd_error_prefix(error, status, "reload");
+	take(server, config);
+	log_changes(server, before, config);
+	warn_of_modules_that_stay(server, before, config);
+	config_destroy(before);
 	tls_context_log(config->tls_context, server->log);
 	return OPD_OK;
 }

@@ -9,6 +9,7 @@
 #include "proto/tensor.h"
 #include "proto/text.h"
 #include "server/daemon.h"
+#include "server/graph.h"
 #include "server/ring.h"
 #include "server/shared.h"
 
@@ -159,6 +160,7 @@ static const struct step {
 	[MSG_REQUEST_DETACH_MEMORY] = {"detach_memory", NULL, region_detach_start, false},
 	[MSG_REQUEST_ATTACH_RINGS] = {"attach_rings", NULL, ring_attach_start, false},
 	[MSG_REQUEST_LIST_SESSIONS] = {"list_sessions", NULL, inspect_sessions, false},
+	[MSG_REQUEST_RESTORE_PROVIDER] = {"restore_provider", NULL, admin_restore_provider, true},
 	[MSG_REQUEST_SET_SESSION] = {"set_session", NULL, admin_set_session, true},
 	[MSG_REQUEST_REGISTER_GRAPH] = {"register_graph", graph_register_accept, graph_register_start, false},
 	[MSG_REQUEST_RUN_GRAPH] = {"run_graph", run_accept, run_start, false},
@@ -206,6 +208,8 @@ void request_release(struct request *request)
 	buffer_unref(request->payload);
 	buffer_unref(request->staged);
 	kept_tensor_unref(request->tensor);
+	graph_unref(request->described);
+	free(request->envelope_memory);
 	snapshot_unref(request->snapshot);
 	if (request->arena_charged_bytes != 0)
 		account_release(request->session->account, request->arena_charged_bytes);
@@ -240,10 +244,8 @@ static opd_status charge_arena(struct request *request)
 	return OPD_OK;
 }
 
-opd_status request_accept(struct request *request, const uint8_t *envelope, size_t bytes, uint64_t payload_bytes)
+static opd_status accept_decoded(struct request *request, opd_status status, uint64_t payload_bytes)
 {
-	request->clock.received = request_now_ns();
-	opd_status status = codec_decode_request(&request->arena, envelope, bytes, &request->message, &request->error);
 	if (status == OPD_OK)
 		status = charge_arena(request);
 	if (status == OPD_OK)
@@ -254,12 +256,58 @@ opd_status request_accept(struct request *request, const uint8_t *envelope, size
 	return status;
 }
 
+/* The graph that a request brings; NULL: none. */
+static const struct msg_graph *graph_of(const struct msg_request *message)
+{
+	if (message->kind == MSG_REQUEST_REGISTER_GRAPH)
+		return &message->graph;
+	return message->kind == MSG_REQUEST_RUN_GRAPH && message->run.graph == 0 ? message->run.once : NULL;
+}
+
+/* A graph that is wrong is refused when it is accepted: graph_create finds the error. */
+static void decode_task(struct request *request)
+{
+	request->status = codec_decode_request(&request->arena, request->envelope, request->envelope_bytes, &request->message, &request->error);
+	free(request->envelope_memory);
+	request->envelope_memory = NULL;
+	const struct msg_graph *graph = request->status == OPD_OK ? graph_of(&request->message) : NULL;
+	const uint64_t id = request->message.kind == MSG_REQUEST_REGISTER_GRAPH ? request->id : 0;
+	if (graph != NULL)
+		(void)!graph_describe(request->snapshot, graph, id, &request->described, &request->error);
+}
+
+void request_decode(struct request *request, void *memory, const uint8_t *envelope, size_t bytes, request_task_fn decoded)
+{
+	request->envelope_memory = memory;
+	request->envelope = envelope;
+	request->envelope_bytes = bytes;
+	request->decoding = true;
+	request->clock.received = request_now_ns();
+	request->snapshot = snapshot_ref(context_snapshot(request->context));
+	request_task(request, decode_task, decoded);
+}
+
+opd_status request_accept_decoded(struct request *request, uint64_t payload_bytes)
+{
+	request->decoding = false;
+	request->job = (struct lane_job){0}; /* nothing to withdraw */
+	return accept_decoded(request, request->status, payload_bytes);
+}
+
+opd_status request_accept(struct request *request, const uint8_t *envelope, size_t bytes, uint64_t payload_bytes)
+{
+	request->clock.received = request_now_ns();
+	opd_status status = codec_decode_request(&request->arena, envelope, bytes, &request->message, &request->error);
+	return accept_decoded(request, status, payload_bytes);
+}
+
 opd_status request_accept_message(struct request *request, uint64_t payload_bytes)
 {
 	struct server *server = request->context->server;
 	const struct step *step = &steps[request->message.kind];
 	(void)atomic_fetch_add_explicit(&server->requests, 1, memory_order_relaxed);
-	request->snapshot = snapshot_ref(context_snapshot(request->context));
+	if (request->snapshot == NULL)
+		request->snapshot = snapshot_ref(context_snapshot(request->context));
 	if (step->start == NULL)
 		return opd_fail(&request->error, OPD_UNIMPLEMENTED, "this server (opd %s) doesn't know this kind of request", OPD_VERSION);
 	if (step->admin && !request->session->admin)
@@ -363,11 +411,13 @@ void request_abandon(struct request *request, opd_status status, const char *why
 
 /* ---- Cancelling ---- */
 
-/* Before its payload is whole every kind can be. Later those that compute or send; the others are short, or change what the session has. */
+/* Before its payload is whole every kind can be, also one that a lane still decodes. Later those that compute or send; the others are short, or change what the session has. */
 static bool can_be_cancelled(const struct request *request)
 {
+	if (!request->started)
+		return true;
 	const msg_request_kind kind = request->message.kind;
-	return !request->started || kind == MSG_REQUEST_RUN || kind == MSG_REQUEST_RUN_GRAPH || kind == MSG_REQUEST_GENERATE || kind == MSG_REQUEST_FETCH ||
+	return kind == MSG_REQUEST_RUN || kind == MSG_REQUEST_RUN_GRAPH || kind == MSG_REQUEST_GENERATE || kind == MSG_REQUEST_FETCH ||
 	       kind == MSG_REQUEST_PUBLISH;
 }
 
@@ -405,7 +455,8 @@ bool request_cancel(struct request *request)
 	if (request->replied || request->cancelled || !can_be_cancelled(request))
 		return false;
 	request->cancelled = true;
-	stop_waiting(request);
+	if (!request->decoding) /* else it waits for nothing yet, and its message is a lane's */
+		stop_waiting(request);
 	if (!withdraw(request)) {
 		lane_cancel(&request->job);
 		return true;

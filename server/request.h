@@ -104,6 +104,11 @@ struct request {
 	uint32_t free_waiting; /* a free's results still to come */
 	void *task_data;       /* a generation's tensors, in the arena */
 	struct graph_run *graph_run; /* of RUN_GRAPH, in the arena */
+	struct graph *described;     /* of a graph that was decoded on a lane, until it is accepted; owned */
+	bool decoding;               /* on a lane, which has message, described and error until then */
+	void *envelope_memory;       /* owned: what a lane decodes, and where it lies */
+	const uint8_t *envelope;
+	size_t envelope_bytes;
 	struct lane_job job;
 	struct device_job device_job;
 	struct device_lane *device_lane; /* that device_job was submitted to */
@@ -136,6 +141,10 @@ void request_destroy(struct request *request);
 
 /* Decodes and checks what needs no tensor bytes. Not OK: the request has failed, call request_fail. */
 OPD_MUST_USE opd_status request_accept(struct request *request, const uint8_t *envelope, size_t bytes, uint64_t payload_bytes);
+/* The same in two steps, for envelopes that would keep the loop: decodes on a lane, and checks there what of a graph needs no session; then `decoded` is called on the
+ * context's thread, for request_accept_decoded, unless the request was cancelled before a lane had begun. Takes `memory` (of malloc), in which the envelope lies. */
+void request_decode(struct request *request, void *memory, const uint8_t *envelope, size_t bytes, request_task_fn decoded);
+OPD_MUST_USE opd_status request_accept_decoded(struct request *request, uint64_t payload_bytes);
 /* The same for a message that is decoded already. */
 OPD_MUST_USE opd_status request_accept_message(struct request *request, uint64_t payload_bytes);
 
@@ -233,6 +242,7 @@ void inspect_providers(struct request *request);
 void inspect_info(struct request *request);
 void inspect_tensors(struct request *request);
 void admin_load_module(struct request *request); /* admin.c */
+void admin_restore_provider(struct request *request);
 void admin_set_log_level(struct request *request);
 void inspect_sessions(struct request *request);
 void admin_set_session(struct request *request);

@@ -48,10 +48,10 @@ static void wake_client(const struct ring *ring)
 	(void)!write(ring->client_fd, &one, sizeof one);
 }
 
-/* Nothing of it is read until something is written, or ever: ring_wake comes when that changes. */
+/* Nothing of it is read until something is written or decoded, or ever: ring_wake comes when that changes. */
 static bool is_deaf(const struct ring *ring)
 {
-	return ring->conn->throttled || ring->conn->broken;
+	return ring->conn->throttled || ring->conn->held || ring->conn->broken;
 }
 
 /* Tells the client what to wake the daemon for. */

@@ -11,6 +11,7 @@
 
 #include "providers/builtin.h"
 #include "server/conn.h"
+#include "server/containment.h"
 #include "server/daemon.h"
 #include "server/derived.h"
 #include "server/publications.h"
@@ -201,7 +202,9 @@ static void on_tick(uv_poll_t *tick, int status, int events)
 	uint64_t expirations;
 	if (read(server->tick_fd, &expirations, sizeof expirations) != sizeof expirations)
 		return;
-	uint64_t now_us = request_now_ns() / 1000;
+	const uint64_t now_ns = request_now_ns();
+	const uint64_t now_us = now_ns / 1000;
+	containment_tick(server->containment, now_ns);
 	server->polled_ns = 0;
 	for (struct conn *conn = server->conns, *next; conn != NULL; conn = next) {
 		next = conn->next;
@@ -393,6 +396,10 @@ static opd_status start(struct server *server, opd_error *error)
 	if (status == OPD_OK)
 		status = open_providers(server, error);
 	if (status == OPD_OK)
+		status = containment_create(server->registry, server->log, &server->containment, error);
+	if (status == OPD_OK)
+		containment_configure(server->containment, config);
+	if (status == OPD_OK)
 		status = server_set_priorities(server, config, error);
 	for (size_t i = 0; status == OPD_OK && i < config->listener_count; i++)
 		status = listener_open(server, &config->listeners[i], error);
@@ -410,7 +417,12 @@ void server_bound_queues(struct server *server)
 void server_take_config(struct server *server, struct config *config)
 {
 	server->config = config;
-	atomic_store_explicit(&server->checked, config->checked, memory_order_relaxed);
+	bool checked = config->checked;
+	for (size_t i = 0; i < config->provider_count; i++)
+		checked = checked || config->providers[i].policy.checked;
+	atomic_store_explicit(&server->checked, checked, memory_order_relaxed);
+	if (server->containment != NULL)
+		containment_configure(server->containment, config);
 	atomic_store_explicit(&server->inline_ns, config->inline_ns, memory_order_relaxed);
 }
 
@@ -499,6 +511,7 @@ void server_destroy(struct server *server)
 	tenants_destroy(server->tenants);
 	plans_destroy(server->plans);
 	derived_destroy(server->derived); /* before their makers are closed */
+	containment_destroy(server->containment);
 	registry_destroy(server->registry);
 	free_forgotten(server);
 	if (server->account != NULL) {

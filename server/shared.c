@@ -60,18 +60,18 @@ static opd_status take(struct request *request, uint32_t slot, uint32_t region, 
 	return take_named(request, slot, region, offset, bytes, op_name(request), what);
 }
 
-opd_status shared_take_range(struct request *request, const char *what, const struct msg_tensor *tensor)
+opd_status shared_take_range(struct request *request, const char *what, const char *name, const struct msg_shared_range *range)
 {
 	request->run.regions = arena_array(&request->arena, 1, sizeof request->run.regions[0]);
 	if (request->run.regions == NULL)
 		return opd_fail(&request->error, OPD_RESOURCE_EXHAUSTED, "%s: out of memory", what);
 	request->run.region_count = 1;
-	return take_named(request, 0, tensor->shared.region, tensor->shared.offset, tensor->shared.bytes, what, "the tensor");
+	return take_named(request, 0, range->region, range->offset, range->bytes, what, name);
 }
 
-unsigned char *shared_range(const struct request *request, const struct msg_tensor *tensor)
+unsigned char *shared_range(const struct request *request, uint64_t offset)
 {
-	return request->run.regions[0]->data + tensor->shared.offset;
+	return request->run.regions[0]->data + offset;
 }
 
 static opd_status take_result(struct request *request, uint32_t output)

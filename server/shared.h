@@ -14,9 +14,9 @@ OPD_MUST_USE opd_status shared_take(struct request *request);
 OPD_MUST_USE opd_status shared_place(struct request *request, uint32_t operand);
 /* The results' shapes are known: ranges are large enough, and overlap neither each other nor operands. */
 OPD_MUST_USE opd_status shared_check_results(struct request *request);
-/* For requests that are no runs: the range of `tensor`, checked, its region referenced until the request's release. `what` begins errors. Then where its bytes lie. */
-OPD_MUST_USE opd_status shared_take_range(struct request *request, const char *what, const struct msg_tensor *tensor);
-unsigned char *shared_range(const struct request *request, const struct msg_tensor *tensor);
+/* For requests that are no runs: their one range, checked, its region referenced until the request's release. `what` and `name` begin errors. Then where its bytes lie. */
+OPD_MUST_USE opd_status shared_take_range(struct request *request, const char *what, const char *name, const struct msg_shared_range *range);
+unsigned char *shared_range(const struct request *request, uint64_t offset);
 /* Where a kernel is to write a result; NULL: to a buffer of the daemon's. */
 unsigned char *shared_result(const struct request *request, uint32_t output);
 /* Says where the result lies, and puts it there unless the kernel did. False: it isn't in shared memory. */

@@ -23,6 +23,7 @@ void snapshot_unref(struct snapshot *snapshot)
 	free(snapshot->op_table);
 	free((void *)snapshot->providers);
 	free((void *)snapshot->devices);
+	free(snapshot->quarantined);
 	free(snapshot);
 }
 
@@ -106,6 +107,22 @@ const struct impl *op_impl(const struct op *op, const struct provider *provider)
 	return NULL;
 }
 
+const char *snapshot_unsupported(const struct snapshot *snapshot, const struct impl *impl, opd_reason_code *code_out)
+{
+	const char *out = snapshot->quarantined[impl->index];
+	*code_out = !impl->supported ? impl->unsupported_code : OPD_REASON_QUARANTINE;
+	return !impl->supported ? impl->unsupported : out;
+}
+
+static void fill_quarantined(const struct registry *registry, struct snapshot *snapshot)
+{
+	for (uint32_t i = 0; i < registry->impl_count; i++) {
+		const char *own = registry->impls_out[i];
+		snapshot->quarantined[i] = own != NULL ? own : registry->providers_out[registry->impls[i]->provider->index];
+	}
+	snapshot->impl_count = registry->impl_count;
+}
+
 static bool snapshot_fill_op(struct registry *registry, struct snapshot *snapshot, uint32_t index)
 {
 	struct op *op = &snapshot->ops[index];
@@ -167,8 +184,10 @@ struct snapshot *snapshot_create(struct registry *registry)
 	struct device *devices = calloc(registry->device_count + 1, sizeof devices[0]);
 	snapshot->providers = providers;
 	snapshot->devices = devices;
-	bool made = snapshot->op_table != NULL && snapshot->ops != NULL && providers != NULL && devices != NULL;
+	snapshot->quarantined = calloc(registry->impl_count + 1, sizeof snapshot->quarantined[0]);
+	bool made = snapshot->op_table != NULL && snapshot->ops != NULL && providers != NULL && devices != NULL && snapshot->quarantined != NULL;
 	if (made) {
+		fill_quarantined(registry, snapshot);
 		memcpy(providers, registry->providers, registry->provider_count * sizeof providers[0]);
 		memcpy(devices, registry->devices, registry->device_count * sizeof devices[0]);
 		snapshot->provider_count = registry->provider_count;

@@ -35,7 +35,7 @@ static opd_status check_source(struct request *request, const char *what, const 
 	if (sent != bytes)
 		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s: the tensor has %" PRIu64 " bytes, but %" PRIu64 " were sent", what, bytes,
 		                sent);
-	return tensor->source == MSG_SOURCE_SHARED ? shared_take_range(request, what, tensor) : OPD_OK;
+	return tensor->source == MSG_SOURCE_SHARED ? shared_take_range(request, what, "the tensor", &tensor->shared) : OPD_OK;
 }
 
 static opd_status check_upload(struct request *request, const struct msg_upload *message, uint64_t *bytes_out)
@@ -143,7 +143,7 @@ static void upload_go(struct request *request)
 static void upload_copy(struct request *request)
 {
 	const struct msg_tensor *tensor = request->message.upload.tensor;
-	memcpy(request->payload->data, shared_range(request, tensor), tensor->shared.bytes);
+	memcpy(request->payload->data, shared_range(request, tensor->shared.offset), tensor->shared.bytes);
 }
 
 /* What lies in shared memory is copied, since its client may go on writing there. */
@@ -193,7 +193,7 @@ static const void *write_source(const struct request *request)
 {
 	const struct msg_tensor *data = request->message.write.data;
 	if (data->source == MSG_SOURCE_SHARED)
-		return shared_range(request, data);
+		return shared_range(request, data->shared.offset);
 	return data->source == MSG_SOURCE_PAYLOAD ? request->payload->data : data->inlined.data;
 }
 

@@ -184,6 +184,18 @@ int cmd_module(struct opctl *ctl)
 	return report_done(ctl, status, &error, "loaded");
 }
 
+int cmd_provider(struct opctl *ctl)
+{
+	const struct options *options = &ctl->options;
+	const bool right = (options->count == 3 || options->count == 4) && strcmp(options->positional[2], "restore") == 0;
+	const int code = begin(ctl, right, "provider NAME restore [OP]");
+	if (code != EXIT_DONE)
+		return code;
+	opd_error error;
+	const opd_status status = opd_restore_provider(ctl->client, options->positional[1], options->count == 4 ? options->positional[3] : NULL, &error);
+	return report_done(ctl, status, &error, "restored");
+}
+
 int cmd_log_level(struct opctl *ctl)
 {
 	const int code = begin(ctl, ctl->options.count == 2, "log-level error|warn|info|debug");

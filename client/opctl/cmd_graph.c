@@ -13,6 +13,7 @@ const struct option_use graph_options[] = {
     {OPTION_COUNT, "run it so often, with the same inputs; the last run's outputs are shown (default 1)"},
     {OPTION_TIMEOUT, "give up after this long"},
     {OPTION_SEED, "of randn: (default 0)"},
+    {OPTION_SHM, "inputs and outputs go through memory shared with the daemon, not over the socket (Unix sockets)"},
     {OPTION_MODULE, "load this provider module first (administrators; it stays loaded)"},
     {OPTION_END, NULL},
 };
@@ -129,13 +130,14 @@ static opd_status make_call(const struct opctl *ctl, struct graph_file *file, bo
 	if (call->request == NULL)
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "out of memory");
 	call->bare = !ran;
+	call->shares = ran && options_has(&ctl->options, OPTION_SHM) ? ctl->client : NULL;
 	call->seed = file->seed;
 	opd_request_mode(call->request, ran ? OPD_MODE_RUN : OPD_MODE_DRY);
 	opd_request_explain(call->request, !ran || options_has(&ctl->options, OPTION_EXPLAIN));
 	opd_request_timeout(call->request, ctl->timeout_us);
 	for (size_t i = 3; i < ctl->options.count && status == OPD_OK; i++)
 		status = call_add_text(call, ctl->options.positional[i], error);
-	return status;
+	return status == OPD_OK && call->shares != NULL ? call_share_results(call, error) : status;
 }
 
 static int run_file(struct opctl *ctl, struct graph_file *file, int64_t count, bool ran)

@@ -8,8 +8,10 @@
 #include "client/safetensors.h"
 #include "proto/bounds.h"
 
-const struct option_use put_options[] = {{OPTION_AS, "what it is published as"}, {OPTION_ALL, "for every tenant, not yours alone"}, {OPTION_DEVICE, "where it is to live: cuda, cuda:1"}, {OPTION_END, NULL}};
-const struct option_use get_options[] = {{OPTION_OUTPUT, "the file to write: .npy or .safetensors"}, {OPTION_END, NULL}};
+#define SHM_HELP "bytes go through memory shared with the daemon, not over the socket (Unix sockets)"
+
+const struct option_use put_options[] = {{OPTION_AS, "what it is published as"}, {OPTION_ALL, "for every tenant, not yours alone"}, {OPTION_DEVICE, "where it is to live: cuda, cuda:1"}, {OPTION_SHM, SHM_HELP}, {OPTION_END, NULL}};
+const struct option_use get_options[] = {{OPTION_OUTPUT, "the file to write: .npy or .safetensors"}, {OPTION_SHM, SHM_HELP}, {OPTION_END, NULL}};
 const struct option_use publish_options[] = {{OPTION_AS, "the other name"}, {OPTION_ALL, "for every tenant, not yours alone"}, {OPTION_END, NULL}};
 
 static int usage(struct opctl *ctl, const char *expected)
@@ -86,20 +88,47 @@ static void print_publication(const opd_publication *publication)
 	(void)puts(shown(publication->tenant));
 }
 
-static opd_status put_one(struct put *put, const char *name, const struct file_tensor *tensor, opd_error *error)
+/* With --shm the operand's bytes move to memory of their own that the daemon maps; memory_out is NULL where they don't. */
+static opd_status share(const struct opctl *ctl, opd_operand *operand, uint64_t bytes, opd_memory **memory_out, opd_error *error)
 {
-	const opd_operand operand = {.struct_bytes = sizeof operand, .dtype = tensor->dtype, .rank = tensor->rank, .shape = tensor->shape, .data = tensor->data};
+	*memory_out = NULL;
+	if (!options_has(&ctl->options, OPTION_SHM) || bytes == 0)
+		return OPD_OK;
+	const opd_status status = opd_memory_create(ctl->client, bytes, memory_out, error);
+	if (status != OPD_OK)
+		return status;
+	memcpy(opd_memory_data(*memory_out), operand->data, bytes);
+	operand->source = OPD_FROM_MEMORY;
+	operand->memory = *memory_out;
+	operand->data = opd_memory_data(*memory_out);
+	return OPD_OK;
+}
+
+static opd_status upload(const struct put *put, const struct file_tensor *tensor, opd_handle *handle_out, opd_error *error)
+{
+	opd_operand operand = {.struct_bytes = sizeof operand, .dtype = tensor->dtype, .rank = tensor->rank, .shape = tensor->shape, .data = tensor->data};
+	const struct options *options = &put->ctl->options;
 	const opd_upload_options watched = {.struct_bytes = sizeof watched,
 	                                    .on_progress = isatty(STDERR_FILENO) ? show_progress : NULL,
-	                                    .progress_data = put,
-	                                    .device = options_has(&put->ctl->options, OPTION_DEVICE) ? put->ctl->options.values[OPTION_DEVICE] : NULL};
+	                                    .progress_data = (void *)(uintptr_t)put,
+	                                    .device = options_has(options, OPTION_DEVICE) ? options->values[OPTION_DEVICE] : NULL};
+	opd_memory *memory;
+	opd_status status = share(put->ctl, &operand, tensor->bytes, &memory, error);
+	if (status == OPD_OK)
+		status = opd_upload(put->ctl->client, &operand, &watched, handle_out, error);
+	opd_memory_destroy(memory);
+	if (isatty(STDERR_FILENO))
+		(void)fputs("\r\033[K", stderr);
+	return status;
+}
+
+static opd_status put_one(struct put *put, const char *name, const struct file_tensor *tensor, opd_error *error)
+{
 	const opd_publish_options lasting = {.struct_bytes = sizeof lasting, .all = options_has(&put->ctl->options, OPTION_ALL), .lasting = true};
 	const opd_publication *publication;
 	opd_handle handle;
 	put->name = name;
-	opd_status status = opd_upload(put->ctl->client, &operand, &watched, &handle, error);
-	if (isatty(STDERR_FILENO))
-		(void)fputs("\r\033[K", stderr);
+	opd_status status = upload(put, tensor, &handle, error);
 	if (status != OPD_OK)
 		return opd_error_prefix(error, status, "%s", name);
 	status = opd_publish(put->ctl->client, handle, name, &lasting, &publication, error);
@@ -195,18 +224,38 @@ static opd_status write_tensor(const char *path, const char *name, const opd_ten
 	return ends_in(path, ".npy") ? npy_write(path, tensor, error) : safetensors_write(path, &item, 1, NULL, 0, error);
 }
 
+/* With --shm it comes to memory that must live as long as the result. */
+static opd_status fetch(const struct opctl *ctl, const opd_publication *publication, opd_memory **memory_out, opd_result **result_out, opd_error *error)
+{
+	const opd_operand operand = {.struct_bytes = sizeof operand, .source = OPD_FROM_HANDLE, .handle = publication->handle};
+	*memory_out = NULL;
+	if (!options_has(&ctl->options, OPTION_SHM) || publication->bytes == 0)
+		return opd_fetch(ctl->client, &operand, result_out, error);
+	opd_status status = opd_memory_create(ctl->client, publication->bytes, memory_out, error);
+	if (status != OPD_OK)
+		return status;
+	opd_request *request = opd_fetch_create(&operand);
+	if (request == NULL)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "out of memory");
+	opd_request_output_memory(request, 0, *memory_out, opd_memory_data(*memory_out), publication->bytes);
+	status = opd_run(ctl->client, request, result_out, error);
+	opd_request_destroy(request);
+	return status;
+}
+
 static opd_status get(struct opctl *ctl, const char *name, const char *path, opd_error *error)
 {
 	const opd_publication *publication;
 	opd_result *result = NULL;
+	opd_memory *memory;
 	opd_status status = opd_open(ctl->client, name, &publication, error);
 	if (status != OPD_OK)
 		return status;
-	const opd_operand operand = {.struct_bytes = sizeof operand, .source = OPD_FROM_HANDLE, .handle = publication->handle};
-	status = opd_fetch(ctl->client, &operand, &result, error);
+	status = fetch(ctl, publication, &memory, &result, error);
 	if (status == OPD_OK)
 		status = write_tensor(path, name, opd_result_tensor(result, 0), error);
 	opd_result_destroy(result);
+	opd_memory_destroy(memory);
 	opd_document_free(publication);
 	return status;
 }

@@ -48,6 +48,7 @@ const struct command opctl_commands[] = {
     {"ops", "", "list the ops", NULL, no_options, cmd_ops},
     {"describe", "OP", "one op: schema, implementations, effective list", NULL, no_options, cmd_describe},
     {"providers", "", "list the providers", NULL, no_options, cmd_providers},
+    {"provider", "NAME restore [OP]", "end a provider's quarantine, or that of one op (administrators)", NULL, no_options, cmd_provider},
     {"priority", "get OP | set OP LIST | clear OP", "the server's default list of an op, or of '*'",
      "LIST is comma-separated; '' is an empty list: native runs, with a warning. set and clear hold until the daemon ends and "
      "need an administrator.\n",

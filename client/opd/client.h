@@ -386,13 +386,14 @@ OPD_API opd_request *opd_request_once(const opd_graph *graph);
 
 /* ---- Kept tensors ------------------------------------------------------------------------------------------------------ */
 
-/* Requests that are no ops, for opd_run and opd_submit as those of ops are; they take no arguments and no output options. NULL: out of memory; what is wrong
+/* Requests that are no ops, for opd_run and opd_submit as those of ops are; they take no arguments and, but for a fetch's opd_request_output_memory, no output options. NULL: out of memory; what is wrong
  * with an operand comes out of submit.
  *   upload  a host tensor, row-major, becomes a kept one: the result has one output, its handle. Later requests may name it by the upload's ticket, answered or not.
  *           With OPD_FROM_NOTHING the tensor is made without bytes, which come in writes; until all are there, naming it is FAILED_PRECONDITION.
  *   write   `bytes` of `data` go to byte `offset` of such a tensor. Any order; a range may be written again while others are missing. After the last its bytes don't
  *           change any more, and a write is FAILED_PRECONDITION. The result has no outputs. `data` is kept by reference, as a tensor's is.
- *   fetch   a kept tensor (handle or result) comes back whole, or a view of it: the result has one output. */
+ *   fetch   a kept tensor (handle or result) comes back whole, or a view of it: the result has one output. With opd_request_output_memory of output 0 it is copied
+ *           there by the server, and nothing is sent. */
 OPD_API opd_request *opd_upload_create(const opd_operand *operand);
 OPD_API opd_request *opd_write_create(opd_handle handle, uint64_t offset, const void *data, uint64_t bytes);
 OPD_API opd_request *opd_fetch_create(const opd_operand *operand);
@@ -631,6 +632,9 @@ typedef struct opd_provider_description {
 	uint32_t device_count;
 	const char *const *ops;
 	const char *const *devices;
+	uint64_t failures; /* of its kernels, since the daemon's start */
+	uint32_t quarantined_count;
+	const char *const *quarantined; /* "relu: 5 failures (kernel error 5)": implementations that were taken out */
 } opd_provider_description;
 
 typedef struct opd_provider_list {
@@ -689,6 +693,8 @@ OPD_API OPD_MUST_USE opd_status opd_generate(opd_client *client, const char *op,
 /* ---- Administration (PERMISSION_DENIED unless opd_session.admin) ------------------------------------------------------------ */
 
 OPD_API OPD_MUST_USE opd_status opd_load_module(opd_client *client, const char *path, opd_error *error);
+/* Ends the quarantine of a provider, or (op not NULL) of its implementation of one op. FAILED_PRECONDITION: nothing of it is quarantined. */
+OPD_API OPD_MUST_USE opd_status opd_restore_provider(opd_client *client, const char *provider, const char *op, opd_error *error);
 OPD_API OPD_MUST_USE opd_status opd_set_log_level(opd_client *client, const char *level, opd_error *error);
 /* Stop accepting, finish what is under way within timeout_us (0: the configuration's), end. */
 OPD_API OPD_MUST_USE opd_status opd_drain(opd_client *client, uint64_t timeout_us, opd_error *error);

@@ -390,10 +390,13 @@ def _write_out(run, out):
             run.outputs.add()
         if place is None:
             continue
-        if not isinstance(place, Tensor) or place.memory is None or not place.memory.region:
-            raise InvalidArgument(f"out: {place!r}, expected a Tensor of an open Memory, or None")
-        shared = run.outputs[index].shared
-        shared.region, shared.offset, shared.bytes = place.memory.region, place.offset, len(place.data)
+        _write_range(run.outputs[index].shared, place)
+
+
+def _write_range(shared, place):
+    if not isinstance(place, Tensor) or place.memory is None or not place.memory.region:
+        raise InvalidArgument(f"out: {place!r}, expected a Tensor of an open Memory, or None")
+    shared.region, shared.offset, shared.bytes = place.memory.region, place.offset, len(place.data)
 
 
 def _operand(value):
@@ -1084,11 +1087,14 @@ class Client:
         _write_tensor(request.write.data, Tensor(data, "u8", [len(data)]), payload, False)
         return self._submit(request, lambda reply, payload: None, payload)
 
-    def fetch(self, operand):
-        """A kept tensor (Handle or Future.output(), whole or a view) back: a Future of an array or Tensor."""
+    def fetch(self, operand, out=None):
+        """A kept tensor (Handle or Future.output(), whole or a view) back: a Future of an array or Tensor. out: a Tensor of a
+        Memory, where it goes instead of being sent."""
         request = pb.Request(fetch=pb.Fetch())
         operand._write(request.fetch.tensor)
-        return self._submit(request, lambda reply, payload: Result(reply, payload)[0], _Payload())
+        if out is not None:
+            _write_range(request.fetch.into, out)
+        return self._submit(request, lambda reply, payload: self._result(reply, payload)[0], _Payload())
 
     def publish(self, handle, name, all=False, lasting=False):
         """Publishes a kept tensor by name, read-only: a protobuf Publication with handle and sha256."""
@@ -1188,6 +1194,10 @@ class Client:
         return time.monotonic() - start
 
     # ---- Administration
+
+    def restore_provider(self, provider, op=""):
+        """Ends its quarantine, or (op) that of one implementation."""
+        self._call(pb.Request(restore_provider=pb.RestoreProvider(provider=provider, op=op)))
 
     def load_module(self, path):
         self._call(pb.Request(load_module=pb.LoadModule(path=path)))

@@ -24,12 +24,13 @@ static inline unsigned cpu_dtype_index(opd_dtype dtype)
 /* Weights of a norm: none, of x's dtype, f32. */
 enum { CPU_WEIGHT_NONE, CPU_WEIGHT_SAME, CPU_WEIGHT_F32, CPU_WEIGHTS };
 
-/* x [count] · rsqrt(mean of its first `squares` elements' squares + epsilon), times weight [count], to y [count]. */
-typedef void (*cpu_rms_norm_fn)(const void *x, const void *weight, void *y, size_t count, size_t squares, float epsilon);
+/* x [count] · rsqrt(mean of its first `squares` elements' squares + epsilon), times weight [count], to y [count]. streams: past the caches,
+ * where results are aligned to 64 bytes. */
+typedef void (*cpu_rms_norm_fn)(const void *x, const void *weight, void *y, size_t count, size_t squares, float epsilon, bool streams);
 
 /* sum = x + residual, y = the norm of the unrounded sum. y may be x, sum may be residual. */
 typedef void (*cpu_fused_add_rms_norm_fn)(const void *x, const void *residual, const void *weight, void *y, void *sum, size_t count,
-                                          size_t squares, float epsilon);
+                                          size_t squares, float epsilon, bool streams);
 
 /* The functions of activations. */
 enum { CPU_SIGMOID, CPU_SILU, CPU_RELU, CPU_RELU2, CPU_GELU, CPU_GELU_TANH, CPU_ACTIVATIONS };

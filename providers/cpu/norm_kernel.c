@@ -57,8 +57,17 @@ VEC_INLINE vec_f32 norm_weighted(opd_dtype weight_dtype, vec_f32 y, vec_f32 weig
 	return vec_rounded(weight_dtype, y) * weight;
 }
 
+VEC_INLINE void norm_store(opd_dtype dtype, void *y, size_t at, bool streams, vec_f32 v)
+{
+	if (streams)
+		vec_stream(dtype, y, at, v);
+	else
+		vec_store(dtype, y, at, v);
+}
+
+/* streams: a constant of the caller, as the dtypes are. */
 VEC_INLINE void rms_norm_row(opd_dtype dtype, opd_dtype weight_dtype, const void *x, const void *weight, void *y, size_t count,
-                             size_t squares, float epsilon)
+                             size_t squares, float epsilon, bool streams)
 {
 	vec_f32 factor = vec_splat(norm_factor(norm_sum_of_squares(dtype, x, NULL, squares), squares, epsilon));
 	size_t i = 0;
@@ -66,7 +75,7 @@ VEC_INLINE void rms_norm_row(opd_dtype dtype, opd_dtype weight_dtype, const void
 		vec_f32 v = vec_load(dtype, x, i) * factor;
 		if (weight_dtype != OPD_DTYPE_NONE)
 			v = norm_weighted(weight_dtype, v, vec_load(weight_dtype, weight, i));
-		vec_store(dtype, y, i, v);
+		norm_store(dtype, y, i, streams, v);
 	}
 	if (i < count) {
 		vec_f32 v = vec_load_part(dtype, x, i, count - i, 0.0f) * factor;
@@ -74,11 +83,13 @@ VEC_INLINE void rms_norm_row(opd_dtype dtype, opd_dtype weight_dtype, const void
 			v = norm_weighted(weight_dtype, v, vec_load_part(weight_dtype, weight, i, count - i, 0.0f));
 		vec_store_part(dtype, y, i, count - i, v);
 	}
+	if (streams)
+		vec_streamed();
 }
 
 /* The sum is computed twice rather than kept: it must not be rounded, and in place there is nowhere to keep it. */
 VEC_INLINE void fused_add_rms_norm_row(opd_dtype dtype, opd_dtype weight_dtype, const void *x, const void *residual, const void *weight,
-                                       void *y, void *sum, size_t count, size_t squares, float epsilon)
+                                       void *y, void *sum, size_t count, size_t squares, float epsilon, bool streams)
 {
 	vec_f32 factor = vec_splat(norm_factor(norm_sum_of_squares(dtype, x, residual, squares), squares, epsilon));
 	size_t i = 0;
@@ -87,8 +98,8 @@ VEC_INLINE void fused_add_rms_norm_row(opd_dtype dtype, opd_dtype weight_dtype, 
 		vec_f32 v = s * factor;
 		if (weight_dtype != OPD_DTYPE_NONE)
 			v = norm_weighted(weight_dtype, v, vec_load(weight_dtype, weight, i));
-		vec_store(dtype, sum, i, s);
-		vec_store(dtype, y, i, v);
+		norm_store(dtype, sum, i, streams, s);
+		norm_store(dtype, y, i, streams, v);
 	}
 	if (i < count) {
 		vec_f32 s = norm_load_part(dtype, x, residual, i, count - i);
@@ -98,6 +109,8 @@ VEC_INLINE void fused_add_rms_norm_row(opd_dtype dtype, opd_dtype weight_dtype, 
 		vec_store_part(dtype, sum, i, count - i, s);
 		vec_store_part(dtype, y, i, count - i, v);
 	}
+	if (streams)
+		vec_streamed();
 }
 
 /* X(name, dtype of x, dtype of weight) */
@@ -112,14 +125,20 @@ VEC_INLINE void fused_add_rms_norm_row(opd_dtype dtype, opd_dtype weight_dtype, 
 	X(f16_f32, OPD_f16, OPD_f32)
 
 #define X(name, dtype, weight_dtype)                                                                                         \
-	static void rms_norm_##name(const void *x, const void *weight, void *y, size_t count, size_t squares, float epsilon)     \
+	static void rms_norm_##name(const void *x, const void *weight, void *y, size_t count, size_t squares, float epsilon, bool streams) \
 	{                                                                                                                        \
-		rms_norm_row(dtype, weight_dtype, x, weight, y, count, squares, epsilon);                                            \
+		if (streams)                                                                                                         \
+			rms_norm_row(dtype, weight_dtype, x, weight, y, count, squares, epsilon, true);                                  \
+		else                                                                                                                 \
+			rms_norm_row(dtype, weight_dtype, x, weight, y, count, squares, epsilon, false);                                 \
 	}                                                                                                                        \
 	static void fused_add_rms_norm_##name(const void *x, const void *residual, const void *weight, void *y, void *sum,       \
-	                                      size_t count, size_t squares, float epsilon)                                       \
+	                                      size_t count, size_t squares, float epsilon, bool streams)                         \
 	{                                                                                                                        \
-		fused_add_rms_norm_row(dtype, weight_dtype, x, residual, weight, y, sum, count, squares, epsilon);                   \
+		if (streams)                                                                                                         \
+			fused_add_rms_norm_row(dtype, weight_dtype, x, residual, weight, y, sum, count, squares, epsilon, true);         \
+		else                                                                                                                 \
+			fused_add_rms_norm_row(dtype, weight_dtype, x, residual, weight, y, sum, count, squares, epsilon, false);        \
 	}
 NORM_MAP(X)
 #undef X

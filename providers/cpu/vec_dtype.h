@@ -128,6 +128,32 @@ VEC_INLINE void vec_store(opd_dtype dtype, void *memory, size_t at, vec_f32 v)
 	memcpy((uint16_t *)memory + at, &bits, sizeof bits);
 }
 
+/* The same past the caches, for memory aligned to the 2 or 4·VEC_LANES bytes that a vector takes there: nothing is read of lines that are overwritten as a whole. Whoever
+ * hands the memory on calls vec_streamed first. Without AVX, a plain store. */
+VEC_INLINE void vec_stream(opd_dtype dtype, void *memory, size_t at, vec_f32 v)
+{
+#if defined(VEC_AVX512)
+	if (dtype == OPD_f32)
+		_mm512_stream_ps((float *)memory + at, v);
+	else
+		_mm256_stream_si256((__m256i *)(void *)((uint16_t *)memory + at), (__m256i)vec_to_16(dtype, v));
+#elif defined(VEC_AVX2)
+	if (dtype == OPD_f32)
+		_mm256_stream_ps((float *)memory + at, v);
+	else
+		_mm_stream_si128((__m128i *)(void *)((uint16_t *)memory + at), (__m128i)vec_to_16(dtype, v));
+#else
+	vec_store(dtype, memory, at, v);
+#endif
+}
+
+VEC_INLINE void vec_streamed(void)
+{
+#if !defined(VEC_PORTABLE)
+	_mm_sfence();
+#endif
+}
+
 #if defined(VEC_AVX512)
 
 VEC_INLINE __mmask16 vec_mask(size_t count)

@@ -19,7 +19,7 @@ static const struct {
 } benchmarks[] = {
     {"latency", bench_latency},         {"rate", bench_rate},     {"bulk", bench_bulk},
     {"connections", bench_connections}, {"counts", bench_counts}, {"graph", bench_graph},
-    {"memory", bench_memory},
+    {"memory", bench_memory},           {"product", bench_product},
     {"rings", bench_rings},
 };
 #define BENCHMARKS (sizeof benchmarks / sizeof benchmarks[0])

@@ -33,6 +33,7 @@ void bench_connections(struct bench *bench);
 void bench_counts(struct bench *bench);
 void bench_graph(struct bench *bench);
 void bench_memory(struct bench *bench);
+void bench_product(struct bench *bench);
 void bench_rings(struct bench *bench);
 
 /* ---- Placement ---- */

@@ -45,8 +45,8 @@ static void fetch(struct arena *arena, struct peer *peer, struct fuzz_input *inp
 {
 	struct msg_request request = {.kind = MSG_REQUEST_FETCH};
 	uint64_t payload = 0;
-	request.fetch = script_take(arena, 1, sizeof *request.fetch);
-	script_pick_tensor(arena, peer, input, request.fetch, &payload);
+	request.fetch.tensor = script_take(arena, 1, sizeof *request.fetch.tensor);
+	script_pick_tensor(arena, peer, input, request.fetch.tensor, &payload);
 	script_send_run(peer, &request, 0, false);
 }
 

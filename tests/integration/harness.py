@@ -2,7 +2,7 @@
 
 The client speaks proto/README.md by raw sockets, so that a test can send any bytes. Standard library and python3-protobuf only.
 
-OPD_BIN names the daemon (default: build/bin/opd); OPD_TEST_LONG=1 asks for the long runs. opd_pb2 is made by protoc where OPD_PB2 names no
+OPD_BIN names the daemon (default: build/bin/opd); OPD_TEST_LONG=1 asks for the long runs, OPD_TEST_SANITIZED tells that programs are ten times as slow. opd_pb2 is made by protoc where OPD_PB2 names no
 folder that has it.
 """
 import atexit
@@ -21,6 +21,7 @@ import unittest
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 OPD = os.environ.get("OPD_BIN", os.path.join(ROOT, "build", "bin", "opd"))
 LONG = os.environ.get("OPD_TEST_LONG", "") == "1"
+SANITIZED = os.environ.get("OPD_TEST_SANITIZED", "") != ""
 
 
 def _import_pb2():

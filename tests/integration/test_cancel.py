@@ -117,6 +117,7 @@ class Cancelling(DaemonCase):
             self.expect({request: (OK, "") for request in [begun] + waiting if request not in gone})
 
     def test_one_that_is_queued_ends_at_once_and_its_dependents_are_told(self):
+        """Hardening: sessions-cancel-queued"""
         running = self.begin_slow()
         queued = self.one.submit(kept(small()))
         dependent = self.one.submit(kept(run("silu", result(queued))))
@@ -143,6 +144,7 @@ class Cancelling(DaemonCase):
         self.assertEqual([request for request in order if request in left], left)
 
     def test_a_kernel_that_runs_is_stopped(self):
+        """Hardening: sessions-cancel-running"""
         for _ in range(50):
             running = self.begin_slow(keep=True)
             time.sleep(0.05)
@@ -158,6 +160,7 @@ class Cancelling(DaemonCase):
         self.expect_nothing_left()
 
     def test_unknown_finished_future_and_twice_are_nothing(self):
+        """Hardening: sessions-cancel-unknown, sessions-cancel-finished"""
         finished = self.one.submit(kept(small()))
         self.expect({finished: (OK, "")})
         self.cancel(finished, finished, 0, 999, 2**64 - 1)
@@ -170,6 +173,7 @@ class Cancelling(DaemonCase):
         self.expect_silence()
 
     def test_another_sessions_ids_are_nothing(self):
+        """Hardening: sessions-cancel-other"""
         running = self.begin_slow()
         queued = self.one.submit(small())
         other = self.client(features=["cancel"])
@@ -198,6 +202,7 @@ class Cancelling(DaemonCase):
         self.expect_nothing_left()
 
     def test_every_request_has_one_reply_however_it_is_cancelled(self):
+        """Hardening: promise-one-reply"""
         dice = random.Random(26)
         for _ in range(30):
             running = self.one.submit(slow(), f32(1)) if dice.random() < 0.5 else None  # None: they run on the loop

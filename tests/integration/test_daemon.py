@@ -107,6 +107,7 @@ class Starting(WithFolder):
         self.assertFalse(self.client(daemon.tcp_addresses()[0]).hello.admin)
 
     def test_stale_socket_of_a_killed_daemon_is_replaced(self):
+        """Hardening: operations-sigkill"""
         first = self.start()
         first.process.kill()
         first.wait()
@@ -234,6 +235,7 @@ class Configuration(WithFolder):
         check_healthy(self, daemon)
 
     def test_bad_files_are_code_2_with_file_line_and_key(self):
+        """Hardening: operations-malformed, operations-unknown-keys"""
         for text, words in [
             ("colour: red\n", ":1: colour: no such key"),
             ("threads: 1\nlimits:\n  memroy: 1\n", ":3: limits.memroy: no such key"),
@@ -335,6 +337,7 @@ class Configuration(WithFolder):
 
 class Signals(WithFolder):
     def test_sighup_with_a_bad_file_keeps_the_old_configuration_and_says_why(self):
+        """Hardening: operations-malformed"""
         daemon = self.start(config="priorities: {rms_norm: [native]}\n")
         for bad, words in [("priorities: {rms_norm: [no_such]}\n", "no_such"), ("colour: red\n", "colour"), ("[", "")]:
             daemon.write_config(bad)
@@ -365,7 +368,25 @@ class Signals(WithFolder):
         daemon.signal(signal.SIGHUP)
         wait_until(lambda: self.client(daemon.address).hello.limits.payload_bytes == 65536)
 
+    def test_a_reload_logs_what_has_changed(self):
+        daemon = self.start(config="limits: {stall: 50s, queue: 9}\npriorities: {relu: [cpu]}\ntenants: {anonymous: {weight: 5}}\n")
+        daemon.write_config("limits: {stall: 2min}\npriorities: {relu: [native, cpu], silu: []}\ntenants: {anonymous: {weight: 6, class: batch}}\n")
+        daemon.signal(signal.SIGHUP)
+        daemon.wait_log("configuration reloaded", "changes=5")
+        wanted = [
+            'key=limits.queue old=9 new=1024',
+            'key=limits.stall old=50s new=2min',
+            'key=priorities.relu old=[cpu] new="[native, cpu]"',
+            'key=priorities.silu old=(none) new=[]',
+            'key=tenants.anonymous old="weight: 5" new="weight: 6, class: batch"',
+        ]
+        found = [line.split("configuration changed ")[1] for line in daemon.log_text().splitlines() if "configuration changed" in line]
+        self.assertEqual(found, wanted)
+        daemon.signal(signal.SIGHUP)
+        daemon.wait_log("configuration reloaded", "changes=0")
+
     def test_reload_storm_under_load_loses_no_request(self):
+        """Hardening: operations-reload-storm"""
         daemon = self.start(config="priorities: {rms_norm: [cpu]}\n")
         stop = threading.Event()
         failures = []
@@ -416,6 +437,7 @@ class Signals(WithFolder):
         check_healthy(self, daemon)
 
     def test_sigterm_finishes_work_in_flight_and_tells_clients(self):
+        """Hardening: promise-drain"""
         daemon = self.start(config="limits: {drain: 10min}\n")  # a sanitizer on a busy machine is slow
         client = self.client(daemon.address)
         request, payload = slow_request()
@@ -462,6 +484,7 @@ class Signals(WithFolder):
         daemon.wait_log("ended before all work was done")
 
     def test_drain_ends_within_its_limit_with_code_1(self):
+        """Hardening: promise-drain"""
         daemon = self.start("--threads", "1", config="limits: {drain: 200ms}\n")
         self.flood(daemon)
         daemon.signal(signal.SIGTERM)
@@ -486,6 +509,7 @@ class Signals(WithFolder):
         self.assertIn(daemon.wait(), (0, 1))
 
     def test_sigterm_at_any_moment_of_the_start_ends_cleanly(self):
+        """Hardening: operations-sigterm"""
         chance = random.Random(7)
         for _ in range(harness.LONG and 200 or 25):
             daemon = Daemon(wait=False)
@@ -497,6 +521,7 @@ class Signals(WithFolder):
             self.assertIn(code, (0, -signal.SIGTERM), output)
 
     def test_sigkill_and_restart_loses_handles_and_says_so(self):
+        """Hardening: promise-restart, operations-sigkill"""
         daemon = self.start()
         request = run("relu", inline([4], f32(-1, 0, 1, 2)))
         request.run.outputs.add(keep=True)
@@ -512,6 +537,7 @@ class Signals(WithFolder):
 
 class Logs(WithFolder):
     def test_full_disk_under_the_log_stops_nothing(self):
+        """Hardening: operations-disk"""
         daemon = self.start("--log-file", "/dev/full", "--log-level", "debug", log=False)
         for _ in range(20):
             check_healthy(self, daemon)
@@ -555,6 +581,7 @@ class Logs(WithFolder):
             self.assertTrue(line["event"])
 
     def test_what_clients_say_never_reaches_the_log_raw(self):
+        """Hardening: names-escapes"""
         for log_format in ("text", "json"):
             daemon = self.start("--log-format", log_format, "--log-level", "debug")
             with Client(daemon.address, client="evil\n2026-01-01T00:00:00Z error forged\x1b[2J\u202e") as client:
@@ -641,6 +668,7 @@ class Neighbours(WithFolder):
         idle[0].ping()
 
     def test_a_client_that_sends_one_byte_at_a_time_is_served_and_holds_nobody_up(self):
+        """Hardening: framing-slow"""
         daemon = self.start()
         slow = self.client(daemon.address, hello=False)
         request, payload, _ = rms_norm()
@@ -653,6 +681,7 @@ class Neighbours(WithFolder):
         self.assertEqual(reply.status, OK, reply.message)
 
     def test_a_client_that_never_reads_holds_nobody_up_and_is_closed(self):
+        """Hardening: promise-no-harm, sessions-no-reader"""
         daemon = self.start(config="limits: {stall: 500ms}\n")
         deaf = self.client(daemon.address)
         deaf.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -692,6 +721,7 @@ class Neighbours(WithFolder):
             served.ping()  # a session that said hello may be idle as long as it likes
 
     def test_a_frame_that_stops_in_the_middle_is_closed(self):
+        """Hardening: framing-slow"""
         daemon = self.start(config="limits: {stall: 300ms}\n")
         client, idle = self.client(daemon.address), self.client(daemon.address)
         client.send(frame(REQUEST, 1, rms_norm()[0].SerializeToString(), rms_norm()[1])[:-7])
@@ -719,6 +749,7 @@ class Neighbours(WithFolder):
         wait_until(comes_in)
 
     def test_out_of_descriptors_sessions_go_on_and_new_ones_come_later(self):
+        """Hardening: sessions-descriptors"""
         def limits():
             resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48))
 
@@ -762,6 +793,7 @@ class Neighbours(WithFolder):
         wait_until(lambda: client.info().memory_bytes == 0, "the ledger is back to zero")
 
     def test_a_session_over_its_memory_is_refused_and_others_are_not(self):
+        """Hardening: promise-memory"""
         daemon = self.start("--memory", "8MiB", "--session-memory", "2MiB")
         greedy = self.client(daemon.address)
         request = run("relu", tensor([1 << 19]))

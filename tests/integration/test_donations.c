@@ -318,6 +318,7 @@ START_TEST(promise_32_a_tensor_that_a_failed_kernel_may_have_written_is_lost)
 }
 END_TEST
 
+/* Hardening: handles-donated */
 START_TEST(promise_32_a_tensor_that_is_being_given_is_nobodys_meanwhile)
 {
 	lab_reset();

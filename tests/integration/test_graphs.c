@@ -1,9 +1,12 @@
 /* Graphs, asked of a whole daemon through the client library: what they compute, how often they are dispatched, what becomes of
  * states, what is refused. */
 #include <check.h>
+#include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "opd/client.h"
 #include "server/daemon.h"
@@ -658,7 +661,7 @@ START_TEST(what_is_wrong_is_found_before_anything_runs)
 	graph = opd_graph_create("bad name");
 	refused(graph, OPD_INVALID_ARGUMENT, "name \"bad name\"");
 
-	graph = opd_graph_create("forged");
+	graph = chain_graph();
 	opd_graph_constant(graph, "w", (opd_handle){.index = 3, .generation = 4});
 	refused(graph, OPD_NOT_FOUND, "input 'w': handle 3.");
 
@@ -714,6 +717,82 @@ START_TEST(a_graph_of_too_many_nodes_is_refused_and_many_are_run)
 	opd_request_destroy(node);
 	refused(graph, OPD_INVALID_ARGUMENT, "more than 65536 nodes");
 	gives(run_of(id, 4), 1);
+}
+END_TEST
+
+struct registering {
+	opd_client *client;
+	opd_graph *graph;
+	uint64_t id;
+	opd_status status;
+	_Atomic bool ended;
+};
+
+static void *register_main(void *argument)
+{
+	struct registering *registering = argument;
+	opd_error own;
+	registering->status = opd_graph_register(registering->client, registering->graph, &registering->id, &own);
+	atomic_store(&registering->ended, true);
+	return NULL;
+}
+
+static uint32_t in_flight_of(uint64_t session)
+{
+	const opd_sharing *sharing = NULL;
+	uint32_t in_flight = 0;
+	OK(opd_sessions(client, session, &sharing, &error));
+	for (uint32_t i = 0; i < sharing->session_count; i++)
+		if (sharing->sessions[i].session == session)
+			in_flight = sharing->sessions[i].in_flight;
+	opd_document_free(sharing);
+	return in_flight;
+}
+
+static void await_in_flight(uint64_t session, uint32_t count)
+{
+	for (int i = 0; i < 5000 && in_flight_of(session) != count; i++)
+		(void)nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+	ck_assert_uint_eq(in_flight_of(session), count);
+}
+
+/* Both of the lane's threads are kept: what only they can do isn't done, and everybody else is served. */
+START_TEST(a_large_graph_is_read_on_the_lane_and_holds_nobody_up)
+{
+	opd_ticket tickets[2];
+	pthread_t thread;
+	struct registering registering = {.client = house_client(&house), .graph = opd_graph_create("large")};
+	opd_value v = opd_graph_input(registering.graph, "x");
+	for (int i = 0; i < 8000; i++)
+		v = scale_by(registering.graph, NULL, v, 1, NULL);
+	opd_graph_output(registering.graph, "y", v);
+	lab_reset();
+	for (int i = 0; i < 2; i++) {
+		opd_request *request = opd_request_create("lab_wait");
+		opd_request_tensor(request, NULL, &(opd_operand)OPD_OPERAND(OPD_f32, values, 16));
+		OK(opd_submit(client, request, &tickets[i], &error));
+		opd_request_destroy(request);
+	}
+	house_await_count(&lab_counts.waiting, 2);
+	ck_assert_int_eq(pthread_create(&thread, NULL, register_main, &registering), 0);
+	await_in_flight(opd_client_session(registering.client)->session, 1); /* it has come, and waits for a thread */
+	for (int i = 0; i < 40; i++)
+		OK(opd_ping(client, &error));
+	ck_assert(!atomic_load(&registering.ended));
+	lab_gate(true);
+	(void)pthread_join(thread, NULL);
+	ck_assert_int_eq(registering.status, OPD_OK);
+	for (int i = 0; i < 2; i++) {
+		opd_result *result = NULL;
+		OK(opd_wait(client, tickets[i], UINT64_MAX, &result, &error));
+		opd_result_destroy(result);
+	}
+	opd_client *mine = client;
+	client = registering.client;
+	gives(run_of(registering.id, 4), 1);
+	client = mine;
+	opd_graph_destroy(registering.graph);
+	opd_close(registering.client);
 }
 END_TEST
 
@@ -1079,6 +1158,7 @@ int main(void)
 	tcase_add_test(tests, what_is_wrong_is_found_before_anything_runs);
 	tcase_add_test(tests, a_failing_node_is_named_and_nothing_is_delivered);
 	tcase_add_test(tests, a_graph_of_too_many_nodes_is_refused_and_many_are_run);
+	tcase_add_test(tests, a_large_graph_is_read_on_the_lane_and_holds_nobody_up);
 	tcase_add_test(tests, a_quota_reached_in_mid_graph_leaks_nothing);
 	tcase_add_test(tests, a_graph_freed_while_it_runs_ends_in_peace);
 	tcase_add_test(tests, a_client_that_leaves_in_mid_run_leaves_nothing);

@@ -73,6 +73,7 @@ class Framing(Hardening):
     flags = ("--listen", "tcp://127.0.0.1:0")
 
     def test_envelope_lengths_at_and_over_the_limit(self):
+        """Hardening: framing-lengths"""
         limit = self.client().hello.limits.envelope_bytes
         client = self.client()
         request = pb.Request(ping=pb.Empty()).SerializeToString()
@@ -85,11 +86,13 @@ class Framing(Hardening):
                 self.expect_refused(frame(REQUEST, 1, envelope_bytes=length), "envelope")
 
     def test_payload_lengths_over_the_limit(self):
+        """Hardening: framing-lengths"""
         for length in (2**63, 2**64 - 1, 2**63 - 1, 2**40 + 1):
             with self.subTest(length=length):
                 self.expect_refused(frame(REQUEST, 1, payload_bytes=length), "payload")
 
     def test_payload_over_the_request_limit_is_resource_exhausted_before_it_is_sent(self):
+        """Hardening: promise-memory"""
         client = self.client()
         request, _, _ = rms_norm()
         limit = client.hello.limits.payload_bytes
@@ -104,10 +107,12 @@ class Framing(Hardening):
         self.expect_envelope(b"", (INVALID_ARGUMENT, UNIMPLEMENTED))
 
     def test_eleven_byte_varint(self):
+        """Hardening: framing-varint"""
         self.expect_envelope(b"\x0a" + b"\x80" * 10 + b"\x01")
         self.expect_envelope(b"\xff" * 10 + b"\x01\x00")
 
     def test_truncation_at_every_byte(self):
+        """Hardening: framing-truncation"""
         request, payload, _ = rms_norm()
         data = frame(HELLO, envelope=hello_envelope()) + frame(REQUEST, 1, request.SerializeToString(), payload)
         for length in range(len(data)):
@@ -117,6 +122,7 @@ class Framing(Hardening):
                 client.expect_end()
 
     def test_envelope_truncated_at_every_byte(self):
+        """Hardening: framing-truncation"""
         request, payload, _ = rms_norm()
         envelope = request.SerializeToString()
         client = self.client()
@@ -129,12 +135,14 @@ class Framing(Hardening):
         client.ping()
 
     def test_one_byte_at_a_time_of_a_hello_that_never_ends(self):
+        """Hardening: framing-slow"""
         client = self.client(hello=False)
         for byte in frame(HELLO, envelope=hello_envelope())[:20]:
             client.send(bytes([byte]))
             check_healthy(self, self.daemon)
 
     def test_floods_of_unknown_fields(self):
+        """Hardening: framing-unknown-fields"""
         ping = pb.Request(ping=pb.Empty()).SerializeToString()
         flood = b"".join(field(1000 + i % 50000, 0, b"\x01") for i in range(150000))
         reply = self.expect_envelope(ping + flood, (OK, RESOURCE_EXHAUSTED, INVALID_ARGUMENT))
@@ -143,6 +151,7 @@ class Framing(Hardening):
         self.expect_envelope(ping + field(1000, 2, b"y" * 1000), (OK,))
 
     def test_deep_nesting(self):
+        """Hardening: framing-nesting"""
         data = b""
         for _ in range(5000):
             data = field(1, 2, data)
@@ -150,16 +159,19 @@ class Framing(Hardening):
         self.expect_envelope(field(1, 3) * 20000)
 
     def test_wrong_wire_types(self):
+        """Hardening: framing-wire-types"""
         for number in range(1, 16):
             for wire_type, data in ((0, b"\x05"), (1, b"x" * 8), (5, b"x" * 4), (3, b""), (4, b""), (6, b""), (7, b"")):
                 self.expect_envelope(field(number, wire_type, data), (INVALID_ARGUMENT, UNIMPLEMENTED))
 
     def test_bad_utf8_and_embedded_nul(self):
+        """Hardening: framing-utf8, framing-nul"""
         for name in (b"\xff\xfe", b"rms\0norm", b"\xc0\x80", b"\xed\xa0\x80"):
             self.expect_envelope(field(1, 2, field(1, 2, name)))
             self.expect_envelope(field(8, 2, field(1, 2, name)))
 
     def test_http_to_the_plain_port(self):
+        """Hardening: framing-http"""
         self.expect_refused(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", "HTTP", hello=False)
         self.expect_refused(b"POST /v1 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\nhello", "HTTP", hello=False)
 
@@ -170,13 +182,16 @@ class Framing(Hardening):
             self.expect_refused(frame(0, 1) + b"x" * 200000, "type 0", address=address)
 
     def test_http2_and_ssh_to_the_plain_port(self):
+        """Hardening: framing-http"""
         self.expect_refused(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0" * 32, "HTTP/2", hello=False)
         self.expect_refused(b"SSH-2.0-OpenSSH_9.2p1 Debian-2\r\n".ljust(40), "SSH", hello=False)
 
     def test_tls_to_the_plain_port(self):
+        """Hardening: framing-tls-to-plain"""
         self.expect_refused(bytes.fromhex("16030100c8010000c40303") + bytes(200), "TLS", hello=False)
 
     def test_more_than_a_few_kb_before_hello(self):
+        """Hardening: framing-preauth"""
         self.expect_refused(frame(HELLO, envelope=b"x" * 5000), "4096", hello=False)
         self.expect_refused(frame(HELLO, envelope_bytes=2**32 - 1), hello=False)
         self.expect_refused(frame(HELLO, envelope=hello_envelope(), payload=b"x" * 64), "payload", hello=False)
@@ -218,6 +233,7 @@ class Framing(Hardening):
             self.assertTrue(said[1])
 
     def test_repeated_and_lower_request_ids(self):
+        """Hardening: sessions-same-id"""
         client = self.client()
         ping = pb.Request(ping=pb.Empty())
         self.assertEqual(client.call(ping, request_id=7)[0].status, OK)
@@ -230,6 +246,7 @@ class Framing(Hardening):
         self.assertEqual(client.call(ping, request_id=2**64 - 1)[0].status, INVALID_ARGUMENT)
 
     def test_repeated_id_with_a_payload_skips_the_payload(self):
+        """Hardening: sessions-same-id"""
         client = self.client()
         request, payload, _ = rms_norm()
         client.ask(request, payload)
@@ -287,6 +304,7 @@ class Framing(Hardening):
             return end.goaway.status if end.goaway else None
 
     def test_an_abandoned_upload_frees_its_memory(self):
+        """Hardening: sessions-mid-upload"""
         client = self.start_chunked(16 << 20)
         client.send(frame(DATA, 1, struct.pack("<Q", 0), bytes(65536)))
         other = self.client()
@@ -298,6 +316,7 @@ class Framing(Hardening):
         wait_until(lambda: other.info().memory_bytes == 0)
 
     def test_random_bytes(self):
+        """Hardening: promise-no-harm"""
         chance = random.Random(3)
         for _ in range(200):
             with Client(self.address, hello=False) as client:
@@ -309,6 +328,7 @@ class Framing(Hardening):
                 client.expect_end()
 
     def test_flipped_bits_in_a_good_request(self):
+        """Hardening: promise-no-harm"""
         chance = random.Random(5)
         request, payload, _ = rms_norm()
         good = frame(HELLO, envelope=hello_envelope()) + frame(REQUEST, 1, request.SerializeToString(), payload)
@@ -335,6 +355,7 @@ class Memory(Hardening):
         return self.daemon.memory_kib()
 
     def test_a_million_empty_frames(self):
+        """Hardening: framing-empty-frames"""
         count = 1000000
         before = self.settled_memory()
         client = self.client()
@@ -362,6 +383,7 @@ class Memory(Hardening):
         self.assertLess(self.daemon.memory_kib() - before, 32 << 10)
 
     def test_many_unique_names_do_not_grow_memory(self):
+        """Hardening: names-unique"""
         client = self.client()
         count = 100000
         client.call(run("warm_up"))
@@ -376,26 +398,31 @@ class Memory(Hardening):
 
 class Names(Hardening):
     def test_empty_op_name(self):
+        """Hardening: names-empty"""
         self.expect_status(NOT_FOUND, run(""))
 
     def test_names_with_spaces_newlines_and_escape_codes(self):
+        """Hardening: names-spaces, names-escapes"""
         for name in (" ", "rms norm", "rms_norm ", "a\nb", "\x1b[31mred", "rms_norm\u202e", "RMS_NORM", "rms-norm"):
             reply, _ = self.client().call(run(name))
             self.assertIn(reply.status, (NOT_FOUND, INVALID_ARGUMENT), reply)
 
     def test_name_of_a_megabyte(self):
+        """Hardening: names-long"""
         request = run("x" * ((1 << 20) - 64))
         self.expect_status(INVALID_ARGUMENT, request)
         self.expect_status(INVALID_ARGUMENT, run("x" * 129))
         self.expect_status(NOT_FOUND, run("x" * 128))
 
     def test_unknown_providers(self):
+        """Hardening: sessions-list-unknown"""
         self.expect_status(NOT_FOUND, run("relu", inline([1], f32(1)), run_priority=["no_such"]), words="no_such")
         request = pb.Request(push_priority=pb.PriorityMap())
         request.push_priority.entries.add(op="relu").list.names.append("no_such")
         self.expect_status(NOT_FOUND, request, words="no_such")
 
     def test_priority_lists_empty_repeated_and_far_too_long(self):
+        """Hardening: sessions-list-empty, sessions-list-long"""
         request = run("relu", inline([1], f32(-1)))
         request.run.priority.SetInParent()
         self.expect_status(OK, request)
@@ -417,16 +444,19 @@ INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
 class Shapes(Hardening):
     def test_bad_dimensions(self):
+        """Hardening: shapes-negative, shapes-wrap"""
         for shape in ([-1], [INT64_MIN], [2, -1, 2], [INT64_MAX], [2**32, 2**32], [2**62, 2], [2**61], [3037000500, 3037000500], [0, INT64_MAX, INT64_MAX]):
             with self.subTest(shape=shape):
                 self.expect_status(INVALID_ARGUMENT, run("relu", tensor(shape, size=64)), bytes(64))
                 self.expect_status(INVALID_ARGUMENT, run("relu", inline(shape, bytes(64))))
 
     def test_products_that_wrap_to_the_payload_size(self):
+        """Hardening: shapes-wrap"""
         for shape, dtype in (([2**62 + 4], 9), ([2**63 - 1, 2], 2), ([2**31, 2**31, 4, 4], 9), ([2**32 + 1, 2**32], 9)):
             self.expect_status(INVALID_ARGUMENT, run("relu", tensor(shape, size=16, dtype=dtype)), bytes(16))
 
     def test_dimension_zero_is_an_empty_tensor(self):
+        """Hardening: shapes-zero"""
         client = self.client()
         for shape in ([0], [0, 5], [5, 0], [0, 1 << 40]):
             reply, data = client.ask(run("relu", pb.Tensor(dtype=9, shape=shape, inline=b"")))
@@ -434,6 +464,7 @@ class Shapes(Hardening):
             self.assertEqual(data, b"")
 
     def test_rank_0_and_8_work_and_9_and_65_do_not(self):
+        """Hardening: shapes-rank"""
         client = self.client()
         for rank in (0, 1, 8):
             reply, data = client.ask(run("relu", tensor([1] * rank, size=4)), f32(-3))
@@ -442,10 +473,12 @@ class Shapes(Hardening):
             self.expect_status(INVALID_ARGUMENT, run("relu", tensor([1] * rank, size=4)), f32(1), words="%d" % rank)
 
     def test_unknown_dtypes(self):
+        """Hardening: shapes-dtype"""
         for dtype in (0, 13, 99, -1, 2**31 - 1):
             self.expect_status(INVALID_ARGUMENT, run("relu", tensor([1], dtype=dtype)), f32(1))
 
     def test_payload_shorter_or_longer_than_the_shape(self):
+        """Hardening: shapes-payload"""
         for size, sent in ((12, 12), (20, 20), (16, 12), (16, 8), (16, 0), (0, 16)):
             with self.subTest(size=size, sent=sent):
                 self.expect_status(INVALID_ARGUMENT, run("relu", tensor([4], size=size)), bytes(sent))
@@ -463,12 +496,14 @@ class Shapes(Hardening):
                 self.expect_status(INVALID_ARGUMENT, run("relu", tensor([4], offset=offset, size=size)), bytes(64))
 
     def test_strides_negative_past_the_end_and_of_another_rank(self):
+        """Hardening: shapes-strides"""
         for shape, strides in (([4], [-1]), ([4], [2]), ([4], [INT64_MAX]), ([2, 2], [INT64_MAX, INT64_MAX]), ([4], [INT64_MIN]), ([4], [1, 1]),
                                ([2, 2], [1]), ([2, 2], [2**62, 1]), ([3], [2**63 - 1])):
             with self.subTest(strides=strides):
                 self.expect_status(INVALID_ARGUMENT, run("relu", tensor(shape, size=16, strides=strides)), bytes(16))
 
     def test_zero_and_overlapping_strides_give_right_answers(self):
+        """Hardening: shapes-strides-zero"""
         client = self.client()
         data = f32(-1, 2, -3, 4, 5, -6)
         for shape, strides, wanted in (
@@ -488,6 +523,7 @@ class Shapes(Hardening):
         self.assertEqual(unpack_f32(data), (3.0, 4.0))
 
     def test_nan_and_infinite_attributes(self):
+        """Hardening: arguments-nan"""
         for epsilon in (float("nan"), float("inf"), float("-inf"), -1.0):
             request, payload, _ = rms_norm()
             request.run.args[-1].float = epsilon
@@ -495,6 +531,7 @@ class Shapes(Hardening):
             self.assertIn(reply.status, (OK, INVALID_ARGUMENT), reply)
 
     def test_attributes_out_of_range_and_of_the_wrong_kind(self):
+        """Hardening: arguments-int"""
         request, payload, _ = rms_norm()
         for value in (0, -1, 5, INT64_MAX, INT64_MIN):
             bad = pb.Request.FromString(request.SerializeToString())
@@ -508,6 +545,7 @@ class Shapes(Hardening):
         self.expect_status(INVALID_ARGUMENT, bad, words="approximate")
 
     def test_arguments_too_many_missing_repeated_and_unknown(self):
+        """Hardening: arguments-duplicate"""
         x = inline([1, 4], f32(1, 2, 3, 4))
         for request, words in (
             (run("rms_norm", x), "weight"),
@@ -531,6 +569,7 @@ class Shapes(Hardening):
         self.expect_status(INVALID_ARGUMENT, empty)
 
     def test_a_hundred_thousand_arguments(self):
+        """Hardening: arguments-many"""
         request = pb.Request()
         request.run.op = "relu"
         for _ in range(100000):
@@ -549,6 +588,7 @@ class Shapes(Hardening):
         self.expect_status(INVALID_ARGUMENT, request)
 
     def test_index_contents_out_of_range_in_every_index_operand(self):
+        """Hardening: arguments-index"""
         i64 = lambda *values: struct.pack("<%dq" % len(values), *values)
         table = inline([3, 2], f32(1, 2, 3, 4, 5, 6))
         for bad in (3, -1, INT64_MAX, INT64_MIN, 1 << 32):
@@ -571,6 +611,7 @@ class Handles(Hardening):
         return run("relu", pb.Tensor(handle=handle))
 
     def test_forged_handles(self):
+        """Hardening: handles-forged"""
         client = self.client()
         handle = self.keep(client)
         _, data = client.ask(self.use(handle))
@@ -580,6 +621,7 @@ class Handles(Hardening):
             self.assertIn(reply.status, (NOT_FOUND, INVALID_ARGUMENT), reply)
 
     def test_handles_of_another_session_and_after_a_reconnect(self):
+        """Hardening: promise-no-peeking, handles-other-session, handles-reconnect"""
         client = self.client()
         handle = self.keep(client)
         self.expect_status(NOT_FOUND, self.use(handle))
@@ -587,6 +629,7 @@ class Handles(Hardening):
         self.expect_status(NOT_FOUND, self.use(handle))
 
     def test_freed_twice_and_used_after_free(self):
+        """Hardening: handles-freed, handles-freed-twice"""
         client = self.client()
         handle = self.keep(client)
         free = pb.Request(free=pb.Free(tensors=[pb.Tensor(handle=handle)]))
@@ -595,6 +638,7 @@ class Handles(Hardening):
         self.assertEqual(client.call(self.use(handle))[0].status, NOT_FOUND)
 
     def test_freed_while_requests_that_read_it_are_queued(self):
+        """Hardening: handles-freed-in-use"""
         client = self.client()
         for _ in range(50):
             handle = self.keep(client)
@@ -659,6 +703,7 @@ class Handles(Hardening):
 
 class Sessions(Hardening):
     def test_a_reset_in_mid_kernel(self):
+        """Hardening: sessions-reset"""
         size = 256
         request = run("matmul", tensor([size, size]), tensor([size, size]), run_priority=["native"])
         for _ in range(10):
@@ -670,6 +715,7 @@ class Sessions(Hardening):
         wait_until(lambda: other.info().memory_bytes == 0)
 
     def test_a_handshake_storm(self):
+        """Hardening: sessions-storm"""
         before = self.daemon.descriptors()
         for _ in range(5):
             storm = []
@@ -683,6 +729,7 @@ class Sessions(Hardening):
         wait_until(lambda: self.daemon.descriptors() <= before + 2)
 
     def test_more_requests_in_flight_than_allowed_are_answered_all_the_same(self):
+        """Hardening: promise-one-reply"""
         client = self.client()
         limit = client.hello.limits.in_flight
         request, payload, _ = rms_norm()
@@ -709,6 +756,7 @@ class Sessions(Hardening):
         self.assertEqual(len(seen), count)
 
     def test_deadlines_in_the_past_and_near_wrap_around(self):
+        """Hardening: sessions-deadline-past, sessions-deadline-wrap"""
         for timeout in (1, 2**64 - 1, 2**63):
             reply, _ = self.client().call(run("relu", inline([1], f32(1)), run_timeout_us=timeout))
             self.assertIn(reply.status, (OK, harness.DEADLINE_EXCEEDED), reply)

@@ -239,6 +239,7 @@ START_TEST(ranges_of_a_graph_s_results_are_held_to_the_same_rules)
 }
 END_TEST
 
+/* Hardening: memory-unregistered */
 START_TEST(a_region_detached_in_flight_stays_until_the_kernel_is_done)
 {
 	enum { COUNT = 8, BYTES = 1 << 16 };
@@ -294,7 +295,105 @@ START_TEST(uploads_and_their_parts_come_from_shared_memory)
 }
 END_TEST
 
+static opd_request *fetch_into(const opd_operand *operand, void *to, uint64_t bytes)
+{
+	opd_request *request = opd_fetch_create(operand);
+	opd_request_output_memory(request, 0, memory, to, bytes);
+	return request;
+}
+
+static opd_handle upload_of(const float *values, int64_t elements)
+{
+	const opd_operand x = {.struct_bytes = sizeof x, .dtype = OPD_f32, .rank = 1, .shape = &elements, .data = values};
+	opd_handle handle;
+	OK(opd_upload(client, &x, NULL, &handle, &error));
+	return handle;
+}
+
+/* On the loop, on a lane, strided, empty; there is more room than the tensor needs, and what lies behind it stays. */
+START_TEST(fetches_go_to_shared_memory_whole_or_as_views)
+{
+	enum { COUNT = 50000 };
+	float *values = malloc(COUNT * sizeof *values);
+	for (int i = 0; i < COUNT; i++)
+		values[i] = (float)i / 3;
+	const opd_handle handle = upload_of(values, COUNT);
+	const int64_t small[1] = {16}, turned[2] = {100, 400}, turned_strides[2] = {1, 100}, none[2] = {3, 0};
+	const struct {
+		uint32_t rank;
+		const int64_t *shape, *strides;
+		uint64_t elements;
+	} views[] = {{0, NULL, NULL, COUNT}, {1, small, NULL, 16}, {2, turned, turned_strides, 40000}, {2, none, NULL, 0}};
+	for (size_t v = 0; v < sizeof views / sizeof views[0]; v++) {
+		opd_operand kept = {.struct_bytes = sizeof kept, .source = OPD_FROM_HANDLE, .handle = handle};
+		kept.dtype = views[v].shape == NULL ? OPD_DTYPE_NONE : OPD_f32;
+		kept.rank = views[v].rank;
+		kept.shape = views[v].shape;
+		kept.strides = views[v].strides;
+		const float behind = at(64)[views[v].elements];
+		opd_result *result = NULL;
+		OK(run(fetch_into(&kept, at(64), views[v].elements * 4 + 64), &result));
+		const opd_tensor *tensor = opd_result_tensor(result, 0);
+		ck_assert_uint_eq(tensor->elements, views[v].elements);
+		ck_assert(views[v].elements == 0 || opd_tensor_data(tensor) == (const void *)at(64));
+		for (uint64_t i = 0; i < views[v].elements; i++)
+			ck_assert_float_eq(at(64)[i], values[views[v].strides == NULL ? i : i / 400 + i % 400 * 100]);
+		ck_assert_float_eq(at(64)[views[v].elements], behind);
+		opd_result_destroy(result);
+	}
+	free(values);
+}
+END_TEST
+
+/* It waits for its tensor, and its memory is detached meanwhile. */
+START_TEST(a_region_detached_while_a_fetch_waits_for_it_stays_until_it_is_filled)
+{
+	const opd_operand x = vector(at(0), 16);
+	opd_ticket made, fetched;
+	opd_result *result = NULL;
+	opd_request *request = opd_request_create("lab_wait");
+	lab_reset();
+	opd_request_tensor(request, NULL, &x);
+	opd_request_output(request, 0, true, false);
+	OK(opd_submit(client, request, &made, &error));
+	opd_request_destroy(request);
+	const opd_operand kept = {.struct_bytes = sizeof kept, .source = OPD_FROM_RESULT, .ticket = made, .output = 0};
+	request = fetch_into(&kept, at(4096), 64);
+	OK(opd_submit(client, request, &fetched, &error));
+	opd_request_destroy(request);
+	opd_memory_destroy(memory);
+	memory = NULL;
+	OK(opd_ping(client, &error)); /* the daemon has seen all that */
+	lab_gate(true);
+	OK(opd_wait(client, made, UINT64_MAX, &result, &error));
+	opd_result_destroy(result);
+	OK(opd_wait(client, fetched, UINT64_MAX, &result, &error));
+	ck_assert_uint_eq(opd_result_tensor(result, 0)->elements, 16);
+	opd_result_destroy(result);
+	OK(opd_memory_create(client, MEMORY_BYTES, &memory, &error));
+}
+END_TEST
+
 /* ---- What is refused ---- */
+
+START_TEST(fetches_to_other_places_are_refused_and_write_nothing)
+{
+	const float values[16] = {1};
+	const opd_handle handle = upload_of(values, 16);
+	const opd_operand kept = {.struct_bytes = sizeof kept, .source = OPD_FROM_HANDLE, .handle = handle};
+	at(4096)[0] = 99;
+	refuses(fetch_into(&kept, at(4096), 63), OPD_INVALID_ARGUMENT, "fetch: the tensor has 64 bytes, but 63 of region 1 were named");
+	refuses(fetch_into(&kept, at(4096), 0), OPD_INVALID_ARGUMENT, "64 bytes, but 0 of region 1");
+	refuses(fetch_into(&kept, at(4096) + 1, 64), OPD_INVALID_ARGUMENT, "doesn't lie at a multiple of 64");
+	refuses(fetch_into(&kept, at(MEMORY_BYTES - 64), 128), OPD_INVALID_ARGUMENT, "doesn't lie at a multiple of 64");
+	opd_request *second = opd_fetch_create(&kept);
+	opd_request_output_memory(second, 1, memory, at(4096), 64);
+	refuses(second, OPD_INVALID_ARGUMENT, "fetch: options of output 1, which only runs have");
+	ck_assert_float_eq(at(4096)[0], 99);
+	OK(opd_free(client, &handle, 1, &error));
+	refuses(fetch_into(&kept, at(4096), 64), OPD_NOT_FOUND, "");
+}
+END_TEST
 
 START_TEST(results_overlap_neither_operands_nor_each_other)
 {
@@ -351,6 +450,7 @@ static void *rewrite(void *context)
 	return NULL;
 }
 
+/* Hardening: memory-rewritten */
 START_TEST(ids_rewritten_while_a_kernel_runs_are_read_once)
 {
 	struct rewriter rewriter = {.ids = (int64_t *)at(1 << 19)};
@@ -495,6 +595,7 @@ static void refuses_descriptor(struct raw *raw, int fd, uint64_t bytes, const ch
 	(void)close(fd);
 }
 
+/* Hardening: memory-unsealed, memory-pipe, memory-directory, memory-device */
 START_TEST(every_other_descriptor_is_refused_and_none_is_leaked)
 {
 	struct raw raw;
@@ -544,6 +645,7 @@ START_TEST(descriptors_that_nobody_wants_are_closed)
 }
 END_TEST
 
+/* Hardening: memory-shortened, memory-wrap */
 START_TEST(an_attached_file_cannot_shrink_and_ranges_outside_are_refused)
 {
 	struct raw raw;
@@ -579,7 +681,23 @@ START_TEST(an_attached_file_cannot_shrink_and_ranges_outside_are_refused)
 		const struct msg_reply reply = ask(&raw, message, NULL, 0);
 		says(&reply, cases[i].status, cases[i].part);
 	}
+	struct msg_tensor inlined = {.dtype = OPD_u8, .rank = 1, .shape = {64}, .source = MSG_SOURCE_INLINE, .inlined = {(const uint8_t *)cases, 64}};
+	const struct msg_reply uploaded = ask(&raw, (struct msg_request){.kind = MSG_REQUEST_UPLOAD, .upload = {.tensor = &inlined}}, NULL, 0);
+	struct msg_tensor kept = {.source = MSG_SOURCE_HANDLE, .handle = uploaded.run.outputs[0].kept};
+	for (size_t i = 0; i < 4; i++) {
+		const struct msg_shared_range into = {1, cases[i].offset, cases[i].bytes};
+		const struct msg_reply reply = ask(&raw, (struct msg_request){.kind = MSG_REQUEST_FETCH, .fetch = {&kept, into}}, NULL, 0);
+		says(&reply, cases[i].status, cases[i].part);
+	}
+	const struct msg_reply nowhere = ask(&raw, (struct msg_request){.kind = MSG_REQUEST_FETCH, .fetch = {&kept, {2, 0, 64}}}, NULL, 0);
+	says(&nowhere, OPD_NOT_FOUND, "fetch: the range: region 2 isn't attached");
 	(void)close(fd);
+	raw_close(&raw);
+	raw_open(&raw, "cancel"); /* and a session without the feature has none at all */
+	const struct msg_reply again = ask(&raw, (struct msg_request){.kind = MSG_REQUEST_UPLOAD, .upload = {.tensor = &inlined}}, NULL, 0);
+	kept.handle = again.run.outputs[0].kept;
+	const struct msg_reply without = ask(&raw, (struct msg_request){.kind = MSG_REQUEST_FETCH, .fetch = {&kept, {1, 0, 64}}}, NULL, 0);
+	says(&without, OPD_UNIMPLEMENTED, "no feature \"shm\"");
 	raw_close(&raw);
 }
 END_TEST
@@ -625,6 +743,9 @@ static Suite *suite(void)
 	tcase_add_test(wide, an_operand_may_begin_anywhere_that_its_elements_may);
 	tcase_add_test(wide, a_last_result_byte_may_be_the_region_s_last);
 	tcase_add_test(wide, uploads_and_their_parts_come_from_shared_memory);
+	tcase_add_test(wide, fetches_go_to_shared_memory_whole_or_as_views);
+	tcase_add_test(wide, a_region_detached_while_a_fetch_waits_for_it_stays_until_it_is_filled);
+	tcase_add_test(wide, fetches_to_other_places_are_refused_and_write_nothing);
 	tcase_add_test(wide, a_region_detached_in_flight_stays_until_the_kernel_is_done);
 	tcase_add_test(wide, results_of_a_graph_lie_in_shared_memory_too);
 	tcase_add_test(wide, ranges_of_a_graph_s_results_are_held_to_the_same_rules);

@@ -13,6 +13,7 @@ import math
 import os
 import select
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -299,6 +300,7 @@ class Bad(unittest.TestCase):
         self.assertEqual({os.path.basename(path)[:-3] for path in glob.glob(bad("*"))} - {"forgetful", "late"}, set(BAD))
 
     def test_bad_modules_are_refused_with_their_reason(self):
+        """Hardening: providers-abi, providers-symbol"""
         for name, (status, words) in BAD.items():
             with self.subTest(name):
                 self.refused(bad(name), status, words)
@@ -356,6 +358,7 @@ class Bad(unittest.TestCase):
         self.refused(path, "PERMISSION_DENIED", "owned by uid 12345")
 
     def test_configured_names_stay_usable_in_lists_as_statically_unsupported(self):
+        """Hardening: sessions-list-unsupported"""
         flags = []
         for name in BAD:
             flags += ["--module", "m_%s=%s" % (name, bad(name))]
@@ -385,7 +388,11 @@ class Bad(unittest.TestCase):
 
     def test_without_a_configured_name_reserved_ones_are_not_remembered(self):
         daemon = daemon_for(self, "--module", bad("name_unfused"), "--module", bad("name_native"), "--module", bad("duplicate_provider"))
-        self.assertEqual({provider["name"] for provider in opctl(daemon, "providers")}, {"native", "cpu"})
+        found = {provider["name"]: provider["reason"] for provider in opctl(daemon, "providers")}
+        self.assertFalse({"native", "cpu"} - set(found))
+        self.assertNotIn("unfused", found)
+        for name in set(found) - {"native", "cpu"}:  # the default lists name them
+            self.assertEqual(found[name], "no such module is configured")
 
     def test_a_module_that_comes_later_takes_the_place_of_its_missing_name(self):
         path = os.path.join(self.folder, "later.so")
@@ -423,6 +430,22 @@ class Bad(unittest.TestCase):
                 another.ping()
             self.assertFalse(select.select([loader.sock], [], [], 0)[0], "the module was loaded before anybody else was served")
             self.assertEqual(loader.read_reply()[1].status, harness.OK)
+
+    def test_a_reload_that_fails_leaves_no_module_behind(self):
+        daemon = daemon_for(self, config="limits: {stall: 50s}")
+        module = "modules: [{name: testdev, path: %s}]\n" % self.file("reloaded.so")
+        self.assertNotIn("testdev", {provider["name"] for provider in opctl(daemon, "providers")})
+        for count, lists in enumerate(("{relu: [testdev, nobody]}", "{relu: [testdev], nothing: [testdev]}"), 1):
+            daemon.write_config(module + "limits: {stall: 51s}\npriorities: " + lists)
+            daemon.signal(signal.SIGHUP)
+            daemon.wait_log("error", "not reloaded", count=count)
+            self.assertNotIn("testdev", {provider["name"] for provider in opctl(daemon, "providers")})
+            self.assertEqual([name for name in opctl(daemon, "info")["devices"] if name.startswith("test")], [])
+        daemon.write_config(module + "priorities: {relu: [testdev]}")
+        daemon.signal(signal.SIGHUP)
+        daemon.wait_log("info", "configuration reloaded")
+        with Client(daemon.address) as client:
+            self.assertEqual(client.ask(run("relu", inline([2], f32(-1, 1))))[0].run.provider, "testdev")
 
     def test_check_config_names_a_module_that_is_missing_from_the_lists(self):
         command(harness.OPD, "--check-config", "--module", "gone=/nowhere.so", "--priority", "relu=gone,native")
@@ -769,6 +792,7 @@ class Device(unittest.TestCase):
             self.fails_once("alloc:%d" % count, "relu on test:0: alloc: injected failure", relu_request)
 
     def test_a_kernels_failure_is_that_requests_error(self):
+        """Hardening: providers-fails"""
         self.fails_once("launch:1", "launch: injected failure")
         self.fails_once("kernel:1", "add on test:0: kernel: injected failure")
         self.fails_once("mute:1", "testdev.add failed", status=harness.UNKNOWN)
@@ -795,6 +819,7 @@ class Device(unittest.TestCase):
                     daemon.stop()
 
     def test_a_backend_that_always_fails_fails_always_and_alone(self):
+        """Hardening: promise-containment"""
         for fault in ("stream:1+", "record:1+", "alloc:1+", "kernel:1+"):
             with self.subTest(fault):
                 daemon = DeviceDaemon(fault=fault)
@@ -828,6 +853,7 @@ class Device(unittest.TestCase):
         self.assertEqual((replies[first].status, replies[second].status), (harness.INTERNAL, harness.ABORTED))
 
     def test_more_than_the_device_holds_is_resource_exhausted(self):
+        """Hardening: providers-memory"""
         client = self.client(self.daemon(memory=1 << 16))
         for _ in range(2):
             reply, _ = client.call(add_request(1, count=1 << 13)[0])  # two operands and a result of 32 KiB
@@ -1311,6 +1337,7 @@ class LostDevice(unittest.TestCase):
             self.assertIn("test:1", reply.message)
 
     def test_it_is_passed_over_and_the_others_go_on(self):
+        """Hardening: providers-sticky"""
         client = self.client(fault="lost:1", delay_us=1000)
         other = self.client(self.server)
         there, elsewhere = self.upload(client, [1, -2], device="test:1"), self.upload(client, [3, -4], device="test:0")

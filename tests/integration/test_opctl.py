@@ -201,6 +201,26 @@ class Run(Case):
     def test_tensors_through_shared_memory_give_the_same(self):
         for words in (["relu", "randn:f32[3,5]"], ["embedding", "ids=i64[3]=0,2,1", "table=randn:bf16[4,6]"], ["topk", "randn:f32[2,9]", "3"], ["relu", "f32[0,4]=1"]):
             self.assertEqual(self.opctl("run", *words, "--shm"), self.opctl("run", *words))
+        graph = os.path.join(self.folder, "shm.json")
+        with open(graph, "w") as file:
+            json.dump({"inputs": ["x"], "nodes": [{"name": "y", "op": "relu", "args": {"x": "$x"}}, {"name": "z", "op": "silu", "args": {"x": "$y"}}],
+                       "outputs": {"y": "$y", "z": "$z"}}, file)
+        words = ("graph", graph, "run", "randn:f32[7,9]")
+        self.assertEqual(self.opctl(*words, "--shm"), self.opctl(*words))
+
+    def test_publications_go_through_shared_memory_both_ways(self):
+        made, back = os.path.join(self.folder, "made.safetensors"), os.path.join(self.folder, "back.safetensors")
+        for dtype, shape, data in (("F32", [33, 1000], os.urandom(132000)), ("I64", [5], os.urandom(40)), ("BF16", [0, 3], b"")):
+            write_safetensors(made, {"t": (dtype, shape, data)})
+            self.opctl("put", made, "--as", "sent")
+            self.opctl("put", made, "--as", "shared", "--shm")
+            contents = {item["name"]: item["sha256"] for item in self.json("tensors")}
+            self.assertEqual(contents["sent/t"], contents["shared/t"])
+            for name in contents:
+                self.opctl("get", name, "-o", back, "--shm")
+                with open(back, "rb") as file:
+                    self.assertTrue(file.read().endswith(data))
+            self.opctl("rm", "sent/", "shared/")
 
     def test_requests_through_rings_give_the_same(self):
         for words in (["run", "relu", "randn:f32[300,500]"], ["run", "rms_norm", "randn:f32[2,4096]", "ones:f32[4096]", "1e-5", "--shm"], ["ops"]):

@@ -229,6 +229,7 @@ static void writes_no_other_shape(const struct op *op, const struct impl *impl, 
 	opd_request_destroy(request);
 }
 
+/* Hardening: providers-shape */
 START_TEST(promise_4_an_implementation_that_would_write_another_shape_fails_with_internal)
 {
 	struct snapshot *snapshot = registry_snapshot(house.server->registry);
@@ -250,6 +251,7 @@ START_TEST(promise_4_an_implementation_that_would_write_another_shape_fails_with
 }
 END_TEST
 
+/* Hardening: providers-overrun */
 START_TEST(promise_4_checked_mode_finds_a_kernel_that_writes_past_the_end)
 {
 	fails(scale_with(16, LIST("spills")), OPD_INTERNAL);
@@ -421,6 +423,7 @@ START_TEST(promise_15_a_disconnect_drops_the_sessions_lists)
 }
 END_TEST
 
+/* Hardening: sessions-list-changed */
 START_TEST(promise_15_a_list_changed_later_leaves_requests_in_flight_alone)
 {
 	opd_ticket waiting;
@@ -609,6 +612,7 @@ START_TEST(promise_20_get_priority_returns_the_effective_list)
 }
 END_TEST
 
+/* Hardening: sessions-list-unsupported */
 START_TEST(promise_21_an_empty_list_and_one_of_unsupported_names_become_native_with_a_warning)
 {
 	const char *event = "priority list is empty or has only unsupported providers";
@@ -831,6 +835,7 @@ START_TEST(promise_27_a_request_dispatched_earlier_keeps_its_snapshot)
 }
 END_TEST
 
+/* Hardening: promise-one-outcome, providers-fails */
 START_TEST(promise_28_a_kernels_failure_is_the_requests_unless_it_allows_another_try)
 {
 	fails(scale_with(4, LIST("breaks", "plain")), OPD_INTERNAL);

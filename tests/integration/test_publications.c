@@ -114,6 +114,7 @@ START_TEST(ten_clients_that_publish_or_open_the_same_weights_hold_them_once)
 }
 END_TEST
 
+/* Hardening: promise-no-peeking */
 START_TEST(what_was_published_is_found_by_the_hash_of_its_bytes)
 {
 	OK(publish(client, upload(client), "model/layer0.w", false, false));
@@ -183,6 +184,7 @@ START_TEST(a_published_tensor_is_read_only)
 }
 END_TEST
 
+/* Hardening: handles-withdrawn */
 START_TEST(withdrawn_or_orphaned_while_a_kernel_reads_it_stays_for_those_who_have_it)
 {
 	lab_reset();

@@ -402,6 +402,13 @@ class AgainstTheDaemon(unittest.TestCase):
             ids.numpy()[:] = [1, 0, 1]
             taken = client.run("embedding", ids, x, out=memory.tensor("f32", [3, 600]))[0]
             np.testing.assert_array_equal(taken, x.numpy()[[1, 0, 1]])
+            kept = client.upload(x).result()
+            np.testing.assert_array_equal(client.fetch(kept, out=y).result(), x.numpy())
+            column = client.fetch(kept.view([2, 1], strides=[600, 1], byte_offset=4), out=memory.tensor("f32", [2, 1])).result()
+            np.testing.assert_array_equal(column, x.numpy()[:, 1:2])
+            with self.assertRaisesRegex(opd.InvalidArgument, "4800 bytes, but 4 of region"):
+                client.fetch(kept, out=memory.tensor("f32", [1])).result()
+            np.testing.assert_array_equal(client.run("relu", x, out=y)[0], y.numpy())
             with self.assertRaisesRegex(opd.InvalidArgument, "overlaps x"):
                 client.run("relu", x, out=memory.tensor("f32", [2, 600], offset=x.offset + 64))
             with self.assertRaisesRegex(opd.InvalidArgument, "expected a multiple of 64 with room"):

@@ -696,7 +696,7 @@ static void *scribble(void *context)
 	return NULL;
 }
 
-/* Requests go in whole and change under the daemon's eyes. It may answer, refuse, or end that session; the others go on. */
+/* Requests go in whole and change under the daemon's eyes. It may answer, refuse, or end that session; the others go on. Hardening: memory-rewritten */
 START_TEST(memory_rewritten_at_any_time_harms_nobody_else)
 {
 	for (unsigned seed = 0; seed < 30; seed++) {

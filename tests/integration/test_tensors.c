@@ -485,6 +485,7 @@ static void leave_while_a_fetch_waits(opd_client *leaving)
 	opd_request_destroy(slow);
 }
 
+/* Hardening: promise-ledger */
 START_TEST(after_every_kind_of_end_the_ledger_is_at_zero)
 {
 	static void (*const ends[])(opd_client *) = {leave_uploading_whole, leave_after_some_parts, leave_with_kept_tensors, leave_while_fetching,

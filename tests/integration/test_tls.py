@@ -226,6 +226,7 @@ class FrontDoor(Case):
             self.assertNotIn(b"OPD1", said)
 
     def test_a_plain_client_is_told_to_use_tls(self):
+        """Hardening: framing-plain-to-tls"""
         sock = self.raw()
         sock.sendall(frame(harness.HELLO, envelope=hello_envelope()))
         said = self.check_ends(sock)
@@ -234,6 +235,7 @@ class FrontDoor(Case):
         self.assertIn("tls://", reply.message)
 
     def test_tls_to_the_plain_port(self):
+        """Hardening: framing-tls-to-plain"""
         daemon = Daemon(listen=["unix:" + path("plain.sock"), "tcp://127.0.0.1:0"], wait=False)
         daemon.address = "unix:" + path("plain.sock")
         daemon.wait_ready()
@@ -258,6 +260,7 @@ class FrontDoor(Case):
         self.assertEqual(sock.recv(1), b"\x16")
 
     def test_clients_that_vanish_in_their_handshake_leave_nothing(self):
+        """Hardening: sessions-storm"""
         before = self.daemon.descriptors()
         hello = client_hello()
         for i in range(100):
@@ -284,6 +287,7 @@ class FrontDoor(Case):
                 client.read_frame()
 
     def test_more_bytes_than_a_handshake_has(self):
+        """Hardening: framing-preauth"""
         sock = self.raw()
         record = b"\x16\x03\x01\x40\x00"
         with contextlib.suppress(ConnectionError):
@@ -319,6 +323,7 @@ class Strangers(Case):
     config = "limits: {handshakes: 4, handshake: 10min}\n"
 
     def test_the_oldest_connection_without_a_hello_makes_room(self):
+        """Hardening: sessions-storm"""
         hello = client_hello()
         half_open = [self.raw() for _ in range(4)]
         for sock in half_open[1:3]:
@@ -373,6 +378,7 @@ class Reload(unittest.TestCase):
         check_healthy(self, self.daemon)
 
     def test_a_key_of_another_certificate_changes_nothing(self):
+        """Hardening: operations-certificate"""
         copy_pair((self.first[0], self.second[1]), "live")
         self.reload("configuration not reloaded")
         self.assertIn("is not that of the certificate", self.daemon.wait_log("not reloaded"))

@@ -6,7 +6,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "server/config.h"
+#include "server/config_internal.h"
 
 static char folder[64];
 static char path[96];
@@ -55,6 +55,60 @@ static void expect_error(const char *rest)
 	ck_assert_msg(strncmp(error.text, path, strlen(path)) == 0, "no path in: %s", error.text);
 	ck_assert_str_eq(error.text + strlen(path), rest);
 }
+
+struct differences {
+	char text[4096];
+};
+
+static void note_difference(const char *key, const char *before, const char *after, void *argument)
+{
+	struct differences *found = argument;
+	const size_t used = strlen(found->text);
+	(void)snprintf(found->text + used, sizeof found->text - used, "%s: %s -> %s\n", key, before == NULL ? "-" : before, after == NULL ? "-" : after);
+}
+
+static void expect_differences(const struct config *before, const char *wanted)
+{
+	struct differences found = {""};
+	ck_assert_int_eq(config_compare(before, config, note_difference, &found, &error), OPD_OK);
+	ck_assert_str_eq(found.text, wanted);
+}
+
+START_TEST(every_key_is_told_as_the_file_would_say_it)
+{
+	const struct config_key *key;
+	size_t count = 0;
+	for (; (key = config_key_at(count)) != NULL; count++) {
+		char text[CONFIG_TEXT_BYTES], again[CONFIG_TEXT_BYTES];
+		config_key_text(config, key, text, sizeof text);
+		ck_assert_msg(strcmp(text, "?") != 0, "%s: its way to set has no way to print in config_key.c", key->name);
+		ck_assert_msg(text[0] == '\0' || config_set(config, key->name, text, &error) == OPD_OK, "%s: %s", key->name, error.text);
+		config_key_text(config, key, again, sizeof again);
+		ck_assert_str_eq(text, again);
+	}
+	ck_assert_uint_gt(count, 20);
+}
+END_TEST
+
+START_TEST(two_configurations_differ_in_the_keys_that_changed)
+{
+	struct config *before = config_create();
+	ck_assert_ptr_nonnull(before);
+	expect_differences(before, "");
+	ck_assert_int_eq(config_set(before, "limits.memory", "64 MiB", &error), OPD_OK);
+	ck_assert_int_eq(config_set(before, "limits.stall", "90s", &error), OPD_OK);
+	ck_assert_int_eq(config_add_module(before, "gone=/lib/gone.so", &error), OPD_OK);
+	load_ok("listen: [unix:/tmp/a.sock]\nlimits: {memory: 128 MiB, session: 32 MiB}\npriorities: {relu: [cpu], \"*\": [native]}\n"
+	        "tenants:\n  \"uid:1\": {weight: 300, class: batch}\n");
+	config_clear_listeners(before);
+	config_clear_priorities(before);
+	ck_assert_int_eq(config_add_priority(before, "*=cpu", &error), OPD_OK);
+	expect_differences(before, "limits.cache: 64 MiB -> 128 MiB\nlimits.derived: 16 MiB -> 32 MiB\nlimits.memory: 64 MiB -> 128 MiB\n"
+	                           "limits.stall: 90s -> 1min\nlisten: [] -> [unix:/tmp/a.sock]\nmodules.gone: /lib/gone.so -> -\n"
+	                           "priorities.*: [cpu] -> [native]\npriorities.relu: - -> [cpu]\ntenants.uid:1: - -> weight: 300, class: batch\n");
+	config_destroy(before);
+}
+END_TEST
 
 START_TEST(defaults_are_those_of_the_header)
 {
@@ -509,6 +563,8 @@ END_TEST
 
 static void add_file_tests(TCase *tests)
 {
+	tcase_add_test(tests, every_key_is_told_as_the_file_would_say_it);
+	tcase_add_test(tests, two_configurations_differ_in_the_keys_that_changed);
 	tcase_add_test(tests, defaults_are_those_of_the_header);
 	tcase_add_test(tests, a_whole_file_is_read);
 	tcase_add_loop_test(tests, files_that_say_nothing_are_fine, 0, 6);

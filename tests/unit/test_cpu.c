@@ -596,6 +596,46 @@ START_TEST(fused_add_in_place_gives_the_same_bits)
 }
 END_TEST
 
+/* Zeros, aligned as a tensor is. */
+static void *aligned_zeros(size_t bytes)
+{
+	void *memory = aligned_alloc(64, bytes);
+	ck_assert_ptr_nonnull(memory);
+	memset(memory, 0, bytes);
+	return memory;
+}
+
+START_TEST(norms_past_the_caches_give_the_same_bits)
+{
+	enum { WIDEST = 1056 };
+	const struct cpu_kernels *kernels = cpu_isas[_i];
+	if (!cpu_isa_supported(kernels))
+		return;
+	struct inputs in;
+	for (size_t d = 0; d < 3; d++) {
+		const unsigned dtype = cpu_dtype_index(dtypes[d]);
+		inputs_init(&in, OP_FUSED, dtypes[d], 1, WIDEST, 0, 0);
+		unsigned char *y[2], *sum[2];
+		for (size_t s = 0; s < 2; s++)
+			y[s] = aligned_zeros(WIDEST * 4), sum[s] = aligned_zeros(WIDEST * 4);
+		for (size_t width = 32; width <= WIDEST; width += 512) { /* rows of whole cache lines, as norm.c asks for */
+			for (size_t s = 0; s < 2; s++) {
+				kernels->norm->fused_add_rms_norm[dtype][CPU_WEIGHT_SAME](box_at(&in.x, 0, 0), box_at(&in.second, 0, 0), box_at(&in.weight, 0, 0),
+				                                                          y[s], sum[s], width, width, 1e-5f, s == 1);
+			}
+			ck_assert_mem_eq(y[0], y[1], WIDEST * 4);
+			ck_assert_mem_eq(sum[0], sum[1], WIDEST * 4);
+			for (size_t s = 0; s < 2; s++)
+				kernels->norm->rms_norm[dtype][CPU_WEIGHT_NONE](box_at(&in.x, 0, 0), NULL, y[s], width, width, 1e-5f, s == 1);
+			ck_assert_mem_eq(y[0], y[1], WIDEST * 4);
+		}
+		for (size_t s = 0; s < 2; s++)
+			free(y[s]), free(sum[s]);
+		inputs_fini(&in);
+	}
+}
+END_TEST
+
 /* ---- Special values ------------------------------------------------------------------------------------------------------- */
 
 /* One row of `width` copies of `rest`, with `special` at `at`; the result's element `read`. */
@@ -906,6 +946,7 @@ static Suite *cpu_suite(void)
 	tcase_add_loop_test(each, linear_splits_columns_without_changing_bits, 0, sets);
 	tcase_add_loop_test(each, linear_gives_one_nan_on_every_way, 0, sets);
 	tcase_add_loop_test(each, fused_add_in_place_gives_the_same_bits, 0, sets);
+	tcase_add_loop_test(each, norms_past_the_caches_give_the_same_bits, 0, sets);
 	tcase_add_loop_test(each, nan_and_infinities_propagate, 0, sets);
 	tcase_add_loop_test(each, every_16_bit_value_survives_load_and_store, 0, sets);
 	tcase_add_loop_test(each, stores_round_to_nearest_even_once, 0, sets);

@@ -1,0 +1,210 @@
+#!/usr/bin/python3
+"""A provider that fails, hangs, crashes or returns garbage hurts its own requests only, and is reported by name: the module tests/modules/faulty does all of it when it is told to.
+
+OPD_BIN names the daemon, OPCTL_BIN opctl, OPD_MODULES the folder with the built test modules.
+"""
+import json
+import os
+import subprocess
+import sys
+import unittest
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import harness
+from harness import Client, Daemon, f32, inline, pb, run, unpack_f32
+
+BUILD = os.environ.get("OPD_BUILD", os.path.join(harness.ROOT, "build"))
+OPCTL = os.environ.get("OPCTL_BIN", os.path.join(BUILD, "bin", "opctl"))
+MODULE = os.path.join(os.environ.get("OPD_MODULES", os.path.join(BUILD, "tests", "modules")), "faulty", "faulty.so")
+ERROR, OVERRUN, SHAPE, VALUE, SCRATCH, SEGV, ABORT, EXIT, KILL, HANG, HANG_POLITE, ARGUMENT, MUTE = range(1001, 1014)
+REASON_QUARANTINE = 4
+
+
+def relu(fault=0, op="relu", length=4, **fields):
+    """A request that faulty is asked first for, and native second."""
+    values = [float(fault)] + [float(i - 1) for i in range(1, length)]
+    fields.setdefault("run_priority", ["faulty", "native"])
+    return run(op, inline([length], f32(*values)), run_inline_results=True, run_explain=True, **fields)
+
+
+class Faulty(unittest.TestCase):
+    isolated = False
+
+    def daemon(self, config="", **environment):
+        config = "modules: [{name: faulty, path: %s%s}]\n%s" % (MODULE, ", isolated: true" if self.isolated else "", config)
+        daemon = Daemon(config=config, environment=environment)
+        self.addCleanup(daemon.stop)
+        self.addCleanup(harness.check_healthy, self, daemon)
+        return daemon
+
+    def client(self, daemon):
+        client = Client(daemon.address)
+        self.addCleanup(client.close)
+        return client
+
+    def fails(self, client, fault, status=harness.INTERNAL, **fields):
+        reply = client.call(relu(fault, **fields))[0]
+        self.assertEqual(reply.status, status, reply.message)
+        return reply.message
+
+    def works(self, client, provider="faulty", **fields):
+        """relu is right, and `provider` has run it; the reply."""
+        reply = client.ask(relu(**fields))[0]
+        self.assertEqual((reply.run.provider, list(unpack_f32(reply.run.outputs[0].tensor.inline))), (provider, [0, 0, 1, 2]))
+        return reply
+
+    def skipped(self, reply):
+        return {skip.provider: (skip.code, skip.reason) for skip in reply.run.explain.skipped}
+
+    def opctl(self, daemon, *words, code=0):
+        done = subprocess.run([OPCTL, "--connect", daemon.address, "--json", *words], capture_output=True, text=True, timeout=harness.PATIENCE)
+        self.assertEqual(done.returncode, code, done.stdout + done.stderr)
+        return json.loads(done.stdout) if code == 0 else done.stdout + done.stderr
+
+    def provider(self, daemon, name="faulty"):
+        return [one for one in self.opctl(daemon, "providers") if one["name"] == name][0]
+
+
+class Checked(Faulty):
+    """Hardening: providers-overrun, providers-shape"""
+
+    def test_writing_past_a_result_or_the_scratch_is_an_internal_error_that_says_where(self):
+        daemon = self.daemon("providers: {faulty: {checked: true}}")
+        client = self.client(daemon)
+        self.works(client)
+        self.assertEqual(self.fails(client, OVERRUN), "faulty.relu wrote past the end of result 0, at byte 16 of 16")
+        self.assertEqual(self.fails(client, SCRATCH), "faulty.relu wrote past the end of its scratch, at byte 100 of 100")
+        self.works(client)
+        self.assertEqual(self.provider(daemon)["failures"], 2)
+
+    def test_a_result_described_otherwise_is_an_internal_error(self):
+        client = self.client(self.daemon("providers: {\"*\": {checked: true}}"))
+        self.assertRegex(self.fails(client, SHAPE), "faulty.relu changed the dtype, shape or place of a result")
+        self.works(client)
+
+    def test_where_the_request_allows_it_the_next_provider_answers(self):
+        client = self.client(self.daemon("checked: true"))
+        reply = client.ask(relu(OVERRUN, run_retry=True))[0]
+        self.assertEqual(reply.run.provider, "native")
+        self.assertEqual(unpack_f32(reply.run.outputs[0].tensor.inline), (OVERRUN, 0, 1, 2))
+
+    def test_a_provider_that_is_checked_can_follow_one_that_is_not(self):
+        client = self.client(self.daemon("providers: {native: {checked: true}}"))
+        reply = client.ask(relu(ERROR, run_retry=True))[0]
+        self.assertEqual(reply.run.provider, "native")
+
+
+class Quarantine(Faulty):
+    """Hardening: providers-fails"""
+
+    def test_after_five_failures_it_is_passed_over_with_the_reason(self):
+        daemon = self.daemon()
+        client, other = self.client(daemon), self.client(daemon)
+        for i in range(5):
+            self.assertEqual(self.skipped(self.works(other)), {})
+            self.fails(client, ERROR if i % 2 == 0 else MUTE)
+        reply = self.works(other, "native")
+        self.assertEqual(self.skipped(reply), {"faulty": (REASON_QUARANTINE, "quarantine: 5 failures (kernel error 5)")})
+        self.assertIn("provider quarantined", daemon.log_text())
+        # its other op goes on
+        self.assertEqual(other.ask(relu(op="silu"))[0].run.provider, "faulty")
+        # a strict request that only wants it is told why
+        strict = other.call(relu(run_priority=["faulty"], run_strict=True))[0]
+        self.assertEqual(strict.status, harness.FAILED_PRECONDITION)
+        self.assertIn("quarantine: 5 failures", strict.message)
+
+    def test_opctl_shows_it_and_ends_it(self):
+        daemon = self.daemon("quarantine: {failures: 1}")
+        client = self.client(daemon)
+        self.fails(client, ERROR)
+        self.works(client, "native")
+        self.assertEqual(self.provider(daemon)["quarantined"], ["relu: 1 failure (kernel error 1)"])
+        self.assertTrue(self.provider(daemon)["available"])
+        impl = [one for one in self.opctl(daemon, "describe", "relu")["implementations"] if one["provider"] == "faulty"][0]
+        self.assertEqual((impl["supported"], impl["reason"]), (False, "quarantined: 1 failure (kernel error 1)"))
+        self.assertIn("nothing of faulty is quarantined for silu", self.opctl(daemon, "provider", "faulty", "restore", "silu", code=1))
+        self.assertIn("no provider", self.opctl(daemon, "provider", "nobody", "restore", code=1))
+        self.opctl(daemon, "provider", "faulty", "restore")
+        self.assertEqual(self.provider(daemon)["quarantined"], [])
+        self.works(client)
+        self.assertIn("provider restored", daemon.log_text())
+
+    def test_only_an_administrator_ends_it(self):
+        daemon = Daemon("--listen", "tcp://127.0.0.1:0")
+        self.addCleanup(daemon.stop)
+        with Client(daemon.tcp_addresses()[0]) as client:
+            reply = client.call(pb.Request(restore_provider=pb.RestoreProvider(provider="cpu")))[0]
+            self.assertEqual(reply.status, harness.PERMISSION_DENIED)
+
+    def test_after_the_cool_down_it_is_on_trial_and_one_failure_is_enough(self):
+        daemon = self.daemon("quarantine: {failures: 2, cooldown: 1ms, window: 1h}")
+        client = self.client(daemon)
+        for _ in range(2):
+            self.fails(client, ERROR)
+        daemon.wait_log("on trial after its quarantine")
+        self.works(client)
+        self.fails(client, ERROR)
+        self.assertEqual(daemon.log_text().count("provider quarantined"), 2)
+        self.assertIn("cooldown_us=2000", daemon.log_text().split("provider quarantined")[2])
+
+    def test_many_failures_of_several_ops_take_the_whole_provider_out(self):
+        daemon = self.daemon("quarantine: {failures: 0, provider_failures: 3}\nproviders: {faulty: {checked: true}}")
+        client = self.client(daemon)
+        for fault in (ERROR, OVERRUN, SCRATCH):
+            self.fails(client, fault)
+        self.works(client, "native")
+        self.assertEqual(client.ask(relu(op="silu"))[0].run.provider, "native")
+        found = self.provider(daemon)
+        self.assertFalse(found["available"])
+        self.assertEqual(found["reason"], "quarantined: 3 failures (kernel error 1, overrun 2)")
+        self.opctl(daemon, "provider", "faulty", "restore")
+        self.works(client)
+
+    def test_what_the_request_is_to_blame_for_does_not_count(self):
+        daemon = self.daemon("quarantine: {failures: 1}")
+        client = self.client(daemon)
+        self.fails(client, ARGUMENT, harness.INVALID_ARGUMENT)
+        self.works(client)
+        self.assertEqual(self.provider(daemon)["failures"], 0)
+
+    def test_zero_failures_is_never(self):
+        client = self.client(self.daemon("quarantine: {failures: 0, provider_failures: 0}"))
+        for _ in range(25):
+            self.fails(client, ERROR)
+        self.works(client)
+
+    def test_a_graph_is_dispatched_anew(self):
+        daemon = self.daemon("quarantine: {failures: 1}")
+        client = self.client(daemon)
+        node = pb.GraphNode(name="r", op="relu", args=[pb.Argument(tensor=pb.Tensor(graph_input=0))], priority=pb.ProviderList(names=["faulty", "native"]))
+        graph = pb.Graph(name="g", inputs=[pb.GraphInput(name="x")], nodes=[node], outputs=[pb.GraphOutput(name="y", node=pb.NodeOutput())])
+        number = client.ask(pb.Request(register_graph=pb.RegisterGraph(graph=graph)))[0].graph.graph
+
+        def ask(fault):
+            request = pb.Request(run_graph=pb.RunGraph(graph=number, inputs=[pb.Argument(tensor=inline([2], f32(fault, 1)))], inline_results=True))
+            return client.call(request)[0]
+
+        self.assertEqual(ask(0).status, harness.OK)
+        self.assertEqual(ask(ERROR).status, harness.INTERNAL)
+        again = ask(ERROR)
+        self.assertEqual((again.status, unpack_f32(again.run.outputs[0].tensor.inline)), (harness.OK, (ERROR, 1)))
+
+
+class Configuration(unittest.TestCase):
+    def test_wrong_values_are_refused_by_name(self):
+        for text, wanted in (
+            ("quarantine: {failures: 65}", "quarantine.failures"),
+            ("quarantine: {window: 0}", "quarantine.window"),
+            ("providers: {cpu: {budget: 1us}}", "providers.cpu.budget"),
+            ("providers: {cpu: {nonsense: 1}}", "no such key, expected checked"),
+            ("providers: {Cpu: {}}", "no provider's name"),
+            ("providers: {cpu: {}, cpu: {}}", "there already"),
+        ):
+            daemon = Daemon("--check-config", config=text, wait=False)
+            self.assertEqual(daemon.wait(), 2, text)
+            self.assertIn(wanted, daemon.err_text())
+            daemon.stop(code=2)
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)

@@ -1,0 +1,184 @@
+/* A provider with faults on demand: relu and silu of contiguous f32. x[0] names relu's fault, and silu's length that of its predicate or plan; any other call is answered rightly. A kernel that
+ * hangs goes on when the file named by FAULTY_GATE is there, so that tests need no clock. */
+#include <opd/provider.h>
+
+#include <math.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+enum fault {
+	FAULT_ERROR = 1001,   /* INTERNAL */
+	FAULT_OVERRUN,        /* a byte past the result */
+	FAULT_SHAPE,          /* another shape */
+	FAULT_VALUE,          /* wrong numbers */
+	FAULT_SCRATCH,        /* a byte past the scratch */
+	FAULT_SEGV,
+	FAULT_ABORT,
+	FAULT_EXIT,
+	FAULT_KILL,           /* as the kernel's OOM killer does */
+	FAULT_HANG,           /* until the gate opens */
+	FAULT_HANG_POLITE,    /* … or nobody wants the result any more */
+	FAULT_ARGUMENT,       /* INVALID_ARGUMENT: the request's fault */
+	FAULT_MUTE,           /* INTERNAL without a text */
+};
+
+enum { SCRATCH_BYTES = 100 };
+
+enum length {
+	LENGTH_PREDICATE_SEGV = 101,
+	LENGTH_PREDICATE_HANG,
+	LENGTH_PREDICATE_NO,
+	LENGTH_PLAN_SEGV,
+	LENGTH_PLAN_NO,
+	LENGTH_PLAN_ERROR,
+};
+
+static bool gate_is_open(void)
+{
+	const char *gate = getenv("FAULTY_GATE");
+	return gate != NULL && access(gate, F_OK) == 0;
+}
+
+static void hang(const opd_exec *exec, bool polite)
+{
+	const struct timespec moment = {.tv_nsec = 2000000};
+	while (!gate_is_open() && !(polite && exec->host->cancelled(exec)))
+		(void)nanosleep(&moment, NULL);
+}
+
+/* A pointer that the compiler can't follow. */
+static volatile int *nowhere(void)
+{
+	volatile uintptr_t address = 8;
+	return (volatile int *)address;
+}
+
+static bool supports(const opd_impl *impl, void *state, const opd_call *call, opd_reason *reason)
+{
+	(void)state;
+	const opd_tensor *x = call->args[0].tensor;
+	if (x->dtype != OPD_f32 || !opd_tensor_contiguous(x))
+		return OPD_REFUSE(reason, OPD_REASON_DTYPE, "x %s, only contiguous f32", opd_dtype_name(x->dtype));
+	if (strcmp(impl->op, "silu") != 0)
+		return true;
+	if (x->elements == LENGTH_PREDICATE_SEGV)
+		*nowhere() = 1;
+	while (x->elements == LENGTH_PREDICATE_HANG && !gate_is_open())
+		;
+	if (x->elements == LENGTH_PREDICATE_NO)
+		return OPD_REFUSE(reason, OPD_REASON_SIZE, "%d elements", LENGTH_PREDICATE_NO);
+	return true;
+}
+
+static opd_status plan(const opd_impl *impl, void *state, const opd_call *call, opd_plan *plan_out, opd_reason *reason, opd_error *error)
+{
+	(void)state;
+	const uint64_t elements = call->args[0].tensor->elements;
+	plan_out->scratch_bytes = SCRATCH_BYTES;
+	if (strcmp(impl->op, "silu") != 0)
+		return OPD_OK;
+	if (elements == LENGTH_PLAN_SEGV)
+		*nowhere() = 1;
+	if (elements == LENGTH_PLAN_ERROR)
+		return opd_fail(error, OPD_INTERNAL, "faulty.silu: no plan for %d", LENGTH_PLAN_ERROR);
+	if (elements != LENGTH_PLAN_NO)
+		return OPD_OK;
+	opd_reason_set(reason, OPD_REASON_PLAN, "%d elements", LENGTH_PLAN_NO);
+	return OPD_FAILED_PRECONDITION;
+}
+
+/* Faults that are no more than a wrong answer. */
+static opd_status misbehave(int fault, const opd_call *call, const opd_exec *exec, opd_error *error)
+{
+	opd_tensor *output = (opd_tensor *)call->outputs[0];
+	float *y = opd_tensor_data(output);
+	switch (fault) {
+	case FAULT_OVERRUN:
+		((unsigned char *)(y + output->elements))[0] ^= 1;
+		break;
+	case FAULT_SCRATCH:
+		((unsigned char *)exec->scratch)[SCRATCH_BYTES] ^= 1;
+		break;
+	case FAULT_SHAPE:
+		output->elements--;
+		break;
+	case FAULT_VALUE:
+		for (uint64_t i = 0; i < output->elements; i++)
+			y[i] += 1;
+		break;
+	case FAULT_ERROR:
+		return opd_fail(error, OPD_INTERNAL, "faulty.relu: told to fail");
+	case FAULT_MUTE:
+		return OPD_INTERNAL;
+	case FAULT_ARGUMENT:
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "faulty.relu: told not to like it");
+	default:
+		break;
+	}
+	return OPD_OK;
+}
+
+static void die(int fault)
+{
+	if (fault == FAULT_SEGV)
+		*nowhere() = 1;
+	if (fault == FAULT_ABORT)
+		abort();
+	if (fault == FAULT_EXIT)
+		_exit(3);
+	if (fault == FAULT_KILL)
+		(void)raise(SIGKILL);
+}
+
+static opd_status run(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error)
+{
+	(void)state;
+	const opd_tensor *output = call->outputs[0];
+	const float *x = opd_tensor_data(call->args[0].tensor);
+	float *y = opd_tensor_data(output);
+	const bool relu = strcmp(impl->op, "relu") == 0;
+	const int fault = relu && output->elements != 0 ? (int)x[0] : 0;
+	for (uint64_t i = 0; i < output->elements; i++)
+		y[i] = relu ? (x[i] > 0 ? x[i] : 0) : x[i] / (1 + expf(-x[i]));
+	die(fault);
+	if (fault == FAULT_HANG || fault == FAULT_HANG_POLITE)
+		hang(exec, fault == FAULT_HANG_POLITE);
+	return misbehave(fault, call, exec, error);
+}
+
+#define IMPL(name)                                                                                                                       \
+	{                                                                                                                                    \
+		.struct_bytes = sizeof(opd_impl), .op = #name, .schema = #name "(Tensor x) -> Tensor", .device = "cpu",                            \
+		.uuid = "0000000000000000000000000000000000000000000000000000000000000002", .flags = OPD_IMPL_PLAN_MAY_REFUSE, .predicate = supports, \
+		.plan = plan, .run = run,                                                                                                        \
+	}
+
+static const opd_impl impls[] = {IMPL(relu), IMPL(silu)};
+
+static opd_status open_module(const opd_host *host, void *state, opd_error *error)
+{
+	(void)state;
+	opd_status status = OPD_OK;
+	host->log(host, OPD_LOG_INFO, "faulty is open");
+	if (getenv("FAULTY_OPEN") != NULL && strcmp(getenv("FAULTY_OPEN"), "segv") == 0)
+		*nowhere() = 1;
+	for (size_t i = 0; status == OPD_OK && i < sizeof impls / sizeof impls[0]; i++)
+		status = host->register_impl(host, &impls[i], error);
+	return status;
+}
+
+static const opd_module module = {
+	.abi = OPD_PROVIDER_ABI,
+	.struct_bytes = sizeof module,
+	.name = "faulty",
+	.version = "1.0",
+	.open = open_module,
+};
+
+const opd_module *opd_module_get(void)
+{
+	return &module;
+}
