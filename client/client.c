@@ -8,6 +8,7 @@
 
 #include "client/connection.h"
 #include "client/greeting.h"
+#include "client/token.h"
 #include "proto/bounds.h"
 
 #define CONNECT_TIMEOUT_US ((uint64_t)30000000)
@@ -134,10 +135,24 @@ opd_status opd_connect(const char *address, const opd_connect_options *options, 
 	status = check_tls_options(address, &known, error);
 	if (status != OPD_OK)
 		return status;
+	char token[TOKEN_ROOM_BYTES];
+	if (known.token != NULL && known.token[0] == '\0')
+		known.token = NULL;
+	if (known.token == NULL && known.token_file != NULL) {
+		status = token_read(known.token_file, token, error);
+		if (status != OPD_OK)
+			return status;
+		known.token = token;
+	}
 	opd_client *client = client_create(known.timeout_us);
 	if (client == NULL)
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "out of memory for a client");
 	status = client_dial(client, address, &known, known.timeout_us == 0 ? CONNECT_TIMEOUT_US : known.timeout_us, error);
+	if (status == OPD_OK && known.token != NULL && client->tls == NULL) {
+		status = token_check_way(client->fd, error);
+		if (status != OPD_OK)
+			status = opd_error_prefix(error, status, "%.200s", address);
+	}
 	if (status == OPD_OK) {
 		status = greeting_exchange(client, &known, error);
 		if (status != OPD_OK)

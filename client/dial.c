@@ -188,7 +188,8 @@ static bool take_text(const char *option, const char *name, const char **field)
 static bool take_tls_option(const char *option, opd_connect_options *options)
 {
 	return take_text(option, "ca", &options->ca_file) || take_text(option, "cert", &options->certificate_file) || take_text(option, "key", &options->key_file) ||
-	       take_text(option, "server-name", &options->server_name) || take_text(option, "fingerprint", &options->fingerprint);
+	       take_text(option, "server-name", &options->server_name) || take_text(option, "fingerprint", &options->fingerprint) ||
+	       take_text(option, "token-file", &options->token_file);
 }
 
 opd_status dial_options(const char *address, opd_connect_options *options, char room[DIAL_ROOM_BYTES], const char **plain_out, opd_error *error)
@@ -206,7 +207,7 @@ opd_status dial_options(const char *address, opd_connect_options *options, char 
 	while (rest != NULL) {
 		const char *option = strsep(&rest, "&");
 		if (tls && !take_tls_option(option, options))
-			return opd_fail(error, OPD_INVALID_ARGUMENT, "address %.300s: option \"%.100s\", expected ca=, cert=, key=, server-name= or fingerprint=", address, option);
+			return opd_fail(error, OPD_INVALID_ARGUMENT, "address %.300s: option \"%.100s\", expected ca=, cert=, key=, server-name=, fingerprint= or token-file=", address, option);
 		if (!tls && !take_option(option, options))
 			return opd_fail(error, OPD_INVALID_ARGUMENT, "address %.300s: option \"%s\", expected rings, shm or poll= with a time, such as poll=20us", address, option);
 	}

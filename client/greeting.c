@@ -21,12 +21,30 @@ static opd_status check_chunk(const opd_client *client, uint64_t chunk_bytes, op
 	                (unsigned long long)chunk_bytes, wanted ? "64 KiB to 64 MiB" : "0, as asked");
 }
 
-static void refused(opd_client *client, const struct msg_hello_reply *reply, opd_error *error)
+/* Who is refused for who it is learns that by the status; any other refusal may be gone at the next try. */
+static opd_status refused(opd_client *client, const struct msg_hello_reply *reply, opd_error *error)
 {
-	(void)opd_fail(error, OPD_UNAVAILABLE, "the server refused the session: %s: %.*s", opd_status_name(reply->status),
+	const bool who = reply->status == OPD_UNAUTHENTICATED || reply->status == OPD_PERMISSION_DENIED;
+	(void)opd_fail(error, who ? reply->status : OPD_UNAVAILABLE, "the server refused the session: %s: %.*s", opd_status_name(reply->status),
 	               (int)(reply->message.bytes < 400 ? reply->message.bytes : 400),
 	               reply->message.data == NULL ? "" : reply->message.data);
 	client->leaving = true;
+	return who ? reply->status : OPD_UNAVAILABLE;
+}
+
+/* "publish, drain", in the session's arena. */
+static const char *join_rights(opd_client *client, const struct msg_hello_reply *reply)
+{
+	size_t bytes = 1, at = 0;
+	for (uint32_t i = 0; i < reply->right_count; i++)
+		bytes += reply->rights[i].bytes + 2;
+	char *text = arena_alloc(&client->session_arena, bytes);
+	if (text == NULL)
+		return "";
+	text[0] = '\0';
+	for (uint32_t i = 0; i < reply->right_count; i++)
+		at += (size_t)snprintf(text + at, bytes - at, "%s%s", i == 0 ? "" : ", ", reply->rights[i].data == NULL ? "" : reply->rights[i].data);
+	return text;
 }
 
 static const char cancel_feature[] = "cancel";
@@ -49,10 +67,8 @@ opd_status greeting_accept(opd_client *client, const uint8_t *envelope, size_t b
 	opd_status status = codec_decode_hello_reply(&client->session_arena, envelope, bytes, &reply, &reason);
 	if (status != OPD_OK)
 		return opd_fail(error, OPD_DATA_LOSS, "malformed answer from the server: Hello: %.400s", reason.text);
-	if (reply.status != OPD_OK) {
-		refused(client, &reply, error);
-		return OPD_UNAVAILABLE;
-	}
+	if (reply.status != OPD_OK)
+		return refused(client, &reply, error);
 	if (reply.version != FRAME_VERSION)
 		return opd_fail(error, OPD_DATA_LOSS, "malformed answer from the server: protocol version %u, expected %u", reply.version,
 		                FRAME_VERSION);
@@ -69,6 +85,8 @@ opd_status greeting_accept(opd_client *client, const uint8_t *envelope, size_t b
 	    .payload_bytes = reply.limits.payload_bytes,
 	    .session_bytes = reply.limits.session_bytes,
 	    .in_flight = reply.limits.in_flight,
+	    .identity = reply.identity.data == NULL ? "" : reply.identity.data,
+	    .rights = join_rights(client, &reply),
 	};
 	client->envelope_limit = reply.limits.envelope_bytes;
 	client->cancels = has_feature(&reply, cancel_feature);
@@ -126,6 +144,7 @@ static opd_status send_hello(opd_client *client, const opd_connect_options *opti
 	    .client = msg_text(name),
 	    .chunk_bytes = options->chunk_bytes,
 	    .no_chunks = options->no_chunks,
+	    .token = options->token == NULL ? (struct msg_text){0} : msg_text(options->token),
 	};
 	struct codec_buffer buffer;
 	opd_status status = codec_encode_hello(&client->scratch, &hello, &buffer, error);

@@ -127,6 +127,7 @@ void config_destroy(struct config *config)
 		free(config->modules[i].path);
 	}
 	config_clear_tenants(config);
+	config_clear_identities(config);
 	tls_context_destroy(config->tls_context);
 	free(config->tls.certificate);
 	free(config->tls.key);
@@ -188,6 +189,20 @@ static bool parse_port(const char *text, uint16_t *port_out)
 	return port <= UINT16_MAX;
 }
 
+/* A name other than localhost may resolve to anything, tomorrow to something else: it isn't loopback. */
+static bool is_loopback(const char *host)
+{
+	struct in_addr v4;
+	struct in6_addr v6;
+	if (strcmp(host, "localhost") == 0)
+		return true;
+	if (inet_pton(AF_INET, host, &v4) == 1)
+		return (ntohl(v4.s_addr) >> 24) == 127;
+	if (inet_pton(AF_INET6, host, &v6) != 1)
+		return false;
+	return IN6_IS_ADDR_LOOPBACK(&v6) || (IN6_IS_ADDR_V4MAPPED(&v6) && v6.s6_addr[12] == 127);
+}
+
 /* "tcp://…" or "tls://…" */
 static opd_status parse_tcp(const char *address, listen_kind kind, struct config_listener *listener, opd_error *error)
 {
@@ -199,6 +214,7 @@ static opd_status parse_tcp(const char *address, listen_kind kind, struct config
 		return opd_fail(error, OPD_INVALID_ARGUMENT, "\"%.200s\": port \"%.20s\", expected 0 to 65535", address, port);
 	listener->kind = kind;
 	listener->host = strndup(host, host_bytes);
+	listener->loopback = listener->host != NULL && is_loopback(listener->host);
 	return listener->host != NULL ? OPD_OK : out_of_memory(error);
 }
 
@@ -419,20 +435,6 @@ opd_status config_add_module(struct config *config, const char *text, opd_error 
 
 /* ---- What one key alone can't tell ------------------------------------------------------------------------------------- */
 
-/* A name other than localhost may resolve to anything, tomorrow to something else: it isn't loopback. */
-static bool is_loopback(const char *host)
-{
-	struct in_addr v4;
-	struct in6_addr v6;
-	if (strcmp(host, "localhost") == 0)
-		return true;
-	if (inet_pton(AF_INET, host, &v4) == 1)
-		return (ntohl(v4.s_addr) >> 24) == 127;
-	if (inet_pton(AF_INET6, host, &v6) != 1)
-		return false;
-	return IN6_IS_ADDR_LOOPBACK(&v6) || (IN6_IS_ADDR_V4MAPPED(&v6) && v6.s6_addr[12] == 127);
-}
-
 static bool same_listener(const struct config_listener *a, const struct config_listener *b)
 {
 	if ((a->kind == LISTEN_UNIX) != (b->kind == LISTEN_UNIX))
@@ -448,7 +450,7 @@ static opd_status check_listener(const struct config *config, size_t index, bool
 	for (size_t i = 0; i < index; i++)
 		if (same_listener(&config->listeners[i], listener))
 			return opd_fail(error, OPD_INVALID_ARGUMENT, "listen: %s is there twice", listener->address);
-	if (listener->kind == LISTEN_TCP && !insecure_plain_tcp && !is_loopback(listener->host))
+	if (listener->kind == LISTEN_TCP && !insecure_plain_tcp && !listener->loopback)
 		return opd_fail(error, OPD_INVALID_ARGUMENT,
 		                "listen: %s is not a loopback address, and plain: anyone on the way could read and run everything. Use tls://%s, 127.0.0.1, "
 		                "[::1] or a Unix socket, or start with --insecure-plain-tcp",

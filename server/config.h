@@ -14,6 +14,7 @@
 #include <stdint.h>
 
 #include "opd/status.h"
+#include "server/identity.h"
 #include "server/log.h"
 #include "server/scheduler.h"
 
@@ -29,6 +30,7 @@ struct config_listener {
 	char *path;    /* UNIX */
 	char *host;    /* TCP, TLS: a name or a literal address without brackets */
 	uint16_t port; /* TCP, TLS; 0: any free one (printed when listening) */
+	bool loopback; /* TCP, TLS: no other machine reaches it */
 };
 
 /* Whether TLS clients show a certificate. */
@@ -143,6 +145,12 @@ struct config {
 	size_t provider_count;
 	struct config_provider *providers;
 	struct config_quarantine quarantine;
+	size_t identity_count;
+	struct config_identity *identities;
+	char *tokens_path;   /* NULL: no tokens */
+	size_t token_count;
+	struct config_token *tokens; /* config_load_tokens */
+	bool allow_anonymous; /* a flag: TLS listeners that other machines reach serve also who doesn't say who it is */
 	struct config_limits limits;
 	uint32_t threads; /* of the CPU lane; 0: one a core that the process may use */
 	bool checked;     /* canaries behind every output, verified after each kernel */
@@ -187,6 +195,9 @@ OPD_MUST_USE opd_status config_check(struct config *config, bool insecure_plain_
 
 /* After the check: reads the certificates, where a listener speaks TLS. self: NULL or what --self-signed has made. */
 OPD_MUST_USE opd_status config_load_tls(struct config *config, const struct tls_self *self, opd_error *error);
+
+/* Reads the tokens' file, if one is configured. INVALID_ARGUMENT names file and line; a file that others may read or write, or of another owner than root and the daemon's user, is refused. */
+OPD_MUST_USE opd_status config_load_tokens(struct config *config, opd_error *error);
 
 /* What differs between two of them, key by key, as the file would say it: on_change(key, before, after, argument), sorted by key; NULL: the key isn't there. Tenants are told as they
  * were written. */

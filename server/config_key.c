@@ -241,6 +241,7 @@ static const struct config_key keys[] = {
 	{"quarantine.provider_failures", set_count, AT(quarantine.provider_failures), 0, QUARANTINE_FAILURES_MAX, 0},
 	{"quarantine.window", set_us, AT(quarantine.window_us), 1000, 24 * 60 * MINUTE_US, 0},
 	{"quarantine.cooldown", set_us, AT(quarantine.cooldown_us), 1000, 24 * 60 * MINUTE_US, 0},
+	{"tokens", set_path, AT(tokens_path), 0, 0, 0},
 	{"threads", set_count, AT(threads), 0, 1024, 0},
 	{"checked", set_bool, AT(checked), 0, 0, 0},
 	{"inline", set_ns, AT(inline_ns), 0, 1000000, 0},

@@ -10,20 +10,23 @@
 #include "server/conn_internal.h"
 #include "server/conn_tls.h"
 #include "server/daemon.h"
+#include "server/listener.h"
 #include "server/publications.h"
 #include "server/request.h"
 #include "server/ring.h"
 
 /* ---- Life ---- */
 
-struct conn *conn_create(struct server *server, const char *tenant, bool admin)
+struct conn *conn_create(struct server *server, struct access *access)
 {
 	struct conn *conn = calloc(1, sizeof *conn);
-	if (conn == NULL)
+	if (conn == NULL) {
+		access_unref(access);
 		return NULL;
+	}
 	const struct config_limits *limits = &server->config->limits;
 	conn->server = server;
-	conn->session = session_create(server, &server->memory, ++server->next_session, tenant, admin, limits->session_bytes, limits->kept);
+	conn->session = session_create(server, &server->memory, ++server->next_session, access, limits->session_bytes, limits->kept);
 	if (conn->session == NULL) {
 		free(conn);
 		return NULL;
@@ -128,10 +131,19 @@ static uint32_t common_features(const struct msg_hello *hello)
 	return features;
 }
 
+static uint32_t right_names(const struct access *access, struct msg_text names_out[RIGHT_COUNT])
+{
+	uint32_t count = 0;
+	for (access_right right = RIGHT_OPERATE; right < RIGHT_COUNT; right++)
+		if (access_may(access, right))
+			names_out[count++] = msg_text(access_right_name(right));
+	return count;
+}
+
 static void send_hello_reply(struct conn *conn, const opd_error *refused)
 {
 	const struct config_limits *limits = &conn->server->config->limits;
-	struct msg_text features[FEATURE_COUNT];
+	struct msg_text features[FEATURE_COUNT], rights[RIGHT_COUNT];
 	struct msg_hello_reply reply = {
 		.status = refused == NULL ? OPD_OK : (opd_status)refused->status,
 		.message = msg_text(refused == NULL ? "" : refused->text),
@@ -141,7 +153,10 @@ static void send_hello_reply(struct conn *conn, const opd_error *refused)
 		.limits = {limits->envelope_bytes, limits->request_bytes, limits->session_bytes, limits->in_flight},
 		.session = conn->session->id,
 		.tenant = msg_text(conn->session->tenant->name),
-		.admin = conn->session->admin,
+		.admin = access_administers(conn->session->access),
+		.identity = msg_text(conn->session->access->identity),
+		.right_count = right_names(conn->session->access, rights),
+		.rights = rights,
 		.feature_count = feature_names(conn->features, features),
 		.features = features,
 	};
@@ -179,6 +194,17 @@ static opd_status check_hello(const struct msg_hello *hello, opd_error *error)
 	return OPD_OK;
 }
 
+static opd_status identify(struct conn *conn, struct msg_text token, opd_error *error)
+{
+	const struct tenant *before = conn->session->tenant;
+	opd_status status = identity_settle(conn, token, error);
+	if (status != OPD_OK || conn->session->tenant == before)
+		return status;
+	error->status = OPD_OK;
+	listener_check_tenant(conn->session->tenant, error);
+	return (opd_status)error->status;
+}
+
 void conn_on_hello(struct conn *conn, const uint8_t *envelope, size_t bytes)
 {
 	struct arena arena;
@@ -188,6 +214,8 @@ void conn_on_hello(struct conn *conn, const uint8_t *envelope, size_t bytes)
 	opd_status status = codec_decode_hello(&arena, envelope, bytes, &hello, &error);
 	if (status == OPD_OK)
 		status = check_hello(&hello, &error);
+	if (status == OPD_OK && (!conn->local || hello.token.bytes != 0)) /* what the kernel says of a Unix peer is known since accept */
+		status = identify(conn, hello.token, &error);
 	if (status == OPD_OK) {
 		conn->greeted = true;
 		stranger_remove(conn);
@@ -198,7 +226,8 @@ void conn_on_hello(struct conn *conn, const uint8_t *envelope, size_t bytes)
 			conn->pipe.ipc = 1; /* from now on descriptors are received: until here, and from others, the system drops them */
 		conn->chunk_bytes = hello.no_chunks ? 0 : hello.chunk_bytes == 0 ? BOUND_CHUNK_BYTES_DEFAULT : hello.chunk_bytes;
 		LOG(conn->server->log, LOG_INFO, "session opened", LOG_UINT("session", conn->session->id), LOG_STR("peer", conn->peer),
-		    LOG_STR("tenant", conn->session->tenant->name), LOG_STR("client", hello.client.data));
+		    LOG_STR("tenant", conn->session->tenant->name),
+		    LOG_STR("identity", conn->session->access->identity), LOG_STR("client", hello.client.data));
 		send_hello_reply(conn, NULL);
 	} else {
 		conn_refuse_hello(conn, &error);

@@ -58,6 +58,7 @@ struct conn {
 	uv_write_t write;
 	char peer[80];
 	bool local;       /* a Unix socket: descriptors can be passed */
+	bool remote;      /* came by a listener that other machines reach, over TLS: who it is must be said */
 	bool greeted;     /* Hello was answered */
 	bool closing;
 	bool opened;      /* the handle is initialised */
@@ -103,8 +104,8 @@ struct conn {
 	uint64_t wrote_bytes; /* of the uv_write under way */
 };
 
-/* NULL: out of memory. The session has yet no rights: the listener gives them. */
-struct conn *conn_create(struct server *server, const char *tenant, bool admin);
+/* Takes `access`, also when it fails (NULL: it fails). NULL: out of memory. */
+struct conn *conn_create(struct server *server, struct access *access);
 /* Starts reading; the handle has been initialised and connected. refuse: greet with this error and close (NULL: serve). */
 void conn_start(struct conn *conn, const opd_error *refuse);
 /* Writes what is due; called once a turn for every dirty connection. */

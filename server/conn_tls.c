@@ -347,6 +347,24 @@ static void on_handshake_bytes(struct conn *conn, const uint8_t *data, size_t by
 	submit(conn);
 }
 
+/* ---- Who it is ---- */
+
+bool conn_tls_has_certificate(const struct conn *conn)
+{
+	X509 *certificate = SSL_get1_peer_certificate(conn->tls->tls.ssl);
+	const bool verified = certificate != NULL && SSL_get_verify_result(conn->tls->tls.ssl) == X509_V_OK;
+	X509_free(certificate);
+	return verified;
+}
+
+bool conn_tls_subject(const struct conn *conn, char out[TLS_SUBJECT_BYTES])
+{
+	X509 *certificate = SSL_get1_peer_certificate(conn->tls->tls.ssl);
+	const bool fits = certificate != NULL && tls_subject(certificate, out) && out[0] != '\0';
+	X509_free(certificate);
+	return fits;
+}
+
 /* ---- Reading ---- */
 
 void conn_tls_on_alloc(uv_handle_t *handle, size_t suggested, uv_buf_t *buf)

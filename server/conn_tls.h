@@ -38,6 +38,10 @@ OPD_MUST_USE bool conn_tls_destroy(struct conn *conn);
 /* The client is refused as soon as it can be told why. False: out of memory. */
 OPD_MUST_USE bool conn_tls_refuse_later(struct conn *conn, const opd_error *error);
 
+/* The client's certificate, which was verified: whether there is one, and whose it is (false: the subject is empty, or too long). */
+bool conn_tls_has_certificate(const struct conn *conn);
+OPD_MUST_USE bool conn_tls_subject(const struct conn *conn, char out[TLS_SUBJECT_BYTES]);
+
 /* libuv's callbacks for reading. */
 void conn_tls_on_alloc(uv_handle_t *handle, size_t suggested, uv_buf_t *buf);
 void conn_tls_on_read(uv_stream_t *stream, ssize_t nread, const uv_buf_t *buf);

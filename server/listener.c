@@ -26,6 +26,7 @@ struct listener {
 		uv_tcp_t tcp;
 	};
 	listen_kind kind;
+	bool remote; /* other machines may reach it */
 	char *path; /* of a Unix socket, to be removed */
 	char address[300];
 };
@@ -55,19 +56,12 @@ static void describe_peer(struct conn *conn)
 }
 
 /* Who is on the other end, as the kernel says. */
-static void identify_unix(struct conn *conn)
+static void identify_unix(struct conn *conn, opd_error *refused)
 {
-	uv_os_fd_t fd;
-	struct ucred peer;
-	socklen_t bytes = sizeof peer;
-	if (uv_fileno(&conn->handle, &fd) != 0 || getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &bytes) != 0)
-		return;
-	(void)snprintf(conn->peer, sizeof conn->peer, "unix:uid=%u,pid=%d", (unsigned)peer.uid, (int)peer.pid);
-	char tenant[TENANT_NAME_BYTES];
-	(void)snprintf(tenant, sizeof tenant, "uid:%u", (unsigned)peer.uid);
-	if (!session_set_tenant(conn->session, tenant))
-		return; /* anonymous, with no more rights than that */
-	conn->session->admin = peer.uid == 0 || peer.uid == geteuid();
+	opd_error error;
+	identity_of_unix(conn);
+	if (identity_settle(conn, (struct msg_text){0}, &error) != OPD_OK && refused->status == OPD_OK)
+		*refused = error;
 }
 
 /* As much as the system lets a Unix socket hold (it doubles what is asked for): 64 replies of 16 KiB in flight then leave in half as many system calls. TCP finds
@@ -97,7 +91,7 @@ static void log_accept_error(struct listener *listener, int failed)
 }
 
 /* The session counts already. */
-static void check_tenant(const struct tenant *tenant, opd_error *refused)
+void listener_check_tenant(const struct tenant *tenant, opd_error *refused)
 {
 	const uint32_t sessions = atomic_load_explicit(&tenant->sessions, memory_order_relaxed);
 	if (refused->status == OPD_OK && tenant->policy.sessions != 0 && sessions > tenant->policy.sessions)
@@ -115,7 +109,7 @@ static void on_connection(uv_stream_t *stream, int status)
 	opd_error refused = {0};
 	if (server->conn_count >= server->config->limits.sessions)
 		(void)opd_fail(&refused, OPD_RESOURCE_EXHAUSTED, "%u sessions are open, no more may be", (unsigned)server->conn_count);
-	struct conn *conn = conn_create(server, "anonymous", false);
+	struct conn *conn = conn_create(server, access_create("anonymous", "anonymous", ACCESS_USER));
 	if (conn == NULL) {
 		log_accept_error(listener, UV_ENOMEM);
 		return;
@@ -131,15 +125,16 @@ static void on_connection(uv_stream_t *stream, int status)
 	}
 	if (listener->kind == LISTEN_UNIX) {
 		conn->local = true;
-		identify_unix(conn);
+		identify_unix(conn, &refused);
 		widen(conn);
 	} else {
+		conn->remote = listener->remote && listener->kind == LISTEN_TLS;
 		stranger_add(conn);
 		describe_peer(conn);
 		(void)uv_tcp_nodelay(&conn->tcp, 1);
 		(void)uv_tcp_keepalive(&conn->tcp, 1, 60);
 	}
-	check_tenant(conn->session->tenant, &refused);
+	listener_check_tenant(conn->session->tenant, &refused);
 	conn_start(conn, refused.status == OPD_OK ? NULL : &refused);
 }
 
@@ -230,6 +225,7 @@ opd_status listener_open(struct server *server, const struct config_listener *co
 		return cannot_listen(config, "out of memory", error);
 	listener->server = server;
 	listener->kind = config->kind;
+	listener->remote = config->kind != LISTEN_UNIX && !config->loopback;
 	int failed = config->kind == LISTEN_UNIX ? uv_pipe_init(&server->loop, &listener->pipe, 0) : uv_tcp_init(&server->loop, &listener->tcp);
 	if (failed != 0) {
 		free(listener);

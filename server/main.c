@@ -36,6 +36,7 @@ enum {
 	FLAG_SOCKET,
 	FLAG_INSECURE,
 	FLAG_SELF_SIGNED,
+	FLAG_ANONYMOUS,
 	FLAG_LISTEN,
 	FLAG_PRIORITY,
 	FLAG_MODULE,
@@ -66,6 +67,9 @@ static const struct flag flags[] = {
 	{"tls-client-ca", FLAG_SET, "tls.client_ca", "FILE", "who signs clients' certificates"},
 	{"tls-client-certificates", FLAG_SET, "tls.client_certificates", "MODE", "off, optional or required; default: required where there is a client CA"},
 	{"self-signed", FLAG_SELF_SIGNED, NULL, NULL, "without a certificate: make one in memory, for a first try, and print the fingerprint to pin"},
+	{"Identities", 0, NULL, NULL, NULL},
+	{"tokens", FLAG_SET, "tokens", "FILE", "tokens that clients may have, as `opctl token new` makes them"},
+	{"allow-anonymous", FLAG_ANONYMOUS, NULL, NULL, "tls:// listeners that other machines reach serve also clients that don't say who they are"},
 	{"Dispatch", 0, NULL, NULL, NULL},
 	{"priority", FLAG_PRIORITY, NULL, "OP=LIST", "providers in the order of preference, as rms_norm=cuda,cpu or '*=cpu' (repeatable)"},
 	{"module", FLAG_MODULE, NULL, "[NAME=]PATH", "load a provider (repeatable)"},
@@ -96,6 +100,7 @@ struct options {
 	bool check;
 	bool insecure_plain_tcp;
 	bool self_signed;
+	bool allow_anonymous;
 	struct tls_self *self; /* once made, the same at every reload */
 	size_t change_count;
 	struct change *changes; /* [argc] */
@@ -159,6 +164,9 @@ static int take_flag(struct options *options, const struct flag *flag, const cha
 		return -1;
 	case FLAG_INSECURE:
 		options->insecure_plain_tcp = true;
+		return -1;
+	case FLAG_ANONYMOUS:
+		options->allow_anonymous = true;
 		return -1;
 	case FLAG_SELF_SIGNED:
 		options->self_signed = true;
@@ -239,6 +247,9 @@ static opd_status build_config(const struct options *options, struct config **co
 		status = config_check(config, options->insecure_plain_tcp, error);
 	if (status == OPD_OK)
 		status = config_load_tls(config, options->self, error);
+	if (status == OPD_OK)
+		status = config_load_tokens(config, error);
+	config->allow_anonymous = options->allow_anonymous;
 	if (status != OPD_OK) {
 		config_destroy(config);
 		return status;

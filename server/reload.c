@@ -165,5 +165,6 @@ opd_status server_reload(struct server *server, struct config *config, opd_error
 	warn_of_modules_that_stay(server, before, config);
 	config_destroy(before);
 	tls_context_log(config->tls_context, server->log);
+	identity_recheck(server);
 	return OPD_OK;
 }

@@ -69,20 +69,21 @@ static void map_remove(struct priority_map *map, uint32_t op_index)
 	*entry = map->entries[--map->count];
 }
 
-struct session *session_create(struct server *server, struct memory *memory, uint64_t id, const char *tenant, bool admin,
-                               uint64_t limit_bytes, uint32_t kept_limit)
+struct session *session_create(struct server *server, struct memory *memory, uint64_t id, struct access *access, uint64_t limit_bytes, uint32_t kept_limit)
 {
-	struct session *session = calloc(1, sizeof *session);
-	if (session == NULL)
+	struct session *session = access == NULL ? NULL : calloc(1, sizeof *session);
+	if (session == NULL) {
+		access_unref(access);
 		return NULL;
+	}
 	session->refs = 1;
 	session->id = id;
 	session->server = server;
-	session->admin = admin;
 	session->account = account_create(memory, limit_bytes);
 	session->maps = calloc(1, sizeof *session->maps);
 	kept_init(&session->kept, kept_limit);
-	if (session->account == NULL || session->maps == NULL || !session_set_tenant(session, tenant)) {
+	if (session->account == NULL || session->maps == NULL || !session_set_access(session, access)) {
+		access_unref(access);
 		session_unref(session);
 		return NULL;
 	}
@@ -99,7 +100,7 @@ static void leave_tenant(struct session *session)
 	session->tenant = NULL;
 }
 
-bool session_set_tenant(struct session *session, const char *name)
+static bool set_tenant(struct session *session, const char *name)
 {
 	struct server *server = session->server;
 	struct tenant_policy policy;
@@ -115,6 +116,15 @@ bool session_set_tenant(struct session *session, const char *name)
 	(void)atomic_fetch_add_explicit(&tenant->sessions, 1, memory_order_relaxed);
 	session->class = tenant->policy.class;
 	sched_flow_init(&session->flow, group, SCHED_WEIGHT_DEFAULT);
+	return true;
+}
+
+bool session_set_access(struct session *session, struct access *access)
+{
+	if (!set_tenant(session, access->tenant))
+		return false;
+	access_unref(session->access);
+	session->access = access;
 	return true;
 }
 
@@ -138,6 +148,8 @@ void session_unref(struct session *session)
 	}
 	account_unref(session->account);
 	leave_tenant(session);
+	access_unref(session->access);
+	free(session->credential.subject);
 	free(session);
 }
 

@@ -14,6 +14,8 @@ static opd_status connect_to(struct opctl *ctl, const char *address, opd_error *
 	opd_connect_options options = {.struct_bytes = sizeof options, .timeout_us = timeout_us, .client = "opctl " OPD_VERSION,
 	                                     .shared_memory = options_has(&ctl->options, OPTION_SHM),
 	                                     .rings = options_has(&ctl->options, OPTION_RINGS),
+	                                     .token_file = ctl->options.values[OPTION_TOKEN_FILE],
+	                                     .token = options_has(&ctl->options, OPTION_TOKEN_FILE) ? NULL : getenv("OPD_TOKEN"),
 	                                     .ca_file = ctl->options.values[OPTION_CA],
 	                                     .certificate_file = ctl->options.values[OPTION_CERT],
 	                                     .key_file = ctl->options.values[OPTION_KEY],

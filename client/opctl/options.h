@@ -21,6 +21,7 @@
 	X(KEY, "key", 0, "FILE")                                                                                                     \
 	X(SERVER_NAME, "server-name", 0, "NAME")                                                                                     \
 	X(FINGERPRINT, "fingerprint", 0, "SHA256")                                                                                   \
+	X(TOKEN_FILE, "token-file", 0, "FILE")                                                                                       \
 	X(RINGS, "rings", 0, NULL)                                                                                                   \
 	X(POLL, "poll", 0, "US")                                                                                                     \
 	X(JSON, "json", 0, NULL)                                                                                                     \

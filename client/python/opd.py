@@ -17,6 +17,7 @@ import contextlib
 import fcntl
 import hashlib
 import hmac
+import ipaddress
 import mmap
 import os
 import select
@@ -673,8 +674,9 @@ class _Upload:
 
 def _dial(address, timeout, tls):
     scheme, separator, rest = address.partition(":")
-    if scheme != "tls" and any(tls.values()):
-        raise InvalidArgument(f"address {address!r}: {', '.join(name for name in tls if tls[name])} given, for tls:// addresses only")
+    given = [name for name in tls if tls[name] and name != "token_file"]
+    if scheme != "tls" and given:
+        raise InvalidArgument(f"address {address!r}: {', '.join(given)} given, for tls:// addresses only")
     if scheme == "unix" and rest:
         return _dial_unix(rest, timeout)
     if scheme in ("tcp", "tls") and separator and rest.startswith("//"):
@@ -685,15 +687,15 @@ def _dial(address, timeout, tls):
         host = host.strip("[]")
         if scheme == "tcp":
             return _dial_tcp(host, int(port), timeout)
-        tls = _tls_options(address, options, tls)
+        _tls_options(address, options, tls)
         context = _tls_context(tls)  # before anything is dialled
         return _Sealed(_dial_tcp(host, int(port), timeout), context, host, tls)
     raise InvalidArgument(f"address {address!r}, expected unix:/path, tls://host:port or tcp://host:port")
 
 
 def _tls_options(address, text, given):
-    """`given`, and what stands behind the address's question mark."""
-    options, names = dict(given), {"ca": "ca", "cert": "cert", "key": "key", "server-name": "server_name", "fingerprint": "fingerprint"}
+    """Adds to `given` what stands behind the address's question mark."""
+    options, names = given, {"ca": "ca", "cert": "cert", "key": "key", "server-name": "server_name", "fingerprint": "fingerprint", "token-file": "token_file"}
     for part in text.split("&") if text else ():
         name, _, value = part.partition("=")
         if name not in names or not value:
@@ -731,6 +733,26 @@ def _tls_context(tls):
     except OSError as error:
         raise InvalidArgument(f"TLS: {tls['cert'] or tls['ca']}: {error.strerror or error}") from error
     return context
+
+
+def _read_token(path):
+    try:
+        with open(path, encoding="utf-8") as file:
+            if os.fstat(file.fileno()).st_mode & 0o077:
+                raise InvalidArgument(f"token file {path}: others may read or write it, expected mode 0600")
+            token = file.readline(258).strip()
+    except (OSError, UnicodeError) as error:
+        raise InvalidArgument(f"token file {path}: {error}") from error
+    if not 0 < len(token) <= 256:
+        raise InvalidArgument(f"token file {path}: a first line of {len(token)} characters, expected a token of 1 to 256")
+    return token
+
+
+def _is_private(sock):
+    """Nobody on the way reads what it sends."""
+    if isinstance(sock, _Sealed) or sock.family == socket.AF_UNIX:
+        return True
+    return ipaddress.ip_address(sock.getpeername()[0].partition("%")[0]).is_loopback
 
 
 def _tls_failed(error):
@@ -917,26 +939,41 @@ class Client:
 
     tls:// addresses: ca, cert and key are PEM files (without ca: the system's authorities), server_name is the name that the server's
     certificate must have (None: the address's host), fingerprint pins it instead, whoever signed it (with ca: both). They may
-    also stand in the address: tls://host:7777?ca=FILE&fingerprint=sha256:…"""
+    also stand in the address: tls://host:7777?ca=FILE&fingerprint=sha256:…
+
+    token, or the first line of token_file (which only its owner may read), says who the client is; it is sent over TLS and on this
+    machine only."""
 
     def __init__(self, address, timeout=30.0, chunk_bytes=0, no_chunks=False, name="opd-python " + VERSION, shared_memory=False, ca=None, cert=None, key=None,
-                 server_name=None, fingerprint=None):
+                 server_name=None, fingerprint=None, token=None, token_file=None):
         self._memories = {}
         self.address, self.timeout = address, timeout
         self._futures, self._last, self._outputs = {}, 0, {}
         self._goaway, self._dead, self.hello = None, None, None
         try:
-            tls = dict(ca=ca, cert=cert, key=key, server_name=server_name, fingerprint=fingerprint)
+            tls = dict(ca=ca, cert=cert, key=key, server_name=server_name, fingerprint=fingerprint, token_file=token_file)
             self._link = _Connection(_dial(address, timeout, tls))
+            token = self._token_for(token, tls["token_file"])
         except (OSError, UnicodeError) as error:
             raise Unavailable(f"{address}: {error}") from error
-        hello = pb.Hello(version_min=1, version_max=1, features=["cancel"] + ["shm"] * shared_memory, client=name, chunk_bytes=chunk_bytes, no_chunks=no_chunks)
+        hello = pb.Hello(version_min=1, version_max=1, features=["cancel"] + ["shm"] * shared_memory, client=name, chunk_bytes=chunk_bytes, no_chunks=no_chunks, token=token)
         envelope = hello.SerializeToString()
         self._link.send([memoryview(_header(_HELLO, 0, len(envelope), 0) + envelope)])
         self._pump_until(lambda: self.hello is not None, self._deadline(timeout))
         if self.hello.status != 0:
             self.close()
             raise _fail(self.hello.status, self.hello.message)
+
+    def _token_for(self, token, path):
+        """What Hello says of who this client is, if the way is one for it."""
+        try:
+            token = token or (_read_token(path) if path else "")
+            if token and not _is_private(self._link.sock):
+                raise FailedPrecondition(f"{self.address}: a token would be read by anyone on the way: use a tls:// address")
+        except Error:
+            self._link.sock.close()
+            raise
+        return token
 
     def close(self):
         """Ends the session: kept tensors are freed, requests in flight dropped."""

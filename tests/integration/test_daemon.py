@@ -171,7 +171,7 @@ class Flags(unittest.TestCase):
         code, out, err = run_opd("--help")
         self.assertEqual((code, err), (0, ""))
         for flag in ("config check-config listen priority module threads log-level log-format log-file memory session-memory "
-                     "insecure-plain-tcp self-signed tls-certificate tls-key tls-client-ca tls-client-certificates checked inline print-default-socket version help").split():
+                     "insecure-plain-tcp self-signed tls-certificate tls-key tls-client-ca tls-client-certificates tokens allow-anonymous checked inline print-default-socket version help").split():
             self.assertIn("--" + flag, out)
         for group in ("Configuration", "Listening", "Dispatch", "Memory", "Logging", "Signals", "Exit codes"):
             self.assertIn(group, out)
