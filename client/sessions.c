@@ -8,7 +8,16 @@ static opd_usage usage_of(const struct msg_usage *usage)
 	return (opd_usage){usage->jobs, usage->device_ns, usage->wait_ns, usage->wait_max_ns};
 }
 
-static void fill_session(opd_result *result, const struct msg_session_state *from, opd_session_state *to)
+/* NULL: out of memory. */
+static const opd_quota *quotas_of(opd_result *result, uint32_t count, const struct msg_quota *from)
+{
+	opd_quota *quotas = arena_array(&result->arena, count, sizeof *quotas);
+	for (uint32_t i = 0; quotas != NULL && i < count; i++)
+		quotas[i] = (opd_quota){(opd_quota_kind)from[i].kind, from[i].limit, from[i].used, from[i].refused};
+	return quotas;
+}
+
+static bool fill_session(opd_result *result, const struct msg_session_state *from, opd_session_state *to)
 {
 	*to = (opd_session_state){
 		.session = from->session,
@@ -23,10 +32,13 @@ static void fill_session(opd_result *result, const struct msg_session_state *fro
 		.memory_bytes = from->memory_bytes,
 		.share = from->share,
 		.usage = usage_of(&from->usage),
+		.quota_count = from->quota_count,
+		.quotas = quotas_of(result, from->quota_count, from->quotas),
 	};
+	return to->quotas != NULL;
 }
 
-static void fill_tenant(opd_result *result, const struct msg_tenant_state *from, opd_tenant_state *to)
+static bool fill_tenant(opd_result *result, const struct msg_tenant_state *from, opd_tenant_state *to)
 {
 	*to = (opd_tenant_state){
 		.name = result_text(result, from->name),
@@ -38,7 +50,10 @@ static void fill_tenant(opd_result *result, const struct msg_tenant_state *from,
 		.queued = from->queued,
 		.running = from->running,
 		.usage = usage_of(&from->usage),
+		.quota_count = from->quota_count,
+		.quotas = quotas_of(result, from->quota_count, from->quotas),
 	};
+	return to->quotas != NULL;
 }
 
 static void *document_sharing(opd_result *result)
@@ -51,9 +66,11 @@ static void *document_sharing(opd_result *result)
 	if (sharing == NULL || sessions == NULL || tenants == NULL || lanes == NULL)
 		return NULL;
 	for (uint32_t i = 0; i < from->session_count; i++)
-		fill_session(result, &from->sessions[i], &sessions[i]);
+		if (!fill_session(result, &from->sessions[i], &sessions[i]))
+			return NULL;
 	for (uint32_t i = 0; i < from->tenant_count; i++)
-		fill_tenant(result, &from->tenants[i], &tenants[i]);
+		if (!fill_tenant(result, &from->tenants[i], &tenants[i]))
+			return NULL;
 	for (uint32_t i = 0; i < from->lane_count; i++)
 		lanes[i] = (opd_lane_state){result_text(result, from->lanes[i].name), from->lanes[i].threads, from->lanes[i].queued, from->lanes[i].running,
 		                            from->lanes[i].device_ns};
@@ -83,13 +100,25 @@ opd_status opd_sessions(opd_client *client, uint64_t first, const opd_sharing **
 	return status;
 }
 
-opd_status opd_set_session(opd_client *client, uint64_t session, uint32_t weight, opd_class service_class, opd_error *error)
+static opd_status set_session(opd_client *client, const struct msg_set_session *set, opd_error *error)
 {
-	const struct msg_request message = {
-		.kind = MSG_REQUEST_SET_SESSION, .set_session = {.session = session, .weight = weight, .service_class = (uint32_t)service_class}};
+	const struct msg_request message = {.kind = MSG_REQUEST_SET_SESSION, .set_session = *set};
 	opd_result *result;
 	opd_status status = client_call(client, &message, MSG_REPLY_EMPTY, &result, error);
 	if (status == OPD_OK)
 		opd_result_destroy(result);
 	return status;
+}
+
+opd_status opd_set_session(opd_client *client, uint64_t session, uint32_t weight, opd_class service_class, opd_error *error)
+{
+	const struct msg_set_session set = {.session = session, .weight = weight, .service_class = (uint32_t)service_class};
+	return set_session(client, &set, error);
+}
+
+opd_status opd_set_session_quota(opd_client *client, uint64_t session, opd_quota_kind kind, uint64_t limit, opd_error *error)
+{
+	struct msg_quota quota = {.kind = (uint32_t)kind, .limit = limit};
+	const struct msg_set_session set = {.session = session, .quota_count = 1, .quotas = &quota};
+	return set_session(client, &set, error);
 }

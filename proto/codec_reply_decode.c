@@ -313,11 +313,16 @@ static opd_status read_info(struct reader *reader, const Opd__V1__Info *in, stru
 	out->derived_bytes = in->derived_bytes;
 	out->derived_found = in->derived_found;
 	out->derived_made = in->derived_made;
+	out->stuck = in->stuck;
 	opd_status status = read_text(reader, "version", in->version, BOUND_STR_BYTES, &out->version);
 	if (status == OPD_OK)
 		status = read_names(reader, "listeners", in->n_listeners, in->listeners, &out->listener_count, &out->listeners);
 	if (status == OPD_OK)
 		status = read_names(reader, "devices", in->n_devices, in->devices, &out->device_count, &out->devices);
+	if (status == OPD_OK)
+		status = read_names(reader, "unhealthy", in->n_unhealthy, in->unhealthy, &out->unhealthy_count, &out->unhealthy);
+	if (status == OPD_OK)
+		status = read_names(reader, "degraded", in->n_degraded, in->degraded, &out->degraded_count, &out->degraded);
 	return status;
 }
 
@@ -363,6 +368,9 @@ static opd_status read_body(struct reader *reader, const Opd__V1__Reply *in, str
 		out->memory.region = in->memory->region;
 		out->memory.bytes = in->memory->bytes;
 		return OPD_OK;
+	case OPD__V1__REPLY__BODY_STATS:
+		out->kind = MSG_REPLY_STATS;
+		return read_stats(reader, in->stats, &out->stats);
 	case OPD__V1__REPLY__BODY_SESSIONS:
 		out->kind = MSG_REPLY_SESSIONS;
 		return read_sessions(reader, in->sessions, &out->sessions);

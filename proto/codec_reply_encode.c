@@ -243,7 +243,9 @@ static Opd__V1__Info *write_info(struct arena *arena, const struct msg_info *in)
 {
 	Opd__V1__Info *out = write_new(arena, &opd__v1__info__descriptor);
 	if (out == NULL || !write_texts(arena, in->listener_count, in->listeners, &out->n_listeners, &out->listeners) ||
-	    !write_texts(arena, in->device_count, in->devices, &out->n_devices, &out->devices))
+	    !write_texts(arena, in->device_count, in->devices, &out->n_devices, &out->devices) ||
+	    !write_texts(arena, in->unhealthy_count, in->unhealthy, &out->n_unhealthy, &out->unhealthy) ||
+	    !write_texts(arena, in->degraded_count, in->degraded, &out->n_degraded, &out->degraded))
 		return NULL;
 	out->version = write_text(in->version);
 	out->uptime_us = in->uptime_us;
@@ -262,6 +264,7 @@ static Opd__V1__Info *write_info(struct arena *arena, const struct msg_info *in)
 	out->derived_bytes = in->derived_bytes;
 	out->derived_found = in->derived_found;
 	out->derived_made = in->derived_made;
+	out->stuck = in->stuck;
 	return out;
 }
 
@@ -308,6 +311,9 @@ static bool write_body(struct arena *arena, const struct msg_reply *in, Opd__V1_
 	case MSG_REPLY_MEMORY:
 	case MSG_REPLY_RINGS:
 		return write_memory_reply(arena, in, out);
+	case MSG_REPLY_STATS:
+		out->body_case = OPD__V1__REPLY__BODY_STATS;
+		return (out->stats = write_stats(arena, &in->stats)) != NULL;
 	case MSG_REPLY_SESSIONS:
 		out->body_case = OPD__V1__REPLY__BODY_SESSIONS;
 		return (out->sessions = write_sessions(arena, &in->sessions)) != NULL;

@@ -9,6 +9,34 @@ static struct msg_usage read_usage(const Opd__V1__Usage *in)
 	return in == NULL ? (struct msg_usage){0, 0, 0, 0} : (struct msg_usage){in->jobs, in->device_ns, in->wait_ns, in->wait_max_ns};
 }
 
+static opd_status read_quota(struct reader *reader, const Opd__V1__Quota *in, struct msg_quota *out)
+{
+	if ((int)in->kind < 0 || (uint32_t)in->kind >= MSG_QUOTA_KINDS)
+		return opd_fail(reader->error, OPD_INVALID_ARGUMENT, "quota: kind %d, expected 0 to %u", (int)in->kind, MSG_QUOTA_KINDS - 1);
+	*out = (struct msg_quota){(uint32_t)in->kind, in->limit, in->used, in->refused};
+	return OPD_OK;
+}
+
+static opd_status read_quotas(struct reader *reader, size_t count, Opd__V1__Quota *const *in, uint32_t *count_out, struct msg_quota **out)
+{
+	opd_status status = read_count(reader, "quotas", count, MSG_QUOTA_KINDS);
+	if (status != OPD_OK)
+		return status;
+	*out = arena_array(reader->arena, count, sizeof **out);
+	if (*out == NULL)
+		return read_full(reader);
+	for (*count_out = 0; status == OPD_OK && *count_out < count; ++*count_out)
+		status = read_quota(reader, in[*count_out], &(*out)[*count_out]);
+	return status;
+}
+
+opd_status read_set_session(struct reader *reader, const Opd__V1__SetSession *in, struct msg_set_session *out)
+{
+	*out = (struct msg_set_session){.session = in->session, .weight = in->weight};
+	opd_status status = read_service_class(reader, (int)in->service_class, &out->service_class);
+	return status == OPD_OK ? read_quotas(reader, in->n_quotas, in->quotas, &out->quota_count, &out->quotas) : status;
+}
+
 static opd_status read_session(struct reader *reader, const Opd__V1__SessionState *in, struct msg_session_state *out)
 {
 	*out = (struct msg_session_state){
@@ -25,6 +53,8 @@ static opd_status read_session(struct reader *reader, const Opd__V1__SessionStat
 	opd_status status = read_service_class(reader, (int)in->service_class, &out->service_class);
 	if (status == OPD_OK)
 		status = read_text(reader, "tenant", in->tenant, BOUND_STR_BYTES, &out->tenant);
+	if (status == OPD_OK)
+		status = read_quotas(reader, in->n_quotas, in->quotas, &out->quota_count, &out->quotas);
 	return status == OPD_OK ? read_text(reader, "peer", in->peer, BOUND_STR_BYTES, &out->peer) : status;
 }
 
@@ -41,6 +71,8 @@ static opd_status read_tenant(struct reader *reader, const Opd__V1__TenantState 
 	opd_status status = read_service_class(reader, (int)in->service_class, &out->service_class);
 	if (status == OPD_OK)
 		status = read_service_class(reader, (int)in->class_max, &out->class_max);
+	if (status == OPD_OK)
+		status = read_quotas(reader, in->n_quotas, in->quotas, &out->quota_count, &out->quotas);
 	return status == OPD_OK ? read_text(reader, "tenant", in->name, BOUND_STR_BYTES, &out->name) : status;
 }
 
@@ -88,10 +120,27 @@ static Opd__V1__Usage *write_usage(struct arena *arena, const struct msg_usage *
 	return out;
 }
 
+/* NULL: out of memory. */
+static Opd__V1__Quota **write_quotas(struct arena *arena, uint32_t count, const struct msg_quota *in, size_t *count_out)
+{
+	Opd__V1__Quota **list = arena_array(arena, count, sizeof list[0]);
+	for (uint32_t i = 0; list != NULL && i < count; i++) {
+		if ((list[i] = write_new(arena, &opd__v1__quota__descriptor)) == NULL)
+			return NULL;
+		list[i]->kind = (Opd__V1__QuotaKind)in[i].kind;
+		list[i]->limit = in[i].limit;
+		list[i]->used = in[i].used;
+		list[i]->refused = in[i].refused;
+	}
+	*count_out = count;
+	return list;
+}
+
 static Opd__V1__SessionState *write_session(struct arena *arena, const struct msg_session_state *in)
 {
 	Opd__V1__SessionState *out = write_new(arena, &opd__v1__session_state__descriptor);
-	if (out == NULL || (out->usage = write_usage(arena, &in->usage)) == NULL)
+	if (out == NULL || (out->usage = write_usage(arena, &in->usage)) == NULL ||
+	    (out->quotas = write_quotas(arena, in->quota_count, in->quotas, &out->n_quotas)) == NULL)
 		return NULL;
 	out->session = in->session;
 	out->tenant = write_text(in->tenant);
@@ -110,7 +159,8 @@ static Opd__V1__SessionState *write_session(struct arena *arena, const struct ms
 static Opd__V1__TenantState *write_tenant(struct arena *arena, const struct msg_tenant_state *in)
 {
 	Opd__V1__TenantState *out = write_new(arena, &opd__v1__tenant_state__descriptor);
-	if (out == NULL || (out->usage = write_usage(arena, &in->usage)) == NULL)
+	if (out == NULL || (out->usage = write_usage(arena, &in->usage)) == NULL ||
+	    (out->quotas = write_quotas(arena, in->quota_count, in->quotas, &out->n_quotas)) == NULL)
 		return NULL;
 	out->name = write_text(in->name);
 	out->weight = in->weight;
@@ -174,5 +224,6 @@ bool write_session_request(struct arena *arena, const struct msg_request *in, Op
 	out->set_session->session = in->set_session.session;
 	out->set_session->weight = in->set_session.weight;
 	out->set_session->service_class = (Opd__V1__ServiceClass)in->set_session.service_class;
-	return true;
+	out->set_session->quotas = write_quotas(arena, in->set_session.quota_count, in->set_session.quotas, &out->set_session->n_quotas);
+	return out->set_session->quotas != NULL;
 }

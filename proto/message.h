@@ -358,6 +358,11 @@ struct msg_info {
 	uint64_t derived_bytes;
 	uint64_t derived_found;
 	uint64_t derived_made;
+	uint32_t unhealthy_count;
+	const struct msg_text *unhealthy;
+	uint32_t degraded_count;
+	const struct msg_text *degraded;
+	uint32_t stuck;
 };
 
 /* ---- Graphs ---- */
@@ -504,8 +509,11 @@ typedef enum msg_request_kind {
 	MSG_REQUEST_ATTACH_RINGS,
 	MSG_REQUEST_LIST_SESSIONS,
 	MSG_REQUEST_SET_SESSION,
+	MSG_REQUEST_GET_STATS,
 	MSG_REQUEST_RESTORE_PROVIDER,
 } msg_request_kind;
+/* More than there are kinds. */
+#define MSG_REQUEST_KINDS 64u
 
 struct msg_attach_rings {
 	uint64_t request_bytes;
@@ -518,10 +526,21 @@ struct msg_restore {
 	struct msg_text op;
 };
 
+#define MSG_QUOTA_KINDS 8u
+
+struct msg_quota {
+	uint32_t kind; /* below MSG_QUOTA_KINDS */
+	uint64_t limit;
+	uint64_t used;
+	uint64_t refused;
+};
+
 struct msg_set_session {
 	uint64_t session;
 	uint32_t weight;        /* 0: as it is */
 	uint32_t service_class; /* 0: as it is */
+	uint32_t quota_count;
+	struct msg_quota *quotas;
 };
 
 struct msg_fetch {
@@ -620,6 +639,7 @@ typedef enum msg_reply_kind {
 	MSG_REPLY_MEMORY,
 	MSG_REPLY_SESSIONS,
 	MSG_REPLY_RINGS,
+	MSG_REPLY_STATS,
 } msg_reply_kind;
 
 struct msg_usage {
@@ -642,6 +662,8 @@ struct msg_session_state {
 	uint64_t memory_bytes;
 	double share;
 	struct msg_usage usage;
+	uint32_t quota_count;
+	struct msg_quota *quotas;
 };
 
 struct msg_tenant_state {
@@ -654,6 +676,8 @@ struct msg_tenant_state {
 	uint32_t queued;
 	uint32_t running;
 	struct msg_usage usage;
+	uint32_t quota_count;
+	struct msg_quota *quotas;
 };
 
 struct msg_lane_state {
@@ -673,6 +697,30 @@ struct msg_sessions {
 	struct msg_lane_state *lanes;
 	uint64_t uptime_us;
 	uint64_t next;
+};
+
+#define MSG_STAT_LABELS 4u
+#define MSG_STAT_BUCKETS_MAX 64u
+
+struct msg_stat_label {
+	struct msg_text name;
+	struct msg_text value;
+};
+
+struct msg_stat {
+	struct msg_text name;
+	uint32_t kind;
+	uint32_t label_count;
+	struct msg_stat_label labels[MSG_STAT_LABELS];
+	double value;
+	uint32_t bucket_count;
+	uint64_t *buckets;
+};
+
+struct msg_stats {
+	uint32_t count;
+	struct msg_stat *items;
+	bool cut;
 };
 
 struct msg_reply {
@@ -706,6 +754,7 @@ struct msg_reply {
 			const struct msg_publication *items;
 		} publications;
 		struct msg_sessions sessions;
+		struct msg_stats stats;
 		struct msg_registered registered;
 		struct {
 			uint32_t region;

@@ -65,15 +65,20 @@ struct config *config_create(void)
 		.queue = 1024,
 		.lane_queue = 65536,
 		.handshakes = 1024,
+		.refuse_uploads = 90,
+		.refuse_sessions = 95,
+		.drop_caches = 98,
 		.handshake_us = 10 * 1000000,
 		.stall_us = 60 * 1000000,
 		.drain_us = 30 * 1000000,
+		.stuck_us = 30 * 1000000,
 	};
 	config->quarantine = (struct config_quarantine){.failures = 5, .provider_failures = 20, .window_us = 60 * 1000000, .cooldown_us = 60 * 1000000};
 	config->inline_ns = 5000;
 	config->polling_window_us = 50;
 	config->polling_budget_us = 500000;
 	config->level = LOG_INFO;
+	config->log_lines = 600;
 	config->format = LOG_TEXT;
 	config_derive_limits(config);
 	/* The order among providers where nobody says. */
@@ -117,6 +122,7 @@ void config_destroy(struct config *config)
 {
 	if (config == NULL)
 		return;
+	listener_fini(&config->metrics);
 	config_clear_listeners(config);
 	for (size_t i = 0; i < config->priority_count; i++) {
 		free(config->priorities[i].op);
@@ -250,6 +256,25 @@ opd_status config_add_listener(struct config *config, const char *address, opd_e
 free_listener:
 	listener_fini(&listener);
 	return status;
+}
+
+opd_status config_set_metrics(struct config *config, const char *address, opd_error *error)
+{
+	struct config_listener listener = {0};
+	opd_status status = strcmp(address, "off") == 0 ? OPD_OK : parse_address(address, &listener, error);
+	if (status == OPD_OK && listener.address != NULL && listener.kind != LISTEN_UNIX && !is_loopback(listener.host))
+		status = opd_fail(error, OPD_INVALID_ARGUMENT,
+		                  "%s is not a loopback address: nobody is authenticated there, and it tells tenants' names. Expected 127.0.0.1, [::1], a Unix socket or off",
+		                  listener.address);
+	if (status == OPD_OK && listener.kind == LISTEN_TLS)
+		status = opd_fail(error, OPD_INVALID_ARGUMENT, "%s: the endpoint speaks plain HTTP, expected tcp:// or unix:", address);
+	if (status != OPD_OK) {
+		listener_fini(&listener);
+		return status;
+	}
+	listener_fini(&config->metrics);
+	config->metrics = listener;
+	return OPD_OK;
 }
 
 /* ---- Priorities -------------------------------------------------------------------------------------------------------- */

@@ -16,6 +16,7 @@
 #include "opd/status.h"
 #include "server/identity.h"
 #include "server/log.h"
+#include "server/quota.h"
 #include "server/scheduler.h"
 
 typedef enum listen_kind {
@@ -31,6 +32,7 @@ struct config_listener {
 	char *host;    /* TCP, TLS: a name or a literal address without brackets */
 	uint16_t port; /* TCP, TLS; 0: any free one (printed when listening) */
 	bool loopback; /* TCP, TLS: no other machine reaches it */
+	int fd;        /* listens already, passed by the service manager; 0: to be opened */
 };
 
 /* Whether TLS clients show a certificate. */
@@ -74,8 +76,8 @@ struct tenant_policy {
 	uint32_t weight;         /* of its device time, relative to other tenants'; default 100 */
 	sched_class class;       /* of requests that name none; default interactive */
 	sched_class class_max;   /* the most urgent one that its requests may have; default realtime */
-	uint64_t device_rate_ns; /* device time a second, each lane; 0, the default: any */
-	uint32_t sessions;       /* open at once; 0, the default: any */
+	uint64_t quota[QUOTA_COUNT];         /* of all its sessions together; 0, the default: any */
+	uint64_t session_quota[QUOTA_COUNT]; /* of each; 0: as `limits` has it */
 };
 
 /* One entry of `tenants`. */
@@ -125,15 +127,20 @@ struct config_limits {
 	uint32_t queue;                /* requests of a session that wait for a lane; default 1024, 0: any */
 	uint32_t lane_queue;           /* requests that wait for a lane; default 65536, 0: any */
 	uint32_t handshakes;           /* connections by TCP or TLS that have not said Hello; default 1024 */
+	uint32_t refuse_uploads;       /* percent of memory_bytes in use from which uploads are refused; default 90, 100: never before it is full */
+	uint32_t refuse_sessions;      /* … new sessions; default 95 */
+	uint32_t drop_caches;          /* … cached plans and derived copies are given up; default 98 */
 	uint64_t handshake_us;         /* from accept to Hello; default 10 s */
 	uint64_t stall_us;             /* a frame begun and not finished, or a reply not read, without a byte of progress; default 60 s */
 	uint64_t drain_us;             /* default 30 s */
+	uint64_t stuck_us;             /* all threads of a lane in kernels, work waiting and nothing ending for so long is unhealthy; default 30 s, 0: never */
 };
 
 struct config {
 	char *path; /* of the file; NULL: none */
 	size_t listener_count;
 	struct config_listener *listeners; /* empty: the default Unix socket */
+	struct config_listener metrics; /* the metrics endpoint; address NULL, the default: none */
 	size_t priority_count;
 	struct config_priority *priorities;
 	size_t module_count;
@@ -160,6 +167,8 @@ struct config {
 	log_level level;
 	log_format format;
 	char *log_path; /* NULL: stderr */
+	uint32_t log_lines; /* of one kind a minute, of those that clients can cause; default 600, 0: any */
+	bool core;          /* core dumps are allowed (of tensors only what is smaller than 1 MiB is in them) */
 	uint32_t given; /* limits that somebody set (config_key.c's bits); the others follow memory_bytes */
 };
 
@@ -176,6 +185,8 @@ OPD_MUST_USE opd_status config_set(struct config *config, const char *key, const
 void config_clear_listeners(struct config *config);
 /* "unix:/path", "tcp://host:port" or "tls://host:port"; appends. */
 OPD_MUST_USE opd_status config_add_listener(struct config *config, const char *address, opd_error *error);
+/* Where the metrics endpoint listens: an address as above, of this machine alone, or "off". */
+OPD_MUST_USE opd_status config_set_metrics(struct config *config, const char *address, opd_error *error);
 /* "op=provider,provider" or "*=…"; replaces an entry of that op. */
 OPD_MUST_USE opd_status config_add_priority(struct config *config, const char *text, opd_error *error);
 /* "name=/path.so" or "/path.so" */

@@ -320,7 +320,8 @@ static opd_status read_tenant_key(struct reader *reader, const char *name, const
 	if (status == OPD_OK)
 		status = config_note_tenant(context, name, text, reader->error);
 	if (status == OPD_NOT_FOUND)
-		return fail_at(reader, line, key, "no such key, expected weight, class, class_max, device_time or sessions");
+		return fail_at(reader, line, key, "no such key, expected weight, class, class_max or a quota: sessions, in_flight, queued, bytes_in, bytes_out, memory, device_memory, device_time, "
+		               "or session_ and one of the last seven");
 	return place(reader, line_of(reader), key, status);
 }
 

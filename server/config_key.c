@@ -210,6 +210,12 @@ static opd_status set_log_file(struct config *config, const struct config_key *k
 	return OPD_OK;
 }
 
+static opd_status set_metrics(struct config *config, const struct config_key *key, const char *value, opd_error *error)
+{
+	(void)key;
+	return config_set_metrics(config, value, error);
+}
+
 #define MINUTE_US 60000000ull
 #define MEMORY_MAX (1ull << 50)
 #define AT(member) offsetof(struct config, member)
@@ -230,9 +236,14 @@ static const struct config_key keys[] = {
 	{"limits.queue", set_count, AT(limits.queue), 0, 1u << 20, 0},
 	{"limits.lane_queue", set_count, AT(limits.lane_queue), 0, 1u << 24, 0},
 	{"limits.handshakes", set_count, AT(limits.handshakes), 1, 1000000, 0},
+	{"limits.refuse_uploads", set_count, AT(limits.refuse_uploads), 1, 100, 0},
+	{"limits.refuse_sessions", set_count, AT(limits.refuse_sessions), 1, 100, 0},
+	{"limits.drop_caches", set_count, AT(limits.drop_caches), 1, 100, 0},
 	{"limits.handshake", set_us, AT(limits.handshake_us), 10000, 60 * MINUTE_US, 0},
 	{"limits.stall", set_us, AT(limits.stall_us), 100000, 24 * 60 * MINUTE_US, 0},
 	{"limits.drain", set_us, AT(limits.drain_us), 1000, 24 * 60 * MINUTE_US, 0},
+	{"metrics", set_metrics, AT(metrics), 0, 0, 0},
+	{"limits.stuck", set_us, AT(limits.stuck_us), 0, 24 * 60 * MINUTE_US, 0},
 	{"tls.certificate", set_path, AT(tls.certificate), 0, 0, 0},
 	{"tls.key", set_path, AT(tls.key), 0, 0, 0},
 	{"tls.client_ca", set_path, AT(tls.client_ca), 0, 0, 0},
@@ -249,6 +260,8 @@ static const struct config_key keys[] = {
 	{"polling.budget", set_us, AT(polling_budget_us), 0, 1000000, 0},
 	{"log.level", set_level, AT(level), 0, 0, 0},
 	{"log.format", set_format, AT(format), 0, 0, 0},
+	{"log.lines", set_count, AT(log_lines), 0, 1000000, 0},
+	{"core", set_bool, AT(core), 0, 0, 0},
 	{"log.file", set_log_file, AT(log_path), 0, 0, 0},
 };
 
@@ -329,6 +342,12 @@ static void print_log_file(const void *field, char *out, size_t out_bytes)
 	(void)snprintf(out, out_bytes, "%s", path == NULL ? "stderr" : path);
 }
 
+static void print_metrics(const void *field, char *out, size_t out_bytes)
+{
+	const char *address = ((const struct config_listener *)field)->address;
+	(void)snprintf(out, out_bytes, "%s", address == NULL ? "off" : address);
+}
+
 /* One for each way to set. */
 static const struct {
 	opd_status (*set)(struct config *config, const struct config_key *key, const char *value, opd_error *error);
@@ -337,6 +356,7 @@ static const struct {
 	{set_bytes, print_bytes}, {set_count, print_count}, {set_us, print_us},         {set_ns, print_ns},
 	{set_path, print_path},   {set_tls_clients, print_tls_clients},
 	{set_bool, print_bool},   {set_level, print_level}, {set_format, print_format}, {set_log_file, print_log_file},
+	{set_metrics, print_metrics},
 };
 
 void config_key_text(const struct config *config, const struct config_key *key, char *out, size_t out_bytes)

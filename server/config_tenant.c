@@ -74,6 +74,9 @@ static opd_status set_class(sched_class *field, const char *value, opd_error *er
 	return OPD_OK;
 }
 
+#define QUOTA_COUNT_MAX 1000000u
+#define SESSION_PREFIX "session_"
+
 static opd_status set_rate(uint64_t *field, const char *value, opd_error *error)
 {
 	uint64_t ns;
@@ -86,6 +89,39 @@ static opd_status set_rate(uint64_t *field, const char *value, opd_error *error)
 	return OPD_OK;
 }
 
+static opd_status set_bytes(uint64_t *field, const char *value, opd_error *error)
+{
+	uint64_t bytes;
+	opd_status status = config_parse_bytes(value, &bytes, error);
+	if (status == OPD_OK)
+		*field = bytes;
+	return status;
+}
+
+static opd_status set_wide_number(uint64_t *field, const char *value, opd_error *error)
+{
+	uint32_t number;
+	opd_status status = set_number(&number, 0, QUOTA_COUNT_MAX, value, error);
+	if (status == OPD_OK)
+		*field = number;
+	return status;
+}
+
+/* "in_flight": of all the tenant's sessions together; "session_in_flight": of each. */
+static opd_status set_quota(struct tenant_policy *policy, const char *key, const char *value, opd_error *error)
+{
+	const bool of_session = strncmp(key, SESSION_PREFIX, strlen(SESSION_PREFIX)) == 0;
+	const quota_kind kind = quota_parse(of_session ? key + strlen(SESSION_PREFIX) : key);
+	if (kind == QUOTA_COUNT || (of_session && kind == QUOTA_SESSIONS))
+		return opd_fail(error, OPD_NOT_FOUND, "no such key");
+	uint64_t *field = of_session ? &policy->session_quota[kind] : &policy->quota[kind];
+	if (kind == QUOTA_DEVICE_TIME)
+		return set_rate(field, value, error);
+	if (kind == QUOTA_SESSIONS || kind == QUOTA_IN_FLIGHT || kind == QUOTA_QUEUED)
+		return set_wide_number(field, value, error);
+	return set_bytes(field, value, error);
+}
+
 opd_status config_set_tenant(struct config_tenant *tenant, const char *key, const char *value, opd_error *error)
 {
 	struct tenant_policy *policy = &tenant->policy;
@@ -95,11 +131,7 @@ opd_status config_set_tenant(struct config_tenant *tenant, const char *key, cons
 		return set_class(&policy->class, value, error);
 	if (strcmp(key, "class_max") == 0)
 		return set_class(&policy->class_max, value, error);
-	if (strcmp(key, "device_time") == 0)
-		return set_rate(&policy->device_rate_ns, value, error);
-	if (strcmp(key, "sessions") == 0)
-		return set_number(&policy->sessions, 0, 1000000, value, error);
-	return opd_fail(error, OPD_NOT_FOUND, "no such key");
+	return set_quota(policy, key, value, error);
 }
 
 opd_status config_note_tenant(struct config_tenant *tenant, const char *key, const char *value, opd_error *error)

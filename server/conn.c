@@ -92,8 +92,10 @@ void conn_close(struct conn *conn, log_level level, const char *reason)
 	if (conn->closing)
 		return;
 	conn->closing = true;
-	LOG(conn->server->log, level, "session closed", LOG_UINT("session", conn->session->id), LOG_STR("peer", conn->peer),
-	    LOG_STR("reason", reason), LOG_UINT("in_flight", conn->session->in_flight));
+	/* Requests that end without a reply have their reason in the log, always. */
+	LOG_LIMITED(conn->server->log, level, &conn->server->closed_lines, conn->session->in_flight > 0 ? 0 : conn->server->config->log_lines, "session closed",
+	            LOG_UINT("session", conn->session->id), LOG_STR("peer", conn->peer), LOG_STR("reason", reason),
+	            LOG_UINT("in_flight", conn->session->in_flight));
 	ring_close(conn);
 	if (conn->tls != NULL)
 		conn_tls_goodbye(conn);
@@ -175,9 +177,10 @@ static void send_hello_reply(struct conn *conn, const opd_error *refused)
 void conn_refuse_hello(struct conn *conn, const opd_error *error)
 {
 	conn->broken = true; /* one answer, however much comes behind */
+	conn->server->hellos_refused++;
 	conn_stop_reading(conn);
-	LOG(conn->server->log, LOG_WARN, "session refused", LOG_UINT("session", conn->session->id), LOG_STR("peer", conn->peer),
-	    LOG_STR("reason", error->text));
+	LOG_LIMITED(conn->server->log, LOG_WARN, &conn->server->refused_lines, conn->server->config->log_lines, "session refused",
+	            LOG_UINT("session", conn->session->id), LOG_STR("peer", conn->peer), LOG_STR("reason", error->text));
 	send_hello_reply(conn, error);
 }
 
@@ -196,12 +199,11 @@ static opd_status check_hello(const struct msg_hello *hello, opd_error *error)
 
 static opd_status identify(struct conn *conn, struct msg_text token, opd_error *error)
 {
-	const struct tenant *before = conn->session->tenant;
 	opd_status status = identity_settle(conn, token, error);
-	if (status != OPD_OK || conn->session->tenant == before)
+	if (status != OPD_OK || conn->session->credential.kind == CREDENTIAL_EMBEDDED)
 		return status;
 	error->status = OPD_OK;
-	listener_check_tenant(conn->session->tenant, error);
+	listener_check(conn, error);
 	return (opd_status)error->status;
 }
 
@@ -225,9 +227,9 @@ void conn_on_hello(struct conn *conn, const uint8_t *envelope, size_t bytes)
 		if ((conn->features & CONN_PASSES) != 0)
 			conn->pipe.ipc = 1; /* from now on descriptors are received: until here, and from others, the system drops them */
 		conn->chunk_bytes = hello.no_chunks ? 0 : hello.chunk_bytes == 0 ? BOUND_CHUNK_BYTES_DEFAULT : hello.chunk_bytes;
-		LOG(conn->server->log, LOG_INFO, "session opened", LOG_UINT("session", conn->session->id), LOG_STR("peer", conn->peer),
-		    LOG_STR("tenant", conn->session->tenant->name),
-		    LOG_STR("identity", conn->session->access->identity), LOG_STR("client", hello.client.data));
+		conn->server->sessions_opened++;
+		LOG_LIMITED(conn->server->log, LOG_INFO, &conn->server->opened_lines, conn->server->config->log_lines, "session opened",
+		            LOG_UINT("session", conn->session->id), LOG_STR("peer", conn->peer), LOG_STR("tenant", conn->session->tenant->name), LOG_STR("identity", conn->session->access->identity), LOG_STR("client", hello.client.data));
 		send_hello_reply(conn, NULL);
 	} else {
 		conn_refuse_hello(conn, &error);
@@ -250,6 +252,13 @@ void conn_start(struct conn *conn, const opd_error *refuse)
 
 /* ---- Stalls ---- */
 
+/* Its replies hold memory that others could use. */
+static void cut_off(struct conn *conn)
+{
+	conn->server->slow_readers++;
+	conn_close(conn, LOG_WARN, "the client doesn't read its replies");
+}
+
 void conn_tick(struct conn *conn, uint64_t now_us)
 {
 	const struct config_limits *limits = &conn->server->config->limits;
@@ -263,5 +272,5 @@ void conn_tick(struct conn *conn, uint64_t now_us)
 	else if (half_read && (!conn->throttled || conn->chunked_count != 0) && now_us > read_us && now_us - read_us > limits->stall_us)
 		conn_close(conn, LOG_WARN, "a half-sent request stalled");
 	else if ((!outbox_empty(&conn->outbox) || conn->writing) && now_us > conn->write_us && now_us - conn->write_us > limits->stall_us)
-		conn_close(conn, LOG_WARN, "the client doesn't read its replies");
+		cut_off(conn);
 }

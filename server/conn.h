@@ -21,6 +21,8 @@
 /* What a connection may write in a turn when no other did anything in the one before: over TCP, 64 MiB down go at 1.0 of libuv's direct rate instead of 0.7, and who comes
  * now waits 0.3 ms at most. */
 #define CONN_TURN_ALONE_BYTES (1u << 20)
+/* A client that reads fewer in limits.stall while more waits for it holds memory, a byte at a time, for as long as it likes: that is no progress. */
+#define CONN_PROGRESS_BYTES (64u << 10)
 #define CONN_TURN_REQUESTS 128u /* that a turn accepts, give or take what one read brings */
 #define CONN_CHUNKED_BITS 5
 #define CONN_ID_BITS 6
@@ -77,6 +79,7 @@ struct conn {
 	uint64_t opened_us;
 	uint64_t read_us;  /* last progress */
 	uint64_t write_us;
+	uint64_t progress_bytes; /* written since write_us */
 
 	conn_state state;
 	uint32_t read_hint; /* how many bytes the next frame's header and envelope probably have; 0: read as much as there is */

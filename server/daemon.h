@@ -21,20 +21,27 @@
 #include "server/server.h"
 #include "server/stranger.h"
 #include "server/tensors.h"
+#include "server/watch.h"
 
 struct allocation;
 struct containment;
 struct derived;
 struct listener;
 struct conn;
+struct metrics;
 struct post;
 struct ring;
+struct scrape;
+
+/* Who records: the loop, and all direct callers together. */
+enum { SERVER_METRICS_LOOP = 0, SERVER_METRICS_DIRECT = 1, SERVER_METRICS = 2 };
 
 struct server {
 	struct log *log;
 	struct config *config;         /* the loop's alone: a reload frees it */
 	_Atomic bool checked;          /* what lanes and direct callers need of it: some provider's outputs have canaries */
 	_Atomic uint64_t inline_ns;
+	_Atomic uint32_t refuse_uploads; /* percent */
 	struct registry *registry;
 	struct containment *containment;
 	struct plans *plans;
@@ -53,9 +60,12 @@ struct server {
 	uv_idle_t again;      /* active while a connection has more to do than one turn allows */
 	uv_poll_t tick;       /* once a second: handshakes, stalls, the drain's end */
 	struct deadlines deadlines;
+	struct watches watches;
 	int tick_fd;          /* its timerfd. A loop without a libuv timer sleeps without a time limit, which spares arming one: 0.6 us a call */
 	bool running;
 	struct context context; /* the loop's */
+	struct metrics *metrics[SERVER_METRICS];
+	uint64_t flush_ns;      /* when this turn's replies went out */
 	char *stage;            /* what connections read into before they know where it belongs */
 	uint8_t *tls_stage;     /* ciphertext that connections read; NULL: no listener speaks TLS */
 	uint8_t *tls_sealed;    /* … that they write */
@@ -73,14 +83,31 @@ struct server {
 	uint32_t turn_conns;    /* connections that did something in it */
 	bool crowded;           /* in the one before, more than one did */
 	struct listener *listeners;
+	struct scrape *scrapes; /* connections of the metrics endpoint */
+	uint32_t scrape_count;
 	uint64_t next_session;
+	uint64_t lane_done;        /* jobs of the CPU lane that have ended */
+	uint64_t lane_done_before; /* at the last tick */
+	uint64_t lane_progress_us; /* when it last got on, or had nothing that waits */
+	uint32_t lane_waiting;     /* at the last tick */
 	bool draining;
 	bool drain_failed;
 	bool ending;            /* the lanes are stopped: nothing may be submitted to one any more */
 	uint64_t drain_until_us;
 
+	struct log_limit opened_lines;  /* what clients can fill a log with: `log.lines` a minute of each */
+	struct log_limit closed_lines;
+	struct log_limit refused_lines;
+	struct log_limit broken_lines;
 	struct log_limit list_warnings; /* of fallbacks that requests' own lists allow */
 	_Atomic uint64_t requests; /* accepted since the start */
+	_Atomic uint64_t uploads_refused;  /* for daemon memory */
+	uint64_t sessions_refused;         /* for daemon memory */
+	uint64_t caches_dropped;           /* for daemon memory: how often */
+	uint64_t slow_readers;             /* cut off */
+	uint64_t sessions_opened;
+	uint64_t hellos_refused;
+	bool caches_are_dropped;           /* memory has not come below the mark since */
 	_Atomic uint64_t graph_runs;       /* begun since the start */
 	_Atomic uint64_t graph_dispatches; /* of them, those that had to prepare anew */
 	_Atomic bool device_done;  /* a device lane has finished jobs */
@@ -104,6 +131,9 @@ OPD_MUST_USE opd_status server_set_priorities(struct server *server, const struc
 void server_take_config(struct server *server, struct config *config);
 /* The configuration's bounds of queues become the lanes'. */
 void server_bound_queues(struct server *server);
+
+/* At least so many percent of limits.memory hold what can't be given up; written as the reason, which begins with `what`. 100: never. */
+bool server_memory_filled(const struct server *server, uint32_t percent, const char *what, opd_error *error);
 
 /* The loop's: the next poll doesn't sleep, so that on_flush sees what is dirty now. */
 void server_flush_soon(struct server *server);

@@ -9,6 +9,7 @@
 #include "server/containment.h"
 #include "server/daemon.h"
 #include "server/derived.h"
+#include "server/metrics.h"
 #include "server/device_run.h"
 #include "server/module.h"
 #include "server/request.h"
@@ -233,7 +234,10 @@ static opd_status run_kernel(struct request *request, struct lane_exec *lane)
 	lane->derived = &derived;
 	run->written = true;
 	request->error.text[0] = '\0';
+	struct watch watch;
+	watch_begin(&request->context->server->watches, &watch, impl, request, lane);
 	status = impl->def->run(impl->def, impl->state, &run->bound.call, &exec, &request->error);
+	watch_end(&request->context->server->watches, &watch);
 	lane->derived = NULL;
 	derived_end(request->context->server->derived, &derived);
 	if (status != OPD_OK) {
@@ -284,11 +288,14 @@ bool execute_unwanted(struct request *request, const struct lane_exec *lane)
 }
 
 /* On a lane thread: the plan that is missing; false when it refused or failed. */
-static bool make_plan(struct request *request)
+static bool make_plan(struct request *request, struct lane_exec *exec)
 {
 	struct request_run *run = &request->run;
 	struct dispatch *dispatch = &run->dispatch;
+	struct watch watch;
+	watch_begin(&request->context->server->watches, &watch, dispatch->impl, request, exec);
 	request->status = plans_make(dispatch->plans, dispatch->snapshot, dispatch->impl, &run->bound.call, &dispatch->plan, &request->error);
+	watch_end(&request->context->server->watches, &watch);
 	if (request->status != OPD_OK)
 		return false;
 	dispatch->plan_missing = false;
@@ -301,16 +308,15 @@ static void lane_run(struct lane_job *job, struct lane_exec *exec)
 	struct request *request = (struct request *)((char *)job - offsetof(struct request, job));
 	if (execute_unwanted(request, exec))
 		return;
-	if (request->run.dispatch.plan_missing && !make_plan(request))
+	if (request->run.dispatch.plan_missing && !make_plan(request, exec))
 		return;
 	run_here(request, exec);
 }
 
 static void lane_plan(struct lane_job *job, struct lane_exec *exec)
 {
-	(void)exec;
 	struct request *request = (struct request *)((char *)job - offsetof(struct request, job));
-	(void)make_plan(request);
+	(void)make_plan(request, exec);
 }
 
 static void lane_graph(struct lane_job *job, struct lane_exec *exec)
@@ -318,9 +324,19 @@ static void lane_graph(struct lane_job *job, struct lane_exec *exec)
 	graph_run_execute((struct request *)((char *)job - offsetof(struct request, job)), exec);
 }
 
+/* A kernel, or a graph, that a lane has run; not what was cancelled before, nor plans. */
+static void count_lane(struct request *request)
+{
+	const struct lane_job *job = &request->job;
+	if (request->run.written)
+		metrics_ran(request->context->metrics, request->graph_run != NULL ? NULL : request->run.dispatch.impl, job->waited_ns, job->device_ns,
+		            request->status);
+}
+
 static void job_done(struct lane_job *job)
 {
 	struct request *request = (struct request *)((char *)job - offsetof(struct request, job));
+	count_lane(request);
 	execute_done(request);
 }
 
@@ -335,25 +351,23 @@ static void wait_for_lane(struct request *request)
 {
 	while (sem_wait(request->owner) != 0)
 		;
+	count_lane(request);
 	execute_done(request);
 }
 
-/* The lane takes no more of this session, or of anybody. */
+/* The lane takes no more of this session, of its tenant, or of anybody. */
 static void refuse_queue(struct request *request)
 {
-	const struct server *server = request->context->server;
-	const struct session *session = request->session;
-	const struct scheduler *scheduler = lane_scheduler_lock(server->lane);
-	const uint64_t wait_us = scheduler_wait_ns(scheduler, &session->flow, request->run.class) / 1000 + 1;
-	const uint32_t queued = session->flow.queued;
-	const uint32_t all = scheduler->queued;
-	const uint32_t limit = scheduler->flow_queue_max;
-	const uint32_t lane_limit = scheduler->queue_max;
-	lane_scheduler_unlock(server->lane);
+	const struct lane_refusal *refusal = &request->job.refusal;
+	struct session *session = request->session;
+	const bool of_tenant = refusal->full == SCHED_FULL_GROUP;
+	const char *whose = of_tenant ? " of tenant " : refusal->full == SCHED_FULL_FLOW ? " of this session" : "";
+	if (refusal->full != SCHED_FULL_LANE)
+		quota_count_refusal(of_tenant ? &session->tenant->quota : &session->quota, QUOTA_QUEUED);
 	request->status = opd_fail(&request->error, OPD_RESOURCE_EXHAUSTED,
-	                           "%s: %" PRIu32 " requests of this session wait for the cpu lane, at most %" PRIu32 " may, and %" PRIu32
-	                           " in all, at most %" PRIu32 ": try again in about %" PRIu64 " us",
-	                           request->run.op->schema->name, queued, limit, all, lane_limit, wait_us);
+	                           "%s: %" PRIu32 " requests%s%s wait for the cpu lane, at most %" PRIu32 " may: try again in about %" PRIu64 " us",
+	                           request->run.op->schema->name, refusal->queued, whose, of_tenant ? session->tenant->name : "", refusal->limit,
+	                           refusal->wait_ns / 1000 + 1);
 	execute_done(request);
 }
 
@@ -475,6 +489,7 @@ void execute_run(struct request *request)
 		if (!is_late(request)) {
 			request->clock.queued = 0;
 			run_here(request, &serial);
+			metrics_ran_on_loop(request->context->metrics, request->run.dispatch.impl, request->run.cost_ns, request->status);
 		}
 		execute_done(request);
 	} else {

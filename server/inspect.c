@@ -9,6 +9,7 @@
 #include "server/containment.h"
 #include "server/daemon.h"
 #include "server/derived.h"
+#include "server/health.h"
 #include "server/listener.h"
 #include "server/module.h"
 #include "server/request.h"
@@ -257,7 +258,12 @@ void inspect_info(struct request *request)
 		.derived_bytes = derived.bytes,
 		.derived_found = derived.found,
 		.derived_made = derived.made,
+		.stuck = lane_stuck(server->lane),
 	};
+	if (!health_fill(server, snapshot, &request->arena, &request->reply.info)) {
+		fail_memory(request, "info");
+		return;
+	}
 	request_reply(request, MSG_REPLY_INFO);
 }
 

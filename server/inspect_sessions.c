@@ -1,10 +1,13 @@
 /* Who shares the lanes, and what each has had: sessions, tenants, lanes; and an administrator's hand on a session. */
+#include <assert.h>
 #include <inttypes.h>
 
 #include "proto/bounds.h"
 #include "server/conn.h"
 #include "server/daemon.h"
 #include "server/request.h"
+
+static_assert((int)QUOTA_COUNT == (int)MSG_QUOTA_KINDS, "the protocol's kinds are the daemon's");
 
 static bool sees(const struct session *who, const struct session *session)
 {
@@ -16,8 +19,48 @@ static struct msg_usage usage_of(const struct sched_usage *usage)
 	return (struct msg_usage){usage->jobs, usage->device_ns, usage->wait_ns, usage->wait_max_ns};
 }
 
+/* Bytes of an account on devices, and how often a limit there was in the way. */
+static uint64_t device_bytes(const struct account *account, uint64_t *refused_out)
+{
+	uint64_t bytes = 0;
+	*refused_out = 0;
+	for (const struct account *device = atomic_load_explicit(&account->devices, memory_order_acquire); device != NULL; device = device->next) {
+		bytes += atomic_load_explicit(&device->used_bytes, memory_order_relaxed);
+		*refused_out += atomic_load_explicit(&device->refused, memory_order_relaxed);
+	}
+	return bytes;
+}
+
+/* Those with a limit, and what counts without one. Out of memory shows as none. */
+static struct msg_quota *fill_quotas(struct arena *arena, const struct quota *quota, const struct account *account, uint64_t sessions, uint64_t queued,
+                                     uint64_t device_ns, uint32_t *count_out)
+{
+	uint64_t device_refused;
+	const uint64_t used[QUOTA_COUNT] = {
+		[QUOTA_SESSIONS] = sessions,
+		[QUOTA_IN_FLIGHT] = atomic_load_explicit(&quota->in_flight, memory_order_relaxed),
+		[QUOTA_QUEUED] = queued,
+		[QUOTA_BYTES_IN] = atomic_load_explicit(&quota->bytes_in, memory_order_relaxed),
+		[QUOTA_BYTES_OUT] = atomic_load_explicit(&quota->bytes_out, memory_order_relaxed),
+		[QUOTA_MEMORY] = atomic_load_explicit(&account->used_bytes, memory_order_relaxed),
+		[QUOTA_DEVICE_MEMORY] = device_bytes(account, &device_refused),
+		[QUOTA_DEVICE_TIME] = device_ns,
+	};
+	struct msg_quota *list = arena_array(arena, QUOTA_COUNT, sizeof list[0]);
+	for (uint32_t i = 0; list != NULL && i < QUOTA_COUNT; i++) {
+		struct msg_quota item = {i, quota_limit(quota, i), used[i], atomic_load_explicit(&quota->refused[i], memory_order_relaxed)};
+		if (i == QUOTA_MEMORY)
+			item.refused = atomic_load_explicit(&account->refused, memory_order_relaxed);
+		if (i == QUOTA_DEVICE_MEMORY)
+			item.refused = device_refused;
+		if (item.limit != 0 || item.used != 0 || item.refused != 0)
+			list[(*count_out)++] = item;
+	}
+	return list;
+}
+
 /* The lane is locked for one session at a time: thousands of them must not hold it up. */
-static void fill_session(const struct session *session, const struct server *server, struct msg_session_state *out)
+static void fill_session(struct arena *arena, const struct session *session, const struct server *server, struct msg_session_state *out)
 {
 	const struct sched_flow *flow = &session->flow;
 	const struct scheduler *scheduler = lane_scheduler_lock(server->lane);
@@ -37,6 +80,7 @@ static void fill_session(const struct session *session, const struct server *ser
 	};
 	lane_scheduler_unlock(server->lane);
 	out->usage.device_ns += session->inline_ns;
+	out->quotas = fill_quotas(arena, &session->quota, session->account, 0, out->queued, out->usage.device_ns, &out->quota_count);
 }
 
 /* The server's sessions that this one sees, oldest first, from `first` on. */
@@ -64,7 +108,7 @@ static bool fill_sessions(struct request *request, struct msg_sessions *out)
 			continue;
 		at--;
 		if (at < count)
-			fill_session(conn->session, server, &out->sessions[at]);
+			fill_session(&request->arena, conn->session, server, &out->sessions[at]);
 		else if (at == count)
 			out->next = conn->session->id;
 	}
@@ -74,6 +118,7 @@ static bool fill_sessions(struct request *request, struct msg_sessions *out)
 
 struct tenant_list {
 	const struct session *who;
+	struct arena *arena;
 	struct lane *lane;
 	struct msg_tenant_state *items;
 	uint32_t count;
@@ -96,23 +141,24 @@ static void fill_tenant(struct tenant *tenant, void *argument)
 		.weight = tenant->policy.weight,
 		.service_class = tenant->policy.class + 1,
 		.class_max = tenant->policy.class_max + 1,
-		.device_rate_ns = tenant->policy.device_rate_ns,
+		.device_rate_ns = tenant->policy.quota[QUOTA_DEVICE_TIME],
 		.sessions = atomic_load_explicit(&tenant->sessions, memory_order_relaxed),
 	};
 	const struct sched_group *group = tenant->groups[0];
-	if (group == NULL)
-		return;
-	(void)lane_scheduler_lock(list->lane);
-	out->queued = group->queued;
-	out->running = group->running;
-	out->usage = usage_of(&group->usage);
-	lane_scheduler_unlock(list->lane);
+	if (group != NULL) {
+		(void)lane_scheduler_lock(list->lane);
+		out->queued = group->queued;
+		out->running = group->running;
+		out->usage = usage_of(&group->usage);
+		lane_scheduler_unlock(list->lane);
+	}
+	out->quotas = fill_quotas(list->arena, &tenant->quota, tenant->total, out->sessions, out->queued, out->usage.device_ns, &out->quota_count);
 }
 
 static bool fill_tenants(struct request *request, struct msg_sessions *out)
 {
 	struct tenants *tenants = request->context->server->tenants;
-	struct tenant_list list = {.who = request->session, .lane = request->context->server->lane};
+	struct tenant_list list = {.who = request->session, .arena = &request->arena, .lane = request->context->server->lane};
 	tenants_walk(tenants, count_tenant, &list);
 	list.count = list.count < BOUND_LIST ? list.count : BOUND_LIST;
 	list.items = out->tenants = arena_zalloc(&request->arena, (list.count + 1) * sizeof list.items[0]);
@@ -172,6 +218,9 @@ void admin_set_session(struct request *request)
 		(void)opd_fail(&request->error, OPD_NOT_FOUND, "session %" PRIu64 ": there is none", set->session);
 	else if (set->weight > SCHED_WEIGHT_MAX)
 		(void)opd_fail(&request->error, OPD_INVALID_ARGUMENT, "weight %" PRIu32 ", expected 1 to %u (0: as it is)", set->weight, SCHED_WEIGHT_MAX);
+	for (uint32_t i = 0; request->error.status == OPD_OK && i < set->quota_count; i++)
+		if (set->quotas[i].kind == QUOTA_SESSIONS)
+			(void)opd_fail(&request->error, OPD_INVALID_ARGUMENT, "quota sessions is a tenant's: the configuration has it");
 	if (request->error.status == OPD_OK && set->weight != 0) {
 		(void)lane_scheduler_lock(server->lane);
 		sched_flow_set_weight(&session->flow, set->weight);
@@ -179,5 +228,7 @@ void admin_set_session(struct request *request)
 	}
 	if (request->error.status == OPD_OK && set->service_class != 0)
 		session->class = (sched_class)(set->service_class - 1);
+	for (uint32_t i = 0; request->error.status == OPD_OK && i < set->quota_count; i++)
+		session_set_quota(session, (quota_kind)set->quotas[i].kind, set->quotas[i].limit);
 	request_reply_empty(request);
 }

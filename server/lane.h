@@ -20,11 +20,20 @@
 
 #include "opd/status.h"
 #include "providers/provider.h"
+#include "server/histogram.h"
 #include "server/scheduler.h"
 
 struct lane;
 struct lane_exec;
 struct derived_run;
+
+/* Whose queue was full. */
+struct lane_refusal {
+	sched_full full;
+	uint32_t queued;
+	uint32_t limit;
+	uint64_t wait_ns; /* how long what is queued will take */
+};
 
 /* Embedded in what its owner runs. Zeroed but for the callbacks when it is submitted. */
 struct lane_job {
@@ -34,6 +43,9 @@ struct lane_job {
 	void (*run)(struct lane_job *job, struct lane_exec *exec); /* on a lane thread */
 	void (*done)(struct lane_job *job);                        /* for whoever takes the done jobs: the lane doesn't call it itself */
 	_Atomic bool cancelled;                                    /* by lane_cancel */
+	struct lane_refusal refusal;                               /* by a lane_submit that was false */
+	uint64_t waited_ns; /* once it is done */
+	uint64_t device_ns;
 };
 
 /* What a job may use while it runs. */
@@ -47,7 +59,7 @@ struct lane_exec {
 };
 
 /* A thread without work watches for so long before it sleeps, and yields meanwhile: enough for the next job of a busy client (then lane_submit
- * needs no system call), too short to keep an idle machine busy. */
+ * needs no system call), too short to keep an idle machine busy. Where a yield shows that others want its core it sleeps at once, and so the next times. */
 #define LANE_SPIN_NS_DEFAULT 4000u
 
 struct lane_options {
@@ -61,7 +73,7 @@ struct lane_options {
 /* RESOURCE_EXHAUSTED: memory or threads. The threads are called opd-lane-0… and get no signals. */
 OPD_MUST_USE opd_status lane_create(const struct lane_options *options, struct lane **lane_out, opd_error *error);
 
-/* False: the queue of the job's flow, or the lane's, is full; the job is still its owner's. Not after lane_stop. Doesn't block but for the queue's own lock, held for
+/* False: the queue of the job's flow, of its group or the lane's is full (job->refusal); the job is still its owner's. Not after lane_stop. Doesn't block but for the queue's own lock, held for
  * a few instructions. */
 OPD_MUST_USE bool lane_submit(struct lane *lane, struct lane_job *job);
 /* Jobs of the lane's own, linked by next: one lock and at most a few wake-ups for all. */
@@ -70,6 +82,9 @@ void lane_submit_list(struct lane *lane, struct lane_job *first);
 /* The lane's scheduler, to read it or to change weights and bounds: for a few instructions. */
 struct scheduler *lane_scheduler_lock(struct lane *lane);
 void lane_scheduler_unlock(struct lane *lane);
+
+/* How long its jobs have waited, by class. */
+const struct histogram *lane_waits(const struct lane *lane, sched_class class);
 
 /* All jobs done since the last call, in the order in which they ended, linked by next; NULL: none. Lock-free. */
 struct lane_job *lane_take_done(struct lane *lane);
@@ -94,6 +109,12 @@ struct lane_exec lane_exec_serial(struct lane_job *job);
  * returns when all are done. Inside another loop, and where there is one thread or one share, it is a plain call. The thread numbers that
  * `range` sees are below exec->threads, and no two shares run at once with one number. */
 void lane_parallel_for(struct lane_exec *exec, uint64_t items, uint64_t grain, opd_range_fn range, void *argument);
+
+/* A job that runs won't end for long, and its thread is lost to the lane meanwhile: another thread takes its place, and that of threads that help with its loops. When the
+ * job ends after all, its thread waits for the next time that one is wanted. False: it doesn't run, or no thread could be started (as many as the lane has can be stuck at once). Any thread. */
+bool lane_replace(struct lane *lane, const struct lane_job *job);
+/* How many threads are stuck in such jobs now. */
+uint32_t lane_stuck(struct lane *lane);
 
 /* Runs all that is queued, ends the threads and waits for them. NULL is allowed. */
 void lane_stop(struct lane *lane);

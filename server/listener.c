@@ -2,17 +2,21 @@
 
 #include <arpa/inet.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <inttypes.h>
 #include <netdb.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "server/conn.h"
 #include "server/daemon.h"
+#include "server/scrape.h"
 
 #define BACKLOG 1024
 
@@ -27,6 +31,7 @@ struct listener {
 	};
 	listen_kind kind;
 	bool remote; /* other machines may reach it */
+	bool metrics;
 	char *path; /* of a Unix socket, to be removed */
 	char address[300];
 };
@@ -91,11 +96,29 @@ static void log_accept_error(struct listener *listener, int failed)
 }
 
 /* The session counts already. */
-void listener_check_tenant(const struct tenant *tenant, opd_error *refused)
+static void check_tenant(struct tenant *tenant, opd_error *refused)
 {
 	const uint32_t sessions = atomic_load_explicit(&tenant->sessions, memory_order_relaxed);
-	if (refused->status == OPD_OK && tenant->policy.sessions != 0 && sessions > tenant->policy.sessions)
-		(void)opd_fail(refused, OPD_RESOURCE_EXHAUSTED, "%u sessions of tenant %s are open, no more may be", (unsigned)(sessions - 1), tenant->name);
+	const uint64_t limit = quota_limit(&tenant->quota, QUOTA_SESSIONS);
+	if (refused->status != OPD_OK || limit == 0 || sessions <= limit)
+		return;
+	quota_count_refusal(&tenant->quota, QUOTA_SESSIONS);
+	(void)opd_fail(refused, OPD_RESOURCE_EXHAUSTED, "%u sessions of tenant %s are open, no more may be", (unsigned)(sessions - 1), tenant->name);
+}
+
+/* An administrator is let in: somebody must be able to look, and to free. */
+static void check_memory(const struct session *session, opd_error *refused)
+{
+	struct server *server = session->server;
+	if (refused->status == OPD_OK && !access_administers(session->access) &&
+	    server_memory_filled(server, server->config->limits.refuse_sessions, "no session is opened", refused))
+		server->sessions_refused++;
+}
+
+void listener_check(const struct conn *conn, opd_error *refused)
+{
+	check_memory(conn->session, refused);
+	check_tenant(conn->session->tenant, refused);
 }
 
 static void on_connection(uv_stream_t *stream, int status)
@@ -104,6 +127,10 @@ static void on_connection(uv_stream_t *stream, int status)
 	struct server *server = listener->server;
 	if (status < 0) {
 		log_accept_error(listener, status);
+		return;
+	}
+	if (listener->metrics) {
+		scrape_accept(server, stream, listener->kind == LISTEN_UNIX);
 		return;
 	}
 	opd_error refused = {0};
@@ -134,7 +161,8 @@ static void on_connection(uv_stream_t *stream, int status)
 		(void)uv_tcp_nodelay(&conn->tcp, 1);
 		(void)uv_tcp_keepalive(&conn->tcp, 1, 60);
 	}
-	listener_check_tenant(conn->session->tenant, &refused);
+	if (conn->local) /* who another is, is known at Hello */
+		listener_check(conn, &refused);
 	conn_start(conn, refused.status == OPD_OK ? NULL : &refused);
 }
 
@@ -143,6 +171,25 @@ static void on_connection(uv_stream_t *stream, int status)
 static opd_status cannot_listen(const struct config_listener *config, const char *why, opd_error *error)
 {
 	return opd_fail(error, OPD_UNAVAILABLE, "can't listen on %s: %s", config->address, why);
+}
+
+#define FOLDER_LOCK_TRIES 200u /* of 10 ms */
+
+/* Two daemons that start at once must not both find the stale socket of a third, and one of them remove the other's: who looks, removes and binds holds the folder's lock until it listens.
+ * Nothing is left behind, and somebody else's lock on a shared folder holds nobody up for long. -1: none; else to be closed. */
+static int lock_folder(const char *path)
+{
+	char folder[sizeof ((struct sockaddr_un *)NULL)->sun_path];
+	(void)snprintf(folder, sizeof folder, "%s", path);
+	char *slash = strrchr(folder, '/');
+	if (slash == NULL)
+		return -1;
+	slash[slash == folder] = '\0';
+	const int fd = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	const struct timespec pause = {.tv_nsec = 10000000};
+	for (unsigned tries = 0; fd >= 0 && tries < FOLDER_LOCK_TRIES && flock(fd, LOCK_EX | LOCK_NB) != 0; tries++)
+		(void)nanosleep(&pause, NULL);
+	return fd;
 }
 
 /* A socket file that nobody answers on is left from a daemon that was killed. */
@@ -216,7 +263,17 @@ static void on_listener_closed(uv_handle_t *handle)
 	free(listener);
 }
 
-opd_status listener_open(struct server *server, const struct config_listener *config, opd_error *error)
+/* One that the service manager has opened, and that stays its own: the path isn't removed at the end, and clients wait there for the next daemon. */
+static opd_status take_passed(struct listener *listener, const struct config_listener *config, opd_error *error)
+{
+	int failed = config->kind == LISTEN_UNIX ? uv_pipe_open(&listener->pipe, config->fd) : uv_tcp_open(&listener->tcp, config->fd);
+	if (failed != 0)
+		return cannot_listen(config, uv_strerror(failed), error);
+	(void)snprintf(listener->address, sizeof listener->address, "%s", config->address);
+	return OPD_OK;
+}
+
+static opd_status open_listener(struct server *server, const struct config_listener *config, bool metrics, opd_error *error)
 {
 	if (config->kind == LISTEN_TLS && server->config->tls_context == NULL)
 		return cannot_listen(config, "no certificate was loaded", error);
@@ -226,18 +283,24 @@ opd_status listener_open(struct server *server, const struct config_listener *co
 	listener->server = server;
 	listener->kind = config->kind;
 	listener->remote = config->kind != LISTEN_UNIX && !config->loopback;
+	listener->metrics = metrics;
 	int failed = config->kind == LISTEN_UNIX ? uv_pipe_init(&server->loop, &listener->pipe, 0) : uv_tcp_init(&server->loop, &listener->tcp);
 	if (failed != 0) {
 		free(listener);
 		return cannot_listen(config, uv_strerror(failed), error);
 	}
 	listener->handle.data = listener;
-	opd_status status = config->kind == LISTEN_UNIX ? bind_unix(listener, config, error) : bind_tcp(listener, config, error);
+	const int lock = config->kind == LISTEN_UNIX && config->fd == 0 ? lock_folder(config->path) : -1;
+	opd_status status = config->fd != 0 ? take_passed(listener, config, error)
+	                    : config->kind == LISTEN_UNIX ? bind_unix(listener, config, error)
+	                                                  : bind_tcp(listener, config, error);
 	if (status == OPD_OK) {
 		failed = uv_listen(&listener->stream, BACKLOG, on_connection);
 		if (failed != 0)
 			status = cannot_listen(config, uv_strerror(failed), error);
 	}
+	if (lock >= 0)
+		(void)close(lock);
 	if (status != OPD_OK) {
 		uv_close(&listener->handle, on_listener_closed);
 		return status;
@@ -246,6 +309,20 @@ opd_status listener_open(struct server *server, const struct config_listener *co
 		name_tcp(listener, config);
 	listener->next = server->listeners;
 	server->listeners = listener;
+	return OPD_OK;
+}
+
+opd_status listener_open(struct server *server, const struct config_listener *config, opd_error *error)
+{
+	return open_listener(server, config, false, error);
+}
+
+opd_status listener_open_metrics(struct server *server, const struct config_listener *config, opd_error *error)
+{
+	opd_status status = open_listener(server, config, true, error);
+	if (status != OPD_OK)
+		return opd_error_prefix(error, status, "metrics");
+	LOG(server->log, LOG_INFO, "metrics endpoint", LOG_STR("address", server->listeners->address));
 	return OPD_OK;
 }
 
@@ -263,8 +340,10 @@ void listener_close_all(struct server *server)
 uint32_t listener_list(const struct server *server, struct msg_text *out, uint32_t count)
 {
 	uint32_t found = 0;
-	for (const struct listener *listener = server->listeners; listener != NULL; listener = listener->next, found++)
-		if (found < count)
+	for (const struct listener *listener = server->listeners; listener != NULL; listener = listener->next) {
+		if (!listener->metrics && found < count)
 			out[found] = msg_text(listener->address);
+		found += !listener->metrics;
+	}
 	return found;
 }

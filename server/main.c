@@ -6,11 +6,13 @@
 #include <libgen.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "proto/text.h"
@@ -18,6 +20,7 @@
 #include "server/log.h"
 #include "server/server.h"
 #include "server/tls_context.h"
+#include "server/service.h"
 
 enum {
 	EXIT_OK = 0,
@@ -102,6 +105,7 @@ struct options {
 	bool self_signed;
 	bool allow_anonymous;
 	struct tls_self *self; /* once made, the same at every reload */
+	struct service service;
 	size_t change_count;
 	struct change *changes; /* [argc] */
 };
@@ -244,6 +248,8 @@ static opd_status build_config(const struct options *options, struct config **co
 	if (status == OPD_OK)
 		status = apply_all(config, options, error);
 	if (status == OPD_OK)
+		status = service_listen(&options->service, config, error);
+	if (status == OPD_OK)
 		status = config_check(config, options->insecure_plain_tcp, error);
 	if (status == OPD_OK)
 		status = config_load_tls(config, options->self, error);
@@ -264,6 +270,13 @@ static void print_text(const char *text)
 	(void)fputs(text_escape(text, strlen(text), escaped, sizeof escaped), stdout);
 }
 
+static void print_quotas(const char *prefix, const uint64_t limits[QUOTA_COUNT])
+{
+	for (uint32_t i = 0; i < QUOTA_COUNT; i++)
+		if (limits[i] != 0)
+			(void)printf(", %s%s %" PRIu64 "%s", prefix, quota_name(i), limits[i], i == QUOTA_DEVICE_TIME ? " ns" : "");
+}
+
 static void print_lists(const struct config *config)
 {
 	for (size_t i = 0; i < config->listener_count; i++) {
@@ -282,10 +295,8 @@ static void print_lists(const struct config *config)
 		(void)printf("tenant: ");
 		print_text(config->tenants[i].name);
 		(void)printf(" = weight %" PRIu32 ", class %s (at most %s)", policy->weight, sched_class_name(policy->class), sched_class_name(policy->class_max));
-		if (policy->device_rate_ns != 0)
-			(void)printf(", %" PRIu64 " ms of device time a second", policy->device_rate_ns / 1000000);
-		if (policy->sessions != 0)
-			(void)printf(", %" PRIu32 " sessions", policy->sessions);
+		print_quotas("", policy->quota);
+		print_quotas("session_", policy->session_quota);
 		(void)printf("\n");
 	}
 	for (size_t i = 0; i < config->provider_count; i++) {
@@ -316,6 +327,8 @@ static void print_summary(const struct config *config)
 		print_text(config->tls_context->subject);
 		(void)printf(", until %s, %s\n", config->tls_context->not_after, config->tls_context->fingerprint);
 	}
+	(void)printf("limits: of the memory in use, %" PRIu32 " %% refuse uploads, %" PRIu32 " %% new sessions, %" PRIu32 " %% drop caches\n", limits->refuse_uploads,
+	             limits->refuse_sessions, limits->drop_caches);
 	(void)printf("limits: handshake %" PRIu64 " ms, stall %" PRIu64 " ms, drain %" PRIu64 " ms\n", limits->handshake_us / 1000,
 	             limits->stall_us / 1000, limits->drain_us / 1000);
 	(void)printf("threads: %" PRIu32 "%s, inline: %" PRIu64 " ns, checked: %s\n", config->threads,
@@ -323,7 +336,9 @@ static void print_summary(const struct config *config)
 	(void)printf("quarantine: %" PRIu32 " failures, %" PRIu32 " of a provider, in %" PRIu64 " ms, for %" PRIu64 " ms\n", config->quarantine.failures,
 	             config->quarantine.provider_failures, config->quarantine.window_us / 1000, config->quarantine.cooldown_us / 1000);
 	(void)printf("polling: window %" PRIu64 " us, budget %" PRIu64 " us of a second\n", config->polling_window_us, config->polling_budget_us);
-	(void)printf("log: %s, %s, ", log_level_name(config->level), config->format == LOG_JSON ? "json" : "text");
+	(void)printf("metrics: ");
+	print_text(config->metrics.address != NULL ? config->metrics.address : "off");
+	(void)printf("\nlog: %s, %s, ", log_level_name(config->level), config->format == LOG_JSON ? "json" : "text");
 	print_text(config->log_path != NULL ? config->log_path : "stderr");
 	(void)printf("\n");
 }
@@ -336,6 +351,7 @@ static int check_config(struct config *config)
 	opd_error error;
 	opd_status status = log_init(&log, LOG_ERROR, LOG_TEXT, NULL, &error);
 	print_summary(config);
+	(void)!config_set_metrics(config, "off", &error);
 	config_clear_listeners(config);
 	config->level = LOG_ERROR;
 	if (status == OPD_OK)
@@ -351,6 +367,16 @@ static int check_config(struct config *config)
 	return fflush(stdout) == 0 ? EXIT_OK : fail(EXIT_FAILED, "stdout: ", strerror(errno));
 }
 
+/* None at all, or as large as the system lets them be. The pages of tensors are never in one (tensors.c), but requests and small tensors would be. */
+static void limit_core(bool allowed)
+{
+	struct rlimit limit;
+	if (getrlimit(RLIMIT_CORE, &limit) != 0)
+		return;
+	limit.rlim_cur = allowed ? limit.rlim_max : 0;
+	(void)setrlimit(RLIMIT_CORE, &limit);
+}
+
 /* ---- Signals ----------------------------------------------------------------------------------------------------------- */
 
 /* What the signal thread and main share. */
@@ -361,6 +387,7 @@ struct daemon {
 	struct server *server; /* NULL: not yet there, or gone */
 	bool gone;
 	unsigned ends;         /* SIGTERM and SIGINT so far */
+	_Atomic bool beating;  /* a watchdog's beat is on its way to the loop */
 	bool over;             /* the thread ends at its next signal */
 	pthread_t thread;
 };
@@ -385,6 +412,7 @@ static void on_end(struct daemon *daemon, int number)
 		LOG(daemon->log, LOG_ERROR, "ended by force");
 		_exit(EXIT_FAILED);
 	}
+	service_notify(&daemon->options->service, "STOPPING=1\nSTATUS=draining");
 	if (daemon->server != NULL)
 		server_drain(daemon->server, 0);
 }
@@ -407,10 +435,14 @@ static void reload_on_loop(void *argument)
 	struct reload *reload = argument;
 	struct daemon *daemon = reload->daemon;
 	opd_error error;
-	if (server_reload(reload->server, reload->config, &error) != OPD_OK) {
+	const bool core = reload->config->core;
+	if (server_reload(reload->server, reload->config, &error) == OPD_OK) {
+		limit_core(core);
+	} else {
 		config_destroy(reload->config);
 		log_reload_failure(daemon, &error);
 	}
+	service_notify(&daemon->options->service, "READY=1");
 	free(reload);
 }
 
@@ -426,6 +458,15 @@ static opd_status post_reload(struct daemon *daemon, struct config *config, opd_
 	return status;
 }
 
+static void notify_reloading(const struct service *service)
+{
+	struct timespec now;
+	char message[64];
+	(void)clock_gettime(CLOCK_MONOTONIC, &now);
+	(void)snprintf(message, sizeof message, "RELOADING=1\nMONOTONIC_USEC=%" PRIu64, (uint64_t)now.tv_sec * 1000000 + (uint64_t)now.tv_nsec / 1000);
+	service_notify(service, message);
+}
+
 /* Under the mutex. The file is read here, so that the loop doesn't wait for a disk. */
 static void on_reload(struct daemon *daemon)
 {
@@ -433,14 +474,17 @@ static void on_reload(struct daemon *daemon)
 	opd_error error;
 	if (daemon->server == NULL)
 		return;
+	notify_reloading(&daemon->options->service);
 	opd_status status = build_config(daemon->options, &config, &error);
 	if (status == OPD_OK) {
 		status = post_reload(daemon, config, &error);
 		if (status != OPD_OK)
 			config_destroy(config);
 	}
-	if (status != OPD_OK)
+	if (status != OPD_OK) {
 		log_reload_failure(daemon, &error);
+		service_notify(&daemon->options->service, "READY=1");
+	}
 }
 
 static void on_reopen(struct daemon *daemon)
@@ -452,18 +496,45 @@ static void on_reopen(struct daemon *daemon)
 		LOG(daemon->log, LOG_ERROR, "log not opened again, the old file stays", LOG_STR("error", error.text));
 }
 
+/* On the loop: it turns. */
+static void beat_on_loop(void *argument)
+{
+	struct daemon *daemon = argument;
+	service_notify(&daemon->options->service, "WATCHDOG=1");
+	atomic_store(&daemon->beating, false);
+}
+
+/* Under the mutex. A loop that hangs has the last beat still before it, and gets no second one. */
+static void beat(struct daemon *daemon)
+{
+	opd_error error;
+	if (daemon->server == NULL || atomic_exchange(&daemon->beating, true))
+		return;
+	if (server_post(daemon->server, beat_on_loop, daemon, &error) != OPD_OK)
+		atomic_store(&daemon->beating, false);
+}
+
+/* The next signal; 0: half of the watchdog's time went by without one. */
+static int next_signal(const struct service *service, const sigset_t *set)
+{
+	const uint64_t wait_us = service->watchdog_us / 2;
+	const struct timespec wait = {(time_t)(wait_us / 1000000), (long)(wait_us % 1000000) * 1000};
+	const int number = wait_us == 0 ? sigwaitinfo(set, NULL) : sigtimedwait(set, NULL, &wait);
+	return number < 0 ? 0 : number;
+}
+
 static void *signal_main(void *argument)
 {
 	struct daemon *daemon = argument;
 	sigset_t set;
 	fill_signals(&set);
 	for (;;) {
-		int number = 0;
-		if (sigwait(&set, &number) != 0)
-			continue;
+		const int number = next_signal(&daemon->options->service, &set);
 		(void)pthread_mutex_lock(&daemon->mutex);
 		bool over = daemon->over;
-		if (!over && number == SIGHUP)
+		if (!over && number == 0)
+			beat(daemon);
+		else if (!over && number == SIGHUP)
 			on_reload(daemon);
 		else if (!over && number == SIGUSR1)
 			on_reopen(daemon);
@@ -589,7 +660,9 @@ static int serve(struct daemon *daemon, struct config *config)
 		return exit_code(status);
 	}
 	set_server(daemon, server);
+	service_notify(&daemon->options->service, "READY=1\nSTATUS=serving");
 	status = server_run(server);
+	service_notify(&daemon->options->service, "STOPPING=1");
 	set_server(daemon, NULL);
 	if (status != OPD_OK) {
 		/* Work was cut off: a kernel may still be running, for hours, and taking the daemon apart would wait for it. The drain has a limit. */
@@ -608,6 +681,7 @@ static int run_daemon(const struct options *options, struct config *config)
 	opd_error error;
 	block_signals();
 	raise_file_limit();
+	limit_core(config->core);
 	if (log_init(&log, config->level, config->format, config->log_path, &error) != OPD_OK) {
 		config_destroy(config);
 		return fail(EXIT_USAGE, "", error.text);
@@ -633,7 +707,7 @@ static int run(int argc, char **argv, struct options *options)
 		return code;
 	if (options->self_signed && (options->self = tls_self_create(&error)) == NULL)
 		return fail(EXIT_FAILED, "", error.text);
-	if (build_config(options, &config, &error) != OPD_OK)
+	if (service_init(&options->service, &error) != OPD_OK || build_config(options, &config, &error) != OPD_OK)
 		return fail(EXIT_USAGE, "", error.text);
 	if (options->self_signed && config->tls_context != NULL && config->tls.certificate == NULL) {
 		(void)printf("opd: a certificate of its own, until it ends; clients pin it: --fingerprint %s\n", config->tls_context->fingerprint);

@@ -180,6 +180,16 @@ struct plan *plans_find(struct plans *plans, const struct snapshot *snapshot, co
 	return plan;
 }
 
+/* Linked by next; without the lock: a plan's destroy is foreign code. */
+static void unref_all(struct plan *plans)
+{
+	while (plans != NULL) {
+		struct plan *plan = plans;
+		plans = plan->next;
+		plan_unref(plan);
+	}
+}
+
 /* Keeps `plan` unless another thread was faster; returns the one that is kept, referenced for the caller. */
 static struct plan *plans_keep(struct plans *plans, struct plan *plan, const struct key *key)
 {
@@ -202,11 +212,7 @@ static struct plan *plans_keep(struct plans *plans, struct plan *plan, const str
 		(void)atomic_fetch_add_explicit(&other->refs, 1, memory_order_relaxed);
 	}
 	(void)pthread_mutex_unlock(&plans->mutex);
-	while (victims != NULL) {
-		struct plan *victim = victims;
-		victims = victim->next;
-		plan_unref(victim);
-	}
+	unref_all(victims);
 	if (other == NULL)
 		return plan;
 	plan_unref(plan);
@@ -238,6 +244,21 @@ opd_status plans_make(struct plans *plans, const struct snapshot *snapshot, cons
 	plan->reason.detail[sizeof plan->reason.detail - 1] = '\0';
 	*plan_out = key.full || plan->made.memory_bytes > plans->byte_limit ? plan : plans_keep(plans, plan, &key);
 	return OPD_OK;
+}
+
+uint32_t plans_trim(struct plans *plans)
+{
+	struct plan *victims = NULL;
+	uint32_t count = 0;
+	(void)pthread_mutex_lock(&plans->mutex);
+	for (; plans->oldest != NULL; count++) {
+		struct plan *victim = evict_locked(plans);
+		victim->next = victims;
+		victims = victim;
+	}
+	(void)pthread_mutex_unlock(&plans->mutex);
+	unref_all(victims);
+	return count;
 }
 
 void plans_destroy(struct plans *plans)

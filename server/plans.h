@@ -35,6 +35,8 @@ struct plan *plans_find(struct plans *plans, const struct snapshot *snapshot, co
 /* Calls the implementation's plan function (it may take long: not on a loop) and keeps what came of it. OK with *plan_out referenced, a refusal included; or the plan's failure. */
 OPD_MUST_USE opd_status plans_make(struct plans *plans, const struct snapshot *snapshot, const struct impl *impl, const opd_call *call,
                                    struct plan **plan_out, opd_error *error);
+/* Forgets all of them; those in use live on until they aren't. Returns how many. */
+uint32_t plans_trim(struct plans *plans);
 void plan_unref(struct plan *plan);
 
 #endif

@@ -51,18 +51,21 @@ static bool module_known(const struct config *config, const char *path)
 	return false;
 }
 
-/* Sessions that are open keep their class; weights, rates and caps count from now on. */
+/* Sessions that are open keep their class and quotas of their own; weights, the tenant's quotas and caps count from now on. */
 static void apply_policy(struct tenant *tenant, void *argument)
 {
 	struct server *server = argument;
-	config_tenant(server->config, tenant->name, &tenant->policy);
+	struct tenant_policy policy;
+	config_tenant(server->config, tenant->name, &policy);
+	tenant_set_policy(tenant, &policy);
 	struct sched_group *group = tenant->groups[0];
 	if (group == NULL)
 		return;
 	struct scheduler *scheduler = lane_scheduler_lock(server->lane);
 	sched_group_set_weight(scheduler, group, tenant->policy.weight);
-	if (group->rate_ns != tenant->policy.device_rate_ns)
-		sched_group_set_rate(scheduler, group, tenant->policy.device_rate_ns, request_now_ns());
+	group->queue_max = (uint32_t)policy.quota[QUOTA_QUEUED];
+	if (group->bucket.rate_ns != policy.quota[QUOTA_DEVICE_TIME])
+		sched_group_set_rate(scheduler, group, policy.quota[QUOTA_DEVICE_TIME], request_now_ns());
 	lane_scheduler_unlock(server->lane);
 }
 
@@ -74,6 +77,8 @@ static opd_status check_fixed(const struct config *before, const struct config *
 	if (before->threads != config->threads)
 		return opd_fail(error, OPD_FAILED_PRECONDITION, "threads can't change while running (%u to %u): restart the daemon",
 		                (unsigned)before->threads, (unsigned)config->threads);
+	if (!same_text(before->metrics.address, config->metrics.address))
+		return opd_fail(error, OPD_FAILED_PRECONDITION, "the metrics endpoint can't change while running: restart the daemon");
 	if (before->format != config->format || !same_text(before->log_path, config->log_path))
 		return opd_fail(error, OPD_FAILED_PRECONDITION, "log.file and log.format can't change while running: restart the daemon");
 	return OPD_OK;

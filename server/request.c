@@ -9,9 +9,12 @@
 #include "proto/tensor.h"
 #include "proto/text.h"
 #include "server/daemon.h"
+#include "server/derived.h"
+#include "server/metrics.h"
 #include "server/graph.h"
 #include "server/ring.h"
 #include "server/shared.h"
+#include "server/stats.h"
 
 /* Envelopes are at most BOUND_ENVELOPE_BYTES; decoded they take a few times that. */
 #define ARENA_CAP_BYTES (64u << 20)
@@ -145,9 +148,10 @@ static const struct step {
 	opd_status (*accept)(struct request *request); /* NULL: nothing to check before the payload */
 	void (*start)(struct request *request);
 	access_right right;
+	bool work; /* counts against quotas; what only asks, frees or administers never does */
 } steps[] = {
 	[MSG_REQUEST_NONE] = {.name = "unknown"},
-	[MSG_REQUEST_RUN] = {"run", run_accept, run_start, RIGHT_NONE},
+	[MSG_REQUEST_RUN] = {"run", run_accept, run_start, RIGHT_NONE, true},
 	[MSG_REQUEST_FREE] = {"free", free_accept, free_start, RIGHT_NONE},
 	[MSG_REQUEST_PUSH_PRIORITY] = {"push_priority", NULL, priority_push, RIGHT_NONE},
 	[MSG_REQUEST_POP_PRIORITY] = {"pop_priority", NULL, priority_pop, RIGHT_NONE},
@@ -158,14 +162,14 @@ static const struct step {
 	[MSG_REQUEST_LIST_PROVIDERS] = {"list_providers", NULL, inspect_providers, RIGHT_NONE},
 	[MSG_REQUEST_PING] = {"ping", NULL, request_reply_empty, RIGHT_NONE},
 	[MSG_REQUEST_INFO] = {"info", NULL, inspect_info, RIGHT_NONE},
-	[MSG_REQUEST_GENERATE] = {"generate", NULL, generate_start, RIGHT_NONE},
+	[MSG_REQUEST_GENERATE] = {"generate", NULL, generate_start, RIGHT_NONE, true},
 	[MSG_REQUEST_LOAD_MODULE] = {"load_module", NULL, admin_load_module, RIGHT_MODULES},
 	[MSG_REQUEST_SET_LOG_LEVEL] = {"set_log_level", NULL, admin_set_log_level, RIGHT_LOG},
 	[MSG_REQUEST_DRAIN] = {"drain", NULL, admin_drain, RIGHT_DRAIN},
-	[MSG_REQUEST_UPLOAD] = {"upload", upload_accept, upload_start, RIGHT_NONE},
-	[MSG_REQUEST_WRITE] = {"write", write_accept, write_start, RIGHT_NONE},
-	[MSG_REQUEST_FETCH] = {"fetch", fetch_accept, take_start, RIGHT_NONE},
-	[MSG_REQUEST_PUBLISH] = {"publish", publish_accept, take_start, RIGHT_PUBLISH},
+	[MSG_REQUEST_UPLOAD] = {"upload", upload_accept, upload_start, RIGHT_NONE, true},
+	[MSG_REQUEST_WRITE] = {"write", write_accept, write_start, RIGHT_NONE, true},
+	[MSG_REQUEST_FETCH] = {"fetch", fetch_accept, take_start, RIGHT_NONE, true},
+	[MSG_REQUEST_PUBLISH] = {"publish", publish_accept, take_start, RIGHT_PUBLISH, true},
 	[MSG_REQUEST_OPEN] = {"open_tensor", NULL, publish_open, RIGHT_NONE},
 	[MSG_REQUEST_WITHDRAW] = {"withdraw", NULL, publish_withdraw, RIGHT_PUBLISH},
 	[MSG_REQUEST_LIST_PUBLICATIONS] = {"list_publications", NULL, publish_list, RIGHT_NONE},
@@ -174,12 +178,21 @@ static const struct step {
 	[MSG_REQUEST_DETACH_MEMORY] = {"detach_memory", NULL, region_detach_start, RIGHT_NONE},
 	[MSG_REQUEST_ATTACH_RINGS] = {"attach_rings", NULL, ring_attach_start, RIGHT_NONE},
 	[MSG_REQUEST_LIST_SESSIONS] = {"list_sessions", NULL, inspect_sessions, RIGHT_NONE},
+	[MSG_REQUEST_GET_STATS] = {"get_stats", NULL, stats_reply, RIGHT_NONE},
 	[MSG_REQUEST_RESTORE_PROVIDER] = {"restore_provider", NULL, admin_restore_provider, RIGHT_OPERATE},
 	[MSG_REQUEST_SET_SESSION] = {"set_session", NULL, admin_set_session, RIGHT_SESSIONS},
-	[MSG_REQUEST_REGISTER_GRAPH] = {"register_graph", graph_register_accept, graph_register_start, RIGHT_NONE},
-	[MSG_REQUEST_RUN_GRAPH] = {"run_graph", run_accept, run_start, RIGHT_NONE},
+	[MSG_REQUEST_REGISTER_GRAPH] = {"register_graph", graph_register_accept, graph_register_start, RIGHT_NONE, true},
+	[MSG_REQUEST_RUN_GRAPH] = {"run_graph", run_accept, run_start, RIGHT_NONE, true},
 	[MSG_REQUEST_FREE_GRAPH] = {"free_graph", graph_free_accept, request_reply_empty, RIGHT_NONE},
 };
+
+#define STEP_COUNT (sizeof steps / sizeof steps[0])
+static_assert(STEP_COUNT <= MSG_REQUEST_KINDS, "every kind is counted");
+
+const char *request_kind_name(msg_request_kind kind)
+{
+	return kind >= STEP_COUNT || steps[kind].name == NULL ? "unknown" : steps[kind].name;
+}
 
 static bool step_has_payload(msg_request_kind kind)
 {
@@ -216,6 +229,10 @@ void request_destroy(struct request *request)
 
 void request_release(struct request *request)
 {
+	if (request->overdue) { /* request_returned will do it */
+		request->released = true;
+		return;
+	}
 	run_release(request);
 	if (request->message.kind == MSG_REQUEST_GENERATE)
 		generate_release(request);
@@ -227,6 +244,8 @@ void request_release(struct request *request)
 	snapshot_unref(request->snapshot);
 	if (request->arena_charged_bytes != 0)
 		account_release(request->session->account, request->arena_charged_bytes);
+	if (request->entered)
+		quota_leave(&request->session->quota, &request->session->tenant->quota);
 	session_unref(request->session);
 	struct context *context = request->context;
 	struct arena arena = request->arena;
@@ -255,6 +274,72 @@ static opd_status charge_arena(struct request *request)
 	if (status != OPD_OK)
 		return opd_error_prefix(&request->error, status, "envelope, decoded");
 	request->arena_charged_bytes = bytes;
+	return OPD_OK;
+}
+
+/* ---- Quotas ---- */
+
+/* When somebody who has too much in flight may hope for room: when the lane has done what it has of the session. */
+static uint64_t lane_wait_ns(const struct request *request)
+{
+	struct lane *lane = request->context->server->lane;
+	const uint64_t wait_ns = scheduler_wait_ns(lane_scheduler_lock(lane), &request->session->flow, request->session->class);
+	lane_scheduler_unlock(lane);
+	return wait_ns;
+}
+
+static opd_status refuse_quota(struct request *request, const char *what, const struct quota_refusal *refusal)
+{
+	const struct tenant *tenant = request->session->tenant;
+	const bool in_flight = refusal->kind == QUOTA_IN_FLIGHT;
+	const char *whose = refusal->of_tenant ? "tenant " : "this session";
+	const uint64_t wait_us = (in_flight ? lane_wait_ns(request) : refusal->wait_ns) / 1000 + 1;
+	if (in_flight)
+		return opd_fail(&request->error, OPD_RESOURCE_EXHAUSTED,
+		                "%s: quota in_flight of %s%s: %" PRIu64 " requests are in flight, at most %" PRIu64 " may be: try again in about %" PRIu64 " us", what,
+		                whose, refusal->of_tenant ? tenant->name : "", refusal->used, refusal->limit, wait_us);
+	return opd_fail(&request->error, OPD_RESOURCE_EXHAUSTED,
+	                "%s: quota %s of %s%s: more was sent than %" PRIu64 " bytes a second: try again in about %" PRIu64 " us", what, quota_name(refusal->kind),
+	                whose, refusal->of_tenant ? tenant->name : "", refusal->limit, wait_us);
+}
+
+/* Part of limits.memory in use, in percent: what gives way to tensors doesn't count. */
+static bool memory_filled(const struct server *server, uint32_t percent, uint64_t *used_out, uint64_t *limit_out)
+{
+	struct derived_statistics derived;
+	derived_count(server->derived, &derived);
+	const uint64_t used = server_memory_bytes(server);
+	*used_out = used > derived.bytes ? used - derived.bytes : 0;
+	*limit_out = atomic_load_explicit(&server->memory.limit_bytes, memory_order_relaxed);
+	return percent < 100 && *used_out >= *limit_out / 100 * percent;
+}
+
+bool server_memory_filled(const struct server *server, uint32_t percent, const char *what, opd_error *error)
+{
+	uint64_t used, limit;
+	if (!memory_filled(server, percent, &used, &limit))
+		return false;
+	(void)opd_fail(error, OPD_RESOURCE_EXHAUSTED, "%s while %" PRIu64 " of at most %" PRIu64 " bytes of daemon memory are in use (%" PRIu32 " %%)", what, used, limit,
+	               percent);
+	return true;
+}
+
+/* Before anything is taken for it: what its session and its tenant may, and what the daemon has room for. */
+static opd_status enter(struct request *request, const struct step *step, uint64_t payload_bytes)
+{
+	struct server *server = request->context->server;
+	struct session *session = request->session;
+	struct quota_refusal refusal;
+	if (!step->work)
+		return OPD_OK;
+	if (request->message.kind == MSG_REQUEST_UPLOAD &&
+	    server_memory_filled(server, atomic_load_explicit(&server->refuse_uploads, memory_order_relaxed), "upload: none is taken", &request->error)) {
+		(void)atomic_fetch_add_explicit(&server->uploads_refused, 1, memory_order_relaxed);
+		return OPD_RESOURCE_EXHAUSTED;
+	}
+	if (!quota_enter(&session->quota, &session->tenant->quota, request->envelope_bytes + payload_bytes, request->clock.received, &refusal))
+		return refuse_quota(request, step->name, &refusal);
+	request->entered = true;
 	return OPD_OK;
 }
 
@@ -311,6 +396,7 @@ opd_status request_accept_decoded(struct request *request, uint64_t payload_byte
 opd_status request_accept(struct request *request, const uint8_t *envelope, size_t bytes, uint64_t payload_bytes)
 {
 	request->clock.received = request_now_ns();
+	request->envelope_bytes = bytes;
 	opd_status status = codec_decode_request(&request->arena, envelope, bytes, &request->message, &request->error);
 	return accept_decoded(request, status, payload_bytes);
 }
@@ -328,8 +414,13 @@ opd_status request_accept_message(struct request *request, uint64_t payload_byte
 		return access_check_right(request->session->access, step->right, step->name, server->log, &request->error);
 	if (payload_bytes != 0 && !step_has_payload(request->message.kind))
 		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s has a payload of %" PRIu64 " bytes, expected none", step->name, payload_bytes);
+	opd_status status = enter(request, step, payload_bytes);
+	if (status != OPD_OK) {
+		run_refused(request);
+		return status;
+	}
 	request->payload_bytes = payload_bytes;
-	opd_status status = step->accept == NULL ? OPD_OK : step->accept(request);
+	status = step->accept == NULL ? OPD_OK : step->accept(request);
 	if (status == OPD_OK && payload_bytes != 0)
 		status = buffer_alloc(request->session->account, payload_bytes, BUFFER_SLACK_BYTES, &request->payload, &request->error);
 	return status;
@@ -362,10 +453,17 @@ static void encode(struct request *request)
 static void finish(struct request *request)
 {
 	request->replied = true;
+	metrics_replied(request->context->metrics, request->message.kind, request->reply.status);
 	if (request->run.deadline_ns != 0 && !request->direct)
 		deadline_clear(&request->context->server->deadlines, request);
 	if (!request->direct)
 		encode(request);
+	if (request->entered) {
+		const uint64_t bytes = request->frame.envelope_bytes + request->reply_bytes;
+		struct session *session = request->session;
+		const bool timed = quota_limit(&session->quota, QUOTA_BYTES_OUT) != 0 || quota_limit(&session->tenant->quota, QUOTA_BYTES_OUT) != 0;
+		quota_send(&session->quota, &session->tenant->quota, bytes, timed ? request_now_ns() : 0);
+	}
 	request->on_reply(request);
 }
 
@@ -386,28 +484,33 @@ void request_reply_empty(struct request *request)
 }
 
 /* Texts are cut to their room, perhaps within a character, and may come from a module: what isn't UTF-8 would not survive the wire. */
-static struct msg_text error_message(struct request *request)
+static struct msg_text error_message(struct request *request, const opd_error *error)
 {
-	const char *text = request->error.text;
-	const size_t bytes = strnlen(text, sizeof request->error.text);
+	const char *text = error->text;
+	const size_t bytes = strnlen(text, sizeof error->text);
 	if (text_valid(text, bytes))
 		return (struct msg_text){text, bytes};
-	char *shown = arena_alloc(&request->arena, 2 * sizeof request->error.text);
-	return msg_text(shown == NULL ? "" : text_escape(text, bytes, shown, 2 * sizeof request->error.text));
+	char *shown = arena_alloc(&request->arena, 2 * sizeof error->text);
+	return msg_text(shown == NULL ? "" : text_escape(text, bytes, shown, 2 * sizeof error->text));
 }
 
-void request_fail(struct request *request)
+static void fail_with(struct request *request, const opd_error *error)
 {
 	run_failed(request);
 	request->segment_count = 0;
 	request->reply_bytes = 0;
 	if (request->reply.kind != MSG_REPLY_RUN || request->reply.run.explain == NULL)
 		request->reply.kind = MSG_REPLY_NONE; /* an explain record survives a failure */
-	request->reply.status = request->error.status == OPD_OK ? OPD_INTERNAL : (opd_status)request->error.status;
-	request->reply.message = error_message(request);
+	request->reply.status = error->status == OPD_OK ? OPD_INTERNAL : (opd_status)error->status;
+	request->reply.message = error_message(request, error);
 	LOG(request->context->server->log, LOG_DEBUG, "request failed", LOG_UINT("session", request->session->id), LOG_UINT("request", request->id),
-	    LOG_STR("status", opd_status_name(request->reply.status)), LOG_STR("error", request->error.text));
+	    LOG_STR("status", opd_status_name(request->reply.status)), LOG_STR("error", error->text));
 	finish(request);
+}
+
+void request_fail(struct request *request)
+{
+	fail_with(request, &request->error);
 }
 
 void request_reject(struct request *request)
@@ -461,6 +564,26 @@ void request_expire(struct request *request)
 	(void)opd_fail(&request->error, OPD_DEADLINE_EXCEEDED, "%s: not started within its timeout of %" PRIu64 " us",
 	               request->run.op != NULL ? request->run.op->schema->name : steps[request->message.kind].name, request->message.run.timeout_us);
 	request_fail(request);
+}
+
+void request_overdue(struct request *request, const struct impl *impl, uint64_t budget_us)
+{
+	opd_error error; /* the request's own is the kernel's */
+	if (request->replied || request->graph_run != NULL)
+		return;
+	request->overdue = true;
+	(void)opd_fail(&error, OPD_DEADLINE_EXCEEDED, "%s.%s has exceeded its budget of %" PRIu64 " us and is still running", impl->provider->name,
+	               request->run.op->schema->name, budget_us);
+	fail_with(request, &error);
+}
+
+void request_returned(struct request *request)
+{
+	const bool released = request->released;
+	request->overdue = false;
+	request->released = false;
+	if (released)
+		request_release(request);
 }
 
 bool request_cancel(struct request *request)

@@ -92,10 +92,13 @@ struct request {
 	uint64_t payload_bytes; /* declared */
 	uint64_t payload_received;
 	struct buffer *payload;
+	bool entered;   /* it counts against quotas */
 	bool chunked;   /* the payload comes in DATA frames */
 	bool started;
 	bool replied;   /* on_reply was called */
 	bool cancelled; /* by request_cancel: what runs is told, nothing more is begun */
+	bool overdue;   /* answered while its kernel runs on: what that may touch is kept until it returns */
+	bool released;  /* … and nothing else is: request_release was called */
 	opd_status status; /* of what a lane ran */
 	opd_error error;
 	struct request_run run;
@@ -108,7 +111,7 @@ struct request {
 	bool decoding;               /* on a lane, which has message, described and error until then */
 	void *envelope_memory;       /* owned: what a lane decodes, and where it lies */
 	const uint8_t *envelope;
-	size_t envelope_bytes;
+	size_t envelope_bytes; /* counted by bytes_in too */
 	struct lane_job job;
 	struct device_job device_job;
 	struct device_lane *device_lane; /* that device_job was submitted to */
@@ -132,6 +135,8 @@ struct request {
 	bool direct; /* the owner reads `reply`; nothing is encoded, results are INLINE */
 };
 
+/* "run"…, as the step table has it. */
+const char *request_kind_name(msg_request_kind kind);
 /* NULL: out of memory. Takes a reference of the session. */
 struct request *request_create(struct context *context, struct session *session, uint64_t id);
 /* The reply was written or dropped: gives everything back. */
@@ -163,6 +168,10 @@ void request_abandon(struct request *request, opd_status status, const char *why
 bool request_cancel(struct request *request);
 /* Its deadline has come: answered now with DEADLINE_EXCEEDED, unless its kernel has begun. */
 void request_expire(struct request *request);
+/* Its kernel is still running when its budget is over, and nobody knows for how long: answered now with DEADLINE_EXCEEDED, released when the kernel has returned. Graphs aren't answered. */
+void request_overdue(struct request *request, const struct impl *impl, uint64_t budget_us);
+/* The kernel of one that was answered so has returned. */
+void request_returned(struct request *request);
 
 /* ---- For the files that implement kinds of requests ---- */
 
@@ -178,6 +187,7 @@ uint64_t request_now_ns(void);
 OPD_MUST_USE opd_status run_accept(struct request *request);   /* run.c */
 void run_start(struct request *request);
 void run_release(struct request *request); /* gives back what run_accept and later steps took */
+void run_refused(struct request *request); /* it was never begun: whoever names its results is told that it failed, not that there never was such a result */
 void run_failed(struct request *request);  /* the request ends with an error: whoever waits for its results learns of it */
 /* It can't go on. True: it ends later, when what it waits for is there. */
 bool run_abandoned(struct request *request);

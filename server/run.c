@@ -7,6 +7,7 @@
 #include "proto/tensor.h"
 #include "proto/text.h"
 #include "server/daemon.h"
+#include "server/metrics.h"
 #include "server/request.h"
 #include "server/shared.h"
 
@@ -349,13 +350,20 @@ static opd_status check_and_take(struct request *request)
 	return status == OPD_OK ? run_take(request) : status;
 }
 
+void run_refused(struct request *request)
+{
+	struct kept *kept = &request->session->kept;
+	const msg_request_kind kind = request->message.kind;
+	const bool keeps = kind == MSG_REQUEST_UPLOAD || ((kind == MSG_REQUEST_RUN || kind == MSG_REQUEST_RUN_GRAPH) && keeps_any(&request->message.run));
+	if (keeps && !request->run.expected && kept_expect(kept, request->id, 0, NULL) == OPD_OK)
+		kept_fail(kept, request->id);
+}
+
 opd_status run_accept(struct request *request)
 {
 	opd_status status = request->message.kind == MSG_REQUEST_RUN_GRAPH ? graph_run_accept(request) : check_and_take(request);
-	struct kept *kept = &request->session->kept;
-	/* Those who name its results are told that it failed, not that there never was such a result. */
-	if (status != OPD_OK && !request->run.expected && keeps_any(&request->message.run) && kept_expect(kept, request->id, 0, NULL) == OPD_OK)
-		kept_fail(kept, request->id);
+	if (status != OPD_OK)
+		run_refused(request);
 	return status;
 }
 
@@ -411,7 +419,10 @@ void run_reply_fake(struct request *request)
 static void reply_refused(struct request *request)
 {
 	struct request_run *run = &request->run;
-	(void)dispatch_refused(&run->dispatch, run->op, &run->bound.call, &request->arena, &request->error);
+	uint32_t count = 0;
+	const struct msg_skip *skips = dispatch_skips(&run->dispatch, run->op, &run->bound.call, &request->arena, &count);
+	(void)dispatch_refused(run->op, skips, count, &request->error);
+	metrics_reasons(request->context->metrics, &run->dispatch, skips, count);
 	run_explain(request);
 	request_fail(request);
 }
@@ -468,6 +479,8 @@ static void run_ready(struct request *request)
 	if (message->explain)
 		request->clock.bound = request_now_ns();
 	bool accepted = dispatch_walk(&run->dispatch, &run->bound.call);
+	if (run->dispatch.index != 0)
+		metrics_skipped(request->context->metrics, &run->dispatch, 0);
 	if (message->explain)
 		request->clock.dispatched = request_now_ns();
 	run_chosen(request, accepted);
@@ -621,6 +634,10 @@ void execute_done(struct request *request)
 		graph_run_done(request);
 		return;
 	}
+	if (request->overdue) {
+		request_returned(request);
+		return;
+	}
 	bool again = run->plan_refused || (may_retry(request) && request->message.run.retry && !donate_is_written(request));
 	if (again && request->cancelled) { /* nothing more is begun for it */
 		run->plan_refused = false;
@@ -634,7 +651,9 @@ void execute_done(struct request *request)
 		bool refused = run->plan_refused;
 		run->move_count = 0;
 		run->plan_refused = false;
+		const uint32_t from = run->dispatch.index + (refused ? 0 : 1); /* a plan that refused is a skip, a failed kernel is not */
 		bool accepted = dispatch_next(&run->dispatch, &run->bound.call);
+		metrics_skipped(request->context->metrics, &run->dispatch, from);
 		if (!accepted && !refused) { /* nobody else: the kernel's failure is the answer */
 			request->error = failure;
 			request_fail(request);

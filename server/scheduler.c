@@ -7,7 +7,8 @@
 	((struct sched_group *)(void *)((char *)(heap_node) - offsetof(struct sched_group, classes) - (class) * sizeof(struct sched_group_class)))
 #define FLOW_OF(heap_node, class) \
 	((struct sched_flow *)(void *)((char *)(heap_node) - offsetof(struct sched_flow, classes) - (class) * sizeof(struct sched_flow_class)))
-#define THROTTLED_OF(heap_node) ((struct sched_group *)(void *)((char *)(heap_node) - offsetof(struct sched_group, throttled)))
+#define THROTTLED_GROUP_OF(heap_node) ((struct sched_group *)(void *)((char *)(heap_node) - offsetof(struct sched_group, bucket.throttled)))
+#define THROTTLED_FLOW_OF(heap_node) ((struct sched_flow *)(void *)((char *)(heap_node) - offsetof(struct sched_flow, bucket.throttled)))
 
 /* Weight of a new measurement in a flow's mean. */
 #define MEAN_STEP 0.125
@@ -77,28 +78,47 @@ static void level_serve(struct sched_level *level, const struct heap_node *node)
 		level->virtual_ns = node->key;
 }
 
-/* ---- Groups that have used up their rate ---- */
+/* ---- Rates ---- */
 
-static void bucket_fill(struct sched_group *group, uint64_t now_ns)
+static void bucket_fill(struct sched_bucket *bucket, uint64_t now_ns)
 {
-	if (now_ns <= group->filled_ns)
+	if (now_ns <= bucket->filled_ns)
 		return;
-	group->tokens_ns += (double)(now_ns - group->filled_ns) * (double)group->rate_ns / 1e9;
-	if (group->tokens_ns > (double)group->rate_ns)
-		group->tokens_ns = (double)group->rate_ns;
-	group->filled_ns = now_ns;
+	bucket->tokens_ns += (double)(now_ns - bucket->filled_ns) * (double)bucket->rate_ns / 1e9;
+	if (bucket->tokens_ns > (double)bucket->rate_ns)
+		bucket->tokens_ns = (double)bucket->rate_ns;
+	bucket->filled_ns = now_ns;
 }
 
-static bool is_throttled(const struct sched_group *group)
+static void bucket_set_rate(struct sched_bucket *bucket, uint64_t rate_ns, uint64_t now_ns)
 {
-	return heap_has(&group->throttled);
+	bucket->rate_ns = rate_ns;
+	bucket->tokens_ns = (double)rate_ns;
+	bucket->filled_ns = now_ns;
+}
+
+/* When it holds something again. A little more than nothing, so that it isn't asked for each job. */
+static double bucket_ready_ns(const struct sched_bucket *bucket)
+{
+	const double missing = 1000.0 - bucket->tokens_ns;
+	return (double)bucket->filled_ns + missing * 1e9 / (double)bucket->rate_ns;
+}
+
+static bool bucket_empty(const struct scheduler *scheduler, const struct sched_bucket *bucket)
+{
+	return bucket->rate_ns != 0 && bucket->tokens_ns < 0 && !scheduler->rates_forgotten;
+}
+
+static bool bucket_throttles(const struct sched_bucket *bucket)
+{
+	return heap_has(&bucket->throttled);
 }
 
 /* The group's waiting flows join or leave the competition. */
 static void group_join(struct scheduler *scheduler, struct sched_group *group, uint32_t class)
 {
 	struct sched_group_class *in = &group->classes[class];
-	if (!heap_has(&in->node) && in->flows.waiting.first != NULL && !is_throttled(group))
+	if (!heap_has(&in->node) && in->flows.waiting.first != NULL && !bucket_throttles(&group->bucket))
 		level_join(&scheduler->classes[class], &in->node, group->weight);
 }
 
@@ -108,30 +128,78 @@ static void group_leave(struct scheduler *scheduler, struct sched_group *group, 
 		level_leave(&scheduler->classes[class], &group->classes[class].node, group->weight);
 }
 
-static void throttle(struct scheduler *scheduler, struct sched_group *group)
+/* The flow's queue joins or leaves its group's. */
+static void flow_join(struct scheduler *scheduler, struct sched_flow *flow, uint32_t class)
 {
-	for (uint32_t i = 0; i < CLASS_COUNT; i++)
-		group_leave(scheduler, group, i);
-	/* A little more than empty, so that it isn't asked for each job. */
-	double missing = 1000.0 - group->tokens_ns;
-	heap_move(&scheduler->throttled, &group->throttled, (double)group->filled_ns + missing * 1e9 / (double)group->rate_ns);
+	struct sched_flow_class *queue = &flow->classes[class];
+	if (heap_has(&queue->node) || queue->head == NULL || bucket_throttles(&flow->bucket))
+		return;
+	level_join(&flow->group->classes[class].flows, &queue->node, flow->weight);
+	group_join(scheduler, flow->group, class);
 }
 
-static void unthrottle(struct scheduler *scheduler, struct sched_group *group)
+static void flow_leave(struct scheduler *scheduler, struct sched_flow *flow, uint32_t class)
 {
-	heap_remove(&scheduler->throttled, &group->throttled);
+	struct sched_group *group = flow->group;
+	if (!heap_has(&flow->classes[class].node))
+		return;
+	level_leave(&group->classes[class].flows, &flow->classes[class].node, flow->weight);
+	if (group->classes[class].flows.waiting.first == NULL)
+		group_leave(scheduler, group, class);
+}
+
+/* Only who has something queued is throttled: who has nothing may go at any time. */
+static void throttle_group(struct scheduler *scheduler, struct sched_group *group)
+{
+	if (group->queued == 0 || bucket_throttles(&group->bucket) || !bucket_empty(scheduler, &group->bucket))
+		return;
+	heap_move(&scheduler->throttled_groups, &group->bucket.throttled, bucket_ready_ns(&group->bucket));
+	for (uint32_t i = 0; i < CLASS_COUNT; i++)
+		group_leave(scheduler, group, i);
+}
+
+static void throttle_flow(struct scheduler *scheduler, struct sched_flow *flow)
+{
+	if (flow->queued == 0 || bucket_throttles(&flow->bucket) || !bucket_empty(scheduler, &flow->bucket))
+		return;
+	heap_move(&scheduler->throttled_flows, &flow->bucket.throttled, bucket_ready_ns(&flow->bucket));
+	for (uint32_t i = 0; i < CLASS_COUNT; i++)
+		flow_leave(scheduler, flow, i);
+}
+
+static void unthrottle_group(struct scheduler *scheduler, struct sched_group *group)
+{
+	heap_remove(&scheduler->throttled_groups, &group->bucket.throttled);
 	for (uint32_t i = 0; i < CLASS_COUNT; i++)
 		group_join(scheduler, group, i);
 }
 
+static void unthrottle_flow(struct scheduler *scheduler, struct sched_flow *flow)
+{
+	heap_remove(&scheduler->throttled_flows, &flow->bucket.throttled);
+	for (uint32_t i = 0; i < CLASS_COUNT; i++)
+		flow_join(scheduler, flow, i);
+}
+
+static bool is_due(const struct heap *throttled, uint64_t now_ns)
+{
+	return throttled->first != NULL && throttled->first->key <= (double)now_ns;
+}
+
+/* What was running meanwhile may have taken more: then it waits on. */
 static void release_throttled(struct scheduler *scheduler, uint64_t now_ns)
 {
-	while (scheduler->throttled.first != NULL && scheduler->throttled.first->key <= (double)now_ns) {
-		struct sched_group *group = THROTTLED_OF(scheduler->throttled.first);
-		bucket_fill(group, now_ns);
-		unthrottle(scheduler, group);
-		if (group->tokens_ns < 0) /* what was running meanwhile took more */
-			throttle(scheduler, group);
+	while (is_due(&scheduler->throttled_groups, now_ns)) {
+		struct sched_group *group = THROTTLED_GROUP_OF(scheduler->throttled_groups.first);
+		bucket_fill(&group->bucket, now_ns);
+		unthrottle_group(scheduler, group);
+		throttle_group(scheduler, group);
+	}
+	while (is_due(&scheduler->throttled_flows, now_ns)) {
+		struct sched_flow *flow = THROTTLED_FLOW_OF(scheduler->throttled_flows.first);
+		bucket_fill(&flow->bucket, now_ns);
+		unthrottle_flow(scheduler, flow);
+		throttle_flow(scheduler, flow);
 	}
 }
 
@@ -155,18 +223,25 @@ void sched_flow_set_weight(struct sched_flow *flow, uint32_t weight)
 
 void sched_group_set_rate(struct scheduler *scheduler, struct sched_group *group, uint64_t rate_ns, uint64_t now_ns)
 {
-	group->rate_ns = rate_ns;
-	group->tokens_ns = (double)rate_ns;
-	group->filled_ns = now_ns;
-	if (is_throttled(group))
-		unthrottle(scheduler, group);
+	bucket_set_rate(&group->bucket, rate_ns, now_ns);
+	if (bucket_throttles(&group->bucket))
+		unthrottle_group(scheduler, group);
+}
+
+void sched_flow_set_rate(struct scheduler *scheduler, struct sched_flow *flow, uint64_t rate_ns, uint64_t now_ns)
+{
+	bucket_set_rate(&flow->bucket, rate_ns, now_ns);
+	if (bucket_throttles(&flow->bucket))
+		unthrottle_flow(scheduler, flow);
 }
 
 void scheduler_forget_rates(struct scheduler *scheduler)
 {
 	scheduler->rates_forgotten = true;
-	while (scheduler->throttled.first != NULL)
-		unthrottle(scheduler, THROTTLED_OF(scheduler->throttled.first));
+	while (scheduler->throttled_groups.first != NULL)
+		unthrottle_group(scheduler, THROTTLED_GROUP_OF(scheduler->throttled_groups.first));
+	while (scheduler->throttled_flows.first != NULL)
+		unthrottle_flow(scheduler, THROTTLED_FLOW_OF(scheduler->throttled_flows.first));
 }
 
 /* ---- Queueing ---- */
@@ -188,15 +263,47 @@ static void count(struct scheduler *scheduler, const struct sched_item *item, in
 	flow->group->queued += (uint32_t)by;
 	scheduler->queued_ns += ns;
 	flow->queued_ns += ns;
+	flow->group->queued_ns += ns;
+}
+
+static bool is_full(uint32_t queued, uint32_t limit, uint32_t *queued_out, uint32_t *limit_out)
+{
+	*queued_out = queued;
+	*limit_out = limit;
+	return limit != 0 && queued >= limit;
+}
+
+sched_full scheduler_full(const struct scheduler *scheduler, const struct sched_flow *flow, uint32_t *queued_out, uint32_t *limit_out)
+{
+	const struct sched_group *group = flow->group;
+	if (flow->unbounded)
+		return SCHED_ROOM;
+	if (is_full(flow->queued, flow->queue_max != 0 ? flow->queue_max : scheduler->flow_queue_max, queued_out, limit_out))
+		return SCHED_FULL_FLOW;
+	if (is_full(group->queued, group->queue_max, queued_out, limit_out))
+		return SCHED_FULL_GROUP;
+	return is_full(scheduler->queued, scheduler->queue_max, queued_out, limit_out) ? SCHED_FULL_LANE : SCHED_ROOM;
+}
+
+/* What was earned since the last job counts before it is known whether this one waits for its rate. */
+static void check_rates(struct scheduler *scheduler, struct sched_flow *flow, uint64_t now_ns)
+{
+	if (flow->group->bucket.rate_ns != 0) {
+		bucket_fill(&flow->group->bucket, now_ns);
+		throttle_group(scheduler, flow->group);
+	}
+	if (flow->bucket.rate_ns != 0) {
+		bucket_fill(&flow->bucket, now_ns);
+		throttle_flow(scheduler, flow);
+	}
 }
 
 bool scheduler_submit(struct scheduler *scheduler, struct sched_item *item, uint64_t now_ns)
 {
 	struct sched_flow *flow = item->flow;
 	struct sched_flow_class *queue = &flow->classes[item->class];
-	const bool full = (scheduler->queue_max != 0 && scheduler->queued >= scheduler->queue_max) ||
-	                  (scheduler->flow_queue_max != 0 && flow->queued >= scheduler->flow_queue_max);
-	if (full && !flow->unbounded)
+	uint32_t queued, limit;
+	if (scheduler_full(scheduler, flow, &queued, &limit) != SCHED_ROOM)
 		return false;
 	item->estimate_ns = estimate(item);
 	item->queued_ns = now_ns;
@@ -205,18 +312,24 @@ bool scheduler_submit(struct scheduler *scheduler, struct sched_item *item, uint
 	*queue->tail = item;
 	queue->tail = &item->next;
 	count(scheduler, item, 1);
-	if (!heap_has(&queue->node)) {
-		level_join(&flow->group->classes[item->class].flows, &queue->node, flow->weight);
-		group_join(scheduler, flow->group, item->class);
-	}
+	check_rates(scheduler, flow, now_ns);
+	flow_join(scheduler, flow, item->class);
 	return true;
+}
+
+/* Nothing queued, nothing to wait for. */
+static void forget_rates_of(struct scheduler *scheduler, struct sched_flow *flow)
+{
+	if (flow->queued == 0 && bucket_throttles(&flow->bucket))
+		heap_remove(&scheduler->throttled_flows, &flow->bucket.throttled);
+	if (flow->group->queued == 0 && bucket_throttles(&flow->group->bucket))
+		heap_remove(&scheduler->throttled_groups, &flow->group->bucket.throttled);
 }
 
 /* Out of its queue; a flow, and a group, whose last item it was no longer waits. */
 static void dequeue(struct scheduler *scheduler, struct sched_item *item)
 {
 	struct sched_flow *flow = item->flow;
-	struct sched_group *group = flow->group;
 	struct sched_flow_class *queue = &flow->classes[item->class];
 	*item->link = item->next;
 	if (item->next != NULL)
@@ -226,11 +339,9 @@ static void dequeue(struct scheduler *scheduler, struct sched_item *item)
 	item->link = NULL;
 	item->next = NULL;
 	count(scheduler, item, -1);
-	if (queue->head != NULL)
-		return;
-	level_leave(&group->classes[item->class].flows, &queue->node, flow->weight);
-	if (group->classes[item->class].flows.waiting.first == NULL)
-		group_leave(scheduler, group, item->class);
+	if (queue->head == NULL)
+		flow_leave(scheduler, flow, item->class);
+	forget_rates_of(scheduler, flow);
 }
 
 bool scheduler_withdraw(struct scheduler *scheduler, struct sched_item *item)
@@ -286,11 +397,25 @@ static void charge(struct scheduler *scheduler, struct sched_flow *flow, uint32_
 	level_charge(&group->classes[class].flows, &flow->classes[class].node, flow->weight, ns);
 	level_charge(&scheduler->classes[class], &group->classes[class].node, group->weight, ns);
 	settle_credit(scheduler, class, ns);
-	if (group->rate_ns == 0 || scheduler->rates_forgotten)
-		return;
-	group->tokens_ns -= ns;
-	if (group->tokens_ns < 0 && !is_throttled(group))
-		throttle(scheduler, group);
+	if (group->bucket.rate_ns != 0) {
+		group->bucket.tokens_ns -= ns;
+		throttle_group(scheduler, group);
+	}
+	if (flow->bucket.rate_ns != 0) {
+		flow->bucket.tokens_ns -= ns;
+		throttle_flow(scheduler, flow);
+	}
+}
+
+/* When the first of those that wait for their rates may go on; UINT64_MAX: nobody does. */
+static uint64_t ready_ns(const struct scheduler *scheduler)
+{
+	const struct heap_node *group = scheduler->throttled_groups.first;
+	const struct heap_node *flow = scheduler->throttled_flows.first;
+	if (group == NULL && flow == NULL)
+		return UINT64_MAX;
+	const double key = group == NULL || (flow != NULL && flow->key < group->key) ? flow->key : group->key;
+	return (uint64_t)key + 1;
 }
 
 struct sched_item *scheduler_pick(struct scheduler *scheduler, uint64_t now_ns, uint64_t *ready_ns_out)
@@ -298,7 +423,7 @@ struct sched_item *scheduler_pick(struct scheduler *scheduler, uint64_t now_ns, 
 	release_throttled(scheduler, now_ns);
 	const uint32_t class = choose_class(scheduler);
 	if (class == CLASS_COUNT) {
-		*ready_ns_out = scheduler->throttled.first == NULL ? UINT64_MAX : (uint64_t)scheduler->throttled.first->key + 1;
+		*ready_ns_out = ready_ns(scheduler);
 		return NULL;
 	}
 	struct sched_item *item = next_of(scheduler, class);
@@ -307,8 +432,10 @@ struct sched_item *scheduler_pick(struct scheduler *scheduler, uint64_t now_ns, 
 	level_serve(&scheduler->classes[class], &group->classes[class].node);
 	level_serve(&group->classes[class].flows, &flow->classes[class].node);
 	dequeue(scheduler, item);
-	if (group->rate_ns != 0)
-		bucket_fill(group, now_ns);
+	if (group->bucket.rate_ns != 0)
+		bucket_fill(&group->bucket, now_ns);
+	if (flow->bucket.rate_ns != 0)
+		bucket_fill(&flow->bucket, now_ns);
 	charge(scheduler, flow, class, (double)item->estimate_ns);
 	flow->running++;
 	group->running++;
@@ -363,11 +490,22 @@ double scheduler_share(const struct scheduler *scheduler, const struct sched_flo
 	return among_flows * among_groups;
 }
 
+/* How long what is queued of it, and what it owes, takes at its rate. */
+static double rate_wait_ns(const struct sched_bucket *bucket, uint64_t queued_ns)
+{
+	const double missing = (double)queued_ns - bucket->tokens_ns;
+	return bucket->rate_ns == 0 || missing < 0 ? 0 : missing * 1e9 / (double)bucket->rate_ns;
+}
+
 uint64_t scheduler_wait_ns(const struct scheduler *scheduler, const struct sched_flow *flow, sched_class class)
 {
 	const double mine = (double)flow->queued_ns / scheduler_share(scheduler, flow, class);
 	const double all = (double)scheduler->queued_ns;
 	/* Nobody waits longer for its share than for everybody's work. */
-	const double ns = (flow->queued == 0 || mine > all ? all : mine) / scheduler->servers;
+	double ns = (flow->queued == 0 || mine > all ? all : mine) / scheduler->servers;
+	const double flow_ns = rate_wait_ns(&flow->bucket, flow->queued_ns);
+	const double group_ns = rate_wait_ns(&flow->group->bucket, flow->group->queued_ns);
+	ns = ns > flow_ns ? ns : flow_ns;
+	ns = ns > group_ns ? ns : group_ns;
 	return ns < 1e15 ? (uint64_t)ns : (uint64_t)1e15;
 }

@@ -2,7 +2,8 @@
  *
  * Layer: server, bottom. It reads no clock, takes no lock, allocates nothing and knows no request: its caller says what time it is, which is how the tests run hours of
  * it in seconds. Threads: its owner's (a lane holds its mutex).
- * Life: scheduler_init → group and flow init → scheduler_submit, scheduler_pick, scheduler_complete… → flow and group fini → nothing to free.
+ * Life: scheduler_init → group and flow init → scheduler_submit, scheduler_pick, scheduler_complete… Nothing is to be freed: a flow or group of which nothing is queued or
+ * running is in no list of the scheduler's and may go.
  *
  * The order is that of start-time fair queueing (Goyal, Vin, Cheng: "Start-time Fair Queueing", 1996), one level for tenants and one for the sessions of each: whoever
  * has had the least device time by its weight comes first, and who was idle gets no credit for it (its time starts at that of who was served last). What
@@ -68,17 +69,23 @@ struct sched_group_class {
 	struct sched_level flows;
 };
 
+/* Device time a second that somebody may use, as a bucket that holds one second's. */
+struct sched_bucket {
+	uint64_t rate_ns; /* 0: any */
+	double tokens_ns;
+	uint64_t filled_ns;
+	struct heap_node throttled; /* among the scheduler's, while the bucket is empty and something is queued; key: when it will not be */
+};
+
 /* A tenant on one lane. */
 struct sched_group {
 	struct sched_group_class classes[CLASS_COUNT];
 	uint32_t weight;
 	uint32_t queued;
+	uint32_t queue_max; /* items of it that may be queued; 0: any */
 	uint32_t running;
-	/* Device time a second that it may use (0: any), as a bucket that holds one second's. */
-	uint64_t rate_ns;
-	double tokens_ns;
-	uint64_t filled_ns;
-	struct heap_node throttled; /* among the scheduler's, while the bucket is empty; key: when it will not be */
+	uint64_t queued_ns; /* estimates of what is queued */
+	struct sched_bucket bucket;
 	struct sched_usage usage;
 };
 
@@ -89,9 +96,11 @@ struct sched_flow {
 	uint32_t weight;
 	bool unbounded; /* never refused */
 	uint32_t queued;
+	uint32_t queue_max; /* 0: the scheduler's flow_queue_max */
 	uint32_t running;
 	uint64_t queued_ns; /* estimates of what is queued */
 	double mean_ns;     /* of its jobs, lately: the estimate of one that has none */
+	struct sched_bucket bucket;
 	struct sched_usage usage;
 };
 
@@ -100,7 +109,8 @@ struct scheduler {
 	double credit_ns[CLASS_COUNT];
 	double min_share[CLASS_COUNT]; /* of the time that higher classes use while this one waits; 0 to 1 */
 	uint32_t waiting[CLASS_COUNT]; /* items queued */
-	struct heap throttled;
+	struct heap throttled_groups;
+	struct heap throttled_flows;
 	bool rates_forgotten;
 	uint32_t queued;
 	uint32_t running;
@@ -121,10 +131,20 @@ void sched_group_set_weight(struct scheduler *scheduler, struct sched_group *gro
 void sched_flow_set_weight(struct sched_flow *flow, uint32_t weight);
 /* Device nanoseconds a second; 0: no bound. */
 void sched_group_set_rate(struct scheduler *scheduler, struct sched_group *group, uint64_t rate_ns, uint64_t now_ns);
+void sched_flow_set_rate(struct scheduler *scheduler, struct sched_flow *flow, uint64_t rate_ns, uint64_t now_ns);
 /* Nobody waits for its rate any more: at the end, what is queued still runs. */
 void scheduler_forget_rates(struct scheduler *scheduler);
 
-/* item->flow, class and estimate_ns are set. False: the queue of the lane, or of the flow, is full; nothing has changed. */
+/* Whose queue is full, and how full, if one is. */
+typedef enum sched_full {
+	SCHED_ROOM = 0,
+	SCHED_FULL_FLOW = 1,
+	SCHED_FULL_GROUP = 2,
+	SCHED_FULL_LANE = 3,
+} sched_full;
+sched_full scheduler_full(const struct scheduler *scheduler, const struct sched_flow *flow, uint32_t *queued_out, uint32_t *limit_out);
+
+/* item->flow, class and estimate_ns are set. False: the queue of the lane, of the group or of the flow is full (scheduler_full); nothing has changed. */
 bool scheduler_submit(struct scheduler *scheduler, struct sched_item *item, uint64_t now_ns);
 /* Takes a queued item back. False: it isn't queued. */
 bool scheduler_withdraw(struct scheduler *scheduler, struct sched_item *item);
@@ -135,7 +155,7 @@ void scheduler_complete(struct scheduler *scheduler, struct sched_flow *flow, sc
 /* Device time that went by the scheduler: a kernel that ran on the I/O loop. */
 void scheduler_charge(struct scheduler *scheduler, struct sched_flow *flow, sched_class class, uint64_t device_ns);
 
-/* How long the flow's queue will take at its present share: what a client that was refused is told to wait. */
+/* How long the flow's queue will take at its present share and within its rates: what a client that was refused is told to wait. */
 uint64_t scheduler_wait_ns(const struct scheduler *scheduler, const struct sched_flow *flow, sched_class class);
 /* Of the lane's time, what the flow gets while everybody who waits now goes on waiting; 0 to 1. */
 double scheduler_share(const struct scheduler *scheduler, const struct sched_flow *flow, sched_class class);

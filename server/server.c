@@ -14,11 +14,14 @@
 #include "server/containment.h"
 #include "server/daemon.h"
 #include "server/derived.h"
+#include "server/health.h"
 #include "server/publications.h"
 #include "server/listener.h"
+#include "server/metrics.h"
 #include "server/module.h"
 #include "server/request.h"
 #include "server/ring.h"
+#include "server/scrape.h"
 #include "server/tls_context.h"
 
 #define PLAN_ENTRIES 1024u
@@ -131,7 +134,7 @@ static void drain_check(struct server *server)
 
 static void finish_lanes(struct server *server)
 {
-	(void)lane_finish_done(server->lane);
+	server->lane_done += lane_finish_done(server->lane);
 	if (!atomic_exchange_explicit(&server->device_done, false, memory_order_acquire))
 		return;
 	for (uint32_t i = 0; i < REGISTRY_DEVICES_MAX; i++) {
@@ -167,6 +170,8 @@ static void flush_dirty(struct server *server)
 {
 	struct conn *conn = server->dirty;
 	server->dirty = NULL;
+	if (conn != NULL)
+		server->flush_ns = request_now_ns(); /* once for all replies of the turn: they go out together */
 	while (conn != NULL) {
 		struct conn *next = conn->next_dirty;
 		conn->dirty = false;
@@ -194,6 +199,22 @@ static void on_flush(uv_check_t *check)
 		(void)uv_idle_stop(&server->again);
 }
 
+/* The last step before memory is full: what can be made again goes, once until there is room again. */
+static void drop_caches(struct server *server)
+{
+	opd_error reason;
+	const bool filled = server_memory_filled(server, server->config->limits.drop_caches, "caches dropped", &reason);
+	if (filled && !server->caches_are_dropped) {
+		const uint32_t plans = plans_trim(server->plans);
+		const uint64_t derived_bytes = derived_reclaim(server->derived, UINT64_MAX);
+		(void)memory_trim(&server->memory);
+		server->caches_dropped++;
+		LOG(server->log, LOG_WARN, "memory is nearly full, caches dropped", LOG_STR("reason", reason.text), LOG_UINT("plans", plans),
+		    LOG_UINT("derived_bytes", derived_bytes));
+	}
+	server->caches_are_dropped = filled;
+}
+
 static void on_tick(uv_poll_t *tick, int status, int events)
 {
 	(void)status;
@@ -206,10 +227,14 @@ static void on_tick(uv_poll_t *tick, int status, int events)
 	const uint64_t now_us = now_ns / 1000;
 	containment_tick(server->containment, now_ns);
 	server->polled_ns = 0;
+	drop_caches(server);
+	scrape_tick(server, now_us);
+	tenants_sweep(server->tenants, now_us * 1000);
 	for (struct conn *conn = server->conns, *next; conn != NULL; conn = next) {
 		next = conn->next;
 		conn_tick(conn, now_us);
 	}
+	health_tick(server, now_us);
 	drain_check(server);
 }
 
@@ -323,6 +348,8 @@ static opd_status open_loop(struct server *server, opd_error *error)
 		failed = open_tick(server);
 	if (failed == 0)
 		failed = deadlines_open(&server->deadlines, &server->loop);
+	if (failed == 0)
+		failed = watches_open(&server->watches, server, &server->loop);
 	server->wake.data = server->flush.data = server->again.data = server->tick.data = server;
 	if (failed == 0)
 		failed = uv_check_start(&server->flush, on_flush);
@@ -382,7 +409,7 @@ static opd_status start(struct server *server, opd_error *error)
 			server->tls_stage = malloc(TLS_STAGE_BYTES);
 			server->tls_sealed = malloc(TLS_SEALED_BYTES);
 		}
-		if ((config->tls_context != NULL && (server->tls_stage == NULL || server->tls_sealed == NULL)) || server->account == NULL || server->tenants == NULL || server->publications == NULL || server->stage == NULL)
+		if ((config->tls_context != NULL && (server->tls_stage == NULL || server->tls_sealed == NULL)) || server->metrics[SERVER_METRICS_LOOP] == NULL || server->metrics[SERVER_METRICS_DIRECT] == NULL || server->account == NULL || server->tenants == NULL || server->publications == NULL || server->stage == NULL)
 			status = opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: out of memory");
 	}
 	if (status == OPD_OK)
@@ -403,6 +430,8 @@ static opd_status start(struct server *server, opd_error *error)
 		status = server_set_priorities(server, config, error);
 	for (size_t i = 0; status == OPD_OK && i < config->listener_count; i++)
 		status = listener_open(server, &config->listeners[i], error);
+	if (status == OPD_OK && config->metrics.address != NULL)
+		status = listener_open_metrics(server, &config->metrics, error);
 	return status;
 }
 
@@ -424,6 +453,7 @@ void server_take_config(struct server *server, struct config *config)
 	if (server->containment != NULL)
 		containment_configure(server->containment, config);
 	atomic_store_explicit(&server->inline_ns, config->inline_ns, memory_order_relaxed);
+	atomic_store_explicit(&server->refuse_uploads, config->limits.refuse_uploads, memory_order_relaxed);
 }
 
 opd_status server_create(struct config *config, struct log *log, struct server **server_out, opd_error *error)
@@ -436,8 +466,11 @@ opd_status server_create(struct config *config, struct log *log, struct server *
 	server->log = log;
 	server_take_config(server, config);
 	server->tick_fd = -1;
-	server->started_us = server->turn_us = request_now_ns() / 1000;
+	server->started_us = server->lane_progress_us = server->turn_us = request_now_ns() / 1000;
+	server->metrics[SERVER_METRICS_LOOP] = metrics_create(false);
+	server->metrics[SERVER_METRICS_DIRECT] = metrics_create(true);
 	context_init(&server->context, server);
+	server->context.metrics = server->metrics[SERVER_METRICS_LOOP];
 	opd_status status = start(server, error);
 	if (status != OPD_OK) {
 		server->config = NULL; /* the caller's still */
@@ -460,6 +493,10 @@ opd_status server_run(struct server *server)
 	server->ended = true; /* from here on server_post refuses; who posted before must not wait for ever */
 	(void)pthread_mutex_unlock(&server->mutex);
 	run_posts(server);
+	const uint32_t stuck = lane_stuck(server->lane);
+	if (stuck != 0)
+		LOG(server->log, LOG_ERROR, "kernels that exceed their budget still run", LOG_UINT("stuck", stuck));
+	server->drain_failed = server->drain_failed || stuck != 0; /* taking the daemon apart would wait for them */
 	LOG(server->log, server->drain_failed ? LOG_WARN : LOG_INFO, "drained", LOG_STR("result", server->drain_failed ? "work was cut off" : "clean"));
 	return server->drain_failed ? OPD_DEADLINE_EXCEEDED : OPD_OK;
 }
@@ -476,6 +513,7 @@ static void close_handle(uv_handle_t *handle, void *argument)
 static void close_loop(struct server *server)
 {
 	listener_close_all(server);
+	scrape_close_all(server);
 	for (struct conn *conn = server->conns; conn != NULL; conn = conn->next)
 		conn_close(conn, LOG_INFO, "the server ends");
 	(void)uv_run(&server->loop, UV_RUN_NOWAIT);
@@ -508,6 +546,8 @@ void server_destroy(struct server *server)
 	for (uint32_t i = 0; i < REGISTRY_DEVICES_MAX; i++)
 		device_lane_stop(server->device_lanes[i]);
 	lane_destroy(server->lane);
+	metrics_destroy(server->metrics[SERVER_METRICS_LOOP]);
+	metrics_destroy(server->metrics[SERVER_METRICS_DIRECT]);
 	tenants_destroy(server->tenants);
 	plans_destroy(server->plans);
 	derived_destroy(server->derived); /* before their makers are closed */
@@ -521,6 +561,7 @@ void server_destroy(struct server *server)
 	if (server->tick_fd >= 0)
 		(void)close(server->tick_fd);
 	deadlines_close(&server->deadlines);
+	watches_close(&server->watches);
 	free(server->stage);
 	free(server->tls_stage);
 	free(server->tls_sealed);

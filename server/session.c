@@ -7,6 +7,7 @@
 #include "proto/text.h"
 #include "server/daemon.h"
 #include "server/graph.h"
+#include "server/request.h"
 
 #define STAR UINT32_MAX
 
@@ -113,9 +114,13 @@ static bool set_tenant(struct session *session, const char *name)
 	}
 	leave_tenant(session);
 	session->tenant = tenant;
+	account_set_above(session->account, tenant->total);
 	(void)atomic_fetch_add_explicit(&tenant->sessions, 1, memory_order_relaxed);
 	session->class = tenant->policy.class;
 	sched_flow_init(&session->flow, group, SCHED_WEIGHT_DEFAULT);
+	for (uint32_t i = 0; i < QUOTA_COUNT; i++)
+		if (tenant->policy.session_quota[i] != quota_limit(&session->quota, i))
+			session_set_quota(session, (quota_kind)i, tenant->policy.session_quota[i]);
 	return true;
 }
 
@@ -126,6 +131,32 @@ bool session_set_access(struct session *session, struct access *access)
 	access_unref(session->access);
 	session->access = access;
 	return true;
+}
+
+static void set_memory(struct session *session)
+{
+	const uint64_t own = quota_limit(&session->quota, QUOTA_MEMORY);
+	const uint64_t all = session->server->config->limits.session_bytes;
+	account_set_limits(session->account, own == 0 || own > all ? all : own, quota_limit(&session->quota, QUOTA_DEVICE_MEMORY));
+}
+
+static void set_lane(struct session *session)
+{
+	struct scheduler *scheduler = lane_scheduler_lock(session->server->lane);
+	const uint64_t rate_ns = quota_limit(&session->quota, QUOTA_DEVICE_TIME);
+	session->flow.queue_max = (uint32_t)quota_limit(&session->quota, QUOTA_QUEUED);
+	if (session->flow.bucket.rate_ns != rate_ns)
+		sched_flow_set_rate(scheduler, &session->flow, rate_ns, request_now_ns());
+	lane_scheduler_unlock(session->server->lane);
+}
+
+void session_set_quota(struct session *session, quota_kind kind, uint64_t limit)
+{
+	atomic_store_explicit(&session->quota.limits[kind], limit, memory_order_relaxed);
+	if (kind == QUOTA_MEMORY || kind == QUOTA_DEVICE_MEMORY)
+		set_memory(session);
+	else if (kind == QUOTA_QUEUED || kind == QUOTA_DEVICE_TIME)
+		set_lane(session);
 }
 
 struct session *session_ref(struct session *session)

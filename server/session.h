@@ -35,6 +35,7 @@ struct session {
 	struct credential credential;
 	bool direct; /* handed over to a direct caller: its loop keeps its hands off */
 	struct account *account;
+	struct quota quota; /* of this session alone */
 	struct kept kept;
 	struct regions regions;
 	struct priority_map *maps; /* newest first; the last one is the base */
@@ -50,6 +51,8 @@ struct session {
 struct session *session_create(struct server *server, struct memory *memory, uint64_t id, struct access *access, uint64_t limit_bytes, uint32_t kept_limit);
 /* Before its first request: what it may do, and whose it is. Takes `access` on success. False: out of memory, nothing has changed. */
 OPD_MUST_USE bool session_set_access(struct session *session, struct access *access);
+/* 0: as `limits` has it. */
+void session_set_quota(struct session *session, quota_kind kind, uint64_t limit);
 struct session *session_ref(struct session *session);
 void session_unref(struct session *session);
 

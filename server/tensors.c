@@ -2,7 +2,10 @@
 
 #include <assert.h>
 #include <inttypes.h>
+#include <stdarg.h>
+#include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 
 #include "proto/tensor.h"
@@ -129,6 +132,40 @@ struct account *account_create(struct memory *memory, uint64_t limit_bytes)
 	return account;
 }
 
+bool account_name(struct account *account, const char *format, ...)
+{
+	char name[128];
+	va_list arguments;
+	va_start(arguments, format);
+	(void)vsnprintf(name, sizeof name, format, arguments);
+	va_end(arguments);
+	account->name = strdup(name);
+	return account->name != NULL;
+}
+
+void account_set_above(struct account *account, struct account *above)
+{
+	assert(atomic_load(&account->used_bytes) == 0 && atomic_load(&account->devices) == NULL);
+	struct account *before = account->above;
+	account->above = above == NULL ? NULL : account_ref(above);
+	account_unref(before);
+}
+
+/* What the account may have in a device's memory. */
+static uint64_t device_limit(const struct account *account)
+{
+	const uint64_t limit = atomic_load_explicit(&account->device_limit_bytes, memory_order_relaxed);
+	return limit == 0 ? UINT64_MAX : limit;
+}
+
+void account_set_limits(struct account *account, uint64_t bytes, uint64_t device_bytes)
+{
+	atomic_store_explicit(&account->limit_bytes, bytes, memory_order_relaxed);
+	atomic_store_explicit(&account->device_limit_bytes, device_bytes, memory_order_relaxed);
+	for (struct account *device = atomic_load_explicit(&account->devices, memory_order_acquire); device != NULL; device = device->next)
+		atomic_store_explicit(&device->limit_bytes, device_limit(account), memory_order_relaxed);
+}
+
 struct account *account_ref(struct account *account)
 {
 	(void)atomic_fetch_add_explicit(account->parent == NULL ? &account->refs : &account->parent->refs, 1, memory_order_relaxed);
@@ -144,6 +181,9 @@ static void account_destroy(struct account *account)
 		device = next;
 	}
 	assert(atomic_load(&account->used_bytes) == 0);
+	if (account->parent == NULL)
+		account_unref(account->above);
+	free(account->name);
 	free(account);
 }
 
@@ -170,10 +210,14 @@ struct account *account_on(struct account *account, struct memory *memory)
 	struct account *device = account->memory == memory ? account : account_find(account, memory);
 	if (device != NULL)
 		return device;
+	struct account *above = account->above == NULL ? NULL : account_on(account->above, memory);
+	if (account->above != NULL && above == NULL)
+		return NULL;
 	(void)pthread_mutex_lock(&making);
 	device = account_find(account, memory);
-	if (device == NULL && (device = account_create(memory, atomic_load_explicit(&memory->limit_bytes, memory_order_relaxed))) != NULL) {
+	if (device == NULL && (device = account_create(memory, device_limit(account))) != NULL) {
 		device->parent = account;
+		device->above = above;
 		device->next = atomic_load_explicit(&account->devices, memory_order_relaxed);
 		atomic_store_explicit(&account->devices, device, memory_order_release);
 	}
@@ -210,28 +254,58 @@ static bool charge_daemon(const struct account *account, uint64_t bytes, uint64_
 	return derived_reclaim(memory->derived, wanted) >= wanted && charge(&memory->used_bytes, limit, bytes, used_out);
 }
 
-opd_status account_charge(struct account *account, uint64_t bytes, opd_error *error)
+static opd_status refuse_charge(struct account *account, uint64_t bytes, uint64_t used, uint64_t limit, opd_error *error)
+{
+	const struct memory *memory = account->memory;
+	struct account *owner = account->parent == NULL ? account : account->parent;
+	(void)atomic_fetch_add_explicit(&account->refused, 1, memory_order_relaxed);
+	return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "%s memory%s%s: %" PRIu64 " bytes wanted, %" PRIu64 " of at most %" PRIu64 " in use",
+	                owner->name == NULL ? "session" : owner->name, memory->device != 0 ? " on " : "", memory->device != 0 ? memory->name : "", bytes, used,
+	                limit);
+}
+
+/* Its own part, and that of whom it belongs to. */
+static opd_status charge_accounts(struct account *account, uint64_t bytes, opd_error *error)
 {
 	uint64_t used;
 	uint64_t limit = atomic_load_explicit(&account->limit_bytes, memory_order_relaxed);
-	struct memory *memory = account->memory;
-	const bool device = memory->device != 0;
 	if (!charge(&account->used_bytes, limit, bytes, &used))
-		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "session memory%s%s: %" PRIu64 " bytes wanted, %" PRIu64 " of at most %" PRIu64 " in use",
-		                device ? " on " : "", device ? memory->name : "", bytes, used, limit);
-	limit = atomic_load_explicit(&memory->limit_bytes, memory_order_relaxed);
-	if (!charge_daemon(account, bytes, limit, &used)) {
-		(void)atomic_fetch_sub_explicit(&account->used_bytes, bytes, memory_order_relaxed);
-		return opd_fail(error, OPD_RESOURCE_EXHAUSTED,
-		                "%s memory: %" PRIu64 " bytes wanted, %" PRIu64 " of at most %" PRIu64 " in use", memory->name, bytes, used, limit);
-	}
-	return OPD_OK;
+		return refuse_charge(account, bytes, used, limit, error);
+	if (account->above == NULL)
+		return OPD_OK;
+	limit = atomic_load_explicit(&account->above->limit_bytes, memory_order_relaxed);
+	if (charge(&account->above->used_bytes, limit, bytes, &used))
+		return OPD_OK;
+	(void)atomic_fetch_sub_explicit(&account->used_bytes, bytes, memory_order_relaxed);
+	return refuse_charge(account->above, bytes, used, limit, error);
+}
+
+static void release_accounts(struct account *account, uint64_t bytes)
+{
+	if (account->above != NULL)
+		(void)atomic_fetch_sub_explicit(&account->above->used_bytes, bytes, memory_order_relaxed);
+	(void)atomic_fetch_sub_explicit(&account->used_bytes, bytes, memory_order_relaxed);
+}
+
+opd_status account_charge(struct account *account, uint64_t bytes, opd_error *error)
+{
+	uint64_t used;
+	struct memory *memory = account->memory;
+	opd_status status = charge_accounts(account, bytes, error);
+	if (status != OPD_OK)
+		return status;
+	const uint64_t limit = atomic_load_explicit(&memory->limit_bytes, memory_order_relaxed);
+	if (charge_daemon(account, bytes, limit, &used))
+		return OPD_OK;
+	release_accounts(account, bytes);
+	return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "%s memory: %" PRIu64 " bytes wanted, %" PRIu64 " of at most %" PRIu64 " in use", memory->name, bytes, used,
+	                limit);
 }
 
 void account_release(struct account *account, uint64_t bytes)
 {
 	(void)atomic_fetch_sub_explicit(&account->memory->used_bytes, bytes, memory_order_relaxed);
-	(void)atomic_fetch_sub_explicit(&account->used_bytes, bytes, memory_order_relaxed);
+	release_accounts(account, bytes);
 }
 
 static struct buffer *pool_take(struct memory *memory, unsigned class, uint64_t class_bytes)
@@ -279,6 +353,7 @@ static void *system_alloc(uint64_t class_bytes)
 		return NULL;
 	if (class_bytes >= 2 * MAPPED_BYTES)
 		(void)madvise(map, class_bytes, MADV_HUGEPAGE); /* only a wish */
+	(void)madvise(map, class_bytes, MADV_DONTDUMP); /* users' data has no place in a core */
 	return map;
 }
 
@@ -451,8 +526,10 @@ static void recharge(struct buffer *buffer, struct account *account)
 	if (to == NULL) /* out of memory: the payer stays */
 		return;
 	(void)atomic_fetch_add_explicit(&to->used_bytes, buffer->charged_bytes, memory_order_relaxed);
+	if (to->above != NULL)
+		(void)atomic_fetch_add_explicit(&to->above->used_bytes, buffer->charged_bytes, memory_order_relaxed);
 	buffer->account = account_ref(to);
-	(void)atomic_fetch_sub_explicit(&before->used_bytes, buffer->charged_bytes, memory_order_relaxed);
+	release_accounts(before, buffer->charged_bytes);
 	account_unref(before);
 }
 

@@ -53,6 +53,10 @@ struct account {
 	_Atomic uint32_t refs; /* a device's: the parent's count */
 	_Atomic uint64_t used_bytes;
 	_Atomic uint64_t limit_bytes;
+	_Atomic uint64_t device_limit_bytes; /* on each device; 0: any */
+	_Atomic uint64_t refused; /* charges, for a limit of its own */
+	char *name;               /* for texts; NULL: "session" */
+	struct account *above;    /* the tenant's, to which all that is charged here is charged too: referenced; of a device's, borrowed from the parent's. NULL: none */
 	struct memory *memory;
 	struct account *parent; /* of one for a device's memory: the session's */
 	_Atomic(struct account *) devices; /* for devices' memories; they live as long as this one */
@@ -92,6 +96,12 @@ bool memory_evict(struct memory *memory);
 
 /* NULL: out of memory. */
 struct account *account_create(struct memory *memory, uint64_t limit_bytes);
+/* For texts. False: out of memory. */
+OPD_MUST_USE bool account_name(struct account *account, const char *format, ...) __attribute__((format(printf, 2, 3)));
+/* All that it will have counts there too. Before anything is charged to it. */
+void account_set_above(struct account *account, struct account *above);
+/* device_bytes: on each device; 0: any. What is above a new limit already stays. */
+void account_set_limits(struct account *account, uint64_t bytes, uint64_t device_bytes);
 struct account *account_ref(struct account *account);
 void account_unref(struct account *account);
 /* The account's own for a device's memory, made when it is first asked for; borrowed. NULL: out of memory. */
@@ -99,7 +109,7 @@ struct account *account_on(struct account *account, struct memory *memory);
 /* Who pays for a buffer: never a sub-account. */
 struct account *buffer_payer(const struct buffer *buffer);
 
-/* Charges without memory (a promise for later); RESOURCE_EXHAUSTED names the limit, what is used and what was wanted. */
+/* Charges without memory (a promise for later); RESOURCE_EXHAUSTED names whose limit it is, what is used and what was wanted. */
 OPD_MUST_USE opd_status account_charge(struct account *account, uint64_t bytes, opd_error *error);
 void account_release(struct account *account, uint64_t bytes);
 

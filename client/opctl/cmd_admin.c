@@ -1,4 +1,4 @@
-/* ping, info, module, log-level, drain: the daemon itself. */
+/* ping, info, health, module, log-level, drain: the daemon itself. */
 #include <inttypes.h>
 #include <string.h>
 #include <time.h>
@@ -6,6 +6,7 @@
 #include "client/opctl/print.h"
 
 const struct option_use ping_options[] = {{OPTION_COUNT, "round trips (default 10)"}, {OPTION_END, NULL}};
+const struct option_use health_options[] = {{OPTION_TIMEOUT, "for how long an answer is waited for (default 5)"}, {OPTION_END, NULL}};
 const struct option_use drain_options[] = {{OPTION_TIMEOUT, "time that work under way has (default: the daemon's configuration)"},
                                            {OPTION_END, NULL}};
 
@@ -121,8 +122,11 @@ static int print_info_json(const opd_server_info *info, const opd_session *sessi
 	cJSON_AddItemToObject(document, "derived_bytes", json_u64(info->derived_bytes));
 	cJSON_AddItemToObject(document, "derived_found", json_u64(info->derived_found));
 	cJSON_AddItemToObject(document, "derived_made", json_u64(info->derived_made));
+	cJSON_AddItemToObject(document, "stuck", json_u64(info->stuck));
 	cJSON_AddItemToObject(document, "memory_bytes", json_u64(info->memory_bytes));
 	cJSON_AddItemToObject(document, "memory_limit_bytes", json_u64(info->memory_limit_bytes));
+	cJSON_AddItemToObject(document, "unhealthy", json_texts(info->unhealthy, info->unhealthy_count));
+	cJSON_AddItemToObject(document, "degraded", json_texts(info->degraded, info->degraded_count));
 	cJSON *own = cJSON_AddObjectToObject(document, "session");
 	cJSON_AddItemToObject(own, "number", json_u64(session->session));
 	cJSON_AddStringToObject(own, "tenant", session->tenant);
@@ -149,6 +153,8 @@ static void print_info(const opd_server_info *info, const opd_session *session)
 	if (info->derived_made != 0)
 		(void)printf("derived    %" PRIu64 " copies of kept tensors, %" PRIu64 " bytes; made %" PRIu64 ", found %" PRIu64 "\n", info->derived_copies,
 		             info->derived_bytes, info->derived_made, info->derived_found);
+	if (info->stuck != 0)
+		(void)printf("stuck      %u threads in kernels that have exceeded their budget\n", info->stuck);
 	(void)printf("memory     %s of %s\n", bytes_text(info->memory_bytes), bytes_text(info->memory_limit_bytes));
 	(void)printf("session    %" PRIu64 ", tenant %s%s, %s of %s, %u requests in flight at most\n", session->session,
 	             shown(session->tenant), session->admin ? ", administrator" : "", bytes_text(info->session_memory_bytes),
@@ -170,6 +176,54 @@ int cmd_info(struct opctl *ctl)
 		code = print_info_json(info, opd_client_session(ctl->client));
 	else
 		print_info(info, opd_client_session(ctl->client));
+	opd_document_free(info);
+	return code;
+}
+
+/* ---- health ---- */
+
+static void print_conditions(const char *what, const char *const *texts, uint32_t count)
+{
+	for (uint32_t i = 0; i < count; i++)
+		(void)printf("%s: %s\n", what, shown(texts[i]));
+}
+
+static int print_health(const struct opctl *ctl, const opd_server_info *info)
+{
+	const bool healthy = info->unhealthy_count == 0;
+	int code = EXIT_DONE;
+	if (ctl->json) {
+		cJSON *document = cJSON_CreateObject();
+		cJSON_AddBoolToObject(document, "healthy", healthy);
+		cJSON_AddItemToObject(document, "unhealthy", json_texts(info->unhealthy, info->unhealthy_count));
+		cJSON_AddItemToObject(document, "degraded", json_texts(info->degraded, info->degraded_count));
+		code = print_json(document);
+	} else {
+		if (healthy)
+			(void)puts("healthy");
+		print_conditions("unhealthy", info->unhealthy, info->unhealthy_count);
+		print_conditions("degraded", info->degraded, info->degraded_count);
+	}
+	return healthy ? code : EXIT_REQUEST;
+}
+
+int cmd_health(struct opctl *ctl)
+{
+	opd_error error;
+	if (options_seconds(&ctl->options, OPTION_TIMEOUT, 5000000, &ctl->timeout_us, &error) != OPD_OK)
+		return report_usage(ctl, &error);
+	int code = begin(ctl, ctl->options.count == 1, "health [--timeout SECONDS]");
+	if (code != EXIT_DONE)
+		return code;
+	const opd_server_info *info;
+	const opd_status status = opd_info(ctl->client, &info, &error);
+	if (status == OPD_DEADLINE_EXCEEDED) {
+		(void)report_failure(ctl, status, &error);
+		return EXIT_UNREACHABLE;
+	}
+	if (status != OPD_OK)
+		return report_failure(ctl, status, &error);
+	code = print_health(ctl, info);
 	opd_document_free(info);
 	return code;
 }

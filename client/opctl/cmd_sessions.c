@@ -43,6 +43,21 @@ static void add_usage(cJSON *item, const opd_usage *usage)
 	cJSON_AddItemToObject(item, "wait_max_ns", json_u64(usage->wait_max_ns));
 }
 
+static const char *const quota_names[] = {"sessions", "in_flight", "queued", "bytes_in", "bytes_out", "memory", "device_memory", "device_time"};
+
+#define QUOTA_KINDS (sizeof quota_names / sizeof quota_names[0])
+
+static void add_quotas(cJSON *item, uint32_t count, const opd_quota *quotas)
+{
+	cJSON *object = cJSON_AddObjectToObject(item, "quotas");
+	for (uint32_t i = 0; i < count; i++) {
+		cJSON *quota = cJSON_AddObjectToObject(object, quota_names[quotas[i].kind]);
+		cJSON_AddItemToObject(quota, "limit", json_u64(quotas[i].limit));
+		cJSON_AddItemToObject(quota, "used", json_u64(quotas[i].used));
+		cJSON_AddItemToObject(quota, "refused", json_u64(quotas[i].refused));
+	}
+}
+
 static void add_session(cJSON *list, const opd_session_state *session)
 {
 	cJSON *item = cJSON_CreateObject();
@@ -59,6 +74,7 @@ static void add_session(cJSON *list, const opd_session_state *session)
 	cJSON_AddItemToObject(item, "memory_bytes", json_u64(session->memory_bytes));
 	cJSON_AddItemToObject(item, "share", json_f64(session->share));
 	add_usage(item, &session->usage);
+	add_quotas(item, session->quota_count, session->quotas);
 }
 
 static void add_tenant(cJSON *list, const opd_tenant_state *tenant)
@@ -74,6 +90,7 @@ static void add_tenant(cJSON *list, const opd_tenant_state *tenant)
 	cJSON_AddItemToObject(item, "queued", json_u64(tenant->queued));
 	cJSON_AddItemToObject(item, "running", json_u64(tenant->running));
 	add_usage(item, &tenant->usage);
+	add_quotas(item, tenant->quota_count, tenant->quotas);
 }
 
 static cJSON *lanes_json(const opd_sharing *sharing)
@@ -91,6 +108,15 @@ static cJSON *lanes_json(const opd_sharing *sharing)
 	return list;
 }
 
+/* Those with a limit, or that somebody ran into. */
+static void print_quotas(const char *whose, uint32_t count, const opd_quota *quotas)
+{
+	for (uint32_t i = 0; i < count; i++)
+		if (quotas[i].limit != 0 || quotas[i].refused != 0)
+			(void)printf("quota %-13s of %s: %" PRIu64 " used, limit %" PRIu64 "%s, %" PRIu64 " times refused\n", quota_names[quotas[i].kind], whose,
+			             quotas[i].used, quotas[i].limit, quotas[i].limit == 0 ? " (any)" : "", quotas[i].refused);
+}
+
 static void print_session(const opd_session_state *session)
 {
 	const opd_usage *usage = &session->usage;
@@ -99,6 +125,9 @@ static void print_session(const opd_session_state *session)
 	             class_name(session->service_class), session->weight, session->queued, session->running, usage->jobs,
 	             duration_text((double)usage->device_ns), duration_text((double)usage->wait_ns / jobs), bytes_text(session->memory_bytes),
 	             shown(session->peer));
+	char whose[40];
+	(void)snprintf(whose, sizeof whose, "session %" PRIu64, session->session);
+	print_quotas(whose, session->quota_count, session->quotas);
 }
 
 static void print_tenant(const opd_tenant_state *tenant)
@@ -106,6 +135,9 @@ static void print_tenant(const opd_tenant_state *tenant)
 	(void)printf("tenant %-14s weight %u, class %s (at most %s), %u sessions, %u queued, %u running, %" PRIu64 " jobs, %s of device time\n",
 	             shown(tenant->name), tenant->weight, class_name(tenant->service_class), class_name(tenant->class_max), tenant->sessions, tenant->queued,
 	             tenant->running, tenant->usage.jobs, duration_text((double)tenant->usage.device_ns));
+	char whose[600];
+	(void)snprintf(whose, sizeof whose, "tenant %s", shown(tenant->name));
+	print_quotas(whose, tenant->quota_count, tenant->quotas);
 }
 
 static void print_heading(const opd_sharing *sharing)
@@ -155,7 +187,41 @@ int cmd_sessions(struct opctl *ctl)
 	return ctl->json ? print_json(document) : EXIT_DONE;
 }
 
-/* ---- session ID set weight|class VALUE ---- */
+/* ---- session ID set weight|class|quota VALUE ---- */
+
+struct change {
+	uint64_t session;
+	uint32_t weight;
+	opd_class service_class;
+	bool quota;
+	opd_quota_kind kind;
+	uint64_t limit;
+};
+
+struct unit {
+	const char *name;
+	uint64_t factor;
+};
+
+static const struct unit byte_units[] = {{"", 1}, {"KiB", 1ull << 10}, {"MiB", 1ull << 20}, {"GiB", 1ull << 30}, {"TiB", 1ull << 40}, {NULL, 0}};
+static const struct unit time_units[] = {{"ns", 1}, {"us", 1000}, {"ms", 1000000}, {"s", 1000000000}, {NULL, 0}};
+
+/* A whole number and one of the units; 0 needs none. */
+static opd_status parse_scaled(const char *what, const char *text, const struct unit *units, uint64_t *out, opd_error *error)
+{
+	char *end = NULL;
+	const uint64_t number = text[0] >= '0' && text[0] <= '9' ? strtoull(text, &end, 10) : 0;
+	const struct unit *unit = units;
+	while (end != NULL && *end == ' ')
+		end++;
+	while (end != NULL && unit->name != NULL && strcmp(unit->name, end) != 0)
+		unit++;
+	if (end == NULL || (unit->name == NULL && (number != 0 || *end != '\0')) || (unit->name != NULL && __builtin_mul_overflow(number, unit->factor, out)))
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s is '%s', expected a whole number with a unit, such as 64%s", what, shown(text), units[2].name);
+	if (unit->name == NULL)
+		*out = 0;
+	return OPD_OK;
+}
 
 static opd_status parse_number(const char *what, const char *text, uint64_t *out, opd_error *error)
 {
@@ -166,43 +232,75 @@ static opd_status parse_number(const char *what, const char *text, uint64_t *out
 	return OPD_OK;
 }
 
-static opd_status parse_change(const struct options *options, uint64_t *session, uint32_t *weight, opd_class *service_class, opd_error *error)
+/* "bytes_in=64MiB", "device_time=500ms", "in_flight=32"; 0: as the daemon's configuration has it. */
+static opd_status parse_quota(const char *text, struct change *change, opd_error *error)
+{
+	const char *equals = strchr(text, '=');
+	const size_t bytes = equals == NULL ? 0 : (size_t)(equals - text);
+	uint32_t kind = 1; /* the first is a tenant's */
+	while (kind < QUOTA_KINDS && (strlen(quota_names[kind]) != bytes || memcmp(quota_names[kind], text, bytes) != 0))
+		kind++;
+	if (kind == QUOTA_KINDS)
+		return opd_fail(error, OPD_INVALID_ARGUMENT,
+		                "the quota is '%s', expected in_flight, queued, bytes_in, bytes_out, memory, device_memory or device_time, = and its limit", shown(text));
+	change->quota = true;
+	change->kind = (opd_quota_kind)kind;
+	if (kind == OPD_QUOTA_DEVICE_TIME)
+		return parse_scaled("the quota", equals + 1, time_units, &change->limit, error);
+	if (kind == OPD_QUOTA_IN_FLIGHT || kind == OPD_QUOTA_QUEUED)
+		return parse_number("the quota", equals + 1, &change->limit, error);
+	return parse_scaled("the quota", equals + 1, byte_units, &change->limit, error);
+}
+
+static opd_status parse_weight(const char *text, uint32_t *weight_out, opd_error *error)
+{
+	uint64_t number = 0;
+	opd_status status = parse_number("the weight", text, &number, error);
+	if (status == OPD_OK && (number == 0 || number > 1000000))
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "the weight is %s, expected 1 to 1000000", shown(text));
+	*weight_out = (uint32_t)number;
+	return status;
+}
+
+static opd_status parse_class(const char *text, opd_class *class_out, opd_error *error)
+{
+	for (unsigned i = 1; i < sizeof class_names / sizeof class_names[0]; i++)
+		if (strcmp(text, class_names[i]) == 0)
+			*class_out = (opd_class)i;
+	if (*class_out == OPD_CLASS_NORMAL)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "the class is '%s', expected realtime, interactive or batch", shown(text));
+	return OPD_OK;
+}
+
+static opd_status parse_change(const struct options *options, struct change *change, opd_error *error)
 {
 	const char *const *words = (const char *const *)options->positional;
-	uint64_t number = 0;
-	opd_status status = parse_number("the session", words[1], session, error);
-	if (status != OPD_OK)
-		return status;
-	if (strcmp(words[3], "weight") == 0) {
-		status = parse_number("the weight", words[4], &number, error);
-		if (status == OPD_OK && (number == 0 || number > 1000000))
-			return opd_fail(error, OPD_INVALID_ARGUMENT, "the weight is %s, expected 1 to 1000000", shown(words[4]));
-		*weight = (uint32_t)number;
-		return status;
-	}
-	for (unsigned i = 1; i < sizeof class_names / sizeof class_names[0]; i++)
-		if (strcmp(words[4], class_names[i]) == 0)
-			*service_class = (opd_class)i;
-	if (*service_class == OPD_CLASS_NORMAL)
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "the class is '%s', expected realtime, interactive or batch", shown(words[4]));
-	return OPD_OK;
+	opd_status status = parse_number("the session", words[1], &change->session, error);
+	if (strcmp(words[3], "weight") == 0)
+		return parse_weight(words[4], &change->weight, error);
+	if (status == OPD_OK && strcmp(words[3], "quota") == 0)
+		return parse_quota(words[4], change, error);
+	return status == OPD_OK ? parse_class(words[4], &change->service_class, error) : status;
+}
+
+static bool is_settable(const char *what)
+{
+	return strcmp(what, "weight") == 0 || strcmp(what, "class") == 0 || strcmp(what, "quota") == 0;
 }
 
 int cmd_session(struct opctl *ctl)
 {
 	const struct options *options = &ctl->options;
-	const bool right = options->count == 5 && strcmp(options->positional[2], "set") == 0 &&
-	                   (strcmp(options->positional[3], "weight") == 0 || strcmp(options->positional[3], "class") == 0);
+	const bool right = options->count == 5 && strcmp(options->positional[2], "set") == 0 && is_settable(options->positional[3]);
+	struct change change = {0};
 	opd_error error;
-	uint64_t session = 0;
-	uint32_t weight = 0;
-	opd_class service_class = OPD_CLASS_NORMAL;
-	if (right && parse_change(options, &session, &weight, &service_class, &error) != OPD_OK)
+	if (right && parse_change(options, &change, &error) != OPD_OK)
 		return report_usage(ctl, &error);
-	const int code = begin(ctl, right, "session ID set weight|class VALUE");
+	const int code = begin(ctl, right, "session ID set weight|class|quota VALUE");
 	if (code != EXIT_DONE)
 		return code;
-	const opd_status status = opd_set_session(ctl->client, session, weight, service_class, &error);
+	const opd_status status = change.quota ? opd_set_session_quota(ctl->client, change.session, change.kind, change.limit, &error)
+	                                       : opd_set_session(ctl->client, change.session, change.weight, change.service_class, &error);
 	if (status != OPD_OK)
 		return report_failure(ctl, status, &error);
 	if (ctl->json) {
@@ -210,7 +308,7 @@ int cmd_session(struct opctl *ctl)
 		cJSON_AddBoolToObject(document, "done", true);
 		return print_json(document);
 	}
-	(void)printf("session %" PRIu64 ": %s %s\n", session, options->positional[3], shown(options->positional[4]));
+	(void)printf("session %" PRIu64 ": %s %s\n", change.session, options->positional[3], shown(options->positional[4]));
 	return EXIT_DONE;
 }
 

@@ -71,8 +71,10 @@ int cmd_verify(struct opctl *ctl);
 int cmd_bench(struct opctl *ctl);
 int cmd_ping(struct opctl *ctl);
 int cmd_info(struct opctl *ctl);
+int cmd_health(struct opctl *ctl);
 int cmd_sessions(struct opctl *ctl);
 int cmd_session(struct opctl *ctl);
+int cmd_stats(struct opctl *ctl);
 int cmd_top(struct opctl *ctl);
 extern const struct option_use top_options[];
 int cmd_module(struct opctl *ctl);
@@ -83,6 +85,6 @@ int cmd_drain(struct opctl *ctl);
 int cmd_help(struct opctl *ctl);
 
 extern const struct option_use run_options[], fake_options[], explain_options[], graph_options[], put_options[], get_options[], publish_options[], verify_options[], bench_options[],
-    ping_options[], drain_options[], no_options[];
+    ping_options[], health_options[], drain_options[], no_options[];
 
 #endif

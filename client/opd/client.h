@@ -450,6 +450,25 @@ typedef struct opd_usage {
 	uint64_t wait_max_ns;
 } opd_usage;
 
+/* What a session, or all sessions of a tenant together, may use. */
+typedef enum opd_quota_kind {
+	OPD_QUOTA_SESSIONS = 0,      /* open at once, of a tenant */
+	OPD_QUOTA_IN_FLIGHT = 1,     /* requests accepted and not yet answered */
+	OPD_QUOTA_QUEUED = 2,        /* of them, waiting for one lane */
+	OPD_QUOTA_BYTES_IN = 3,      /* of requests, a second */
+	OPD_QUOTA_BYTES_OUT = 4,     /* of replies, a second */
+	OPD_QUOTA_MEMORY = 5,        /* tensor bytes in host memory */
+	OPD_QUOTA_DEVICE_MEMORY = 6, /* tensor bytes on each device */
+	OPD_QUOTA_DEVICE_TIME = 7,   /* nanoseconds a second, on each lane */
+} opd_quota_kind;
+
+typedef struct opd_quota {
+	opd_quota_kind kind;
+	uint64_t limit;   /* 0: any */
+	uint64_t used;    /* now; of bytes in and out and of device time: since the beginning */
+	uint64_t refused; /* so many times something was, for this limit */
+} opd_quota;
+
 typedef struct opd_session_state {
 	uint64_t session;
 	const char *tenant;
@@ -463,6 +482,8 @@ typedef struct opd_session_state {
 	uint64_t memory_bytes;
 	double share; /* of the lane, 0 to 1, while all that wait now go on waiting */
 	opd_usage usage;
+	uint32_t quota_count;
+	const opd_quota *quotas;
 } opd_session_state;
 
 typedef struct opd_tenant_state {
@@ -475,6 +496,8 @@ typedef struct opd_tenant_state {
 	uint32_t queued;
 	uint32_t running;
 	opd_usage usage;
+	uint32_t quota_count;
+	const opd_quota *quotas;
 } opd_tenant_state;
 
 typedef struct opd_lane_state {
@@ -500,6 +523,44 @@ typedef struct opd_sharing {
 OPD_API OPD_MUST_USE opd_status opd_sessions(opd_client *client, uint64_t first, const opd_sharing **sharing_out, opd_error *error);
 /* Administrators: another weight among its tenant's sessions (0: as it is), another class for requests that name none (OPD_CLASS_NORMAL: as it is). OPD_NOT_FOUND. */
 OPD_API OPD_MUST_USE opd_status opd_set_session(opd_client *client, uint64_t session, uint32_t weight, opd_class service_class, opd_error *error);
+/* Administrators: another limit for the session (not OPD_QUOTA_SESSIONS, which is a tenant's); 0: as the daemon's configuration has it. What is in use above it stays. */
+OPD_API OPD_MUST_USE opd_status opd_set_session_quota(opd_client *client, uint64_t session, opd_quota_kind kind, uint64_t limit, opd_error *error);
+
+/* ---- What the daemon has counted since its start ------------------------------------------------------------------------- */
+
+/* A histogram's bucket k holds durations of at most this · 2^k, above those before; its last one all longer ones. */
+#define OPD_STAT_FIRST_NS 1024
+
+typedef enum opd_stat_kind {
+	OPD_STAT_COUNTER = 0,
+	OPD_STAT_GAUGE = 1,
+	OPD_STAT_HISTOGRAM = 2,
+} opd_stat_kind;
+
+typedef struct opd_stat_label {
+	const char *name;
+	const char *value;
+} opd_stat_label;
+
+/* The daemon's README lists the names; seconds and bytes. */
+typedef struct opd_stat {
+	const char *name;
+	opd_stat_kind kind;
+	double value; /* of a histogram: the sum of its durations, in seconds */
+	uint32_t label_count;
+	const opd_stat_label *labels;
+	uint32_t bucket_count;
+	const uint64_t *buckets;
+} opd_stat;
+
+typedef struct opd_stats {
+	uint32_t count;
+	const opd_stat *items; /* those of a name stand together */
+	bool cut;              /* there were more than a reply holds */
+} opd_stats;
+
+/* The same numbers as the daemon's metrics endpoint; of tenants its own, an administrator all. A document (opd_document_free). */
+OPD_API OPD_MUST_USE opd_status opd_get_stats(opd_client *client, const opd_stats **stats_out, opd_error *error);
 
 /* ---- Publications: tensors that several sessions have, once in memory -------------------------------------------------- */
 
@@ -670,6 +731,11 @@ typedef struct opd_server_info {
 	uint64_t derived_bytes;
 	uint64_t derived_found; /* runs that were given one that was there */
 	uint64_t derived_made;
+	uint32_t unhealthy_count;
+	uint32_t degraded_count;
+	const char *const *unhealthy; /* what should keep new work away, each "object: what"; none: healthy */
+	const char *const *degraded;  /* what an operator should look at while everything is served */
+	uint32_t stuck; /* threads in kernels that have exceeded their budget and still run */
 } opd_server_info;
 
 OPD_API OPD_MUST_USE opd_status opd_ops(opd_client *client, const opd_op_list **list_out, opd_error *error);

@@ -295,14 +295,14 @@ def rms_norm(rows=2, columns=4):
 class Daemon:
     """A daemon on a temporary Unix socket (and what else flags say), logging into a file."""
 
-    def __init__(self, *flags, listen=None, config=None, log=True, limits=None, wait=True, environment=None, folder=None):
+    def __init__(self, *flags, listen=None, config=None, log=True, limits=None, wait=True, environment=None, folder=None, wrapper=(), pass_fds=()):
         self.folder = folder or tempfile.mkdtemp(prefix="opd-test-")
         self.own_folder = folder is None
         self.path = os.path.join(self.folder, "opd.sock")
         self.address = "unix:" + self.path
         self.log_path = os.path.join(self.folder, "log")
         self.err_path = os.path.join(self.folder, "stderr")
-        command = [OPD]
+        command = [*wrapper, OPD]
         if config is not None:
             command += ["--config", self.write_config(config)]
         for address in [self.address] if listen is None else listen:
@@ -312,7 +312,8 @@ class Daemon:
         self.command = command + list(flags)
         with open(self.err_path, "ab") as err:
             self.process = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=err, stderr=err, preexec_fn=limits, env=dict(os.environ, **(environment or {}))
+                self.command, stdin=subprocess.DEVNULL, stdout=err, stderr=err, preexec_fn=limits, env=dict(os.environ, **(environment or {})),
+                pass_fds=pass_fds,
             )
         if wait:
             self.wait_ready()

@@ -535,6 +535,57 @@ class Signals(WithFolder):
         check_healthy(self, daemon)
 
 
+class Health(WithFolder):
+    def conditions(self, client):
+        info = client.info()
+        return list(info.unhealthy), list(info.degraded)
+
+    def expect(self, client, word):
+        """Unhealthy for this one reason."""
+        unhealthy, _ = self.conditions(client)
+        self.assertEqual([text.split(":")[0] for text in unhealthy], [word], unhealthy)
+
+    def test_a_daemon_that_serves_is_healthy(self):
+        self.assertEqual(self.conditions(self.client(self.start().address)), ([], []))
+
+    def test_used_up_memory_is_unhealthy_until_it_is_freed(self):
+        daemon = self.start(config="limits: {memory: 4 MiB, session: 4 MiB}")
+        client = self.client(daemon.address)
+        count = 0
+        for size in (1 << 18, 1 << 16, 1 << 12):
+            request = run("relu", inline([size], f32(1), strides=[0]))
+            request.run.outputs.add(keep=True, no_copy=True)
+            while client.call(request)[0].status == OK:
+                count += 1
+        self.expect(client, "memory")
+        client.ask(pb.Request(free=pb.Free(tensors=[pb.Tensor(handle=kept.handle) for kept in client.ask(pb.Request(list_tensors=pb.ListTensors()))[0].tensors.tensors])))
+        self.assertEqual(self.conditions(client), ([], []))
+
+    def test_sessions_at_their_limit_are_unhealthy(self):
+        daemon = self.start(config="limits: {sessions: 2}")
+        client = self.client(daemon.address)
+        wait_until(lambda: client.info().sessions == 1)
+        with Client(daemon.address):
+            self.expect(client, "sessions")
+
+    def test_a_lane_in_which_nothing_ends_is_unhealthy(self):
+        daemon = self.start("--threads", "1", config="limits: {stuck: 1ms}")
+        client = self.client(daemon.address)
+        with Client(daemon.address) as flood:
+            request, payload = slow_request(2048)
+            for _ in range(2):
+                flood.submit(request, payload)
+            wait_until(lambda: self.conditions(client)[0])
+            self.expect(client, "lane")
+        wait_until(lambda: self.conditions(client) == ([], []), "the work of a client that left is over")
+
+    def test_a_provider_that_the_configuration_asks_for_is_missed(self):
+        daemon = self.start("--module", "gone=/nowhere/gone.so")
+        self.assertEqual(self.conditions(self.client(daemon.address)), ([], ["provider gone: /nowhere/gone.so: No such file or directory"]))
+        daemon = self.start("--module", "gone=/nowhere/gone.so", "--priority", "relu=gone,native")
+        self.assertEqual(self.conditions(self.client(daemon.address)), (["provider gone: /nowhere/gone.so: No such file or directory"], []))
+
+
 class Logs(WithFolder):
     def test_full_disk_under_the_log_stops_nothing(self):
         """Hardening: operations-disk"""

@@ -19,7 +19,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 OPD = os.environ.get("OPD_BIN", os.path.join(ROOT, "build/bin/opd"))
 OPCTL = os.environ.get("OPCTL_BIN", os.path.join(ROOT, "build/bin/opctl"))
 GOLDEN = os.environ.get("OPD_GOLDEN", os.path.join(ROOT, "tests/golden"))
-COMMANDS = ["run", "fake", "explain", "graph", "put", "get", "rm", "publish", "tensors", "ops", "describe", "providers", "priority", "verify", "bench", "ping", "info", "module", "log-level", "drain", "help"]
+COMMANDS = ["run", "fake", "explain", "graph", "put", "get", "rm", "publish", "tensors", "ops", "describe", "providers", "priority", "verify", "bench", "ping", "info", "health", "module", "log-level", "drain", "help"]
 
 
 def start_daemon(folder, *flags):
@@ -434,6 +434,10 @@ class Looking(Case):
         self.assertIn("native", self.opctl("providers")[0])
         self.fails(1, "NOT_FOUND", "describe", "no_such_op")
         self.opctl("describe", code=2)
+
+    def test_health_is_an_exit_code_and_a_reason(self):
+        self.assertEqual(self.opctl("health")[0], "healthy\n")
+        self.assertEqual(self.json("health"), {"healthy": True, "unhealthy": [], "degraded": []})
 
     def test_info_and_ping(self):
         info = self.json("info")

@@ -5,9 +5,11 @@ Each test's name is the promise that it checks. The lane has one thread, and a k
 """
 import json
 import os
+import socket
 import struct
 import subprocess
 import tempfile
+import time
 import unittest
 
 import opd
@@ -173,7 +175,7 @@ class Sharing(DaemonCase):
         self.assertEqual([request for request, _, _ in refused], sent[64:])
         for _, reply, _ in refused:
             self.assertEqual(reply.status, RESOURCE_EXHAUSTED)
-            self.assertRegex(reply.message, "^matmul: 64 requests of this session wait for the cpu lane, at most 64 may, .*try again in about [0-9]+ us$")
+            self.assertRegex(reply.message, "^matmul: 64 requests of this session wait for the cpu lane, at most 64 may: try again in about [0-9]+ us$")
         mine = other.submit(product(2, 2), f32(1))
         other.ping()
         release()
@@ -255,6 +257,344 @@ class Limited(DaemonCase):
             return False
 
 
+def upload(client, kib):
+    return client.call(pb.Request(upload=pb.Upload(tensor=tensor([kib << 10], dtype=pb.U8, size=kib << 10))), bytes(kib << 10))[0]
+
+
+class Quotas(DaemonCase):
+    """One thread in a kernel that ends when it is cancelled; limits of the tenant, and of its sessions."""
+    config = ("threads: 1\ninline: 0\n"
+              'tenants: {anonymous: {}, "*": {in_flight: 12, queued: 8, memory: 1 MiB, session_in_flight: 6, session_queued: 4, session_memory: 768 KiB}}\n')
+    flags = ("--listen", "tcp://127.0.0.1:0")
+
+    def setUp(self):
+        self.one = self.client()
+        self.two = self.client()
+
+    def occupy(self):
+        holder = Client(self.daemon.tcp_addresses()[0], features=["cancel"])
+        self.addCleanup(holder.close)
+        request = holder.submit(product(4096, 1 << 16), f32(1))
+        wait_until(lambda: self.sessions().lanes[0].running == 1, "the thread has the kernel")
+        return lambda: holder.send(frame(CANCEL, request))
+
+    def sessions(self):
+        return self.one.ask(pb.Request(list_sessions=pb.ListSessions()))[0].sessions
+
+    def quota(self, kind, session=None):
+        """(used, limit, refused) of a session, or of its tenant."""
+        state = self.sessions()
+        mine = [item for item in (state.tenants if session is None else state.sessions)
+                if (item.name == self.one.hello.tenant if session is None else item.session == session.hello.session)][0]
+        return [(quota.used, quota.limit, quota.refused) for quota in mine.quotas if quota.kind == kind][0]
+
+    def opctl(self, *words, code=0):
+        done = subprocess.run([os.path.join(os.path.dirname(OPD), "opctl"), "--connect", self.address] + list(words), capture_output=True, text=True)
+        self.assertEqual(done.returncode, code, done.stderr)
+        return done.stdout + done.stderr
+
+    def half(self, client):
+        """A request whose payload doesn't come yet."""
+        request = client.next_id
+        client.next_id += 1
+        client.send(frame(REQUEST, request, product(2, 2).SerializeToString(), flags=CHUNKED, payload_bytes=4))
+        return request
+
+    def refusals(self, client, count):
+        """The messages of so many replies that are refusals; others may be among them."""
+        found = []
+        while len(found) < count:
+            _, reply, _ = client.read_reply()
+            if reply.status != OK:
+                self.assertEqual(reply.status, RESOURCE_EXHAUSTED)
+                found.append(reply.message)
+        return found
+
+    def test_a_sessions_queue_and_its_tenants_are_bounded_and_the_error_says_whose(self):
+        release = self.occupy()
+        for _ in range(5):
+            self.one.submit(product(2, 2), f32(1))
+        self.assertRegex(self.refusals(self.one, 1)[0], r"^matmul: 4 requests of this session wait for the cpu lane, at most 4 may: try again in about \d+ us$")
+        for _ in range(4):
+            self.two.submit(product(2, 2), f32(1))
+        self.two.ping()
+        three = self.client()
+        three.submit(product(2, 2), f32(1))
+        self.assertRegex(self.refusals(three, 1)[0], r"^matmul: 8 requests of tenant uid:\d+ wait for the cpu lane, at most 8 may: try again in about \d+ us$")
+        self.assertEqual(self.quota(pb.QUOTA_QUEUED, self.one), (4, 4, 1))
+        self.assertEqual(self.quota(pb.QUOTA_QUEUED), (8, 8, 1))
+        release()
+        for client in (self.one, self.two):
+            self.assertEqual([client.read_reply()[1].status for _ in range(4)], [OK] * 4)
+        wait_until(lambda: self.quota(pb.QUOTA_QUEUED)[0] == 0, "the queue is empty")
+
+    def test_what_is_in_flight_is_bounded_for_a_session_and_for_its_tenant(self):
+        half = [self.half(self.one) for _ in range(6)]  # their payload is still to come
+        self.assertRegex(self.one.call(product(2, 2), f32(1))[0].message,
+                         r"^run: quota in_flight of this session: 6 requests are in flight, at most 6 may be: try again in about \d+ us$")
+        for _ in range(6):
+            self.half(self.two)
+        self.two.ping()  # what only asks is never refused
+        three = self.client()
+        self.assertRegex(three.call(product(2, 2), f32(1))[0].message, r"^run: quota in_flight of tenant uid:\d+: 12 requests are in flight, at most 12 may be: .*$")
+        self.assertEqual((self.quota(pb.QUOTA_IN_FLIGHT, self.one), self.quota(pb.QUOTA_IN_FLIGHT)), ((6, 6, 1), (12, 12, 1)))
+        self.two.close()
+        wait_until(lambda: self.quota(pb.QUOTA_IN_FLIGHT)[0] == 6, "a session's end gives back what it had in flight")
+        three.ask(product(2, 2), f32(1))
+        for request in half:  # one after the other: only four of them may wait for the lane
+            self.one.send(frame(DATA, request, struct.pack("<Q", 0), f32(1)))
+            self.assertEqual(self.one.read_reply()[1].status, OK)
+        wait_until(lambda: self.quota(pb.QUOTA_IN_FLIGHT)[0] == 0, "nothing is in flight")
+
+    def test_memory_is_bounded_for_a_session_and_for_its_tenant(self):
+        first = upload(self.one, 512)
+        self.assertEqual(first.status, OK)
+        self.assertRegex(upload(self.one, 300).message, r"session memory: 307200 bytes wanted, 524288 of at most 786432 in use")
+        self.assertEqual(upload(self.two, 400).status, OK)
+        self.assertRegex(upload(self.two, 300).message, r"tenant uid:\d+ memory: 307200 bytes wanted, 933888 of at most 1048576 in use")
+        self.assertEqual((self.quota(pb.QUOTA_MEMORY, self.one)[2], self.quota(pb.QUOTA_MEMORY)), (1, (933888, 1048576, 1)))
+        self.one.ask(pb.Request(free=pb.Free(tensors=[pb.Tensor(handle=first.run.outputs[0].kept)])))
+        self.assertEqual(upload(self.two, 300).status, OK)
+        self.two.close()
+        wait_until(lambda: self.quota(pb.QUOTA_MEMORY)[0] == 0, "a session's end gives back what it had")
+
+    def test_opctl_sets_a_sessions_quotas_and_shows_them(self):
+        number = str(self.one.hello.session)
+        self.opctl("session", number, "set", "quota", "in_flight=2")
+        self.opctl("session", number, "set", "quota", "memory=64KiB")
+        self.assertEqual(upload(self.one, 65).status, RESOURCE_EXHAUSTED)
+        shown = json.loads(self.opctl("sessions", "--json"))
+        mine = [state for state in shown["sessions"] if state["session"] == int(number)][0]["quotas"]
+        self.assertEqual((mine["in_flight"]["limit"], mine["memory"]["limit"], mine["memory"]["refused"]), (2, 65536, 1))
+        self.assertRegex(self.opctl("sessions"), r"(?m)^quota memory +of session %s: 0 used, limit 65536, 1 times refused$" % number)
+        self.opctl("session", number, "set", "quota", "memory=0")  # limits.session's again
+        self.assertEqual(upload(self.one, 65).status, OK)
+        self.opctl("session", number, "set", "quota", "device_time=1ms")
+        self.assertEqual(self.quota(pb.QUOTA_DEVICE_TIME, self.one)[1], 1000000)
+        for wrong, pattern in (("sessions=1", "the quota is 'sessions=1', expected in_flight, queued"), ("memory=1 parsec", "expected a whole number with a unit, such as 64MiB"),
+                               ("in_flight", "the quota is 'in_flight'"), ("device_time=5", "such as 64ms"), ("queued=-1", "the quota is '-1', expected a whole number")):
+            self.assertRegex(self.opctl("session", number, "set", "quota", wrong, code=2), pattern)
+        reply, _ = self.one.call(pb.Request(set_session=pb.SetSession(session=int(number), quotas=[pb.Quota(kind=pb.QUOTA_SESSIONS, limit=1)])))
+        self.assertEqual((reply.status, reply.message), (INVALID_ARGUMENT, "quota sessions is a tenant's: the configuration has it"))
+
+    def test_a_session_that_has_used_its_device_time_waits_and_others_go_on(self):
+        self.one.ask(product(256, 256), f32(1))
+        self.opctl("session", str(self.one.hello.session), "set", "quota", "device_time=1ms")
+        self.assertEqual(self.one.call(product(256, 256), f32(1))[0].status, OK)  # its bucket is full: this one empties it for long
+        late = self.one.submit(product(256, 256), f32(1))
+        wait_until(lambda: [state.queued for state in self.sessions_by(self.two) if state.session == self.one.hello.session] == [1], "it waits")
+        self.assertEqual(self.two.call(product(2, 2), f32(1))[0].status, OK)
+        self.assertEqual([state.queued for state in self.sessions_by(self.two) if state.session == self.one.hello.session], [1])
+        self.set_rate(0)
+        self.assertEqual(self.one.read_reply()[0], late)
+
+    def sessions_by(self, client):
+        return client.ask(pb.Request(list_sessions=pb.ListSessions()))[0].sessions.sessions
+
+    def set_rate(self, rate_ns):
+        self.two.ask(pb.Request(set_session=pb.SetSession(session=self.one.hello.session, quotas=[pb.Quota(kind=pb.QUOTA_DEVICE_TIME, limit=rate_ns)])))
+
+
+class Rates(DaemonCase):
+    config = "tenants: {anonymous: {session_bytes_in: 1 MiB, bytes_out: 2 MiB}}\n"
+    flags = ("--listen", "tcp://127.0.0.1:0")
+
+    def test_bytes_that_come_and_go_are_bounded_a_second_and_time_heals_it(self):
+        anonymous = Client(self.daemon.tcp_addresses()[0])
+        self.addCleanup(anonymous.close)
+        self.assertEqual(upload(anonymous, 3 << 10).status, OK)  # three seconds' worth at once: whoever has paid may
+        refused = upload(anonymous, 1)
+        self.assertRegex(refused.message, r"^upload: quota bytes_in of this session: more was sent than 1048576 bytes a second: try again in about \d+ us$")
+        self.assertLess(int(refused.message.split("about ")[1].split()[0]), 2000100)
+        other = Client(self.daemon.tcp_addresses()[0])
+        self.addCleanup(other.close)
+        big = run("relu", tensor([1 << 20], inline=f32(1), strides=[0]))
+        self.assertEqual(other.call(big)[0].status, OK)  # 4 MiB go out
+        self.assertRegex(other.call(big)[0].message, r"^run: quota bytes_out of tenant anonymous: more was sent than 2097152 bytes a second: try again in about \d+ us$")
+        self.assertEqual(upload(self.client(), 1).status, OK)  # another tenant's
+        other.close()
+        anonymous.close()
+        again = Client(self.daemon.tcp_addresses()[0])  # who comes back finds what it has used up
+        self.addCleanup(again.close)
+        self.assertRegex(again.call(big)[0].message, r"^run: quota bytes_out of tenant anonymous")
+
+
+class Full(DaemonCase):
+    """Memory fills in steps: uploads are refused first, then sessions, then caches go."""
+    config = "limits: {memory: 4 MiB, session: 4 MiB, request: 4 MiB, refuse_uploads: 50, refuse_sessions: 75, drop_caches: 90}\n"
+    flags = ("--listen", "tcp://127.0.0.1:0")
+
+    def keep(self, client, kib):
+        """A result that stays; not an upload."""
+        request = run("relu", tensor([kib << 8], inline=f32(1), strides=[0]))
+        request.run.outputs.add(keep=True, no_copy=True)
+        return client.call(request)[0]
+
+    def test_uploads_are_refused_first_then_sessions_then_caches_go_and_administrators_come_in(self):
+        admin = self.client()
+        tcp = self.daemon.tcp_addresses()[0]
+        upload = pb.Request(upload=pb.Upload(tensor=tensor([64], dtype=pb.U8, size=64)))
+        self.assertEqual(self.keep(admin, 2200).status, OK)
+        reply, _ = admin.call(upload, bytes(64))
+        self.assertEqual(reply.status, RESOURCE_EXHAUSTED)
+        self.assertRegex(reply.message, r"^upload: none is taken while \d+ of at most 4194304 bytes of daemon memory are in use \(50 %\)$")
+        Client(tcp).close()
+        self.assertEqual(self.keep(admin, 1000).status, OK)
+        with self.assertRaises(Failed) as refused:
+            Client(tcp)
+        self.assertRegex(refused.exception.reply.message, r"^no session is opened while \d+ of at most 4194304 bytes of daemon memory are in use \(75 %\)$")
+        last = self.keep(admin, 700)
+        self.assertEqual(last.status, OK)
+        self.daemon.wait_log("memory is nearly full, caches dropped")
+        other = self.client()  # an administrator
+        listed = other.ask(pb.Request(info=pb.Empty()))[0].info
+        self.assertEqual(listed.memory_bytes, 3900 << 10)
+        self.assertRegex(self.keep(admin, 700).message, "memory: .* bytes wanted")
+        admin.close()
+        wait_until(lambda: other.ask(pb.Request(info=pb.Empty()))[0].info.memory_bytes == 0, "memory is free")
+        Client(tcp).close()
+        self.assertEqual(other.call(upload, bytes(64))[0].status, OK)
+
+
+class Slow(DaemonCase):
+    config = "limits: {stall: 1s}\n"
+
+    def test_a_client_that_reads_a_byte_at_a_time_is_cut_off(self):
+        slow = self.client()
+        other = self.client()
+        for _ in range(4):
+            slow.submit(run("relu", tensor([1 << 22], inline=f32(1), strides=[0])))  # 16 MiB of reply each
+        while "the client doesn't read its replies" not in self.daemon.log_text():
+            slow.sock.recv(64)
+            time.sleep(0.01)  # how slow it is, not how long the test waits
+        other.ping()
+
+
+class Counted(DaemonCase):
+    """The daemon's numbers: by opctl, and at the metrics endpoint."""
+    folder = tempfile.mkdtemp()
+    config = "metrics: unix:%s/metrics\n" % folder
+    flags = ("--listen", "tcp://127.0.0.1:0")
+
+    @classmethod
+    def tearDownClass(cls):
+        super().tearDownClass()
+        os.rmdir(cls.folder)  # the daemon has removed its socket
+
+    def http(self, request):
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(60)
+            sock.connect(self.folder + "/metrics")
+            for part in request:
+                sock.sendall(part)
+            answer = b""
+            while True:
+                try:
+                    got = sock.recv(1 << 16)
+                except ConnectionResetError:
+                    got = b""
+                if not got:
+                    break
+                answer += got
+        head, _, body = answer.partition(b"\r\n\r\n")
+        if head:
+            self.assertIn(b"Content-Length: %d" % len(body), head)
+        return head.split(b"\r\n")[0].decode(), body.decode()
+
+    def scrape(self):
+        status, body = self.http([b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n"])
+        self.assertEqual(status, "HTTP/1.1 200 OK")
+        return dict(line.rsplit(" ", 1) for line in body.splitlines() if not line.startswith("#"))
+
+    def opctl(self, *words):
+        command = [os.path.join(os.path.dirname(OPD), "opctl"), "--connect", self.address] + list(words)
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    def test_what_ran_is_counted_by_op_and_provider_and_told_the_same_both_ways(self):
+        client = self.client()
+        before = self.scrape()
+        for _ in range(5):
+            client.ask(product(64, 64), f32(1))
+            client.ask(run("relu", tensor([1]), run_priority=["native"]), f32(1))
+        bad = run("relu", tensor([1]), run_priority=["nobody"])
+        client.call(bad, f32(1))
+        after = self.scrape()
+        grown = lambda name: float(after.get(name, 0)) - float(before.get(name, 0))
+        matmul = '{op="matmul",provider="native"}'
+        self.assertEqual(grown("opd_runs_total" + matmul), 5)
+        self.assertEqual(grown('opd_runs_total{op="relu",provider="native"}'), 5)
+        self.assertEqual(grown("opd_kernel_seconds_count" + matmul), 5)
+        self.assertEqual(grown('opd_kernel_seconds_bucket{op="matmul",provider="native",le="+Inf"}'), 5)
+        self.assertEqual(grown("opd_run_wait_seconds_count" + matmul), 5)
+        self.assertAlmostEqual(grown("opd_kernel_seconds_sum" + matmul), grown("opd_run_device_seconds_total" + matmul))
+        self.assertEqual(grown('opd_replies_total{status="NOT_FOUND"}'), 1)
+        self.assertEqual(grown('opd_requests_total{kind="run"}'), 11)
+        self.assertGreater(grown("opd_request_seconds_count"), 10)
+        told = {self.name(stat): stat for stat in json.loads(self.opctl("stats", "--json"))}
+        again = self.scrape()
+        self.assertEqual(told["opd_runs_total" + matmul]["value"], float(again["opd_runs_total" + matmul]))
+        self.assertEqual(told["opd_kernel_seconds" + matmul]["count"], float(again["opd_kernel_seconds_count" + matmul]))
+        self.assertAlmostEqual(told["opd_kernel_seconds" + matmul]["sum"], float(again["opd_kernel_seconds_sum" + matmul]))
+        tenant = '{tenant="%s"}' % client.hello.tenant
+        shown = json.loads(self.opctl("sessions", "--json"))["tenants"]
+        mine = [item for item in shown if item["tenant"] == client.hello.tenant][0]
+        self.assertEqual(mine["jobs"], told["opd_tenant_jobs_total" + tenant]["value"])
+        self.assertAlmostEqual(mine["device_ns"] / 1e9, told["opd_tenant_device_seconds_total" + tenant]["value"])
+        self.assertRegex(self.opctl("stats", "opd_kernel"), r'(?m)^opd_kernel_seconds\{op="matmul",provider="native"\} \d+, mean .*, 50 % within .*, 99 % within ')
+        self.assertNotIn("opd_runs", self.opctl("stats", "opd_kernel"))
+
+    def name(self, stat):
+        labels = ",".join('%s="%s"' % item for item in stat["labels"].items())
+        return stat["name"] + ("{%s}" % labels if labels else "")
+
+    def test_skips_are_counted_with_their_reasons(self):
+        client = self.client()
+        request = run("matmul", tensor([2, 2], dtype=pb.I32, size=16), tensor([2, 2], dtype=pb.I32, size=16), run_priority=["cpu"], run_mode=pb.DRY)
+        reply, _ = client.call(request, bytes(16))
+        skipped = [skip for skip in reply.run.explain.skipped if skip.provider == "cpu"]
+        before = self.scrape()
+        for _ in range(20):
+            client.call(request, bytes(16))
+        after = self.scrape()
+        name = 'opd_skips_total{op="matmul",provider="cpu"}'
+        if not skipped:
+            self.assertEqual(after.get(name), before.get(name))
+            return
+        self.assertEqual(float(after[name]) - float(before.get(name, 0)), 20)
+        reason = lambda numbers: sum(float(value) for key, value in numbers.items() if key.startswith('opd_skip_reasons_total{op="matmul",provider="cpu",reason="dtype"'))
+        self.assertEqual(reason(after) - reason(before), 20)  # a dry run asks for them
+
+    def test_a_session_is_told_of_its_own_tenant_alone(self):
+        anonymous = Client(self.daemon.tcp_addresses()[0])
+        self.addCleanup(anonymous.close)
+        mine = self.client()
+        stats = anonymous.ask(pb.Request(get_stats=pb.GetStats()))[0].stats
+        tenants = {label.value for stat in stats.items for label in stat.labels if label.name == "tenant"}
+        self.assertEqual(tenants, {"anonymous"})
+        self.assertFalse(stats.cut)
+        stats = mine.ask(pb.Request(get_stats=pb.GetStats()))[0].stats
+        tenants = {label.value for stat in stats.items for label in stat.labels if label.name == "tenant"}
+        self.assertEqual(tenants, {"anonymous", mine.hello.tenant})
+
+    def test_the_endpoint_answers_what_it_has_and_nothing_else(self):
+        self.assertEqual(self.http([b"GET / HTTP/1.0\r\n\r\n"])[0], "HTTP/1.1 404 Not Found")
+        self.assertEqual(self.http([b"GET /metrics2 HTTP/1.0\r\n\r\n"])[0], "HTTP/1.1 404 Not Found")
+        self.assertEqual(self.http([b"POST /metrics HTTP/1.1\r\nContent-Length: 3\r\n\r\nabc"])[0], "HTTP/1.1 405 Method Not Allowed")
+        self.assertEqual(self.http([b"G", b"ET /metr", b"ics?x=1 HTTP/1.1\r\n", b"\r", b"\n"])[0], "HTTP/1.1 200 OK")
+        self.assertIn(self.http([b"GET /metrics HTTP/1.1\r\n" + b"X: y\r\n" * 1000])[0], ("HTTP/1.1 431 Request Header Fields Too Large", ""))
+        self.assertEqual(self.http([b"\0\n\n"])[0], "HTTP/1.1 405 Method Not Allowed")
+        held = []
+        for _ in range(40):  # more than it serves at once: the others are closed, and it recovers
+            sock = socket.socket(socket.AF_UNIX)
+            sock.connect(self.folder + "/metrics")
+            held.append(sock)
+        self.client().ping()
+        for sock in held:
+            sock.close()
+        wait_until(lambda: self.http([b"GET /metrics HTTP/1.0\r\n\r\n"])[0] == "HTTP/1.1 200 OK", "it serves again")
+        self.assertNotIn("/metrics", " ".join(self.client().info().listeners))
+
+
 class Configured(unittest.TestCase):
     def check(self, text, pattern):
         with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
@@ -268,10 +608,16 @@ class Configured(unittest.TestCase):
         self.assertEqual(self.check('tenants: {"uid:7": {weight: 0}}\n', r':1: tenants.uid:7.weight: "0", expected a whole number of 1 to 1000000'), 2)
         self.assertEqual(self.check('tenants: {a: {class: urgent}}\n', r'"urgent", expected realtime, interactive or batch'), 2)
         self.assertEqual(self.check('tenants: {a: {class: realtime, class_max: batch}}\n', r"a: class realtime, expected one no more urgent than class_max batch"), 2)
-        self.assertEqual(self.check('tenants: {a: {speed: 1}}\n', r"tenants.a.speed: no such key, expected weight, class, class_max, device_time or sessions"), 2)
+        self.assertEqual(self.check('tenants: {a: {speed: 1}}\n', r"tenants.a.speed: no such key, expected weight, class, class_max or a quota: sessions, in_flight, queued, .*"), 2)
         self.assertEqual(self.check('tenants:\n  a: {}\n  a: {}\n', r":3: tenants.a: there already, in line 2"), 2)
         self.assertEqual(self.check('tenants: {a: {device_time: 1us}}\n', r'"1us", expected 1ms to 1024s'), 2)
-        self.assertEqual(self.check('tenants: {a: {weight: 7, class: batch, class_max: interactive, device_time: 500ms, sessions: 3}}\n', r"tenant: a = weight 7, class batch \(at most interactive\), 500 ms of device time a second, 3 sessions"), 0)
+        self.assertEqual(self.check('tenants: {a: {weight: 7, class: batch, class_max: interactive, device_time: 500ms, sessions: 3, session_bytes_in: 1 MiB}}\n',
+                                    r"tenant: a = weight 7, class batch \(at most interactive\), sessions 3, device_time 500000000 ns, session_bytes_in 1048576"), 0)
+        self.assertEqual(self.check('tenants: {a: {session_sessions: 3}}\n', r"tenants.a.session_sessions: no such key"), 2)
+        self.assertEqual(self.check('tenants: {a: {in_flight: 1000001}}\n', r'"1000001", expected a whole number of 0 to 1000000'), 2)
+        self.assertEqual(self.check('metrics: "tcp://10.0.0.1:9100"\n', r"metrics: tcp://10.0.0.1:9100 is not a loopback address"), 2)
+        self.assertEqual(self.check('metrics: "tcp://127.0.0.1:9100"\n', r"metrics: tcp://127.0.0.1:9100"), 0)
+        self.assertEqual(self.check('limits: {refuse_uploads: 101}\n', r"limits.refuse_uploads"), 2)
 
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ static void handle(struct simulator *simulator, struct event *event)
 
 static void advance(struct simulator *simulator, uint64_t to_ns)
 {
-	if (simulator->busy < simulator->servers && simulator->scheduler.queued > 0 && simulator->scheduler.throttled.first == NULL)
+	if (simulator->busy < simulator->servers && simulator->scheduler.queued > 0 && simulator->scheduler.throttled_groups.first == NULL && simulator->scheduler.throttled_flows.first == NULL)
 		simulator->idle_while_waiting_ns += to_ns - simulator->now_ns;
 	simulator->now_ns = to_ns;
 }

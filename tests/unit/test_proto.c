@@ -372,6 +372,7 @@ START_TEST(a_reply_has_every_field_where_it_belongs)
 	const struct msg_info *info = &golden_message(&arena, "every-reply-info.hex")->reply.info;
 	ck_assert(info->uptime_us == 1 && info->loops == 2 && info->threads == 3 && info->sessions == 4 && info->requests == 5);
 	ck_assert(info->memory_bytes == 6 && info->memory_limit_bytes == 7 && info->session_memory_bytes == 8 && info->pid == 9);
+	ck_assert(info->unhealthy_count == 2 && text_is(info->unhealthy[1], "lane: stuck") && info->degraded_count == 1);
 	const struct msg_impl *impl = &golden_message(&arena, "every-reply-op.hex")->reply.op.impls[1];
 	ck_assert(text_is(impl->provider, "cuda") && text_is(impl->reason, "why") && text_is(impl->device, "cuda") &&
 	          text_is(impl->schema, "s"));

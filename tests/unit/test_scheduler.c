@@ -285,6 +285,88 @@ START_TEST(a_lone_bounded_tenant_is_served_again_when_its_bucket_fills)
 }
 END_TEST
 
+START_TEST(a_bounded_session_leaves_its_tenants_time_to_the_others)
+{
+	start(1, 15);
+	struct sched_group *tenant = simulator_tenant(&sim, 100);
+	struct sim_client *bounded = simulator_client(&sim, tenant, 900, saturating(CLASS_INTERACTIVE, SIM_EXPONENTIAL, 2 * MS));
+	struct sim_client *other = simulator_client(&sim, tenant, 100, saturating(CLASS_INTERACTIVE, SIM_FIXED, 1 * MS));
+	sched_flow_set_rate(&sim.scheduler, &bounded->flow, SECOND / 5, 0);
+	simulator_run(&sim, 20ull * SECOND);
+	ck_assert_msg(bounded->device_ns > 3.9 * SECOND && bounded->device_ns < 4.3 * SECOND, "%.3f s", (double)bounded->device_ns / 1e9);
+	ck_assert_msg(other->device_ns > 15.6 * SECOND, "%.3f s", (double)other->device_ns / 1e9);
+	stop();
+}
+END_TEST
+
+/* What has used up its rate and has nothing queued must not be in any list: its memory goes. */
+START_TEST(who_waits_for_a_rate_and_leaves_leaves_nothing)
+{
+	struct scheduler scheduler;
+	struct sched_group group;
+	struct sched_flow flow;
+	struct sched_item items[2];
+	uint64_t ready;
+	scheduler_init(&scheduler);
+	for (int i = 0; i < 2; i++) { /* a bounded tenant, then a bounded session */
+		sched_group_init(&group, 100);
+		sched_flow_init(&flow, &group, 100);
+		if (i == 0)
+			sched_group_set_rate(&scheduler, &group, MS, 0);
+		else
+			sched_flow_set_rate(&scheduler, &flow, MS, 0);
+		for (int k = 0; k < 2; k++) {
+			items[k] = (struct sched_item){.flow = &flow, .class = CLASS_BATCH, .estimate_ns = 5 * MS};
+			ck_assert(scheduler_submit(&scheduler, &items[k], 0));
+		}
+		ck_assert_ptr_eq(scheduler_pick(&scheduler, 0, &ready), &items[0]);
+		ck_assert_ptr_null(scheduler_pick(&scheduler, 0, &ready)); /* the bucket is empty */
+		ck_assert(ready > SECOND && ready != UINT64_MAX);
+		ck_assert_uint_ge(scheduler_wait_ns(&scheduler, &flow, CLASS_BATCH), 4ull * SECOND);
+		scheduler_complete(&scheduler, &flow, CLASS_BATCH, items[0].estimate_ns, 5 * MS);
+		ck_assert(scheduler_withdraw(&scheduler, &items[1]));
+		ck_assert(scheduler.throttled_groups.first == NULL && scheduler.throttled_flows.first == NULL);
+		ck_assert_ptr_null(scheduler.classes[CLASS_BATCH].waiting.first);
+	}
+}
+END_TEST
+
+START_TEST(whose_queue_is_full_is_said)
+{
+	struct scheduler scheduler;
+	struct sched_group group;
+	struct sched_flow flows[3];
+	struct sched_item items[9];
+	uint32_t queued, limit;
+	scheduler_init(&scheduler);
+	sched_group_init(&group, 100);
+	for (int i = 0; i < 3; i++)
+		sched_flow_init(&flows[i], &group, 100);
+	scheduler.flow_queue_max = 2;
+	flows[1].queue_max = 3;
+	group.queue_max = 6;
+	scheduler.queue_max = 8;
+	int at = 0;
+	for (int i = 0; i < 3; i++)
+		while (scheduler_full(&scheduler, &flows[i], &queued, &limit) == SCHED_ROOM) {
+			items[at] = (struct sched_item){.flow = &flows[i]};
+			ck_assert(scheduler_submit(&scheduler, &items[at++], 0));
+		}
+	ck_assert_int_eq(at, 6); /* two, three, and one that the group still has room for */
+	ck_assert_int_eq(scheduler_full(&scheduler, &flows[0], &queued, &limit), SCHED_FULL_FLOW);
+	ck_assert(queued == 2 && limit == 2);
+	ck_assert_int_eq(scheduler_full(&scheduler, &flows[1], &queued, &limit), SCHED_FULL_FLOW);
+	ck_assert(queued == 3 && limit == 3);
+	ck_assert_int_eq(scheduler_full(&scheduler, &flows[2], &queued, &limit), SCHED_FULL_GROUP);
+	ck_assert(queued == 6 && limit == 6);
+	scheduler.queue_max = 6;
+	group.queue_max = 0;
+	ck_assert_int_eq(scheduler_full(&scheduler, &flows[2], &queued, &limit), SCHED_FULL_LANE);
+	items[8] = (struct sched_item){.flow = &flows[2]};
+	ck_assert(!scheduler_submit(&scheduler, &items[8], 0));
+}
+END_TEST
+
 START_TEST(withdrawn_items_leave_nothing)
 {
 	struct scheduler scheduler;
@@ -379,6 +461,9 @@ int main(void)
 	tcase_add_test(tests, queues_are_bounded_and_others_go_on);
 	tcase_add_test(tests, a_rate_bounds_device_time_and_leaves_the_rest_to_others);
 	tcase_add_test(tests, a_lone_bounded_tenant_is_served_again_when_its_bucket_fills);
+	tcase_add_test(tests, a_bounded_session_leaves_its_tenants_time_to_the_others);
+	tcase_add_test(tests, who_waits_for_a_rate_and_leaves_leaves_nothing);
+	tcase_add_test(tests, whose_queue_is_full_is_said);
 	tcase_add_test(tests, withdrawn_items_leave_nothing);
 	tcase_add_test(tests, one_session_is_served_in_the_order_of_its_requests);
 	tcase_add_test(tests, classes_have_names);
