@@ -38,6 +38,7 @@ struct msg_hello {
 	uint64_t chunk_bytes;
 	bool no_chunks;
 	size_t reattach_bytes;
+	struct msg_text token;
 };
 
 struct msg_limits {
@@ -59,6 +60,9 @@ struct msg_hello_reply {
 	uint64_t session;
 	struct msg_text tenant;
 	bool admin;
+	struct msg_text identity;
+	uint32_t right_count;
+	const struct msg_text *rights;
 };
 
 struct msg_goaway {

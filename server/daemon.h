@@ -17,7 +17,9 @@
 #include "server/lane.h"
 #include "server/plans.h"
 #include "server/registry.h"
+#include "server/conn_tls.h"
 #include "server/server.h"
+#include "server/stranger.h"
 #include "server/tensors.h"
 #include "server/watch.h"
 
@@ -65,6 +67,10 @@ struct server {
 	struct metrics *metrics[SERVER_METRICS];
 	uint64_t flush_ns;      /* when this turn's replies went out */
 	char *stage;            /* what connections read into before they know where it belongs */
+	uint8_t *tls_stage;     /* ciphertext that connections read; NULL: no listener speaks TLS */
+	uint8_t *tls_sealed;    /* … that they write */
+	struct tls_jobs tls_jobs;
+	struct strangers strangers;
 	struct conn *conns;     /* all, newest first */
 	uint32_t conn_count;
 	uint32_t direct_count;  /* sessions that are handed over to a direct caller */

@@ -112,6 +112,8 @@ bool dispatch_walk(struct dispatch *dispatch, const opd_call *call)
 	dispatch->plan_missing = false;
 	for (; dispatch->index < dispatch->count; dispatch->index++) {
 		const struct impl *impl = dispatch->effective->impls[dispatch->index];
+		if (dispatch->access != NULL && !access_has_provider(dispatch->access, impl->provider->name))
+			continue;
 		if (!dispatch_accepts(impl, op, call, NULL)) {
 			if (log_enabled(dispatch->log, LOG_DEBUG))
 				log_refusal(dispatch, impl, op, call, NULL);
@@ -136,6 +138,8 @@ bool dispatch_next(struct dispatch *dispatch, const opd_call *call)
 static bool walked_reason(const struct dispatch *dispatch, const struct impl *impl, const struct op *op, const opd_call *call,
                           opd_reason *reason)
 {
+	if (dispatch->access != NULL && !access_has_provider(dispatch->access, impl->provider->name))
+		return !OPD_REFUSE(reason, OPD_REASON_PERMISSION, "not for %s", dispatch->access->identity);
 	if (!dispatch_accepts(impl, op, call, reason))
 		return true;
 	if (impl->def->plan == NULL)

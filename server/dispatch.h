@@ -7,6 +7,7 @@
 
 #include "proto/arena.h"
 #include "proto/message.h"
+#include "server/access.h"
 #include "server/bind.h"
 #include "server/plans.h"
 #include "server/priority.h"
@@ -16,6 +17,7 @@ struct dispatch {
 	const struct effective *effective;
 	struct plans *plans;
 	struct log *log;
+	const struct access *access; /* of an identity that may not use all providers; NULL: all */
 	uint32_t count; /* of the effective list that counts: a strict request doesn't see an appended native */
 	uint32_t index; /* of the chosen one, or where the walk goes on */
 	const struct impl *impl; /* chosen; NULL: none */
@@ -27,6 +29,12 @@ struct dispatch {
 OPD_MUST_USE opd_status dispatch_init(struct dispatch *dispatch, const struct snapshot *snapshot, const struct effective *effective,
                                       struct plans *plans, struct log *log, const struct op *op, bool strict, const opd_call *call,
                                       opd_error *error);
+
+/* Before the walk: whose it is. */
+static inline void dispatch_restrict(struct dispatch *dispatch, const struct access *access)
+{
+	dispatch->access = access->providers == NULL ? NULL : access;
+}
 
 /* Walks on from dispatch->index. True: impl (and plan, or plan_missing) are set. False: nobody accepts. Drops the plan of a walk before. */
 bool dispatch_walk(struct dispatch *dispatch, const opd_call *call);

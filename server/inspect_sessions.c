@@ -11,7 +11,7 @@ static_assert((int)QUOTA_COUNT == (int)MSG_QUOTA_KINDS, "the protocol's kinds ar
 
 static bool sees(const struct session *who, const struct session *session)
 {
-	return who->admin || session->tenant == who->tenant;
+	return access_may(who->access, RIGHT_SESSIONS) || session->tenant == who->tenant;
 }
 
 static struct msg_usage usage_of(const struct sched_usage *usage)
@@ -127,13 +127,13 @@ struct tenant_list {
 static void count_tenant(struct tenant *tenant, void *argument)
 {
 	struct tenant_list *list = argument;
-	list->count += list->who->admin || tenant == list->who->tenant;
+	list->count += access_may(list->who->access, RIGHT_SESSIONS) || tenant == list->who->tenant;
 }
 
 static void fill_tenant(struct tenant *tenant, void *argument)
 {
 	struct tenant_list *list = argument;
-	if (list->count == 0 || !(list->who->admin || tenant == list->who->tenant))
+	if (list->count == 0 || !(access_may(list->who->access, RIGHT_SESSIONS) || tenant == list->who->tenant))
 		return;
 	struct msg_tenant_state *out = &list->items[--list->count];
 	*out = (struct msg_tenant_state){

@@ -5,6 +5,7 @@
 #include "server/daemon.h"
 #include "server/derived.h"
 #include "server/request.h"
+#include "server/tls_context.h"
 
 opd_status server_set_priorities(struct server *server, const struct config *config, opd_error *error)
 {
@@ -169,5 +170,7 @@ opd_status server_reload(struct server *server, struct config *config, opd_error
 	log_changes(server, before, config);
 	warn_of_modules_that_stay(server, before, config);
 	config_destroy(before);
+	tls_context_log(config->tls_context, server->log);
+	identity_recheck(server);
 	return OPD_OK;
 }

@@ -22,6 +22,7 @@
 #include "server/request.h"
 #include "server/ring.h"
 #include "server/scrape.h"
+#include "server/tls_context.h"
 
 #define PLAN_ENTRIES 1024u
 #define PLAN_BYTES (256ull << 20)
@@ -425,7 +426,11 @@ static opd_status start(struct server *server, opd_error *error)
 		server->tenants = tenants_create(&server->memory);
 		server->publications = publications_create(&server->memory, server->tenants);
 		server->stage = malloc(CONN_STAGE_BYTES);
-		if (server->metrics[SERVER_METRICS_LOOP] == NULL || server->metrics[SERVER_METRICS_DIRECT] == NULL || server->account == NULL || server->tenants == NULL || server->publications == NULL || server->stage == NULL)
+		if (config->tls_context != NULL) {
+			server->tls_stage = malloc(TLS_STAGE_BYTES);
+			server->tls_sealed = malloc(TLS_SEALED_BYTES);
+		}
+		if ((config->tls_context != NULL && (server->tls_stage == NULL || server->tls_sealed == NULL)) || server->metrics[SERVER_METRICS_LOOP] == NULL || server->metrics[SERVER_METRICS_DIRECT] == NULL || server->account == NULL || server->tenants == NULL || server->publications == NULL || server->stage == NULL)
 			status = opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: out of memory");
 	}
 	if (status == OPD_OK)
@@ -494,6 +499,7 @@ opd_status server_create(struct config *config, struct log *log, struct server *
 		return status;
 	}
 	log_start(server);
+	tls_context_log(config->tls_context, log);
 	*server_out = server;
 	return OPD_OK;
 }
@@ -578,6 +584,8 @@ void server_destroy(struct server *server)
 	deadlines_close(&server->deadlines);
 	watches_close(&server->watches);
 	free(server->stage);
+	free(server->tls_stage);
+	free(server->tls_sealed);
 	config_destroy(server->config);
 	(void)pthread_mutex_destroy(&server->mutex);
 	free(server);

@@ -70,20 +70,21 @@ static void map_remove(struct priority_map *map, uint32_t op_index)
 	*entry = map->entries[--map->count];
 }
 
-struct session *session_create(struct server *server, struct memory *memory, uint64_t id, const char *tenant, bool admin,
-                               uint64_t limit_bytes, uint32_t kept_limit)
+struct session *session_create(struct server *server, struct memory *memory, uint64_t id, struct access *access, uint64_t limit_bytes, uint32_t kept_limit)
 {
-	struct session *session = calloc(1, sizeof *session);
-	if (session == NULL)
+	struct session *session = access == NULL ? NULL : calloc(1, sizeof *session);
+	if (session == NULL) {
+		access_unref(access);
 		return NULL;
+	}
 	session->refs = 1;
 	session->id = id;
 	session->server = server;
-	session->admin = admin;
 	session->account = account_create(memory, limit_bytes);
 	session->maps = calloc(1, sizeof *session->maps);
 	kept_init(&session->kept, kept_limit);
-	if (session->account == NULL || session->maps == NULL || !session_set_tenant(session, tenant)) {
+	if (session->account == NULL || session->maps == NULL || !session_set_access(session, access)) {
+		access_unref(access);
 		session_unref(session);
 		return NULL;
 	}
@@ -100,7 +101,7 @@ static void leave_tenant(struct session *session)
 	session->tenant = NULL;
 }
 
-bool session_set_tenant(struct session *session, const char *name)
+static bool set_tenant(struct session *session, const char *name)
 {
 	struct server *server = session->server;
 	struct tenant_policy policy;
@@ -120,6 +121,15 @@ bool session_set_tenant(struct session *session, const char *name)
 	for (uint32_t i = 0; i < QUOTA_COUNT; i++)
 		if (tenant->policy.session_quota[i] != quota_limit(&session->quota, i))
 			session_set_quota(session, (quota_kind)i, tenant->policy.session_quota[i]);
+	return true;
+}
+
+bool session_set_access(struct session *session, struct access *access)
+{
+	if (!set_tenant(session, access->tenant))
+		return false;
+	access_unref(session->access);
+	session->access = access;
 	return true;
 }
 
@@ -169,6 +179,8 @@ void session_unref(struct session *session)
 	}
 	account_unref(session->account);
 	leave_tenant(session);
+	access_unref(session->access);
+	free(session->credential.subject);
 	free(session);
 }
 

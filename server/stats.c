@@ -230,14 +230,14 @@ static void tell_lanes(const struct walk *walk)
 static void tell_tenant(struct tenant *tenant, void *argument)
 {
 	const struct walk *walk = argument;
-	if (walk->who == NULL || walk->who->admin || walk->who->tenant == tenant)
+	if (walk->who == NULL || access_may(walk->who->access, RIGHT_SESSIONS) || walk->who->tenant == tenant)
 		labelled(walk->sink, "tenant", tenant->name, walk->value(walk, tenant));
 }
 
 static void tell_refusals(struct tenant *tenant, void *argument)
 {
 	const struct walk *walk = argument;
-	if (walk->who != NULL && !walk->who->admin && walk->who->tenant != tenant)
+	if (walk->who != NULL && !access_may(walk->who->access, RIGHT_SESSIONS) && walk->who->tenant != tenant)
 		return;
 	for (uint32_t i = 0; i < QUOTA_COUNT; i++) {
 		const struct stats_label labels[] = {{"tenant", tenant->name}, {"quota", quota_name(i)}};

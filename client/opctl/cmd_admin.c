@@ -130,6 +130,8 @@ static int print_info_json(const opd_server_info *info, const opd_session *sessi
 	cJSON *own = cJSON_AddObjectToObject(document, "session");
 	cJSON_AddItemToObject(own, "number", json_u64(session->session));
 	cJSON_AddStringToObject(own, "tenant", session->tenant);
+	cJSON_AddStringToObject(own, "identity", session->identity);
+	cJSON_AddStringToObject(own, "rights", session->rights);
 	cJSON_AddBoolToObject(own, "admin", session->admin);
 	cJSON_AddItemToObject(own, "memory_bytes", json_u64(info->session_memory_bytes));
 	cJSON_AddItemToObject(own, "memory_limit_bytes", json_u64(session->session_bytes));
@@ -157,6 +159,7 @@ static void print_info(const opd_server_info *info, const opd_session *session)
 	(void)printf("session    %" PRIu64 ", tenant %s%s, %s of %s, %u requests in flight at most\n", session->session,
 	             shown(session->tenant), session->admin ? ", administrator" : "", bytes_text(info->session_memory_bytes),
 	             bytes_text(session->session_bytes), session->in_flight);
+	(void)printf("identity   %s, rights: %s\n", shown(session->identity), session->rights[0] == '\0' ? "none" : shown(session->rights));
 }
 
 int cmd_info(struct opctl *ctl)
