@@ -84,12 +84,23 @@ static opd_status check_fixed(const struct config *before, const struct config *
 	return OPD_OK;
 }
 
+/* Also one that an earlier configuration named, or that was loaded by a request. */
+static bool module_loaded(struct server *server, const char *path)
+{
+	struct snapshot *snapshot = registry_snapshot(server->registry);
+	bool found = false;
+	for (uint32_t i = 0; i < snapshot->provider_count; i++)
+		found = found || (snapshot->providers[i]->module != NULL && strcmp(snapshot->providers[i]->source, path) == 0);
+	snapshot_unref(snapshot);
+	return found;
+}
+
 static opd_status load_new_modules(struct server *server, const struct config *config, opd_error *error)
 {
 	opd_status status = OPD_OK;
 	for (size_t i = 0; status == OPD_OK && i < config->module_count; i++) {
 		const struct config_module *module = &config->modules[i];
-		if (!module_known(server->config, module->path))
+		if (!module_known(server->config, module->path) && !module_loaded(server, module->path))
 			status = module->isolated ? registry_load_isolated(server->registry, module->path, module->name, false, error)
 			                          : registry_load(server->registry, module->path, module->name, false, error);
 	}

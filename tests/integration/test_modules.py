@@ -447,6 +447,25 @@ class Bad(unittest.TestCase):
         with Client(daemon.address) as client:
             self.assertEqual(client.ask(run("relu", inline([2], f32(-1, 1))))[0].run.provider, "testdev")
 
+    def test_a_module_taken_out_of_the_configuration_while_it_is_busy_stays_until_the_end(self):
+        """Hardening: providers-unload"""
+        module = "modules: [{name: testdev, path: %s}]\npriorities: {relu: [testdev]}\n" % self.file("busy.so")
+        daemon = daemon_for(self, config=module, environment={"OPD_TEST_DEVICE_DELAY_US": "20000"})
+        with Client(daemon.address) as client:
+            request = run("relu", inline([2], f32(-1, 1)))
+            ids = [client.submit(request) for _ in range(20)]
+            daemon.write_config("priorities: {relu: [native]}\n")
+            daemon.signal(signal.SIGHUP)
+            daemon.wait_log("warn", "a module stays loaded until a restart", "busy.so")
+            for _ in ids:
+                _, reply, data = client.read_reply()
+                self.assertEqual((reply.status, reply.run.provider, unpack_f32(data)), (harness.OK, "testdev", (0.0, 1.0)))
+            self.assertEqual(client.ask(request)[0].run.provider, "native")
+            daemon.write_config(module)
+            daemon.signal(signal.SIGHUP)
+            daemon.wait_log("configuration reloaded", count=2)
+            self.assertEqual(client.ask(request)[0].run.provider, "testdev")
+
     def test_check_config_names_a_module_that_is_missing_from_the_lists(self):
         command(harness.OPD, "--check-config", "--module", "gone=/nowhere.so", "--priority", "relu=gone,native")
         done = subprocess.run([harness.OPD, "--check-config", "--priority", "relu=gone,native"], capture_output=True, text=True, timeout=harness.PATIENCE)
