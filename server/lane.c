@@ -354,6 +354,8 @@ struct scheduler *lane_scheduler_lock(struct lane *lane)
 
 void lane_scheduler_unlock(struct lane *lane)
 {
+	if (scheduler_runnable(&lane->scheduler)) /* somebody's rate may be another one now, and the threads still sleep until the old one's time */
+		lane->ready_ns = UINT64_MAX;
 	unlock_and_wake(lane);
 }
 

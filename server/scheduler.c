@@ -450,6 +450,14 @@ struct sched_item *scheduler_pick(struct scheduler *scheduler, uint64_t now_ns, 
 	return item;
 }
 
+bool scheduler_runnable(const struct scheduler *scheduler)
+{
+	bool any = false;
+	for (uint32_t i = 0; i < CLASS_COUNT; i++)
+		any = any || scheduler->classes[i].waiting.first != NULL;
+	return any;
+}
+
 static void record(struct scheduler *scheduler, struct sched_flow *flow, uint64_t device_ns)
 {
 	scheduler->device_ns += device_ns;

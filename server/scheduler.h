@@ -150,6 +150,8 @@ bool scheduler_submit(struct scheduler *scheduler, struct sched_item *item, uint
 bool scheduler_withdraw(struct scheduler *scheduler, struct sched_item *item);
 /* The item to run now; NULL: none. Where all that wait have used up their rates, *ready_ns_out says when to ask again (else UINT64_MAX). */
 struct sched_item *scheduler_pick(struct scheduler *scheduler, uint64_t now_ns, uint64_t *ready_ns_out);
+/* Something is queued that waits for no rate: scheduler_pick would give it now. */
+bool scheduler_runnable(const struct scheduler *scheduler);
 /* A picked item of this flow and class, charged estimate_ns, took device_ns. The item itself may be gone already. */
 void scheduler_complete(struct scheduler *scheduler, struct sched_flow *flow, sched_class class, uint64_t estimate_ns, uint64_t device_ns);
 /* Device time that went by the scheduler: a kernel that ran on the I/O loop. */

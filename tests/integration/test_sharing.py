@@ -380,8 +380,8 @@ class Quotas(DaemonCase):
     def test_a_session_that_has_used_its_device_time_waits_and_others_go_on(self):
         self.one.ask(product(256, 256), f32(1))
         self.opctl("session", str(self.one.hello.session), "set", "quota", "device_time=1ms")
-        self.assertEqual(self.one.call(product(256, 256), f32(1))[0].status, OK)  # its bucket is full: this one empties it for long
-        late = self.one.submit(product(256, 256), f32(1))
+        self.assertEqual(self.one.call(product(512, 512), f32(1))[0].status, OK)  # its bucket is full: this one empties it for minutes
+        late = self.one.submit(product(2, 2), f32(1))
         wait_until(lambda: [state.queued for state in self.sessions_by(self.two) if state.session == self.one.hello.session] == [1], "it waits")
         self.assertEqual(self.two.call(product(2, 2), f32(1))[0].status, OK)
         self.assertEqual([state.queued for state in self.sessions_by(self.two) if state.session == self.one.hello.session], [1])
