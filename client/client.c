@@ -101,9 +101,15 @@ static opd_status client_dial(opd_client *client, const char *address, uint64_t 
 	return status;
 }
 
-/* A blocking receive with the client's own timeout needs no poll before it. */
-static void set_receive_timeout(opd_client *client)
+/* A blocking receive with the client's own timeout needs no poll before it. On a Unix socket it is woken for nothing, though, when the peer takes what was sent (the socket has room again,
+ * and that wakes every reader of it that isn't polling): two switches of processes, on one core, for one call less. One small op there: 1.43 to 1.18 times the echo, whose client blocks. */
+static void set_receiving(opd_client *client)
 {
+	struct sockaddr address = {.sa_family = AF_UNSPEC};
+	socklen_t bytes = sizeof address;
+	client->receive_blocks = getsockname(client->fd, &address, &bytes) == 0 && address.sa_family != AF_UNIX;
+	if (!client->receive_blocks)
+		return;
 	const struct timeval value = {.tv_sec = (time_t)(client->timeout_us / 1000000u),
 	                              .tv_usec = (suseconds_t)(client->timeout_us % 1000000u)};
 	client->receive_timeout = client->timeout_us != 0 && client->timeout_us < (uint64_t)1 << 50 &&
@@ -135,7 +141,7 @@ opd_status opd_connect(const char *address, const opd_connect_options *options, 
 		opd_close(client);
 		return status;
 	}
-	set_receive_timeout(client);
+	set_receiving(client);
 	*client_out = client;
 	return OPD_OK;
 }

@@ -110,9 +110,9 @@ opd_status connection_pump(opd_client *client, uint64_t deadline_us, bool fresh,
 	bool more;
 	if (client->ring != NULL)
 		return ring_sleep(client, deadline_us) ? receive_once(client, false, &more, error) : OPD_DEADLINE_EXCEEDED;
-	/* Nothing to write and no other deadline than the socket's own: one call less than poll and receive. */
+	/* Nothing to write and no other deadline than the socket's own: one call less than poll and receive, where that pays. */
 	const bool pending = writer_pending(client);
-	if (!pending && (deadline_us == UINT64_MAX || (fresh && client->receive_timeout)))
+	if (!pending && client->receive_blocks && (deadline_us == UINT64_MAX || (fresh && client->receive_timeout)))
 		return receive_once(client, true, &more, error);
 	short ready;
 	if (!wait_socket(client, pending ? POLLIN | POLLOUT : POLLIN, deadline_us, &ready))

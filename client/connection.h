@@ -66,6 +66,7 @@ struct reader {
 struct opd_client {
 	int fd;
 	uint64_t timeout_us;         /* of blocking calls; 0: none */
+	bool receive_blocks;         /* waiting is a blocking receive, where nothing else is to be waited for; else a poll comes first */
 	bool receive_timeout;        /* the socket's own receive timeout is timeout_us */
 	const struct scheme *scheme; /* NULL: a plain address */
 	void *scheme_state;

@@ -63,7 +63,7 @@ struct lane_exec {
 };
 
 /* A thread without work watches for so long before it sleeps, and yields meanwhile: enough for the next job of a busy client (then lane_submit
- * needs no system call), too short to keep an idle machine busy. */
+ * needs no system call), too short to keep an idle machine busy. Where a yield shows that others want its core it sleeps at once, and so the next times. */
 #define LANE_SPIN_NS_DEFAULT 4000u
 
 struct lane_options {
