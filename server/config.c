@@ -75,6 +75,7 @@ struct config *config_create(void)
 	};
 	config->quarantine = (struct config_quarantine){.failures = 5, .provider_failures = 20, .window_us = 60 * 1000000, .cooldown_us = 60 * 1000000};
 	config->inline_ns = 5000;
+	config->segment_ns = 2000000;
 	config->polling_window_us = 50;
 	config->polling_budget_us = 500000;
 	config->level = LOG_INFO;

@@ -164,6 +164,7 @@ struct config {
 	uint32_t threads; /* of the CPU lane; 0: one a core that the process may use */
 	bool checked;     /* canaries behind every output, verified after each kernel */
 	uint64_t inline_ns; /* a kernel estimated under this runs on the loop; default 5000, 0: never */
+	uint64_t segment_ns; /* of work may be handed to a device before the scheduler is asked again; default 2 ms */
 	uint64_t polling_window_us; /* the loop goes on looking at a polling client's ring for at most so long; default 50, 0: never */
 	uint64_t polling_budget_us; /* … and spends at most so much of a second in looks that bring nothing; default 500000 */
 	log_level level;

@@ -256,6 +256,7 @@ static const struct config_key keys[] = {
 	{"threads", set_count, AT(threads), 0, 1024, 0},
 	{"checked", set_bool, AT(checked), 0, 0, 0},
 	{"inline", set_ns, AT(inline_ns), 0, 1000000, 0},
+	{"segment", set_ns, AT(segment_ns), 1000, 1000000000, 0},
 	{"polling.window", set_us, AT(polling_window_us), 0, 10000, 0},
 	{"polling.budget", set_us, AT(polling_budget_us), 0, 1000000, 0},
 	{"log.level", set_level, AT(level), 0, 0, 0},

@@ -42,6 +42,7 @@ struct server {
 	_Atomic bool checked;          /* what lanes and direct callers need of it: some provider's outputs have canaries */
 	_Atomic uint64_t inline_ns;
 	_Atomic uint32_t refuse_uploads; /* percent */
+	_Atomic uint64_t segment_ns;
 	struct registry *registry;
 	struct containment *containment;
 	struct plans *plans;

@@ -462,6 +462,16 @@ void server_bound_queues(struct server *server)
 	scheduler->flow_queue_max = server->config->limits.queue;
 	scheduler->queue_max = server->config->limits.lane_queue;
 	lane_scheduler_unlock(server->lane);
+	lane_set_segment(server->lane, server->config->segment_ns);
+	for (uint32_t i = 1; i < REGISTRY_DEVICES_MAX; i++) {
+		struct device_lane *lane = device_lane_started(server, i);
+		if (lane == NULL)
+			continue;
+		scheduler = device_lane_scheduler_lock(lane);
+		scheduler->flow_queue_max = server->config->limits.queue;
+		scheduler->queue_max = server->config->limits.lane_queue;
+		device_lane_scheduler_unlock(lane);
+	}
 }
 
 void server_take_config(struct server *server, struct config *config)
@@ -474,6 +484,7 @@ void server_take_config(struct server *server, struct config *config)
 	if (server->containment != NULL)
 		containment_configure(server->containment, config);
 	atomic_store_explicit(&server->inline_ns, config->inline_ns, memory_order_relaxed);
+	atomic_store_explicit(&server->segment_ns, config->segment_ns, memory_order_relaxed);
 	atomic_store_explicit(&server->refuse_uploads, config->limits.refuse_uploads, memory_order_relaxed);
 }
 
