@@ -24,6 +24,7 @@
 struct allocation;
 struct containment;
 struct derived;
+struct differential;
 struct listener;
 struct conn;
 struct post;
@@ -37,6 +38,7 @@ struct server {
 	_Atomic uint32_t refuse_uploads; /* percent */
 	struct registry *registry;
 	struct containment *containment;
+	struct differential *differential;
 	struct plans *plans;
 	struct derived *derived;
 	struct memory memory;
