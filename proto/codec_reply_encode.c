@@ -288,6 +288,9 @@ static Opd__V1__Info *write_info(struct arena *arena, const struct msg_info *in)
 	out->derived_found = in->derived_found;
 	out->derived_made = in->derived_made;
 	out->stuck = in->stuck;
+	out->compared = in->compared;
+	out->diverged = in->diverged;
+	out->left_out = in->left_out;
 	return out;
 }
 

@@ -380,6 +380,9 @@ struct msg_info {
 	uint32_t degraded_count;
 	const struct msg_text *degraded;
 	uint32_t stuck;
+	uint64_t compared;
+	uint64_t diverged;
+	uint64_t left_out;
 };
 
 /* ---- Graphs ---- */

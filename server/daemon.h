@@ -26,6 +26,7 @@
 struct allocation;
 struct containment;
 struct derived;
+struct differential;
 struct listener;
 struct conn;
 struct metrics;
@@ -45,6 +46,7 @@ struct server {
 	_Atomic uint64_t segment_ns;
 	struct registry *registry;
 	struct containment *containment;
+	struct differential *differential;
 	struct plans *plans;
 	struct derived *derived;
 	struct memory memory;
