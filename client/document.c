@@ -198,6 +198,7 @@ void *document_info(opd_result *result)
 	info->derived_bytes = from->derived_bytes;
 	info->derived_found = from->derived_found;
 	info->derived_made = from->derived_made;
+	info->stuck = from->stuck;
 	info->listeners = texts(result, from->listener_count, from->listeners, &info->listener_count);
 	info->devices = texts(result, from->device_count, from->devices, &info->device_count);
 	info->unhealthy = texts(result, from->unhealthy_count, from->unhealthy, &info->unhealthy_count);

@@ -313,6 +313,7 @@ static opd_status read_info(struct reader *reader, const Opd__V1__Info *in, stru
 	out->derived_bytes = in->derived_bytes;
 	out->derived_found = in->derived_found;
 	out->derived_made = in->derived_made;
+	out->stuck = in->stuck;
 	opd_status status = read_text(reader, "version", in->version, BOUND_STR_BYTES, &out->version);
 	if (status == OPD_OK)
 		status = read_names(reader, "listeners", in->n_listeners, in->listeners, &out->listener_count, &out->listeners);

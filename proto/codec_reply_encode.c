@@ -264,6 +264,7 @@ static Opd__V1__Info *write_info(struct arena *arena, const struct msg_info *in)
 	out->derived_bytes = in->derived_bytes;
 	out->derived_found = in->derived_found;
 	out->derived_made = in->derived_made;
+	out->stuck = in->stuck;
 	return out;
 }
 

@@ -358,6 +358,7 @@ struct msg_info {
 	const struct msg_text *unhealthy;
 	uint32_t degraded_count;
 	const struct msg_text *degraded;
+	uint32_t stuck;
 };
 
 /* ---- Graphs ---- */

@@ -76,6 +76,7 @@ struct config *config_create(void)
 	config->polling_window_us = 50;
 	config->polling_budget_us = 500000;
 	config->level = LOG_INFO;
+	config->log_lines = 600;
 	config->format = LOG_TEXT;
 	config_derive_limits(config);
 	/* The order among providers where nobody says. */

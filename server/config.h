@@ -136,6 +136,8 @@ struct config {
 	log_level level;
 	log_format format;
 	char *log_path; /* NULL: stderr */
+	uint32_t log_lines; /* of one kind a minute, of those that clients can cause; default 600, 0: any */
+	bool core;          /* core dumps are allowed (of tensors only what is smaller than 1 MiB is in them) */
 	uint32_t given; /* limits that somebody set (config_key.c's bits); the others follow memory_bytes */
 };
 

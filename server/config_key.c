@@ -208,11 +208,11 @@ static const struct config_key keys[] = {
 	{"limits.handshake", set_us, AT(limits.handshake_us), 10000, 60 * MINUTE_US, 0},
 	{"limits.stall", set_us, AT(limits.stall_us), 100000, 24 * 60 * MINUTE_US, 0},
 	{"limits.drain", set_us, AT(limits.drain_us), 1000, 24 * 60 * MINUTE_US, 0},
+	{"limits.stuck", set_us, AT(limits.stuck_us), 0, 24 * 60 * MINUTE_US, 0},
 	{"quarantine.failures", set_count, AT(quarantine.failures), 0, QUARANTINE_FAILURES_MAX, 0},
 	{"quarantine.provider_failures", set_count, AT(quarantine.provider_failures), 0, QUARANTINE_FAILURES_MAX, 0},
 	{"quarantine.window", set_us, AT(quarantine.window_us), 1000, 24 * 60 * MINUTE_US, 0},
 	{"quarantine.cooldown", set_us, AT(quarantine.cooldown_us), 1000, 24 * 60 * MINUTE_US, 0},
-	{"limits.stuck", set_us, AT(limits.stuck_us), 0, 24 * 60 * MINUTE_US, 0},
 	{"threads", set_count, AT(threads), 0, 1024, 0},
 	{"checked", set_bool, AT(checked), 0, 0, 0},
 	{"inline", set_ns, AT(inline_ns), 0, 1000000, 0},
@@ -220,6 +220,8 @@ static const struct config_key keys[] = {
 	{"polling.budget", set_us, AT(polling_budget_us), 0, 1000000, 0},
 	{"log.level", set_level, AT(level), 0, 0, 0},
 	{"log.format", set_format, AT(format), 0, 0, 0},
+	{"log.lines", set_count, AT(log_lines), 0, 1000000, 0},
+	{"core", set_bool, AT(core), 0, 0, 0},
 	{"log.file", set_log_file, AT(log_path), 0, 0, 0},
 };
 

@@ -1,4 +1,5 @@
 /* A configuration as text, key by key, and what differs between two. */
+#include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -83,6 +84,12 @@ static void add_listeners(struct items *items, const struct config *config)
 	free(addresses);
 }
 
+static char *provider_text(const struct provider_policy *policy)
+{
+	char *text;
+	return asprintf(&text, "{checked: %s, budget: %" PRIu64 "us}", policy->checked ? "true" : "false", policy->budget_us) < 0 ? NULL : text;
+}
+
 static void add_lists(struct items *items, const struct config *config)
 {
 	for (size_t i = 0; i < config->priority_count; i++) {
@@ -93,6 +100,8 @@ static void add_lists(struct items *items, const struct config *config)
 		const struct config_module *module = &config->modules[i];
 		items_add(items, joined("modules", module->name != NULL ? module->name : module->path), strdup(module->path));
 	}
+	for (size_t i = 0; i < config->provider_count; i++)
+		items_add(items, joined("providers", config->providers[i].name), provider_text(&config->providers[i].policy));
 	for (size_t i = 0; i < config->tenant_count; i++)
 		items_add(items, joined("tenants", config->tenants[i].name), strdup(config->tenants[i].text == NULL ? "{}" : config->tenants[i].text));
 }

@@ -81,8 +81,10 @@ void conn_close(struct conn *conn, log_level level, const char *reason)
 	if (conn->closing)
 		return;
 	conn->closing = true;
-	LOG(conn->server->log, level, "session closed", LOG_UINT("session", conn->session->id), LOG_STR("peer", conn->peer),
-	    LOG_STR("reason", reason), LOG_UINT("in_flight", conn->session->in_flight));
+	/* Requests that end without a reply have their reason in the log, always. */
+	LOG_LIMITED(conn->server->log, level, &conn->server->closed_lines, conn->session->in_flight > 0 ? 0 : conn->server->config->log_lines, "session closed",
+	            LOG_UINT("session", conn->session->id), LOG_STR("peer", conn->peer), LOG_STR("reason", reason),
+	            LOG_UINT("in_flight", conn->session->in_flight));
 	ring_close(conn);
 	conn->handle.data = conn;
 	uv_close(&conn->handle, on_closed);
@@ -151,8 +153,8 @@ void conn_refuse_hello(struct conn *conn, const opd_error *error)
 {
 	conn->broken = true; /* one answer, however much comes behind */
 	conn_stop_reading(conn);
-	LOG(conn->server->log, LOG_WARN, "session refused", LOG_UINT("session", conn->session->id), LOG_STR("peer", conn->peer),
-	    LOG_STR("reason", error->text));
+	LOG_LIMITED(conn->server->log, LOG_WARN, &conn->server->refused_lines, conn->server->config->log_lines, "session refused",
+	            LOG_UINT("session", conn->session->id), LOG_STR("peer", conn->peer), LOG_STR("reason", error->text));
 	send_hello_reply(conn, error);
 }
 
@@ -186,8 +188,8 @@ void conn_on_hello(struct conn *conn, const uint8_t *envelope, size_t bytes)
 		if ((conn->features & CONN_PASSES) != 0)
 			conn->pipe.ipc = 1; /* from now on descriptors are received: until here, and from others, the system drops them */
 		conn->chunk_bytes = hello.no_chunks ? 0 : hello.chunk_bytes == 0 ? BOUND_CHUNK_BYTES_DEFAULT : hello.chunk_bytes;
-		LOG(conn->server->log, LOG_INFO, "session opened", LOG_UINT("session", conn->session->id), LOG_STR("peer", conn->peer),
-		    LOG_STR("tenant", conn->session->tenant->name), LOG_STR("client", hello.client.data));
+		LOG_LIMITED(conn->server->log, LOG_INFO, &conn->server->opened_lines, conn->server->config->log_lines, "session opened",
+		            LOG_UINT("session", conn->session->id), LOG_STR("peer", conn->peer), LOG_STR("tenant", conn->session->tenant->name), LOG_STR("client", hello.client.data));
 		send_hello_reply(conn, NULL);
 	} else {
 		conn_refuse_hello(conn, &error);

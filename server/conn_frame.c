@@ -145,8 +145,8 @@ void conn_protocol_error(struct conn *conn, const char *what)
 		return;
 	}
 	char shown[300];
-	LOG(conn->server->log, LOG_WARN, "protocol error", LOG_UINT("session", conn->session->id), LOG_STR("peer", conn->peer),
-	    LOG_STR("reason", text_escape(what, strlen(what), shown, sizeof shown)));
+	LOG_LIMITED(conn->server->log, LOG_WARN, &conn->server->broken_lines, conn->server->config->log_lines, "protocol error",
+	            LOG_UINT("session", conn->session->id), LOG_STR("peer", conn->peer), LOG_STR("reason", text_escape(what, strlen(what), shown, sizeof shown)));
 	conn_abandon_half_sent(conn, "the connection ended before the payload was there");
 	conn->last_words = false;
 	conn_say_goodbye(conn, OPD_INVALID_ARGUMENT, what);

@@ -19,6 +19,7 @@
 #include "server/registry.h"
 #include "server/server.h"
 #include "server/tensors.h"
+#include "server/watch.h"
 
 struct allocation;
 struct containment;
@@ -52,6 +53,7 @@ struct server {
 	uv_idle_t again;      /* active while a connection has more to do than one turn allows */
 	uv_poll_t tick;       /* once a second: handshakes, stalls, the drain's end */
 	struct deadlines deadlines;
+	struct watches watches;
 	int tick_fd;          /* its timerfd. A loop without a libuv timer sleeps without a time limit, which spares arming one: 0.6 us a call */
 	bool running;
 	struct context context; /* the loop's */
@@ -78,6 +80,10 @@ struct server {
 	bool ending;            /* the lanes are stopped: nothing may be submitted to one any more */
 	uint64_t drain_until_us;
 
+	struct log_limit opened_lines;  /* what clients can fill a log with: `log.lines` a minute of each */
+	struct log_limit closed_lines;
+	struct log_limit refused_lines;
+	struct log_limit broken_lines;
 	struct log_limit list_warnings; /* of fallbacks that requests' own lists allow */
 	_Atomic uint64_t requests; /* accepted since the start */
 	_Atomic uint64_t uploads_refused;  /* for daemon memory */

@@ -233,7 +233,10 @@ static opd_status run_kernel(struct request *request, struct lane_exec *lane)
 	lane->derived = &derived;
 	run->written = true;
 	request->error.text[0] = '\0';
+	struct watch watch;
+	watch_begin(&request->context->server->watches, &watch, impl, request, lane);
 	status = impl->def->run(impl->def, impl->state, &run->bound.call, &exec, &request->error);
+	watch_end(&request->context->server->watches, &watch);
 	lane->derived = NULL;
 	derived_end(request->context->server->derived, &derived);
 	if (status != OPD_OK) {
@@ -284,11 +287,14 @@ bool execute_unwanted(struct request *request, const struct lane_exec *lane)
 }
 
 /* On a lane thread: the plan that is missing; false when it refused or failed. */
-static bool make_plan(struct request *request)
+static bool make_plan(struct request *request, struct lane_exec *exec)
 {
 	struct request_run *run = &request->run;
 	struct dispatch *dispatch = &run->dispatch;
+	struct watch watch;
+	watch_begin(&request->context->server->watches, &watch, dispatch->impl, request, exec);
 	request->status = plans_make(dispatch->plans, dispatch->snapshot, dispatch->impl, &run->bound.call, &dispatch->plan, &request->error);
+	watch_end(&request->context->server->watches, &watch);
 	if (request->status != OPD_OK)
 		return false;
 	dispatch->plan_missing = false;
@@ -301,16 +307,15 @@ static void lane_run(struct lane_job *job, struct lane_exec *exec)
 	struct request *request = (struct request *)((char *)job - offsetof(struct request, job));
 	if (execute_unwanted(request, exec))
 		return;
-	if (request->run.dispatch.plan_missing && !make_plan(request))
+	if (request->run.dispatch.plan_missing && !make_plan(request, exec))
 		return;
 	run_here(request, exec);
 }
 
 static void lane_plan(struct lane_job *job, struct lane_exec *exec)
 {
-	(void)exec;
 	struct request *request = (struct request *)((char *)job - offsetof(struct request, job));
-	(void)make_plan(request);
+	(void)make_plan(request, exec);
 }
 
 static void lane_graph(struct lane_job *job, struct lane_exec *exec)

@@ -258,6 +258,7 @@ void inspect_info(struct request *request)
 		.derived_bytes = derived.bytes,
 		.derived_found = derived.found,
 		.derived_made = derived.made,
+		.stuck = lane_stuck(server->lane),
 	};
 	if (!health_fill(server, snapshot, &request->arena, &request->reply.info)) {
 		fail_memory(request, "info");

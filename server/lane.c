@@ -21,9 +21,15 @@ struct worker {
 	uint32_t number;
 	bool parked; /* on the lane's stack of sleeping workers */
 	struct worker *next_parked;
-	pthread_cond_t cond; /* unparked, or its loop's last helper has left; of CLOCK_MONOTONIC */
+	pthread_cond_t cond; /* unparked, or its loop's last helper has left, or it is no spare any more; of CLOCK_MONOTONIC */
 	uint32_t crowded; /* spins to leave out: its core is wanted by others */
 	pthread_t thread;
+	/* Under the mutex. */
+	const struct lane_job *job; /* that it runs */
+	const struct worker *helps; /* whose loop it helps with */
+	bool replaced;              /* another has its number */
+	bool spare;                 /* … and it waits to be wanted again */
+	struct worker *next_spare;
 };
 
 /* One parallel_for: on its caller's stack. Listed while it has an owner that still claims shares. */
@@ -53,6 +59,8 @@ struct lane {
 	uint32_t spinning; /* threads that look for work without sleeping */
 	uint32_t waking;   /* unparked, not yet running */
 	struct worker *parked;
+	struct worker *spares;
+	uint32_t stuck; /* replaced, and still in their job */
 	struct loop *loops;
 	bool stopping;
 
@@ -61,7 +69,7 @@ struct lane {
 	uint64_t spin_ns;
 	void (*wake)(void *argument);
 	void *wake_argument;
-	struct worker workers[];
+	struct worker workers[]; /* [2 * threads]: as many again may take the place of stuck ones */
 };
 
 /* NULL on threads that are no lane's. */
@@ -85,8 +93,11 @@ static void pause_cpu(void)
 
 /* ---- Waking ------------------------------------------------------------------------------------------------------------ */
 
+/* Under the mutex. The loop of a job that is stuck is left to those who are in it: whoever took their place has their numbers. */
 static uint32_t loop_left(const struct loop *loop)
 {
+	if (loop->owner->replaced)
+		return 0;
 	uint32_t claimed = atomic_load_explicit(&loop->claimed, memory_order_relaxed);
 	return claimed < loop->shares ? loop->shares - claimed : 0;
 }
@@ -231,11 +242,13 @@ static bool help(struct worker *worker)
 	if (loop == NULL)
 		return false;
 	(void)atomic_fetch_add_explicit(&loop->helpers, 1, memory_order_relaxed);
+	worker->helps = loop->owner;
 	unlock_and_wake(lane);
 	const uint64_t began = now_ns();
 	run_shares(lane, loop, worker->number);
 	(void)atomic_fetch_add_explicit(&loop->helped_ns, now_ns() - began, memory_order_relaxed);
 	(void)pthread_mutex_lock(&lane->mutex);
+	worker->helps = NULL;
 	/* The owner may return, and the loop be gone, as soon as it sees zero. */
 	struct worker *owner = loop->owner;
 	if (atomic_fetch_sub_explicit(&loop->helpers, 1, memory_order_release) == 1)
@@ -435,6 +448,7 @@ static bool run_next(struct worker *worker)
 	if (job == NULL)
 		return false;
 	const struct sched_item item = job->item;
+	worker->job = job;
 	unlock_and_wake(lane);
 	struct lane_exec exec = {.lane = lane, .job = job, .threads = lane->threads};
 	job->run(job, &exec);
@@ -442,6 +456,9 @@ static bool run_next(struct worker *worker)
 	/* Before the job is its owner's again, who may then free the flow. */
 	(void)pthread_mutex_lock(&lane->mutex);
 	scheduler_complete(&lane->scheduler, item.flow, (sched_class)item.class, item.estimate_ns, device_ns);
+	worker->job = NULL;
+	if (worker->replaced) /* it wasn't counted any more */
+		(void)atomic_fetch_add_explicit(&lane->load, 1, memory_order_relaxed);
 	(void)pthread_mutex_unlock(&lane->mutex);
 	job_finish(lane, job);
 	(void)pthread_mutex_lock(&lane->mutex);
@@ -454,6 +471,19 @@ static bool work(struct worker *worker)
 	return help(worker) || run_next(worker);
 }
 
+/* Another thread has taken its number while it was stuck: waits until it is given one again. Under the mutex. */
+static void wait_as_spare(struct worker *worker)
+{
+	struct lane *lane = worker->lane;
+	lane->stuck--;
+	worker->spare = true;
+	worker->next_spare = lane->spares;
+	lane->spares = worker;
+	while (worker->spare && !lane->stopping)
+		(void)pthread_cond_wait(&worker->cond, &lane->mutex);
+	worker->replaced = false;
+}
+
 static void *worker_main(void *argument)
 {
 	struct worker *worker = argument;
@@ -461,6 +491,10 @@ static void *worker_main(void *argument)
 	self = worker;
 	(void)pthread_mutex_lock(&lane->mutex);
 	for (;;) {
+		if (worker->replaced)
+			wait_as_spare(worker);
+		if (worker->spare) /* to the end */
+			break;
 		if (work(worker))
 			continue;
 		if (lane->stopping)
@@ -518,9 +552,10 @@ static void init_cond(pthread_cond_t *cond)
 	(void)pthread_condattr_destroy(&attributes);
 }
 
+/* Of the lane's threads, the next that isn't started yet. */
 static bool start_worker(struct lane *lane, uint32_t number)
 {
-	struct worker *worker = &lane->workers[number];
+	struct worker *worker = &lane->workers[lane->started];
 	worker->lane = lane;
 	worker->number = number;
 	init_cond(&worker->cond);
@@ -547,12 +582,61 @@ static void start_workers(struct lane *lane)
 	(void)pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
+/* Under the mutex. */
+static bool replace(struct lane *lane, struct worker *stuck)
+{
+	struct worker *spare = lane->spares;
+	if (spare != NULL) {
+		lane->spares = spare->next_spare;
+		spare->number = stuck->number;
+		spare->spare = false;
+		(void)pthread_cond_signal(&spare->cond);
+	} else {
+		sigset_t all, before;
+		(void)sigfillset(&all);
+		(void)pthread_sigmask(SIG_SETMASK, &all, &before);
+		const bool started = lane->started < 2 * lane->threads && start_worker(lane, stuck->number);
+		(void)pthread_sigmask(SIG_SETMASK, &before, NULL);
+		if (!started)
+			return false;
+	}
+	stuck->replaced = true;
+	lane->stuck++;
+	return true;
+}
+
+bool lane_replace(struct lane *lane, const struct lane_job *job)
+{
+	struct worker *owner = NULL;
+	(void)pthread_mutex_lock(&lane->mutex);
+	const uint32_t started = lane->started;
+	for (uint32_t i = 0; i < started; i++)
+		if (lane->workers[i].job == job && !lane->workers[i].replaced)
+			owner = &lane->workers[i];
+	bool replaced = owner != NULL && !lane->stopping && replace(lane, owner);
+	if (replaced)
+		(void)atomic_fetch_sub_explicit(&lane->load, 1, memory_order_relaxed);
+	for (uint32_t i = 0; replaced && i < started; i++)
+		if (lane->workers[i].helps == owner && !lane->workers[i].replaced)
+			(void)replace(lane, &lane->workers[i]);
+	(void)pthread_mutex_unlock(&lane->mutex);
+	return replaced;
+}
+
+uint32_t lane_stuck(struct lane *lane)
+{
+	(void)pthread_mutex_lock(&lane->mutex);
+	const uint32_t stuck = lane->stuck;
+	(void)pthread_mutex_unlock(&lane->mutex);
+	return stuck;
+}
+
 opd_status lane_create(const struct lane_options *options, struct lane **lane_out, opd_error *error)
 {
 	uint32_t threads = options->threads == 0 ? count_cores() : options->threads;
 	if (threads > THREADS_MAX)
 		return opd_fail(error, OPD_INVALID_ARGUMENT, "lane: %u threads, expected at most %u", threads, THREADS_MAX);
-	struct lane *lane = calloc(1, sizeof *lane + threads * sizeof lane->workers[0]);
+	struct lane *lane = calloc(1, sizeof *lane + 2 * (size_t)threads * sizeof lane->workers[0]);
 	if (lane == NULL)
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "lane: out of memory");
 	(void)pthread_mutex_init(&lane->mutex, NULL);
@@ -593,6 +677,8 @@ void lane_stop(struct lane *lane)
 	lane->stopping = true;
 	scheduler_forget_rates(&lane->scheduler);
 	unpark_all(lane);
+	for (struct worker *spare = lane->spares; spare != NULL; spare = spare->next_spare)
+		(void)pthread_cond_signal(&spare->cond);
 	(void)pthread_mutex_unlock(&lane->mutex);
 	for (; lane->started > 0; lane->started--) {
 		struct worker *worker = &lane->workers[lane->started - 1];

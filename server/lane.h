@@ -104,6 +104,12 @@ struct lane_exec lane_exec_serial(struct lane_job *job);
  * `range` sees are below exec->threads, and no two shares run at once with one number. */
 void lane_parallel_for(struct lane_exec *exec, uint64_t items, uint64_t grain, opd_range_fn range, void *argument);
 
+/* A job that runs won't end for long, and its thread is lost to the lane meanwhile: another thread takes its place, and that of threads that help with its loops. When the
+ * job ends after all, its thread waits for the next time that one is wanted. False: it doesn't run, or no thread could be started (as many as the lane has can be stuck at once). Any thread. */
+bool lane_replace(struct lane *lane, const struct lane_job *job);
+/* How many threads are stuck in such jobs now. */
+uint32_t lane_stuck(struct lane *lane);
+
 /* Runs all that is queued, ends the threads and waits for them. NULL is allowed. */
 void lane_stop(struct lane *lane);
 /* After lane_stop, or instead of it. Done jobs that nobody took are forgotten (they are their owners' memory). NULL is allowed. */

@@ -2,13 +2,16 @@
 
 #include <arpa/inet.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <inttypes.h>
 #include <netdb.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "server/conn.h"
@@ -159,6 +162,25 @@ static opd_status cannot_listen(const struct config_listener *config, const char
 	return opd_fail(error, OPD_UNAVAILABLE, "can't listen on %s: %s", config->address, why);
 }
 
+#define FOLDER_LOCK_TRIES 200u /* of 10 ms */
+
+/* Two daemons that start at once must not both find the stale socket of a third, and one of them remove the other's: who looks, removes and binds holds the folder's lock until it listens.
+ * Nothing is left behind, and somebody else's lock on a shared folder holds nobody up for long. -1: none; else to be closed. */
+static int lock_folder(const char *path)
+{
+	char folder[sizeof ((struct sockaddr_un *)NULL)->sun_path];
+	(void)snprintf(folder, sizeof folder, "%s", path);
+	char *slash = strrchr(folder, '/');
+	if (slash == NULL)
+		return -1;
+	slash[slash == folder] = '\0';
+	const int fd = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	const struct timespec pause = {.tv_nsec = 10000000};
+	for (unsigned tries = 0; fd >= 0 && tries < FOLDER_LOCK_TRIES && flock(fd, LOCK_EX | LOCK_NB) != 0; tries++)
+		(void)nanosleep(&pause, NULL);
+	return fd;
+}
+
 /* A socket file that nobody answers on is left from a daemon that was killed. */
 static opd_status remove_stale(const struct config_listener *config, opd_error *error)
 {
@@ -253,6 +275,7 @@ opd_status listener_open(struct server *server, const struct config_listener *co
 		return cannot_listen(config, uv_strerror(failed), error);
 	}
 	listener->handle.data = listener;
+	const int lock = config->kind == LISTEN_UNIX && config->fd == 0 ? lock_folder(config->path) : -1;
 	opd_status status = config->fd != 0 ? take_passed(listener, config, error)
 	                    : config->kind == LISTEN_UNIX ? bind_unix(listener, config, error)
 	                                                  : bind_tcp(listener, config, error);
@@ -261,6 +284,8 @@ opd_status listener_open(struct server *server, const struct config_listener *co
 		if (failed != 0)
 			status = cannot_listen(config, uv_strerror(failed), error);
 	}
+	if (lock >= 0)
+		(void)close(lock);
 	if (status != OPD_OK) {
 		uv_close(&listener->handle, on_listener_closed);
 		return status;

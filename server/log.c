@@ -263,6 +263,9 @@ void log_line(struct log *log, log_level level, const char *event, const struct 
 bool log_limit_take(struct log_limit *limit, uint32_t burst, uint32_t *suppressed_out)
 {
 	struct timespec now;
+	*suppressed_out = 0;
+	if (burst == 0)
+		return true;
 	(void)clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
 	uint64_t minute = (uint64_t)now.tv_sec / 60;
 	uint64_t window = atomic_load_explicit(&limit->window, memory_order_relaxed);

@@ -82,7 +82,16 @@ struct log_limit {
 	_Atomic uint32_t count;
 	_Atomic uint32_t suppressed;
 };
-/* True: write the line, and put *suppressed_out (of windows before) into it where it isn't 0. */
+/* True: write the line, and put *suppressed_out (of windows before) into it where it isn't 0. burst 0: always. */
 bool log_limit_take(struct log_limit *limit, uint32_t burst, uint32_t *suppressed_out);
+
+/* LOG for a line that clients can cause as often as they like; the next one that is written says how many weren't. */
+#define LOG_LIMITED(log, level, limit, burst, event, ...)                                                                              \
+	do {                                                                                                                               \
+		uint32_t suppressed_;                                                                                                          \
+		if (log_enabled((log), (level)) && log_limit_take((limit), (burst), &suppressed_))                                             \
+			log_line((log), (level), (event),                                                                                          \
+			         (const struct log_field[]){__VA_ARGS__, suppressed_ > 0 ? LOG_UINT("suppressed", suppressed_) : (struct log_field){0}, {0}}); \
+	} while (0)
 
 #endif

@@ -333,6 +333,16 @@ static int check_config(struct config *config)
 	return fflush(stdout) == 0 ? EXIT_OK : fail(EXIT_FAILED, "stdout: ", strerror(errno));
 }
 
+/* None at all, or as large as the system lets them be. The pages of tensors are never in one (tensors.c), but requests and small tensors would be. */
+static void limit_core(bool allowed)
+{
+	struct rlimit limit;
+	if (getrlimit(RLIMIT_CORE, &limit) != 0)
+		return;
+	limit.rlim_cur = allowed ? limit.rlim_max : 0;
+	(void)setrlimit(RLIMIT_CORE, &limit);
+}
+
 /* ---- Signals ----------------------------------------------------------------------------------------------------------- */
 
 /* What the signal thread and main share. */
@@ -391,7 +401,10 @@ static void reload_on_loop(void *argument)
 	struct reload *reload = argument;
 	struct daemon *daemon = reload->daemon;
 	opd_error error;
-	if (server_reload(reload->server, reload->config, &error) != OPD_OK) {
+	const bool core = reload->config->core;
+	if (server_reload(reload->server, reload->config, &error) == OPD_OK) {
+		limit_core(core);
+	} else {
 		config_destroy(reload->config);
 		log_reload_failure(daemon, &error);
 	}
@@ -634,6 +647,7 @@ static int run_daemon(const struct options *options, struct config *config)
 	opd_error error;
 	block_signals();
 	raise_file_limit();
+	limit_core(config->core);
 	if (log_init(&log, config->level, config->format, config->log_path, &error) != OPD_OK) {
 		config_destroy(config);
 		return fail(EXIT_USAGE, "", error.text);

@@ -69,6 +69,7 @@ opd_status regions_attach(struct regions *regions, const struct config_limits *l
 		free(region);
 		return status;
 	}
+	(void)madvise(map, bytes, MADV_DONTDUMP);
 	region->refs = 1;
 	region->id = ++regions->last_id;
 	region->bytes = bytes;

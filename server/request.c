@@ -204,6 +204,10 @@ void request_destroy(struct request *request)
 
 void request_release(struct request *request)
 {
+	if (request->overdue) { /* request_returned will do it */
+		request->released = true;
+		return;
+	}
 	run_release(request);
 	if (request->message.kind == MSG_REQUEST_GENERATE)
 		generate_release(request);
@@ -455,28 +459,33 @@ void request_reply_empty(struct request *request)
 }
 
 /* Texts are cut to their room, perhaps within a character, and may come from a module: what isn't UTF-8 would not survive the wire. */
-static struct msg_text error_message(struct request *request)
+static struct msg_text error_message(struct request *request, const opd_error *error)
 {
-	const char *text = request->error.text;
-	const size_t bytes = strnlen(text, sizeof request->error.text);
+	const char *text = error->text;
+	const size_t bytes = strnlen(text, sizeof error->text);
 	if (text_valid(text, bytes))
 		return (struct msg_text){text, bytes};
-	char *shown = arena_alloc(&request->arena, 2 * sizeof request->error.text);
-	return msg_text(shown == NULL ? "" : text_escape(text, bytes, shown, 2 * sizeof request->error.text));
+	char *shown = arena_alloc(&request->arena, 2 * sizeof error->text);
+	return msg_text(shown == NULL ? "" : text_escape(text, bytes, shown, 2 * sizeof error->text));
 }
 
-void request_fail(struct request *request)
+static void fail_with(struct request *request, const opd_error *error)
 {
 	run_failed(request);
 	request->segment_count = 0;
 	request->reply_bytes = 0;
 	if (request->reply.kind != MSG_REPLY_RUN || request->reply.run.explain == NULL)
 		request->reply.kind = MSG_REPLY_NONE; /* an explain record survives a failure */
-	request->reply.status = request->error.status == OPD_OK ? OPD_INTERNAL : (opd_status)request->error.status;
-	request->reply.message = error_message(request);
+	request->reply.status = error->status == OPD_OK ? OPD_INTERNAL : (opd_status)error->status;
+	request->reply.message = error_message(request, error);
 	LOG(request->context->server->log, LOG_DEBUG, "request failed", LOG_UINT("session", request->session->id), LOG_UINT("request", request->id),
-	    LOG_STR("status", opd_status_name(request->reply.status)), LOG_STR("error", request->error.text));
+	    LOG_STR("status", opd_status_name(request->reply.status)), LOG_STR("error", error->text));
 	finish(request);
+}
+
+void request_fail(struct request *request)
+{
+	fail_with(request, &request->error);
 }
 
 void request_reject(struct request *request)
@@ -530,6 +539,26 @@ void request_expire(struct request *request)
 	(void)opd_fail(&request->error, OPD_DEADLINE_EXCEEDED, "%s: not started within its timeout of %" PRIu64 " us",
 	               request->run.op != NULL ? request->run.op->schema->name : steps[request->message.kind].name, request->message.run.timeout_us);
 	request_fail(request);
+}
+
+void request_overdue(struct request *request, const struct impl *impl, uint64_t budget_us)
+{
+	opd_error error; /* the request's own is the kernel's */
+	if (request->replied || request->graph_run != NULL)
+		return;
+	request->overdue = true;
+	(void)opd_fail(&error, OPD_DEADLINE_EXCEEDED, "%s.%s has exceeded its budget of %" PRIu64 " us and is still running", impl->provider->name,
+	               request->run.op->schema->name, budget_us);
+	fail_with(request, &error);
+}
+
+void request_returned(struct request *request)
+{
+	const bool released = request->released;
+	request->overdue = false;
+	request->released = false;
+	if (released)
+		request_release(request);
 }
 
 bool request_cancel(struct request *request)

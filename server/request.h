@@ -97,6 +97,8 @@ struct request {
 	bool started;
 	bool replied;   /* on_reply was called */
 	bool cancelled; /* by request_cancel: what runs is told, nothing more is begun */
+	bool overdue;   /* answered while its kernel runs on: what that may touch is kept until it returns */
+	bool released;  /* … and nothing else is: request_release was called */
 	opd_status status; /* of what a lane ran */
 	opd_error error;
 	struct request_run run;
@@ -164,6 +166,10 @@ void request_abandon(struct request *request, opd_status status, const char *why
 bool request_cancel(struct request *request);
 /* Its deadline has come: answered now with DEADLINE_EXCEEDED, unless its kernel has begun. */
 void request_expire(struct request *request);
+/* Its kernel is still running when its budget is over, and nobody knows for how long: answered now with DEADLINE_EXCEEDED, released when the kernel has returned. Graphs aren't answered. */
+void request_overdue(struct request *request, const struct impl *impl, uint64_t budget_us);
+/* The kernel of one that was answered so has returned. */
+void request_returned(struct request *request);
 
 /* ---- For the files that implement kinds of requests ---- */
 

@@ -436,6 +436,7 @@ static opd_status map_memory(struct ring *ring, int fd, const struct msg_attach_
 	void *map = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
 	if (map == MAP_FAILED)
 		return system_error("mmap", errno, error);
+	(void)madvise(map, bytes, MADV_DONTDUMP);
 	ring->map = map;
 	ring->map_bytes = bytes;
 	ring->header = map;

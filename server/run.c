@@ -619,6 +619,10 @@ void execute_done(struct request *request)
 		graph_run_done(request);
 		return;
 	}
+	if (request->overdue) {
+		request_returned(request);
+		return;
+	}
 	bool again = run->plan_refused || (may_retry(request) && request->message.run.retry && !donate_is_written(request));
 	if (again && request->cancelled) { /* nothing more is begun for it */
 		run->plan_refused = false;

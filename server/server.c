@@ -342,6 +342,8 @@ static opd_status open_loop(struct server *server, opd_error *error)
 		failed = open_tick(server);
 	if (failed == 0)
 		failed = deadlines_open(&server->deadlines, &server->loop);
+	if (failed == 0)
+		failed = watches_open(&server->watches, server, &server->loop);
 	server->wake.data = server->flush.data = server->again.data = server->tick.data = server;
 	if (failed == 0)
 		failed = uv_check_start(&server->flush, on_flush);
@@ -475,6 +477,10 @@ opd_status server_run(struct server *server)
 	server->ended = true; /* from here on server_post refuses; who posted before must not wait for ever */
 	(void)pthread_mutex_unlock(&server->mutex);
 	run_posts(server);
+	const uint32_t stuck = lane_stuck(server->lane);
+	if (stuck != 0)
+		LOG(server->log, LOG_ERROR, "kernels that exceed their budget still run", LOG_UINT("stuck", stuck));
+	server->drain_failed = server->drain_failed || stuck != 0; /* taking the daemon apart would wait for them */
 	LOG(server->log, server->drain_failed ? LOG_WARN : LOG_INFO, "drained", LOG_STR("result", server->drain_failed ? "work was cut off" : "clean"));
 	return server->drain_failed ? OPD_DEADLINE_EXCEEDED : OPD_OK;
 }
@@ -536,6 +542,7 @@ void server_destroy(struct server *server)
 	if (server->tick_fd >= 0)
 		(void)close(server->tick_fd);
 	deadlines_close(&server->deadlines);
+	watches_close(&server->watches);
 	free(server->stage);
 	config_destroy(server->config);
 	(void)pthread_mutex_destroy(&server->mutex);

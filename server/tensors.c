@@ -353,6 +353,7 @@ static void *system_alloc(uint64_t class_bytes)
 		return NULL;
 	if (class_bytes >= 2 * MAPPED_BYTES)
 		(void)madvise(map, class_bytes, MADV_HUGEPAGE); /* only a wish */
+	(void)madvise(map, class_bytes, MADV_DONTDUMP); /* users' data has no place in a core */
 	return map;
 }
 

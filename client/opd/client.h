@@ -685,6 +685,7 @@ typedef struct opd_server_info {
 	uint32_t degraded_count;
 	const char *const *unhealthy; /* what should keep new work away, each "object: what"; none: healthy */
 	const char *const *degraded;  /* what an operator should look at while everything is served */
+	uint32_t stuck; /* threads in kernels that have exceeded their budget and still run */
 } opd_server_info;
 
 OPD_API OPD_MUST_USE opd_status opd_ops(opd_client *client, const opd_op_list **list_out, opd_error *error);

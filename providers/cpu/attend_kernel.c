@@ -25,11 +25,17 @@
 #define USUAL 128
 #define ATTEND_UNROLL _Pragma("GCC unroll 8")
 
-/* The same bytes of the row `run->lookahead` keys later. */
-VEC_INLINE void attend_prefetch(const struct cpu_attend_run *run, size_t key, uint64_t byte)
+/* The row that is asked for while row `key` is read: `run->lookahead` keys later, itself where there is none. */
+VEC_INLINE const unsigned char *attend_later(const struct cpu_attend_run *run, size_t key)
 {
-	if (byte % 64 == 0 && key + run->lookahead < run->ahead)
-		__builtin_prefetch(run->base + run->places[key + run->lookahead] + byte, 0, 3);
+	return run->base + run->places[key + run->lookahead < run->ahead ? key + run->lookahead : key];
+}
+
+/* One line of it. */
+VEC_INLINE void attend_prefetch(const unsigned char *later, uint64_t byte)
+{
+	if (byte % 64 == 0)
+		__builtin_prefetch(later + byte, 0, 3);
 }
 
 /* ---- Scores ------------------------------------------------------------------------------------------------------------- */
@@ -88,9 +94,13 @@ VEC_INLINE void attend_scores_block(opd_dtype dtype, const float *query, size_t 
 	if (rows == 1) { /* key by key, in the order of memory; their chains overlap */
 		for (size_t j = 0; j < keys; j++) {
 			const void *row = run->base + run->places[key + j];
+			const unsigned char *later = attend_later(run, key + j);
 			ATTEND_UNROLL
-			for (size_t d = 0; d < padded; d += VEC_LANES)
+			for (size_t d = 0; d < padded; d += VEC_LANES) {
+				if (ahead)
+					attend_prefetch(later, d * opd_dtype_bytes(dtype));
 				sums[j] = vec_fma(vec_load(OPD_f32, query, d), vec_load(dtype, row, d), sums[j]);
+			}
 		}
 	}
 	for (size_t d = 0; rows > 1 && d < padded; d += VEC_LANES) {
@@ -100,7 +110,7 @@ VEC_INLINE void attend_scores_block(opd_dtype dtype, const float *query, size_t 
 		for (size_t j = 0; j < keys; j++) {
 			vec_f32 k = vec_load(dtype, run->base + run->places[key + j], d);
 			if (ahead)
-				attend_prefetch(run, key + j, d * opd_dtype_bytes(dtype));
+				attend_prefetch(attend_later(run, key + j), d * opd_dtype_bytes(dtype));
 			for (size_t r = 0; r < rows; r++)
 				sums[r * keys + j] = vec_fma(q[r], k, sums[r * keys + j]);
 		}
@@ -140,14 +150,21 @@ VEC_INLINE struct cpu_attend_run attend_joined(const struct cpu_attend_run *run,
 	return (struct cpu_attend_run){base, run->places + at, count, run->ahead - at, run->lookahead};
 }
 
-/* A single row a head keeps up with memory as the processor's own prefetcher brings it; more compute so long that asking ahead pays. */
+/* A single row of f32 a head keeps up with memory as the processor's own prefetcher brings it. Others compute so long that asking ahead pays: 4096 keys of 8 heads in bf16, one thread
+ * on Zen 5, 388 to 260 us; in f32 it costs as much. */
+VEC_INLINE bool attend_asks(opd_dtype dtype, size_t rows)
+{
+	return rows > 1 || dtype != OPD_f32;
+}
+
 VEC_INLINE void attend_scores_joined(opd_dtype dtype, const float *query, size_t heads, size_t rows, size_t padded,
                                      const struct cpu_attend_run *run, uint64_t head_bytes, float *scores)
 {
 	for (size_t j = 0; j < run->count; j += JOINED) {
 		for (size_t h = 0; h < heads; h++) {
 			struct cpu_attend_run keys = attend_joined(run, j, run->base + h * head_bytes);
-			attend_scores(dtype, query + h * rows * padded, rows, padded, &keys, rows > 1, scores + h * rows * CPU_ATTEND_KEYS + j);
+			attend_scores(dtype, query + h * rows * padded, rows, padded, &keys, attend_asks(dtype, rows),
+			              scores + h * rows * CPU_ATTEND_KEYS + j);
 		}
 	}
 }
@@ -217,10 +234,11 @@ VEC_INLINE void attend_mix_block(opd_dtype dtype, const float *weights, const fl
 		vec_f32 w[ROWS];
 		for (size_t r = 0; r < rows; r++)
 			w[r] = vec_splat(weights[r * CPU_ATTEND_KEYS + j]);
+		const unsigned char *later = attend_later(run, j);
 		for (size_t v = 0; v < vectors; v++) {
 			vec_f32 x = vec_load(dtype, run->base + run->places[j], at + v * VEC_LANES);
 			if (ahead)
-				attend_prefetch(run, j, (at + v * VEC_LANES) * opd_dtype_bytes(dtype));
+				attend_prefetch(later, (at + v * VEC_LANES) * opd_dtype_bytes(dtype));
 			for (size_t r = 0; r < rows; r++)
 				sums[r * vectors + v] = vec_fma(w[r], x, sums[r * vectors + v]);
 		}
@@ -259,8 +277,8 @@ VEC_INLINE void attend_mix_joined(opd_dtype dtype, const float *weights, const f
 	for (size_t j = 0; j < run->count; j += JOINED) {
 		for (size_t h = 0; h < heads; h++) {
 			struct cpu_attend_run values = attend_joined(run, j, run->base + h * head_bytes);
-			attend_mix(dtype, weights + h * rows * CPU_ATTEND_KEYS + j, j == 0 ? shrinks + h * rows : ones, rows, padded, &values, rows > 1,
-			           mixed + h * rows * padded);
+			attend_mix(dtype, weights + h * rows * CPU_ATTEND_KEYS + j, j == 0 ? shrinks + h * rows : ones, rows, padded, &values,
+			           attend_asks(dtype, rows), mixed + h * rows * padded);
 		}
 	}
 }

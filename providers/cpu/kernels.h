@@ -44,8 +44,8 @@ typedef void (*cpu_softmax_fn)(const void *x, void *y, size_t count);
  * the same on every way through linear.c. */
 #define CPU_LINEAR_BLOCK 1024
 
-/* sums[n] = x [k] · row n of weight, for n < columns; stride in elements between rows of weight. */
-typedef void (*cpu_linear_dots_fn)(const void *x, const void *weight, int64_t stride, size_t k, size_t columns, float *sums);
+/* sums[n] = x [k] · row n of weight, for n < columns; stride in elements between rows of weight. ahead: weight comes from memory, and is asked for before it is needed. */
+typedef void (*cpu_linear_dots_fn)(const void *x, const void *weight, int64_t stride, size_t k, size_t columns, bool ahead, float *sums);
 
 /* `count` elements (at most CPU_LINEAR_BLOCK) to f32, followed by zeros up to `padded`, a multiple of 16. */
 typedef void (*cpu_linear_pack_fn)(const void *source, size_t count, size_t padded, float *packed);

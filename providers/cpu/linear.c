@@ -66,7 +66,7 @@ static void linear_dots_at(const struct linear_work *work, size_t row, size_t co
 		memset(sums, 0, count * sizeof(float));
 	else
 		work->kernels->dots[work->dtype](cpu_row(&work->x, row), linear_weight_at(work, column, 0), work->weight_stride, work->k,
-		                                 count, sums);
+		                                 count, row == 0, sums);
 }
 
 static void linear_few(const void *context, uint64_t begin, uint64_t end, uint32_t thread)

@@ -20,19 +20,37 @@
 #define TILE_COLUMNS 4
 #endif
 
-/* sums[j] += x [count] · row j of weight, one block, j < columns (a constant of the caller). */
+/* How far ahead weights are asked for, a line at a time: the processor's own prefetcher stops at each row's page borders. By itself, 4096 x 4096 f32 on two Zen 5 threads: 770 to 627 us,
+ * for which plain reading takes 730; twice as far, or half as many rows side by side, lose. */
+#define LINE_BYTES 64
+#define AHEAD_BYTES 1024
+
+/* chains[j] += x · row j of weight, over elements [at, at + vectors · VEC_LANES); columns and vectors are constants of the caller. */
+VEC_INLINE void linear_vectors(opd_dtype dtype, const void *x, const void *const *rows, size_t columns, size_t at, size_t vectors, vec_f32 *chains)
+{
+	for (size_t end = at + vectors * VEC_LANES; at < end; at += VEC_LANES) {
+		vec_f32 v = vec_load(dtype, x, at);
+		for (size_t j = 0; j < columns; j++)
+			chains[j] = vec_fma(v, vec_load(dtype, rows[j], at), chains[j]);
+	}
+}
+
+/* sums[j] += x [count] · row j of weight, one block, j < columns (a constant of the caller, as ahead is). */
 VEC_INLINE void linear_block(opd_dtype dtype, const void *x, const void *const *rows, size_t columns, size_t from, size_t count,
-                             float *sums)
+                             bool ahead, float *sums)
 {
 	vec_f32 chains[DOTS];
 	for (size_t j = 0; j < columns; j++)
 		chains[j] = vec_splat(0.0f);
+	const size_t bytes = opd_dtype_bytes(dtype), line = LINE_BYTES / bytes;
 	size_t k = 0;
-	for (; k + VEC_LANES <= count; k += VEC_LANES) {
-		vec_f32 v = vec_load(dtype, x, from + k);
-		for (size_t j = 0; j < columns; j++)
-			chains[j] = vec_fma(v, vec_load(dtype, rows[j], from + k), chains[j]);
+	for (; k + line <= count; k += line) {
+		linear_vectors(dtype, x, rows, columns, from + k, line / VEC_LANES, chains);
+		for (size_t j = 0; ahead && j < columns; j++)
+			__builtin_prefetch((const unsigned char *)rows[j] + (from + k) * bytes + AHEAD_BYTES, 0, 3);
 	}
+	for (; k + VEC_LANES <= count; k += VEC_LANES)
+		linear_vectors(dtype, x, rows, columns, from + k, 1, chains);
 	if (k < count) {
 		vec_f32 v = vec_load_part(dtype, x, from + k, count - k, 0.0f);
 		for (size_t j = 0; j < columns; j++)
@@ -43,7 +61,7 @@ VEC_INLINE void linear_block(opd_dtype dtype, const void *x, const void *const *
 }
 
 VEC_INLINE void linear_dots_some(opd_dtype dtype, const void *x, const void *weight, int64_t stride, size_t k, size_t columns,
-                                 float *sums)
+                                 bool ahead, float *sums)
 {
 	const void *rows[DOTS];
 	for (size_t j = 0; j < columns; j++) {
@@ -51,18 +69,18 @@ VEC_INLINE void linear_dots_some(opd_dtype dtype, const void *x, const void *wei
 		sums[j] = 0.0f;
 	}
 	for (size_t from = 0; from < k; from += CPU_LINEAR_BLOCK)
-		linear_block(dtype, x, rows, columns, from, k - from < CPU_LINEAR_BLOCK ? k - from : CPU_LINEAR_BLOCK, sums);
+		linear_block(dtype, x, rows, columns, from, k - from < CPU_LINEAR_BLOCK ? k - from : CPU_LINEAR_BLOCK, ahead, sums);
 }
 
-VEC_INLINE void linear_dots(opd_dtype dtype, const void *x, const void *weight, int64_t stride, size_t k, size_t columns, float *sums)
+VEC_INLINE void linear_dots(opd_dtype dtype, const void *x, const void *weight, int64_t stride, size_t k, size_t columns, bool ahead, float *sums)
 {
 	const unsigned char *row = weight;
 	int64_t step = stride * (int64_t)opd_dtype_bytes(dtype);
 	size_t n = 0;
 	for (; n + DOTS <= columns; n += DOTS)
-		linear_dots_some(dtype, x, row + (int64_t)n * step, stride, k, DOTS, sums + n);
+		linear_dots_some(dtype, x, row + (int64_t)n * step, stride, k, DOTS, ahead, sums + n);
 	for (; n < columns; n++)
-		linear_dots_some(dtype, x, row + (int64_t)n * step, stride, k, 1, sums + n);
+		linear_dots_some(dtype, x, row + (int64_t)n * step, stride, k, 1, ahead, sums + n);
 }
 
 VEC_INLINE void linear_pack(opd_dtype dtype, const void *source, size_t count, size_t padded, float *packed)
@@ -114,9 +132,13 @@ static void linear_tile(const float *x, const float *weight, size_t padded, floa
 #define LINEAR_MAP(X) X(f32) X(bf16) X(f16)
 
 #define X(name)                                                                                                               \
-	static void linear_dots_##name(const void *x, const void *weight, int64_t stride, size_t k, size_t columns, float *sums)  \
+	static void linear_dots_##name(const void *x, const void *weight, int64_t stride, size_t k, size_t columns, bool ahead,   \
+	                               float *sums)                                                                               \
 	{                                                                                                                         \
-		linear_dots(OPD_##name, x, weight, stride, k, columns, sums);                                                         \
+		if (ahead)                                                                                                            \
+			linear_dots(OPD_##name, x, weight, stride, k, columns, true, sums);                                               \
+		else                                                                                                                  \
+			linear_dots(OPD_##name, x, weight, stride, k, columns, false, sums);                                              \
 	}                                                                                                                         \
 	static void linear_pack_##name(const void *source, size_t count, size_t padded, float *packed)                            \
 	{                                                                                                                         \

@@ -143,7 +143,7 @@ static void f8_multiply_rows(const struct scaled_work *work, const struct scaled
 {
 	for (size_t m = 0; m < item->rows; m++) {
 		float sums[ITEM_COLUMNS];
-		work->kernels->linear->dots[CPU_F32](item->a + m * padded, item->weight, (int64_t)padded, depth, item->columns, sums);
+		work->kernels->linear->dots[CPU_F32](item->a + m * padded, item->weight, (int64_t)padded, depth, item->columns, false, sums);
 		for (size_t n = 0; n < item->columns; n++)
 			item->sums[m * ITEM_COLUMNS + n] += sums[n];
 	}

@@ -79,6 +79,43 @@ def session():
         write("session", "graph-%02d" % i, script)
 
 
+def ranges():
+    random.seed(2)
+    for i in range(4):
+        write("ranges", "random-%02d" % i, bytes(random.randrange(256) for _ in range(400)))
+
+
+def ring():
+    random.seed(3)
+    for i in range(6):
+        write("ring", "random-%02d" % i, bytes(random.randrange(256) for _ in range(300)))
+    # What a good client does: bytes, an index moved, read; room given back, written.
+    write("ring", "good", bytes([2, 5]) + bytes(8) + bytes(64) + bytes([0, 2, 0, 1, 200, 0]) + (bytes([0]) + bytes(8) + bytes([0])) * 4 + (bytes([1]) + bytes(8) + bytes([7, 0])) * 4)
+
+
+def bind():
+    random.seed(4)
+    for op in range(29):  # operands of equal shape, of which most ops take some
+        for i in range(2):
+            write("bind", "op-%02d-%d" % (op, i), bytes([op]) + bytes([1, 1, 2, 4, 4] + [2, 2] * (4 + i)) + bytes(random.randrange(240) for _ in range(120)))
+
+
+def wire():
+    """The golden requests one by one, and in one session."""
+    frames = []
+    for path in sorted(glob.glob(os.path.join(ROOT, "tests", "golden", "frames", "request-*.hex"))):
+        with open(path) as file:
+            data = bytes.fromhex("".join(re.sub(r"#.*", "", line) for line in file))
+        size = struct.unpack_from("<I", data, 16)[0]
+        payload = min(struct.unpack_from("<Q", data, 24)[0] // 16, 255)
+        frames.append(bytes([0, payload, size >> 8, size & 255]) + data[32 : 32 + size])
+        write("wire", os.path.basename(path)[:-4], b"\1" + frames[-1])
+    write("wire", "all", b"\1" + b"".join(frames))
+    random.seed(5)
+    for i in range(6):
+        write("wire", "random-%02d" % i, bytes(random.randrange(256) for _ in range(200)))
+
+
 if __name__ == "__main__":
-    for make in (codec, schema, config, files, session):
+    for make in (codec, ranges, ring, schema, config, bind, files, wire, session):
         make()

@@ -1,7 +1,7 @@
 /* A client that does what an input says, and checks what the daemon must do whatever that is: every frame it sends decodes, every request is answered
  * once, and nothing of the session is left when it has ended.
  *
- * Layer: tests. Threads: one. Life: peer_open → peer_send, peer_poll… → peer_finish. session_script.c turns an input into frames. */
+ * Layer: tests. Threads: one. Life: session_start, then for each input peer_open → peer_send, peer_poll… → peer_finish. session_script.c turns an input into frames. */
 #ifndef OPD_TESTS_FUZZ_SESSION_H
 #define OPD_TESTS_FUZZ_SESSION_H
 
@@ -45,6 +45,9 @@ struct peer {
 	size_t in_room;
 	uint64_t skip; /* payload bytes still to come */
 };
+
+/* The daemon, on a thread of its own until the process ends; then nothing may be left of any session. */
+struct server *session_start(void);
 
 void peer_open(struct peer *peer, struct server *server, bool chunks);
 /* All of it, reading what comes meanwhile; does nothing once the connection has ended. */

@@ -5,8 +5,11 @@ OPD_BIN names the daemon, OPCTL_BIN opctl, OPD_MODULES the folder with the built
 """
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import unittest
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
@@ -33,9 +36,13 @@ class Faulty(unittest.TestCase):
     def daemon(self, config="", **environment):
         config = "modules: [{name: faulty, path: %s%s}]\n%s" % (MODULE, ", isolated: true" if self.isolated else "", config)
         daemon = Daemon(config=config, environment=environment)
-        self.addCleanup(daemon.stop)
-        self.addCleanup(harness.check_healthy, self, daemon)
+        self.addCleanup(self.finish, daemon)
         return daemon
+
+    def finish(self, daemon):
+        if daemon.process.poll() is None:
+            harness.check_healthy(self, daemon)
+        daemon.stop(code=daemon.process.poll() or 0)
 
     def client(self, daemon):
         client = Client(daemon.address)
@@ -188,6 +195,85 @@ class Quarantine(Faulty):
         self.assertEqual(ask(ERROR).status, harness.INTERNAL)
         again = ask(ERROR)
         self.assertEqual((again.status, unpack_f32(again.run.outputs[0].tensor.inline)), (harness.OK, (ERROR, 1)))
+
+
+class Watchdog(Faulty):
+    """Hardening: providers-hangs"""
+
+    def setUp(self):
+        self.gate = os.path.join(tempfile.mkdtemp(prefix="opd-gate-"), "open")
+        self.addCleanup(shutil.rmtree, os.path.dirname(self.gate), True)
+
+    def open_gate(self):
+        open(self.gate, "w").close()
+
+    def close_gate(self):
+        os.unlink(self.gate)
+
+    def watched(self, config=""):
+        return self.daemon("threads: 1\nproviders: {faulty: {budget: 20ms}}\n" + config, FAULTY_GATE=self.gate)
+
+    def test_a_request_is_answered_when_its_kernels_budget_is_over_and_the_lane_goes_on(self):
+        daemon = self.watched()
+        client = self.client(daemon)
+        for turn in range(1, 3):  # the second time the thread that has come back is used again
+            text = self.fails(client, HANG, harness.DEADLINE_EXCEEDED)
+            self.assertEqual(text, "faulty.relu has exceeded its budget of 20000 us and is still running")
+            self.works(client)  # on a lane of one thread
+            self.assertEqual(client.info().stuck, 1)
+            self.assertGreater(client.info().session_memory_bytes, 0)  # what the kernel may still write
+            self.assertIn("kernel exceeds its budget", daemon.log_text())
+            self.open_gate()
+            daemon.wait_log("an overdue kernel has returned", count=turn)
+            harness.wait_until(lambda: (client.info().stuck, client.info().session_memory_bytes) == (0, 0), "its memory is given back")
+            self.close_gate()
+        self.assertEqual(self.provider(daemon)["failures"], 2)
+
+    def test_a_kernel_that_looks_ends_by_itself(self):
+        daemon = self.watched()
+        client = self.client(daemon)
+        self.fails(client, HANG_POLITE, harness.DEADLINE_EXCEEDED)
+        harness.wait_until(lambda: client.info().stuck == 0, "the kernel's end")
+
+    def test_a_client_that_leaves_meanwhile_takes_nothing_along(self):
+        daemon = self.watched()
+        with Client(daemon.address) as client:
+            self.fails(client, HANG, harness.DEADLINE_EXCEEDED)
+        other = self.client(daemon)
+        self.works(other)
+        harness.wait_until(lambda: other.info().sessions == 1, "the session's end")
+        self.open_gate()
+        harness.wait_until(lambda: (other.info().stuck, other.info().memory_bytes) == (0, 0), "the ledger at zero")
+
+    def test_a_provider_that_hangs_is_quarantined(self):
+        daemon = self.watched("quarantine: {failures: 1}")
+        client = self.client(daemon)
+        self.fails(client, HANG, harness.DEADLINE_EXCEEDED)
+        self.works(client, "native")
+        self.assertEqual(self.provider(daemon)["quarantined"], ["relu: 1 failure (hang 1)"])
+        self.open_gate()
+        harness.wait_until(lambda: client.info().stuck == 0, "the kernel's end")
+
+    def test_a_graphs_node_is_cancelled_and_counted(self):
+        daemon = self.watched("quarantine: {failures: 1}")
+        client = self.client(daemon)
+        node = pb.GraphNode(op="relu", args=[pb.Argument(tensor=pb.Tensor(graph_input=0))], priority=pb.ProviderList(names=["faulty"]))
+        graph = pb.Graph(inputs=[pb.GraphInput(name="x")], nodes=[node], outputs=[pb.GraphOutput(node=pb.NodeOutput())])
+        request = client.submit(pb.Request(run_graph=pb.RunGraph(once=graph, inputs=[pb.Argument(tensor=inline([2], f32(HANG, 1)))])))
+        daemon.wait_log("kernel exceeds its budget")
+        with Client(daemon.address) as other:
+            self.works(other, "native")
+        self.open_gate()
+        self.assertEqual(client.read_reply(request)[1].status, harness.OK)
+        harness.wait_until(lambda: client.info().stuck == 0, "the kernel's end")
+
+    def test_a_drain_does_not_wait_for_it(self):
+        daemon = self.watched()
+        with Client(daemon.address) as client:
+            self.fails(client, HANG, harness.DEADLINE_EXCEEDED)
+        daemon.signal(signal.SIGTERM)
+        self.assertEqual(daemon.wait(), 1)
+        self.assertIn("kernels that exceed their budget still run", daemon.log_text())
 
 
 class Configuration(unittest.TestCase):

@@ -722,6 +722,61 @@ START_TEST(stopping_does_not_wait_for_a_rate)
 }
 END_TEST
 
+static _Atomic bool gate;
+
+/* Stuck until the gate opens, in a loop of its own that a second thread helps with. */
+static void stuck_range(void *argument, uint64_t begin, uint64_t end, uint32_t thread)
+{
+	_Atomic uint32_t *inside = argument;
+	(void)begin, (void)end, (void)thread;
+	(void)atomic_fetch_add(inside, 1);
+	while (!atomic_load(&gate))
+		(void)sched_yield();
+}
+
+static void run_stuck(struct lane_job *job, struct lane_exec *exec)
+{
+	struct test_job *mine = (struct test_job *)job;
+	atomic_fetch_add(&mine->runs, 1);
+	lane_parallel_for(exec, 2, 1, stuck_range, mine->hits);
+}
+
+START_TEST(a_stuck_thread_is_replaced_and_used_again)
+{
+	enum { OTHERS = 200 };
+	_Atomic uint32_t inside;
+	start_with(2, spins[_i]);
+	for (unsigned turn = 0; turn < 3; turn++) {
+		struct test_job *stuck = make_jobs(1, run_stuck);
+		struct test_job *jobs = make_jobs(OTHERS, run_count);
+		const uint32_t before = bench.taken;
+		atomic_store(&gate, false);
+		atomic_store(&inside, 0);
+		stuck[0].hits = &inside;
+		ck_assert(!lane_replace(bench.lane, &stuck[0].job)); /* it doesn't run */
+		ck_assert(lane_submit(bench.lane, &stuck[0].job));
+		while (atomic_load(&inside) != 2)
+			(void)sched_yield();
+		ck_assert(lane_replace(bench.lane, &stuck[0].job));
+		ck_assert(!lane_replace(bench.lane, &stuck[0].job)); /* it has been */
+		ck_assert_uint_eq(lane_stuck(bench.lane), 2);
+		for (size_t i = 0; i < OTHERS; i++)
+			ck_assert(lane_submit(bench.lane, &jobs[i].job));
+		take_until(before + OTHERS);
+		expect_once(jobs, OTHERS);
+		ck_assert(!lane_busy(bench.lane)); /* what is stuck doesn't count */
+		atomic_store(&gate, true);
+		take_until(before + OTHERS + 1);
+		while (lane_stuck(bench.lane) != 0)
+			(void)sched_yield();
+		expect_once(stuck, 1);
+		free(stuck);
+		free(jobs);
+	}
+	stop();
+}
+END_TEST
+
 int main(void)
 {
 	Suite *suite = suite_create("lane");
@@ -750,6 +805,7 @@ int main(void)
 	tcase_add_test(tests, a_full_queue_refuses_its_flow_alone);
 	tcase_add_loop_test(tests, a_flow_beyond_its_rate_waits_and_then_runs_though_nobody_else_comes, 0, 3);
 	tcase_add_test(tests, stopping_does_not_wait_for_a_rate);
+	tcase_add_loop_test(tests, a_stuck_thread_is_replaced_and_used_again, 0, 2);
 	suite_add_tcase(suite, tests);
 	SRunner *runner = srunner_create(suite);
 	srunner_run_all(runner, CK_ENV);
