@@ -107,6 +107,9 @@ OPD_MUST_USE opd_status read_set_session(struct reader *reader, const Opd__V1__S
 OPD_MUST_USE opd_status read_sessions(struct reader *reader, const Opd__V1__Sessions *in, struct msg_sessions *out);
 OPD_MUST_USE bool write_session_request(struct arena *arena, const struct msg_request *in, Opd__V1__Request *out);
 Opd__V1__Sessions *write_sessions(struct arena *arena, const struct msg_sessions *in);
+/* codec_stats.c */
+OPD_MUST_USE opd_status read_stats(struct reader *reader, const Opd__V1__Stats *in, struct msg_stats *out);
+Opd__V1__Stats *write_stats(struct arena *arena, const struct msg_stats *in);
 
 /* Borrows: protobuf-c writes nothing through it. */
 static inline ProtobufCBinaryData write_text(struct msg_text in)

@@ -368,6 +368,9 @@ static opd_status read_body(struct reader *reader, const Opd__V1__Reply *in, str
 		out->memory.region = in->memory->region;
 		out->memory.bytes = in->memory->bytes;
 		return OPD_OK;
+	case OPD__V1__REPLY__BODY_STATS:
+		out->kind = MSG_REPLY_STATS;
+		return read_stats(reader, in->stats, &out->stats);
 	case OPD__V1__REPLY__BODY_SESSIONS:
 		out->kind = MSG_REPLY_SESSIONS;
 		return read_sessions(reader, in->sessions, &out->sessions);

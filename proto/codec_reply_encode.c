@@ -311,6 +311,9 @@ static bool write_body(struct arena *arena, const struct msg_reply *in, Opd__V1_
 	case MSG_REPLY_MEMORY:
 	case MSG_REPLY_RINGS:
 		return write_memory_reply(arena, in, out);
+	case MSG_REPLY_STATS:
+		out->body_case = OPD__V1__REPLY__BODY_STATS;
+		return (out->stats = write_stats(arena, &in->stats)) != NULL;
 	case MSG_REPLY_SESSIONS:
 		out->body_case = OPD__V1__REPLY__BODY_SESSIONS;
 		return (out->sessions = write_sessions(arena, &in->sessions)) != NULL;

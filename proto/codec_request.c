@@ -217,6 +217,9 @@ static opd_status read_request(struct reader *reader, const Opd__V1__Request *in
 		out->kind = MSG_REQUEST_ATTACH_RINGS;
 		out->rings = (struct msg_attach_rings){in->attach_rings->request_bytes, in->attach_rings->reply_bytes, in->attach_rings->poll_us};
 		return OPD_OK;
+	case OPD__V1__REQUEST__BODY_GET_STATS:
+		out->kind = MSG_REQUEST_GET_STATS;
+		return OPD_OK;
 	case OPD__V1__REQUEST__BODY_LIST_SESSIONS:
 		out->kind = MSG_REQUEST_LIST_SESSIONS;
 		out->first_session = in->list_sessions->first;
@@ -494,6 +497,9 @@ static bool write_request(struct arena *arena, const struct msg_request *in, Opd
 	case MSG_REQUEST_DRAIN:
 	case MSG_REQUEST_FREE_GRAPH:
 		return write_small(arena, in, out);
+	case MSG_REQUEST_GET_STATS:
+		out->body_case = OPD__V1__REQUEST__BODY_GET_STATS;
+		return (out->get_stats = write_new(arena, &opd__v1__get_stats__descriptor)) != NULL;
 	case MSG_REQUEST_LIST_SESSIONS:
 	case MSG_REQUEST_SET_SESSION:
 		return write_session_request(arena, in, out);

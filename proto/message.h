@@ -505,8 +505,11 @@ typedef enum msg_request_kind {
 	MSG_REQUEST_ATTACH_RINGS,
 	MSG_REQUEST_LIST_SESSIONS,
 	MSG_REQUEST_SET_SESSION,
+	MSG_REQUEST_GET_STATS,
 	MSG_REQUEST_RESTORE_PROVIDER,
 } msg_request_kind;
+/* More than there are kinds. */
+#define MSG_REQUEST_KINDS 64u
 
 struct msg_attach_rings {
 	uint64_t request_bytes;
@@ -632,6 +635,7 @@ typedef enum msg_reply_kind {
 	MSG_REPLY_MEMORY,
 	MSG_REPLY_SESSIONS,
 	MSG_REPLY_RINGS,
+	MSG_REPLY_STATS,
 } msg_reply_kind;
 
 struct msg_usage {
@@ -691,6 +695,30 @@ struct msg_sessions {
 	uint64_t next;
 };
 
+#define MSG_STAT_LABELS 4u
+#define MSG_STAT_BUCKETS_MAX 64u
+
+struct msg_stat_label {
+	struct msg_text name;
+	struct msg_text value;
+};
+
+struct msg_stat {
+	struct msg_text name;
+	uint32_t kind;
+	uint32_t label_count;
+	struct msg_stat_label labels[MSG_STAT_LABELS];
+	double value;
+	uint32_t bucket_count;
+	uint64_t *buckets;
+};
+
+struct msg_stats {
+	uint32_t count;
+	struct msg_stat *items;
+	bool cut;
+};
+
 struct msg_reply {
 	opd_status status;
 	struct msg_text message;
@@ -722,6 +750,7 @@ struct msg_reply {
 			const struct msg_publication *items;
 		} publications;
 		struct msg_sessions sessions;
+		struct msg_stats stats;
 		struct msg_registered registered;
 		struct {
 			uint32_t region;

@@ -120,6 +120,7 @@ void config_destroy(struct config *config)
 {
 	if (config == NULL)
 		return;
+	listener_fini(&config->metrics);
 	config_clear_listeners(config);
 	for (size_t i = 0; i < config->priority_count; i++) {
 		free(config->priorities[i].op);
@@ -230,6 +231,37 @@ opd_status config_add_listener(struct config *config, const char *address, opd_e
 free_listener:
 	listener_fini(&listener);
 	return status;
+}
+
+/* A name other than localhost may resolve to anything, tomorrow to something else: it isn't loopback. */
+static bool is_loopback(const char *host)
+{
+	struct in_addr v4;
+	struct in6_addr v6;
+	if (strcmp(host, "localhost") == 0)
+		return true;
+	if (inet_pton(AF_INET, host, &v4) == 1)
+		return (ntohl(v4.s_addr) >> 24) == 127;
+	if (inet_pton(AF_INET6, host, &v6) != 1)
+		return false;
+	return IN6_IS_ADDR_LOOPBACK(&v6) || (IN6_IS_ADDR_V4MAPPED(&v6) && v6.s6_addr[12] == 127);
+}
+
+opd_status config_set_metrics(struct config *config, const char *address, opd_error *error)
+{
+	struct config_listener listener = {0};
+	opd_status status = strcmp(address, "off") == 0 ? OPD_OK : parse_address(address, &listener, error);
+	if (status == OPD_OK && listener.address != NULL && listener.kind != LISTEN_UNIX && !is_loopback(listener.host))
+		status = opd_fail(error, OPD_INVALID_ARGUMENT,
+		                  "%s is not a loopback address: nobody is authenticated there, and it tells tenants' names. Expected 127.0.0.1, [::1], a Unix socket or off",
+		                  listener.address);
+	if (status != OPD_OK) {
+		listener_fini(&listener);
+		return status;
+	}
+	listener_fini(&config->metrics);
+	config->metrics = listener;
+	return OPD_OK;
 }
 
 /* ---- Priorities -------------------------------------------------------------------------------------------------------- */
@@ -414,20 +446,6 @@ opd_status config_add_module(struct config *config, const char *text, opd_error 
 }
 
 /* ---- What one key alone can't tell ------------------------------------------------------------------------------------- */
-
-/* A name other than localhost may resolve to anything, tomorrow to something else: it isn't loopback. */
-static bool is_loopback(const char *host)
-{
-	struct in_addr v4;
-	struct in6_addr v6;
-	if (strcmp(host, "localhost") == 0)
-		return true;
-	if (inet_pton(AF_INET, host, &v4) == 1)
-		return (ntohl(v4.s_addr) >> 24) == 127;
-	if (inet_pton(AF_INET6, host, &v6) != 1)
-		return false;
-	return IN6_IS_ADDR_LOOPBACK(&v6) || (IN6_IS_ADDR_V4MAPPED(&v6) && v6.s6_addr[12] == 127);
-}
 
 static bool same_listener(const struct config_listener *a, const struct config_listener *b)
 {

@@ -118,6 +118,7 @@ struct config {
 	char *path; /* of the file; NULL: none */
 	size_t listener_count;
 	struct config_listener *listeners; /* empty: the default Unix socket */
+	struct config_listener metrics; /* the metrics endpoint; address NULL, the default: none */
 	size_t priority_count;
 	struct config_priority *priorities;
 	size_t module_count;
@@ -154,6 +155,8 @@ OPD_MUST_USE opd_status config_set(struct config *config, const char *key, const
 void config_clear_listeners(struct config *config);
 /* "unix:/path" or "tcp://host:port"; appends. */
 OPD_MUST_USE opd_status config_add_listener(struct config *config, const char *address, opd_error *error);
+/* Where the metrics endpoint listens: an address as above, of this machine alone, or "off". */
+OPD_MUST_USE opd_status config_set_metrics(struct config *config, const char *address, opd_error *error);
 /* "op=provider,provider" or "*=…"; replaces an entry of that op. */
 OPD_MUST_USE opd_status config_add_priority(struct config *config, const char *text, opd_error *error);
 /* "name=/path.so" or "/path.so" */

@@ -183,6 +183,12 @@ static opd_status set_log_file(struct config *config, const struct config_key *k
 	return OPD_OK;
 }
 
+static opd_status set_metrics(struct config *config, const struct config_key *key, const char *value, opd_error *error)
+{
+	(void)key;
+	return config_set_metrics(config, value, error);
+}
+
 #define MINUTE_US 60000000ull
 #define MEMORY_MAX (1ull << 50)
 #define AT(member) offsetof(struct config, member)
@@ -208,6 +214,7 @@ static const struct config_key keys[] = {
 	{"limits.handshake", set_us, AT(limits.handshake_us), 10000, 60 * MINUTE_US, 0},
 	{"limits.stall", set_us, AT(limits.stall_us), 100000, 24 * 60 * MINUTE_US, 0},
 	{"limits.drain", set_us, AT(limits.drain_us), 1000, 24 * 60 * MINUTE_US, 0},
+	{"metrics", set_metrics, AT(metrics), 0, 0, 0},
 	{"limits.stuck", set_us, AT(limits.stuck_us), 0, 24 * 60 * MINUTE_US, 0},
 	{"quarantine.failures", set_count, AT(quarantine.failures), 0, QUARANTINE_FAILURES_MAX, 0},
 	{"quarantine.provider_failures", set_count, AT(quarantine.provider_failures), 0, QUARANTINE_FAILURES_MAX, 0},
@@ -291,6 +298,12 @@ static void print_log_file(const void *field, char *out, size_t out_bytes)
 	(void)snprintf(out, out_bytes, "%s", path == NULL ? "stderr" : path);
 }
 
+static void print_metrics(const void *field, char *out, size_t out_bytes)
+{
+	const char *address = ((const struct config_listener *)field)->address;
+	(void)snprintf(out, out_bytes, "%s", address == NULL ? "off" : address);
+}
+
 /* One for each way to set. */
 static const struct {
 	opd_status (*set)(struct config *config, const struct config_key *key, const char *value, opd_error *error);
@@ -298,6 +311,7 @@ static const struct {
 } printers[] = {
 	{set_bytes, print_bytes}, {set_count, print_count}, {set_us, print_us},         {set_ns, print_ns},
 	{set_bool, print_bool},   {set_level, print_level}, {set_format, print_format}, {set_log_file, print_log_file},
+	{set_metrics, print_metrics},
 };
 
 void config_key_text(const struct config *config, const struct config_key *key, char *out, size_t out_bytes)

@@ -152,6 +152,7 @@ static void send_hello_reply(struct conn *conn, const opd_error *refused)
 void conn_refuse_hello(struct conn *conn, const opd_error *error)
 {
 	conn->broken = true; /* one answer, however much comes behind */
+	conn->server->hellos_refused++;
 	conn_stop_reading(conn);
 	LOG_LIMITED(conn->server->log, LOG_WARN, &conn->server->refused_lines, conn->server->config->log_lines, "session refused",
 	            LOG_UINT("session", conn->session->id), LOG_STR("peer", conn->peer), LOG_STR("reason", error->text));
@@ -188,6 +189,7 @@ void conn_on_hello(struct conn *conn, const uint8_t *envelope, size_t bytes)
 		if ((conn->features & CONN_PASSES) != 0)
 			conn->pipe.ipc = 1; /* from now on descriptors are received: until here, and from others, the system drops them */
 		conn->chunk_bytes = hello.no_chunks ? 0 : hello.chunk_bytes == 0 ? BOUND_CHUNK_BYTES_DEFAULT : hello.chunk_bytes;
+		conn->server->sessions_opened++;
 		LOG_LIMITED(conn->server->log, LOG_INFO, &conn->server->opened_lines, conn->server->config->log_lines, "session opened",
 		            LOG_UINT("session", conn->session->id), LOG_STR("peer", conn->peer), LOG_STR("tenant", conn->session->tenant->name), LOG_STR("client", hello.client.data));
 		send_hello_reply(conn, NULL);

@@ -5,6 +5,7 @@
 #include "proto/codec.h"
 #include "server/conn_internal.h"
 #include "server/daemon.h"
+#include "server/metrics.h"
 #include "server/request.h"
 #include "server/ring.h"
 
@@ -202,7 +203,9 @@ bool conn_idle(const struct conn *conn)
 static void on_reply_written(struct out *out)
 {
 	struct request *request = (struct request *)((char *)out - offsetof(struct request, out));
+	const uint64_t sent_ns = request->context->server->flush_ns;
 	request->session->in_flight--;
+	metrics_written(request->context->metrics, sent_ns > request->clock.received ? sent_ns - request->clock.received : 0);
 	request_release(request);
 }
 

@@ -11,6 +11,7 @@
 #include "server/priority.h"
 
 struct server;
+struct metrics;
 struct request;
 
 #define CONTEXT_LISTS 256
@@ -23,6 +24,7 @@ struct context {
 	uint32_t list_key_bytes[CONTEXT_LISTS];
 	struct request *free_requests;
 	uint32_t free_count;
+	struct metrics *metrics; /* its loop's, or that of all direct callers */
 	uint64_t inline_ns; /* estimated kernel time spent on this thread in this turn */
 };
 

@@ -26,8 +26,13 @@ struct containment;
 struct derived;
 struct listener;
 struct conn;
+struct metrics;
 struct post;
 struct ring;
+struct scrape;
+
+/* Who records: the loop, and all direct callers together. */
+enum { SERVER_METRICS_LOOP = 0, SERVER_METRICS_DIRECT = 1, SERVER_METRICS = 2 };
 
 struct server {
 	struct log *log;
@@ -57,6 +62,8 @@ struct server {
 	int tick_fd;          /* its timerfd. A loop without a libuv timer sleeps without a time limit, which spares arming one: 0.6 us a call */
 	bool running;
 	struct context context; /* the loop's */
+	struct metrics *metrics[SERVER_METRICS];
+	uint64_t flush_ns;      /* when this turn's replies went out */
 	char *stage;            /* what connections read into before they know where it belongs */
 	struct conn *conns;     /* all, newest first */
 	uint32_t conn_count;
@@ -70,6 +77,8 @@ struct server {
 	uint32_t turn_conns;    /* connections that did something in it */
 	bool crowded;           /* in the one before, more than one did */
 	struct listener *listeners;
+	struct scrape *scrapes; /* connections of the metrics endpoint */
+	uint32_t scrape_count;
 	uint64_t next_session;
 	uint64_t lane_done;        /* jobs of the CPU lane that have ended */
 	uint64_t lane_done_before; /* at the last tick */
@@ -90,6 +99,8 @@ struct server {
 	uint64_t sessions_refused;         /* for daemon memory */
 	uint64_t caches_dropped;           /* for daemon memory: how often */
 	uint64_t slow_readers;             /* cut off */
+	uint64_t sessions_opened;
+	uint64_t hellos_refused;
 	bool caches_are_dropped;           /* memory has not come below the mark since */
 	_Atomic uint64_t graph_runs;       /* begun since the start */
 	_Atomic uint64_t graph_dispatches; /* of them, those that had to prepare anew */

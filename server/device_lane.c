@@ -484,6 +484,7 @@ uint64_t device_lane_memory_bytes(struct server *server, uint32_t number)
 void device_lane_submit(struct device_lane *lane, struct device_job *job)
 {
 	job->next = NULL;
+	job->queued_ns = request_now_ns();
 	(void)atomic_fetch_add_explicit(&lane->load, 1, memory_order_relaxed);
 	(void)pthread_mutex_lock(&lane->mutex);
 	*lane->queue_end = job;

@@ -38,6 +38,7 @@ struct device_job {
 	void (*done)(struct device_job *job);
 	opd_status status;
 	opd_error error;
+	uint64_t queued_ns;
 	uint64_t started_ns;
 	uint64_t ended_ns;
 	uint64_t moves_ns; /* host time spent enqueueing copies */

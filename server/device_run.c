@@ -8,6 +8,7 @@
 #include "proto/tensor.h"
 #include "server/daemon.h"
 #include "server/device_work.h"
+#include "server/metrics.h"
 #include "server/module.h"
 #include "server/request.h"
 
@@ -380,6 +381,8 @@ static void run_done(struct request *request)
 	request->clock.started = job->started_ns;
 	request->clock.ended = job->ended_ns;
 	request->clock.moves = job->moves_ns;
+	if (request->run.written)
+		metrics_ran(request->context->metrics, request->run.dispatch.impl, job->started_ns - job->queued_ns, job->ended_ns - job->started_ns, job->status);
 	execute_device_done(request);
 }
 

@@ -181,10 +181,8 @@ const struct msg_skip *dispatch_skips(const struct dispatch *dispatch, const str
 	return skips;
 }
 
-opd_status dispatch_refused(const struct dispatch *dispatch, const struct op *op, const opd_call *call, struct arena *arena, opd_error *error)
+opd_status dispatch_refused(const struct op *op, const struct msg_skip *skips, uint32_t count, opd_error *error)
 {
-	uint32_t count = 0;
-	const struct msg_skip *skips = dispatch_skips(dispatch, op, call, arena, &count);
 	char reasons[OPD_ERROR_TEXT_BYTES];
 	size_t at = 0;
 	reasons[0] = '\0';

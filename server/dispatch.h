@@ -41,7 +41,7 @@ bool dispatch_accepts(const struct impl *impl, const struct op *op, const opd_ca
 const struct msg_skip *dispatch_skips(const struct dispatch *dispatch, const struct op *op, const opd_call *call, struct arena *arena,
                                       uint32_t *count_out);
 
-/* FAILED_PRECONDITION with every reason. */
-opd_status dispatch_refused(const struct dispatch *dispatch, const struct op *op, const opd_call *call, struct arena *arena, opd_error *error);
+/* FAILED_PRECONDITION with every reason; skips: dispatch_skips', NULL where there was no memory. */
+opd_status dispatch_refused(const struct op *op, const struct msg_skip *skips, uint32_t count, opd_error *error);
 
 #endif

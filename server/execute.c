@@ -9,6 +9,7 @@
 #include "server/containment.h"
 #include "server/daemon.h"
 #include "server/derived.h"
+#include "server/metrics.h"
 #include "server/device_run.h"
 #include "server/module.h"
 #include "server/request.h"
@@ -323,9 +324,19 @@ static void lane_graph(struct lane_job *job, struct lane_exec *exec)
 	graph_run_execute((struct request *)((char *)job - offsetof(struct request, job)), exec);
 }
 
+/* A kernel, or a graph, that a lane has run; not what was cancelled before, nor plans. */
+static void count_lane(struct request *request)
+{
+	const struct lane_job *job = &request->job;
+	if (request->run.written)
+		metrics_ran(request->context->metrics, request->graph_run != NULL ? NULL : request->run.dispatch.impl, job->waited_ns, job->device_ns,
+		            request->status);
+}
+
 static void job_done(struct lane_job *job)
 {
 	struct request *request = (struct request *)((char *)job - offsetof(struct request, job));
+	count_lane(request);
 	execute_done(request);
 }
 
@@ -340,6 +351,7 @@ static void wait_for_lane(struct request *request)
 {
 	while (sem_wait(request->owner) != 0)
 		;
+	count_lane(request);
 	execute_done(request);
 }
 
@@ -477,6 +489,7 @@ void execute_run(struct request *request)
 		if (!is_late(request)) {
 			request->clock.queued = 0;
 			run_here(request, &serial);
+			metrics_ran_on_loop(request->context->metrics, request->run.dispatch.impl, request->run.cost_ns, request->status);
 		}
 		execute_done(request);
 	} else {

@@ -2,6 +2,7 @@
 #include <string.h>
 
 #include "server/daemon.h"
+#include "server/metrics.h"
 #include "server/request.h"
 
 static uint64_t between(uint64_t from, uint64_t to)
@@ -62,6 +63,8 @@ void run_explain(struct request *request)
 	if (explain == NULL)
 		return; /* the reply goes without it; out of memory shows in what follows */
 	explain->skipped = dispatch_skips(dispatch, run->op, &run->bound.call, &request->arena, &explain->skip_count);
+	if (dispatch->impl != NULL) /* else whoever refused it has counted them */
+		metrics_reasons(request->context->metrics, dispatch, explain->skipped, explain->skip_count);
 	explain->effective = effective_list_names(dispatch->effective, dispatch->count, &request->arena);
 	explain->effective_count = explain->effective == NULL ? 0 : dispatch->count;
 	explain->level = dispatch->effective->level;

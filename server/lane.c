@@ -55,6 +55,7 @@ struct lane {
 	struct scheduler scheduler; /* of queued jobs */
 	struct sched_group own_group;
 	struct sched_flow own_flow; /* of jobs that are nobody's */
+	struct histogram waits[CLASS_COUNT]; /* written under the mutex */
 	uint64_t ready_ns; /* all that is queued waits for its rate until then; UINT64_MAX: nothing does */
 	uint32_t spinning; /* threads that look for work without sleeping */
 	uint32_t waking;   /* unparked, not yet running */
@@ -448,6 +449,8 @@ static bool run_next(struct worker *worker)
 	if (job == NULL)
 		return false;
 	const struct sched_item item = job->item;
+	const uint64_t waited_ns = began_ns > item.queued_ns ? began_ns - item.queued_ns : 0;
+	histogram_add(&lane->waits[item.class], waited_ns, false);
 	worker->job = job;
 	unlock_and_wake(lane);
 	struct lane_exec exec = {.lane = lane, .job = job, .threads = lane->threads};
@@ -460,6 +463,8 @@ static bool run_next(struct worker *worker)
 	if (worker->replaced) /* it wasn't counted any more */
 		(void)atomic_fetch_add_explicit(&lane->load, 1, memory_order_relaxed);
 	(void)pthread_mutex_unlock(&lane->mutex);
+	job->waited_ns = waited_ns;
+	job->device_ns = device_ns;
 	job_finish(lane, job);
 	(void)pthread_mutex_lock(&lane->mutex);
 	return true;
@@ -505,6 +510,11 @@ static void *worker_main(void *argument)
 	}
 	(void)pthread_mutex_unlock(&lane->mutex);
 	return NULL;
+}
+
+const struct histogram *lane_waits(const struct lane *lane, sched_class class)
+{
+	return &lane->waits[class];
 }
 
 bool lane_busy(const struct lane *lane)

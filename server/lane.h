@@ -20,6 +20,7 @@
 
 #include "opd/status.h"
 #include "providers/provider.h"
+#include "server/histogram.h"
 #include "server/scheduler.h"
 
 struct lane;
@@ -43,6 +44,8 @@ struct lane_job {
 	void (*done)(struct lane_job *job);                        /* for whoever takes the done jobs: the lane doesn't call it itself */
 	_Atomic bool cancelled;                                    /* by lane_cancel */
 	struct lane_refusal refusal;                               /* by a lane_submit that was false */
+	uint64_t waited_ns; /* once it is done */
+	uint64_t device_ns;
 };
 
 /* What a job may use while it runs. */
@@ -79,6 +82,9 @@ void lane_submit_list(struct lane *lane, struct lane_job *first);
 /* The lane's scheduler, to read it or to change weights and bounds: for a few instructions. */
 struct scheduler *lane_scheduler_lock(struct lane *lane);
 void lane_scheduler_unlock(struct lane *lane);
+
+/* How long its jobs have waited, by class. */
+const struct histogram *lane_waits(const struct lane *lane, sched_class class);
 
 /* All jobs done since the last call, in the order in which they ended, linked by next; NULL: none. Lock-free. */
 struct lane_job *lane_take_done(struct lane *lane);

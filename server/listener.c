@@ -16,6 +16,7 @@
 
 #include "server/conn.h"
 #include "server/daemon.h"
+#include "server/scrape.h"
 
 #define BACKLOG 1024
 
@@ -29,6 +30,7 @@ struct listener {
 		uv_tcp_t tcp;
 	};
 	listen_kind kind;
+	bool metrics;
 	char *path; /* of a Unix socket, to be removed */
 	char address[300];
 };
@@ -124,6 +126,10 @@ static void on_connection(uv_stream_t *stream, int status)
 	struct server *server = listener->server;
 	if (status < 0) {
 		log_accept_error(listener, status);
+		return;
+	}
+	if (listener->metrics) {
+		scrape_accept(server, stream, listener->kind == LISTEN_UNIX);
 		return;
 	}
 	opd_error refused = {0};
@@ -262,13 +268,14 @@ static opd_status take_passed(struct listener *listener, const struct config_lis
 	return OPD_OK;
 }
 
-opd_status listener_open(struct server *server, const struct config_listener *config, opd_error *error)
+static opd_status open_listener(struct server *server, const struct config_listener *config, bool metrics, opd_error *error)
 {
 	struct listener *listener = calloc(1, sizeof *listener);
 	if (listener == NULL)
 		return cannot_listen(config, "out of memory", error);
 	listener->server = server;
 	listener->kind = config->kind;
+	listener->metrics = metrics;
 	int failed = config->kind == LISTEN_UNIX ? uv_pipe_init(&server->loop, &listener->pipe, 0) : uv_tcp_init(&server->loop, &listener->tcp);
 	if (failed != 0) {
 		free(listener);
@@ -297,6 +304,20 @@ opd_status listener_open(struct server *server, const struct config_listener *co
 	return OPD_OK;
 }
 
+opd_status listener_open(struct server *server, const struct config_listener *config, opd_error *error)
+{
+	return open_listener(server, config, false, error);
+}
+
+opd_status listener_open_metrics(struct server *server, const struct config_listener *config, opd_error *error)
+{
+	opd_status status = open_listener(server, config, true, error);
+	if (status != OPD_OK)
+		return opd_error_prefix(error, status, "metrics");
+	LOG(server->log, LOG_INFO, "metrics endpoint", LOG_STR("address", server->listeners->address));
+	return OPD_OK;
+}
+
 void listener_close_all(struct server *server)
 {
 	while (server->listeners != NULL) {
@@ -311,8 +332,10 @@ void listener_close_all(struct server *server)
 uint32_t listener_list(const struct server *server, struct msg_text *out, uint32_t count)
 {
 	uint32_t found = 0;
-	for (const struct listener *listener = server->listeners; listener != NULL; listener = listener->next, found++)
-		if (found < count)
+	for (const struct listener *listener = server->listeners; listener != NULL; listener = listener->next) {
+		if (!listener->metrics && found < count)
 			out[found] = msg_text(listener->address);
+		found += !listener->metrics;
+	}
 	return found;
 }

@@ -12,6 +12,8 @@ struct server;
 
 /* UNAVAILABLE names the address and what the system said. */
 OPD_MUST_USE opd_status listener_open(struct server *server, const struct config_listener *config, opd_error *error);
+/* The metrics endpoint's (server/scrape.h): not in listener_list. */
+OPD_MUST_USE opd_status listener_open_metrics(struct server *server, const struct config_listener *config, opd_error *error);
 /* Stops all of them; their memory goes in the close callbacks. Removes the sockets' files. */
 void listener_close_all(struct server *server);
 /* Addresses with the port that the system chose, at most `count`; returns how many there are. */

@@ -305,7 +305,9 @@ static void print_summary(const struct config *config)
 	(void)printf("quarantine: %" PRIu32 " failures, %" PRIu32 " of a provider, in %" PRIu64 " ms, for %" PRIu64 " ms\n", config->quarantine.failures,
 	             config->quarantine.provider_failures, config->quarantine.window_us / 1000, config->quarantine.cooldown_us / 1000);
 	(void)printf("polling: window %" PRIu64 " us, budget %" PRIu64 " us of a second\n", config->polling_window_us, config->polling_budget_us);
-	(void)printf("log: %s, %s, ", log_level_name(config->level), config->format == LOG_JSON ? "json" : "text");
+	(void)printf("metrics: ");
+	print_text(config->metrics.address != NULL ? config->metrics.address : "off");
+	(void)printf("\nlog: %s, %s, ", log_level_name(config->level), config->format == LOG_JSON ? "json" : "text");
 	print_text(config->log_path != NULL ? config->log_path : "stderr");
 	(void)printf("\n");
 }
@@ -318,6 +320,7 @@ static int check_config(struct config *config)
 	opd_error error;
 	opd_status status = log_init(&log, LOG_ERROR, LOG_TEXT, NULL, &error);
 	print_summary(config);
+	(void)!config_set_metrics(config, "off", &error);
 	config_clear_listeners(config);
 	config->level = LOG_ERROR;
 	if (status == OPD_OK)

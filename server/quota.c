@@ -62,18 +62,18 @@ static bool may_send(struct quota *quota, bool of_tenant, uint64_t bytes, uint64
 	return out_ns == 0 || refuse(quota, of_tenant, QUOTA_BYTES_OUT, 0, out_ns, refusal_out);
 }
 
-static void count_in(struct quota *quota, uint64_t bytes, uint64_t now_ns)
+static void count_in(struct quota *quota, bool of_tenant, uint64_t bytes, uint64_t now_ns)
 {
 	const uint64_t rate = quota_limit(quota, QUOTA_BYTES_IN);
-	(void)atomic_fetch_add_explicit(&quota->bytes_in, bytes, memory_order_relaxed);
+	tally_add(&quota->bytes_in, bytes, of_tenant);
 	if (rate != 0)
 		pay(&quota->in_paid_ns, rate, bytes, now_ns);
 }
 
-static void count_out(struct quota *quota, uint64_t bytes, uint64_t now_ns)
+static void count_out(struct quota *quota, bool of_tenant, uint64_t bytes, uint64_t now_ns)
 {
 	const uint64_t rate = quota_limit(quota, QUOTA_BYTES_OUT);
-	(void)atomic_fetch_add_explicit(&quota->bytes_out, bytes, memory_order_relaxed);
+	tally_add(&quota->bytes_out, bytes, of_tenant);
 	if (rate != 0)
 		pay(&quota->out_paid_ns, rate, bytes, now_ns);
 }
@@ -83,17 +83,21 @@ static void count_out(struct quota *quota, uint64_t bytes, uint64_t now_ns)
 /* Counted first: of two at once at most one is the last that may. */
 static bool enter(struct quota *quota, bool of_tenant, struct quota_refusal *refusal_out)
 {
-	const uint64_t before = atomic_fetch_add_explicit(&quota->in_flight, 1, memory_order_relaxed);
 	const uint64_t limit = quota_limit(quota, QUOTA_IN_FLIGHT);
+	uint64_t before = tally_get(&quota->in_flight);
+	if (of_tenant)
+		before = atomic_fetch_add_explicit(&quota->in_flight, 1, memory_order_relaxed);
+	else
+		tally_add(&quota->in_flight, 1, false);
 	if (limit == 0 || before < limit)
 		return true;
-	(void)atomic_fetch_sub_explicit(&quota->in_flight, 1, memory_order_relaxed);
+	tally_add(&quota->in_flight, UINT64_MAX, of_tenant);
 	return refuse(quota, of_tenant, QUOTA_IN_FLIGHT, before, 0, refusal_out);
 }
 
-static void leave(struct quota *quota)
+static void leave(struct quota *quota, bool of_tenant)
 {
-	(void)atomic_fetch_sub_explicit(&quota->in_flight, 1, memory_order_relaxed);
+	tally_add(&quota->in_flight, UINT64_MAX, of_tenant); /* one less */
 }
 
 bool quota_enter(struct quota *session, struct quota *tenant, uint64_t bytes, uint64_t now_ns, struct quota_refusal *refusal_out)
@@ -101,26 +105,26 @@ bool quota_enter(struct quota *session, struct quota *tenant, uint64_t bytes, ui
 	if (!enter(session, false, refusal_out))
 		return false;
 	if (!enter(tenant, true, refusal_out)) {
-		leave(session);
+		leave(session, false);
 		return false;
 	}
 	if (!may_send(session, false, bytes, now_ns, refusal_out) || !may_send(tenant, true, bytes, now_ns, refusal_out)) {
 		quota_leave(session, tenant);
 		return false;
 	}
-	count_in(session, bytes, now_ns);
-	count_in(tenant, bytes, now_ns);
+	count_in(session, false, bytes, now_ns);
+	count_in(tenant, true, bytes, now_ns);
 	return true;
 }
 
 void quota_leave(struct quota *session, struct quota *tenant)
 {
-	leave(session);
-	leave(tenant);
+	leave(session, false);
+	leave(tenant, true);
 }
 
 void quota_send(struct quota *session, struct quota *tenant, uint64_t bytes, uint64_t now_ns)
 {
-	count_out(session, bytes, now_ns);
-	count_out(tenant, bytes, now_ns);
+	count_out(session, false, bytes, now_ns);
+	count_out(tenant, true, bytes, now_ns);
 }

@@ -1,6 +1,6 @@
 /* Quotas: how much of the daemon a session, or all sessions of a tenant together, may use.
  *
- * Layer: server, bottom. Threads: any; atomics, no lock.
+ * Layer: server, bottom. Threads: a session's is written by its own thread alone, a tenant's by any (locked instructions); limits and reading: any. No lock.
  * Life: zeroed memory has no limits → quota_set, quota_enter, quota_leave… Nothing is to be freed.
  * This object counts what is in flight and what was sent. The other kinds are counted where they arise, and their limits are handed on: memory by accounts (server/tensors.h),
  * queues and device time by the lanes' schedulers (server/scheduler.h), sessions by the listener. What was refused is counted here for all of them.
@@ -11,6 +11,8 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
+
+#include "server/histogram.h"
 
 typedef enum quota_kind {
 	QUOTA_SESSIONS = 0,      /* open at once, of a tenant */
@@ -27,9 +29,9 @@ typedef enum quota_kind {
 struct quota {
 	_Atomic uint64_t limits[QUOTA_COUNT]; /* 0: any */
 	_Atomic uint64_t refused[QUOTA_COUNT];
-	_Atomic uint64_t in_flight;
-	_Atomic uint64_t bytes_in; /* since the beginning */
-	_Atomic uint64_t bytes_out;
+	tally in_flight;
+	tally bytes_in; /* since the beginning */
+	tally bytes_out;
 	_Atomic uint64_t in_paid_ns; /* what came is paid for at this time, by the rate */
 	_Atomic uint64_t out_paid_ns;
 };

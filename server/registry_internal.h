@@ -8,7 +8,6 @@
 #include "server/priority.h"
 #include "server/registry.h"
 
-#define REGISTRY_IMPLS_MAX 4096
 
 /* An op as registered; snapshots copy it. */
 struct entry {

@@ -76,6 +76,8 @@ static opd_status check_fixed(const struct config *before, const struct config *
 	if (before->threads != config->threads)
 		return opd_fail(error, OPD_FAILED_PRECONDITION, "threads can't change while running (%u to %u): restart the daemon",
 		                (unsigned)before->threads, (unsigned)config->threads);
+	if (!same_text(before->metrics.address, config->metrics.address))
+		return opd_fail(error, OPD_FAILED_PRECONDITION, "the metrics endpoint can't change while running: restart the daemon");
 	if (before->format != config->format || !same_text(before->log_path, config->log_path))
 		return opd_fail(error, OPD_FAILED_PRECONDITION, "log.file and log.format can't change while running: restart the daemon");
 	return OPD_OK;

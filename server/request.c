@@ -10,9 +10,11 @@
 #include "proto/text.h"
 #include "server/daemon.h"
 #include "server/derived.h"
+#include "server/metrics.h"
 #include "server/graph.h"
 #include "server/ring.h"
 #include "server/shared.h"
+#include "server/stats.h"
 
 /* Envelopes are at most BOUND_ENVELOPE_BYTES; decoded they take a few times that. */
 #define ARENA_CAP_BYTES (64u << 20)
@@ -162,12 +164,21 @@ static const struct step {
 	[MSG_REQUEST_DETACH_MEMORY] = {"detach_memory", NULL, region_detach_start, false},
 	[MSG_REQUEST_ATTACH_RINGS] = {"attach_rings", NULL, ring_attach_start, false},
 	[MSG_REQUEST_LIST_SESSIONS] = {"list_sessions", NULL, inspect_sessions, false},
+	[MSG_REQUEST_GET_STATS] = {"get_stats", NULL, stats_reply, false},
 	[MSG_REQUEST_RESTORE_PROVIDER] = {"restore_provider", NULL, admin_restore_provider, true},
 	[MSG_REQUEST_SET_SESSION] = {"set_session", NULL, admin_set_session, true},
 	[MSG_REQUEST_REGISTER_GRAPH] = {"register_graph", graph_register_accept, graph_register_start, false, true},
 	[MSG_REQUEST_RUN_GRAPH] = {"run_graph", run_accept, run_start, false, true},
 	[MSG_REQUEST_FREE_GRAPH] = {"free_graph", graph_free_accept, request_reply_empty, false},
 };
+
+#define STEP_COUNT (sizeof steps / sizeof steps[0])
+static_assert(STEP_COUNT <= MSG_REQUEST_KINDS, "every kind is counted");
+
+const char *request_kind_name(msg_request_kind kind)
+{
+	return kind >= STEP_COUNT || steps[kind].name == NULL ? "unknown" : steps[kind].name;
+}
 
 static bool step_has_payload(msg_request_kind kind)
 {
@@ -429,6 +440,7 @@ static void encode(struct request *request)
 static void finish(struct request *request)
 {
 	request->replied = true;
+	metrics_replied(request->context->metrics, request->message.kind, request->reply.status);
 	if (request->run.deadline_ns != 0 && !request->direct)
 		deadline_clear(&request->context->server->deadlines, request);
 	if (!request->direct)

@@ -135,6 +135,8 @@ struct request {
 	bool direct; /* the owner reads `reply`; nothing is encoded, results are INLINE */
 };
 
+/* "run"…, as the step table has it. */
+const char *request_kind_name(msg_request_kind kind);
 /* NULL: out of memory. Takes a reference of the session. */
 struct request *request_create(struct context *context, struct session *session, uint64_t id);
 /* The reply was written or dropped: gives everything back. */

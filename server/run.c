@@ -7,6 +7,7 @@
 #include "proto/tensor.h"
 #include "proto/text.h"
 #include "server/daemon.h"
+#include "server/metrics.h"
 #include "server/request.h"
 #include "server/shared.h"
 
@@ -411,7 +412,10 @@ void run_reply_fake(struct request *request)
 static void reply_refused(struct request *request)
 {
 	struct request_run *run = &request->run;
-	(void)dispatch_refused(&run->dispatch, run->op, &run->bound.call, &request->arena, &request->error);
+	uint32_t count = 0;
+	const struct msg_skip *skips = dispatch_skips(&run->dispatch, run->op, &run->bound.call, &request->arena, &count);
+	(void)dispatch_refused(run->op, skips, count, &request->error);
+	metrics_reasons(request->context->metrics, &run->dispatch, skips, count);
 	run_explain(request);
 	request_fail(request);
 }
@@ -466,6 +470,8 @@ static void run_ready(struct request *request)
 	if (message->explain)
 		request->clock.bound = request_now_ns();
 	bool accepted = dispatch_walk(&run->dispatch, &run->bound.call);
+	if (run->dispatch.index != 0)
+		metrics_skipped(request->context->metrics, &run->dispatch, 0);
 	if (message->explain)
 		request->clock.dispatched = request_now_ns();
 	run_chosen(request, accepted);
@@ -636,7 +642,9 @@ void execute_done(struct request *request)
 		bool refused = run->plan_refused;
 		run->move_count = 0;
 		run->plan_refused = false;
+		const uint32_t from = run->dispatch.index + (refused ? 0 : 1); /* a plan that refused is a skip, a failed kernel is not */
 		bool accepted = dispatch_next(&run->dispatch, &run->bound.call);
+		metrics_skipped(request->context->metrics, &run->dispatch, from);
 		if (!accepted && !refused) { /* nobody else: the kernel's failure is the answer */
 			request->error = failure;
 			request_fail(request);

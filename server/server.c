@@ -17,9 +17,11 @@
 #include "server/health.h"
 #include "server/publications.h"
 #include "server/listener.h"
+#include "server/metrics.h"
 #include "server/module.h"
 #include "server/request.h"
 #include "server/ring.h"
+#include "server/scrape.h"
 
 #define PLAN_ENTRIES 1024u
 #define PLAN_BYTES (256ull << 20)
@@ -167,6 +169,8 @@ static void flush_dirty(struct server *server)
 {
 	struct conn *conn = server->dirty;
 	server->dirty = NULL;
+	if (conn != NULL)
+		server->flush_ns = request_now_ns(); /* once for all replies of the turn: they go out together */
 	while (conn != NULL) {
 		struct conn *next = conn->next_dirty;
 		conn->dirty = false;
@@ -223,6 +227,7 @@ static void on_tick(uv_poll_t *tick, int status, int events)
 	containment_tick(server->containment, now_ns);
 	server->polled_ns = 0;
 	drop_caches(server);
+	scrape_tick(server, now_us);
 	tenants_sweep(server->tenants, now_us * 1000);
 	for (struct conn *conn = server->conns, *next; conn != NULL; conn = next) {
 		next = conn->next;
@@ -399,7 +404,7 @@ static opd_status start(struct server *server, opd_error *error)
 		server->tenants = tenants_create(&server->memory);
 		server->publications = publications_create(&server->memory, server->tenants);
 		server->stage = malloc(CONN_STAGE_BYTES);
-		if (server->account == NULL || server->tenants == NULL || server->publications == NULL || server->stage == NULL)
+		if (server->metrics[SERVER_METRICS_LOOP] == NULL || server->metrics[SERVER_METRICS_DIRECT] == NULL || server->account == NULL || server->tenants == NULL || server->publications == NULL || server->stage == NULL)
 			status = opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: out of memory");
 	}
 	if (status == OPD_OK)
@@ -420,6 +425,8 @@ static opd_status start(struct server *server, opd_error *error)
 		status = server_set_priorities(server, config, error);
 	for (size_t i = 0; status == OPD_OK && i < config->listener_count; i++)
 		status = listener_open(server, &config->listeners[i], error);
+	if (status == OPD_OK && config->metrics.address != NULL)
+		status = listener_open_metrics(server, &config->metrics, error);
 	return status;
 }
 
@@ -455,7 +462,10 @@ opd_status server_create(struct config *config, struct log *log, struct server *
 	server_take_config(server, config);
 	server->tick_fd = -1;
 	server->started_us = server->lane_progress_us = server->turn_us = request_now_ns() / 1000;
+	server->metrics[SERVER_METRICS_LOOP] = metrics_create(false);
+	server->metrics[SERVER_METRICS_DIRECT] = metrics_create(true);
 	context_init(&server->context, server);
+	server->context.metrics = server->metrics[SERVER_METRICS_LOOP];
 	opd_status status = start(server, error);
 	if (status != OPD_OK) {
 		server->config = NULL; /* the caller's still */
@@ -497,6 +507,7 @@ static void close_handle(uv_handle_t *handle, void *argument)
 static void close_loop(struct server *server)
 {
 	listener_close_all(server);
+	scrape_close_all(server);
 	for (struct conn *conn = server->conns; conn != NULL; conn = conn->next)
 		conn_close(conn, LOG_INFO, "the server ends");
 	(void)uv_run(&server->loop, UV_RUN_NOWAIT);
@@ -529,6 +540,8 @@ void server_destroy(struct server *server)
 	for (uint32_t i = 0; i < REGISTRY_DEVICES_MAX; i++)
 		device_lane_stop(server->device_lanes[i]);
 	lane_destroy(server->lane);
+	metrics_destroy(server->metrics[SERVER_METRICS_LOOP]);
+	metrics_destroy(server->metrics[SERVER_METRICS_DIRECT]);
 	tenants_destroy(server->tenants);
 	plans_destroy(server->plans);
 	derived_destroy(server->derived); /* before their makers are closed */

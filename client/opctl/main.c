@@ -63,6 +63,7 @@ const struct command opctl_commands[] = {
      "weight: 1 to 1000000, among its tenant's sessions. class: realtime, interactive or batch, of its requests that name none.\n"
      "quota: NAME=LIMIT of in_flight, queued, bytes_in, bytes_out (a second), memory, device_memory, device_time (a second): in_flight=32, bytes_in=64MiB,\n"
      "device_time=500ms; 0: as the daemon's configuration has it.\n", no_options, cmd_session},
+    {"stats", "[PREFIX]", "what the daemon has counted: the numbers of its metrics endpoint, or those whose names begin so", NULL, no_options, cmd_stats},
     {"top", "", "the lanes' use, live: sessions by the device time that they take", "Ends with Ctrl-C, or after -c N pictures.\n", top_options, cmd_top},
     {"module", "load PATH", "load a provider module into the daemon (administrators)", "PATH is the daemon's, not yours.\n",
      no_options, cmd_module},

@@ -74,6 +74,7 @@ int cmd_info(struct opctl *ctl);
 int cmd_health(struct opctl *ctl);
 int cmd_sessions(struct opctl *ctl);
 int cmd_session(struct opctl *ctl);
+int cmd_stats(struct opctl *ctl);
 int cmd_top(struct opctl *ctl);
 extern const struct option_use top_options[];
 int cmd_module(struct opctl *ctl);

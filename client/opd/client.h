@@ -512,6 +512,42 @@ OPD_API OPD_MUST_USE opd_status opd_set_session(opd_client *client, uint64_t ses
 /* Administrators: another limit for the session (not OPD_QUOTA_SESSIONS, which is a tenant's); 0: as the daemon's configuration has it. What is in use above it stays. */
 OPD_API OPD_MUST_USE opd_status opd_set_session_quota(opd_client *client, uint64_t session, opd_quota_kind kind, uint64_t limit, opd_error *error);
 
+/* ---- What the daemon has counted since its start ------------------------------------------------------------------------- */
+
+/* A histogram's bucket k holds durations of at most this · 2^k, above those before; its last one all longer ones. */
+#define OPD_STAT_FIRST_NS 1024
+
+typedef enum opd_stat_kind {
+	OPD_STAT_COUNTER = 0,
+	OPD_STAT_GAUGE = 1,
+	OPD_STAT_HISTOGRAM = 2,
+} opd_stat_kind;
+
+typedef struct opd_stat_label {
+	const char *name;
+	const char *value;
+} opd_stat_label;
+
+/* The daemon's README lists the names; seconds and bytes. */
+typedef struct opd_stat {
+	const char *name;
+	opd_stat_kind kind;
+	double value; /* of a histogram: the sum of its durations, in seconds */
+	uint32_t label_count;
+	const opd_stat_label *labels;
+	uint32_t bucket_count;
+	const uint64_t *buckets;
+} opd_stat;
+
+typedef struct opd_stats {
+	uint32_t count;
+	const opd_stat *items; /* those of a name stand together */
+	bool cut;              /* there were more than a reply holds */
+} opd_stats;
+
+/* The same numbers as the daemon's metrics endpoint; of tenants its own, an administrator all. A document (opd_document_free). */
+OPD_API OPD_MUST_USE opd_status opd_get_stats(opd_client *client, const opd_stats **stats_out, opd_error *error);
+
 /* ---- Publications: tensors that several sessions have, once in memory -------------------------------------------------- */
 
 typedef struct opd_publication {

@@ -8,6 +8,8 @@
 #include "proto/plain.h"
 #include "providers/builtin.h"
 #include "server/dispatch.h"
+#include "server/metrics.h"
+#include "server/quota.h"
 #include "server/scheduler.h"
 #include "tests/bench/counter.h"
 #include "tests/bench/report.h"
@@ -394,6 +396,64 @@ static void bench_schedule(void)
 	                                .limit = 300});
 }
 
+/* ---- What counting a request costs ---- */
+
+static double count_block(struct metrics *metrics, const struct impl *impls, unsigned count)
+{
+	uint64_t begin = clock_ns();
+	for (unsigned i = 0; i < count; i++) {
+		metrics_ran(metrics, &impls[i % 7], 500 + i % 5000, 1000 + i % 9000, OPD_OK);
+		metrics_replied(metrics, MSG_REQUEST_RUN, OPD_OK);
+		metrics_written(metrics, 2000 + i % 9000);
+	}
+	return (double)(clock_ns() - begin) / count;
+}
+
+/* A session's and its tenant's. */
+static double quota_block(struct quota *session, struct quota *tenant, unsigned count)
+{
+	struct quota_refusal refusal;
+	uint64_t begin = clock_ns();
+	for (unsigned i = 0; i < count; i++) {
+		if (!quota_enter(session, tenant, 100, i, &refusal))
+			bench_fail("no quota, and one is passed");
+		quota_send(session, tenant, 100, i);
+		quota_leave(session, tenant);
+	}
+	return (double)(clock_ns() - begin) / count;
+}
+
+static void count_row(const char *what, double ns[ROUNDS], double limit)
+{
+	report_row(&(struct report_row){.what = what,
+	                                .unit = "ns",
+	                                .floor = REPORT_NONE,
+	                                .value = report_median(ns, ROUNDS),
+	                                .kernel = REPORT_NONE,
+	                                .ratio = REPORT_NONE,
+	                                .bound = REPORT_VALUE_MAX,
+	                                .limit = limit});
+}
+
+static void bench_counting(void)
+{
+	static struct quota session, tenant;
+	struct impl impls[7];
+	struct metrics *metrics = metrics_create(false);
+	double counted[ROUNDS], entered[ROUNDS];
+	if (metrics == NULL)
+		bench_fail("out of memory");
+	for (uint32_t i = 0; i < 7; i++)
+		impls[i] = (struct impl){.index = i * 100};
+	for (unsigned round = 0; round < ROUNDS; round++) {
+		counted[round] = count_block(metrics, impls, CALLS);
+		entered[round] = quota_block(&session, &tenant, CALLS);
+	}
+	metrics_destroy(metrics);
+	count_row("counted: op and provider, kind, status, three histograms", counted, 30);
+	count_row("quotas: in flight and bytes, session and tenant", entered, 100);
+}
+
 int main(void)
 {
 	static struct parts parts;
@@ -416,6 +476,7 @@ int main(void)
 	                                .bound = REPORT_VALUE_MAX,
 	                                .limit = 25});
 	bench_schedule();
+	bench_counting();
 	parts_close(&parts);
 	return 0;
 }

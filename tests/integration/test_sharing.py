@@ -5,6 +5,7 @@ Each test's name is the promise that it checks. The lane has one thread, and a k
 """
 import json
 import os
+import socket
 import struct
 import subprocess
 import tempfile
@@ -469,6 +470,131 @@ class Slow(DaemonCase):
         other.ping()
 
 
+class Counted(DaemonCase):
+    """The daemon's numbers: by opctl, and at the metrics endpoint."""
+    folder = tempfile.mkdtemp()
+    config = "metrics: unix:%s/metrics\n" % folder
+    flags = ("--listen", "tcp://127.0.0.1:0")
+
+    @classmethod
+    def tearDownClass(cls):
+        super().tearDownClass()
+        os.rmdir(cls.folder)  # the daemon has removed its socket
+
+    def http(self, request):
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(60)
+            sock.connect(self.folder + "/metrics")
+            for part in request:
+                sock.sendall(part)
+            answer = b""
+            while True:
+                try:
+                    got = sock.recv(1 << 16)
+                except ConnectionResetError:
+                    got = b""
+                if not got:
+                    break
+                answer += got
+        head, _, body = answer.partition(b"\r\n\r\n")
+        if head:
+            self.assertIn(b"Content-Length: %d" % len(body), head)
+        return head.split(b"\r\n")[0].decode(), body.decode()
+
+    def scrape(self):
+        status, body = self.http([b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n"])
+        self.assertEqual(status, "HTTP/1.1 200 OK")
+        return dict(line.rsplit(" ", 1) for line in body.splitlines() if not line.startswith("#"))
+
+    def opctl(self, *words):
+        command = [os.path.join(os.path.dirname(OPD), "opctl"), "--connect", self.address] + list(words)
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    def test_what_ran_is_counted_by_op_and_provider_and_told_the_same_both_ways(self):
+        client = self.client()
+        before = self.scrape()
+        for _ in range(5):
+            client.ask(product(64, 64), f32(1))
+            client.ask(run("relu", tensor([1]), run_priority=["native"]), f32(1))
+        bad = run("relu", tensor([1]), run_priority=["nobody"])
+        client.call(bad, f32(1))
+        after = self.scrape()
+        grown = lambda name: float(after.get(name, 0)) - float(before.get(name, 0))
+        matmul = '{op="matmul",provider="native"}'
+        self.assertEqual(grown("opd_runs_total" + matmul), 5)
+        self.assertEqual(grown('opd_runs_total{op="relu",provider="native"}'), 5)
+        self.assertEqual(grown("opd_kernel_seconds_count" + matmul), 5)
+        self.assertEqual(grown('opd_kernel_seconds_bucket{op="matmul",provider="native",le="+Inf"}'), 5)
+        self.assertEqual(grown("opd_run_wait_seconds_count" + matmul), 5)
+        self.assertAlmostEqual(grown("opd_kernel_seconds_sum" + matmul), grown("opd_run_device_seconds_total" + matmul))
+        self.assertEqual(grown('opd_replies_total{status="NOT_FOUND"}'), 1)
+        self.assertEqual(grown('opd_requests_total{kind="run"}'), 11)
+        self.assertGreater(grown("opd_request_seconds_count"), 10)
+        told = {self.name(stat): stat for stat in json.loads(self.opctl("stats", "--json"))}
+        again = self.scrape()
+        self.assertEqual(told["opd_runs_total" + matmul]["value"], float(again["opd_runs_total" + matmul]))
+        self.assertEqual(told["opd_kernel_seconds" + matmul]["count"], float(again["opd_kernel_seconds_count" + matmul]))
+        self.assertAlmostEqual(told["opd_kernel_seconds" + matmul]["sum"], float(again["opd_kernel_seconds_sum" + matmul]))
+        tenant = '{tenant="%s"}' % client.hello.tenant
+        shown = json.loads(self.opctl("sessions", "--json"))["tenants"]
+        mine = [item for item in shown if item["tenant"] == client.hello.tenant][0]
+        self.assertEqual(mine["jobs"], told["opd_tenant_jobs_total" + tenant]["value"])
+        self.assertAlmostEqual(mine["device_ns"] / 1e9, told["opd_tenant_device_seconds_total" + tenant]["value"])
+        self.assertRegex(self.opctl("stats", "opd_kernel"), r'(?m)^opd_kernel_seconds\{op="matmul",provider="native"\} \d+, mean .*, 50 % within .*, 99 % within ')
+        self.assertNotIn("opd_runs", self.opctl("stats", "opd_kernel"))
+
+    def name(self, stat):
+        labels = ",".join('%s="%s"' % item for item in stat["labels"].items())
+        return stat["name"] + ("{%s}" % labels if labels else "")
+
+    def test_skips_are_counted_with_their_reasons(self):
+        client = self.client()
+        request = run("matmul", tensor([2, 2], dtype=pb.I32, size=16), tensor([2, 2], dtype=pb.I32, size=16), run_priority=["cpu"], run_mode=pb.DRY)
+        reply, _ = client.call(request, bytes(16))
+        skipped = [skip for skip in reply.run.explain.skipped if skip.provider == "cpu"]
+        before = self.scrape()
+        for _ in range(20):
+            client.call(request, bytes(16))
+        after = self.scrape()
+        name = 'opd_skips_total{op="matmul",provider="cpu"}'
+        if not skipped:
+            self.assertEqual(after.get(name), before.get(name))
+            return
+        self.assertEqual(float(after[name]) - float(before.get(name, 0)), 20)
+        reason = lambda numbers: sum(float(value) for key, value in numbers.items() if key.startswith('opd_skip_reasons_total{op="matmul",provider="cpu",reason="dtype"'))
+        self.assertEqual(reason(after) - reason(before), 20)  # a dry run asks for them
+
+    def test_a_session_is_told_of_its_own_tenant_alone(self):
+        anonymous = Client(self.daemon.tcp_addresses()[0])
+        self.addCleanup(anonymous.close)
+        mine = self.client()
+        stats = anonymous.ask(pb.Request(get_stats=pb.GetStats()))[0].stats
+        tenants = {label.value for stat in stats.items for label in stat.labels if label.name == "tenant"}
+        self.assertEqual(tenants, {"anonymous"})
+        self.assertFalse(stats.cut)
+        stats = mine.ask(pb.Request(get_stats=pb.GetStats()))[0].stats
+        tenants = {label.value for stat in stats.items for label in stat.labels if label.name == "tenant"}
+        self.assertEqual(tenants, {"anonymous", mine.hello.tenant})
+
+    def test_the_endpoint_answers_what_it_has_and_nothing_else(self):
+        self.assertEqual(self.http([b"GET / HTTP/1.0\r\n\r\n"])[0], "HTTP/1.1 404 Not Found")
+        self.assertEqual(self.http([b"GET /metrics2 HTTP/1.0\r\n\r\n"])[0], "HTTP/1.1 404 Not Found")
+        self.assertEqual(self.http([b"POST /metrics HTTP/1.1\r\nContent-Length: 3\r\n\r\nabc"])[0], "HTTP/1.1 405 Method Not Allowed")
+        self.assertEqual(self.http([b"G", b"ET /metr", b"ics?x=1 HTTP/1.1\r\n", b"\r", b"\n"])[0], "HTTP/1.1 200 OK")
+        self.assertIn(self.http([b"GET /metrics HTTP/1.1\r\n" + b"X: y\r\n" * 1000])[0], ("HTTP/1.1 431 Request Header Fields Too Large", ""))
+        self.assertEqual(self.http([b"\0\n\n"])[0], "HTTP/1.1 405 Method Not Allowed")
+        held = []
+        for _ in range(40):  # more than it serves at once: the others are closed, and it recovers
+            sock = socket.socket(socket.AF_UNIX)
+            sock.connect(self.folder + "/metrics")
+            held.append(sock)
+        self.client().ping()
+        for sock in held:
+            sock.close()
+        wait_until(lambda: self.http([b"GET /metrics HTTP/1.0\r\n\r\n"])[0] == "HTTP/1.1 200 OK", "it serves again")
+        self.assertNotIn("/metrics", " ".join(self.client().info().listeners))
+
+
 class Configured(unittest.TestCase):
     def check(self, text, pattern):
         with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
@@ -489,6 +615,8 @@ class Configured(unittest.TestCase):
                                     r"tenant: a = weight 7, class batch \(at most interactive\), sessions 3, device_time 500000000 ns, session_bytes_in 1048576"), 0)
         self.assertEqual(self.check('tenants: {a: {session_sessions: 3}}\n', r"tenants.a.session_sessions: no such key"), 2)
         self.assertEqual(self.check('tenants: {a: {in_flight: 1000001}}\n', r'"1000001", expected a whole number of 0 to 1000000'), 2)
+        self.assertEqual(self.check('metrics: "tcp://10.0.0.1:9100"\n', r"metrics: tcp://10.0.0.1:9100 is not a loopback address"), 2)
+        self.assertEqual(self.check('metrics: "tcp://127.0.0.1:9100"\n', r"metrics: tcp://127.0.0.1:9100"), 0)
         self.assertEqual(self.check('limits: {refuse_uploads: 101}\n', r"limits.refuse_uploads"), 2)
 
 
