@@ -10,6 +10,7 @@
 #include <stdint.h>
 #include <uv.h>
 
+#include "server/closer.h"
 #include "server/config.h"
 #include "server/context.h"
 #include "server/deadline.h"
@@ -65,6 +66,7 @@ struct server {
 	struct metrics *metrics[SERVER_METRICS];
 	uint64_t flush_ns;      /* when this turn's replies went out */
 	char *stage;            /* what connections read into before they know where it belongs */
+	struct closer closer;   /* of descriptors that clients passed */
 	struct conn *conns;     /* all, newest first */
 	uint32_t conn_count;
 	uint32_t direct_count;  /* sessions that are handed over to a direct caller */
