@@ -224,8 +224,6 @@ void conn_on_hello(struct conn *conn, const uint8_t *envelope, size_t bytes)
 		conn->features = common_features(&hello) & ~(conn->local ? 0u : CONN_PASSES);
 		if (conn->server->config->limits.ring_bytes == 0)
 			conn->features &= ~CONN_RINGS;
-		if ((conn->features & CONN_PASSES) != 0)
-			conn->pipe.ipc = 1; /* from now on descriptors are received: until here, and from others, the system drops them */
 		conn->chunk_bytes = hello.no_chunks ? 0 : hello.chunk_bytes == 0 ? BOUND_CHUNK_BYTES_DEFAULT : hello.chunk_bytes;
 		conn->server->sessions_opened++;
 		LOG_LIMITED(conn->server->log, LOG_INFO, &conn->server->opened_lines, conn->server->config->log_lines, "session opened",

@@ -121,8 +121,10 @@ void conn_goaway(struct conn *conn, const char *why);
 void conn_skip_payload(struct conn *conn, struct request *request);
 /* Nothing accepted, nothing to write. */
 bool conn_idle(const struct conn *conn);
-/* The oldest descriptor that came with the frames being read, now the caller's; -1: none. */
+/* The oldest descriptor that came with the frames being read, now the caller's, to be given to conn_let_go; -1: none. */
 int conn_take_descriptor(struct conn *conn);
+/* Closes a client's descriptor, without waiting for whoever is behind it. */
+void conn_let_go(const struct conn *conn, int fd);
 void conn_close(struct conn *conn, log_level level, const char *reason);
 
 #endif

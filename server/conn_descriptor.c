@@ -1,71 +1,63 @@
-/* Descriptors that a client passes along with its frames. libuv takes any from a pipe of its kind "ipc", and hands one out only as a handle of its own: it is accepted into a handle
- * that lives as long as it takes to duplicate the descriptor, whatever that is. */
-#include <fcntl.h>
-#include <stdlib.h>
+/* Descriptors that a client passes along with its frames. Every byte of a Unix socket is received here, not by libuv: any client may pass descriptors with any of them, asked for or not, and
+ * one that is let go must not be closed by the loop, nor dropped by the kernel under it, which is the same. A close may take as long as somebody likes: a socket that lingers, a file system
+ * in a process of theirs. */
+#include <errno.h>
 #include <string.h>
 #include <sys/socket.h>
-#include <unistd.h>
 
+#include "server/closer.h"
 #include "server/conn_internal.h"
 #include "server/daemon.h"
 #include "server/ring.h"
 
-static void on_passed_closed(uv_handle_t *handle)
+#define PASSED_MAX 253 /* the kernel's own limit for a message */
+
+void conn_let_go(const struct conn *conn, int fd)
 {
-	free(handle);
+	closer_close(&conn->server->closer, fd);
 }
 
-/* False: out of memory. */
-static bool collect_one(struct conn *conn)
+static void collect(struct conn *conn, const struct cmsghdr *header)
 {
-	uv_pipe_t *passed = malloc(sizeof *passed);
-	if (passed == NULL)
-		return false;
-	if (uv_pipe_init(&conn->server->loop, passed, 0) != 0) {
-		free(passed);
-		return false;
+	const size_t count = header->cmsg_level == SOL_SOCKET && header->cmsg_type == SCM_RIGHTS ? (header->cmsg_len - CMSG_LEN(0)) / sizeof(int) : 0;
+	for (size_t i = 0; i < count; i++) {
+		int fd;
+		memcpy(&fd, CMSG_DATA(header) + i * sizeof fd, sizeof fd);
+		if ((conn->features & CONN_PASSES) != 0 && conn->descriptor_count < CONN_DESCRIPTORS)
+			conn->descriptors[conn->descriptor_count++] = fd;
+		else
+			conn_let_go(conn, fd);
 	}
+}
+
+ssize_t conn_receive(struct conn *conn, void *to, size_t bytes)
+{
+	_Alignas(struct cmsghdr) uint8_t control[CMSG_SPACE(PASSED_MAX * sizeof(int))];
+	struct iovec room = {to, bytes};
+	struct msghdr message = {.msg_iov = &room, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control};
 	uv_os_fd_t fd;
-	const bool accepted = uv_accept(&conn->stream, (uv_stream_t *)passed) == 0;
-	if (accepted && conn->descriptor_count < CONN_DESCRIPTORS && uv_fileno((uv_handle_t *)passed, &fd) == 0) {
-		const int own = fcntl(fd, F_DUPFD_CLOEXEC, 3);
-		if (own >= 0)
-			conn->descriptors[conn->descriptor_count++] = own;
-	}
-	uv_close((uv_handle_t *)passed, on_passed_closed);
-	return accepted;
-}
-
-void conn_collect_descriptors(struct conn *conn)
-{
-	while (uv_pipe_pending_count(&conn->pipe) > 0) {
-		if (!collect_one(conn)) {
-			conn_close(conn, LOG_ERROR, "out of memory for a descriptor");
-			return;
-		}
-	}
+	if (uv_fileno(&conn->handle, &fd) != 0)
+		return UV_EBADF;
+	const ssize_t got = recvmsg(fd, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+	if (got < 0)
+		return uv_translate_sys_error(errno);
+	for (struct cmsghdr *header = CMSG_FIRSTHDR(&message); header != NULL; header = CMSG_NXTHDR(&message, header))
+		collect(conn, header);
+	return got;
 }
 
 void conn_drop_descriptors(struct conn *conn)
 {
 	while (conn->descriptor_count != 0)
-		(void)close(conn->descriptors[--conn->descriptor_count]);
+		conn_let_go(conn, conn->descriptors[--conn->descriptor_count]);
 }
 
-/* Its frame comes by a ring, its byte by the socket: sent before, so it is there, but libuv may not have looked yet. */
+/* Its frame comes by a ring, its byte by the socket: sent before, so it is there, but the loop may not have looked yet. An end of the connection is still there for it. */
 static void receive_descriptor(struct conn *conn)
 {
 	uint8_t byte = 0;
-	_Alignas(struct cmsghdr) uint8_t control[CMSG_SPACE(sizeof(int))];
-	struct iovec to = {&byte, 1};
-	struct msghdr message = {.msg_iov = &to, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control};
-	uv_os_fd_t fd;
-	if (uv_fileno(&conn->handle, &fd) != 0 || recvmsg(fd, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC) != 1)
-		return; /* an end of the connection is still there for libuv */
-	const struct cmsghdr *header = CMSG_FIRSTHDR(&message);
-	if (header != NULL && header->cmsg_level == SOL_SOCKET && header->cmsg_type == SCM_RIGHTS && header->cmsg_len == CMSG_LEN(sizeof(int)))
-		memcpy(&conn->descriptors[conn->descriptor_count++], CMSG_DATA(header), sizeof(int));
-	ring_socket_bytes(conn, &byte, 1);
+	if (conn_receive(conn, &byte, 1) == 1)
+		ring_socket_bytes(conn, &byte, 1);
 }
 
 int conn_take_descriptor(struct conn *conn)

@@ -21,8 +21,8 @@ void conn_closed(struct conn *conn);
 void conn_refuse_hello(struct conn *conn, const opd_error *error);
 void conn_on_hello(struct conn *conn, const uint8_t *envelope, size_t bytes);
 
-/* conn_descriptor.c: what came with the bytes just read; what no frame of them took. */
-void conn_collect_descriptors(struct conn *conn);
+/* conn_descriptor.c. A Unix socket's bytes, as recv, and the descriptors that came with them; UV_EAGAIN, another error of libuv's, 0: the end. Those that no frame took are let go. */
+ssize_t conn_receive(struct conn *conn, void *to, size_t bytes);
 void conn_drop_descriptors(struct conn *conn);
 
 /* conn_read.c */

@@ -210,25 +210,29 @@ bool conn_may_read(const struct conn *conn)
 	return !conn->closing && !conn->broken && !conn->throttled && !conn->held && !turn_over(conn);
 }
 
-/* An empty buffer makes libuv leave the socket for the next turn, without the two epoll_ctl of a stop and a start. */
+/* Where what comes next goes; empty: nothing more in this turn. */
+static uv_buf_t read_room(const struct conn *conn)
+{
+	if (turn_over(conn))
+		return uv_buf_init(NULL, 0);
+	if (conn->state == CONN_PAYLOAD && conn->ring == NULL) {
+		uint64_t left = conn->frame_left + slack_bytes(conn);
+		uint64_t share = CONN_TURN_BYTES - (conn->turn_read < CONN_TURN_BYTES / 2 ? conn->turn_read : CONN_TURN_BYTES / 2);
+		return uv_buf_init((char *)payload_at(conn), (unsigned)(left < share ? left : share));
+	}
+	size_t bytes = conn->flooding ? FLOOD_BYTES : CONN_STAGE_BYTES;
+	if (conn->state == CONN_HEAD && conn->read_hint != 0)
+		bytes = conn->read_hint > conn->partial_bytes ? conn->read_hint - conn->partial_bytes : FRAME_HEADER_BYTES;
+	return uv_buf_init(conn->server->stage, (unsigned)(bytes < CONN_STAGE_BYTES ? bytes : CONN_STAGE_BYTES));
+}
+
+/* An empty buffer makes libuv leave the socket for the next turn, without the two epoll_ctl of a stop and a start, or to receive_local. */
 static void on_alloc(uv_handle_t *handle, size_t suggested, uv_buf_t *buf)
 {
 	struct conn *conn = handle->data;
 	(void)suggested;
 	conn_new_turn(conn);
-	*buf = uv_buf_init(NULL, 0);
-	if (turn_over(conn))
-		return;
-	if (conn->state == CONN_PAYLOAD && conn->ring == NULL) {
-		uint64_t left = conn->frame_left + slack_bytes(conn);
-		uint64_t share = CONN_TURN_BYTES - (conn->turn_read < CONN_TURN_BYTES / 2 ? conn->turn_read : CONN_TURN_BYTES / 2);
-		*buf = uv_buf_init((char *)payload_at(conn), (unsigned)(left < share ? left : share));
-		return;
-	}
-	size_t bytes = conn->flooding ? FLOOD_BYTES : CONN_STAGE_BYTES;
-	if (conn->state == CONN_HEAD && conn->read_hint != 0)
-		bytes = conn->read_hint > conn->partial_bytes ? conn->read_hint - conn->partial_bytes : FRAME_HEADER_BYTES;
-	*buf = uv_buf_init(conn->server->stage, (unsigned)(bytes < CONN_STAGE_BYTES ? bytes : CONN_STAGE_BYTES));
+	*buf = conn->local ? uv_buf_init(NULL, 0) : read_room(conn);
 }
 
 /* Payload read in place, and perhaps the next frame's head behind it. */
@@ -249,11 +253,8 @@ static void drop_unclaimed_descriptors(struct conn *conn)
 		conn_drop_descriptors(conn);
 }
 
-static void on_read(uv_stream_t *stream, ssize_t nread, const uv_buf_t *buf)
+static void on_bytes(struct conn *conn, ssize_t nread, const uv_buf_t *buf)
 {
-	struct conn *conn = stream->data;
-	if (nread == UV_ENOBUFS)
-		return;
 	if (nread < 0) {
 		conn_close(conn, LOG_INFO, nread == UV_EOF ? "the client closed" : uv_strerror((int)nread));
 		return;
@@ -262,13 +263,34 @@ static void on_read(uv_stream_t *stream, ssize_t nread, const uv_buf_t *buf)
 		return;
 	conn->read_us = conn->server->turn_us;
 	conn->turn_read += (uint64_t)nread;
-	if ((conn->features & CONN_PASSES) != 0)
-		conn_collect_descriptors(conn);
 	if (buf->base == conn->server->stage)
 		consume_socket(conn, (const uint8_t *)buf->base, (size_t)nread);
 	else
 		read_in_place(conn, (const uint8_t *)buf->base, (size_t)nread);
 	drop_unclaimed_descriptors(conn);
+}
+
+/* Until it is empty or may not be read any more. */
+static void receive_local(struct conn *conn)
+{
+	bool full = true;
+	while (full && conn->reading_on && !conn->closing) {
+		const uv_buf_t room = read_room(conn);
+		const ssize_t got = room.len == 0 ? UV_EAGAIN : conn_receive(conn, room.base, room.len);
+		if (got == UV_EAGAIN || got == UV_EINTR)
+			return;
+		full = (size_t)got == room.len;
+		on_bytes(conn, got == 0 ? UV_EOF : got, &room);
+	}
+}
+
+static void on_read(uv_stream_t *stream, ssize_t nread, const uv_buf_t *buf)
+{
+	struct conn *conn = stream->data;
+	if (nread != UV_ENOBUFS)
+		on_bytes(conn, nread, buf);
+	else if (conn->local)
+		receive_local(conn);
 }
 
 void conn_hold(struct conn *conn)

@@ -10,6 +10,7 @@
 #include <stdint.h>
 #include <uv.h>
 
+#include "server/closer.h"
 #include "server/config.h"
 #include "server/context.h"
 #include "server/deadline.h"
@@ -74,6 +75,7 @@ struct server {
 	uint8_t *tls_sealed;    /* … that they write */
 	struct tls_jobs tls_jobs;
 	struct strangers strangers;
+	struct closer closer;   /* of descriptors that clients passed */
 	struct conn *conns;     /* all, newest first */
 	uint32_t conn_count;
 	uint32_t direct_count;  /* sessions that are handed over to a direct caller */

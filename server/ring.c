@@ -490,7 +490,8 @@ void ring_attach_start(struct request *request)
 		status = opd_fail(&request->error, OPD_INVALID_ARGUMENT, "attach_rings: no descriptor came with the request's first byte");
 	if (status == OPD_OK)
 		status = make_ring(conn, &request->message.rings, fd, &request->error);
-	close_fd(fd);
+	if (fd >= 0)
+		conn_let_go(conn, fd);
 	if (status != OPD_OK) {
 		request_fail(request);
 		return;

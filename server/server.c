@@ -585,6 +585,7 @@ void server_destroy(struct server *server)
 	for (uint32_t i = 0; i < REGISTRY_DEVICES_MAX; i++)
 		device_lane_stop(server->device_lanes[i]);
 	lane_destroy(server->lane);
+	closer_fini(&server->closer);
 	metrics_destroy(server->metrics[SERVER_METRICS_LOOP]);
 	metrics_destroy(server->metrics[SERVER_METRICS_DIRECT]);
 	tenants_destroy(server->tenants);

@@ -2,7 +2,6 @@
 
 #include <inttypes.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "proto/tensor.h"
 #include "server/conn.h"
@@ -257,7 +256,7 @@ void region_attach_start(struct request *request)
 	opd_status status = fd < 0 ? opd_fail(&request->error, OPD_INVALID_ARGUMENT, "attach_memory: no descriptor came with the request's first byte")
 	                           : regions_attach(&session->regions, &request->context->server->config->limits, fd, request->message.memory_bytes, &id, &request->error);
 	if (fd >= 0)
-		(void)close(fd);
+		conn_let_go(session->conn, fd);
 	if (status != OPD_OK) {
 		request_fail(request);
 		return;

@@ -4,11 +4,13 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <math.h>
+#include <netinet/in.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/un.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "opd/client.h"
@@ -489,13 +491,10 @@ struct raw {
 	struct arena arena;
 };
 
-static void send_with(struct raw *raw, struct codec_buffer *buffer, frame_type type, const int *fds, size_t count)
+static void send_bytes(const struct raw *raw, void *data, size_t bytes, const int *fds, size_t count)
 {
-	const struct frame_header header = {
-	    .version = FRAME_VERSION, .type = (uint8_t)type, .request_id = type == FRAME_HELLO ? 0 : ++raw->last, .envelope_bytes = (uint32_t)buffer->envelope_bytes};
-	frame_encode(&header, buffer->frame);
 	_Alignas(struct cmsghdr) uint8_t control[CMSG_SPACE(16 * sizeof(int))] = {0};
-	struct iovec piece = {buffer->frame, FRAME_HEADER_BYTES + buffer->envelope_bytes};
+	struct iovec piece = {data, bytes};
 	struct msghdr message = {.msg_iov = &piece, .msg_iovlen = 1};
 	if (count != 0) {
 		message.msg_control = control;
@@ -506,7 +505,22 @@ static void send_with(struct raw *raw, struct codec_buffer *buffer, frame_type t
 		rights->cmsg_len = CMSG_LEN(count * sizeof(int));
 		memcpy(CMSG_DATA(rights), fds, count * sizeof(int));
 	}
-	ck_assert_int_eq(sendmsg(raw->fd, &message, MSG_NOSIGNAL), (ssize_t)piece.iov_len);
+	ck_assert_int_eq(sendmsg(raw->fd, &message, MSG_NOSIGNAL), (ssize_t)bytes);
+}
+
+/* With its header. */
+static size_t complete(struct raw *raw, struct codec_buffer *buffer, frame_type type)
+{
+	const struct frame_header header = {
+	    .version = FRAME_VERSION, .type = (uint8_t)type, .request_id = type == FRAME_HELLO ? 0 : ++raw->last, .envelope_bytes = (uint32_t)buffer->envelope_bytes};
+	frame_encode(&header, buffer->frame);
+	return FRAME_HEADER_BYTES + buffer->envelope_bytes;
+}
+
+static void send_with(struct raw *raw, struct codec_buffer *buffer, frame_type type, const int *fds, size_t count)
+{
+	const size_t bytes = complete(raw, buffer, type);
+	send_bytes(raw, buffer->frame, bytes, fds, count);
 }
 
 static void receive(int fd, void *to, size_t bytes)
@@ -587,6 +601,24 @@ static unsigned open_descriptors(void)
 	return count;
 }
 
+/* What isn't memory is closed by a thread of its own, soon. */
+static void await_descriptors(unsigned count)
+{
+	for (int i = 0; i < 5000 && open_descriptors() != count; i++)
+		(void)nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+	ck_assert_uint_eq(open_descriptors(), count);
+}
+
+/* That thread is there, with the pipe by which it is told: two descriptors, from now on. */
+static void make_closer(struct raw *raw)
+{
+	const unsigned before = open_descriptors();
+	const int folder = open("/etc", O_RDONLY | O_CLOEXEC);
+	(void)ask(raw, (struct msg_request){.kind = MSG_REQUEST_PING}, &folder, 1);
+	(void)close(folder);
+	await_descriptors(before + 2);
+}
+
 static void refuses_descriptor(struct raw *raw, int fd, uint64_t bytes, const char *part)
 {
 	ck_assert_int_ge(fd, 0);
@@ -601,6 +633,7 @@ START_TEST(every_other_descriptor_is_refused_and_none_is_leaked)
 	struct raw raw;
 	int pipes[2];
 	raw_open(&raw, "shm");
+	make_closer(&raw);
 	const unsigned before = open_descriptors();
 	ck_assert_int_eq(pipe2(pipes, O_CLOEXEC), 0);
 	refuses_descriptor(&raw, pipes[0], 4096, "pipe:[");
@@ -615,7 +648,7 @@ START_TEST(every_other_descriptor_is_refused_and_none_is_leaked)
 	refuses_descriptor(&raw, memfd_of(8192, F_SEAL_SHRINK), UINT64_MAX, "of a memfd of 8192");
 	const struct msg_reply none = attach(&raw, -1, 4096);
 	says(&none, OPD_INVALID_ARGUMENT, "no descriptor came");
-	ck_assert_uint_eq(open_descriptors(), before);
+	await_descriptors(before);
 	raw_close(&raw);
 }
 END_TEST
@@ -641,6 +674,54 @@ START_TEST(descriptors_that_nobody_wants_are_closed)
 	const struct msg_reply refused = attach(&raw, other, 4096);
 	says(&refused, OPD_FAILED_PRECONDITION, "no feature \"shm\"");
 	(void)close(other);
+	raw_close(&raw);
+}
+END_TEST
+
+/* A TCP connection with more to send than its peer takes: closing it for the last time waits for the peer, for as long as LINGER_S. */
+#define LINGER_S 600
+static void make_lingering(int *out, int *peer)
+{
+	static const char bytes[65536];
+	const int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+	socklen_t size = sizeof address;
+	ck_assert_int_eq(bind(listener, (const struct sockaddr *)&address, size), 0);
+	ck_assert_int_eq(listen(listener, 1), 0);
+	ck_assert_int_eq(getsockname(listener, (struct sockaddr *)&address, &size), 0);
+	*out = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	ck_assert_int_eq(connect(*out, (const struct sockaddr *)&address, size), 0);
+	*peer = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+	ck_assert_int_ge(*peer, 0);
+	(void)close(listener);
+	while (send(*out, bytes, sizeof bytes, MSG_DONTWAIT | MSG_NOSIGNAL) > 0)
+		;
+	const struct linger linger = {1, LINGER_S};
+	ck_assert_int_eq(setsockopt(*out, SOL_SOCKET, SO_LINGER, &linger, sizeof linger), 0);
+}
+
+/* Whoever is behind it decides how long a close takes. It comes with the first byte of a frame, so that the daemon has it while we let go of ours; the rest of the frame makes the
+ * daemon let go, the last to do so. */
+START_TEST(a_descriptor_whose_close_waits_holds_nobody_up)
+{
+	struct raw raw;
+	struct codec_buffer buffer;
+	const struct msg_request ping = {.kind = MSG_REQUEST_PING};
+	int out, peer;
+	raw_open(&raw, "shm");
+	make_closer(&raw);
+	const unsigned before = open_descriptors();
+	make_lingering(&out, &peer);
+	OK(codec_encode_request(&raw.arena, &ping, &buffer, &error));
+	const size_t bytes = complete(&raw, &buffer, FRAME_REQUEST);
+	send_bytes(&raw, buffer.frame, 1, &out, 1);
+	await_descriptors(before + 3);
+	(void)close(out);
+	send_bytes(&raw, (uint8_t *)buffer.frame + 1, bytes - 1, NULL, 0);
+	ck_assert_int_eq(reply_of(&raw).status, OPD_OK);
+	OK(opd_ping(client, &error));
+	(void)close(peer); /* with bytes that it didn't read: the connection is reset, and nothing lingers any more */
+	await_descriptors(before);
 	raw_close(&raw);
 }
 END_TEST
@@ -756,6 +837,7 @@ static Suite *suite(void)
 	tcase_add_test(wide, ids_rewritten_while_a_kernel_runs_are_read_once);
 	tcase_add_test(wide, every_other_descriptor_is_refused_and_none_is_leaked);
 	tcase_add_test(wide, descriptors_that_nobody_wants_are_closed);
+	tcase_add_test(wide, a_descriptor_whose_close_waits_holds_nobody_up);
 	tcase_add_test(wide, an_attached_file_cannot_shrink_and_ranges_outside_are_refused);
 	tcase_add_test(wide, overlap_is_seen_through_two_regions_of_one_file);
 	suite_add_tcase(made, wide);

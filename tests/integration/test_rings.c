@@ -530,6 +530,7 @@ START_TEST(every_other_descriptor_and_size_is_refused)
 	refuses(&raw, memfd_of(12288, F_SEAL_SHRINK), 1ull << 63, 1ull << 63, OPD_INVALID_ARGUMENT, "expected powers of two");
 	refuses(&raw, -1, 4096, 4096, OPD_INVALID_ARGUMENT, "no descriptor came");
 	raw_close(&raw);
+	descriptors += 2; /* the pipe to the thread that closes what isn't memory */
 }
 END_TEST
 
