@@ -159,6 +159,8 @@ static void fill_provider(opd_result *result, const struct msg_provider *from, o
 	out->devices = texts(result, from->device_count, from->devices, &out->device_count);
 	out->quarantined = texts(result, from->quarantined_count, from->quarantined, &out->quarantined_count);
 	out->failures = from->failures;
+	out->isolated = from->isolated;
+	out->deaths = from->deaths;
 }
 
 void *document_providers(opd_result *result)

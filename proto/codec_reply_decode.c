@@ -274,6 +274,8 @@ static opd_status read_provider(struct reader *reader, const Opd__V1__Provider *
 	if (status == OPD_OK)
 		status = read_names(reader, "quarantined", in->n_quarantined, in->quarantined, &out->quarantined_count, &out->quarantined);
 	out->failures = in->failures;
+	out->isolated = in->isolated;
+	out->deaths = in->deaths;
 	return status;
 }
 

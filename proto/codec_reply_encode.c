@@ -217,6 +217,8 @@ static Opd__V1__Provider *write_provider(struct arena *arena, const struct msg_p
 	    !write_texts(arena, in->quarantined_count, in->quarantined, &out->n_quarantined, &out->quarantined))
 		return NULL;
 	out->failures = in->failures;
+	out->isolated = in->isolated;
+	out->deaths = in->deaths;
 	out->name = write_text(in->name);
 	out->version = write_text(in->version);
 	out->available = in->available;

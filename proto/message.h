@@ -334,6 +334,8 @@ struct msg_provider {
 	uint64_t failures;
 	uint32_t quarantined_count;
 	const struct msg_text *quarantined;
+	bool isolated;
+	uint64_t deaths;
 };
 
 struct msg_info {

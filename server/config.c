@@ -426,7 +426,7 @@ static opd_status check_module(const struct config *config, const char *name, co
 	return OPD_OK;
 }
 
-opd_status config_append_module(struct config *config, const char *name, const char *path, unsigned line, opd_error *error)
+opd_status config_append_module(struct config *config, const char *name, const char *path, bool isolated, unsigned line, opd_error *error)
 {
 	opd_status status = check_module(config, name, path, error);
 	if (status != OPD_OK)
@@ -435,7 +435,7 @@ opd_status config_append_module(struct config *config, const char *name, const c
 	if (grown == NULL)
 		return out_of_memory(error);
 	config->modules = grown;
-	struct config_module module = {.name = name != NULL ? strdup(name) : NULL, .path = strdup(path), .line = line};
+	struct config_module module = {.name = name != NULL ? strdup(name) : NULL, .path = strdup(path), .isolated = isolated, .line = line};
 	if (module.path == NULL || (name != NULL && module.name == NULL)) {
 		free(module.name);
 		free(module.path);
@@ -445,15 +445,15 @@ opd_status config_append_module(struct config *config, const char *name, const c
 	return OPD_OK;
 }
 
-opd_status config_add_module(struct config *config, const char *text, opd_error *error)
+opd_status config_add_module(struct config *config, const char *text, bool isolated, opd_error *error)
 {
 	const char *equals = strchr(text, '=');
 	if (text[0] == '/' || equals == NULL)
-		return config_append_module(config, NULL, text, 0, error);
+		return config_append_module(config, NULL, text, isolated, 0, error);
 	char *name = strndup(text, (size_t)(equals - text));
 	if (name == NULL)
 		return out_of_memory(error);
-	opd_status status = config_append_module(config, name, equals + 1, 0, error);
+	opd_status status = config_append_module(config, name, equals + 1, isolated, 0, error);
 	free(name);
 	return status;
 }

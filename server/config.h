@@ -68,6 +68,7 @@ struct config_priority {
 struct config_module {
 	char *name; /* the provider's, so that lists may name it also when it can't be loaded; NULL: whatever the module calls itself */
 	char *path;
+	bool isolated; /* its code runs in worker processes */
 	unsigned line;
 };
 
@@ -138,6 +139,7 @@ struct config_limits {
 
 struct config {
 	char *path; /* of the file; NULL: none */
+	const char *worker; /* the program that isolated modules run in; NULL, the default: they are refused. Borrowed */
 	size_t listener_count;
 	struct config_listener *listeners; /* empty: the default Unix socket */
 	struct config_listener metrics; /* the metrics endpoint; address NULL, the default: none */
@@ -190,7 +192,7 @@ OPD_MUST_USE opd_status config_set_metrics(struct config *config, const char *ad
 /* "op=provider,provider" or "*=…"; replaces an entry of that op. */
 OPD_MUST_USE opd_status config_add_priority(struct config *config, const char *text, opd_error *error);
 /* "name=/path.so" or "/path.so" */
-OPD_MUST_USE opd_status config_add_module(struct config *config, const char *text, opd_error *error);
+OPD_MUST_USE opd_status config_add_module(struct config *config, const char *text, bool isolated, opd_error *error);
 /* How a tenant of this name is treated: by its own entry, else by that of "*", else by default. */
 void config_tenant(const struct config *config, const char *name, struct tenant_policy *policy_out);
 /* How far a provider is trusted: what its own entry says, else that of "*", else the defaults. */

@@ -265,18 +265,26 @@ static opd_status read_priority(struct reader *reader, const char *name, const c
 struct module_texts {
 	char *name;
 	char *path;
+	bool isolated;
 };
 
 static opd_status read_module_key(struct reader *reader, const char *name, const char *key, size_t line, void *context)
 {
 	struct module_texts *texts = context;
 	char **field = strcmp(name, "name") == 0 ? &texts->name : strcmp(name, "path") == 0 ? &texts->path : NULL;
-	if (field == NULL)
-		return fail_at(reader, line, key, "no such key, expected name or path");
+	const bool isolated = strcmp(name, "isolated") == 0;
+	if (field == NULL && !isolated)
+		return fail_at(reader, line, key, "no such key, expected name, path or isolated");
 	const char *text;
 	opd_status status = scalar(reader, key, "a text", &text);
 	if (status != OPD_OK)
 		return status;
+	if (isolated && strcmp(text, "true") != 0 && strcmp(text, "false") != 0)
+		return fail_at(reader, line_of(reader), key, "\"%.64s\", expected true or false", text);
+	if (isolated) {
+		texts->isolated = text[0] == 't';
+		return OPD_OK;
+	}
 	*field = strdup(text);
 	return *field != NULL ? OPD_OK : opd_fail(reader->error, OPD_RESOURCE_EXHAUSTED, "%s: out of memory", reader->path);
 }
@@ -285,7 +293,7 @@ static opd_status add_module(struct reader *reader, const char *key, size_t line
 {
 	if (texts->path == NULL)
 		return fail_at(reader, line, key, "a module without a path");
-	opd_status status = config_append_module(reader->config, texts->name, texts->path, (unsigned)line, reader->error);
+	opd_status status = config_append_module(reader->config, texts->name, texts->path, texts->isolated, (unsigned)line, reader->error);
 	return place(reader, line, key, status);
 }
 
@@ -298,7 +306,7 @@ static opd_status read_module(struct reader *reader, const char *key, void *cont
 		opd_status status = scalar(reader, key, "a path", &path);
 		if (status != OPD_OK)
 			return status;
-		return place(reader, line, key, config_append_module(reader->config, NULL, path, (unsigned)line, reader->error));
+		return place(reader, line, key, config_append_module(reader->config, NULL, path, false, (unsigned)line, reader->error));
 	}
 	struct module_texts texts = {0};
 	struct seen seen = {0};

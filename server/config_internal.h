@@ -30,7 +30,7 @@ void config_derive_limits(struct config *config);
 OPD_MUST_USE opd_status config_check_limits(const struct config *config, opd_error *error);
 
 /* Append an entry; the texts are copied. Errors say what is wrong with a name, not where it stands. */
-OPD_MUST_USE opd_status config_append_module(struct config *config, const char *name, const char *path, unsigned line,
+OPD_MUST_USE opd_status config_append_module(struct config *config, const char *name, const char *path, bool isolated, unsigned line,
                                              opd_error *error);
 /* An entry with the defaults, or with those of "*" where that came before. `name` is copied. */
 OPD_MUST_USE opd_status config_begin_tenant(struct config *config, const char *name, unsigned line, struct config_tenant **tenant_out,

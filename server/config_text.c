@@ -84,6 +84,12 @@ static void add_listeners(struct items *items, const struct config *config)
 	free(addresses);
 }
 
+static char *module_text(const struct config_module *module)
+{
+	char *text;
+	return asprintf(&text, "%s%s", module->path, module->isolated ? " (isolated)" : "") < 0 ? NULL : text;
+}
+
 static char *provider_text(const struct provider_policy *policy)
 {
 	char *text;
@@ -98,7 +104,7 @@ static void add_lists(struct items *items, const struct config *config)
 	}
 	for (size_t i = 0; i < config->module_count; i++) {
 		const struct config_module *module = &config->modules[i];
-		items_add(items, joined("modules", module->name != NULL ? module->name : module->path), strdup(module->path));
+		items_add(items, joined("modules", module->name != NULL ? module->name : module->path), module_text(module));
 	}
 	for (size_t i = 0; i < config->provider_count; i++)
 		items_add(items, joined("providers", config->providers[i].name), provider_text(&config->providers[i].policy));

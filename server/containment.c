@@ -206,6 +206,8 @@ void containment_failed(struct containment *containment, const struct impl *impl
 
 void containment_note(struct containment *containment, const struct impl *impl, opd_status status)
 {
+	if (impl->provider->isolated) /* its workers' side has told already, and of what kind it was */
+		return;
 	if (status == OPD_INTERNAL || status == OPD_UNKNOWN || status == OPD_DATA_LOSS)
 		containment_failed(containment, impl, FAILURE_KERNEL);
 }

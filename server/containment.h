@@ -16,18 +16,10 @@
 #include <stdint.h>
 
 #include "server/config.h"
+#include "server/failure.h"
 #include "server/registry.h"
 
 struct containment;
-
-typedef enum failure_kind {
-	FAILURE_KERNEL = 0,  /* its status says so */
-	FAILURE_OVERRUN,     /* canaries, or a result's shape changed */
-	FAILURE_HANG,        /* its budget is over */
-	FAILURE_CRASH,       /* the worker process died */
-	FAILURE_DIVERGENCE,  /* another provider's result differs */
-	FAILURE_KINDS,
-} failure_kind;
 
 /* What holds for a provider; read by lanes while the loop changes it. */
 struct containment_policy {

@@ -10,6 +10,7 @@
 #include "server/daemon.h"
 #include "server/derived.h"
 #include "server/health.h"
+#include "server/isolated.h"
 #include "server/listener.h"
 #include "server/module.h"
 #include "server/request.h"
@@ -170,6 +171,8 @@ static bool fill_provider(struct request *request, const struct provider *provid
 		return false;
 	out->quarantined = quarantined;
 	out->failures = containment_failures(request->context->server->containment, provider);
+	out->isolated = provider->isolated;
+	out->deaths = provider->isolated ? isolated_deaths(provider->module->isolated) : 0;
 	out->name = msg_text(provider->name);
 	out->version = msg_text(provider->version);
 	out->source = msg_text(provider->source);

@@ -21,6 +21,7 @@
 #include "server/server.h"
 #include "server/tls_context.h"
 #include "server/service.h"
+#include "server/worker.h"
 
 enum {
 	EXIT_OK = 0,
@@ -43,6 +44,7 @@ enum {
 	FLAG_LISTEN,
 	FLAG_PRIORITY,
 	FLAG_MODULE,
+	FLAG_ISOLATED,
 	FLAG_SET,     /* config_set(key, value) */
 	FLAG_CHECKED, /* config_set("checked", "true") */
 	FLAG_INLINE,  /* a number of nanoseconds, or a duration */
@@ -76,6 +78,7 @@ static const struct flag flags[] = {
 	{"Dispatch", 0, NULL, NULL, NULL},
 	{"priority", FLAG_PRIORITY, NULL, "OP=LIST", "providers in the order of preference, as rms_norm=cuda,cpu or '*=cpu' (repeatable)"},
 	{"module", FLAG_MODULE, NULL, "[NAME=]PATH", "load a provider (repeatable)"},
+	{"isolated", FLAG_ISOLATED, NULL, "[NAME=]PATH", "load a provider into worker processes: a crash of its is one request's error (repeatable)"},
 	{"threads", FLAG_SET, "threads", "N", "of the CPU lane; 0: one a core"},
 	{"inline", FLAG_INLINE, "inline", "NS", "run kernels estimated under this on the I/O loop; 0: never"},
 	{"checked", FLAG_CHECKED, NULL, NULL, "put canaries behind outputs and verify them after each kernel"},
@@ -214,7 +217,9 @@ static opd_status apply(struct config *config, const struct change *change, opd_
 	case FLAG_PRIORITY:
 		return config_add_priority(config, change->value, error);
 	case FLAG_MODULE:
-		return config_add_module(config, change->value, error);
+		return config_add_module(config, change->value, false, error);
+	case FLAG_ISOLATED:
+		return config_add_module(config, change->value, true, error);
 	case FLAG_CHECKED:
 		return config_set(config, "checked", "true", error);
 	case FLAG_INLINE:
@@ -244,6 +249,7 @@ static opd_status build_config(const struct options *options, struct config **co
 	struct config *config = config_create();
 	if (config == NULL)
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "out of memory");
+	config->worker = "/proc/self/exe";
 	opd_status status = options->config_path != NULL ? config_load(config, options->config_path, error) : OPD_OK;
 	if (status == OPD_OK)
 		status = apply_all(config, options, error);
@@ -309,7 +315,7 @@ static void print_lists(const struct config *config)
 	for (size_t i = 0; i < config->module_count; i++) {
 		(void)printf("module: %s%s", config->modules[i].name != NULL ? config->modules[i].name : "", config->modules[i].name != NULL ? " = " : "");
 		print_text(config->modules[i].path);
-		(void)printf("\n");
+		(void)printf("%s\n", config->modules[i].isolated ? " (isolated)" : "");
 	}
 }
 
@@ -719,6 +725,8 @@ static int run(int argc, char **argv, struct options *options)
 int main(int argc, char **argv)
 {
 	struct options options = {0};
+	if (argc == 4 && strcmp(argv[1], WORKER_FLAG) == 0) /* for isolated modules; nobody else starts it so */
+		return worker_main(argv[2], argv[3]);
 	open_standard_files();
 	options.changes = calloc((size_t)argc, sizeof *options.changes);
 	if (options.changes == NULL)

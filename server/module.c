@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "proto/text.h"
+#include "server/isolated.h"
 
 static bool others_may_write(const struct stat *file)
 {
@@ -108,14 +109,18 @@ opd_status module_check(const opd_module *def, opd_error *error)
 	return OPD_OK;
 }
 
-opd_status module_find(const char *path, void **library_out, const opd_module **def_out, opd_error *error)
+opd_status module_resolve(const char *path, char *real, opd_error *error)
 {
-	char real[PATH_MAX];
 	if (realpath(path, real) == NULL)
 		return opd_fail(error, errno == EACCES ? OPD_PERMISSION_DENIED : OPD_NOT_FOUND, "%s: %s", path, strerror(errno));
 	opd_status status = check_writers(real, error);
-	if (status == OPD_OK)
-		status = check_whole(real, error);
+	return status == OPD_OK ? check_whole(real, error) : status;
+}
+
+opd_status module_find(const char *path, void **library_out, const opd_module **def_out, opd_error *error)
+{
+	char real[PATH_MAX];
+	opd_status status = module_resolve(path, real, error);
 	if (status != OPD_OK)
 		return status;
 	void *library = dlopen(real, RTLD_NOW | RTLD_LOCAL);
@@ -183,6 +188,7 @@ void module_destroy(struct module *module, bool opened)
 {
 	if (opened && module->def->close != NULL)
 		module->def->close(&module->host, module->state);
+	isolated_destroy(module->isolated);
 	free(module->state);
 	module_unload(module->library);
 	free(module);

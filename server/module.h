@@ -6,6 +6,7 @@
 
 #include "providers/provider.h"
 
+struct isolated;
 struct registry;
 struct provider;
 
@@ -13,12 +14,15 @@ struct module {
 	opd_host host; /* first: host.context is the module */
 	struct registry *registry;
 	const opd_module *def;
-	void *library; /* dlopen's; NULL: linked in */
+	void *library; /* dlopen's; NULL: linked in, or isolated */
+	struct isolated *isolated; /* its code runs in worker processes; NULL: in this one */
 	void *state;
 	struct provider *provider;
 	struct module *next;
 };
 
+/* The file at path without links, if nobody but root and the daemon's user can have written it and it is whole. Room: PATH_MAX bytes. */
+OPD_MUST_USE opd_status module_resolve(const char *path, char *real, opd_error *error);
 /* Finds the module's table in the .so at path and checks what can be checked before `open`: the symbol, ABI, struct size, name. The reason is in the text. */
 OPD_MUST_USE opd_status module_find(const char *path, void **library_out, const opd_module **def_out, opd_error *error);
 OPD_MUST_USE opd_status module_check(const opd_module *def, opd_error *error);

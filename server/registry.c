@@ -3,6 +3,7 @@
 
 #include <assert.h>
 #include <inttypes.h>
+#include <limits.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -151,6 +152,7 @@ static opd_status open_locked(struct registry *registry, struct module *module, 
 	if (provider == NULL)
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "registry: out of memory");
 	provider->module = module;
+	provider->isolated = module->isolated != NULL;
 	module->provider = provider;
 	register_fill_host(module, registry);
 	uint32_t count = registry->provider_count;
@@ -175,6 +177,8 @@ static opd_status open_locked(struct registry *registry, struct module *module, 
 		provider_destroy(provider);
 		return status;
 	}
+	if (module->isolated != NULL)
+		isolated_set_provider(module->isolated, provider);
 	module->next = registry->modules;
 	registry->modules = module;
 	provider->replaced = replaced; /* older snapshots still show it */
@@ -182,13 +186,18 @@ static opd_status open_locked(struct registry *registry, struct module *module, 
 }
 
 /* Opens and publishes; on failure the module is closed and unloaded. */
-static opd_status open_module(struct registry *registry, const opd_module *def, void *library, const char *source, opd_error *error)
+static opd_status open_module(struct registry *registry, const opd_module *def, void *library, struct isolated *isolated, const char *source,
+                              opd_error *error)
 {
 	struct module *module = module_create(registry, def, library);
 	if (module == NULL) {
 		module_unload(library);
+		isolated_destroy(isolated);
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "registry: out of memory");
 	}
+	module->isolated = isolated;
+	if (isolated != NULL)
+		*(struct isolated **)module->state = isolated;
 	(void)pthread_mutex_lock(&registry->mutex);
 	uint32_t opened_before = registry->impl_count;
 	opd_status status = open_locked(registry, module, source, error);
@@ -205,7 +214,7 @@ static opd_status open_module(struct registry *registry, const opd_module *def, 
 opd_status registry_open_builtin(struct registry *registry, const opd_module *def, opd_error *error)
 {
 	opd_status status = module_check(def, error);
-	return status == OPD_OK ? open_module(registry, def, NULL, "built in", error) : status;
+	return status == OPD_OK ? open_module(registry, def, NULL, NULL, "built in", error) : status;
 }
 
 static void remember_missing(struct registry *registry, const char *name, const char *path, const char *reason)
@@ -227,21 +236,41 @@ void registry_remember(struct registry *registry, const char *name, const char *
 	remember_missing(registry, name, "", reason);
 }
 
-opd_status registry_load(struct registry *registry, const char *path, const char *name, bool remember, opd_error *error)
+/* What a module is loaded into: this process, or a worker's. */
+struct loaded {
+	void *library;
+	struct isolated *isolated;
+	const opd_module *def;
+};
+
+static opd_status find_module(const struct registry *registry, const char *path, bool isolate, struct loaded *loaded, opd_error *error)
 {
-	void *library = NULL;
-	const opd_module *def = NULL;
+	char real[PATH_MAX];
+	if (!isolate)
+		return module_find(path, &loaded->library, &loaded->def, error);
+	opd_status status = module_resolve(path, real, error);
+	if (status == OPD_OK)
+		status = isolated_create(real, &registry->services.isolated, registry->log, &loaded->isolated, error);
+	if (status == OPD_OK)
+		loaded->def = isolated_module(loaded->isolated);
+	return status;
+}
+
+static opd_status load(struct registry *registry, const char *path, const char *name, bool isolate, bool remember, opd_error *error)
+{
+	struct loaded loaded = {0};
 	opd_error own;
-	opd_status status = module_find(path, &library, &def, &own);
+	opd_status status = find_module(registry, path, isolate, &loaded, &own);
 	char known[BOUND_NAME_BYTES + 1] = "";
 	if (name != NULL || status == OPD_OK)
-		(void)snprintf(known, sizeof known, "%s", name != NULL ? name : def->name);
-	if (status == OPD_OK && name != NULL && strcmp(def->name, name) != 0) {
-		status = opd_fail(&own, OPD_INVALID_ARGUMENT, "%s: its provider is called %.100s, configured as %s", path, def->name, name);
-		module_unload(library);
+		(void)snprintf(known, sizeof known, "%s", name != NULL ? name : loaded.def->name);
+	if (status == OPD_OK && name != NULL && strcmp(loaded.def->name, name) != 0) {
+		status = opd_fail(&own, OPD_INVALID_ARGUMENT, "%s: its provider is called %.100s, configured as %s", path, loaded.def->name, name);
+		module_unload(loaded.library);
+		isolated_destroy(loaded.isolated);
 	}
 	if (status == OPD_OK)
-		status = open_module(registry, def, library, path, &own);
+		status = open_module(registry, loaded.def, loaded.library, loaded.isolated, path, &own);
 	if (status == OPD_OK)
 		return OPD_OK;
 	if (remember && text_is_name(known, strlen(known)) && strcmp(known, "native") != 0 && strcmp(known, "unfused") != 0)
@@ -249,6 +278,16 @@ opd_status registry_load(struct registry *registry, const char *path, const char
 	if (error != NULL)
 		*error = own;
 	return status;
+}
+
+opd_status registry_load(struct registry *registry, const char *path, const char *name, bool remember, opd_error *error)
+{
+	return load(registry, path, name, false, remember, error);
+}
+
+opd_status registry_load_isolated(struct registry *registry, const char *path, const char *name, bool remember, opd_error *error)
+{
+	return load(registry, path, name, true, remember, error);
 }
 
 /* ---- Changes of several steps ---- */

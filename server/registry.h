@@ -14,6 +14,7 @@
 
 #include "proto/message.h"
 #include "providers/provider.h"
+#include "server/isolated.h"
 #include "server/log.h"
 #include "server/schema.h"
 
@@ -34,6 +35,7 @@ struct provider {
 	uint32_t index;
 	const char *version;
 	const char *source; /* "built in" or the module's path */
+	bool isolated;      /* its code runs in worker processes */
 	const char *reason; /* why it couldn't be loaded; NULL: it is there */
 	struct module *module;
 	struct provider *replaced; /* the entry of this name that couldn't be loaded before */
@@ -98,6 +100,7 @@ struct registry_services {
 	void (*free)(void *context, void *memory);
 	void *context;
 	struct derived *derived; /* NULL: no derived copies */
+	struct isolated_services isolated;
 };
 
 OPD_MUST_USE opd_status registry_create(struct log *log, const struct registry_services *services, struct registry **registry_out,
@@ -108,6 +111,8 @@ void registry_destroy(struct registry *registry);
  * stays as a provider that isn't there, for priority lists. */
 OPD_MUST_USE opd_status registry_open_builtin(struct registry *registry, const opd_module *module, opd_error *error);
 OPD_MUST_USE opd_status registry_load(struct registry *registry, const char *path, const char *name, bool remember, opd_error *error);
+/* The same of a module that runs in worker processes (server/isolated.h). */
+OPD_MUST_USE opd_status registry_load_isolated(struct registry *registry, const char *path, const char *name, bool remember, opd_error *error);
 
 /* A change of several steps: from begin to its end nothing that is loaded, remembered or set is published, and cancel takes all of it back (modules that were opened are closed). The
  * registry's writer lock is held meanwhile: all on one thread. The configuration's lists are set last: they aren't taken back. */

@@ -90,7 +90,8 @@ static opd_status load_new_modules(struct server *server, const struct config *c
 	for (size_t i = 0; status == OPD_OK && i < config->module_count; i++) {
 		const struct config_module *module = &config->modules[i];
 		if (!module_known(server->config, module->path))
-			status = registry_load(server->registry, module->path, module->name, false, error);
+			status = module->isolated ? registry_load_isolated(server->registry, module->path, module->name, false, error)
+			                          : registry_load(server->registry, module->path, module->name, false, error);
 	}
 	return status;
 }

@@ -299,6 +299,24 @@ static bool service_cancelled(const opd_exec *exec)
 	return lane_cancelled(exec->lane);
 }
 
+static uint64_t service_budget_ns(void *context, const struct provider *provider)
+{
+	const struct server *server = context;
+	return server->containment == NULL ? 0 : atomic_load_explicit(&containment_policy(server->containment, provider)->budget_ns, memory_order_relaxed);
+}
+
+static void service_failed(void *context, const struct provider *provider, const opd_impl *def, failure_kind kind)
+{
+	struct server *server = context;
+	struct snapshot *snapshot = registry_snapshot(server->registry);
+	for (uint32_t i = 0; i < snapshot->op_count; i++) {
+		const struct impl *impl = op_impl(&snapshot->ops[i], provider);
+		if (impl != NULL && impl->def == def)
+			containment_failed(server->containment, impl, kind);
+	}
+	snapshot_unref(snapshot);
+}
+
 /* ---- Starting ---- */
 
 static opd_status open_providers(struct server *server, opd_error *error)
@@ -310,6 +328,7 @@ static opd_status open_providers(struct server *server, opd_error *error)
 		.free = module_free,
 		.context = server,
 		.derived = server->derived,
+		.isolated = {server->config->worker, server->account, service_budget_ns, service_failed, server},
 	};
 	opd_status status = registry_create(server->log, &services, &server->registry, error);
 	for (size_t i = 0; status == OPD_OK && builtin_modules[i] != NULL; i++)
@@ -319,7 +338,9 @@ static opd_status open_providers(struct server *server, opd_error *error)
 	for (size_t i = 0; i < server->config->module_count; i++) {
 		const struct config_module *module = &server->config->modules[i];
 		opd_error reason;
-		if (registry_load(server->registry, module->path, module->name, true, &reason) != OPD_OK)
+		opd_status loaded = module->isolated ? registry_load_isolated(server->registry, module->path, module->name, true, &reason)
+		                                     : registry_load(server->registry, module->path, module->name, true, &reason);
+		if (loaded != OPD_OK)
 			LOG(server->log, LOG_WARN, "module not loaded", LOG_STR("path", module->path), LOG_STR("reason", reason.text));
 	}
 	return OPD_OK;

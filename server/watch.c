@@ -87,7 +87,7 @@ void watch_begin(struct watches *watches, struct watch *watch, const struct impl
 {
 	const struct containment_policy *policy = containment_policy(watches->server->containment, impl->provider);
 	*watch = (struct watch){.budget_ns = atomic_load_explicit(&policy->budget_ns, memory_order_relaxed)};
-	if (watch->budget_ns == 0 || exec->lane == NULL || request->direct)
+	if (watch->budget_ns == 0 || exec->lane == NULL || request->direct || impl->provider->isolated)
 		return;
 	watch->impl = impl;
 	watch->request = request;

@@ -156,6 +156,8 @@ static void print_provider(const opd_provider_description *provider)
 	if (provider->device_count > 0)
 		print_list("    devices  ", provider->devices, provider->device_count);
 	print_list("    ops      ", provider->ops, provider->op_count);
+	if (provider->isolated)
+		(void)printf("    isolated %" PRIu64 " worker processes died\n", provider->deaths);
 	if (provider->failures != 0)
 		(void)printf("    failures %" PRIu64 "\n", provider->failures);
 	for (uint32_t i = 0; i < provider->quarantined_count; i++)
@@ -175,6 +177,8 @@ static int print_providers_json(const opd_provider_list *list)
 		cJSON_AddStringToObject(item, "source", provider->source);
 		cJSON_AddItemToObject(item, "ops", json_texts(provider->ops, provider->op_count));
 		cJSON_AddItemToObject(item, "devices", json_texts(provider->devices, provider->device_count));
+		cJSON_AddBoolToObject(item, "isolated", provider->isolated);
+		cJSON_AddItemToObject(item, "deaths", json_u64(provider->deaths));
 		cJSON_AddItemToObject(item, "failures", json_u64(provider->failures));
 		cJSON_AddItemToObject(item, "quarantined", json_texts(provider->quarantined, provider->quarantined_count));
 		cJSON_AddItemToArray(document, item);

@@ -699,6 +699,8 @@ typedef struct opd_provider_description {
 	const char *const *ops;
 	const char *const *devices;
 	uint64_t failures; /* of its kernels, since the daemon's start */
+	bool isolated;     /* its code runs in worker processes */
+	uint64_t deaths;   /* of those processes */
 	uint32_t quarantined_count;
 	const char *const *quarantined; /* "relu: 5 failures (kernel error 5)": implementations that were taken out */
 } opd_provider_description;

@@ -30,7 +30,7 @@ static void configure(struct config *config, const char *const *settings)
 {
 	opd_error error;
 	for (; settings != NULL && settings[0] != NULL; settings += 2) {
-		opd_status status = strcmp(settings[0], "module") == 0 ? config_add_module(config, settings[1], &error)
+		opd_status status = strcmp(settings[0], "module") == 0 ? config_add_module(config, settings[1], false, &error)
 		                                                       : config_set(config, settings[0], settings[1], &error);
 		ck_assert_msg(status == OPD_OK, "%s: %s", settings[0], error.text);
 	}

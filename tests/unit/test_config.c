@@ -97,7 +97,7 @@ START_TEST(two_configurations_differ_in_the_keys_that_changed)
 	expect_differences(before, "");
 	ck_assert_int_eq(config_set(before, "limits.memory", "64 MiB", &error), OPD_OK);
 	ck_assert_int_eq(config_set(before, "limits.stall", "90s", &error), OPD_OK);
-	ck_assert_int_eq(config_add_module(before, "gone=/lib/gone.so", &error), OPD_OK);
+	ck_assert_int_eq(config_add_module(before, "gone=/lib/gone.so", false, &error), OPD_OK);
 	load_ok("listen: [unix:/tmp/a.sock]\nlimits: {memory: 128 MiB, session: 32 MiB}\npriorities: {relu: [cpu], \"*\": [native]}\n"
 	        "tenants:\n  \"uid:1\": {weight: 300, class: batch}\n");
 	config_clear_listeners(before);
@@ -274,7 +274,7 @@ static const struct bad bad_files[] = {
 	{"priorities:\n  *: [cpu]\n",
      ":2: did not find expected alphabetic or numeric character (a * must be quoted: \"*\")"},
 	{"modules:\n- {name: mine}\n", ":2: modules: a module without a path"},
-	{"modules:\n- {path: /a, file: b}\n", ":2: modules.file: no such key, expected name or path"},
+	{"modules:\n- {path: /a, file: b}\n", ":2: modules.file: no such key, expected name, path or isolated"},
 	{"modules:\n- {path: /a, path: /b}\n", ":2: modules: key \"path\" is there twice"},
 	{"modules:\n- a.so\n", ":2: modules: module \"a.so\": expected an absolute path"},
 	{"modules:\n- {name: native, path: /a}\n", ":2: modules: module \"native\": the name is reserved"},
@@ -509,8 +509,8 @@ START_TEST(bad_flags_are_refused)
 	ck_assert_str_eq(error.text, "priority \"relu\": expected op=provider,provider");
 	ck_assert_int_eq(config_add_priority(config, "relu=a,,b", &error), OPD_INVALID_ARGUMENT);
 	ck_assert_int_eq(config_add_priority(config, "=a", &error), OPD_INVALID_ARGUMENT);
-	ck_assert_int_eq(config_add_module(config, "mine=", &error), OPD_INVALID_ARGUMENT);
-	ck_assert_int_eq(config_add_module(config, "relative.so", &error), OPD_INVALID_ARGUMENT);
+	ck_assert_int_eq(config_add_module(config, "mine=", false, &error), OPD_INVALID_ARGUMENT);
+	ck_assert_int_eq(config_add_module(config, "relative.so", false, &error), OPD_INVALID_ARGUMENT);
 	ck_assert_int_eq(config_set(config, "listen", "x", &error), OPD_NOT_FOUND);
 	ck_assert_int_eq(config_set(config, "threads", "", &error), OPD_INVALID_ARGUMENT);
 }
@@ -518,8 +518,8 @@ END_TEST
 
 START_TEST(modules_come_with_and_without_a_name)
 {
-	ck_assert_int_eq(config_add_module(config, "mine=/a=b.so", &error), OPD_OK);
-	ck_assert_int_eq(config_add_module(config, "/a=b.so", &error), OPD_OK);
+	ck_assert_int_eq(config_add_module(config, "mine=/a=b.so", false, &error), OPD_OK);
+	ck_assert_int_eq(config_add_module(config, "/a=b.so", false, &error), OPD_OK);
 	ck_assert_str_eq(config->modules[0].name, "mine");
 	ck_assert_str_eq(config->modules[0].path, "/a=b.so");
 	ck_assert_ptr_null(config->modules[1].name);

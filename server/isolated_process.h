@@ -1,0 +1,51 @@
+/* One worker process: starting it, its shared memory, its messages, its end.
+ *
+ * Layer: server, private to isolated*.c. Threads: whoever has the process.
+ * Life: process_start → process_reserve, process_send, process_wait… → process_end. */
+#ifndef OPD_SERVER_ISOLATED_PROCESS_H
+#define OPD_SERVER_ISOLATED_PROCESS_H
+
+#include <sys/types.h>
+
+#include "server/isolated_call.h"
+#include "server/log.h"
+#include "server/tensors.h"
+
+struct process {
+	struct process *next; /* of idle ones */
+	pid_t pid;
+	int socket;
+	struct account *account; /* referenced: pays for the memory */
+	struct log *log;
+	const char *provider;    /* for log lines; borrowed */
+	unsigned char *memory;   /* NULL: none yet */
+	uint64_t memory_bytes;
+	struct isolated_message message; /* the last one that came */
+};
+
+/* Runs `program --worker PATH`. */
+OPD_MUST_USE opd_status process_start(const char *program, const char *path, struct account *account, struct log *log, const char *provider,
+                                      struct process **process_out, opd_error *error);
+/* At least so much memory; what was there is forgotten. RESOURCE_EXHAUSTED. */
+OPD_MUST_USE opd_status process_reserve(struct process *process, uint64_t bytes, opd_error *error);
+/* Memory that was large is given back. */
+void process_trim(struct process *process);
+
+typedef enum process_event {
+	PROCESS_MESSAGE = 0, /* process->message */
+	PROCESS_DIED,
+	PROCESS_OVERDUE, /* limit_ns is over */
+	PROCESS_UNWANTED, /* nobody has wanted the result for a while */
+} process_event;
+
+#define CANCEL_GRACE_NS 1000000000u
+
+/* Waits for a message that isn't a log line (those are logged). limit_ns: when to give up, of CLOCK_MONOTONIC; 0: never. exec: NULL, or the kernel's: the worker is told when it is cancelled. */
+process_event process_wait(struct process *process, uint64_t limit_ns, const opd_exec *exec, bool (*cancelled)(const opd_exec *exec));
+
+/* Ends it, by force unless `ask`: then it has a moment to do so itself. Says how it ended in `text`: "died of signal 11 (Segmentation fault)". */
+void process_end(struct process *process, bool ask, char *text, size_t text_bytes);
+
+uint64_t process_now_ns(void);
+
+#endif

@@ -1,0 +1,266 @@
+#!/usr/bin/python3
+"""Isolated modules: a provider's code in worker processes. A crash there is one request's error, the worker starts again, the daemon is the same process.
+
+OPD_BIN names the daemon, OPCTL_BIN opctl, OPD_MODULES the folder with the built test modules.
+"""
+import glob
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import unittest
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import harness
+from harness import Client, Daemon, f32, inline, pb, run, tensor, unpack_f32
+from test_containment import ABORT, ERROR, EXIT, Faulty, HANG, HANG_POLITE, KILL, MODULE, MUTE, OVERRUN, SCRATCH, SEGV, SHAPE, relu
+
+BUILD = os.environ.get("OPD_BUILD", os.path.join(harness.ROOT, "build"))
+MODULES = os.path.dirname(os.path.dirname(MODULE))
+LENGTHS = PREDICATE_SEGV, PREDICATE_HANG, PREDICATE_NO, PLAN_SEGV, PLAN_NO, PLAN_ERROR = range(101, 107)
+QUARANTINE_OFF = "quarantine: {failures: 0, provider_failures: 0}\n"
+# A sanitizer turns a signal into its own exit.
+DIED = r"its worker process (died of signal \d+|exited with code \d+)"
+
+
+def workers(daemon):
+    """The daemon's worker processes, zombies too."""
+    found = []
+    for path in glob.glob("/proc/[0-9]*/stat"):
+        try:
+            with open(path) as file:
+                fields = file.read().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == daemon.process.pid:
+            found.append(int(path.split("/")[2]))
+    return found
+
+
+class Isolated(Faulty):
+    isolated = True
+
+
+class Calls(Isolated):
+    def test_it_is_a_provider_like_any_other(self):
+        daemon = self.daemon()
+        client = self.client(daemon)
+        for _ in range(3):
+            self.works(client)
+        found = self.provider(daemon)
+        self.assertEqual((found["version"], found["available"], found["isolated"], found["deaths"], sorted(found["ops"])), ("1.0", True, True, 0, ["relu", "silu"]))
+        self.assertEqual(len(workers(daemon)), 1)
+        self.assertIn("faulty is open", daemon.log_text())
+        with open("/proc/%d/maps" % daemon.process.pid) as file:
+            self.assertNotIn("faulty.so", file.read())
+
+    def test_its_predicate_and_its_plan_refuse_with_their_reasons(self):
+        client = self.client(self.daemon())
+        for length, reason in ((PREDICATE_NO, "size: 103 elements"), (PLAN_NO, "plan: 105 elements")):
+            for _ in range(2):  # then from the cache
+                reply = client.ask(relu(op="silu", length=length))[0]
+                self.assertEqual((reply.run.provider, self.skipped(reply)["faulty"][1]), ("native", reason))
+        x = inline([4], b"\0" * 8, dtype=8)
+        reply = client.ask(run("relu", x, run_priority=["faulty", "native"], run_explain=True))[0]
+        self.assertRegex(self.skipped(reply)["faulty"][1], "^dtype: x ")
+        dry = client.ask(relu(op="silu", length=PLAN_NO, run_mode=pb.DRY))[0]
+        self.assertEqual(dry.run.provider, "native")
+
+    def test_large_and_empty_tensors_and_many_at_once(self):
+        daemon = self.daemon("threads: 3\n")
+        client = self.client(daemon)
+        count = 1 << 16
+        data = f32(*[float(i % 5 - 2) for i in range(count)])
+        for _ in range(2):
+            _, got = client.ask(run("relu", tensor([count]), run_priority=["faulty"], run_strict=True), data)
+            self.assertEqual(got, f32(*[float(max(i % 5 - 2, 0)) for i in range(count)]))
+        _, got = client.ask(run("relu", inline([0, 3], b""), run_priority=["faulty"], run_strict=True))
+        self.assertEqual(got, b"")
+        for _ in range(60):
+            client.submit(relu())
+        for _ in range(60):
+            self.assertEqual(client.read_reply()[1].status, harness.OK)
+        self.assertLessEqual(len(workers(daemon)), 3)
+
+    def test_in_a_graph(self):
+        client = self.client(self.daemon())
+        nodes = [
+            pb.GraphNode(op="relu", args=[pb.Argument(tensor=pb.Tensor(graph_input=0))], priority=pb.ProviderList(names=["faulty"]), strict=True),
+            pb.GraphNode(op="silu", args=[pb.Argument(tensor=pb.Tensor(node=pb.NodeOutput(node=0)))], priority=pb.ProviderList(names=["faulty"]), strict=True),
+        ]
+        graph = pb.Graph(inputs=[pb.GraphInput(name="x")], nodes=nodes, outputs=[pb.GraphOutput(node=pb.NodeOutput(node=1))])
+
+        def ask(first):
+            return client.call(pb.Request(run_graph=pb.RunGraph(once=graph, inputs=[pb.Argument(tensor=inline([2], f32(first, 1)))], inline_results=True)))[0]
+
+        self.assertAlmostEqual(unpack_f32(ask(0).run.outputs[0].tensor.inline)[1], 0.7310586, places=5)
+        reply = ask(SEGV)
+        self.assertEqual(reply.status, harness.INTERNAL)
+        self.assertRegex(reply.message, DIED)
+        self.assertEqual(ask(0).status, harness.OK)
+
+    def test_the_others_kernels_errors_are_as_they_would_be_here(self):
+        client = self.client(self.daemon(QUARANTINE_OFF))
+        self.assertEqual(self.fails(client, ERROR), "faulty.relu: told to fail")
+        self.assertEqual(self.fails(client, MUTE), "faulty.relu failed")
+        self.assertEqual(self.fails(client, OVERRUN), "faulty.relu wrote past the end of result 0, at byte 16 of 16")
+        self.assertEqual(self.fails(client, SCRATCH), "faulty.relu wrote past the end of its scratch, at byte 100 of 100")
+        self.works(client)
+        self.assertEqual(client.call(relu(op="silu", length=PLAN_ERROR))[0].message, "faulty.silu: no plan for 106")
+        self.assertEqual(client.call(relu(SHAPE))[0].status, harness.OK)  # it has changed its own copy
+
+
+class Crashes(Isolated):
+    """Hardening: providers-crashes"""
+
+    def test_a_crash_is_that_requests_error_and_the_next_is_served(self):
+        daemon = self.daemon(QUARANTINE_OFF)
+        client, other = self.client(daemon), self.client(daemon)
+        descriptors = daemon.descriptors()
+        for turn, fault in enumerate((SEGV, ABORT, EXIT, KILL), 1):
+            text = self.fails(client, fault)
+            self.assertRegex(text, "^faulty.relu: " + DIED)
+            self.works(other)
+            self.assertEqual(self.provider(daemon)["deaths"], turn)
+        self.assertRegex(text, r"died of signal 9 \(Killed\)")
+        self.assertEqual(daemon.log_text().count("worker died"), 4)
+        self.assertEqual((daemon.descriptors(), len(workers(daemon))), (descriptors, 1))
+        harness.wait_until(lambda: client.info().session_memory_bytes == 0, "its memory is given back")
+
+    def test_a_crash_in_a_predicate_or_a_plan_is_too(self):
+        daemon = self.daemon(QUARANTINE_OFF)
+        client = self.client(daemon)
+        for length in (PREDICATE_SEGV, PLAN_SEGV):
+            reply = client.call(relu(op="silu", length=length))[0]
+            self.assertEqual(reply.status, harness.INTERNAL)
+            self.assertRegex(reply.message, "^faulty.silu: " + DIED)
+            self.works(client)
+
+    def test_the_next_provider_answers_where_the_request_allows_it(self):
+        client = self.client(self.daemon())
+        reply = client.ask(relu(SEGV, run_retry=True))[0]
+        self.assertEqual((reply.run.provider, unpack_f32(reply.run.outputs[0].tensor.inline)), ("native", (SEGV, 0, 1, 2)))
+
+    def test_crash_after_crash_isnt_started_at_once_and_ends_in_quarantine(self):
+        daemon = self.daemon("quarantine: {failures: 5, cooldown: 1h}")
+        client = self.client(daemon)
+        statuses, crashes = set(), 0
+        while crashes < 5:
+            reply = client.call(relu(SEGV))[0]
+            crashes += reply.status == harness.INTERNAL
+            statuses.add(reply.status)
+            if reply.status == harness.UNAVAILABLE:
+                self.assertRegex(reply.message, "its last \\d+ worker processes died: the next starts in \\d+ ms")
+        self.assertEqual(statuses, {harness.INTERNAL, harness.UNAVAILABLE})
+        reply = self.works(client, "native")
+        self.assertEqual(self.skipped(reply)["faulty"][1], "quarantine: 5 failures (crash 5)")
+
+    def test_a_plan_that_was_made_by_a_worker_that_died_is_made_again(self):
+        client = self.client(self.daemon(QUARANTINE_OFF))
+        self.works(client)
+        self.fails(client, KILL)
+        self.works(client)
+
+    def test_a_worker_killed_from_outside_costs_one_request_at_most(self):
+        daemon = self.daemon(QUARANTINE_OFF)
+        client = self.client(daemon)
+        self.works(client)
+        for pid in workers(daemon):
+            os.kill(pid, signal.SIGKILL)
+        reply = client.call(relu())[0]
+        self.assertIn(reply.status, (harness.OK, harness.INTERNAL))
+        self.works(client)
+
+    def test_a_module_that_crashes_when_it_is_opened_is_not_there(self):
+        daemon = self.daemon("", FAULTY_OPEN="segv")
+        self.assertRegex(daemon.log_text(), "module not loaded.*its worker process .* while it opened the module")
+        client = self.client(daemon)
+        reply = self.works(client, "native")
+        self.assertRegex(self.skipped(reply)["faulty"][1], "^module: .*its worker process")
+        self.assertEqual(workers(daemon), [])
+
+
+class Hangs(Isolated):
+    """Hardening: providers-hangs"""
+
+    def setUp(self):
+        self.gate = os.path.join(tempfile.mkdtemp(prefix="opd-gate-"), "open")
+        self.addCleanup(shutil.rmtree, os.path.dirname(self.gate), True)
+
+    def test_a_kernel_that_exceeds_its_budget_is_killed(self):
+        daemon = self.daemon(QUARANTINE_OFF + "providers: {faulty: {budget: 100ms}}", FAULTY_GATE=self.gate)
+        client = self.client(daemon)
+        for request in (relu(HANG), relu(op="silu", length=PREDICATE_HANG)):
+            reply = client.call(request)[0]
+            self.assertEqual(reply.status, harness.DEADLINE_EXCEEDED, reply.message)
+            self.assertRegex(reply.message, "has exceeded its budget of 100000 us, and its worker process was ended")
+            self.works(client)
+        self.assertEqual(client.info().stuck, 0)
+        harness.wait_until(lambda: client.info().session_memory_bytes == 0, "its memory is given back")
+
+    def test_a_cancelled_kernel_is_told_and_ended_if_it_doesnt_listen(self):
+        daemon = self.daemon("threads: 1\n" + QUARANTINE_OFF, FAULTY_GATE=self.gate)
+        for fault in (HANG_POLITE, HANG):
+            with Client(daemon.address) as client:
+                client.submit(relu(fault))
+                client.ping()
+            other = self.client(daemon)
+            self.works(other)  # on the one thread
+        self.assertEqual(self.provider(daemon)["failures"], 0)
+
+    def test_nothing_is_left_when_the_daemon_is_killed_in_mid_kernel(self):
+        daemon = self.daemon("", FAULTY_GATE=self.gate)
+        client = self.client(daemon)
+        pid, = workers(daemon)
+        client.submit(relu(HANG))
+        client.ping()
+        daemon.process.kill()
+        daemon.process.wait()
+        harness.wait_until(lambda: not os.path.exists("/proc/%d" % pid), "the worker's end")
+
+
+class Sandbox(Isolated):
+    def test_a_worker_has_no_descriptors_of_the_daemons_no_new_privileges_and_no_core_files(self):
+        daemon = self.daemon()
+        with Client(daemon.address):
+            pid, = workers(daemon)
+            links = {name: os.readlink("/proc/%d/fd/%s" % (pid, name)) for name in os.listdir("/proc/%d/fd" % pid)}
+            self.assertEqual((links.pop("0"), links.pop("1")), ("/dev/null", "/dev/null"))
+            links.pop("2")
+            self.assertEqual({link.split(":")[0] for link in links.values()}, {"socket"})
+            self.assertEqual(len(links), 1)
+            with open("/proc/%d/status" % pid) as file:
+                self.assertIn("NoNewPrivs:\t1", file.read())
+            with open("/proc/%d/limits" % pid) as file:
+                self.assertRegex(file.read(), r"Max core file size\s+0\s+0")
+
+    def test_it_ends_with_the_daemon(self):
+        daemon = self.daemon()
+        pid, = workers(daemon)
+        daemon.signal(signal.SIGTERM)
+        self.assertEqual(daemon.wait(), 0)
+        self.assertFalse(os.path.exists("/proc/%d" % pid))
+
+
+class Modules(unittest.TestCase):
+    def load(self, path):
+        daemon = Daemon("--isolated", path)
+        self.addCleanup(daemon.stop)
+        return daemon
+
+    def test_what_an_isolated_module_cant_have_is_refused_by_name(self):
+        log = self.load(os.path.join(MODULES, "device", "device.so")).log_text()
+        self.assertRegex(log, "module not loaded.*an isolated module can't bring devices")
+
+    def test_bad_modules_are_refused_as_they_would_be_here(self):
+        for name, reason in (("wrong_abi", "provider ABI"), ("no_symbol", "no symbol"), ("open_fails", "open"), ("bad_schema", "schema"), ("unknown_op", "no op")):
+            self.assertRegex(self.load(os.path.join(MODULES, "bad", name + ".so")).log_text(), "module not loaded.*" + reason)
+
+    def test_a_configured_name_must_be_the_modules(self):
+        self.assertRegex(self.load("other=" + MODULE).log_text(), "module not loaded.*its provider is called faulty, configured as other")
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)
