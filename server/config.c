@@ -74,7 +74,9 @@ struct config *config_create(void)
 		.stuck_us = 30 * 1000000,
 	};
 	config->quarantine = (struct config_quarantine){.failures = 5, .provider_failures = 20, .window_us = 60 * 1000000, .cooldown_us = 60 * 1000000};
+	config->differential_bytes = 256u << 20;
 	config->inline_ns = 5000;
+	config->segment_ns = 2000000;
 	config->polling_window_us = 50;
 	config->polling_budget_us = 500000;
 	config->level = LOG_INFO;
@@ -143,6 +145,7 @@ void config_destroy(struct config *config)
 	free(config->modules);
 	free(config->path);
 	free(config->log_path);
+	free(config->differential_folder);
 	free(config);
 }
 

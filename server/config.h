@@ -14,6 +14,7 @@
 #include <stdint.h>
 
 #include "opd/status.h"
+#include "proto/bounds.h"
 #include "server/identity.h"
 #include "server/log.h"
 #include "server/quota.h"
@@ -93,6 +94,8 @@ struct config_tenant {
 struct provider_policy {
 	bool checked;       /* as config.checked, for its kernels alone */
 	uint64_t budget_us; /* that a kernel of its may take; 0, the default: any */
+	char compare[BOUND_NAME_BYTES + 1]; /* the provider that its results are compared with; "": none */
+	uint32_t compare_every;             /* one of so many runs; default 1000 */
 };
 
 /* One entry of `providers`. */
@@ -160,10 +163,13 @@ struct config {
 	size_t token_count;
 	struct config_token *tokens; /* config_load_tokens */
 	bool allow_anonymous; /* a flag: TLS listeners that other machines reach serve also who doesn't say who it is */
+	uint64_t differential_bytes; /* that comparisons may hold; default 256 MiB */
+	char *differential_folder;   /* for case files of divergences, with contents; NULL: none */
 	struct config_limits limits;
 	uint32_t threads; /* of the CPU lane; 0: one a core that the process may use */
 	bool checked;     /* canaries behind every output, verified after each kernel */
 	uint64_t inline_ns; /* a kernel estimated under this runs on the loop; default 5000, 0: never */
+	uint64_t segment_ns; /* of work may be handed to a device before the scheduler is asked again; default 2 ms */
 	uint64_t polling_window_us; /* the loop goes on looking at a polling client's ring for at most so long; default 50, 0: never */
 	uint64_t polling_budget_us; /* … and spends at most so much of a second in looks that bring nothing; default 500000 */
 	log_level level;

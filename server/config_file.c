@@ -356,7 +356,7 @@ static opd_status read_provider_key(struct reader *reader, const char *name, con
 		return status;
 	status = config_set_provider(context, name, text, reader->error);
 	if (status == OPD_NOT_FOUND)
-		return fail_at(reader, line, key, "no such key, expected checked or budget");
+		return fail_at(reader, line, key, "no such key, expected checked, budget, compare or compare_every");
 	return place(reader, line_of(reader), key, status);
 }
 
@@ -432,7 +432,8 @@ static opd_status read_top(struct reader *reader, const char *name, const char *
 		return read_map(reader, key, NULL, read_identity, NULL);
 	if (strcmp(name, "providers") == 0)
 		return read_map(reader, key, NULL, read_trust, NULL);
-	if (strcmp(name, "limits") == 0 || strcmp(name, "log") == 0 || strcmp(name, "polling") == 0 || strcmp(name, "quarantine") == 0 || strcmp(name, "tls") == 0)
+	if (strcmp(name, "limits") == 0 || strcmp(name, "log") == 0 || strcmp(name, "polling") == 0 || strcmp(name, "quarantine") == 0 || strcmp(name, "tls") == 0 ||
+	    strcmp(name, "differential") == 0)
 		return read_map(reader, key, &seen, read_value, NULL);
 	if (strchr(name, '.') != NULL)
 		return fail_at(reader, line, key, "no such key (write the part before the dot as a map of its own)");

@@ -216,6 +216,19 @@ static opd_status set_metrics(struct config *config, const struct config_key *ke
 	return config_set_metrics(config, value, error);
 }
 
+static opd_status set_folder(struct config *config, const struct config_key *key, const char *value, opd_error *error)
+{
+	if (value[0] != '/' || strlen(value) > 500)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "\"%.200s\", expected the absolute path of a folder", value);
+	char *copy = strdup(value);
+	if (copy == NULL)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "out of memory");
+	char **path = field(config, key);
+	free(*path);
+	*path = copy;
+	return OPD_OK;
+}
+
 #define MINUTE_US 60000000ull
 #define MEMORY_MAX (1ull << 50)
 #define AT(member) offsetof(struct config, member)
@@ -253,9 +266,12 @@ static const struct config_key keys[] = {
 	{"quarantine.window", set_us, AT(quarantine.window_us), 1000, 24 * 60 * MINUTE_US, 0},
 	{"quarantine.cooldown", set_us, AT(quarantine.cooldown_us), 1000, 24 * 60 * MINUTE_US, 0},
 	{"tokens", set_path, AT(tokens_path), 0, 0, 0},
+	{"differential.memory", set_bytes, AT(differential_bytes), 0, MEMORY_MAX, 0},
+	{"differential.folder", set_folder, AT(differential_folder), 0, 0, 0},
 	{"threads", set_count, AT(threads), 0, 1024, 0},
 	{"checked", set_bool, AT(checked), 0, 0, 0},
 	{"inline", set_ns, AT(inline_ns), 0, 1000000, 0},
+	{"segment", set_ns, AT(segment_ns), 1000, 1000000000, 0},
 	{"polling.window", set_us, AT(polling_window_us), 0, 10000, 0},
 	{"polling.budget", set_us, AT(polling_budget_us), 0, 1000000, 0},
 	{"log.level", set_level, AT(level), 0, 0, 0},
@@ -348,6 +364,12 @@ static void print_metrics(const void *field, char *out, size_t out_bytes)
 	(void)snprintf(out, out_bytes, "%s", address == NULL ? "off" : address);
 }
 
+static void print_folder(const void *field, char *out, size_t out_bytes)
+{
+	const char *path = *(char *const *)field;
+	(void)snprintf(out, out_bytes, "%s", path == NULL ? "" : path);
+}
+
 /* One for each way to set. */
 static const struct {
 	opd_status (*set)(struct config *config, const struct config_key *key, const char *value, opd_error *error);
@@ -357,6 +379,7 @@ static const struct {
 	{set_path, print_path},   {set_tls_clients, print_tls_clients},
 	{set_bool, print_bool},   {set_level, print_level}, {set_format, print_format}, {set_log_file, print_log_file},
 	{set_metrics, print_metrics},
+	{set_folder, print_folder},
 };
 
 void config_key_text(const struct config *config, const struct config_key *key, char *out, size_t out_bytes)

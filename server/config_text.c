@@ -93,7 +93,10 @@ static char *module_text(const struct config_module *module)
 static char *provider_text(const struct provider_policy *policy)
 {
 	char *text;
-	return asprintf(&text, "{checked: %s, budget: %" PRIu64 "us}", policy->checked ? "true" : "false", policy->budget_us) < 0 ? NULL : text;
+	return asprintf(&text, "{checked: %s, budget: %" PRIu64 "us, compare: \"%s\", compare_every: %" PRIu32 "}", policy->checked ? "true" : "false",
+	                policy->budget_us, policy->compare, policy->compare_every) < 0
+	           ? NULL
+	           : text;
 }
 
 static void add_lists(struct items *items, const struct config *config)

@@ -26,6 +26,7 @@
 struct allocation;
 struct containment;
 struct derived;
+struct differential;
 struct listener;
 struct conn;
 struct metrics;
@@ -42,8 +43,10 @@ struct server {
 	_Atomic bool checked;          /* what lanes and direct callers need of it: some provider's outputs have canaries */
 	_Atomic uint64_t inline_ns;
 	_Atomic uint32_t refuse_uploads; /* percent */
+	_Atomic uint64_t segment_ns;
 	struct registry *registry;
 	struct containment *containment;
+	struct differential *differential;
 	struct plans *plans;
 	struct derived *derived;
 	struct memory memory;

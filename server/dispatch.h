@@ -45,6 +45,9 @@ void dispatch_fini(struct dispatch *dispatch);
 /* Whether an implementation accepts, with the reason if not. */
 bool dispatch_accepts(const struct impl *impl, const struct op *op, const opd_call *call, opd_reason *reason);
 
+/* "x f32[2,4], weight f32[4]": arguments as dtype and shape, never contents. */
+void dispatch_describe(const struct op *op, const opd_call *call, char *out, size_t out_bytes);
+
 /* Everything that was passed over before dispatch->index (all, when nobody accepts), in list order: dropped names first. In the arena; NULL out of memory. */
 const struct msg_skip *dispatch_skips(const struct dispatch *dispatch, const struct op *op, const opd_call *call, struct arena *arena,
                                       uint32_t *count_out);

@@ -84,10 +84,12 @@ static const char *why_not(const struct snapshot *snapshot, const struct provide
 		const struct impl *impl = op_impl(&snapshot->ops[i], provider);
 		if (impl == NULL)
 			continue;
-		if (impl->supported)
+		opd_reason_code code;
+		const char *why = snapshot_unsupported(snapshot, impl, &code);
+		if (why == NULL)
 			return NULL;
 		impls++;
-		reason = reason == NULL ? impl->unsupported : reason;
+		reason = reason == NULL ? why : reason;
 	}
 	return impls == 0 && provider->module != NULL ? NULL : reason == NULL ? "none of its implementations can run" : reason; /* a module may bring ops or a device alone */
 }
@@ -121,6 +123,9 @@ static void add_providers(struct conditions *unhealthy, struct conditions *degra
 		if (reason != NULL)
 			add(listed ? unhealthy : degraded, "provider %s: %s", provider->name, reason);
 	}
+	const uint32_t stuck = lane_stuck(server->lane);
+	if (stuck > 0)
+		add(degraded, "lane: %" PRIu32 " threads are in kernels that have exceeded their budget", stuck);
 	for (uint32_t i = 1; i < snapshot->device_count; i++)
 		if (snapshot->devices[i].lost != NULL)
 			add(degraded, "device %s: %s", snapshot->devices[i].name, snapshot->devices[i].lost);
@@ -130,7 +135,7 @@ bool health_fill(const struct server *server, const struct snapshot *snapshot, s
 {
 	struct conditions unhealthy, degraded;
 	begin(&unhealthy, arena, 4 + snapshot->provider_count);
-	begin(&degraded, arena, snapshot->provider_count + snapshot->device_count);
+	begin(&degraded, arena, 1 + snapshot->provider_count + snapshot->device_count);
 	add_limits(&unhealthy, server, request_now_ns() / 1000);
 	add_providers(&unhealthy, &degraded, server, snapshot);
 	info_out->unhealthy_count = unhealthy.count;

@@ -310,6 +310,8 @@ static void print_lists(const struct config *config)
 		(void)printf("provider: %s = checked: %s", config->providers[i].name, policy->checked ? "true" : "false");
 		if (policy->budget_us != 0)
 			(void)printf(", budget %" PRIu64 " ms", policy->budget_us / 1000);
+		if (policy->compare[0] != '\0')
+			(void)printf(", compared with %s every %" PRIu32 " runs", policy->compare, policy->compare_every);
 		(void)printf("\n");
 	}
 	for (size_t i = 0; i < config->module_count; i++) {

@@ -51,6 +51,14 @@ static bool module_known(const struct config *config, const char *path)
 	return false;
 }
 
+static void apply_to_lane(const struct tenant_policy *policy, struct scheduler *scheduler, struct sched_group *group)
+{
+	sched_group_set_weight(scheduler, group, policy->weight);
+	group->queue_max = (uint32_t)policy->quota[QUOTA_QUEUED];
+	if (group->bucket.rate_ns != policy->quota[QUOTA_DEVICE_TIME])
+		sched_group_set_rate(scheduler, group, policy->quota[QUOTA_DEVICE_TIME], request_now_ns());
+}
+
 /* Sessions that are open keep their class and quotas of their own; weights, the tenant's quotas and caps count from now on. */
 static void apply_policy(struct tenant *tenant, void *argument)
 {
@@ -58,15 +66,17 @@ static void apply_policy(struct tenant *tenant, void *argument)
 	struct tenant_policy policy;
 	config_tenant(server->config, tenant->name, &policy);
 	tenant_set_policy(tenant, &policy);
-	struct sched_group *group = tenant->groups[0];
-	if (group == NULL)
-		return;
-	struct scheduler *scheduler = lane_scheduler_lock(server->lane);
-	sched_group_set_weight(scheduler, group, tenant->policy.weight);
-	group->queue_max = (uint32_t)policy.quota[QUOTA_QUEUED];
-	if (group->bucket.rate_ns != policy.quota[QUOTA_DEVICE_TIME])
-		sched_group_set_rate(scheduler, group, policy.quota[QUOTA_DEVICE_TIME], request_now_ns());
-	lane_scheduler_unlock(server->lane);
+	if (tenant->groups[0] != NULL) {
+		apply_to_lane(&policy, lane_scheduler_lock(server->lane), tenant->groups[0]);
+		lane_scheduler_unlock(server->lane);
+	}
+	for (uint32_t i = 1; i < REGISTRY_DEVICES_MAX; i++) {
+		struct device_lane *lane = device_lane_started(server, i);
+		if (lane == NULL || tenant->groups[i] == NULL)
+			continue;
+		apply_to_lane(&policy, device_lane_scheduler_lock(lane), tenant->groups[i]);
+		device_lane_scheduler_unlock(lane);
+	}
 }
 
 /* What can't change while running. */
@@ -84,12 +94,23 @@ static opd_status check_fixed(const struct config *before, const struct config *
 	return OPD_OK;
 }
 
+/* Also one that an earlier configuration named, or that was loaded by a request. */
+static bool module_loaded(struct server *server, const char *path)
+{
+	struct snapshot *snapshot = registry_snapshot(server->registry);
+	bool found = false;
+	for (uint32_t i = 0; i < snapshot->provider_count; i++)
+		found = found || (snapshot->providers[i]->module != NULL && strcmp(snapshot->providers[i]->source, path) == 0);
+	snapshot_unref(snapshot);
+	return found;
+}
+
 static opd_status load_new_modules(struct server *server, const struct config *config, opd_error *error)
 {
 	opd_status status = OPD_OK;
 	for (size_t i = 0; status == OPD_OK && i < config->module_count; i++) {
 		const struct config_module *module = &config->modules[i];
-		if (!module_known(server->config, module->path))
+		if (!module_known(server->config, module->path) && !module_loaded(server, module->path))
 			status = module->isolated ? registry_load_isolated(server->registry, module->path, module->name, false, error)
 			                          : registry_load(server->registry, module->path, module->name, false, error);
 	}

@@ -7,6 +7,7 @@
 #include "proto/tensor.h"
 #include "proto/text.h"
 #include "server/daemon.h"
+#include "server/differential.h"
 #include "server/metrics.h"
 #include "server/request.h"
 #include "server/shared.h"
@@ -669,6 +670,7 @@ void execute_done(struct request *request)
 		run_explain(request);
 		request_fail(request);
 	} else if (request->message.run.mode == MSG_RUN) {
+		differential_sample(request->context->server->differential, request);
 		run_reply_results(request);
 	} else {
 		run_explain(request);

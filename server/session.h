@@ -21,6 +21,7 @@ struct server;
 struct conn;
 struct priority_map;
 struct graphs;
+struct device_flow;
 
 struct session {
 	_Atomic uint32_t refs;
@@ -29,6 +30,7 @@ struct session {
 	struct conn *conn; /* NULL: closed, or not begun */
 	struct tenant *tenant; /* "uid:1000", "anonymous": referenced */
 	struct sched_flow flow; /* its place in the order of the CPU lane */
+	_Atomic(struct device_flow *) device_flows; /* … of devices', made on first use */
 	sched_class class;      /* of requests that name none */
 	uint64_t inline_ns;     /* what ran on the loop and the lane's order doesn't know yet */
 	struct access *access; /* referenced; before Hello that of nobody, of a Unix peer its own */
@@ -53,6 +55,12 @@ struct session *session_create(struct server *server, struct memory *memory, uin
 OPD_MUST_USE bool session_set_access(struct session *session, struct access *access);
 /* 0: as `limits` has it. */
 void session_set_quota(struct session *session, quota_kind kind, uint64_t limit);
+/* Its place in the order of a device's lane (0: the CPU's); in use under that lane's lock. By its thread. NULL: out of memory. */
+struct sched_flow *session_flow(struct session *session, uint32_t device);
+/* The same if it is there; any thread. */
+struct sched_flow *session_find_flow(const struct session *session, uint32_t device);
+/* Among its tenant's sessions, on all lanes. */
+void session_set_weight(struct session *session, uint32_t weight);
 struct session *session_ref(struct session *session);
 void session_unref(struct session *session);
 

@@ -296,7 +296,23 @@ typedef struct opd_explain {
 	uint32_t reserved;
 	const struct opd_move *moves;
 	const char *narrowed; /* key of the list, where the configuration has one for such calls: "linear/bf16/rows<=4"; else "" */
+	uint64_t receive_ns;  /* waiting for the payload, and for results of earlier requests */
+	const struct opd_behind *behind; /* NULL: it waited for no lane */
 } opd_explain;
+
+/* Whom a request waited behind on its lane: jobs that were begun, and device time of those that ended, between its coming there and its own start. */
+typedef struct opd_behind {
+	uint64_t own_jobs;    /* of its own session */
+	uint64_t tenant_jobs; /* of other sessions of its tenant */
+	uint64_t other_jobs;  /* of other tenants */
+	uint64_t realtime_jobs; /* all of them, by class */
+	uint64_t interactive_jobs;
+	uint64_t batch_jobs;
+	uint64_t own_ns;
+	uint64_t tenant_ns;
+	uint64_t other_ns;
+	uint64_t running; /* jobs that were running when it came */
+} opd_behind;
 
 typedef struct opd_move {
 	const char *operand;
@@ -738,6 +754,9 @@ typedef struct opd_server_info {
 	const char *const *unhealthy; /* what should keep new work away, each "object: what"; none: healthy */
 	const char *const *degraded;  /* what an operator should look at while everything is served */
 	uint32_t stuck; /* threads in kernels that have exceeded their budget and still run */
+	uint64_t compared; /* runs whose results another provider was asked to confirm */
+	uint64_t diverged; /* of them, those that it didn't */
+	uint64_t left_out; /* of the sample: not compared */
 } opd_server_info;
 
 OPD_API OPD_MUST_USE opd_status opd_ops(opd_client *client, const opd_op_list **list_out, opd_error *error);

@@ -41,10 +41,10 @@ static void pick(struct fuzz_input *input, struct picked *picked)
 	picked->byte_offset = fuzz_u8(input) % 3 == 0 ? fuzz_u64(input) : (uint64_t)fuzz_u8(input) * 4;
 }
 
-/* The product of extents; false: it is past INT64_MAX, or an extent is negative. A zero doesn't excuse another extent. */
-static bool product(const struct picked *picked, wide start, wide *out)
+/* The product of extents; false: it is past INT64_MAX, or an extent is negative. A zero doesn't excuse the others. */
+static bool product(const struct picked *picked, wide *out)
 {
-	wide all = start;
+	wide all = 1;
 	bool zero = false;
 	for (uint32_t i = 0; i < picked->rank; i++) {
 		if (picked->shape[i] < 0)
@@ -59,11 +59,20 @@ static bool product(const struct picked *picked, wide start, wide *out)
 	return true;
 }
 
+/* An empty tensor has no bytes, whatever its elements would take. */
+static bool all_bytes(const struct picked *picked, uint32_t element_bytes, wide *out)
+{
+	if (!product(picked, out))
+		return false;
+	*out *= element_bytes;
+	return *out <= LARGEST;
+}
+
 /* One past the last byte touched. */
 static bool extent(const struct picked *picked, uint32_t element_bytes, wide *end_out)
 {
-	wide elements, last = 0;
-	if (!product(picked, element_bytes, &elements) || picked->byte_offset > INT64_MAX || picked->byte_offset % element_bytes != 0)
+	wide bytes, last = 0;
+	if (!all_bytes(picked, element_bytes, &bytes) || picked->byte_offset > INT64_MAX || picked->byte_offset % element_bytes != 0)
 		return false;
 	for (uint32_t i = 0; picked->strided && i < picked->rank; i++) {
 		if (picked->strides[i] < 0)
@@ -73,7 +82,7 @@ static bool extent(const struct picked *picked, uint32_t element_bytes, wide *en
 		if (last > LARGEST)
 			return false;
 	}
-	*end_out = elements == 0 ? picked->byte_offset : picked->byte_offset + (picked->strided ? (last + 1) * element_bytes : elements);
+	*end_out = bytes == 0 ? picked->byte_offset : picked->byte_offset + (picked->strided ? (last + 1) * element_bytes : bytes);
 	return *end_out <= LARGEST;
 }
 
@@ -84,9 +93,9 @@ static void check(const struct picked *picked)
 	const bool known = element_bytes != 0 && picked->rank <= OPD_RANK_MAX;
 	uint64_t got = 77;
 	wide wanted = 0;
-	if (tensor_elements(picked->rank, picked->shape, &got) && (picked->rank > OPD_RANK_MAX || !product(picked, 1, &wanted) || wanted != got))
+	if (tensor_elements(picked->rank, picked->shape, &got) && (picked->rank > OPD_RANK_MAX || !product(picked, &wanted) || wanted != got))
 		fuzz_fail("tensor_elements: %llu", (unsigned long long)got);
-	const bool fits = known && product(picked, element_bytes, &wanted);
+	const bool fits = known && all_bytes(picked, element_bytes, &wanted);
 	if (tensor_bytes(picked->dtype, picked->rank, picked->shape, &got) ? !fits || wanted != got : fits)
 		fuzz_fail("tensor_bytes: %llu, fits %d", (unsigned long long)got, fits);
 	const bool inside = known && extent(picked, element_bytes, &wanted);

@@ -2,10 +2,14 @@
  *
  * The mutations are few and blind; that is enough to shake a target where there is no clang, and to replay what libFuzzer has found. */
 #include <dirent.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "fuzz.h"
 
@@ -129,17 +133,30 @@ static void run(const struct input *input)
 	free(copy);
 }
 
+/* What a process that fuzzes is at, for the one that watches it: a file for each input would cost more than most inputs. */
+struct last {
+	size_t bytes;
+	uint8_t data[INPUT_MAX];
+};
+
+static void note(struct last *last, const struct input *input)
+{
+	memcpy(last->data, input->data, input->bytes);
+	last->bytes = input->bytes;
+}
+
 /* What led to a crash is left behind for a replay. */
-static void leave(const struct input *input)
+static void leave(const struct last *last)
 {
 	FILE *file = fopen("fuzz-last-input", "wb");
 	if (file == NULL)
 		return;
-	(void)fwrite(input->data, 1, input->bytes, file);
+	(void)fwrite(last->data, 1, last->bytes, file);
 	(void)fclose(file);
 }
 
-int main(int argc, char **argv)
+/* last NULL: a replay. */
+static int work(int argc, char **argv, struct last *last)
 {
 	time_t seconds = 0;
 	uint64_t executions = 0;
@@ -158,7 +175,7 @@ int main(int argc, char **argv)
 	state ^= (uint64_t)time(NULL) << 20;
 	for (time_t end = time(NULL) + seconds; seconds != 0 && time(NULL) < end; executions++) {
 		mutate(&input);
-		leave(&input);
+		note(last, &input);
 		run(&input);
 	}
 	(void)printf("%llu executions, %zu of them inputs\n", (unsigned long long)executions, corpus_count);
@@ -166,5 +183,26 @@ int main(int argc, char **argv)
 		free(corpus[i].data);
 	free(corpus);
 	free(input.data);
+	return 0;
+}
+
+int main(int argc, char **argv)
+{
+	bool fuzzes = false;
+	for (int i = 1; i < argc; i++)
+		fuzzes = fuzzes || strcmp(argv[i], "--seconds") == 0;
+	if (!fuzzes)
+		return work(argc, argv, NULL);
+	struct last *last = mmap(NULL, sizeof *last, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	if (last == MAP_FAILED)
+		fuzz_fail("out of memory");
+	const pid_t child = fork();
+	if (child == 0)
+		return work(argc, argv, last);
+	int status = -1;
+	if (child < 0 || waitpid(child, &status, 0) != child || !WIFEXITED(status) || WEXITSTATUS(status) != 0) {
+		leave(last);
+		fuzz_fail("what it was at is in fuzz-last-input");
+	}
 	return 0;
 }

@@ -214,6 +214,7 @@ class Watchdog(Faulty):
         return self.daemon("threads: 1\nproviders: {faulty: {budget: 20ms}}\n" + config, FAULTY_GATE=self.gate)
 
     def test_a_request_is_answered_when_its_kernels_budget_is_over_and_the_lane_goes_on(self):
+        """Hardening: providers-hangs"""
         daemon = self.watched()
         client = self.client(daemon)
         for turn in range(1, 3):  # the second time the thread that has come back is used again

@@ -116,6 +116,7 @@ class Crashes(Isolated):
     """Hardening: providers-crashes"""
 
     def test_a_crash_is_that_requests_error_and_the_next_is_served(self):
+        """Hardening: providers-crashes, promise-containment"""
         daemon = self.daemon(QUARANTINE_OFF)
         client, other = self.client(daemon), self.client(daemon)
         descriptors = daemon.descriptors()
@@ -190,6 +191,7 @@ class Hangs(Isolated):
         self.addCleanup(shutil.rmtree, os.path.dirname(self.gate), True)
 
     def test_a_kernel_that_exceeds_its_budget_is_killed(self):
+        """Hardening: providers-hangs"""
         daemon = self.daemon(QUARANTINE_OFF + "providers: {faulty: {budget: 100ms}}", FAULTY_GATE=self.gate)
         client = self.client(daemon)
         for request in (relu(HANG), relu(op="silu", length=PREDICATE_HANG)):

@@ -447,6 +447,25 @@ class Bad(unittest.TestCase):
         with Client(daemon.address) as client:
             self.assertEqual(client.ask(run("relu", inline([2], f32(-1, 1))))[0].run.provider, "testdev")
 
+    def test_a_module_taken_out_of_the_configuration_while_it_is_busy_stays_until_the_end(self):
+        """Hardening: providers-unload"""
+        module = "modules: [{name: testdev, path: %s}]\npriorities: {relu: [testdev]}\n" % self.file("busy.so")
+        daemon = daemon_for(self, config=module, environment={"OPD_TEST_DEVICE_DELAY_US": "20000"})
+        with Client(daemon.address) as client:
+            request = run("relu", inline([2], f32(-1, 1)))
+            ids = [client.submit(request) for _ in range(20)]
+            daemon.write_config("priorities: {relu: [native]}\n")
+            daemon.signal(signal.SIGHUP)
+            daemon.wait_log("warn", "a module stays loaded until a restart", "busy.so")
+            for _ in ids:
+                _, reply, data = client.read_reply()
+                self.assertEqual((reply.status, reply.run.provider, unpack_f32(data)), (harness.OK, "testdev", (0.0, 1.0)))
+            self.assertEqual(client.ask(request)[0].run.provider, "native")
+            daemon.write_config(module)
+            daemon.signal(signal.SIGHUP)
+            daemon.wait_log("configuration reloaded", count=2)
+            self.assertEqual(client.ask(request)[0].run.provider, "testdev")
+
     def test_check_config_names_a_module_that_is_missing_from_the_lists(self):
         command(harness.OPD, "--check-config", "--module", "gone=/nowhere.so", "--priority", "relu=gone,native")
         done = subprocess.run([harness.OPD, "--check-config", "--priority", "relu=gone,native"], capture_output=True, text=True, timeout=harness.PATIENCE)
@@ -698,6 +717,35 @@ class Device(unittest.TestCase):
         replies = dict(client.read_reply()[:2] for _ in range(41))
         self.assertEqual(replies[late].status, harness.DEADLINE_EXCEEDED)
         self.assertEqual({reply.status for found, reply in replies.items() if found != late}, {harness.OK})
+
+    def test_a_device_is_shared_as_the_cpu_is(self):
+        """Another session's flood is before one's request for a job, and not for all that came first; classes, quotas and numbers are the same."""
+        daemon = self.daemon(delay_us=20000)
+        flood, other = self.client(daemon), self.client(daemon)
+        one_at_a_time = flood.ask(add_request(0, run_device="test:0")[0])[0]  # how long they take is known now
+        self.assertEqual(one_at_a_time.status, harness.OK)
+        sent = [flood.submit(add_request(i, run_device="test:0")[0]) for i in range(40)]
+        flood.ping()
+        request, wanted = relu_request(1, run_device="test:0", run_explain=True)
+        reply = other.ask(request)[0]
+        self.check(reply, wanted)
+        self.assertLessEqual(reply.run.explain.behind.tenant_jobs, 1)
+        request, wanted = relu_request(2, run_device="test:0", run_explain=True, run_service_class=pb.REALTIME)
+        reply = other.ask(request)[0]
+        self.check(reply, wanted)
+        self.assertEqual(reply.run.explain.behind.tenant_jobs, 0)
+        lanes = {lane.name: lane for lane in other.ask(pb.Request(list_sessions=pb.ListSessions()))[0].sessions.lanes}
+        self.assertGreater(lanes["test:0"].device_ns, 3 * 15000000)
+        self.assertEqual({flood.read_reply(number)[1].status for number in sent}, {harness.OK})
+        other.ask(pb.Request(set_session=pb.SetSession(session=flood.hello.session, quotas=[pb.Quota(kind=pb.QUOTA_QUEUED, limit=4)])))
+        sent = [flood.submit(add_request(i, run_device="test:0")[0]) for i in range(40)]
+        refused = [reply for _, reply, _ in (flood.read_reply() for _ in sent) if reply.status != harness.OK]
+        self.assertTrue(refused)
+        for reply in refused:
+            self.assertEqual(reply.status, harness.RESOURCE_EXHAUSTED)
+            self.assertRegex(reply.message, r"^add: 4 requests of this session wait for the test:0 lane, at most 4 may: try again in about \d+ us$")
+        mine = [state for state in other.ask(pb.Request(list_sessions=pb.ListSessions()))[0].sessions.sessions if state.session == flood.hello.session][0]
+        self.assertEqual((mine.queued, mine.running, mine.usage.jobs), (0, 0, 81 - len(refused)))
 
     def test_those_queued_for_a_device_end_at_once_when_cancelled(self):
         client = Client(self.daemon(delay_us=20000).address, features=["cancel"])
