@@ -1,12 +1,14 @@
 /* Connecting, closing, and what a client says of itself. */
 #include <poll.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/socket.h>
 #include <sys/time.h>
 #include <unistd.h>
 
 #include "client/connection.h"
 #include "client/greeting.h"
+#include "client/token.h"
 #include "proto/bounds.h"
 
 #define CONNECT_TIMEOUT_US ((uint64_t)30000000)
@@ -60,6 +62,7 @@ void opd_close(opd_client *client)
 	memory_detach_all(client->memories);
 	writer_clear(client); /* a connection that has failed already has nothing waiting */
 	close_flights(client);
+	client_tls_destroy(client->tls, client->fd);
 	if (client->fd >= 0)
 		(void)close(client->fd);
 	ring_destroy(client->ring);
@@ -89,12 +92,21 @@ static opd_status read_options(const opd_connect_options *options, opd_connect_o
 	return OPD_OK;
 }
 
-static opd_status client_dial(opd_client *client, const char *address, uint64_t timeout_us, opd_error *error)
+/* Who asks for a server to be verified must not be served by one that isn't. */
+static opd_status check_tls_options(const char *address, const opd_connect_options *options, opd_error *error)
+{
+	const bool asked = options->ca_file != NULL || options->certificate_file != NULL || options->key_file != NULL || options->server_name != NULL || options->fingerprint != NULL;
+	if (!asked || strncmp(address, "tls://", 6) == 0)
+		return OPD_OK;
+	return opd_fail(error, OPD_INVALID_ARGUMENT, "address %.300s: a CA, a certificate, a key, a server name or a fingerprint is given, and those are of tls:// addresses", address);
+}
+
+static opd_status client_dial(opd_client *client, const char *address, const opd_connect_options *options, uint64_t timeout_us, opd_error *error)
 {
 	const char *rest;
 	const struct scheme *scheme = scheme_find(address, &rest);
 	if (scheme == NULL)
-		return dial(address, timeout_us, &client->fd, error);
+		return dial(address, options, timeout_us, &client->fd, &client->tls, error);
 	opd_status status = scheme->connect(rest, &client->fd, &client->scheme_state, error);
 	if (status == OPD_OK)
 		client->scheme = scheme;
@@ -126,10 +138,27 @@ opd_status opd_connect(const char *address, const opd_connect_options *options, 
 	status = dial_options(address, &known, room, &address, error);
 	if (status != OPD_OK)
 		return status;
+	status = check_tls_options(address, &known, error);
+	if (status != OPD_OK)
+		return status;
+	char token[TOKEN_ROOM_BYTES];
+	if (known.token != NULL && known.token[0] == '\0')
+		known.token = NULL;
+	if (known.token == NULL && known.token_file != NULL) {
+		status = token_read(known.token_file, token, error);
+		if (status != OPD_OK)
+			return status;
+		known.token = token;
+	}
 	opd_client *client = client_create(known.timeout_us);
 	if (client == NULL)
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "out of memory for a client");
-	status = client_dial(client, address, known.timeout_us == 0 ? CONNECT_TIMEOUT_US : known.timeout_us, error);
+	status = client_dial(client, address, &known, known.timeout_us == 0 ? CONNECT_TIMEOUT_US : known.timeout_us, error);
+	if (status == OPD_OK && known.token != NULL && client->tls == NULL) {
+		status = token_check_way(client->fd, error);
+		if (status != OPD_OK)
+			status = opd_error_prefix(error, status, "%.200s", address);
+	}
 	if (status == OPD_OK) {
 		status = greeting_exchange(client, &known, error);
 		if (status != OPD_OK)

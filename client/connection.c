@@ -110,6 +110,8 @@ opd_status connection_pump(opd_client *client, uint64_t deadline_us, bool fresh,
 	bool more;
 	if (client->ring != NULL)
 		return ring_sleep(client, deadline_us) ? receive_once(client, false, &more, error) : OPD_DEADLINE_EXCEEDED;
+	if (client->tls != NULL && client_tls_pending(client->tls))
+		return receive_once(client, false, &more, error);
 	/* Nothing to write and no other deadline than the socket's own: one call less than poll and receive, where that pays. */
 	const bool pending = writer_pending(client);
 	if (!pending && client->receive_blocks && (deadline_us == UINT64_MAX || (fresh && client->receive_timeout)))
@@ -129,7 +131,8 @@ opd_status connection_poll(opd_client *client, opd_error *error)
 		return status;
 	writer_flush(client);
 	bool more = true;
-	for (unsigned i = 0; more && i < POLL_RECEIVES && status == OPD_OK; i++)
+	/* What is opened already must not wait for the socket: nobody would be woken for it. */
+	for (unsigned i = 0; (more && i < POLL_RECEIVES && status == OPD_OK) || (status == OPD_OK && client->tls != NULL && client_tls_pending(client->tls)); i++)
 		status = receive_once(client, false, &more, error);
 	if (client->ring != NULL)
 		ring_watch(client);

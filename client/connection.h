@@ -17,6 +17,7 @@
 #include "client/pool.h"
 #include "client/ring.h"
 #include "client/scheme.h"
+#include "client/tls.h"
 #include "opd/client.h"
 #include "proto/arena.h"
 
@@ -80,6 +81,7 @@ struct opd_client {
 	struct opd_memory *memories;
 	bool cancels; /* the session has the feature "cancel" */
 	bool rings;   /* … "rings" */
+	struct client_tls *tls;  /* … sealed; NULL: plain */
 	struct ring *ring;       /* what frames go through; NULL: the socket */
 	bool takes_descriptors;  /* the answer to attach_rings may come: with … */
 	int ring_descriptors[2]; /* … these; -1: not there */
@@ -103,16 +105,17 @@ struct opd_client {
 
 /* ---- dial.c: addresses ---- */
 
-#define DIAL_ROOM_BYTES 256u
+#define DIAL_ROOM_BYTES 2048u
 
 /* Finds the registered scheme of `address` ("embedded:rest"), and rest; NULL: none. */
 const struct scheme *scheme_find(const char *address, const char **rest_out);
 
-/* Takes the options off a "unix:/path?rings&poll=20us&shm". *plain_out: what is to be dialled, `address` itself or in `room`. */
+/* Takes the options off a "unix:/path?rings&poll=20us&shm" or a "tls://host:port?ca=FILE". *plain_out: what is to be dialled, `address` itself or in `room`; texts of the options are in
+ * `room` too. */
 OPD_MUST_USE opd_status dial_options(const char *address, opd_connect_options *options, char room[DIAL_ROOM_BYTES], const char **plain_out, opd_error *error);
 
-/* A connected stream socket. */
-OPD_MUST_USE opd_status dial(const char *address, uint64_t timeout_us, int *fd_out, opd_error *error);
+/* A connected stream socket, with TLS on it if the address says so (else *tls_out stays). */
+OPD_MUST_USE opd_status dial(const char *address, const opd_connect_options *options, uint64_t timeout_us, int *fd_out, struct client_tls **tls_out, opd_error *error);
 
 /* ---- clock ---- */
 

@@ -92,7 +92,7 @@ static opd_status split_host(const char *address, const char *rest, char host[HO
 	const char *end = bracket ? strchr(begin, ']') : strrchr(begin, ':');
 	const char *colon = end == NULL || !bracket ? end : end + 1;
 	if (colon == NULL || *colon != ':' || end == begin || (size_t)(end - begin) >= HOST_BYTES)
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "address %.300s: expected tcp://host:port", address);
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "address %.300s: expected %.3s://host:port", address, address);
 	if (!bracket && memchr(begin, ':', (size_t)(end - begin)) != NULL)
 		return opd_fail(error, OPD_INVALID_ARGUMENT, "address %.300s: an IPv6 host stands in brackets, as tcp://[::1]:7777",
 		                address);
@@ -107,11 +107,11 @@ static opd_status split_host(const char *address, const char *rest, char host[HO
 	return OPD_OK;
 }
 
-static opd_status dial_tcp(const char *address, const char *rest, uint64_t deadline_us, int *fd_out, opd_error *error)
+/* *host: what the address says it is. */
+static opd_status dial_tcp(const char *address, uint64_t deadline_us, char host[HOST_BYTES], int *fd_out, opd_error *error)
 {
-	char host[HOST_BYTES];
 	const char *port = NULL;
-	opd_status status = split_host(address, rest, host, &port, error);
+	opd_status status = split_host(address, address + 6, host, &port, error);
 	if (status != OPD_OK)
 		return status;
 	const struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_NUMERICSERV};
@@ -131,6 +131,22 @@ static opd_status dial_tcp(const char *address, const char *rest, uint64_t deadl
 		return dial_unavailable(error, address, number);
 	const int on = 1; /* requests are whole frames in one call: waiting for more to send with them only costs time */
 	(void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
+	*fd_out = fd;
+	return OPD_OK;
+}
+
+static opd_status dial_tls(const char *address, const opd_connect_options *options, uint64_t deadline_us, int *fd_out, struct client_tls **tls_out, opd_error *error)
+{
+	char host[HOST_BYTES];
+	int fd;
+	opd_status status = dial_tcp(address, deadline_us, host, &fd, error);
+	if (status != OPD_OK)
+		return status;
+	status = client_tls_connect(fd, host, options, deadline_us, tls_out, error);
+	if (status != OPD_OK) {
+		(void)close(fd);
+		return opd_error_prefix(error, status, "%.200s", address);
+	}
 	*fd_out = fd;
 	return OPD_OK;
 }
@@ -158,9 +174,28 @@ static bool take_option(const char *option, opd_connect_options *options)
 	return true;
 }
 
+/* What the caller's options say goes first: an address may come from a file that many read. */
+static bool take_text(const char *option, const char *name, const char **field)
+{
+	const size_t bytes = strlen(name);
+	if (strncmp(option, name, bytes) != 0 || option[bytes] != '=' || option[bytes + 1] == '\0')
+		return false;
+	if (*field == NULL)
+		*field = option + bytes + 1;
+	return true;
+}
+
+static bool take_tls_option(const char *option, opd_connect_options *options)
+{
+	return take_text(option, "ca", &options->ca_file) || take_text(option, "cert", &options->certificate_file) || take_text(option, "key", &options->key_file) ||
+	       take_text(option, "server-name", &options->server_name) || take_text(option, "fingerprint", &options->fingerprint) ||
+	       take_text(option, "token-file", &options->token_file);
+}
+
 opd_status dial_options(const char *address, opd_connect_options *options, char room[DIAL_ROOM_BYTES], const char **plain_out, opd_error *error)
 {
-	const char *question = strncmp(address, "unix:", 5) == 0 ? strrchr(address, '?') : NULL;
+	const bool tls = strncmp(address, "tls://", 6) == 0;
+	const char *question = tls ? strchr(address, '?') : strncmp(address, "unix:", 5) == 0 ? strrchr(address, '?') : NULL;
 	*plain_out = address;
 	if (question == NULL)
 		return OPD_OK;
@@ -171,24 +206,29 @@ opd_status dial_options(const char *address, opd_connect_options *options, char 
 	*rest++ = '\0';
 	while (rest != NULL) {
 		const char *option = strsep(&rest, "&");
-		if (!take_option(option, options))
+		if (tls && !take_tls_option(option, options))
+			return opd_fail(error, OPD_INVALID_ARGUMENT, "address %.300s: option \"%.100s\", expected ca=, cert=, key=, server-name=, fingerprint= or token-file=", address, option);
+		if (!tls && !take_option(option, options))
 			return opd_fail(error, OPD_INVALID_ARGUMENT, "address %.300s: option \"%s\", expected rings, shm or poll= with a time, such as poll=20us", address, option);
 	}
 	*plain_out = room;
 	return OPD_OK;
 }
 
-opd_status dial(const char *address, uint64_t timeout_us, int *fd_out, opd_error *error)
+opd_status dial(const char *address, const opd_connect_options *options, uint64_t timeout_us, int *fd_out, struct client_tls **tls_out, opd_error *error)
 {
+	char host[HOST_BYTES];
 	const uint64_t deadline_us = deadline_after(timeout_us);
 	if (strncmp(address, "unix:", 5) == 0)
 		return dial_unix(address, address + 5, deadline_us, fd_out, error);
 	if (strncmp(address, "tcp://", 6) == 0)
-		return dial_tcp(address, address + 6, deadline_us, fd_out, error);
+		return dial_tcp(address, deadline_us, host, fd_out, error);
+	if (strncmp(address, "tls://", 6) == 0)
+		return dial_tls(address, options, deadline_us, fd_out, tls_out, error);
 	if (strncmp(address, "embedded:", 9) == 0)
 		return opd_fail(
 		    error, OPD_UNIMPLEMENTED,
 		    "address %.300s: the daemon in this process needs libopd-embedded: link it and call opd_embedded_register() first",
 		    address);
-	return opd_fail(error, OPD_INVALID_ARGUMENT, "address %.300s: expected unix:/path, tcp://host:port or embedded:", address);
+	return opd_fail(error, OPD_INVALID_ARGUMENT, "address %.300s: expected unix:/path, tls://host:port, tcp://host:port or embedded:", address);
 }

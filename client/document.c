@@ -201,6 +201,9 @@ void *document_info(opd_result *result)
 	info->derived_found = from->derived_found;
 	info->derived_made = from->derived_made;
 	info->stuck = from->stuck;
+	info->compared = from->compared;
+	info->diverged = from->diverged;
+	info->left_out = from->left_out;
 	info->listeners = texts(result, from->listener_count, from->listeners, &info->listener_count);
 	info->devices = texts(result, from->device_count, from->devices, &info->device_count);
 	info->unhealthy = texts(result, from->unhealthy_count, from->unhealthy, &info->unhealthy_count);

@@ -21,12 +21,30 @@ static opd_status check_chunk(const opd_client *client, uint64_t chunk_bytes, op
 	                (unsigned long long)chunk_bytes, wanted ? "64 KiB to 64 MiB" : "0, as asked");
 }
 
-static void refused(opd_client *client, const struct msg_hello_reply *reply, opd_error *error)
+/* Who is refused for who it is learns that by the status; any other refusal may be gone at the next try. */
+static opd_status refused(opd_client *client, const struct msg_hello_reply *reply, opd_error *error)
 {
-	(void)opd_fail(error, OPD_UNAVAILABLE, "the server refused the session: %s: %.*s", opd_status_name(reply->status),
+	const bool who = reply->status == OPD_UNAUTHENTICATED || reply->status == OPD_PERMISSION_DENIED;
+	(void)opd_fail(error, who ? reply->status : OPD_UNAVAILABLE, "the server refused the session: %s: %.*s", opd_status_name(reply->status),
 	               (int)(reply->message.bytes < 400 ? reply->message.bytes : 400),
 	               reply->message.data == NULL ? "" : reply->message.data);
 	client->leaving = true;
+	return who ? reply->status : OPD_UNAVAILABLE;
+}
+
+/* "publish, drain", in the session's arena. */
+static const char *join_rights(opd_client *client, const struct msg_hello_reply *reply)
+{
+	size_t bytes = 1, at = 0;
+	for (uint32_t i = 0; i < reply->right_count; i++)
+		bytes += reply->rights[i].bytes + 2;
+	char *text = arena_alloc(&client->session_arena, bytes);
+	if (text == NULL)
+		return "";
+	text[0] = '\0';
+	for (uint32_t i = 0; i < reply->right_count; i++)
+		at += (size_t)snprintf(text + at, bytes - at, "%s%s", i == 0 ? "" : ", ", reply->rights[i].data == NULL ? "" : reply->rights[i].data);
+	return text;
 }
 
 static const char cancel_feature[] = "cancel";
@@ -49,10 +67,8 @@ opd_status greeting_accept(opd_client *client, const uint8_t *envelope, size_t b
 	opd_status status = codec_decode_hello_reply(&client->session_arena, envelope, bytes, &reply, &reason);
 	if (status != OPD_OK)
 		return opd_fail(error, OPD_DATA_LOSS, "malformed answer from the server: Hello: %.400s", reason.text);
-	if (reply.status != OPD_OK) {
-		refused(client, &reply, error);
-		return OPD_UNAVAILABLE;
-	}
+	if (reply.status != OPD_OK)
+		return refused(client, &reply, error);
 	if (reply.version != FRAME_VERSION)
 		return opd_fail(error, OPD_DATA_LOSS, "malformed answer from the server: protocol version %u, expected %u", reply.version,
 		                FRAME_VERSION);
@@ -69,6 +85,8 @@ opd_status greeting_accept(opd_client *client, const uint8_t *envelope, size_t b
 	    .payload_bytes = reply.limits.payload_bytes,
 	    .session_bytes = reply.limits.session_bytes,
 	    .in_flight = reply.limits.in_flight,
+	    .identity = reply.identity.data == NULL ? "" : reply.identity.data,
+	    .rights = join_rights(client, &reply),
 	};
 	client->envelope_limit = reply.limits.envelope_bytes;
 	client->cancels = has_feature(&reply, cancel_feature);
@@ -78,22 +96,31 @@ opd_status greeting_accept(opd_client *client, const uint8_t *envelope, size_t b
 	return OPD_OK;
 }
 
+static ssize_t send_some(opd_client *client, const uint8_t *data, size_t bytes)
+{
+	if (client->tls == NULL)
+		return send(client->fd, data, bytes, MSG_NOSIGNAL | MSG_DONTWAIT);
+	return client_tls_send(client->tls, client->fd, &(struct iovec){(void *)(uintptr_t)data, bytes}, 1);
+}
+
 /* A fresh socket takes a frame of a few hundred bytes whole; should it not, it is waited for. */
-static opd_status send_all(int fd, const uint8_t *data, size_t bytes, uint64_t deadline_us, opd_error *error)
+static opd_status send_all(opd_client *client, const uint8_t *data, size_t bytes, uint64_t deadline_us, opd_error *error)
 {
 	while (bytes != 0) {
-		const ssize_t sent = send(fd, data, bytes, MSG_NOSIGNAL | MSG_DONTWAIT);
+		const ssize_t sent = send_some(client, data, bytes);
 		if (sent >= 0) {
 			data += sent;
 			bytes -= (size_t)sent;
 			continue;
 		}
+		if (client->tls != NULL && (errno == EPIPE || errno == ECONNRESET))
+			return OPD_OK; /* the server refuses our certificate: its alert is there to be read */
 		if (errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR)
 			return opd_fail(error, OPD_UNAVAILABLE, "%s", strerrordesc_np(errno));
 		const uint64_t now = clock_us();
 		if (now >= deadline_us)
 			return opd_fail(error, OPD_UNAVAILABLE, "no answer: the server doesn't read");
-		struct pollfd entry = {.fd = fd, .events = POLLOUT};
+		struct pollfd entry = {.fd = client->fd, .events = POLLOUT};
 		(void)poll(&entry, 1, (int)((deadline_us - now) / 1000 + 1 < 1000 ? (deadline_us - now) / 1000 + 1 : 1000));
 	}
 	return OPD_OK;
@@ -117,6 +144,7 @@ static opd_status send_hello(opd_client *client, const opd_connect_options *opti
 	    .client = msg_text(name),
 	    .chunk_bytes = options->chunk_bytes,
 	    .no_chunks = options->no_chunks,
+	    .token = options->token == NULL ? (struct msg_text){0} : msg_text(options->token),
 	};
 	struct codec_buffer buffer;
 	opd_status status = codec_encode_hello(&client->scratch, &hello, &buffer, error);
@@ -125,7 +153,7 @@ static opd_status send_hello(opd_client *client, const opd_connect_options *opti
 	const struct frame_header header = {
 	    .version = FRAME_VERSION, .type = FRAME_HELLO, .envelope_bytes = (uint32_t)buffer.envelope_bytes};
 	frame_encode(&header, buffer.frame);
-	return send_all(client->fd, buffer.frame, FRAME_HEADER_BYTES + buffer.envelope_bytes, deadline_us, error);
+	return send_all(client, buffer.frame, FRAME_HEADER_BYTES + buffer.envelope_bytes, deadline_us, error);
 }
 
 opd_status greeting_exchange(opd_client *client, const opd_connect_options *options, opd_error *error)

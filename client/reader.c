@@ -317,6 +317,9 @@ static void stage_compact(struct reader *reader)
 static opd_status receive_end(const opd_client *client, int number, opd_error *error)
 {
 	const struct reader *reader = &client->reader;
+	const opd_error *sealed = client->tls == NULL ? NULL : client_tls_failure(client->tls);
+	if (sealed != NULL)
+		return opd_fail(error, (opd_status)sealed->status, "%s", sealed->text);
 	const char *why = number == 0 ? "the server closed the connection" : strerrordesc_np(number);
 	const bool middle = reader->sink != SINK_NONE || reader->begin != reader->end;
 	return opd_fail(error, OPD_UNAVAILABLE, "%s%s%s%s", why == NULL ? "the connection failed" : why,
@@ -345,6 +348,8 @@ opd_status reader_receive(opd_client *client, bool wait, bool *more_out, opd_err
 	ssize_t got;
 	if (client->ring != NULL) {
 		got = ring_receive(client, pieces, count);
+	} else if (client->tls != NULL) {
+		got = client_tls_receive(client->tls, client->fd, pieces, count, wait);
 	} else if (client->takes_descriptors) {
 		message.msg_control = control;
 		message.msg_controllen = sizeof control;

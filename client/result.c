@@ -183,6 +183,16 @@ static const struct opd_move *explain_moves(opd_result *result, const struct msg
 	return moves;
 }
 
+/* NULL also without memory: the record goes without it. */
+static const opd_behind *explain_behind(opd_result *result, const struct msg_behind *from)
+{
+	opd_behind *behind = from == NULL ? NULL : arena_alloc(&result->arena, sizeof *behind);
+	if (behind != NULL)
+		*behind = (opd_behind){from->own_jobs,   from->tenant_jobs, from->other_jobs, from->realtime_jobs, from->interactive_jobs,
+		                       from->batch_jobs, from->own_ns,      from->tenant_ns,  from->other_ns,      from->running};
+	return behind;
+}
+
 static void fill_explain(opd_result *result, const struct msg_explain *from, opd_explain *explain)
 {
 	explain->struct_bytes = sizeof *explain;
@@ -202,6 +212,8 @@ static void fill_explain(opd_result *result, const struct msg_explain *from, opd
 	explain->kernel_ns = from->times.kernel;
 	explain->moves_ns = from->times.moves;
 	explain->pack_ns = from->times.pack;
+	explain->receive_ns = from->times.receive;
+	explain->behind = explain_behind(result, from->behind);
 }
 
 static opd_status bind_explain(opd_result *result, const struct msg_explain *from, opd_error *error)

@@ -82,7 +82,8 @@ void writer_admit(opd_client *client)
 bool writer_pending(const opd_client *client)
 {
 	const struct writer *writer = &client->writer;
-	return writer->batch.index != writer->batch.count || !list_empty(&writer->ready) || !list_empty(&writer->bulk);
+	return writer->batch.index != writer->batch.count || !list_empty(&writer->ready) || !list_empty(&writer->bulk) ||
+	       (client->tls != NULL && client_tls_unsent(client->tls) && !writer->broken);
 }
 
 void writer_stop(opd_client *client, struct flight *flight)
@@ -301,6 +302,8 @@ static __attribute__((noinline)) ssize_t send_joined(const opd_client *client, s
 static ssize_t batch_send(const opd_client *client, struct msghdr *message)
 {
 	const int flags = MSG_NOSIGNAL | MSG_DONTWAIT;
+	if (client->tls != NULL)
+		return client_tls_send(client->tls, client->fd, message->msg_iov, message->msg_iovlen);
 	if (message->msg_control != NULL)
 		return sendmsg(client->fd, message, flags);
 	if (message->msg_iovlen == 1)
@@ -312,6 +315,8 @@ void writer_flush(opd_client *client)
 {
 	_Alignas(struct cmsghdr) uint8_t control[CMSG_SPACE(sizeof(int))];
 	struct batch *batch = &client->writer.batch;
+	if (client->tls != NULL && !client_tls_flush(client->tls, client->fd) && errno == EAGAIN)
+		return;
 	while (!client->writer.broken) {
 		if (batch->index == batch->count && !batch_fill(client))
 			return;
@@ -335,7 +340,7 @@ void writer_flush(opd_client *client)
 		}
 		const size_t end = batch->index + message.msg_iovlen;
 		batch_advance(client, (size_t)sent);
-		if (batch->index < end)
+		if (batch->index < end && (client->tls == NULL || client_tls_unsent(client->tls)))
 			return;
 	}
 }

@@ -163,6 +163,8 @@ static opd_status read_hello(struct reader *reader, const Opd__V1__Hello *in, st
 	out->no_chunks = in->no_chunks;
 	out->reattach_bytes = in->reattach.len;
 	opd_status status = read_text(reader, "client", in->client, BOUND_STR_BYTES, &out->client);
+	if (status == OPD_OK)
+		status = read_text(reader, "token", in->token, BOUND_STR_BYTES, &out->token);
 	if (status != OPD_OK)
 		return status;
 	return read_texts(reader, "features", in->n_features, in->features, BOUND_FEATURES, BOUND_NAME_BYTES, &out->feature_count,
@@ -206,6 +208,10 @@ static opd_status read_hello_reply(struct reader *reader, const Opd__V1__HelloRe
 	if (status == OPD_OK)
 		status = read_texts(reader, "features", in->n_features, in->features, BOUND_FEATURES, BOUND_NAME_BYTES,
 		                    &out->feature_count, &out->features);
+	if (status == OPD_OK)
+		status = read_text(reader, "identity", in->identity, BOUND_STR_BYTES, &out->identity);
+	if (status == OPD_OK)
+		status = read_texts(reader, "rights", in->n_rights, in->rights, BOUND_FEATURES, BOUND_NAME_BYTES, &out->right_count, &out->rights);
 	return status;
 }
 
@@ -249,6 +255,7 @@ opd_status codec_encode_hello(struct arena *arena, const struct msg_hello *messa
 	pb.client = write_text(message->client);
 	pb.chunk_bytes = message->chunk_bytes;
 	pb.no_chunks = message->no_chunks;
+	pb.token = write_text(message->token);
 	/* reattach_bytes is only what a peer sent: there is nothing to re-attach to yet. */
 	bool fits = write_texts(arena, message->feature_count, message->features, &pb.n_features, &pb.features);
 	return codec_pack(arena, fits ? &pb.base : NULL, "Hello", out, error);
@@ -272,7 +279,9 @@ opd_status codec_encode_hello_reply(struct arena *arena, const struct msg_hello_
 	pb.session = message->session;
 	pb.tenant = write_text(message->tenant);
 	pb.admin = message->admin;
-	bool fits = write_texts(arena, message->feature_count, message->features, &pb.n_features, &pb.features);
+	pb.identity = write_text(message->identity);
+	const bool fits = write_texts(arena, message->feature_count, message->features, &pb.n_features, &pb.features) &&
+	                  write_texts(arena, message->right_count, message->rights, &pb.n_rights, &pb.rights);
 	return codec_pack(arena, fits ? &pb.base : NULL, "HelloReply", out, error);
 }
 

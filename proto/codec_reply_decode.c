@@ -94,13 +94,27 @@ static opd_status read_moves(struct reader *reader, const Opd__V1__Explain *in, 
 	return status;
 }
 
+static opd_status read_behind(struct reader *reader, const Opd__V1__Behind *in, const struct msg_behind **out)
+{
+	struct msg_behind *behind = in == NULL ? NULL : arena_alloc(reader->arena, sizeof *behind);
+	*out = behind;
+	if (in == NULL)
+		return OPD_OK;
+	if (behind == NULL)
+		return read_full(reader);
+	*behind = (struct msg_behind){in->own_jobs,   in->tenant_jobs, in->other_jobs, in->realtime_jobs, in->interactive_jobs,
+	                              in->batch_jobs, in->own_ns,      in->tenant_ns,  in->other_ns,      in->running};
+	return OPD_OK;
+}
+
 opd_status read_explain(struct reader *reader, const Opd__V1__Explain *in, struct msg_explain *explain)
 {
 	explain->level = (msg_level)in->level;
 	explain->on_loop = in->on_loop;
 	if (in->times != NULL)
 		explain->times = (struct msg_times){in->times->decode, in->times->dispatch, in->times->queue,
-		                                    in->times->kernel, in->times->moves,    in->times->pack};
+		                                    in->times->kernel, in->times->moves,    in->times->pack,
+		                                    in->times->receive};
 	opd_status status = read_text(reader, "device", in->device, BOUND_STR_BYTES, &explain->device);
 	if (status == OPD_OK)
 		status = read_text(reader, "narrowed", in->narrowed, BOUND_STR_BYTES, &explain->narrowed);
@@ -108,6 +122,8 @@ opd_status read_explain(struct reader *reader, const Opd__V1__Explain *in, struc
 		status = read_skips(reader, in, explain);
 	if (status == OPD_OK)
 		status = read_moves(reader, in, explain);
+	if (status == OPD_OK)
+		status = read_behind(reader, in->behind, &explain->behind);
 	if (status == OPD_OK)
 		status = read_names(reader, "effective", in->n_effective, in->effective, &explain->effective_count, &explain->effective);
 	return status;
@@ -316,6 +332,9 @@ static opd_status read_info(struct reader *reader, const Opd__V1__Info *in, stru
 	out->derived_found = in->derived_found;
 	out->derived_made = in->derived_made;
 	out->stuck = in->stuck;
+	out->compared = in->compared;
+	out->diverged = in->diverged;
+	out->left_out = in->left_out;
 	opd_status status = read_text(reader, "version", in->version, BOUND_STR_BYTES, &out->version);
 	if (status == OPD_OK)
 		status = read_names(reader, "listeners", in->n_listeners, in->listeners, &out->listener_count, &out->listeners);

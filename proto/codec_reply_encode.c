@@ -60,7 +60,28 @@ static Opd__V1__Times *write_times(struct arena *arena, const struct msg_times *
 	out->kernel = in->kernel;
 	out->moves = in->moves;
 	out->pack = in->pack;
+	out->receive = in->receive;
 	return out;
+}
+
+static bool write_behind(struct arena *arena, const struct msg_behind *in, Opd__V1__Explain *explain)
+{
+	if (in == NULL)
+		return true;
+	Opd__V1__Behind *out = explain->behind = write_new(arena, &opd__v1__behind__descriptor);
+	if (out == NULL)
+		return false;
+	out->own_jobs = in->own_jobs;
+	out->tenant_jobs = in->tenant_jobs;
+	out->other_jobs = in->other_jobs;
+	out->realtime_jobs = in->realtime_jobs;
+	out->interactive_jobs = in->interactive_jobs;
+	out->batch_jobs = in->batch_jobs;
+	out->own_ns = in->own_ns;
+	out->tenant_ns = in->tenant_ns;
+	out->other_ns = in->other_ns;
+	out->running = in->running;
+	return true;
 }
 
 Opd__V1__Explain *write_explain(struct arena *arena, const struct msg_explain *in)
@@ -73,7 +94,7 @@ Opd__V1__Explain *write_explain(struct arena *arena, const struct msg_explain *i
 	out->on_loop = in->on_loop;
 	out->narrowed = write_text(in->narrowed);
 	out->times = write_times(arena, &in->times);
-	if (out->times == NULL || !write_skips(arena, in, out) || !write_moves(arena, in, out) ||
+	if (out->times == NULL || !write_behind(arena, in->behind, out) || !write_skips(arena, in, out) || !write_moves(arena, in, out) ||
 	    !write_texts(arena, in->effective_count, in->effective, &out->n_effective, &out->effective))
 		return NULL;
 	return out;
@@ -267,6 +288,9 @@ static Opd__V1__Info *write_info(struct arena *arena, const struct msg_info *in)
 	out->derived_found = in->derived_found;
 	out->derived_made = in->derived_made;
 	out->stuck = in->stuck;
+	out->compared = in->compared;
+	out->diverged = in->diverged;
+	out->left_out = in->left_out;
 	return out;
 }
 

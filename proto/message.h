@@ -38,6 +38,7 @@ struct msg_hello {
 	uint64_t chunk_bytes;
 	bool no_chunks;
 	size_t reattach_bytes;
+	struct msg_text token;
 };
 
 struct msg_limits {
@@ -59,6 +60,9 @@ struct msg_hello_reply {
 	uint64_t session;
 	struct msg_text tenant;
 	bool admin;
+	struct msg_text identity;
+	uint32_t right_count;
+	const struct msg_text *rights;
 };
 
 struct msg_goaway {
@@ -232,6 +236,20 @@ struct msg_times { /* nanoseconds */
 	uint64_t kernel;
 	uint64_t moves;
 	uint64_t pack;
+	uint64_t receive;
+};
+
+struct msg_behind {
+	uint64_t own_jobs;
+	uint64_t tenant_jobs;
+	uint64_t other_jobs;
+	uint64_t realtime_jobs;
+	uint64_t interactive_jobs;
+	uint64_t batch_jobs;
+	uint64_t own_ns;
+	uint64_t tenant_ns;
+	uint64_t other_ns;
+	uint64_t running;
 };
 
 struct msg_explain {
@@ -246,6 +264,7 @@ struct msg_explain {
 	struct msg_text device;
 	bool on_loop;
 	struct msg_text narrowed; /* key of the configuration's list, where it isn't the op's plain one */
+	const struct msg_behind *behind; /* NULL: it waited for no lane */
 };
 
 struct msg_node_explain {
@@ -361,6 +380,9 @@ struct msg_info {
 	uint32_t degraded_count;
 	const struct msg_text *degraded;
 	uint32_t stuck;
+	uint64_t compared;
+	uint64_t diverged;
+	uint64_t left_out;
 };
 
 /* ---- Graphs ---- */

@@ -552,8 +552,8 @@ static bool read_skip(struct arena *arena, struct wire in, struct msg_skip *out)
 
 static bool read_times(struct wire in, struct msg_times *out)
 {
-	uint64_t *const numbers[] = {&out->decode, &out->dispatch, &out->queue, &out->kernel, &out->moves, &out->pack};
-	return read_numbers(in, 6, numbers);
+	uint64_t *const numbers[] = {&out->decode, &out->dispatch, &out->queue, &out->kernel, &out->moves, &out->pack, &out->receive};
+	return read_numbers(in, 7, numbers);
 }
 
 struct explain_arrays {
@@ -580,7 +580,7 @@ static bool read_explain_field(struct arena *arena, const struct wire_field *fie
 		return true;
 	case WIRE_BYTES(8u):
 		return read_text(arena, field->bytes, BOUND_STR_BYTES, &out->narrowed);
-	default: /* moves among them: a copy between devices costs more than protobuf-c */
+	default: /* moves and whom it waited behind among them: a copy between devices, or a wait, costs more than protobuf-c */
 		return false;
 	}
 }

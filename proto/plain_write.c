@@ -254,11 +254,16 @@ static void write_skips(struct pen *pen, uint32_t number, const struct msg_expla
 static void write_explain(struct pen *pen, uint32_t number, const struct msg_explain *in)
 {
 	const uint8_t *end = pen->at;
+	const struct msg_behind *behind = in->behind;
+	if (behind != NULL)
+		WRITE_NUMBERS(pen, 20, behind->own_jobs, behind->tenant_jobs, behind->other_jobs, behind->realtime_jobs, behind->interactive_jobs, behind->batch_jobs,
+		              behind->own_ns, behind->tenant_ns, behind->other_ns, behind->running);
 	write_text(pen, 8, in->narrowed);
 	pen_number(pen, 7, in->on_loop);
 	write_text(pen, 6, in->device);
 	write_moves(pen, 5, in);
-	WRITE_NUMBERS(pen, 4, in->times.decode, in->times.dispatch, in->times.queue, in->times.kernel, in->times.moves, in->times.pack);
+	WRITE_NUMBERS(pen, 4, in->times.decode, in->times.dispatch, in->times.queue, in->times.kernel, in->times.moves, in->times.pack,
+	              in->times.receive);
 	pen_enum(pen, 3, (int)in->level);
 	write_texts(pen, 2, in->effective_count, in->effective);
 	write_skips(pen, 1, in);

@@ -13,6 +13,7 @@
 #include "proto/text.h"
 #include "server/config_internal.h"
 #include "server/priority_key.h"
+#include "server/tls_context.h"
 
 #define NAME_RULE "[a-z_][a-z_0-9]*"
 
@@ -63,6 +64,7 @@ struct config *config_create(void)
 		.ring_bytes = 32u << 20,
 		.queue = 1024,
 		.lane_queue = 65536,
+		.handshakes = 1024,
 		.refuse_uploads = 90,
 		.refuse_sessions = 95,
 		.drop_caches = 98,
@@ -72,7 +74,9 @@ struct config *config_create(void)
 		.stuck_us = 30 * 1000000,
 	};
 	config->quarantine = (struct config_quarantine){.failures = 5, .provider_failures = 20, .window_us = 60 * 1000000, .cooldown_us = 60 * 1000000};
+	config->differential_bytes = 256u << 20;
 	config->inline_ns = 5000;
+	config->segment_ns = 2000000;
 	config->polling_window_us = 50;
 	config->polling_budget_us = 500000;
 	config->level = LOG_INFO;
@@ -131,11 +135,17 @@ void config_destroy(struct config *config)
 		free(config->modules[i].path);
 	}
 	config_clear_tenants(config);
+	config_clear_identities(config);
+	tls_context_destroy(config->tls_context);
+	free(config->tls.certificate);
+	free(config->tls.key);
+	free(config->tls.client_ca);
 	config_clear_providers(config);
 	free(config->priorities);
 	free(config->modules);
 	free(config->path);
 	free(config->log_path);
+	free(config->differential_folder);
 	free(config);
 }
 
@@ -188,16 +198,32 @@ static bool parse_port(const char *text, uint16_t *port_out)
 	return port <= UINT16_MAX;
 }
 
-static opd_status parse_tcp(const char *text, struct config_listener *listener, opd_error *error)
+/* A name other than localhost may resolve to anything, tomorrow to something else: it isn't loopback. */
+static bool is_loopback(const char *host)
+{
+	struct in_addr v4;
+	struct in6_addr v6;
+	if (strcmp(host, "localhost") == 0)
+		return true;
+	if (inet_pton(AF_INET, host, &v4) == 1)
+		return (ntohl(v4.s_addr) >> 24) == 127;
+	if (inet_pton(AF_INET6, host, &v6) != 1)
+		return false;
+	return IN6_IS_ADDR_LOOPBACK(&v6) || (IN6_IS_ADDR_V4MAPPED(&v6) && v6.s6_addr[12] == 127);
+}
+
+/* "tcp://…" or "tls://…" */
+static opd_status parse_tcp(const char *address, listen_kind kind, struct config_listener *listener, opd_error *error)
 {
 	const char *host, *port;
 	size_t host_bytes;
-	if (!split_host(text, &host, &host_bytes, &port))
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "\"tcp://%.200s\": expected tcp://host:port (IPv6 in brackets)", text);
+	if (!split_host(address + 6, &host, &host_bytes, &port))
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "\"%.200s\": expected %.3s://host:port (IPv6 in brackets)", address, address);
 	if (!parse_port(port, &listener->port))
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "\"tcp://%.200s\": port \"%.20s\", expected 0 to 65535", text, port);
-	listener->kind = LISTEN_TCP;
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "\"%.200s\": port \"%.20s\", expected 0 to 65535", address, port);
+	listener->kind = kind;
 	listener->host = strndup(host, host_bytes);
+	listener->loopback = listener->host != NULL && is_loopback(listener->host);
 	return listener->host != NULL ? OPD_OK : out_of_memory(error);
 }
 
@@ -209,8 +235,10 @@ static opd_status parse_address(const char *address, struct config_listener *lis
 	if (strncmp(address, "unix:", 5) == 0)
 		return parse_unix(address + 5, listener, error);
 	if (strncmp(address, "tcp://", 6) == 0)
-		return parse_tcp(address + 6, listener, error);
-	return opd_fail(error, OPD_INVALID_ARGUMENT, "\"%.200s\" is not an address, expected unix:/path or tcp://host:port", address);
+		return parse_tcp(address, LISTEN_TCP, listener, error);
+	if (strncmp(address, "tls://", 6) == 0)
+		return parse_tcp(address, LISTEN_TLS, listener, error);
+	return opd_fail(error, OPD_INVALID_ARGUMENT, "\"%.200s\" is not an address, expected unix:/path, tls://host:port or tcp://host:port", address);
 }
 
 opd_status config_add_listener(struct config *config, const char *address, opd_error *error)
@@ -233,20 +261,6 @@ free_listener:
 	return status;
 }
 
-/* A name other than localhost may resolve to anything, tomorrow to something else: it isn't loopback. */
-static bool is_loopback(const char *host)
-{
-	struct in_addr v4;
-	struct in6_addr v6;
-	if (strcmp(host, "localhost") == 0)
-		return true;
-	if (inet_pton(AF_INET, host, &v4) == 1)
-		return (ntohl(v4.s_addr) >> 24) == 127;
-	if (inet_pton(AF_INET6, host, &v6) != 1)
-		return false;
-	return IN6_IS_ADDR_LOOPBACK(&v6) || (IN6_IS_ADDR_V4MAPPED(&v6) && v6.s6_addr[12] == 127);
-}
-
 opd_status config_set_metrics(struct config *config, const char *address, opd_error *error)
 {
 	struct config_listener listener = {0};
@@ -255,6 +269,8 @@ opd_status config_set_metrics(struct config *config, const char *address, opd_er
 		status = opd_fail(error, OPD_INVALID_ARGUMENT,
 		                  "%s is not a loopback address: nobody is authenticated there, and it tells tenants' names. Expected 127.0.0.1, [::1], a Unix socket or off",
 		                  listener.address);
+	if (status == OPD_OK && listener.kind == LISTEN_TLS)
+		status = opd_fail(error, OPD_INVALID_ARGUMENT, "%s: the endpoint speaks plain HTTP, expected tcp:// or unix:", address);
 	if (status != OPD_OK) {
 		listener_fini(&listener);
 		return status;
@@ -449,24 +465,24 @@ opd_status config_add_module(struct config *config, const char *text, bool isola
 
 static bool same_listener(const struct config_listener *a, const struct config_listener *b)
 {
-	if (a->kind != b->kind)
+	if ((a->kind == LISTEN_UNIX) != (b->kind == LISTEN_UNIX))
 		return false;
 	if (a->kind == LISTEN_UNIX)
 		return strcmp(a->path, b->path) == 0;
 	return a->port == b->port && a->port != 0 && strcmp(a->host, b->host) == 0;
 }
 
-static opd_status check_listener(const struct config *config, size_t index, bool allow_remote, opd_error *error)
+static opd_status check_listener(const struct config *config, size_t index, bool insecure_plain_tcp, opd_error *error)
 {
 	const struct config_listener *listener = &config->listeners[index];
 	for (size_t i = 0; i < index; i++)
 		if (same_listener(&config->listeners[i], listener))
 			return opd_fail(error, OPD_INVALID_ARGUMENT, "listen: %s is there twice", listener->address);
-	if (listener->kind == LISTEN_TCP && !allow_remote && !is_loopback(listener->host))
+	if (listener->kind == LISTEN_TCP && !insecure_plain_tcp && !listener->loopback)
 		return opd_fail(error, OPD_INVALID_ARGUMENT,
-		                "listen: %s is not a loopback address, and clients are not authenticated: anyone who reaches it could run "
-		                "ops. Use 127.0.0.1, [::1] or a Unix socket, or start with --allow-remote-without-auth",
-		                listener->address);
+		                "listen: %s is not a loopback address, and plain: anyone on the way could read and run everything. Use tls://%s, 127.0.0.1, "
+		                "[::1] or a Unix socket, or start with --insecure-plain-tcp",
+		                listener->address, listener->address + 6);
 	return OPD_OK;
 }
 
@@ -478,15 +494,25 @@ static opd_status add_default_listener(struct config *config, opd_error *error)
 	return status == OPD_OK ? OPD_OK : opd_error_prefix(error, status, "default socket");
 }
 
-opd_status config_check(struct config *config, bool allow_remote, opd_error *error)
+opd_status config_check(struct config *config, bool insecure_plain_tcp, opd_error *error)
 {
 	config_derive_limits(config);
 	opd_status status = config_check_limits(config, error);
 	for (size_t i = 0; status == OPD_OK && i < config->listener_count; i++)
-		status = check_listener(config, i, allow_remote, error);
+		status = check_listener(config, i, insecure_plain_tcp, error);
 	if (status == OPD_OK && config->listener_count == 0)
 		status = add_default_listener(config, error);
 	return status;
+}
+
+opd_status config_load_tls(struct config *config, const struct tls_self *self, opd_error *error)
+{
+	if (config->tls.clients == TLS_CLIENTS_UNSAID)
+		config->tls.clients = config->tls.client_ca != NULL ? TLS_CLIENTS_REQUIRED : TLS_CLIENTS_OFF;
+	for (size_t i = 0; i < config->listener_count; i++)
+		if (config->listeners[i].kind == LISTEN_TLS)
+			return tls_context_create_server(config, self, &config->tls_context, error);
+	return OPD_OK;
 }
 
 void config_default_socket(char *out, size_t out_bytes)

@@ -14,23 +14,45 @@
 #include <stdint.h>
 
 #include "opd/status.h"
+#include "proto/bounds.h"
+#include "server/identity.h"
 #include "server/log.h"
 #include "server/quota.h"
 #include "server/scheduler.h"
 
 typedef enum listen_kind {
 	LISTEN_UNIX = 0,
-	LISTEN_TCP = 1,
+	LISTEN_TCP = 1, /* plain */
+	LISTEN_TLS = 2, /* over TCP */
 } listen_kind;
 
 struct config_listener {
 	listen_kind kind;
-	char *address; /* as it was written: "unix:/path", "tcp://host:port" */
+	char *address; /* as it was written: "unix:/path", "tcp://host:port", "tls://host:port" */
 	char *path;    /* UNIX */
-	char *host;    /* TCP: a name or a literal address without brackets */
-	uint16_t port; /* TCP; 0: any free one (printed when listening) */
+	char *host;    /* TCP, TLS: a name or a literal address without brackets */
+	uint16_t port; /* TCP, TLS; 0: any free one (printed when listening) */
+	bool loopback; /* TCP, TLS: no other machine reaches it */
 	int fd;        /* listens already, passed by the service manager; 0: to be opened */
 };
+
+/* Whether TLS clients show a certificate. */
+typedef enum tls_clients {
+	TLS_CLIENTS_UNSAID = 0, /* required where there is a CA for them, else off */
+	TLS_CLIENTS_OFF,
+	TLS_CLIENTS_OPTIONAL,
+	TLS_CLIENTS_REQUIRED,
+} tls_clients;
+
+struct config_tls {
+	char *certificate; /* PEM, the chain behind it; NULL: none */
+	char *key;
+	char *client_ca;
+	tls_clients clients;
+};
+
+struct tls_context;
+struct tls_self;
 
 /* The lists of providers/priorities.txt, as config_add_priority takes them; NULL at the end. */
 extern const char *const config_standard_priorities[];
@@ -72,6 +94,8 @@ struct config_tenant {
 struct provider_policy {
 	bool checked;       /* as config.checked, for its kernels alone */
 	uint64_t budget_us; /* that a kernel of its may take; 0, the default: any */
+	char compare[BOUND_NAME_BYTES + 1]; /* the provider that its results are compared with; "": none */
+	uint32_t compare_every;             /* one of so many runs; default 1000 */
 };
 
 /* One entry of `providers`. */
@@ -106,6 +130,7 @@ struct config_limits {
 	uint64_t ring_bytes;           /* of a session's pair of rings together; default 32 MiB, 0: no rings */
 	uint32_t queue;                /* requests of a session that wait for a lane; default 1024, 0: any */
 	uint32_t lane_queue;           /* requests that wait for a lane; default 65536, 0: any */
+	uint32_t handshakes;           /* connections by TCP or TLS that have not said Hello; default 1024 */
 	uint32_t refuse_uploads;       /* percent of memory_bytes in use from which uploads are refused; default 90, 100: never before it is full */
 	uint32_t refuse_sessions;      /* … new sessions; default 95 */
 	uint32_t drop_caches;          /* … cached plans and derived copies are given up; default 98 */
@@ -127,13 +152,24 @@ struct config {
 	struct config_module *modules;
 	size_t tenant_count;
 	struct config_tenant *tenants;
+	struct config_tls tls;
+	struct tls_context *tls_context; /* config_load_tls; NULL: no listener needs it */
 	size_t provider_count;
 	struct config_provider *providers;
 	struct config_quarantine quarantine;
+	size_t identity_count;
+	struct config_identity *identities;
+	char *tokens_path;   /* NULL: no tokens */
+	size_t token_count;
+	struct config_token *tokens; /* config_load_tokens */
+	bool allow_anonymous; /* a flag: TLS listeners that other machines reach serve also who doesn't say who it is */
+	uint64_t differential_bytes; /* that comparisons may hold; default 256 MiB */
+	char *differential_folder;   /* for case files of divergences, with contents; NULL: none */
 	struct config_limits limits;
 	uint32_t threads; /* of the CPU lane; 0: one a core that the process may use */
 	bool checked;     /* canaries behind every output, verified after each kernel */
 	uint64_t inline_ns; /* a kernel estimated under this runs on the loop; default 5000, 0: never */
+	uint64_t segment_ns; /* of work may be handed to a device before the scheduler is asked again; default 2 ms */
 	uint64_t polling_window_us; /* the loop goes on looking at a polling client's ring for at most so long; default 50, 0: never */
 	uint64_t polling_budget_us; /* … and spends at most so much of a second in looks that bring nothing; default 500000 */
 	log_level level;
@@ -155,7 +191,7 @@ OPD_MUST_USE opd_status config_load(struct config *config, const char *path, opd
 OPD_MUST_USE opd_status config_set(struct config *config, const char *key, const char *value, opd_error *error);
 /* Forgets the listeners so far: --listen replaces the file's. */
 void config_clear_listeners(struct config *config);
-/* "unix:/path" or "tcp://host:port"; appends. */
+/* "unix:/path", "tcp://host:port" or "tls://host:port"; appends. */
 OPD_MUST_USE opd_status config_add_listener(struct config *config, const char *address, opd_error *error);
 /* Where the metrics endpoint listens: an address as above, of this machine alone, or "off". */
 OPD_MUST_USE opd_status config_set_metrics(struct config *config, const char *address, opd_error *error);
@@ -172,9 +208,15 @@ OPD_MUST_USE opd_status config_parse_bytes(const char *text, uint64_t *bytes_out
 /* "500ms", "10 s", "2min": units ns, us, ms, s, min, h; a bare 0 needs none. */
 OPD_MUST_USE opd_status config_parse_duration(const char *text, uint64_t *ns_out, opd_error *error);
 
-/* What one key alone can't tell: limits that contradict each other, listeners twice, a TCP listener that is not loopback (refused until identities exist,
- * unless its host is given with the flag that asks for it). Adds the default listener where there is none. */
-OPD_MUST_USE opd_status config_check(struct config *config, bool allow_remote, opd_error *error);
+/* What one key alone can't tell: limits that contradict each other, listeners twice, a plain TCP listener that is not loopback (refused unless the flag that asks for it is given).
+ * Adds the default listener where there is none. */
+OPD_MUST_USE opd_status config_check(struct config *config, bool insecure_plain_tcp, opd_error *error);
+
+/* After the check: reads the certificates, where a listener speaks TLS. self: NULL or what --self-signed has made. */
+OPD_MUST_USE opd_status config_load_tls(struct config *config, const struct tls_self *self, opd_error *error);
+
+/* Reads the tokens' file, if one is configured. INVALID_ARGUMENT names file and line; a file that others may read or write, or of another owner than root and the daemon's user, is refused. */
+OPD_MUST_USE opd_status config_load_tokens(struct config *config, opd_error *error);
 
 /* What differs between two of them, key by key, as the file would say it: on_change(key, before, after, argument), sorted by key; NULL: the key isn't there. Tenants are told as they
  * were written. */

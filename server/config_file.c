@@ -356,7 +356,7 @@ static opd_status read_provider_key(struct reader *reader, const char *name, con
 		return status;
 	status = config_set_provider(context, name, text, reader->error);
 	if (status == OPD_NOT_FOUND)
-		return fail_at(reader, line, key, "no such key, expected checked or budget");
+		return fail_at(reader, line, key, "no such key, expected checked, budget, compare or compare_every");
 	return place(reader, line_of(reader), key, status);
 }
 
@@ -369,6 +369,50 @@ static opd_status read_trust(struct reader *reader, const char *name, const char
 	if (status != OPD_OK)
 		return place(reader, line, key, status);
 	return read_map(reader, key, &seen, read_provider_key, provider);
+}
+
+struct identity_list {
+	struct config_identity *identity;
+	const char *name;
+};
+
+static opd_status read_identity_item(struct reader *reader, const char *key, void *context)
+{
+	const struct identity_list *list = context;
+	const char *text;
+	opd_status status = scalar(reader, key, "a name", &text);
+	if (status != OPD_OK)
+		return status;
+	return place(reader, line_of(reader), key, config_add_to_identity(list->identity, list->name, text, reader->error));
+}
+
+static opd_status read_identity_key(struct reader *reader, const char *name, const char *key, size_t line, void *context)
+{
+	struct identity_list list = {context, name};
+	opd_status status = config_add_to_identity(context, name, NULL, reader->error);
+	if (status == OPD_OK && is_empty(reader))
+		return fail_at(reader, line, key, "nothing, expected a list ([] for an empty one)");
+	if (status != OPD_NOT_FOUND)
+		return status == OPD_OK ? read_list(reader, key, read_identity_item, &list) : place(reader, line, key, status);
+	const char *text;
+	status = scalar(reader, key, "a single value", &text);
+	if (status != OPD_OK)
+		return status;
+	status = config_set_identity(context, name, text, reader->error);
+	if (status == OPD_NOT_FOUND)
+		return fail_at(reader, line, key, "no such key, expected certificate, uid, gid, tenant, rights, ops, providers or classes");
+	return place(reader, line_of(reader), key, status);
+}
+
+static opd_status read_identity(struct reader *reader, const char *name, const char *key, size_t line, void *context)
+{
+	(void)context;
+	struct config_identity *identity;
+	struct seen seen = {0};
+	opd_status status = config_begin_identity(reader->config, name, (unsigned)line, &identity, reader->error);
+	if (status != OPD_OK)
+		return place(reader, line, key, status);
+	return read_map(reader, key, &seen, read_identity_key, identity);
 }
 
 static opd_status read_top(struct reader *reader, const char *name, const char *key, size_t line, void *context)
@@ -384,9 +428,12 @@ static opd_status read_top(struct reader *reader, const char *name, const char *
 	}
 	if (strcmp(name, "tenants") == 0)
 		return read_map(reader, key, NULL, read_tenant, NULL);
+	if (strcmp(name, "identities") == 0)
+		return read_map(reader, key, NULL, read_identity, NULL);
 	if (strcmp(name, "providers") == 0)
 		return read_map(reader, key, NULL, read_trust, NULL);
-	if (strcmp(name, "limits") == 0 || strcmp(name, "log") == 0 || strcmp(name, "polling") == 0 || strcmp(name, "quarantine") == 0)
+	if (strcmp(name, "limits") == 0 || strcmp(name, "log") == 0 || strcmp(name, "polling") == 0 || strcmp(name, "quarantine") == 0 || strcmp(name, "tls") == 0 ||
+	    strcmp(name, "differential") == 0)
 		return read_map(reader, key, &seen, read_value, NULL);
 	if (strchr(name, '.') != NULL)
 		return fail_at(reader, line, key, "no such key (write the part before the dot as a map of its own)");

@@ -40,6 +40,15 @@ OPD_MUST_USE opd_status config_set_tenant(struct config_tenant *tenant, const ch
 /* Remembers that `key` was given, for config_compare. */
 OPD_MUST_USE opd_status config_note_tenant(struct config_tenant *tenant, const char *key, const char *value, opd_error *error);
 void config_clear_tenants(struct config *config);
+/* An entry that has only the rights of who isn't configured. Its lists begin empty when their keys are given. */
+OPD_MUST_USE opd_status config_begin_identity(struct config *config, const char *name, unsigned line, struct config_identity **identity_out, opd_error *error);
+/* certificate, uid, gid, tenant. NOT_FOUND: no such key with one value. */
+OPD_MUST_USE opd_status config_set_identity(struct config_identity *identity, const char *key, const char *value, opd_error *error);
+/* rights, ops, providers, classes: NULL begins the list, then one name after the other. NOT_FOUND: no such list. */
+OPD_MUST_USE opd_status config_add_to_identity(struct config_identity *identity, const char *list, const char *name, opd_error *error);
+void config_clear_identities(struct config *config);
+/* As the file would say it, without secrets; malloc. NULL: out of memory. */
+char *config_identity_text(const struct config_identity *identity);
 /* The same of `providers`. */
 OPD_MUST_USE opd_status config_begin_provider(struct config *config, const char *name, unsigned line, struct config_provider **provider_out,
                                               opd_error *error);

@@ -170,6 +170,33 @@ static opd_status set_format(struct config *config, const struct config_key *key
 	return OPD_OK;
 }
 
+static opd_status set_path(struct config *config, const struct config_key *key, const char *value, opd_error *error)
+{
+	if (value[0] == '\0')
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "empty, expected a path");
+	char *copy = strdup(value);
+	if (copy == NULL)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "out of memory");
+	char **path = field(config, key);
+	free(*path);
+	*path = copy;
+	return OPD_OK;
+}
+
+static const char *const tls_clients_names[] = {
+	[TLS_CLIENTS_UNSAID] = "", [TLS_CLIENTS_OFF] = "off", [TLS_CLIENTS_OPTIONAL] = "optional", [TLS_CLIENTS_REQUIRED] = "required"};
+
+static opd_status set_tls_clients(struct config *config, const struct config_key *key, const char *value, opd_error *error)
+{
+	for (size_t i = TLS_CLIENTS_OFF; i <= TLS_CLIENTS_REQUIRED; i++) {
+		if (strcmp(value, tls_clients_names[i]) == 0) {
+			*(tls_clients *)field(config, key) = (tls_clients)i;
+			return OPD_OK;
+		}
+	}
+	return opd_fail(error, OPD_INVALID_ARGUMENT, "\"%.64s\", expected off, optional or required", value);
+}
+
 static opd_status set_log_file(struct config *config, const struct config_key *key, const char *value, opd_error *error)
 {
 	if (value[0] == '\0')
@@ -187,6 +214,19 @@ static opd_status set_metrics(struct config *config, const struct config_key *ke
 {
 	(void)key;
 	return config_set_metrics(config, value, error);
+}
+
+static opd_status set_folder(struct config *config, const struct config_key *key, const char *value, opd_error *error)
+{
+	if (value[0] != '/' || strlen(value) > 500)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "\"%.200s\", expected the absolute path of a folder", value);
+	char *copy = strdup(value);
+	if (copy == NULL)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "out of memory");
+	char **path = field(config, key);
+	free(*path);
+	*path = copy;
+	return OPD_OK;
 }
 
 #define MINUTE_US 60000000ull
@@ -208,6 +248,7 @@ static const struct config_key keys[] = {
 	{"limits.rings", set_bytes, AT(limits.ring_bytes), 0, 2 * BOUND_RING_BYTES_MAX, 0},
 	{"limits.queue", set_count, AT(limits.queue), 0, 1u << 20, 0},
 	{"limits.lane_queue", set_count, AT(limits.lane_queue), 0, 1u << 24, 0},
+	{"limits.handshakes", set_count, AT(limits.handshakes), 1, 1000000, 0},
 	{"limits.refuse_uploads", set_count, AT(limits.refuse_uploads), 1, 100, 0},
 	{"limits.refuse_sessions", set_count, AT(limits.refuse_sessions), 1, 100, 0},
 	{"limits.drop_caches", set_count, AT(limits.drop_caches), 1, 100, 0},
@@ -216,13 +257,21 @@ static const struct config_key keys[] = {
 	{"limits.drain", set_us, AT(limits.drain_us), 1000, 24 * 60 * MINUTE_US, 0},
 	{"metrics", set_metrics, AT(metrics), 0, 0, 0},
 	{"limits.stuck", set_us, AT(limits.stuck_us), 0, 24 * 60 * MINUTE_US, 0},
+	{"tls.certificate", set_path, AT(tls.certificate), 0, 0, 0},
+	{"tls.key", set_path, AT(tls.key), 0, 0, 0},
+	{"tls.client_ca", set_path, AT(tls.client_ca), 0, 0, 0},
+	{"tls.client_certificates", set_tls_clients, AT(tls.clients), 0, 0, 0},
 	{"quarantine.failures", set_count, AT(quarantine.failures), 0, QUARANTINE_FAILURES_MAX, 0},
 	{"quarantine.provider_failures", set_count, AT(quarantine.provider_failures), 0, QUARANTINE_FAILURES_MAX, 0},
 	{"quarantine.window", set_us, AT(quarantine.window_us), 1000, 24 * 60 * MINUTE_US, 0},
 	{"quarantine.cooldown", set_us, AT(quarantine.cooldown_us), 1000, 24 * 60 * MINUTE_US, 0},
+	{"tokens", set_path, AT(tokens_path), 0, 0, 0},
+	{"differential.memory", set_bytes, AT(differential_bytes), 0, MEMORY_MAX, 0},
+	{"differential.folder", set_folder, AT(differential_folder), 0, 0, 0},
 	{"threads", set_count, AT(threads), 0, 1024, 0},
 	{"checked", set_bool, AT(checked), 0, 0, 0},
 	{"inline", set_ns, AT(inline_ns), 0, 1000000, 0},
+	{"segment", set_ns, AT(segment_ns), 1000, 1000000000, 0},
 	{"polling.window", set_us, AT(polling_window_us), 0, 10000, 0},
 	{"polling.budget", set_us, AT(polling_budget_us), 0, 1000000, 0},
 	{"log.level", set_level, AT(level), 0, 0, 0},
@@ -292,6 +341,17 @@ static void print_format(const void *field, char *out, size_t out_bytes)
 	(void)snprintf(out, out_bytes, "%s", *(const log_format *)field == LOG_JSON ? "json" : "text");
 }
 
+static void print_path(const void *field_at, char *out, size_t out_bytes)
+{
+	const char *const *path = field_at;
+	(void)snprintf(out, out_bytes, "%s", *path == NULL ? "" : *path);
+}
+
+static void print_tls_clients(const void *field_at, char *out, size_t out_bytes)
+{
+	(void)snprintf(out, out_bytes, "%s", tls_clients_names[*(const tls_clients *)field_at]);
+}
+
 static void print_log_file(const void *field, char *out, size_t out_bytes)
 {
 	const char *path = *(char *const *)field;
@@ -304,14 +364,22 @@ static void print_metrics(const void *field, char *out, size_t out_bytes)
 	(void)snprintf(out, out_bytes, "%s", address == NULL ? "off" : address);
 }
 
+static void print_folder(const void *field, char *out, size_t out_bytes)
+{
+	const char *path = *(char *const *)field;
+	(void)snprintf(out, out_bytes, "%s", path == NULL ? "" : path);
+}
+
 /* One for each way to set. */
 static const struct {
 	opd_status (*set)(struct config *config, const struct config_key *key, const char *value, opd_error *error);
 	void (*print)(const void *field, char *out, size_t out_bytes);
 } printers[] = {
 	{set_bytes, print_bytes}, {set_count, print_count}, {set_us, print_us},         {set_ns, print_ns},
+	{set_path, print_path},   {set_tls_clients, print_tls_clients},
 	{set_bool, print_bool},   {set_level, print_level}, {set_format, print_format}, {set_log_file, print_log_file},
 	{set_metrics, print_metrics},
+	{set_folder, print_folder},
 };
 
 void config_key_text(const struct config *config, const struct config_key *key, char *out, size_t out_bytes)

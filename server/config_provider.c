@@ -1,4 +1,5 @@
 /* Providers: how far each is trusted. */
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -21,7 +22,7 @@ void config_provider(const struct config *config, const char *name, struct provi
 	const struct config_provider *provider = find(config, name);
 	if (provider == NULL)
 		provider = find(config, "*");
-	*policy_out = provider == NULL ? (struct provider_policy){0} : provider->policy;
+	*policy_out = provider == NULL ? (struct provider_policy){.compare_every = 1000} : provider->policy;
 }
 
 opd_status config_begin_provider(struct config *config, const char *name, unsigned line, struct config_provider **provider_out, opd_error *error)
@@ -65,6 +66,24 @@ static opd_status set_budget(uint64_t *field_us, const char *value, opd_error *e
 	return OPD_OK;
 }
 
+static opd_status set_compare(char *field, const char *value, opd_error *error)
+{
+	if (value[0] != '\0' && (!text_is_name(value, strlen(value)) || strlen(value) > BOUND_NAME_BYTES))
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "\"%.64s\" is no provider's name", value);
+	(void)snprintf(field, BOUND_NAME_BYTES + 1, "%s", value);
+	return OPD_OK;
+}
+
+static opd_status set_every(uint32_t *field, const char *value, opd_error *error)
+{
+	char *end;
+	const unsigned long number = value[0] >= '0' && value[0] <= '9' ? strtoul(value, &end, 10) : 0;
+	if (number < 1 || number > 1000000000 || *end != '\0')
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "\"%.64s\", expected a whole number of 1 to 1000000000", value);
+	*field = (uint32_t)number;
+	return OPD_OK;
+}
+
 opd_status config_set_provider(struct config_provider *provider, const char *key, const char *value, opd_error *error)
 {
 	struct provider_policy *policy = &provider->policy;
@@ -72,6 +91,10 @@ opd_status config_set_provider(struct config_provider *provider, const char *key
 		return set_flag(&policy->checked, value, error);
 	if (strcmp(key, "budget") == 0)
 		return set_budget(&policy->budget_us, value, error);
+	if (strcmp(key, "compare") == 0)
+		return set_compare(policy->compare, value, error);
+	if (strcmp(key, "compare_every") == 0)
+		return set_every(&policy->compare_every, value, error);
 	return opd_fail(error, OPD_NOT_FOUND, "no such key");
 }
 

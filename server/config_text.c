@@ -93,7 +93,10 @@ static char *module_text(const struct config_module *module)
 static char *provider_text(const struct provider_policy *policy)
 {
 	char *text;
-	return asprintf(&text, "{checked: %s, budget: %" PRIu64 "us}", policy->checked ? "true" : "false", policy->budget_us) < 0 ? NULL : text;
+	return asprintf(&text, "{checked: %s, budget: %" PRIu64 "us, compare: \"%s\", compare_every: %" PRIu32 "}", policy->checked ? "true" : "false",
+	                policy->budget_us, policy->compare, policy->compare_every) < 0
+	           ? NULL
+	           : text;
 }
 
 static void add_lists(struct items *items, const struct config *config)
@@ -112,6 +115,18 @@ static void add_lists(struct items *items, const struct config *config)
 		items_add(items, joined("tenants", config->tenants[i].name), strdup(config->tenants[i].text == NULL ? "{}" : config->tenants[i].text));
 }
 
+static void add_identities(struct items *items, const struct config *config)
+{
+	for (size_t i = 0; i < config->identity_count; i++)
+		items_add(items, joined("identities", config->identities[i].access->identity), config_identity_text(&config->identities[i]));
+	for (size_t i = 0; i < config->token_count; i++) {
+		const struct config_token *token = &config->tokens[i];
+		char key[96]; /* the first bytes of a hash tell tokens apart, and tell nothing else */
+		(void)snprintf(key, sizeof key, "%s (sha256:%02x%02x%02x%02x…)", token->identity, token->hash[0], token->hash[1], token->hash[2], token->hash[3]);
+		items_add(items, joined("tokens", key), strdup("known"));
+	}
+}
+
 static int compare_keys(const void *a, const void *b)
 {
 	return strcmp(((const struct item *)a)->key, ((const struct item *)b)->key);
@@ -123,6 +138,7 @@ static struct items items_of(const struct config *config)
 	add_keys(&items, config);
 	add_listeners(&items, config);
 	add_lists(&items, config);
+	add_identities(&items, config);
 	if (items.count > 0)
 		qsort(items.items, items.count, sizeof *items.items, compare_keys);
 	return items;

@@ -8,21 +8,25 @@
 #include "proto/bounds.h"
 #include "proto/codec.h"
 #include "server/conn_internal.h"
+#include "server/conn_tls.h"
 #include "server/daemon.h"
+#include "server/listener.h"
 #include "server/publications.h"
 #include "server/request.h"
 #include "server/ring.h"
 
 /* ---- Life ---- */
 
-struct conn *conn_create(struct server *server, const char *tenant, bool admin)
+struct conn *conn_create(struct server *server, struct access *access)
 {
 	struct conn *conn = calloc(1, sizeof *conn);
-	if (conn == NULL)
+	if (conn == NULL) {
+		access_unref(access);
 		return NULL;
+	}
 	const struct config_limits *limits = &server->config->limits;
 	conn->server = server;
-	conn->session = session_create(server, &server->memory, ++server->next_session, tenant, admin, limits->session_bytes, limits->kept);
+	conn->session = session_create(server, &server->memory, ++server->next_session, access, limits->session_bytes, limits->kept);
 	if (conn->session == NULL) {
 		free(conn);
 		return NULL;
@@ -57,10 +61,12 @@ static void unlink_conn(struct conn *conn)
 
 /* ---- Closing ---- */
 
-static void on_closed(uv_handle_t *handle)
+void conn_closed(struct conn *conn)
 {
-	struct conn *conn = handle->data;
 	struct server *server = conn->server;
+	if (!conn_tls_destroy(conn))
+		return;
+	stranger_remove(conn);
 	outbox_drop(&conn->outbox);
 	conn->session->conn = NULL; /* what is in a lane ends without a reader */
 	atomic_store_explicit(&conn->session->gone, true, memory_order_relaxed);
@@ -76,6 +82,11 @@ static void on_closed(uv_handle_t *handle)
 	server_wake(server); /* a drain may wait for the last one */
 }
 
+static void on_closed(uv_handle_t *handle)
+{
+	conn_closed(handle->data);
+}
+
 void conn_close(struct conn *conn, log_level level, const char *reason)
 {
 	if (conn->closing)
@@ -86,6 +97,8 @@ void conn_close(struct conn *conn, log_level level, const char *reason)
 	            LOG_UINT("session", conn->session->id), LOG_STR("peer", conn->peer), LOG_STR("reason", reason),
 	            LOG_UINT("in_flight", conn->session->in_flight));
 	ring_close(conn);
+	if (conn->tls != NULL)
+		conn_tls_goodbye(conn);
 	conn->handle.data = conn;
 	uv_close(&conn->handle, on_closed);
 }
@@ -120,10 +133,19 @@ static uint32_t common_features(const struct msg_hello *hello)
 	return features;
 }
 
+static uint32_t right_names(const struct access *access, struct msg_text names_out[RIGHT_COUNT])
+{
+	uint32_t count = 0;
+	for (access_right right = RIGHT_OPERATE; right < RIGHT_COUNT; right++)
+		if (access_may(access, right))
+			names_out[count++] = msg_text(access_right_name(right));
+	return count;
+}
+
 static void send_hello_reply(struct conn *conn, const opd_error *refused)
 {
 	const struct config_limits *limits = &conn->server->config->limits;
-	struct msg_text features[FEATURE_COUNT];
+	struct msg_text features[FEATURE_COUNT], rights[RIGHT_COUNT];
 	struct msg_hello_reply reply = {
 		.status = refused == NULL ? OPD_OK : (opd_status)refused->status,
 		.message = msg_text(refused == NULL ? "" : refused->text),
@@ -133,7 +155,10 @@ static void send_hello_reply(struct conn *conn, const opd_error *refused)
 		.limits = {limits->envelope_bytes, limits->request_bytes, limits->session_bytes, limits->in_flight},
 		.session = conn->session->id,
 		.tenant = msg_text(conn->session->tenant->name),
-		.admin = conn->session->admin,
+		.admin = access_administers(conn->session->access),
+		.identity = msg_text(conn->session->access->identity),
+		.right_count = right_names(conn->session->access, rights),
+		.rights = rights,
 		.feature_count = feature_names(conn->features, features),
 		.features = features,
 	};
@@ -172,6 +197,16 @@ static opd_status check_hello(const struct msg_hello *hello, opd_error *error)
 	return OPD_OK;
 }
 
+static opd_status identify(struct conn *conn, struct msg_text token, opd_error *error)
+{
+	opd_status status = identity_settle(conn, token, error);
+	if (status != OPD_OK || conn->session->credential.kind == CREDENTIAL_EMBEDDED)
+		return status;
+	error->status = OPD_OK;
+	listener_check(conn, error);
+	return (opd_status)error->status;
+}
+
 void conn_on_hello(struct conn *conn, const uint8_t *envelope, size_t bytes)
 {
 	struct arena arena;
@@ -181,8 +216,11 @@ void conn_on_hello(struct conn *conn, const uint8_t *envelope, size_t bytes)
 	opd_status status = codec_decode_hello(&arena, envelope, bytes, &hello, &error);
 	if (status == OPD_OK)
 		status = check_hello(&hello, &error);
+	if (status == OPD_OK && (!conn->local || hello.token.bytes != 0)) /* what the kernel says of a Unix peer is known since accept */
+		status = identify(conn, hello.token, &error);
 	if (status == OPD_OK) {
 		conn->greeted = true;
+		stranger_remove(conn);
 		conn->features = common_features(&hello) & ~(conn->local ? 0u : CONN_PASSES);
 		if (conn->server->config->limits.ring_bytes == 0)
 			conn->features &= ~CONN_RINGS;
@@ -191,7 +229,7 @@ void conn_on_hello(struct conn *conn, const uint8_t *envelope, size_t bytes)
 		conn->chunk_bytes = hello.no_chunks ? 0 : hello.chunk_bytes == 0 ? BOUND_CHUNK_BYTES_DEFAULT : hello.chunk_bytes;
 		conn->server->sessions_opened++;
 		LOG_LIMITED(conn->server->log, LOG_INFO, &conn->server->opened_lines, conn->server->config->log_lines, "session opened",
-		            LOG_UINT("session", conn->session->id), LOG_STR("peer", conn->peer), LOG_STR("tenant", conn->session->tenant->name), LOG_STR("client", hello.client.data));
+		            LOG_UINT("session", conn->session->id), LOG_STR("peer", conn->peer), LOG_STR("tenant", conn->session->tenant->name), LOG_STR("identity", conn->session->access->identity), LOG_STR("client", hello.client.data));
 		send_hello_reply(conn, NULL);
 	} else {
 		conn_refuse_hello(conn, &error);
@@ -204,7 +242,9 @@ void conn_on_hello(struct conn *conn, const uint8_t *envelope, size_t bytes)
 void conn_start(struct conn *conn, const opd_error *refuse)
 {
 	conn->handle.data = conn;
-	if (refuse != NULL)
+	if (refuse != NULL && conn->tls != NULL && !conn_tls_refuse_later(conn, refuse))
+		conn_close(conn, LOG_WARN, refuse->text);
+	else if (refuse != NULL && conn->tls == NULL)
 		conn_refuse_hello(conn, refuse);
 	else
 		conn_start_reading(conn);
@@ -231,6 +271,6 @@ void conn_tick(struct conn *conn, uint64_t now_us)
 		conn_close(conn, LOG_WARN, "no Hello within the handshake's time");
 	else if (half_read && (!conn->throttled || conn->chunked_count != 0) && now_us > read_us && now_us - read_us > limits->stall_us)
 		conn_close(conn, LOG_WARN, "a half-sent request stalled");
-	else if (!outbox_empty(&conn->outbox) && now_us > conn->write_us && now_us - conn->write_us > limits->stall_us)
+	else if ((!outbox_empty(&conn->outbox) || conn->writing) && now_us > conn->write_us && now_us - conn->write_us > limits->stall_us)
 		cut_off(conn);
 }

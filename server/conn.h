@@ -15,6 +15,7 @@
 #include "server/log.h"
 #include "server/outbox.h"
 #include "server/session.h"
+#include "server/stranger.h"
 
 #define CONN_TURN_BYTES (256u << 10)
 /* What a connection may write in a turn when no other did anything in the one before: over TCP, 64 MiB down go at 1.0 of libuv's direct rate instead of 0.7, and who comes
@@ -36,6 +37,7 @@
 struct server;
 struct request;
 struct ring;
+struct conn_tls;
 
 typedef enum conn_state {
 	CONN_HEAD = 0,    /* a frame's header or envelope comes next */
@@ -58,6 +60,7 @@ struct conn {
 	uv_write_t write;
 	char peer[80];
 	bool local;       /* a Unix socket: descriptors can be passed */
+	bool remote;      /* came by a listener that other machines reach, over TLS: who it is must be said */
 	bool greeted;     /* Hello was answered */
 	bool closing;
 	bool opened;      /* the handle is initialised */
@@ -93,6 +96,8 @@ struct conn {
 	int descriptors[CONN_DESCRIPTORS];               /* passed, and not yet taken by the frame that they came with; oldest first */
 	uint32_t descriptor_count;
 	struct ring *ring;       /* its frames go through shared memory (server/ring.h); NULL: through the socket */
+	struct conn_tls *tls;    /* its frames are sealed (server/conn_tls.h); NULL: they aren't */
+	struct stranger stranger;
 	struct outbox outbox;
 	uint64_t turn;
 	uint64_t turn_read;
@@ -102,8 +107,8 @@ struct conn {
 	uint64_t wrote_bytes; /* of the uv_write under way */
 };
 
-/* NULL: out of memory. The session has yet no rights: the listener gives them. */
-struct conn *conn_create(struct server *server, const char *tenant, bool admin);
+/* Takes `access`, also when it fails (NULL: it fails). NULL: out of memory. */
+struct conn *conn_create(struct server *server, struct access *access);
 /* Starts reading; the handle has been initialised and connected. refuse: greet with this error and close (NULL: serve). */
 void conn_start(struct conn *conn, const opd_error *refuse);
 /* Writes what is due; called once a turn for every dirty connection. */

@@ -16,6 +16,8 @@ struct notice {
 };
 
 /* conn.c */
+/* The close callback: frees it, unless a thread still computes for it. */
+void conn_closed(struct conn *conn);
 void conn_refuse_hello(struct conn *conn, const opd_error *error);
 void conn_on_hello(struct conn *conn, const uint8_t *envelope, size_t bytes);
 

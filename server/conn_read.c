@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "server/conn_internal.h"
+#include "server/conn_tls.h"
 #include "server/daemon.h"
 #include "server/request.h"
 #include "server/ring.h"
@@ -301,7 +302,7 @@ void conn_start_reading(struct conn *conn)
 		ring_wake(conn);
 	if (conn->reading_on)
 		return;
-	int failed = uv_read_start(&conn->stream, on_alloc, on_read);
+	int failed = conn->tls == NULL ? uv_read_start(&conn->stream, on_alloc, on_read) : uv_read_start(&conn->stream, conn_tls_on_alloc, conn_tls_on_read);
 	if (failed < 0)
 		conn_close(conn, LOG_WARN, uv_strerror(failed));
 	else

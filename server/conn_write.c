@@ -4,6 +4,7 @@
 
 #include "proto/codec.h"
 #include "server/conn_internal.h"
+#include "server/conn_tls.h"
 #include "server/daemon.h"
 #include "server/metrics.h"
 #include "server/request.h"
@@ -157,6 +158,8 @@ static int put_socket(struct conn *conn, const uv_buf_t *bufs, unsigned count)
 /* As uv_try_write. Where it says UV_EAGAIN, what is left goes on by itself: libuv writes it, or the ring's client makes room. */
 static int put(struct conn *conn, const uv_buf_t *bufs, unsigned count, uint64_t bytes)
 {
+	if (conn->tls != NULL)
+		return conn_tls_put(conn, bufs, count);
 	const bool ring = conn->ring != NULL;
 	const int written = ring ? ring_put(conn, bufs, count) : put_socket(conn, bufs, count);
 	if (written == UV_EAGAIN && ring)
@@ -186,7 +189,7 @@ void conn_flush(struct conn *conn)
 		return;
 	unthrottle(conn);
 	if (outbox_empty(&conn->outbox)) {
-		if (conn->last_words && conn->session->in_flight == 0)
+		if (conn->last_words && !conn->writing && conn->session->in_flight == 0)
 			conn_close(conn, LOG_INFO, "done");
 	} else if (!conn->writing) {
 		conn_mark_dirty(conn); /* the turn's share is written: the rest in the next one */
@@ -195,7 +198,7 @@ void conn_flush(struct conn *conn)
 
 bool conn_idle(const struct conn *conn)
 {
-	return conn->session->in_flight == 0 && outbox_empty(&conn->outbox);
+	return conn->session->in_flight == 0 && outbox_empty(&conn->outbox) && !conn->writing;
 }
 
 /* ---- Replies ---- */

@@ -78,6 +78,9 @@ void containment_configure(struct containment *containment, const struct config 
 		config_provider(config, i < snapshot->provider_count ? snapshot->providers[i]->name : "*", &wanted);
 		atomic_store_explicit(&policy->checked, config->checked || wanted.checked, memory_order_relaxed);
 		atomic_store_explicit(&policy->budget_ns, wanted.budget_us * 1000, memory_order_relaxed);
+		const struct provider *reference = wanted.compare[0] == '\0' ? NULL : snapshot_provider(snapshot, wanted.compare, strlen(wanted.compare));
+		atomic_store_explicit(&policy->compare, reference == NULL ? UINT32_MAX : reference->index, memory_order_relaxed);
+		atomic_store_explicit(&policy->compare_every, reference == NULL ? 0 : wanted.compare_every, memory_order_relaxed);
 	}
 	snapshot_unref(snapshot);
 	(void)pthread_mutex_lock(&containment->mutex);
@@ -86,6 +89,11 @@ void containment_configure(struct containment *containment, const struct config 
 }
 
 const struct containment_policy *containment_policy(const struct containment *containment, const struct provider *provider)
+{
+	return &containment->policies[provider->index];
+}
+
+struct containment_policy *containment_policy_of(struct containment *containment, const struct provider *provider)
 {
 	return &containment->policies[provider->index];
 }

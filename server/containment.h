@@ -25,6 +25,9 @@ struct containment;
 struct containment_policy {
 	_Atomic bool checked;
 	_Atomic uint64_t budget_ns; /* a kernel's; 0: any */
+	_Atomic uint32_t compare;       /* index of the provider that its results are compared with; UINT32_MAX: none */
+	_Atomic uint32_t compare_every; /* one run of so many; 0: none */
+	_Atomic uint64_t compare_seen;
 };
 
 OPD_MUST_USE opd_status containment_create(struct registry *registry, struct log *log, struct containment **containment_out, opd_error *error);
@@ -34,6 +37,8 @@ void containment_destroy(struct containment *containment);
 void containment_configure(struct containment *containment, const struct config *config);
 
 const struct containment_policy *containment_policy(const struct containment *containment, const struct provider *provider);
+
+struct containment_policy *containment_policy_of(struct containment *containment, const struct provider *provider);
 
 /* A kernel has failed. Whoever asks the registry for a snapshot after this has returned doesn't get the implementation any more, if this was one failure too many (while a module opens: within
  * a second). */

@@ -17,13 +17,16 @@
 #include "server/lane.h"
 #include "server/plans.h"
 #include "server/registry.h"
+#include "server/conn_tls.h"
 #include "server/server.h"
+#include "server/stranger.h"
 #include "server/tensors.h"
 #include "server/watch.h"
 
 struct allocation;
 struct containment;
 struct derived;
+struct differential;
 struct listener;
 struct conn;
 struct metrics;
@@ -40,8 +43,10 @@ struct server {
 	_Atomic bool checked;          /* what lanes and direct callers need of it: some provider's outputs have canaries */
 	_Atomic uint64_t inline_ns;
 	_Atomic uint32_t refuse_uploads; /* percent */
+	_Atomic uint64_t segment_ns;
 	struct registry *registry;
 	struct containment *containment;
+	struct differential *differential;
 	struct plans *plans;
 	struct derived *derived;
 	struct memory memory;
@@ -65,6 +70,10 @@ struct server {
 	struct metrics *metrics[SERVER_METRICS];
 	uint64_t flush_ns;      /* when this turn's replies went out */
 	char *stage;            /* what connections read into before they know where it belongs */
+	uint8_t *tls_stage;     /* ciphertext that connections read; NULL: no listener speaks TLS */
+	uint8_t *tls_sealed;    /* … that they write */
+	struct tls_jobs tls_jobs;
+	struct strangers strangers;
 	struct conn *conns;     /* all, newest first */
 	uint32_t conn_count;
 	uint32_t direct_count;  /* sessions that are handed over to a direct caller */

@@ -328,6 +328,14 @@ static void job_release(struct device_lane *lane, struct device_job *job)
 
 /* ---- The thread ---- */
 
+/* Jobs on a stream run one after the other: the device worked on this one since the one before had ended, or since it came. */
+static uint64_t device_time(struct device_lane *lane, const struct device_job *job)
+{
+	const uint64_t from_ns = job->started_ns > lane->busy_until_ns ? job->started_ns : lane->busy_until_ns;
+	lane->busy_until_ns = job->ended_ns;
+	return job->ended_ns > from_ns ? job->ended_ns - from_ns : 0;
+}
+
 static void finish_job(struct device_lane *lane, struct device_job *job)
 {
 	job->ended_ns = lane->progress_ns = request_now_ns();
@@ -338,7 +346,9 @@ static void finish_job(struct device_lane *lane, struct device_job *job)
 	job_release(lane, job);
 	job->next = NULL;
 	(void)atomic_fetch_sub_explicit(&lane->load, 1, memory_order_relaxed);
+	const uint64_t device_ns = device_time(lane, job);
 	(void)pthread_mutex_lock(&lane->mutex);
+	scheduler_complete(&lane->scheduler, job->item.flow, (sched_class)job->item.class, job->item.estimate_ns, device_ns);
 	*lane->done_end = job;
 	lane->done_end = &job->next;
 	(void)pthread_mutex_unlock(&lane->mutex);
@@ -356,35 +366,56 @@ static bool poll_flight(struct device_lane *lane)
 		if (lane->flight == NULL)
 			lane->flight_end = &lane->flight;
 		lane->in_flight--;
+		lane->flight_ns -= job->item.estimate_ns;
 		finish_job(lane, job);
 		any = true;
 	}
 	return any;
 }
 
-/* Under the mutex. */
-static void dequeue(struct device_lane *lane, struct device_job *job)
+/* What is on the stream can't be overtaken: one job, or as many as take no longer than a segment. */
+static bool has_room(const struct device_lane *lane)
 {
-	*job->link = job->next;
-	if (job->next != NULL)
-		job->next->link = job->link;
+	const uint64_t segment_ns = atomic_load_explicit(&lane->server->segment_ns, memory_order_relaxed);
+	return lane->in_flight == 0 || (lane->in_flight < IN_FLIGHT_MAX && lane->flight_ns < segment_ns);
+}
+
+/* Under the mutex; NULL: none may run now, and *ready_ns_out says when to ask again. */
+static struct device_job *pick(struct device_lane *lane, uint64_t *ready_ns_out)
+{
+	*ready_ns_out = UINT64_MAX;
+	if (lane->scheduler.queued == 0 || !has_room(lane))
+		return NULL;
+	const uint64_t now_ns = request_now_ns();
+	struct sched_item *item = scheduler_pick(&lane->scheduler, now_ns, ready_ns_out);
+	if (item == NULL)
+		return NULL;
+	histogram_add(&lane->waits[item->class], now_ns > item->queued_ns ? now_ns - item->queued_ns : 0, false);
+	return (struct device_job *)(void *)((char *)item - offsetof(struct device_job, item));
+}
+
+static void sleep_until(struct device_lane *lane, uint64_t ready_ns)
+{
+	const struct timespec until = {(time_t)(ready_ns / 1000000000u), (long)(ready_ns % 1000000000u)};
+	if (ready_ns == UINT64_MAX)
+		(void)pthread_cond_wait(&lane->wake, &lane->mutex);
 	else
-		lane->queue_end = job->link;
-	job->link = NULL;
+		(void)pthread_cond_timedwait(&lane->wake, &lane->mutex, &until);
 }
 
 /* The next job, waiting for one only when nothing is in flight; NULL: none now. *stop_out: stopping, and nothing is left. */
 static struct device_job *next_job(struct device_lane *lane, bool *stop_out)
 {
+	uint64_t ready_ns;
 	(void)pthread_mutex_lock(&lane->mutex);
-	while (lane->queue == NULL && lane->in_flight == 0 && !lane->stopping)
-		(void)pthread_cond_wait(&lane->wake, &lane->mutex);
-	struct device_job *job = lane->in_flight < IN_FLIGHT_MAX ? lane->queue : NULL;
-	if (job != NULL) {
-		dequeue(lane, job);
-		job->next = NULL;
+	struct device_job *job = pick(lane, &ready_ns);
+	while (job == NULL && lane->in_flight == 0 && !(lane->stopping && lane->scheduler.queued == 0)) {
+		sleep_until(lane, ready_ns);
+		job = pick(lane, &ready_ns);
 	}
-	*stop_out = lane->stopping && job == NULL && lane->queue == NULL && lane->in_flight == 0;
+	if (job != NULL)
+		job->next = NULL;
+	*stop_out = lane->stopping && job == NULL && lane->scheduler.queued == 0 && lane->in_flight == 0;
 	(void)pthread_mutex_unlock(&lane->mutex);
 	return job;
 }
@@ -399,6 +430,7 @@ static void *lane_main(void *argument)
 			*lane->flight_end = job;
 			lane->flight_end = &job->next;
 			lane->in_flight++;
+			lane->flight_ns += job->item.estimate_ns;
 			lane->progress_ns = job->started_ns;
 		}
 		if (!poll_flight(lane) && job == NULL && !stop)
@@ -423,6 +455,25 @@ static void source_free(void *context, void *memory)
 	lane->device.backend->free(lane->device.state, lane->device.ordinal, memory);
 }
 
+static void init_cond(pthread_cond_t *cond)
+{
+	pthread_condattr_t attributes;
+	(void)pthread_condattr_init(&attributes);
+	(void)pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+	(void)pthread_cond_init(cond, &attributes);
+	(void)pthread_condattr_destroy(&attributes);
+}
+
+/* As the CPU lane's are: the configuration is the loop's alone, and this may be another thread. */
+static void bound_queues(struct device_lane *lane)
+{
+	scheduler_init(&lane->scheduler);
+	const struct scheduler *cpu = lane_scheduler_lock(lane->server->lane);
+	lane->scheduler.queue_max = cpu->queue_max;
+	lane->scheduler.flow_queue_max = cpu->flow_queue_max;
+	lane_scheduler_unlock(lane->server->lane);
+}
+
 static opd_status lane_start(struct server *server, const struct device *device, uint32_t number, struct device_lane **lane_out,
                               opd_error *error)
 {
@@ -432,7 +483,7 @@ static opd_status lane_start(struct server *server, const struct device *device,
 	lane->device = *device;
 	lane->server = server;
 	lane->number = number;
-	lane->queue_end = &lane->queue;
+	bound_queues(lane);
 	lane->done_end = &lane->done;
 	lane->flight_end = &lane->flight;
 	const struct memory_source source = {source_alloc, source_free, lane};
@@ -441,7 +492,7 @@ static opd_status lane_start(struct server *server, const struct device *device,
 		return OPD_RESOURCE_EXHAUSTED;
 	}
 	(void)pthread_mutex_init(&lane->mutex, NULL);
-	(void)pthread_cond_init(&lane->wake, NULL);
+	init_cond(&lane->wake);
 	sigset_t all, before;
 	(void)sigfillset(&all);
 	(void)pthread_sigmask(SIG_SETMASK, &all, &before);
@@ -481,25 +532,56 @@ uint64_t device_lane_memory_bytes(struct server *server, uint32_t number)
 	return lane == NULL ? 0 : atomic_load_explicit(&lane->memory.used_bytes, memory_order_relaxed);
 }
 
-void device_lane_submit(struct device_lane *lane, struct device_job *job)
+struct device_lane *device_lane_started(struct server *server, uint32_t number)
+{
+	return atomic_load_explicit(&server->device_lanes[number], memory_order_acquire);
+}
+
+struct scheduler *device_lane_scheduler_lock(struct device_lane *lane)
+{
+	(void)pthread_mutex_lock(&lane->mutex);
+	return &lane->scheduler;
+}
+
+/* A changed rate may let somebody go on. */
+void device_lane_scheduler_unlock(struct device_lane *lane)
+{
+	(void)pthread_cond_signal(&lane->wake);
+	(void)pthread_mutex_unlock(&lane->mutex);
+}
+
+const struct histogram *device_lane_waits(const struct device_lane *lane, sched_class class)
+{
+	return &lane->waits[class];
+}
+
+const char *device_lane_name(const struct device_lane *lane)
+{
+	return lane->device.name;
+}
+
+bool device_lane_submit(struct device_lane *lane, struct device_job *job)
 {
 	job->next = NULL;
 	job->queued_ns = request_now_ns();
 	(void)atomic_fetch_add_explicit(&lane->load, 1, memory_order_relaxed);
 	(void)pthread_mutex_lock(&lane->mutex);
-	*lane->queue_end = job;
-	job->link = lane->queue_end;
-	lane->queue_end = &job->next;
+	const bool queued = scheduler_submit(&lane->scheduler, &job->item, job->queued_ns);
+	if (!queued) {
+		job->refusal.full = scheduler_full(&lane->scheduler, job->item.flow, &job->refusal.queued, &job->refusal.limit);
+		job->refusal.wait_ns = scheduler_wait_ns(&lane->scheduler, job->item.flow, (sched_class)job->item.class);
+	}
 	(void)pthread_cond_signal(&lane->wake);
 	(void)pthread_mutex_unlock(&lane->mutex);
+	if (!queued)
+		(void)atomic_fetch_sub_explicit(&lane->load, 1, memory_order_relaxed);
+	return queued;
 }
 
 bool device_lane_withdraw(struct device_lane *lane, struct device_job *job)
 {
 	(void)pthread_mutex_lock(&lane->mutex);
-	bool queued = job->link != NULL;
-	if (queued)
-		dequeue(lane, job);
+	const bool queued = scheduler_withdraw(&lane->scheduler, &job->item);
 	(void)pthread_mutex_unlock(&lane->mutex);
 	if (queued)
 		(void)atomic_fetch_sub_explicit(&lane->load, 1, memory_order_relaxed);
@@ -526,6 +608,7 @@ void device_lane_drain(struct device_lane *lane)
 		return;
 	(void)pthread_mutex_lock(&lane->mutex);
 	lane->stopping = true;
+	scheduler_forget_rates(&lane->scheduler);
 	(void)pthread_cond_signal(&lane->wake);
 	(void)pthread_mutex_unlock(&lane->mutex);
 	(void)pthread_join(lane->thread, NULL);

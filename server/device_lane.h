@@ -3,7 +3,8 @@
  * Layer: server. Threads: device_lane_get, _submit on a context's thread; enqueue and complete on the lane's own; `done` on the loop's.
  * Life: device_lane_get (made on first use) → device_lane_submit… → device_lane_drain (finishes what is queued, joins) → device_lane_stop (when nobody has a tensor there any more).
  * While work is in flight the thread polls; otherwise it sleeps. Several jobs are in flight at once: the next one's copies overlap the last one's kernel as far as the device's
- * stream lets them.
+ * stream lets them. Which comes next is a scheduler's to say, as on the CPU lane; what is on the stream can't be overtaken, so that no more is put there than `segment` of the configuration
+ * (by estimates), but for one job. A job's device time is what the device worked on it alone: from the end of the one before, or its own beginning.
  * The stream is made on the lane's thread by its first job: a device's context may take long to make, and a loop must not wait for it.
  * Not here: what a job does on the device (device_run.c: an op, device_move.c: a copy), and what those share (server/device_work.h). */
 #ifndef OPD_SERVER_DEVICE_LANE_H
@@ -14,6 +15,7 @@
 #include <stdint.h>
 
 #include "proto/arena.h"
+#include "server/lane.h"
 #include "server/registry.h"
 #include "server/tensors.h"
 
@@ -26,7 +28,8 @@ struct device_landing;
 /* Embedded in what its owner runs; the owner keeps everything that it points to until `done`. */
 struct device_job {
 	struct device_job *next;
-	struct device_job **link; /* the lane's: what points to it while it is queued, else NULL */
+	struct sched_item item;   /* flow, class and estimate are the owner's */
+	struct lane_refusal refusal; /* by a device_lane_submit that was false */
 	const char *name;         /* for texts: an op's, or of another kind of request */
 	struct account *account;  /* the session's: pays for what the job takes on the device */
 	uint64_t deadline_ns;
@@ -54,7 +57,16 @@ struct device_job {
 
 OPD_MUST_USE opd_status device_lane_get(struct server *server, const struct device *device, uint32_t number, struct device_lane **lane_out,
                                         opd_error *error);
-void device_lane_submit(struct device_lane *lane, struct device_job *job);
+/* False: a queue is full (job->refusal); the job is still its owner's. */
+OPD_MUST_USE bool device_lane_submit(struct device_lane *lane, struct device_job *job);
+/* The lane's scheduler, to read it or to change weights and bounds: for a few instructions. */
+struct scheduler *device_lane_scheduler_lock(struct device_lane *lane);
+void device_lane_scheduler_unlock(struct device_lane *lane);
+/* How long its jobs have waited, by class. */
+const struct histogram *device_lane_waits(const struct device_lane *lane, sched_class class);
+const char *device_lane_name(const struct device_lane *lane);
+/* One that was started; NULL: it wasn't. Any thread. */
+struct device_lane *device_lane_started(struct server *server, uint32_t number);
 /* Takes a job that the lane's thread hasn't begun out of the queue: `done` isn't called. False: it is on its way, or has ended, or was never
  * submitted (zeroed memory). Only by the thread that submitted it. */
 OPD_MUST_USE bool device_lane_withdraw(struct device_lane *lane, struct device_job *job);

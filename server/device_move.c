@@ -30,10 +30,21 @@ void device_submit(struct request *request, struct device_lane *lane, void (*don
 	const bool direct = request->direct;
 	request->device_lane = lane;
 	request->device_done = done;
-	request->device_job.done = direct ? job_done_direct : job_done;
-	device_lane_submit(lane, &request->device_job);
-	if (!direct)
+	struct device_job *job = &request->device_job;
+	job->done = direct ? job_done_direct : job_done;
+	job->item.flow = session_flow(request->session, lane->number);
+	if (job->item.flow == NULL) {
+		job->status = device_no_memory(job);
+	} else if (!device_lane_submit(lane, job)) {
+		job->status = execute_refused(request, job->name, &job->refusal, device_lane_name(lane), &job->error);
+	} else if (!direct) {
 		return;
+	}
+	if (job->status != OPD_OK) {
+		request->device_lane = NULL;
+		done(request);
+		return;
+	}
 	while (sem_wait(request->owner) != 0)
 		;
 	done(request);
@@ -113,6 +124,7 @@ void device_move_start(struct request *request, const char *name, void (*done)(s
 	request->device_job = (struct device_job){
 		.name = name,
 		.account = request->session->account,
+		.item = {.class = (uint8_t)request->session->class},
 		.unwanted = &request->session->gone,
 		.enqueue = move_enqueue,
 		.complete = move_complete,

@@ -437,6 +437,13 @@ static opd_status prepare(struct request *request, struct device_lane **lane_out
 	return device_lane_get(request->context->server, &request->snapshot->devices[run->device], run->device, lane_out, &request->error);
 }
 
+/* 0: nobody says; the session's mean is taken then. */
+static uint64_t device_cost_ns(const struct request *request)
+{
+	const struct impl *impl = request->run.dispatch.impl;
+	return impl->def->cost_ns == NULL ? 0 : impl->def->cost_ns(impl->def, &request->run.bound.call);
+}
+
 void device_run_start(struct request *request)
 {
 	struct request_run *run = &request->run;
@@ -450,11 +457,15 @@ void device_run_start(struct request *request)
 		.name = run->op->schema->name,
 		.account = request->session->account,
 		.deadline_ns = run->deadline_ns,
+		.item = {.class = (uint8_t)run->class, .estimate_ns = device_cost_ns(request)},
 		.unwanted = &request->session->gone,
 		.enqueue = run_enqueue,
 		.complete = run_complete,
 	};
-	if (request->message.run.explain)
+	run->behind = NULL;
+	if (request->message.run.explain) {
 		request->clock.queued = request_now_ns();
+		request->device_job.item.behind = run->behind = arena_zalloc(&request->arena, sizeof *run->behind);
+	}
 	device_submit(request, lane, run_done);
 }

@@ -24,11 +24,11 @@ struct device_lane {
 	_Atomic uint32_t load; /* jobs submitted and not yet ended */
 	pthread_t thread;
 	bool joined;
-	pthread_mutex_t mutex; /* of queue, done and stopping */
-	pthread_cond_t wake;
+	pthread_mutex_t mutex; /* of scheduler, done and stopping */
+	pthread_cond_t wake;   /* of CLOCK_MONOTONIC */
 	bool stopping;
-	struct device_job *queue;
-	struct device_job **queue_end;
+	struct scheduler scheduler;
+	struct histogram waits[CLASS_COUNT]; /* written under the mutex */
 	struct device_job *done;
 	struct device_job **done_end;
 	/* the thread's own */
@@ -41,6 +41,8 @@ struct device_lane {
 	struct device_job *flight; /* oldest first */
 	struct device_job **flight_end;
 	uint32_t in_flight;
+	uint64_t flight_ns;     /* what they were estimated to take */
+	uint64_t busy_until_ns; /* when the last one ended */
 	unsigned char *ring; /* host memory that is fast to copy from and to; NULL: not taken yet, or there is none */
 	bool ring_refused;
 	uint64_t ring_head; /* bytes handed out since it was taken; jobs end in the order in which they began, and so do its pieces */

@@ -21,7 +21,7 @@ static void adopt_on_loop(void *argument)
 {
 	struct handshake *shake = argument;
 	struct server *server = shake->server;
-	struct conn *conn = server->draining ? NULL : conn_create(server, "embedded", true);
+	struct conn *conn = server->draining ? NULL : conn_create(server, access_create("embedded", "embedded", ACCESS_ALL));
 	int failed = conn == NULL ? UV_ENOMEM : uv_pipe_init(&server->loop, &conn->pipe, 0);
 	if (failed == 0) {
 		conn->handle.data = conn;
@@ -29,6 +29,7 @@ static void adopt_on_loop(void *argument)
 	}
 	if (failed == 0) {
 		(void)snprintf(conn->peer, sizeof conn->peer, "embedded");
+		conn->session->credential.kind = CREDENTIAL_EMBEDDED;
 		shake->session = session_ref(conn->session);
 		shake->status = OPD_OK;
 		conn_start(conn, NULL);

@@ -55,8 +55,7 @@ static size_t describe_tensor(const char *name, const opd_tensor *tensor, size_t
 	return at < out_bytes ? at : out_bytes;
 }
 
-/* Arguments as dtype and shape, never contents. */
-static void describe_call(const struct op *op, const opd_call *call, char *out, size_t out_bytes)
+void dispatch_describe(const struct op *op, const opd_call *call, char *out, size_t out_bytes)
 {
 	size_t at = 0;
 	out[0] = '\0';
@@ -83,7 +82,7 @@ static void log_refusal(const struct dispatch *dispatch, const struct impl *impl
 	else
 		reason = *known;
 	char arguments[400];
-	describe_call(op, call, arguments, sizeof arguments);
+	dispatch_describe(op, call, arguments, sizeof arguments);
 	LOG(dispatch->log, LOG_DEBUG, "provider skipped", LOG_STR("provider", impl->provider->name), LOG_STR("op", op->schema->name),
 	    LOG_STR("reason", opd_reason_code_text((opd_reason_code)reason.code)), LOG_STR("detail", reason.detail),
 	    LOG_STR("arguments", arguments), LOG_UINT("suppressed", suppressed));
@@ -112,6 +111,8 @@ bool dispatch_walk(struct dispatch *dispatch, const opd_call *call)
 	dispatch->plan_missing = false;
 	for (; dispatch->index < dispatch->count; dispatch->index++) {
 		const struct impl *impl = dispatch->effective->impls[dispatch->index];
+		if (dispatch->access != NULL && !access_has_provider(dispatch->access, impl->provider->name))
+			continue;
 		if (!dispatch_accepts(impl, op, call, NULL)) {
 			if (log_enabled(dispatch->log, LOG_DEBUG))
 				log_refusal(dispatch, impl, op, call, NULL);
@@ -136,6 +137,8 @@ bool dispatch_next(struct dispatch *dispatch, const opd_call *call)
 static bool walked_reason(const struct dispatch *dispatch, const struct impl *impl, const struct op *op, const opd_call *call,
                           opd_reason *reason)
 {
+	if (dispatch->access != NULL && !access_has_provider(dispatch->access, impl->provider->name))
+		return !OPD_REFUSE(reason, OPD_REASON_PERMISSION, "not for %s", dispatch->access->identity);
 	if (!dispatch_accepts(impl, op, call, reason))
 		return true;
 	if (impl->def->plan == NULL)

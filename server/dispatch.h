@@ -7,6 +7,7 @@
 
 #include "proto/arena.h"
 #include "proto/message.h"
+#include "server/access.h"
 #include "server/bind.h"
 #include "server/plans.h"
 #include "server/priority.h"
@@ -16,6 +17,7 @@ struct dispatch {
 	const struct effective *effective;
 	struct plans *plans;
 	struct log *log;
+	const struct access *access; /* of an identity that may not use all providers; NULL: all */
 	uint32_t count; /* of the effective list that counts: a strict request doesn't see an appended native */
 	uint32_t index; /* of the chosen one, or where the walk goes on */
 	const struct impl *impl; /* chosen; NULL: none */
@@ -28,6 +30,12 @@ OPD_MUST_USE opd_status dispatch_init(struct dispatch *dispatch, const struct sn
                                       struct plans *plans, struct log *log, const struct op *op, bool strict, const opd_call *call,
                                       opd_error *error);
 
+/* Before the walk: whose it is. */
+static inline void dispatch_restrict(struct dispatch *dispatch, const struct access *access)
+{
+	dispatch->access = access->providers == NULL ? NULL : access;
+}
+
 /* Walks on from dispatch->index. True: impl (and plan, or plan_missing) are set. False: nobody accepts. Drops the plan of a walk before. */
 bool dispatch_walk(struct dispatch *dispatch, const opd_call *call);
 /* Goes on behind the chosen one: its plan refused, or it failed and another may try. */
@@ -36,6 +44,9 @@ void dispatch_fini(struct dispatch *dispatch);
 
 /* Whether an implementation accepts, with the reason if not. */
 bool dispatch_accepts(const struct impl *impl, const struct op *op, const opd_call *call, opd_reason *reason);
+
+/* "x f32[2,4], weight f32[4]": arguments as dtype and shape, never contents. */
+void dispatch_describe(const struct op *op, const opd_call *call, char *out, size_t out_bytes);
 
 /* Everything that was passed over before dispatch->index (all, when nobody accepts), in list order: dropped names first. In the arena; NULL out of memory. */
 const struct msg_skip *dispatch_skips(const struct dispatch *dispatch, const struct op *op, const opd_call *call, struct arena *arena,

@@ -355,20 +355,16 @@ static void wait_for_lane(struct request *request)
 	execute_done(request);
 }
 
-/* The lane takes no more of this session, of its tenant, or of anybody. */
-static void refuse_queue(struct request *request)
+opd_status execute_refused(struct request *request, const char *what, const struct lane_refusal *refusal, const char *lane, opd_error *error)
 {
-	const struct lane_refusal *refusal = &request->job.refusal;
 	struct session *session = request->session;
 	const bool of_tenant = refusal->full == SCHED_FULL_GROUP;
 	const char *whose = of_tenant ? " of tenant " : refusal->full == SCHED_FULL_FLOW ? " of this session" : "";
 	if (refusal->full != SCHED_FULL_LANE)
 		quota_count_refusal(of_tenant ? &session->tenant->quota : &session->quota, QUOTA_QUEUED);
-	request->status = opd_fail(&request->error, OPD_RESOURCE_EXHAUSTED,
-	                           "%s: %" PRIu32 " requests%s%s wait for the cpu lane, at most %" PRIu32 " may: try again in about %" PRIu64 " us",
-	                           request->run.op->schema->name, refusal->queued, whose, of_tenant ? session->tenant->name : "", refusal->limit,
-	                           refusal->wait_ns / 1000 + 1);
-	execute_done(request);
+	return opd_fail(error, OPD_RESOURCE_EXHAUSTED,
+	                "%s: %" PRIu32 " requests%s%s wait for the %s lane, at most %" PRIu32 " may: try again in about %" PRIu64 " us", what, refusal->queued,
+	                whose, of_tenant ? session->tenant->name : "", lane, refusal->limit, refusal->wait_ns / 1000 + 1);
 }
 
 static void lane_start(struct request *request, void (*run)(struct lane_job *, struct lane_exec *))
@@ -381,11 +377,14 @@ static void lane_start(struct request *request, void (*run)(struct lane_job *, s
 		.item = {.flow = &session->flow, .class = (uint8_t)request->run.class, .estimate_ns = request->run.cost_ns},
 		.charge_ns = session->inline_ns,
 	};
-	if (wants_clock(request))
+	if (wants_clock(request)) {
 		request->clock.queued = request_now_ns();
+		request->job.item.behind = request->run.behind = arena_zalloc(&request->arena, sizeof *request->run.behind); /* without memory it isn't told */
+	}
 	if (!lane_submit(server->lane, &request->job)) {
 		request->job.run = NULL;
-		refuse_queue(request);
+		request->status = execute_refused(request, request->run.op->schema->name, &request->job.refusal, "cpu", &request->error);
+		execute_done(request);
 		return;
 	}
 	session->inline_ns = 0;
@@ -486,6 +485,7 @@ void execute_run(struct request *request)
 	} else if (fits_loop(request)) {
 		struct lane_exec serial = lane_exec_serial(NULL);
 		request->run.on_loop = true;
+		request->run.behind = NULL;
 		if (!is_late(request)) {
 			request->clock.queued = 0;
 			run_here(request, &serial);

@@ -18,7 +18,30 @@ static void fill_times(const struct request *request, struct msg_times *times)
 	times->queue = between(clock->queued, clock->started);
 	times->kernel = between(clock->started, clock->ended) - (clock->moves < between(clock->started, clock->ended) ? clock->moves : 0);
 	times->moves = clock->moves;
+	times->receive = between(clock->accepted, clock->ready);
 	times->pack = clock->ended == 0 ? 0 : between(clock->ended, request_now_ns());
+}
+
+/* Counts alone: who the others are is none of its business. */
+static const struct msg_behind *behind_of(struct request *request)
+{
+	const struct sched_behind *from = request->run.behind;
+	struct msg_behind *to = arena_alloc(&request->arena, sizeof *to);
+	if (to == NULL)
+		return NULL;
+	*to = (struct msg_behind){
+		.own_jobs = from->own_jobs,
+		.tenant_jobs = from->group_jobs,
+		.other_jobs = from->other_jobs,
+		.realtime_jobs = from->class_jobs[CLASS_REALTIME],
+		.interactive_jobs = from->class_jobs[CLASS_INTERACTIVE],
+		.batch_jobs = from->class_jobs[CLASS_BATCH],
+		.own_ns = from->own_ns,
+		.tenant_ns = from->group_ns,
+		.other_ns = from->other_ns,
+		.running = from->running,
+	};
+	return to;
 }
 
 /* Whether the operand would have to come over, and from where. */
@@ -76,6 +99,7 @@ void run_explain(struct request *request)
 	if (dispatch->impl != NULL)
 		explain->device = msg_text(request->snapshot->devices[run->device].name);
 	fill_times(request, &explain->times);
+	explain->behind = run->behind == NULL || request->clock.started == 0 ? NULL : behind_of(request);
 	if (request->message.run.mode == MSG_DRY && dispatch->impl != NULL) {
 		predict_moves(request, explain);
 	} else {

@@ -234,9 +234,26 @@ opd_status graph_describe(const struct snapshot *snapshot, const struct msg_grap
 	return status;
 }
 
+/* Every node's op and list is one that the session's identity may use. */
+static opd_status check_access(const struct graph *graph, const struct session *session, opd_error *error)
+{
+	struct access *access = session->access;
+	struct log *log = session->server->log;
+	opd_status status = OPD_OK;
+	for (uint32_t i = 0; status == OPD_OK && i < graph->node_count; i++) {
+		const struct msg_run *run = &graph->nodes[i].run;
+		status = access_check_op(access, run->op.data, log, error);
+		if (status == OPD_OK && run->priority.present)
+			status = access_check_providers(access, run->priority.names, run->priority.count, log, error);
+		if (status != OPD_OK)
+			return graph_node_error(graph, i, status, error);
+	}
+	return OPD_OK;
+}
+
 opd_status graph_bind(struct graph *graph, struct session *session, const struct msg_graph *message, opd_error *error)
 {
-	opd_status status = OPD_OK;
+	opd_status status = check_access(graph, session, error);
 	graph->session = session;
 	for (uint32_t i = 0; i < graph->input_count && status == OPD_OK; i++)
 		if (graph->inputs[i].kind != MSG_GRAPH_INPUT && bind_kept(graph, &message->inputs[i].tensor, &graph->inputs[i], error) != OPD_OK)

@@ -434,6 +434,7 @@ void graph_device_start(struct graph_run *run)
 		.name = run->graph->name.data,
 		.account = request->session->account,
 		.deadline_ns = request->run.deadline_ns,
+		.item = {.class = (uint8_t)request->run.class},
 		.unwanted = &request->session->gone,
 		.enqueue = graph_enqueue,
 		.complete = graph_complete,

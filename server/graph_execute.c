@@ -218,8 +218,8 @@ static void note_failure(struct graph_run *run, uint32_t order, opd_status statu
 	(void)pthread_mutex_unlock(&mutex);
 }
 
-/* Step after step, on one thread. */
-static void run_part(struct graph_run *run, const struct schedule_part *part, struct lane_exec *lane)
+/* Step after step, on one thread, from part->first + from on. Returns how many are behind it: fewer than there are when others are to come first. */
+static uint32_t run_part(struct graph_run *run, const struct schedule_part *part, uint32_t from, struct lane_exec *lane)
 {
 	const struct prepared *prepared = run->prepared;
 	const struct request *request = run->request;
@@ -227,13 +227,17 @@ static void run_part(struct graph_run *run, const struct schedule_part *part, st
 	struct derived_run derived = {.count = 0};
 	opd_error error;
 	lane->derived = &derived;
-	for (uint32_t i = part->first; i < part->first + part->count; i++) {
+	uint32_t i = part->first + from;
+	for (; i < part->first + part->count; i++) {
+		if (i != part->first + from && lane_should_yield(lane))
+			break;
 		const struct step *step = &prepared->steps[i];
 		uint64_t began = run->node_ns == NULL ? 0 : request_now_ns();
 		if (step->order > atomic_load_explicit(&run->failed_order, memory_order_relaxed))
 			continue;
 		if (atomic_load_explicit(&request->session->gone, memory_order_relaxed) || lane_cancelled(lane)) {
 			note_failure(run, step->order, opd_fail(&error, OPD_CANCELLED, "graph '%s': nobody wants its results any more", run->graph->name.data), &error);
+			i = part->first + part->count;
 			break;
 		}
 		opd_status status = run_step(run, step, &exec, &error);
@@ -243,6 +247,7 @@ static void run_part(struct graph_run *run, const struct schedule_part *part, st
 			run->node_ns[i] = request_now_ns() - began;
 	}
 	lane->derived = NULL;
+	return i - part->first;
 }
 
 struct stage_run {
@@ -258,21 +263,37 @@ static void run_parts(void *argument, uint64_t begin, uint64_t end, uint32_t thr
 	(void)thread;
 	for (uint64_t i = begin; i < end; i++) {
 		struct lane_exec mine = {.lane = stage->lane->lane, .job = stage->lane->job, .threads = stage->lane->threads};
-		run_part(stage->run, &stage->run->prepared->parts[stage->stage->first + i], &mine);
+		(void)run_part(stage->run, &stage->run->prepared->parts[stage->stage->first + i], 0, &mine);
 	}
+}
+
+/* A stage of one part: it may go on later where it is. */
+static void run_alone(struct graph_run *run, const struct schedule_part *part, struct lane_exec *lane)
+{
+	run->at_step = run_part(run, part, run->at_step, lane);
+	lane->again = run->at_step < part->count;
+	if (!lane->again)
+		run->at_step = 0;
 }
 
 static opd_status run_stages(struct graph_run *run, struct lane_exec *lane)
 {
 	const struct prepared *prepared = run->prepared;
-	atomic_store_explicit(&run->failed_order, GRAPH_NONE, memory_order_relaxed);
-	for (uint32_t i = 0; i < prepared->stage_count; i++) {
-		struct stage_run stage = {run, &prepared->stages[i], lane};
-		if (stage.stage->count == 1)
-			run_part(run, &prepared->parts[stage.stage->first], lane);
+	if (!run->begun)
+		atomic_store_explicit(&run->failed_order, GRAPH_NONE, memory_order_relaxed);
+	const uint32_t began_at = run->at_stage;
+	for (; run->at_stage < prepared->stage_count && !lane->again; run->at_stage += !lane->again) {
+		struct stage_run stage = {run, &prepared->stages[run->at_stage], lane};
+		if (run->at_stage != began_at && lane_should_yield(lane))
+			lane->again = true;
+		else if (stage.stage->count == 1)
+			run_alone(run, &prepared->parts[stage.stage->first], lane);
 		else
 			lane_parallel_for(lane, stage.stage->count, 1, run_parts, &stage);
 	}
+	run->begun = true;
+	if (lane->again)
+		return OPD_OK;
 	if (atomic_load_explicit(&run->failed_order, memory_order_relaxed) != GRAPH_NONE)
 		return run->request->status;
 	make_copies(prepared, prepared->first_late, prepared->copy_count - prepared->first_late);
@@ -295,10 +316,21 @@ static bool lies_elsewhere(const struct graph_run *run)
 	return run->hosts == NULL && graph_brings(run);
 }
 
+/* To its end, or until others are to come first. */
+static void go_on(struct graph_run *run, struct lane_exec *lane)
+{
+	run->request->status = run_stages(run, lane);
+	run->request->clock.ended = request_now_ns();
+}
+
 void graph_execute(struct graph_run *run, struct lane_exec *lane)
 {
 	struct request *request = run->request;
 	opd_status status = OPD_OK;
+	if (run->begun) {
+		go_on(run, lane);
+		return;
+	}
 	if (run->prepared == NULL) {
 		uint64_t began = request_now_ns();
 		run->dispatched = true;
@@ -320,10 +352,11 @@ void graph_execute(struct graph_run *run, struct lane_exec *lane)
 	if (status == OPD_OK)
 		status = allocate(run, &request->error);
 	request->clock.started = request_now_ns();
+	request->status = status;
 	if (status == OPD_OK) {
 		set_addresses(run);
-		status = run_stages(run, lane);
+		go_on(run, lane);
+	} else {
+		request->clock.ended = request_now_ns();
 	}
-	request->clock.ended = request_now_ns();
-	request->status = status;
 }

@@ -200,6 +200,7 @@ static opd_status choose(struct preparing *p, struct step *step, const struct op
 	                                  p->log, op, node->run.strict, &step->bound.call, p->error);
 	if (status != OPD_OK)
 		return status;
+	dispatch_restrict(dispatch, p->graph->session->access);
 	bool accepted = dispatch_walk(dispatch, &step->bound.call);
 	while (accepted && dispatch->plan_missing) {
 		status = plans_make(p->plans, dispatch->snapshot, dispatch->impl, &step->bound.call, &dispatch->plan, p->error);

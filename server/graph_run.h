@@ -125,6 +125,9 @@ struct graph_run {
 	uint64_t prepare_ns;
 	uint64_t *node_ns; /* [node_count], by step; NULL: nobody asked */
 	bool dispatched;   /* it prepared what it ran */
+	bool begun;        /* its first segment has run: it goes on at … */
+	uint32_t at_stage;
+	uint32_t at_step;  /* … of the stage's only part; 0: at its first */
 	_Atomic uint32_t failed_order; /* lowest among the steps that have failed; GRAPH_NONE: none has */
 };
 

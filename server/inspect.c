@@ -9,6 +9,7 @@
 #include "server/containment.h"
 #include "server/daemon.h"
 #include "server/derived.h"
+#include "server/differential.h"
 #include "server/health.h"
 #include "server/isolated.h"
 #include "server/listener.h"
@@ -236,6 +237,8 @@ void inspect_info(struct request *request)
 	}
 	(void)listener_list(server, listeners, listener_count);
 	struct derived_statistics derived;
+	struct differential_counts checks;
+	differential_count(server->differential, &checks);
 	derived_count(server->derived, &derived);
 	for (uint32_t i = 0; i < snapshot->device_count; i++)
 		devices[i] = msg_text(snapshot->devices[i].name);
@@ -262,6 +265,9 @@ void inspect_info(struct request *request)
 		.derived_found = derived.found,
 		.derived_made = derived.made,
 		.stuck = lane_stuck(server->lane),
+		.compared = checks.compared,
+		.diverged = checks.diverged,
+		.left_out = checks.left_out,
 	};
 	if (!health_fill(server, snapshot, &request->arena, &request->reply.info)) {
 		fail_memory(request, "info");

@@ -11,12 +11,22 @@ static_assert((int)QUOTA_COUNT == (int)MSG_QUOTA_KINDS, "the protocol's kinds ar
 
 static bool sees(const struct session *who, const struct session *session)
 {
-	return who->admin || session->tenant == who->tenant;
+	return access_may(who->access, RIGHT_SESSIONS) || session->tenant == who->tenant;
 }
 
 static struct msg_usage usage_of(const struct sched_usage *usage)
 {
 	return (struct msg_usage){usage->jobs, usage->device_ns, usage->wait_ns, usage->wait_max_ns};
+}
+
+/* Of another lane. */
+static void add_usage(const struct sched_usage *usage, struct msg_usage *out)
+{
+	out->jobs += usage->jobs;
+	out->device_ns += usage->device_ns;
+	out->wait_ns += usage->wait_ns;
+	if (usage->wait_max_ns > out->wait_max_ns)
+		out->wait_max_ns = usage->wait_max_ns;
 }
 
 /* Bytes of an account on devices, and how often a limit there was in the way. */
@@ -80,6 +90,17 @@ static void fill_session(struct arena *arena, const struct session *session, con
 	};
 	lane_scheduler_unlock(server->lane);
 	out->usage.device_ns += session->inline_ns;
+	for (uint32_t i = 1; i < REGISTRY_DEVICES_MAX; i++) {
+		struct device_lane *lane = device_lane_started(session->server, i);
+		const struct sched_flow *there = lane == NULL ? NULL : session_find_flow(session, i);
+		if (there == NULL)
+			continue;
+		(void)device_lane_scheduler_lock(lane);
+		out->queued += there->queued;
+		out->running += there->running;
+		add_usage(&there->usage, &out->usage);
+		device_lane_scheduler_unlock(lane);
+	}
 	out->quotas = fill_quotas(arena, &session->quota, session->account, 0, out->queued, out->usage.device_ns, &out->quota_count);
 }
 
@@ -127,13 +148,13 @@ struct tenant_list {
 static void count_tenant(struct tenant *tenant, void *argument)
 {
 	struct tenant_list *list = argument;
-	list->count += list->who->admin || tenant == list->who->tenant;
+	list->count += access_may(list->who->access, RIGHT_SESSIONS) || tenant == list->who->tenant;
 }
 
 static void fill_tenant(struct tenant *tenant, void *argument)
 {
 	struct tenant_list *list = argument;
-	if (list->count == 0 || !(list->who->admin || tenant == list->who->tenant))
+	if (list->count == 0 || !(access_may(list->who->access, RIGHT_SESSIONS) || tenant == list->who->tenant))
 		return;
 	struct msg_tenant_state *out = &list->items[--list->count];
 	*out = (struct msg_tenant_state){
@@ -152,6 +173,17 @@ static void fill_tenant(struct tenant *tenant, void *argument)
 		out->usage = usage_of(&group->usage);
 		lane_scheduler_unlock(list->lane);
 	}
+	for (uint32_t i = 1; i < REGISTRY_DEVICES_MAX; i++) {
+		struct device_lane *lane = device_lane_started(list->who->server, i);
+		group = tenant->groups[i];
+		if (lane == NULL || group == NULL)
+			continue;
+		(void)device_lane_scheduler_lock(lane);
+		out->queued += group->queued;
+		out->running += group->running;
+		add_usage(&group->usage, &out->usage);
+		device_lane_scheduler_unlock(lane);
+	}
 	out->quotas = fill_quotas(list->arena, &tenant->quota, tenant->total, out->sessions, out->queued, out->usage.device_ns, &out->quota_count);
 }
 
@@ -169,22 +201,29 @@ static bool fill_tenants(struct request *request, struct msg_sessions *out)
 	return true;
 }
 
-static bool fill_lane(struct request *request, struct msg_sessions *out)
+static struct msg_lane_state lane_state(const char *name, uint32_t threads, const struct scheduler *scheduler)
 {
-	struct lane *lane = request->context->server->lane;
-	out->lanes = arena_zalloc(&request->arena, sizeof out->lanes[0]);
+	return (struct msg_lane_state){
+		.name = msg_text(name), .threads = threads, .queued = scheduler->queued, .running = scheduler->running, .device_ns = scheduler->device_ns};
+}
+
+/* The CPU's, and those of devices that were used. */
+static bool fill_lanes(struct request *request, struct msg_sessions *out)
+{
+	struct server *server = request->context->server;
+	struct lane *cpu = server->lane;
+	out->lanes = arena_array(&request->arena, REGISTRY_DEVICES_MAX, sizeof out->lanes[0]);
 	if (out->lanes == NULL)
 		return false;
-	out->lane_count = 1;
-	const struct scheduler *scheduler = lane_scheduler_lock(lane);
-	out->lanes[0] = (struct msg_lane_state){
-		.name = msg_text("cpu"),
-		.threads = lane_threads(lane),
-		.queued = scheduler->queued,
-		.running = scheduler->running,
-		.device_ns = scheduler->device_ns,
-	};
-	lane_scheduler_unlock(lane);
+	out->lanes[out->lane_count++] = lane_state("cpu", lane_threads(cpu), lane_scheduler_lock(cpu));
+	lane_scheduler_unlock(cpu);
+	for (uint32_t i = 1; i < REGISTRY_DEVICES_MAX; i++) {
+		struct device_lane *lane = device_lane_started(server, i);
+		if (lane == NULL)
+			continue;
+		out->lanes[out->lane_count++] = lane_state(device_lane_name(lane), 1, device_lane_scheduler_lock(lane));
+		device_lane_scheduler_unlock(lane);
+	}
 	return true;
 }
 
@@ -193,7 +232,7 @@ void inspect_sessions(struct request *request)
 	const struct server *server = request->context->server;
 	struct msg_sessions *out = &request->reply.sessions;
 	*out = (struct msg_sessions){.uptime_us = request_now_ns() / 1000 - server->started_us};
-	if (fill_sessions(request, out) && fill_tenants(request, out) && fill_lane(request, out)) {
+	if (fill_sessions(request, out) && fill_tenants(request, out) && fill_lanes(request, out)) {
 		request_reply(request, MSG_REPLY_SESSIONS);
 		return;
 	}
@@ -221,11 +260,8 @@ void admin_set_session(struct request *request)
 	for (uint32_t i = 0; request->error.status == OPD_OK && i < set->quota_count; i++)
 		if (set->quotas[i].kind == QUOTA_SESSIONS)
 			(void)opd_fail(&request->error, OPD_INVALID_ARGUMENT, "quota sessions is a tenant's: the configuration has it");
-	if (request->error.status == OPD_OK && set->weight != 0) {
-		(void)lane_scheduler_lock(server->lane);
-		sched_flow_set_weight(&session->flow, set->weight);
-		lane_scheduler_unlock(server->lane);
-	}
+	if (request->error.status == OPD_OK && set->weight != 0)
+		session_set_weight(session, set->weight);
 	if (request->error.status == OPD_OK && set->service_class != 0)
 		session->class = (sched_class)(set->service_class - 1);
 	for (uint32_t i = 0; request->error.status == OPD_OK && i < set->quota_count; i++)

@@ -15,6 +15,7 @@
 /* Shares a thread of a loop: a helper that comes late, or a core that is slower, then costs a quarter of a share at most. */
 #define SHARES_PER_THREAD 4u
 #define THREADS_MAX 1024u
+#define SEGMENT_NS_DEFAULT 2000000u
 
 struct worker {
 	struct lane *lane;
@@ -56,6 +57,7 @@ struct lane {
 	struct sched_group own_group;
 	struct sched_flow own_flow; /* of jobs that are nobody's */
 	struct histogram waits[CLASS_COUNT]; /* written under the mutex */
+	_Atomic uint64_t segment_ns;
 	uint64_t ready_ns; /* all that is queued waits for its rate until then; UINT64_MAX: nothing does */
 	uint32_t spinning; /* threads that look for work without sleeping */
 	uint32_t waking;   /* unparked, not yet running */
@@ -375,6 +377,8 @@ struct scheduler *lane_scheduler_lock(struct lane *lane)
 
 void lane_scheduler_unlock(struct lane *lane)
 {
+	if (scheduler_runnable(&lane->scheduler)) /* somebody's rate may be another one now, and the threads still sleep until the old one's time */
+		lane->ready_ns = UINT64_MAX;
 	unlock_and_wake(lane);
 }
 
@@ -417,7 +421,7 @@ uint32_t lane_finish_done(struct lane *lane)
 bool lane_withdraw(struct lane *lane, struct lane_job *job)
 {
 	(void)pthread_mutex_lock(&lane->mutex);
-	bool queued = scheduler_withdraw(&lane->scheduler, &job->item);
+	bool queued = !job->begun && scheduler_withdraw(&lane->scheduler, &job->item);
 	(void)pthread_mutex_unlock(&lane->mutex);
 	if (queued) {
 		(void)atomic_fetch_sub_explicit(&lane->hints, 1, memory_order_relaxed);
@@ -436,6 +440,16 @@ static struct lane_job *pick(struct lane *lane, uint64_t time_ns)
 	return (struct lane_job *)(void *)((char *)item - offsetof(struct lane_job, item));
 }
 
+/* Under the mutex: it has yielded, and waits for its next segment. */
+static void requeue(struct lane *lane, struct lane_job *job)
+{
+	job->begun = true;
+	job->item.estimate_ns = atomic_load_explicit(&lane->segment_ns, memory_order_relaxed);
+	scheduler_resubmit(&lane->scheduler, &job->item, now_ns());
+	(void)atomic_fetch_add_explicit(&lane->hints, 1, memory_order_relaxed);
+	lane->ready_ns = UINT64_MAX;
+}
+
 /* Under the mutex, before and after; false: nothing is queued that may run. */
 static bool run_next(struct worker *worker)
 {
@@ -450,22 +464,28 @@ static bool run_next(struct worker *worker)
 		return false;
 	const struct sched_item item = job->item;
 	const uint64_t waited_ns = began_ns > item.queued_ns ? began_ns - item.queued_ns : 0;
-	histogram_add(&lane->waits[item.class], waited_ns, false);
+	if (!job->begun) {
+		histogram_add(&lane->waits[item.class], waited_ns, false);
+		job->waited_ns = waited_ns;
+		job->device_ns = 0;
+	}
 	worker->job = job;
 	unlock_and_wake(lane);
-	struct lane_exec exec = {.lane = lane, .job = job, .threads = lane->threads};
+	struct lane_exec exec = {.lane = lane, .job = job, .threads = lane->threads, .began_ns = began_ns, .may_yield = true};
 	job->run(job, &exec);
 	const uint64_t device_ns = now_ns() - began_ns + exec.helped_ns;
 	/* Before the job is its owner's again, who may then free the flow. */
 	(void)pthread_mutex_lock(&lane->mutex);
 	scheduler_complete(&lane->scheduler, item.flow, (sched_class)item.class, item.estimate_ns, device_ns);
 	worker->job = NULL;
+	job->device_ns += device_ns;
+	if (exec.again)
+		requeue(lane, job);
 	if (worker->replaced) /* it wasn't counted any more */
 		(void)atomic_fetch_add_explicit(&lane->load, 1, memory_order_relaxed);
 	(void)pthread_mutex_unlock(&lane->mutex);
-	job->waited_ns = waited_ns;
-	job->device_ns = device_ns;
-	job_finish(lane, job);
+	if (!exec.again)
+		job_finish(lane, job);
 	(void)pthread_mutex_lock(&lane->mutex);
 	return true;
 }
@@ -510,6 +530,18 @@ static void *worker_main(void *argument)
 	}
 	(void)pthread_mutex_unlock(&lane->mutex);
 	return NULL;
+}
+
+bool lane_should_yield(const struct lane_exec *exec)
+{
+	if (!exec->may_yield || exec->in_loop || atomic_load_explicit(&exec->lane->hints, memory_order_relaxed) == 0)
+		return false;
+	return now_ns() - exec->began_ns >= atomic_load_explicit(&exec->lane->segment_ns, memory_order_relaxed);
+}
+
+void lane_set_segment(struct lane *lane, uint64_t segment_ns)
+{
+	atomic_store_explicit(&lane->segment_ns, segment_ns, memory_order_relaxed);
 }
 
 const struct histogram *lane_waits(const struct lane *lane, sched_class class)
@@ -656,6 +688,7 @@ opd_status lane_create(const struct lane_options *options, struct lane **lane_ou
 	sched_flow_init(&lane->own_flow, &lane->own_group, SCHED_WEIGHT_DEFAULT);
 	lane->own_flow.unbounded = true;
 	lane->ready_ns = UINT64_MAX;
+	lane->segment_ns = SEGMENT_NS_DEFAULT;
 	lane->threads = threads;
 	lane->spin_ns = options->spin_ns;
 	lane->wake = options->wake;

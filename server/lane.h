@@ -3,7 +3,7 @@
  * Layer: server, bottom (knows nothing of requests). Threads: lane_create, lane_stop, lane_destroy by one; everything else any.
  * Life: lane_create → lane_submit… and lane_take_done whenever `wake` was called → lane_stop (runs what is queued, joins) → lane_take_done once
  * more → lane_destroy.
- * Promises: no lock is held while a job or a share runs; `run` is called exactly once for a submitted job, and the job then comes out of
+ * Promises: no lock is held while a job or a share runs; `run` is called exactly once for a submitted job (and again as often as it has yielded), and the job then comes out of
  * lane_take_done exactly once, cancelled or not, unless lane_withdraw took it back before. A job is its owner's memory: the lane doesn't
  * touch it once it is in the list of done ones.
  * Cost, on a 2-core Zen 4 VM (submitter asleep in poll, woken by an eventfd): from lane_submit to the job back in hand 5 µs, of which 3 are that
@@ -44,8 +44,9 @@ struct lane_job {
 	void (*done)(struct lane_job *job);                        /* for whoever takes the done jobs: the lane doesn't call it itself */
 	_Atomic bool cancelled;                                    /* by lane_cancel */
 	struct lane_refusal refusal;                               /* by a lane_submit that was false */
-	uint64_t waited_ns; /* once it is done */
+	uint64_t waited_ns; /* once it is done: until it was begun */
 	uint64_t device_ns;
+	bool begun;         /* it has yielded: it can't be withdrawn any more */
 };
 
 /* What a job may use while it runs. */
@@ -55,6 +56,9 @@ struct lane_exec {
 	uint32_t threads;     /* that a parallel loop may use, this one included */
 	bool in_loop;         /* a parallel loop is open */
 	uint64_t helped_ns;   /* time that other threads spent on its loops */
+	uint64_t began_ns;
+	bool may_yield; /* it can go on later where it was */
+	bool again;     /* it wants to: by `run`, which then returns and is called once more when its turn has come */
 	struct derived_run *derived; /* the job's: derived copies that its kernel has; NULL: it gets none */
 };
 
@@ -85,6 +89,11 @@ void lane_scheduler_unlock(struct lane *lane);
 
 /* How long its jobs have waited, by class. */
 const struct histogram *lane_waits(const struct lane *lane, sched_class class);
+
+/* A job that can go on later has run for a segment while others wait: it sets exec->again and returns. One relaxed load while nobody waits. */
+bool lane_should_yield(const struct lane_exec *exec);
+/* How long a segment is; 2 ms at first. */
+void lane_set_segment(struct lane *lane, uint64_t segment_ns);
 
 /* All jobs done since the last call, in the order in which they ended, linked by next; NULL: none. Lock-free. */
 struct lane_job *lane_take_done(struct lane *lane);

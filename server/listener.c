@@ -30,6 +30,7 @@ struct listener {
 		uv_tcp_t tcp;
 	};
 	listen_kind kind;
+	bool remote; /* other machines may reach it */
 	bool metrics;
 	char *path; /* of a Unix socket, to be removed */
 	char address[300];
@@ -42,6 +43,7 @@ static void describe_peer(struct conn *conn)
 	struct sockaddr_storage peer;
 	int bytes = sizeof peer;
 	char host[INET6_ADDRSTRLEN] = "?";
+	const char *scheme = conn->tls != NULL ? "tls" : "tcp";
 	if (uv_tcp_getpeername(&conn->tcp, (struct sockaddr *)&peer, &bytes) != 0)
 		return;
 	uint16_t port;
@@ -49,29 +51,22 @@ static void describe_peer(struct conn *conn)
 		const struct sockaddr_in6 *six = (const struct sockaddr_in6 *)&peer;
 		(void)inet_ntop(AF_INET6, &six->sin6_addr, host, sizeof host);
 		port = ntohs(six->sin6_port);
-		(void)snprintf(conn->peer, sizeof conn->peer, "tcp://[%s]:%u", host, port);
+		(void)snprintf(conn->peer, sizeof conn->peer, "%s://[%s]:%u", scheme, host, port);
 	} else {
 		const struct sockaddr_in *four = (const struct sockaddr_in *)&peer;
 		(void)inet_ntop(AF_INET, &four->sin_addr, host, sizeof host);
 		port = ntohs(four->sin_port);
-		(void)snprintf(conn->peer, sizeof conn->peer, "tcp://%s:%u", host, port);
+		(void)snprintf(conn->peer, sizeof conn->peer, "%s://%s:%u", scheme, host, port);
 	}
 }
 
 /* Who is on the other end, as the kernel says. */
-static void identify_unix(struct conn *conn)
+static void identify_unix(struct conn *conn, opd_error *refused)
 {
-	uv_os_fd_t fd;
-	struct ucred peer;
-	socklen_t bytes = sizeof peer;
-	if (uv_fileno(&conn->handle, &fd) != 0 || getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &bytes) != 0)
-		return;
-	(void)snprintf(conn->peer, sizeof conn->peer, "unix:uid=%u,pid=%d", (unsigned)peer.uid, (int)peer.pid);
-	char tenant[TENANT_NAME_BYTES];
-	(void)snprintf(tenant, sizeof tenant, "uid:%u", (unsigned)peer.uid);
-	if (!session_set_tenant(conn->session, tenant))
-		return; /* anonymous, with no more rights than that */
-	conn->session->admin = peer.uid == 0 || peer.uid == geteuid();
+	opd_error error;
+	identity_of_unix(conn);
+	if (identity_settle(conn, (struct msg_text){0}, &error) != OPD_OK && refused->status == OPD_OK)
+		*refused = error;
 }
 
 /* As much as the system lets a Unix socket hold (it doubles what is asked for): 64 replies of 16 KiB in flight then leave in half as many system calls. TCP finds
@@ -115,9 +110,15 @@ static void check_tenant(struct tenant *tenant, opd_error *refused)
 static void check_memory(const struct session *session, opd_error *refused)
 {
 	struct server *server = session->server;
-	if (refused->status == OPD_OK && !session->admin &&
+	if (refused->status == OPD_OK && !access_administers(session->access) &&
 	    server_memory_filled(server, server->config->limits.refuse_sessions, "no session is opened", refused))
 		server->sessions_refused++;
+}
+
+void listener_check(const struct conn *conn, opd_error *refused)
+{
+	check_memory(conn->session, refused);
+	check_tenant(conn->session->tenant, refused);
 }
 
 static void on_connection(uv_stream_t *stream, int status)
@@ -135,12 +136,14 @@ static void on_connection(uv_stream_t *stream, int status)
 	opd_error refused = {0};
 	if (server->conn_count >= server->config->limits.sessions)
 		(void)opd_fail(&refused, OPD_RESOURCE_EXHAUSTED, "%u sessions are open, no more may be", (unsigned)server->conn_count);
-	struct conn *conn = conn_create(server, "anonymous", false);
+	struct conn *conn = conn_create(server, access_create("anonymous", "anonymous", ACCESS_USER));
 	if (conn == NULL) {
 		log_accept_error(listener, UV_ENOMEM);
 		return;
 	}
 	int failed = open_handle(listener, conn);
+	if (failed == 0 && listener->kind == LISTEN_TLS && (conn->tls = conn_tls_create(conn)) == NULL)
+		failed = UV_ENOMEM;
 	if (failed == 0)
 		failed = uv_accept(stream, &conn->stream);
 	if (failed != 0) {
@@ -149,15 +152,17 @@ static void on_connection(uv_stream_t *stream, int status)
 	}
 	if (listener->kind == LISTEN_UNIX) {
 		conn->local = true;
-		identify_unix(conn);
+		identify_unix(conn, &refused);
 		widen(conn);
 	} else {
+		conn->remote = listener->remote && listener->kind == LISTEN_TLS;
+		stranger_add(conn);
 		describe_peer(conn);
 		(void)uv_tcp_nodelay(&conn->tcp, 1);
 		(void)uv_tcp_keepalive(&conn->tcp, 1, 60);
 	}
-	check_memory(conn->session, &refused);
-	check_tenant(conn->session->tenant, &refused);
+	if (conn->local) /* who another is, is known at Hello */
+		listener_check(conn, &refused);
 	conn_start(conn, refused.status == OPD_OK ? NULL : &refused);
 }
 
@@ -233,8 +238,8 @@ static void name_tcp(struct listener *listener, const struct config_listener *co
 	unsigned port = config->port;
 	if (uv_tcp_getsockname(&listener->tcp, (struct sockaddr *)&own, &bytes) == 0)
 		port = ntohs(own.ss_family == AF_INET6 ? ((struct sockaddr_in6 *)&own)->sin6_port : ((struct sockaddr_in *)&own)->sin_port);
-	const char *format = strchr(config->host, ':') == NULL ? "tcp://%s:%u" : "tcp://[%s]:%u";
-	(void)snprintf(listener->address, sizeof listener->address, format, config->host, port);
+	const bool six = strchr(config->host, ':') != NULL;
+	(void)snprintf(listener->address, sizeof listener->address, "%s://%s%s%s:%u", config->kind == LISTEN_TLS ? "tls" : "tcp", six ? "[" : "", config->host, six ? "]" : "", port);
 }
 
 static opd_status bind_tcp(struct listener *listener, const struct config_listener *config, opd_error *error)
@@ -270,11 +275,14 @@ static opd_status take_passed(struct listener *listener, const struct config_lis
 
 static opd_status open_listener(struct server *server, const struct config_listener *config, bool metrics, opd_error *error)
 {
+	if (config->kind == LISTEN_TLS && server->config->tls_context == NULL)
+		return cannot_listen(config, "no certificate was loaded", error);
 	struct listener *listener = calloc(1, sizeof *listener);
 	if (listener == NULL)
 		return cannot_listen(config, "out of memory", error);
 	listener->server = server;
 	listener->kind = config->kind;
+	listener->remote = config->kind != LISTEN_UNIX && !config->loopback;
 	listener->metrics = metrics;
 	int failed = config->kind == LISTEN_UNIX ? uv_pipe_init(&server->loop, &listener->pipe, 0) : uv_tcp_init(&server->loop, &listener->tcp);
 	if (failed != 0) {
@@ -297,7 +305,7 @@ static opd_status open_listener(struct server *server, const struct config_liste
 		uv_close(&listener->handle, on_listener_closed);
 		return status;
 	}
-	if (config->kind == LISTEN_TCP)
+	if (config->kind != LISTEN_UNIX)
 		name_tcp(listener, config);
 	listener->next = server->listeners;
 	server->listeners = listener;

@@ -19,6 +19,7 @@
 #include "server/config.h"
 #include "server/log.h"
 #include "server/server.h"
+#include "server/tls_context.h"
 #include "server/service.h"
 #include "server/worker.h"
 
@@ -37,7 +38,9 @@ enum {
 	FLAG_CONFIG,
 	FLAG_CHECK,
 	FLAG_SOCKET,
-	FLAG_REMOTE,
+	FLAG_INSECURE,
+	FLAG_SELF_SIGNED,
+	FLAG_ANONYMOUS,
 	FLAG_LISTEN,
 	FLAG_PRIORITY,
 	FLAG_MODULE,
@@ -60,9 +63,18 @@ static const struct flag flags[] = {
 	{"config", FLAG_CONFIG, NULL, "FILE", "read this YAML file; flags go over it, also after a reload"},
 	{"check-config", FLAG_CHECK, NULL, NULL, "check flags and file, print what they come to, don't serve"},
 	{"Listening", 0, NULL, NULL, NULL},
-	{"listen", FLAG_LISTEN, NULL, "ADDRESS", "unix:/path or tcp://host:port (repeatable; replaces the file's)"},
-	{"allow-remote-without-auth", FLAG_REMOTE, NULL, NULL, "let TCP listeners be reached from other machines: anyone may run ops"},
+	{"listen", FLAG_LISTEN, NULL, "ADDRESS", "unix:/path, tls://host:port or tcp://host:port (repeatable; replaces the file's)"},
+	{"insecure-plain-tcp", FLAG_INSECURE, NULL, NULL, "let tcp:// listeners be reached from other machines: anyone on the way reads and runs everything"},
 	{"print-default-socket", FLAG_SOCKET, NULL, NULL, "print where opd listens, and opctl looks, when nobody says"},
+	{"TLS", 0, NULL, NULL, NULL},
+	{"tls-certificate", FLAG_SET, "tls.certificate", "FILE", "the certificate, and the chain behind it, in PEM"},
+	{"tls-key", FLAG_SET, "tls.key", "FILE", "its private key: at most its group may read it"},
+	{"tls-client-ca", FLAG_SET, "tls.client_ca", "FILE", "who signs clients' certificates"},
+	{"tls-client-certificates", FLAG_SET, "tls.client_certificates", "MODE", "off, optional or required; default: required where there is a client CA"},
+	{"self-signed", FLAG_SELF_SIGNED, NULL, NULL, "without a certificate: make one in memory, for a first try, and print the fingerprint to pin"},
+	{"Identities", 0, NULL, NULL, NULL},
+	{"tokens", FLAG_SET, "tokens", "FILE", "tokens that clients may have, as `opctl token new` makes them"},
+	{"allow-anonymous", FLAG_ANONYMOUS, NULL, NULL, "tls:// listeners that other machines reach serve also clients that don't say who they are"},
 	{"Dispatch", 0, NULL, NULL, NULL},
 	{"priority", FLAG_PRIORITY, NULL, "OP=LIST", "providers in the order of preference, as rms_norm=cuda,cpu or '*=cpu' (repeatable)"},
 	{"module", FLAG_MODULE, NULL, "[NAME=]PATH", "load a provider (repeatable)"},
@@ -92,7 +104,10 @@ struct change {
 struct options {
 	const char *config_path;
 	bool check;
-	bool allow_remote;
+	bool insecure_plain_tcp;
+	bool self_signed;
+	bool allow_anonymous;
+	struct tls_self *self; /* once made, the same at every reload */
 	struct service service;
 	size_t change_count;
 	struct change *changes; /* [argc] */
@@ -154,8 +169,14 @@ static int take_flag(struct options *options, const struct flag *flag, const cha
 	case FLAG_CHECK:
 		options->check = true;
 		return -1;
-	case FLAG_REMOTE:
-		options->allow_remote = true;
+	case FLAG_INSECURE:
+		options->insecure_plain_tcp = true;
+		return -1;
+	case FLAG_ANONYMOUS:
+		options->allow_anonymous = true;
+		return -1;
+	case FLAG_SELF_SIGNED:
+		options->self_signed = true;
 		return -1;
 	default:
 		options->changes[options->change_count++] = (struct change){flag, value};
@@ -235,7 +256,12 @@ static opd_status build_config(const struct options *options, struct config **co
 	if (status == OPD_OK)
 		status = service_listen(&options->service, config, error);
 	if (status == OPD_OK)
-		status = config_check(config, options->allow_remote, error);
+		status = config_check(config, options->insecure_plain_tcp, error);
+	if (status == OPD_OK)
+		status = config_load_tls(config, options->self, error);
+	if (status == OPD_OK)
+		status = config_load_tokens(config, error);
+	config->allow_anonymous = options->allow_anonymous;
 	if (status != OPD_OK) {
 		config_destroy(config);
 		return status;
@@ -284,6 +310,8 @@ static void print_lists(const struct config *config)
 		(void)printf("provider: %s = checked: %s", config->providers[i].name, policy->checked ? "true" : "false");
 		if (policy->budget_us != 0)
 			(void)printf(", budget %" PRIu64 " ms", policy->budget_us / 1000);
+		if (policy->compare[0] != '\0')
+			(void)printf(", compared with %s every %" PRIu32 " runs", policy->compare, policy->compare_every);
 		(void)printf("\n");
 	}
 	for (size_t i = 0; i < config->module_count; i++) {
@@ -302,6 +330,11 @@ static void print_summary(const struct config *config)
 	             limits->memory_bytes, limits->session_bytes, limits->request_bytes, limits->envelope_bytes, limits->cache_bytes, limits->derived_bytes);
 	(void)printf("limits: %" PRIu32 " sessions, of each %" PRIu32 " requests in flight and %" PRIu32 " kept tensors\n", limits->sessions,
 	             limits->in_flight, limits->kept);
+	if (config->tls_context != NULL) {
+		(void)printf("tls: ");
+		print_text(config->tls_context->subject);
+		(void)printf(", until %s, %s\n", config->tls_context->not_after, config->tls_context->fingerprint);
+	}
 	(void)printf("limits: of the memory in use, %" PRIu32 " %% refuse uploads, %" PRIu32 " %% new sessions, %" PRIu32 " %% drop caches\n", limits->refuse_uploads,
 	             limits->refuse_sessions, limits->drop_caches);
 	(void)printf("limits: handshake %" PRIu64 " ms, stall %" PRIu64 " ms, drain %" PRIu64 " ms\n", limits->handshake_us / 1000,
@@ -680,8 +713,14 @@ static int run(int argc, char **argv, struct options *options)
 	int code = parse_flags(argc, argv, options);
 	if (code >= 0)
 		return code;
+	if (options->self_signed && (options->self = tls_self_create(&error)) == NULL)
+		return fail(EXIT_FAILED, "", error.text);
 	if (service_init(&options->service, &error) != OPD_OK || build_config(options, &config, &error) != OPD_OK)
 		return fail(EXIT_USAGE, "", error.text);
+	if (options->self_signed && config->tls_context != NULL && config->tls.certificate == NULL) {
+		(void)printf("opd: a certificate of its own, until it ends; clients pin it: --fingerprint %s\n", config->tls_context->fingerprint);
+		(void)fflush(stdout);
+	}
 	return options->check ? check_config(config) : run_daemon(options, config);
 }
 
@@ -695,6 +734,7 @@ int main(int argc, char **argv)
 	if (options.changes == NULL)
 		return fail(EXIT_FAILED, "", "out of memory");
 	int code = run(argc, argv, &options);
+	tls_self_destroy(options.self);
 	free(options.changes);
 	return code;
 }

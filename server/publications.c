@@ -422,7 +422,7 @@ opd_status publications_withdraw(struct publications *table, const struct sessio
 	const struct msg_open open = {.name = name};
 	(void)pthread_mutex_lock(&table->mutex);
 	struct publication *publication = find_own(table, session->tenant, name);
-	for (struct publication *at = table->first; session->admin && publication == NULL && at != NULL; at = at->next)
+	for (struct publication *at = table->first; access_may(session->access, RIGHT_OPERATE) && publication == NULL && at != NULL; at = at->next)
 		if (strlen(at->name) == name.bytes && memcmp(at->name, name.data, name.bytes) == 0)
 			publication = at;
 	if (publication != NULL)
@@ -438,7 +438,7 @@ bool publications_list(struct publications *table, const struct session *session
 	bool made = items != NULL;
 	uint32_t count = 0;
 	for (const struct publication *at = table->first; made && at != NULL; at = at->next)
-		if (session->admin || at->all || at->tenant == session->tenant)
+		if (access_may(session->access, RIGHT_OPERATE) || at->all || at->tenant == session->tenant)
 			made = describe(at, arena, &items[count++]);
 	(void)pthread_mutex_unlock(&table->mutex);
 	*items_out = items;

@@ -5,6 +5,7 @@
 #include "server/daemon.h"
 #include "server/derived.h"
 #include "server/request.h"
+#include "server/tls_context.h"
 
 opd_status server_set_priorities(struct server *server, const struct config *config, opd_error *error)
 {
@@ -50,6 +51,14 @@ static bool module_known(const struct config *config, const char *path)
 	return false;
 }
 
+static void apply_to_lane(const struct tenant_policy *policy, struct scheduler *scheduler, struct sched_group *group)
+{
+	sched_group_set_weight(scheduler, group, policy->weight);
+	group->queue_max = (uint32_t)policy->quota[QUOTA_QUEUED];
+	if (group->bucket.rate_ns != policy->quota[QUOTA_DEVICE_TIME])
+		sched_group_set_rate(scheduler, group, policy->quota[QUOTA_DEVICE_TIME], request_now_ns());
+}
+
 /* Sessions that are open keep their class and quotas of their own; weights, the tenant's quotas and caps count from now on. */
 static void apply_policy(struct tenant *tenant, void *argument)
 {
@@ -57,15 +66,17 @@ static void apply_policy(struct tenant *tenant, void *argument)
 	struct tenant_policy policy;
 	config_tenant(server->config, tenant->name, &policy);
 	tenant_set_policy(tenant, &policy);
-	struct sched_group *group = tenant->groups[0];
-	if (group == NULL)
-		return;
-	struct scheduler *scheduler = lane_scheduler_lock(server->lane);
-	sched_group_set_weight(scheduler, group, tenant->policy.weight);
-	group->queue_max = (uint32_t)policy.quota[QUOTA_QUEUED];
-	if (group->bucket.rate_ns != policy.quota[QUOTA_DEVICE_TIME])
-		sched_group_set_rate(scheduler, group, policy.quota[QUOTA_DEVICE_TIME], request_now_ns());
-	lane_scheduler_unlock(server->lane);
+	if (tenant->groups[0] != NULL) {
+		apply_to_lane(&policy, lane_scheduler_lock(server->lane), tenant->groups[0]);
+		lane_scheduler_unlock(server->lane);
+	}
+	for (uint32_t i = 1; i < REGISTRY_DEVICES_MAX; i++) {
+		struct device_lane *lane = device_lane_started(server, i);
+		if (lane == NULL || tenant->groups[i] == NULL)
+			continue;
+		apply_to_lane(&policy, device_lane_scheduler_lock(lane), tenant->groups[i]);
+		device_lane_scheduler_unlock(lane);
+	}
 }
 
 /* What can't change while running. */
@@ -180,5 +191,7 @@ opd_status server_reload(struct server *server, struct config *config, opd_error
 	log_changes(server, before, config);
 	warn_of_modules_that_stay(server, before, config);
 	config_destroy(before);
+	tls_context_log(config->tls_context, server->log);
+	identity_recheck(server);
 	return OPD_OK;
 }

@@ -33,9 +33,20 @@ uint64_t request_now_ns(void)
 
 /* ---- Priorities ---- */
 
+/* A list that a client gives names nothing that its identity may not use. */
+static opd_status check_list(struct request *request, const struct msg_list *list)
+{
+	return access_check_providers(request->session->access, list->names, list->count, request->context->server->log, &request->error);
+}
+
 static void priority_push(struct request *request)
 {
-	request->error.status = (int32_t)session_push_priority(request->session, request->snapshot, &request->message.push, &request->error);
+	opd_status status = OPD_OK;
+	for (uint32_t i = 0; status == OPD_OK && i < request->message.push.count; i++)
+		status = check_list(request, &request->message.push.entries[i].list);
+	if (status == OPD_OK)
+		status = session_push_priority(request->session, request->snapshot, &request->message.push, &request->error);
+	request->error.status = (int32_t)status;
 	request_reply_empty(request);
 }
 
@@ -51,8 +62,9 @@ static opd_status set_server_priority(struct request *request, const struct msg_
 	const char *names[64];
 	for (uint32_t i = 0; i < set->list.count && i < 64; i++)
 		names[i] = set->list.names[i].data;
-	if (!request->session->admin)
-		return opd_fail(&request->error, OPD_PERMISSION_DENIED, "setting the server's default priority needs an administrator");
+	opd_status status = access_check_right(request->session->access, RIGHT_DEFAULTS, "set_priority (server)", request->context->server->log, &request->error);
+	if (status != OPD_OK)
+		return status;
 	/* Without an op it is no op's, and not everyone's either. */
 	return registry_set_priority(registry, MSG_LEVEL_SERVER, set->op.data == NULL ? "" : set->op.data, set->list.present ? names : NULL, set->list.count, &request->error);
 }
@@ -60,7 +72,9 @@ static opd_status set_server_priority(struct request *request, const struct msg_
 static void priority_set(struct request *request)
 {
 	const struct msg_set_priority *set = &request->message.set;
-	opd_status status = set->scope == MSG_SCOPE_SERVER
+	opd_status status = check_list(request, &set->list);
+	if (status == OPD_OK)
+		status = set->scope == MSG_SCOPE_SERVER
 	                        ? set_server_priority(request, set)
 	                        : session_set_priority(request->session, request->snapshot, set->op, &set->list, &request->error);
 	request->error.status = (int32_t)status;
@@ -133,43 +147,43 @@ static const struct step {
 	const char *name;
 	opd_status (*accept)(struct request *request); /* NULL: nothing to check before the payload */
 	void (*start)(struct request *request);
-	bool admin;
+	access_right right;
 	bool work; /* counts against quotas; what only asks, frees or administers never does */
 } steps[] = {
 	[MSG_REQUEST_NONE] = {.name = "unknown"},
-	[MSG_REQUEST_RUN] = {"run", run_accept, run_start, false, true},
-	[MSG_REQUEST_FREE] = {"free", free_accept, free_start, false},
-	[MSG_REQUEST_PUSH_PRIORITY] = {"push_priority", NULL, priority_push, false},
-	[MSG_REQUEST_POP_PRIORITY] = {"pop_priority", NULL, priority_pop, false},
-	[MSG_REQUEST_SET_PRIORITY] = {"set_priority", NULL, priority_set, false},
-	[MSG_REQUEST_GET_PRIORITY] = {"get_priority", NULL, priority_get, false},
-	[MSG_REQUEST_LIST_OPS] = {"list_ops", NULL, inspect_ops, false},
-	[MSG_REQUEST_DESCRIBE] = {"describe", NULL, inspect_op, false},
-	[MSG_REQUEST_LIST_PROVIDERS] = {"list_providers", NULL, inspect_providers, false},
-	[MSG_REQUEST_PING] = {"ping", NULL, request_reply_empty, false},
-	[MSG_REQUEST_INFO] = {"info", NULL, inspect_info, false},
-	[MSG_REQUEST_GENERATE] = {"generate", NULL, generate_start, false, true},
-	[MSG_REQUEST_LOAD_MODULE] = {"load_module", NULL, admin_load_module, true},
-	[MSG_REQUEST_SET_LOG_LEVEL] = {"set_log_level", NULL, admin_set_log_level, true},
-	[MSG_REQUEST_DRAIN] = {"drain", NULL, admin_drain, true},
-	[MSG_REQUEST_UPLOAD] = {"upload", upload_accept, upload_start, false, true},
-	[MSG_REQUEST_WRITE] = {"write", write_accept, write_start, false, true},
-	[MSG_REQUEST_FETCH] = {"fetch", fetch_accept, take_start, false, true},
-	[MSG_REQUEST_PUBLISH] = {"publish", publish_accept, take_start, false, true},
-	[MSG_REQUEST_OPEN] = {"open_tensor", NULL, publish_open, false},
-	[MSG_REQUEST_WITHDRAW] = {"withdraw", NULL, publish_withdraw, false},
-	[MSG_REQUEST_LIST_PUBLICATIONS] = {"list_publications", NULL, publish_list, false},
-	[MSG_REQUEST_LIST_TENSORS] = {"list_tensors", NULL, inspect_tensors, false},
-	[MSG_REQUEST_ATTACH_MEMORY] = {"attach_memory", NULL, region_attach_start, false},
-	[MSG_REQUEST_DETACH_MEMORY] = {"detach_memory", NULL, region_detach_start, false},
-	[MSG_REQUEST_ATTACH_RINGS] = {"attach_rings", NULL, ring_attach_start, false},
-	[MSG_REQUEST_LIST_SESSIONS] = {"list_sessions", NULL, inspect_sessions, false},
-	[MSG_REQUEST_GET_STATS] = {"get_stats", NULL, stats_reply, false},
-	[MSG_REQUEST_RESTORE_PROVIDER] = {"restore_provider", NULL, admin_restore_provider, true},
-	[MSG_REQUEST_SET_SESSION] = {"set_session", NULL, admin_set_session, true},
-	[MSG_REQUEST_REGISTER_GRAPH] = {"register_graph", graph_register_accept, graph_register_start, false, true},
-	[MSG_REQUEST_RUN_GRAPH] = {"run_graph", run_accept, run_start, false, true},
-	[MSG_REQUEST_FREE_GRAPH] = {"free_graph", graph_free_accept, request_reply_empty, false},
+	[MSG_REQUEST_RUN] = {"run", run_accept, run_start, RIGHT_NONE, true},
+	[MSG_REQUEST_FREE] = {"free", free_accept, free_start, RIGHT_NONE},
+	[MSG_REQUEST_PUSH_PRIORITY] = {"push_priority", NULL, priority_push, RIGHT_NONE},
+	[MSG_REQUEST_POP_PRIORITY] = {"pop_priority", NULL, priority_pop, RIGHT_NONE},
+	[MSG_REQUEST_SET_PRIORITY] = {"set_priority", NULL, priority_set, RIGHT_NONE},
+	[MSG_REQUEST_GET_PRIORITY] = {"get_priority", NULL, priority_get, RIGHT_NONE},
+	[MSG_REQUEST_LIST_OPS] = {"list_ops", NULL, inspect_ops, RIGHT_NONE},
+	[MSG_REQUEST_DESCRIBE] = {"describe", NULL, inspect_op, RIGHT_NONE},
+	[MSG_REQUEST_LIST_PROVIDERS] = {"list_providers", NULL, inspect_providers, RIGHT_NONE},
+	[MSG_REQUEST_PING] = {"ping", NULL, request_reply_empty, RIGHT_NONE},
+	[MSG_REQUEST_INFO] = {"info", NULL, inspect_info, RIGHT_NONE},
+	[MSG_REQUEST_GENERATE] = {"generate", NULL, generate_start, RIGHT_NONE, true},
+	[MSG_REQUEST_LOAD_MODULE] = {"load_module", NULL, admin_load_module, RIGHT_MODULES},
+	[MSG_REQUEST_SET_LOG_LEVEL] = {"set_log_level", NULL, admin_set_log_level, RIGHT_LOG},
+	[MSG_REQUEST_DRAIN] = {"drain", NULL, admin_drain, RIGHT_DRAIN},
+	[MSG_REQUEST_UPLOAD] = {"upload", upload_accept, upload_start, RIGHT_NONE, true},
+	[MSG_REQUEST_WRITE] = {"write", write_accept, write_start, RIGHT_NONE, true},
+	[MSG_REQUEST_FETCH] = {"fetch", fetch_accept, take_start, RIGHT_NONE, true},
+	[MSG_REQUEST_PUBLISH] = {"publish", publish_accept, take_start, RIGHT_PUBLISH, true},
+	[MSG_REQUEST_OPEN] = {"open_tensor", NULL, publish_open, RIGHT_NONE},
+	[MSG_REQUEST_WITHDRAW] = {"withdraw", NULL, publish_withdraw, RIGHT_PUBLISH},
+	[MSG_REQUEST_LIST_PUBLICATIONS] = {"list_publications", NULL, publish_list, RIGHT_NONE},
+	[MSG_REQUEST_LIST_TENSORS] = {"list_tensors", NULL, inspect_tensors, RIGHT_NONE},
+	[MSG_REQUEST_ATTACH_MEMORY] = {"attach_memory", NULL, region_attach_start, RIGHT_NONE},
+	[MSG_REQUEST_DETACH_MEMORY] = {"detach_memory", NULL, region_detach_start, RIGHT_NONE},
+	[MSG_REQUEST_ATTACH_RINGS] = {"attach_rings", NULL, ring_attach_start, RIGHT_NONE},
+	[MSG_REQUEST_LIST_SESSIONS] = {"list_sessions", NULL, inspect_sessions, RIGHT_NONE},
+	[MSG_REQUEST_GET_STATS] = {"get_stats", NULL, stats_reply, RIGHT_NONE},
+	[MSG_REQUEST_RESTORE_PROVIDER] = {"restore_provider", NULL, admin_restore_provider, RIGHT_OPERATE},
+	[MSG_REQUEST_SET_SESSION] = {"set_session", NULL, admin_set_session, RIGHT_SESSIONS},
+	[MSG_REQUEST_REGISTER_GRAPH] = {"register_graph", graph_register_accept, graph_register_start, RIGHT_NONE, true},
+	[MSG_REQUEST_RUN_GRAPH] = {"run_graph", run_accept, run_start, RIGHT_NONE, true},
+	[MSG_REQUEST_FREE_GRAPH] = {"free_graph", graph_free_accept, request_reply_empty, RIGHT_NONE},
 };
 
 #define STEP_COUNT (sizeof steps / sizeof steps[0])
@@ -396,9 +410,8 @@ opd_status request_accept_message(struct request *request, uint64_t payload_byte
 		request->snapshot = snapshot_ref(context_snapshot(request->context));
 	if (step->start == NULL)
 		return opd_fail(&request->error, OPD_UNIMPLEMENTED, "this server (opd %s) doesn't know this kind of request", OPD_VERSION);
-	if (step->admin && !request->session->admin)
-		return opd_fail(&request->error, OPD_PERMISSION_DENIED, "%s needs an administrator: over the Unix socket, the daemon's own user or root",
-		                step->name);
+	if (!access_may(request->session->access, step->right))
+		return access_check_right(request->session->access, step->right, step->name, server->log, &request->error);
 	if (payload_bytes != 0 && !step_has_payload(request->message.kind))
 		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s has a payload of %" PRIu64 " bytes, expected none", step->name, payload_bytes);
 	opd_status status = enter(request, step, payload_bytes);

@@ -66,6 +66,7 @@ struct request_run {
 	struct buffer *scratch;
 	uint32_t device;            /* number of the device that it runs on */
 	sched_class class;          /* in the lane's order */
+	struct sched_behind *behind; /* in the arena; NULL: nobody asks, or it waits for no lane */
 	uint64_t cost_ns;           /* estimated; 0: unknown */
 	uint64_t deadline_ns;       /* 0: none */
 	struct heap_node deadline;  /* among its context's, while it waits to start */
@@ -195,6 +196,8 @@ void run_stop_waiting(struct request *request); /* for results of others; it is 
 void run_explain(struct request *request); /* explain.c: puts the record into the reply */
 void execute_graph(struct request *request); /* execute.c: graph_run_execute on a lane; then execute_done */
 void execute_run(struct request *request);  /* execute.c: the chosen implementation, on the loop, a lane or a device; then execute_done */
+/* A lane takes no more of this session, of its tenant, or of anybody: says so, and counts it. */
+opd_status execute_refused(struct request *request, const char *what, const struct lane_refusal *refusal, const char *lane, opd_error *error);
 void execute_device_done(struct request *request); /* execute.c: a device has run it; then execute_done */
 void execute_place(struct request *request); /* execute.c: sets run.device for the chosen implementation */
 void execute_plan(struct request *request); /* execute.c: makes the plan that a dry run asks about; then execute_done */

@@ -7,6 +7,7 @@
 #include "proto/tensor.h"
 #include "proto/text.h"
 #include "server/daemon.h"
+#include "server/differential.h"
 #include "server/metrics.h"
 #include "server/request.h"
 #include "server/shared.h"
@@ -317,6 +318,8 @@ opd_status run_take(struct request *request)
 		status = expect_kept(request, run);
 	if (run->explain)
 		request->clock.accepted = request_now_ns();
+	if (status == OPD_OK && run->service_class != 0)
+		status = access_check_class(request->session->access, (sched_class)(run->service_class - 1), request->context->server->log, &request->error);
 	request->run.class = class_of(request);
 	if (run->timeout_us != 0)
 		request->run.deadline_ns = request->clock.received + (run->timeout_us < UINT64_MAX / 2000 ? run->timeout_us * 1000 : UINT64_MAX / 2);
@@ -335,7 +338,12 @@ static opd_status check_and_take(struct request *request)
 	if (run->output_count > op->schema->result_count)
 		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s: options for %u outputs, it has %u", op->schema->name,
 		                (unsigned)run->output_count, (unsigned)op->schema->result_count);
-	opd_status status = run->device.bytes == 0 ? find_list(request, run, op) : find_list_for_device(request, run, op);
+	struct access *access = request->session->access;
+	opd_status status = access->ops == NULL ? OPD_OK : access_check_op(access, op->schema->name, request->context->server->log, &request->error);
+	if (status == OPD_OK && access->providers != NULL && run->priority.present)
+		status = access_check_providers(access, run->priority.names, run->priority.count, request->context->server->log, &request->error);
+	if (status == OPD_OK)
+		status = run->device.bytes == 0 ? find_list(request, run, op) : find_list_for_device(request, run, op);
 	if (status != OPD_OK)
 		return opd_error_prefix(&request->error, status, "%s", op->schema->name);
 	warn_of_fallback(request, run, op);
@@ -463,6 +471,8 @@ static void run_ready(struct request *request)
 		request_fail(request);
 		return;
 	}
+	if (message->mode != MSG_FAKE)
+		dispatch_restrict(&run->dispatch, request->session->access);
 	if (message->mode == MSG_FAKE) {
 		run_reply_fake(request);
 		return;
@@ -660,6 +670,7 @@ void execute_done(struct request *request)
 		run_explain(request);
 		request_fail(request);
 	} else if (request->message.run.mode == MSG_RUN) {
+		differential_sample(request->context->server->differential, request);
 		run_reply_results(request);
 	} else {
 		run_explain(request);

@@ -298,6 +298,44 @@ static void check_rates(struct scheduler *scheduler, struct sched_flow *flow, ui
 	}
 }
 
+/* ---- Whom one waits behind ---- */
+
+static uint64_t all_picks(const struct scheduler *scheduler)
+{
+	return scheduler->picks[CLASS_REALTIME] + scheduler->picks[CLASS_INTERACTIVE] + scheduler->picks[CLASS_BATCH];
+}
+
+/* What has been so far, as the item's flow sees it. */
+static struct sched_behind behind_now(const struct scheduler *scheduler, const struct sched_flow *flow)
+{
+	const struct sched_group *group = flow->group;
+	struct sched_behind now = {
+		.own_jobs = flow->picks,
+		.group_jobs = group->picks - flow->picks,
+		.other_jobs = all_picks(scheduler) - group->picks,
+		.own_ns = flow->usage.device_ns,
+		.group_ns = group->usage.device_ns - flow->usage.device_ns,
+		.other_ns = scheduler->device_ns - group->usage.device_ns,
+		.running = scheduler->running,
+	};
+	memcpy(now.class_jobs, scheduler->picks, sizeof now.class_jobs);
+	return now;
+}
+
+/* Before the item itself counts. */
+static void behind_settle(const struct scheduler *scheduler, const struct sched_flow *flow, struct sched_behind *behind)
+{
+	const struct sched_behind now = behind_now(scheduler, flow);
+	behind->own_jobs = now.own_jobs - behind->own_jobs;
+	behind->group_jobs = now.group_jobs - behind->group_jobs;
+	behind->other_jobs = now.other_jobs - behind->other_jobs;
+	for (uint32_t i = 0; i < CLASS_COUNT; i++)
+		behind->class_jobs[i] = now.class_jobs[i] - behind->class_jobs[i];
+	behind->own_ns = now.own_ns - behind->own_ns;
+	behind->group_ns = now.group_ns - behind->group_ns;
+	behind->other_ns = now.other_ns - behind->other_ns;
+}
+
 bool scheduler_submit(struct scheduler *scheduler, struct sched_item *item, uint64_t now_ns)
 {
 	struct sched_flow *flow = item->flow;
@@ -307,6 +345,8 @@ bool scheduler_submit(struct scheduler *scheduler, struct sched_item *item, uint
 		return false;
 	item->estimate_ns = estimate(item);
 	item->queued_ns = now_ns;
+	if (item->behind != NULL)
+		*item->behind = behind_now(scheduler, flow);
 	item->next = NULL;
 	item->link = queue->tail;
 	*queue->tail = item;
@@ -315,6 +355,25 @@ bool scheduler_submit(struct scheduler *scheduler, struct sched_item *item, uint
 	check_rates(scheduler, flow, now_ns);
 	flow_join(scheduler, flow, item->class);
 	return true;
+}
+
+void scheduler_resubmit(struct scheduler *scheduler, struct sched_item *item, uint64_t now_ns)
+{
+	struct sched_flow *flow = item->flow;
+	struct sched_flow_class *queue = &flow->classes[item->class];
+	item->estimate_ns = estimate(item);
+	item->queued_ns = now_ns;
+	item->behind = NULL;
+	item->next = queue->head;
+	item->link = &queue->head;
+	if (queue->head != NULL)
+		queue->head->link = &item->next;
+	else
+		queue->tail = &item->next;
+	queue->head = item;
+	count(scheduler, item, 1);
+	check_rates(scheduler, flow, now_ns);
+	flow_join(scheduler, flow, item->class);
 }
 
 /* Nothing queued, nothing to wait for. */
@@ -437,6 +496,11 @@ struct sched_item *scheduler_pick(struct scheduler *scheduler, uint64_t now_ns, 
 	if (flow->bucket.rate_ns != 0)
 		bucket_fill(&flow->bucket, now_ns);
 	charge(scheduler, flow, class, (double)item->estimate_ns);
+	if (item->behind != NULL)
+		behind_settle(scheduler, flow, item->behind);
+	flow->picks++;
+	group->picks++;
+	scheduler->picks[class]++;
 	flow->running++;
 	group->running++;
 	scheduler->running++;
@@ -448,6 +512,14 @@ struct sched_item *scheduler_pick(struct scheduler *scheduler, uint64_t now_ns, 
 	if (waited > group->usage.wait_max_ns)
 		group->usage.wait_max_ns = waited;
 	return item;
+}
+
+bool scheduler_runnable(const struct scheduler *scheduler)
+{
+	bool any = false;
+	for (uint32_t i = 0; i < CLASS_COUNT; i++)
+		any = any || scheduler->classes[i].waiting.first != NULL;
+	return any;
 }
 
 static void record(struct scheduler *scheduler, struct sched_flow *flow, uint64_t device_ns)

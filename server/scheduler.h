@@ -34,6 +34,18 @@ typedef enum sched_class {
 
 struct sched_flow;
 
+/* Whom an item has waited behind: jobs that were picked between its submission and its own pick, and device time of those that ended meanwhile. */
+struct sched_behind {
+	uint64_t own_jobs;    /* of its own flow */
+	uint64_t group_jobs;  /* of other flows of its group */
+	uint64_t other_jobs;  /* of other groups */
+	uint64_t class_jobs[CLASS_COUNT]; /* all of them, by class */
+	uint64_t own_ns;
+	uint64_t group_ns;
+	uint64_t other_ns;
+	uint32_t running; /* when it came */
+};
+
 /* In the job that it stands for. */
 struct sched_item {
 	struct sched_item *next;
@@ -41,6 +53,7 @@ struct sched_item {
 	struct sched_flow *flow;
 	uint64_t estimate_ns; /* of its device time; 0: unknown. From pick on: what it was charged */
 	uint64_t queued_ns;   /* by scheduler_submit */
+	struct sched_behind *behind; /* filled in when it is picked; NULL: nobody asks */
 	uint8_t class;        /* sched_class */
 };
 
@@ -85,6 +98,7 @@ struct sched_group {
 	uint32_t queue_max; /* items of it that may be queued; 0: any */
 	uint32_t running;
 	uint64_t queued_ns; /* estimates of what is queued */
+	uint64_t picks; /* of its items */
 	struct sched_bucket bucket;
 	struct sched_usage usage;
 };
@@ -99,6 +113,7 @@ struct sched_flow {
 	uint32_t queue_max; /* 0: the scheduler's flow_queue_max */
 	uint32_t running;
 	uint64_t queued_ns; /* estimates of what is queued */
+	uint64_t picks;
 	double mean_ns;     /* of its jobs, lately: the estimate of one that has none */
 	struct sched_bucket bucket;
 	struct sched_usage usage;
@@ -109,6 +124,7 @@ struct scheduler {
 	double credit_ns[CLASS_COUNT];
 	double min_share[CLASS_COUNT]; /* of the time that higher classes use while this one waits; 0 to 1 */
 	uint32_t waiting[CLASS_COUNT]; /* items queued */
+	uint64_t picks[CLASS_COUNT];
 	struct heap throttled_groups;
 	struct heap throttled_flows;
 	bool rates_forgotten;
@@ -146,10 +162,14 @@ sched_full scheduler_full(const struct scheduler *scheduler, const struct sched_
 
 /* item->flow, class and estimate_ns are set. False: the queue of the lane, of the group or of the flow is full (scheduler_full); nothing has changed. */
 bool scheduler_submit(struct scheduler *scheduler, struct sched_item *item, uint64_t now_ns);
+/* One that was picked and completed for now goes on later: before what its flow has queued since, whatever the bounds. estimate_ns is set anew. */
+void scheduler_resubmit(struct scheduler *scheduler, struct sched_item *item, uint64_t now_ns);
 /* Takes a queued item back. False: it isn't queued. */
 bool scheduler_withdraw(struct scheduler *scheduler, struct sched_item *item);
 /* The item to run now; NULL: none. Where all that wait have used up their rates, *ready_ns_out says when to ask again (else UINT64_MAX). */
 struct sched_item *scheduler_pick(struct scheduler *scheduler, uint64_t now_ns, uint64_t *ready_ns_out);
+/* Something is queued that waits for no rate: scheduler_pick would give it now. */
+bool scheduler_runnable(const struct scheduler *scheduler);
 /* A picked item of this flow and class, charged estimate_ns, took device_ns. The item itself may be gone already. */
 void scheduler_complete(struct scheduler *scheduler, struct sched_flow *flow, sched_class class, uint64_t estimate_ns, uint64_t device_ns);
 /* Device time that went by the scheduler: a kernel that ran on the I/O loop. */

@@ -14,6 +14,7 @@
 #include "server/containment.h"
 #include "server/daemon.h"
 #include "server/derived.h"
+#include "server/differential.h"
 #include "server/health.h"
 #include "server/publications.h"
 #include "server/listener.h"
@@ -22,6 +23,7 @@
 #include "server/request.h"
 #include "server/ring.h"
 #include "server/scrape.h"
+#include "server/tls_context.h"
 
 #define PLAN_ENTRIES 1024u
 #define PLAN_BYTES (256ull << 20)
@@ -425,7 +427,11 @@ static opd_status start(struct server *server, opd_error *error)
 		server->tenants = tenants_create(&server->memory);
 		server->publications = publications_create(&server->memory, server->tenants);
 		server->stage = malloc(CONN_STAGE_BYTES);
-		if (server->metrics[SERVER_METRICS_LOOP] == NULL || server->metrics[SERVER_METRICS_DIRECT] == NULL || server->account == NULL || server->tenants == NULL || server->publications == NULL || server->stage == NULL)
+		if (config->tls_context != NULL) {
+			server->tls_stage = malloc(TLS_STAGE_BYTES);
+			server->tls_sealed = malloc(TLS_SEALED_BYTES);
+		}
+		if ((config->tls_context != NULL && (server->tls_stage == NULL || server->tls_sealed == NULL)) || server->metrics[SERVER_METRICS_LOOP] == NULL || server->metrics[SERVER_METRICS_DIRECT] == NULL || server->account == NULL || server->tenants == NULL || server->publications == NULL || server->stage == NULL)
 			status = opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: out of memory");
 	}
 	if (status == OPD_OK)
@@ -441,7 +447,11 @@ static opd_status start(struct server *server, opd_error *error)
 	if (status == OPD_OK)
 		status = containment_create(server->registry, server->log, &server->containment, error);
 	if (status == OPD_OK)
+		status = differential_create(server, &server->differential, error);
+	if (status == OPD_OK) {
 		containment_configure(server->containment, config);
+		differential_configure(server->differential, config);
+	}
 	if (status == OPD_OK)
 		status = server_set_priorities(server, config, error);
 	for (size_t i = 0; status == OPD_OK && i < config->listener_count; i++)
@@ -457,6 +467,16 @@ void server_bound_queues(struct server *server)
 	scheduler->flow_queue_max = server->config->limits.queue;
 	scheduler->queue_max = server->config->limits.lane_queue;
 	lane_scheduler_unlock(server->lane);
+	lane_set_segment(server->lane, server->config->segment_ns);
+	for (uint32_t i = 1; i < REGISTRY_DEVICES_MAX; i++) {
+		struct device_lane *lane = device_lane_started(server, i);
+		if (lane == NULL)
+			continue;
+		scheduler = device_lane_scheduler_lock(lane);
+		scheduler->flow_queue_max = server->config->limits.queue;
+		scheduler->queue_max = server->config->limits.lane_queue;
+		device_lane_scheduler_unlock(lane);
+	}
 }
 
 void server_take_config(struct server *server, struct config *config)
@@ -468,7 +488,10 @@ void server_take_config(struct server *server, struct config *config)
 	atomic_store_explicit(&server->checked, checked, memory_order_relaxed);
 	if (server->containment != NULL)
 		containment_configure(server->containment, config);
+	if (server->differential != NULL)
+		differential_configure(server->differential, config);
 	atomic_store_explicit(&server->inline_ns, config->inline_ns, memory_order_relaxed);
+	atomic_store_explicit(&server->segment_ns, config->segment_ns, memory_order_relaxed);
 	atomic_store_explicit(&server->refuse_uploads, config->limits.refuse_uploads, memory_order_relaxed);
 }
 
@@ -494,6 +517,7 @@ opd_status server_create(struct config *config, struct log *log, struct server *
 		return status;
 	}
 	log_start(server);
+	tls_context_log(config->tls_context, log);
 	*server_out = server;
 	return OPD_OK;
 }
@@ -566,6 +590,7 @@ void server_destroy(struct server *server)
 	tenants_destroy(server->tenants);
 	plans_destroy(server->plans);
 	derived_destroy(server->derived); /* before their makers are closed */
+	differential_destroy(server->differential);
 	containment_destroy(server->containment);
 	registry_destroy(server->registry);
 	free_forgotten(server);
@@ -578,6 +603,8 @@ void server_destroy(struct server *server)
 	deadlines_close(&server->deadlines);
 	watches_close(&server->watches);
 	free(server->stage);
+	free(server->tls_stage);
+	free(server->tls_sealed);
 	config_destroy(server->config);
 	(void)pthread_mutex_destroy(&server->mutex);
 	free(server);

@@ -70,20 +70,21 @@ static void map_remove(struct priority_map *map, uint32_t op_index)
 	*entry = map->entries[--map->count];
 }
 
-struct session *session_create(struct server *server, struct memory *memory, uint64_t id, const char *tenant, bool admin,
-                               uint64_t limit_bytes, uint32_t kept_limit)
+struct session *session_create(struct server *server, struct memory *memory, uint64_t id, struct access *access, uint64_t limit_bytes, uint32_t kept_limit)
 {
-	struct session *session = calloc(1, sizeof *session);
-	if (session == NULL)
+	struct session *session = access == NULL ? NULL : calloc(1, sizeof *session);
+	if (session == NULL) {
+		access_unref(access);
 		return NULL;
+	}
 	session->refs = 1;
 	session->id = id;
 	session->server = server;
-	session->admin = admin;
 	session->account = account_create(memory, limit_bytes);
 	session->maps = calloc(1, sizeof *session->maps);
 	kept_init(&session->kept, kept_limit);
-	if (session->account == NULL || session->maps == NULL || !session_set_tenant(session, tenant)) {
+	if (session->account == NULL || session->maps == NULL || !session_set_access(session, access)) {
+		access_unref(access);
 		session_unref(session);
 		return NULL;
 	}
@@ -100,7 +101,7 @@ static void leave_tenant(struct session *session)
 	session->tenant = NULL;
 }
 
-bool session_set_tenant(struct session *session, const char *name)
+static bool set_tenant(struct session *session, const char *name)
 {
 	struct server *server = session->server;
 	struct tenant_policy policy;
@@ -123,6 +124,15 @@ bool session_set_tenant(struct session *session, const char *name)
 	return true;
 }
 
+bool session_set_access(struct session *session, struct access *access)
+{
+	if (!set_tenant(session, access->tenant))
+		return false;
+	access_unref(session->access);
+	session->access = access;
+	return true;
+}
+
 static void set_memory(struct session *session)
 {
 	const uint64_t own = quota_limit(&session->quota, QUOTA_MEMORY);
@@ -130,14 +140,81 @@ static void set_memory(struct session *session)
 	account_set_limits(session->account, own == 0 || own > all ? all : own, quota_limit(&session->quota, QUOTA_DEVICE_MEMORY));
 }
 
-static void set_lane(struct session *session)
+struct device_flow {
+	struct device_flow *next;
+	uint32_t device;
+	struct sched_flow flow;
+};
+
+struct sched_flow *session_find_flow(const struct session *session, uint32_t device)
 {
-	struct scheduler *scheduler = lane_scheduler_lock(session->server->lane);
-	const uint64_t rate_ns = quota_limit(&session->quota, QUOTA_DEVICE_TIME);
-	session->flow.queue_max = (uint32_t)quota_limit(&session->quota, QUOTA_QUEUED);
-	if (session->flow.bucket.rate_ns != rate_ns)
-		sched_flow_set_rate(scheduler, &session->flow, rate_ns, request_now_ns());
+	struct device_flow *found = atomic_load_explicit(&session->device_flows, memory_order_acquire);
+	while (found != NULL && found->device != device)
+		found = found->next;
+	return found == NULL ? NULL : &found->flow;
+}
+
+static uint32_t weight_of(struct session *session)
+{
+	(void)lane_scheduler_lock(session->server->lane);
+	const uint32_t weight = session->flow.weight;
 	lane_scheduler_unlock(session->server->lane);
+	return weight;
+}
+
+struct sched_flow *session_flow(struct session *session, uint32_t device)
+{
+	struct sched_flow *found = device == 0 ? &session->flow : session_find_flow(session, device);
+	if (found != NULL)
+		return found;
+	struct tenants *tenants = session->server->tenants;
+	struct sched_group *group = tenant_group(tenants, session->tenant, device);
+	struct device_flow *made = group == NULL ? NULL : calloc(1, sizeof *made);
+	if (made == NULL)
+		return NULL;
+	made->device = device;
+	sched_flow_init(&made->flow, group, weight_of(session));
+	made->flow.queue_max = (uint32_t)quota_limit(&session->quota, QUOTA_QUEUED);
+	made->flow.bucket.rate_ns = quota_limit(&session->quota, QUOTA_DEVICE_TIME);
+	made->flow.bucket.tokens_ns = (double)made->flow.bucket.rate_ns;
+	made->next = atomic_load_explicit(&session->device_flows, memory_order_relaxed);
+	atomic_store_explicit(&session->device_flows, made, memory_order_release);
+	return &made->flow;
+}
+
+static void set_rates(struct session *session, struct scheduler *scheduler, struct sched_flow *flow)
+{
+	const uint64_t rate_ns = quota_limit(&session->quota, QUOTA_DEVICE_TIME);
+	flow->queue_max = (uint32_t)quota_limit(&session->quota, QUOTA_QUEUED);
+	if (flow->bucket.rate_ns != rate_ns)
+		sched_flow_set_rate(scheduler, flow, rate_ns, request_now_ns());
+}
+
+/* On every lane where it has a place. */
+static void set_lanes(struct session *session)
+{
+	struct server *server = session->server;
+	set_rates(session, lane_scheduler_lock(server->lane), &session->flow);
+	lane_scheduler_unlock(server->lane);
+	for (struct device_flow *each = atomic_load_explicit(&session->device_flows, memory_order_acquire); each != NULL; each = each->next) {
+		struct device_lane *lane = device_lane_started(server, each->device);
+		set_rates(session, device_lane_scheduler_lock(lane), &each->flow);
+		device_lane_scheduler_unlock(lane);
+	}
+}
+
+void session_set_weight(struct session *session, uint32_t weight)
+{
+	struct server *server = session->server;
+	(void)lane_scheduler_lock(server->lane);
+	sched_flow_set_weight(&session->flow, weight);
+	lane_scheduler_unlock(server->lane);
+	for (struct device_flow *each = atomic_load_explicit(&session->device_flows, memory_order_acquire); each != NULL; each = each->next) {
+		struct device_lane *lane = device_lane_started(server, each->device);
+		(void)device_lane_scheduler_lock(lane);
+		sched_flow_set_weight(&each->flow, weight);
+		device_lane_scheduler_unlock(lane);
+	}
 }
 
 void session_set_quota(struct session *session, quota_kind kind, uint64_t limit)
@@ -146,7 +223,7 @@ void session_set_quota(struct session *session, quota_kind kind, uint64_t limit)
 	if (kind == QUOTA_MEMORY || kind == QUOTA_DEVICE_MEMORY)
 		set_memory(session);
 	else if (kind == QUOTA_QUEUED || kind == QUOTA_DEVICE_TIME)
-		set_lane(session);
+		set_lanes(session);
 }
 
 struct session *session_ref(struct session *session)
@@ -168,7 +245,13 @@ void session_unref(struct session *session)
 		map_destroy(map);
 	}
 	account_unref(session->account);
+	for (struct device_flow *each = session->device_flows, *next; each != NULL; each = next) {
+		next = each->next;
+		free(each);
+	}
 	leave_tenant(session);
+	access_unref(session->access);
+	free(session->credential.subject);
 	free(session);
 }
 

@@ -11,6 +11,7 @@
 #include <stdint.h>
 
 #include "proto/message.h"
+#include "server/identity.h"
 #include "server/kept.h"
 #include "server/priority.h"
 #include "server/region.h"
@@ -20,6 +21,7 @@ struct server;
 struct conn;
 struct priority_map;
 struct graphs;
+struct device_flow;
 
 struct session {
 	_Atomic uint32_t refs;
@@ -28,9 +30,11 @@ struct session {
 	struct conn *conn; /* NULL: closed, or not begun */
 	struct tenant *tenant; /* "uid:1000", "anonymous": referenced */
 	struct sched_flow flow; /* its place in the order of the CPU lane */
+	_Atomic(struct device_flow *) device_flows; /* … of devices', made on first use */
 	sched_class class;      /* of requests that name none */
 	uint64_t inline_ns;     /* what ran on the loop and the lane's order doesn't know yet */
-	bool admin;
+	struct access *access; /* referenced; before Hello that of nobody, of a Unix peer its own */
+	struct credential credential;
 	bool direct; /* handed over to a direct caller: its loop keeps its hands off */
 	struct account *account;
 	struct quota quota; /* of this session alone */
@@ -45,13 +49,18 @@ struct session {
 	_Atomic bool gone;     /* its connection has ended: lanes start nothing more of it */
 };
 
-/* NULL: out of memory. */
-struct session *session_create(struct server *server, struct memory *memory, uint64_t id, const char *tenant, bool admin, uint64_t limit_bytes,
-                               uint32_t kept_limit);
-/* Before its first request: whose it is. False: out of memory, nothing has changed. */
-OPD_MUST_USE bool session_set_tenant(struct session *session, const char *tenant);
+/* Takes `access`, also when it fails (NULL: it fails). NULL: out of memory. */
+struct session *session_create(struct server *server, struct memory *memory, uint64_t id, struct access *access, uint64_t limit_bytes, uint32_t kept_limit);
+/* Before its first request: what it may do, and whose it is. Takes `access` on success. False: out of memory, nothing has changed. */
+OPD_MUST_USE bool session_set_access(struct session *session, struct access *access);
 /* 0: as `limits` has it. */
 void session_set_quota(struct session *session, quota_kind kind, uint64_t limit);
+/* Its place in the order of a device's lane (0: the CPU's); in use under that lane's lock. By its thread. NULL: out of memory. */
+struct sched_flow *session_flow(struct session *session, uint32_t device);
+/* The same if it is there; any thread. */
+struct sched_flow *session_find_flow(const struct session *session, uint32_t device);
+/* Among its tenant's sessions, on all lanes. */
+void session_set_weight(struct session *session, uint32_t weight);
 struct session *session_ref(struct session *session);
 void session_unref(struct session *session);
 

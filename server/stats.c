@@ -201,28 +201,67 @@ static void tell_impls(const struct walk *walk)
 
 /* ---- Lanes ---- */
 
+struct lane_numbers {
+	const char *name;
+	uint32_t threads;
+	uint32_t queued;
+	uint32_t running;
+	uint64_t device_ns;
+	const struct lane *cpu;
+	const struct device_lane *device;
+};
+
+static struct lane_numbers numbers_of(const char *name, uint32_t threads, const struct scheduler *scheduler)
+{
+	return (struct lane_numbers){.name = name, .threads = threads, .queued = scheduler->queued, .running = scheduler->running, .device_ns = scheduler->device_ns};
+}
+
+/* The CPU's first; then those of devices that were used. */
+static uint32_t read_lanes(struct server *server, struct lane_numbers lanes[REGISTRY_DEVICES_MAX])
+{
+	uint32_t count = 1;
+	lanes[0] = numbers_of("cpu", lane_threads(server->lane), lane_scheduler_lock(server->lane));
+	lane_scheduler_unlock(server->lane);
+	lanes[0].cpu = server->lane;
+	for (uint32_t i = 1; i < REGISTRY_DEVICES_MAX; i++) {
+		struct device_lane *lane = device_lane_started(server, i);
+		if (lane == NULL)
+			continue;
+		lanes[count] = numbers_of(device_lane_name(lane), 1, device_lane_scheduler_lock(lane));
+		device_lane_scheduler_unlock(lane);
+		lanes[count++].device = lane;
+	}
+	return count;
+}
+
+static void tell_waits(struct stats_sink *sink, const struct lane_numbers *lane)
+{
+	for (uint32_t i = 0; i < CLASS_COUNT; i++) {
+		const struct stats_label labels[] = {{"lane", lane->name}, {"class", sched_class_name(i)}};
+		sink->spread(sink, labels, 2, lane->cpu != NULL ? lane_waits(lane->cpu, (sched_class)i) : device_lane_waits(lane->device, (sched_class)i));
+	}
+}
+
 static void tell_lanes(const struct walk *walk)
 {
-	struct lane *lane = walk->server->lane;
 	struct stats_sink *sink = walk->sink;
-	const struct scheduler *scheduler = lane_scheduler_lock(lane);
-	const uint32_t queued = scheduler->queued;
-	const uint32_t running = scheduler->running;
-	const uint64_t device_ns = scheduler->device_ns;
-	lane_scheduler_unlock(lane);
+	struct lane_numbers lanes[REGISTRY_DEVICES_MAX];
+	const uint32_t count = read_lanes(walk->server, lanes);
 	family(sink, STATS_GAUGE, "opd_lane_threads", "that run its jobs");
-	labelled(sink, "lane", "cpu", lane_threads(lane));
+	for (uint32_t i = 0; i < count; i++)
+		labelled(sink, "lane", lanes[i].name, lanes[i].threads);
 	family(sink, STATS_GAUGE, "opd_lane_queued", "requests that wait for it");
-	labelled(sink, "lane", "cpu", queued);
+	for (uint32_t i = 0; i < count; i++)
+		labelled(sink, "lane", lanes[i].name, lanes[i].queued);
 	family(sink, STATS_GAUGE, "opd_lane_running", "requests that it runs");
-	labelled(sink, "lane", "cpu", running);
+	for (uint32_t i = 0; i < count; i++)
+		labelled(sink, "lane", lanes[i].name, lanes[i].running);
 	family(sink, STATS_COUNTER, "opd_lane_device_seconds_total", "device time used");
-	labelled(sink, "lane", "cpu", (double)device_ns / SECOND);
+	for (uint32_t i = 0; i < count; i++)
+		labelled(sink, "lane", lanes[i].name, (double)lanes[i].device_ns / SECOND);
 	family(sink, STATS_HISTOGRAM, "opd_queue_wait_seconds", "waiting for a lane, by class");
-	for (uint32_t i = 0; i < CLASS_COUNT; i++) {
-		const struct stats_label labels[] = {{"lane", "cpu"}, {"class", sched_class_name(i)}};
-		sink->spread(sink, labels, 2, lane_waits(lane, (sched_class)i));
-	}
+	for (uint32_t i = 0; i < count; i++)
+		tell_waits(sink, &lanes[i]);
 }
 
 /* ---- Tenants ---- */
@@ -230,14 +269,14 @@ static void tell_lanes(const struct walk *walk)
 static void tell_tenant(struct tenant *tenant, void *argument)
 {
 	const struct walk *walk = argument;
-	if (walk->who == NULL || walk->who->admin || walk->who->tenant == tenant)
+	if (walk->who == NULL || access_may(walk->who->access, RIGHT_SESSIONS) || walk->who->tenant == tenant)
 		labelled(walk->sink, "tenant", tenant->name, walk->value(walk, tenant));
 }
 
 static void tell_refusals(struct tenant *tenant, void *argument)
 {
 	const struct walk *walk = argument;
-	if (walk->who != NULL && !walk->who->admin && walk->who->tenant != tenant)
+	if (walk->who != NULL && !access_may(walk->who->access, RIGHT_SESSIONS) && walk->who->tenant != tenant)
 		return;
 	for (uint32_t i = 0; i < QUOTA_COUNT; i++) {
 		const struct stats_label labels[] = {{"tenant", tenant->name}, {"quota", quota_name(i)}};
@@ -248,22 +287,34 @@ static void tell_refusals(struct tenant *tenant, void *argument)
 	}
 }
 
+/* On all lanes. */
+static struct sched_usage tenant_usage(const struct walk *walk, const struct tenant *tenant)
+{
+	struct sched_usage sum = {0};
+	for (uint32_t i = 0; i < REGISTRY_DEVICES_MAX; i++) {
+		struct device_lane *lane = i == 0 ? NULL : device_lane_started(walk->server, i);
+		const struct sched_group *group = tenant->groups[i];
+		if (group == NULL || (i != 0 && lane == NULL))
+			continue;
+		(void)(lane == NULL ? lane_scheduler_lock(walk->server->lane) : device_lane_scheduler_lock(lane));
+		sum.jobs += group->usage.jobs;
+		sum.device_ns += group->usage.device_ns;
+		if (lane == NULL)
+			lane_scheduler_unlock(walk->server->lane);
+		else
+			device_lane_scheduler_unlock(lane);
+	}
+	return sum;
+}
+
 static double tenant_device_seconds(const struct walk *walk, const struct tenant *tenant)
 {
-	const struct sched_group *group = tenant->groups[0];
-	(void)lane_scheduler_lock(walk->server->lane);
-	const uint64_t ns = group == NULL ? 0 : group->usage.device_ns;
-	lane_scheduler_unlock(walk->server->lane);
-	return (double)ns / SECOND;
+	return (double)tenant_usage(walk, tenant).device_ns / SECOND;
 }
 
 static double tenant_jobs(const struct walk *walk, const struct tenant *tenant)
 {
-	const struct sched_group *group = tenant->groups[0];
-	(void)lane_scheduler_lock(walk->server->lane);
-	const uint64_t jobs = group == NULL ? 0 : group->usage.jobs;
-	lane_scheduler_unlock(walk->server->lane);
-	return (double)jobs;
+	return (double)tenant_usage(walk, tenant).jobs;
 }
 
 static double tenant_sessions(const struct walk *walk, const struct tenant *tenant)
@@ -307,8 +358,8 @@ static const struct tenant_family {
 	{STATS_GAUGE, "opd_tenant_memory_bytes", "tensor bytes in host memory", tenant_memory},
 	{STATS_COUNTER, "opd_tenant_bytes_in_total", "of its requests", tenant_bytes_in},
 	{STATS_COUNTER, "opd_tenant_bytes_out_total", "of its replies", tenant_bytes_out},
-	{STATS_COUNTER, "opd_tenant_jobs_total", "jobs of the CPU lane", tenant_jobs},
-	{STATS_COUNTER, "opd_tenant_device_seconds_total", "device time used on the CPU lane", tenant_device_seconds},
+	{STATS_COUNTER, "opd_tenant_jobs_total", "jobs of the lanes", tenant_jobs},
+	{STATS_COUNTER, "opd_tenant_device_seconds_total", "device time used, on all lanes", tenant_device_seconds},
 };
 
 static void tell_tenants(struct walk *walk)

@@ -123,6 +123,9 @@ static int print_info_json(const opd_server_info *info, const opd_session *sessi
 	cJSON_AddItemToObject(document, "derived_found", json_u64(info->derived_found));
 	cJSON_AddItemToObject(document, "derived_made", json_u64(info->derived_made));
 	cJSON_AddItemToObject(document, "stuck", json_u64(info->stuck));
+	cJSON_AddItemToObject(document, "compared", json_u64(info->compared));
+	cJSON_AddItemToObject(document, "diverged", json_u64(info->diverged));
+	cJSON_AddItemToObject(document, "left_out", json_u64(info->left_out));
 	cJSON_AddItemToObject(document, "memory_bytes", json_u64(info->memory_bytes));
 	cJSON_AddItemToObject(document, "memory_limit_bytes", json_u64(info->memory_limit_bytes));
 	cJSON_AddItemToObject(document, "unhealthy", json_texts(info->unhealthy, info->unhealthy_count));
@@ -130,6 +133,8 @@ static int print_info_json(const opd_server_info *info, const opd_session *sessi
 	cJSON *own = cJSON_AddObjectToObject(document, "session");
 	cJSON_AddItemToObject(own, "number", json_u64(session->session));
 	cJSON_AddStringToObject(own, "tenant", session->tenant);
+	cJSON_AddStringToObject(own, "identity", session->identity);
+	cJSON_AddStringToObject(own, "rights", session->rights);
 	cJSON_AddBoolToObject(own, "admin", session->admin);
 	cJSON_AddItemToObject(own, "memory_bytes", json_u64(info->session_memory_bytes));
 	cJSON_AddItemToObject(own, "memory_limit_bytes", json_u64(session->session_bytes));
@@ -151,12 +156,15 @@ static void print_info(const opd_server_info *info, const opd_session *session)
 	if (info->derived_made != 0)
 		(void)printf("derived    %" PRIu64 " copies of kept tensors, %" PRIu64 " bytes; made %" PRIu64 ", found %" PRIu64 "\n", info->derived_copies,
 		             info->derived_bytes, info->derived_made, info->derived_found);
+	if (info->compared + info->left_out != 0)
+		(void)printf("compared   %" PRIu64 " runs with a second provider, %" PRIu64 " differed, %" PRIu64 " were left out\n", info->compared, info->diverged, info->left_out);
 	if (info->stuck != 0)
 		(void)printf("stuck      %u threads in kernels that have exceeded their budget\n", info->stuck);
 	(void)printf("memory     %s of %s\n", bytes_text(info->memory_bytes), bytes_text(info->memory_limit_bytes));
 	(void)printf("session    %" PRIu64 ", tenant %s%s, %s of %s, %u requests in flight at most\n", session->session,
 	             shown(session->tenant), session->admin ? ", administrator" : "", bytes_text(info->session_memory_bytes),
 	             bytes_text(session->session_bytes), session->in_flight);
+	(void)printf("identity   %s, rights: %s\n", shown(session->identity), session->rights[0] == '\0' ? "none" : shown(session->rights));
 }
 
 int cmd_info(struct opctl *ctl)

@@ -13,7 +13,14 @@ static opd_status connect_to(struct opctl *ctl, const char *address, opd_error *
 	const uint64_t timeout_us = ctl->timeout_us == 0 ? 0 : ctl->timeout_us + 1000000;
 	opd_connect_options options = {.struct_bytes = sizeof options, .timeout_us = timeout_us, .client = "opctl " OPD_VERSION,
 	                                     .shared_memory = options_has(&ctl->options, OPTION_SHM),
-	                                     .rings = options_has(&ctl->options, OPTION_RINGS)};
+	                                     .rings = options_has(&ctl->options, OPTION_RINGS),
+	                                     .token_file = ctl->options.values[OPTION_TOKEN_FILE],
+	                                     .token = options_has(&ctl->options, OPTION_TOKEN_FILE) ? NULL : getenv("OPD_TOKEN"),
+	                                     .ca_file = ctl->options.values[OPTION_CA],
+	                                     .certificate_file = ctl->options.values[OPTION_CERT],
+	                                     .key_file = ctl->options.values[OPTION_KEY],
+	                                     .server_name = ctl->options.values[OPTION_SERVER_NAME],
+	                                     .fingerprint = ctl->options.values[OPTION_FINGERPRINT]};
 	int64_t poll_us;
 	const opd_status status = options_int(&ctl->options, OPTION_POLL, 0, 1000000, 0, &poll_us, error);
 	if (status != OPD_OK)

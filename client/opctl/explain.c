@@ -1,5 +1,7 @@
 #include "client/opctl/explain.h"
 
+#include <inttypes.h>
+
 #include "client/opctl/print.h"
 
 static void print_times(const opd_explain *explain)
@@ -7,12 +9,22 @@ static void print_times(const opd_explain *explain)
 	const struct {
 		const char *name;
 		uint64_t ns;
-	} times[] = {{"decode", explain->decode_ns}, {"dispatch", explain->dispatch_ns}, {"queue", explain->queue_ns},
+	} times[] = {{"receive", explain->receive_ns}, {"decode", explain->decode_ns}, {"dispatch", explain->dispatch_ns}, {"queue", explain->queue_ns},
 	             {"kernel", explain->kernel_ns}, {"moves", explain->moves_ns},       {"pack", explain->pack_ns}};
 	(void)printf("times      ");
 	for (size_t i = 0; i < sizeof times / sizeof times[0]; i++)
 		(void)printf("%s%s %s", i == 0 ? "" : ", ", times[i].name, duration_text((double)times[i].ns));
 	(void)puts(explain->on_loop ? " (on the loop, no hand-off)" : "");
+}
+
+/* "behind     3 jobs of this session, 0 of its tenant's others, 12 of other tenants (2 realtime, 13 interactive, 0 batch), 1 running; 14 ms of device time" */
+static void print_behind(const opd_behind *behind)
+{
+	(void)printf("behind     %" PRIu64 " jobs of this session, %" PRIu64 " of its tenant's others, %" PRIu64 " of other tenants (%" PRIu64 " realtime, %" PRIu64
+	             " interactive, %" PRIu64 " batch), %" PRIu64 " running; ",
+	             behind->own_jobs, behind->tenant_jobs, behind->other_jobs, behind->realtime_jobs, behind->interactive_jobs, behind->batch_jobs,
+	             behind->running);
+	(void)printf("%s of device time\n", duration_text((double)(behind->own_ns + behind->tenant_ns + behind->other_ns)));
 }
 
 void explain_print(const opd_explain *explain, bool ran)
@@ -29,11 +41,14 @@ void explain_print(const opd_explain *explain, bool ran)
 		             shown(explain->moves[i].to), bytes_text(explain->moves[i].bytes));
 	if (ran)
 		print_times(explain);
+	if (ran && explain->behind != NULL)
+		print_behind(explain->behind);
 }
 
 static cJSON *times_json(const opd_explain *explain)
 {
 	cJSON *times = cJSON_CreateObject();
+	cJSON_AddItemToObject(times, "receive", json_u64(explain->receive_ns));
 	cJSON_AddItemToObject(times, "decode", json_u64(explain->decode_ns));
 	cJSON_AddItemToObject(times, "dispatch", json_u64(explain->dispatch_ns));
 	cJSON_AddItemToObject(times, "queue", json_u64(explain->queue_ns));
@@ -41,6 +56,21 @@ static cJSON *times_json(const opd_explain *explain)
 	cJSON_AddItemToObject(times, "moves", json_u64(explain->moves_ns));
 	cJSON_AddItemToObject(times, "pack", json_u64(explain->pack_ns));
 	return times;
+}
+
+static cJSON *behind_json(const opd_behind *behind)
+{
+	cJSON *item = cJSON_CreateObject();
+	const struct {
+		const char *name;
+		uint64_t value;
+	} numbers[] = {{"own_jobs", behind->own_jobs},     {"tenant_jobs", behind->tenant_jobs},           {"other_jobs", behind->other_jobs},
+	               {"realtime", behind->realtime_jobs}, {"interactive", behind->interactive_jobs},      {"batch", behind->batch_jobs},
+	               {"own_ns", behind->own_ns},         {"tenant_ns", behind->tenant_ns},               {"other_ns", behind->other_ns},
+	               {"running", behind->running}};
+	for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++)
+		cJSON_AddItemToObject(item, numbers[i].name, json_u64(numbers[i].value));
+	return item;
 }
 
 cJSON *explain_json(const opd_explain *explain, bool ran)
@@ -51,6 +81,8 @@ cJSON *explain_json(const opd_explain *explain, bool ran)
 	cJSON_AddStringToObject(document, "narrowed", explain->narrowed);
 	cJSON_AddStringToObject(document, "device", explain->device);
 	cJSON_AddBoolToObject(document, "on_loop", explain->on_loop);
+	if (ran && explain->behind != NULL)
+		cJSON_AddItemToObject(document, "behind", behind_json(explain->behind));
 	cJSON *skipped = cJSON_AddArrayToObject(document, "skipped");
 	for (uint32_t i = 0; i < explain->skip_count; i++) {
 		cJSON *skip = cJSON_CreateObject();

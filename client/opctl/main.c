@@ -10,7 +10,13 @@ const struct option_use no_options[] = {{OPTION_END, NULL}};
 
 static const struct option_use common_options[] = {
     {OPTION_CONNECT,
-     "unix:/path, tcp://host:port or embedded: (default: $OPD_ADDRESS, else the default socket, else this process)"},
+     "unix:/path, tls://host:port, tcp://host:port or embedded: (default: $OPD_ADDRESS, else the default socket, else this process)"},
+    {OPTION_CA, "tls://: authorities that may have signed the daemon's certificate, in PEM (default: the system's)"},
+    {OPTION_CERT, "tls://: the client's own certificate, in PEM"},
+    {OPTION_KEY, "tls://: its key"},
+    {OPTION_SERVER_NAME, "tls://: the name that the daemon's certificate must have (default: the address's host)"},
+    {OPTION_FINGERPRINT, "tls://: the daemon's certificate is this one, whoever signed it: sha256:… as opd --self-signed prints it"},
+    {OPTION_TOKEN_FILE, "a file with the token that says who the client is (default: $OPD_TOKEN)"},
     {OPTION_RINGS, "requests and replies go through memory shared with the daemon (Unix sockets)"},
     {OPTION_POLL, "with --rings: both sides look for so many microseconds before they sleep (at most 1000000)"},
     {OPTION_JSON, "one JSON document on stdout instead of text"},
@@ -69,6 +75,8 @@ const struct command opctl_commands[] = {
      no_options, cmd_module},
     {"log-level", "LEVEL", "set the daemon's log level: error, warn, info, debug (administrators)", NULL, no_options,
      cmd_log_level},
+    {"token", "new NAME", "make a token for an identity, and the line of the daemon's tokens file that knows it",
+     "The token is the client's alone (--token-file, or $OPD_TOKEN); the line holds only its SHA-256.\n", no_options, cmd_token},
     {"drain", "", "let the daemon finish its work and end (administrators)", NULL, drain_options, cmd_drain},
     {"help", "[COMMAND]", "this text, or a command's", NULL, no_options, cmd_help},
     {NULL, NULL, NULL, NULL, NULL, NULL},

@@ -79,6 +79,7 @@ int cmd_top(struct opctl *ctl);
 extern const struct option_use top_options[];
 int cmd_module(struct opctl *ctl);
 int cmd_provider(struct opctl *ctl);
+int cmd_token(struct opctl *ctl);
 int cmd_log_level(struct opctl *ctl);
 int cmd_drain(struct opctl *ctl);
 int cmd_help(struct opctl *ctl);

@@ -16,6 +16,12 @@
 /* X(id, long name, short name or 0, value's name or NULL for a switch) */
 #define OPTION_MAP(X)                                                                                                            \
 	X(CONNECT, "connect", 0, "ADDRESS")                                                                                          \
+	X(CA, "ca", 0, "FILE")                                                                                                       \
+	X(CERT, "cert", 0, "FILE")                                                                                                   \
+	X(KEY, "key", 0, "FILE")                                                                                                     \
+	X(SERVER_NAME, "server-name", 0, "NAME")                                                                                     \
+	X(FINGERPRINT, "fingerprint", 0, "SHA256")                                                                                   \
+	X(TOKEN_FILE, "token-file", 0, "FILE")                                                                                       \
 	X(RINGS, "rings", 0, NULL)                                                                                                   \
 	X(POLL, "poll", 0, "US")                                                                                                     \
 	X(JSON, "json", 0, NULL)                                                                                                     \

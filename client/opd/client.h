@@ -72,10 +72,22 @@ typedef struct opd_connect_options {
 	bool rings;             /* frames go through memory that both sides map, over a Unix socket that stays as the life line (else OPD_FAILED_PRECONDITION) */
 	uint64_t poll_us;       /* with rings: look at them for so long before sleeping, and ask the daemon to do so too, within its configuration; 0: sleep at once */
 	uint64_t ring_bytes;    /* of each of the two: a power of two, 4 KiB to 16 MiB; 0: 256 KiB */
+	/* Of tls:// addresses (the token: of all), read during the call. The server's certificate must be signed by an authority and have the server's name; or have this fingerprint (with ca_file: both). */
+	const char *ca_file;          /* authorities in PEM; NULL: the system's */
+	const char *certificate_file; /* the client's own, the chain behind it, in PEM; NULL: none */
+	const char *key_file;         /* … and its key */
+	const char *server_name;      /* NULL: the address's host */
+	const char *token;            /* who the client is, as `opctl token new` makes it; sent over TLS and on this machine only. NULL: none */
+	const char *token_file;       /* … its first line; only its owner may read it. NULL: none */
+	const char *fingerprint;      /* "sha256:" and 64 hexadecimal digits, as `opd --self-signed` prints it; NULL: not pinned */
 } opd_connect_options;
 
-/* Addresses: "unix:/path", also with options ("unix:/path?rings&poll=20us&shm" is the path with rings, poll_us, shared_memory), "tcp://host:port" (IPv6 in brackets: "tcp://[::1]:7777"), "embedded:" once libopd-embedded has registered it (else OPD_UNIMPLEMENTED
- * says what to link). OPD_INVALID_ARGUMENT: not an address; OPD_UNAVAILABLE: nobody answers, or the server refused the session (its words in the text). */
+/* Addresses: "unix:/path", also with options ("unix:/path?rings&poll=20us&shm" is the path with rings, poll_us, shared_memory); "tls://host:port", also with options
+ * ("tls://host:7777?ca=FILE&cert=FILE&key=FILE&server-name=NAME&fingerprint=sha256:…&token-file=FILE"); "tcp://host:port" is plain, whatever the host (IPv6 in brackets: "tcp://[::1]:7777");
+ * "embedded:" once libopd-embedded has registered it (else OPD_UNIMPLEMENTED says what to link). OPD_INVALID_ARGUMENT: not an address, a file that can't be used; OPD_UNAVAILABLE: nobody
+ * answers, or the server refused the session (its words in the text); OPD_UNAUTHENTICATED: the server's certificate is not the one expected (expired, another name, an unknown
+ * authority: the text says which), or the server refuses ours, or doesn't know our token;
+ * OPD_PERMISSION_DENIED: it knows us and refuses; OPD_FAILED_PRECONDITION: it doesn't speak TLS 1.3, or speaks something else than opd; a token for a plain connection to another machine. */
 OPD_API OPD_MUST_USE opd_status opd_connect(const char *address, const opd_connect_options *options, opd_client **client_out, opd_error *error);
 
 /* Ends the session; requests in flight are dropped, results already taken stay valid. NULL is allowed. */
@@ -92,6 +104,8 @@ typedef struct opd_session {
 	uint64_t payload_bytes; /* limit of one request */
 	uint64_t session_bytes; /* limit of the session */
 	uint32_t in_flight;     /* limit of requests not yet answered */
+	const char *identity;   /* who this client is to the server */
+	const char *rights;     /* what it may do beside running ops: "publish, drain" */
 } opd_session;
 OPD_API const opd_session *opd_client_session(const opd_client *client);
 
@@ -282,7 +296,23 @@ typedef struct opd_explain {
 	uint32_t reserved;
 	const struct opd_move *moves;
 	const char *narrowed; /* key of the list, where the configuration has one for such calls: "linear/bf16/rows<=4"; else "" */
+	uint64_t receive_ns;  /* waiting for the payload, and for results of earlier requests */
+	const struct opd_behind *behind; /* NULL: it waited for no lane */
 } opd_explain;
+
+/* Whom a request waited behind on its lane: jobs that were begun, and device time of those that ended, between its coming there and its own start. */
+typedef struct opd_behind {
+	uint64_t own_jobs;    /* of its own session */
+	uint64_t tenant_jobs; /* of other sessions of its tenant */
+	uint64_t other_jobs;  /* of other tenants */
+	uint64_t realtime_jobs; /* all of them, by class */
+	uint64_t interactive_jobs;
+	uint64_t batch_jobs;
+	uint64_t own_ns;
+	uint64_t tenant_ns;
+	uint64_t other_ns;
+	uint64_t running; /* jobs that were running when it came */
+} opd_behind;
 
 typedef struct opd_move {
 	const char *operand;
@@ -724,6 +754,9 @@ typedef struct opd_server_info {
 	const char *const *unhealthy; /* what should keep new work away, each "object: what"; none: healthy */
 	const char *const *degraded;  /* what an operator should look at while everything is served */
 	uint32_t stuck; /* threads in kernels that have exceeded their budget and still run */
+	uint64_t compared; /* runs whose results another provider was asked to confirm */
+	uint64_t diverged; /* of them, those that it didn't */
+	uint64_t left_out; /* of the sample: not compared */
 } opd_server_info;
 
 OPD_API OPD_MUST_USE opd_status opd_ops(opd_client *client, const opd_op_list **list_out, opd_error *error);

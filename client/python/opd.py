@@ -15,10 +15,14 @@ A client is one connection and one session; it belongs to one thread at a time. 
 import collections
 import contextlib
 import fcntl
+import hashlib
+import hmac
+import ipaddress
 import mmap
 import os
 import select
 import socket
+import ssl
 import struct
 import sys
 import time
@@ -66,6 +70,7 @@ _ERRORS = {code: _error_class(code, status) for code, status in enumerate(STATUS
 globals().update({made.__name__: made for made in _ERRORS.values()})  # opd.InvalidArgument, opd.NotFound, ...
 __all__ += [made.__name__ for made in _ERRORS.values()]
 Unavailable, InvalidArgument = _ERRORS[14], _ERRORS[3]
+FailedPrecondition, Unauthenticated = _ERRORS[9], _ERRORS[16]
 DeadlineExceeded, DataLoss = _ERRORS[4], _ERRORS[15]
 
 
@@ -667,16 +672,154 @@ class _Upload:
         return [memoryview(head)] + taken
 
 
-def _dial(address, timeout):
+def _dial(address, timeout, tls):
     scheme, separator, rest = address.partition(":")
+    given = [name for name in tls if tls[name] and name != "token_file"]
+    if scheme != "tls" and given:
+        raise InvalidArgument(f"address {address!r}: {', '.join(given)} given, for tls:// addresses only")
     if scheme == "unix" and rest:
         return _dial_unix(rest, timeout)
-    if scheme == "tcp" and separator and rest.startswith("//"):
-        host, colon, port = rest[2:].rpartition(":")
+    if scheme in ("tcp", "tls") and separator and rest.startswith("//"):
+        place, _, options = rest[2:].partition("?") if scheme == "tls" else (rest[2:], "", "")
+        host, colon, port = place.rpartition(":")
         if not colon or not port.isdigit():
-            raise InvalidArgument(f"address {address!r} has no port, expected tcp://host:port")
-        return _dial_tcp(host.strip("[]"), int(port), timeout)
-    raise InvalidArgument(f"address {address!r}, expected unix:/path or tcp://host:port")
+            raise InvalidArgument(f"address {address!r} has no port, expected {scheme}://host:port")
+        host = host.strip("[]")
+        if scheme == "tcp":
+            return _dial_tcp(host, int(port), timeout)
+        _tls_options(address, options, tls)
+        context = _tls_context(tls)  # before anything is dialled
+        return _Sealed(_dial_tcp(host, int(port), timeout), context, host, tls)
+    raise InvalidArgument(f"address {address!r}, expected unix:/path, tls://host:port or tcp://host:port")
+
+
+def _tls_options(address, text, given):
+    """Adds to `given` what stands behind the address's question mark."""
+    options, names = given, {"ca": "ca", "cert": "cert", "key": "key", "server-name": "server_name", "fingerprint": "fingerprint", "token-file": "token_file"}
+    for part in text.split("&") if text else ():
+        name, _, value = part.partition("=")
+        if name not in names or not value:
+            raise InvalidArgument(f"address {address!r}: option {part!r}, expected {', '.join(key + '=' for key in names)}")
+        options[names[name]] = options[names[name]] or value
+    return options
+
+
+def _fingerprint(text):
+    """The 32 bytes that "sha256:…" means."""
+    with contextlib.suppress(ValueError):
+        digest = bytes.fromhex(text[7 if text.startswith("sha256:") else 0:].replace(":", ""))
+        if len(digest) == 32:
+            return digest
+    raise InvalidArgument(f"fingerprint {text!r}, expected sha256: and 64 hexadecimal digits")
+
+
+def _tls_context(tls):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.set_alpn_protocols(["opd/1"])
+    if tls["fingerprint"]:
+        _fingerprint(tls["fingerprint"])
+    if bool(tls["cert"]) != bool(tls["key"]):
+        raise InvalidArgument("TLS: a client certificate needs both cert and key")
+    try:
+        if tls["fingerprint"] and not tls["ca"]:  # that is the one, whoever signed it and whatever its name
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        elif tls["ca"]:
+            context.load_verify_locations(tls["ca"])
+        else:
+            context.load_default_certs()
+        if tls["cert"]:
+            context.load_cert_chain(tls["cert"], tls["key"], lambda: "")  # no terminal is asked for a passphrase
+    except OSError as error:
+        raise InvalidArgument(f"TLS: {tls['cert'] or tls['ca']}: {error.strerror or error}") from error
+    return context
+
+
+def _read_token(path):
+    try:
+        with open(path, encoding="utf-8") as file:
+            if os.fstat(file.fileno()).st_mode & 0o077:
+                raise InvalidArgument(f"token file {path}: others may read or write it, expected mode 0600")
+            token = file.readline(258).strip()
+    except (OSError, UnicodeError) as error:
+        raise InvalidArgument(f"token file {path}: {error}") from error
+    if not 0 < len(token) <= 256:
+        raise InvalidArgument(f"token file {path}: a first line of {len(token)} characters, expected a token of 1 to 256")
+    return token
+
+
+def _is_private(sock):
+    """Nobody on the way reads what it sends."""
+    if isinstance(sock, _Sealed) or sock.family == socket.AF_UNIX:
+        return True
+    return ipaddress.ip_address(sock.getpeername()[0].partition("%")[0]).is_loopback
+
+
+def _tls_failed(error):
+    """The typed error of a failed handshake, or of a read that brings the server's alert."""
+    reason = (error.reason or str(error)).replace("_", " ").lower()
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return Unauthenticated(f"TLS: the server's certificate: {error.verify_message}")
+    if "certificate" in reason or "unknown ca" in reason or "access denied" in reason:
+        return Unauthenticated(f"TLS: the server refuses our certificate: {reason}")
+    if "protocol" in reason or "version" in reason or "http request" in reason:
+        return FailedPrecondition(f"TLS: the server doesn't speak TLS 1.3 and opd/1: {reason}")
+    return Unavailable(f"TLS: {reason}")
+
+
+class _Sealed:
+    """A TLS socket that behaves as _Connection wants one: sendmsg, recv_into, BlockingIOError."""
+
+    def __init__(self, sock, context, host, tls):
+        try:
+            self.sock = context.wrap_socket(sock, server_hostname=tls["server_name"] or host)
+            self._check_fingerprint(tls["fingerprint"])
+            if self.sock.selected_alpn_protocol() != "opd/1":
+                raise FailedPrecondition("TLS: the server agrees to no application protocol, expected opd/1 (ALPN)")
+        except ssl.SSLError as error:
+            sock.close()
+            raise _tls_failed(error) from error
+        except BaseException:
+            sock.close()
+            raise
+
+    def _check_fingerprint(self, wanted):
+        if not wanted:
+            return
+        found = hashlib.sha256(self.sock.getpeercert(True)).digest()
+        if not hmac.compare_digest(found, _fingerprint(wanted)):
+            self.sock.close()
+            raise Unauthenticated(f"TLS: the server's certificate has the fingerprint sha256:{found.hex()}, expected {wanted}")
+
+    def sendmsg(self, pieces, ancillary=(), flags=0):
+        del ancillary, flags
+        piece = pieces[0]
+        if len(piece) < 16384 and len(pieces) > 1:  # small ones in one record; a retry finds the same bytes
+            joined, room = [], 65536
+            for each in pieces:
+                joined.append(each[:room])
+                room -= len(joined[-1])
+                if not room:
+                    break
+            piece = b"".join(joined)
+        return self._try(self.sock.send, piece)
+
+    def recv_into(self, memory):
+        return self._try(self.sock.recv_into, memory)
+
+    @staticmethod
+    def _try(call, data):
+        try:
+            return call(data)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
+            raise BlockingIOError from error
+        except ssl.SSLEOFError:
+            return 0
+        except ssl.SSLError as error:
+            raise _tls_failed(error) from error
+
+    def __getattr__(self, name):  # fileno, setblocking, pending, close
+        return getattr(self.sock, name)
 
 
 def _dial_unix(path, timeout):
@@ -792,24 +935,45 @@ class _Connection:
 
 
 class Client:
-    """One connection and one session. `timeout`: seconds to connect, and to wait for any answer (None: without limit)."""
+    """One connection and one session. `timeout`: seconds to connect, and to wait for any answer (None: without limit).
 
-    def __init__(self, address, timeout=30.0, chunk_bytes=0, no_chunks=False, name="opd-python " + VERSION, shared_memory=False):
+    tls:// addresses: ca, cert and key are PEM files (without ca: the system's authorities), server_name is the name that the server's
+    certificate must have (None: the address's host), fingerprint pins it instead, whoever signed it (with ca: both). They may
+    also stand in the address: tls://host:7777?ca=FILE&fingerprint=sha256:…
+
+    token, or the first line of token_file (which only its owner may read), says who the client is; it is sent over TLS and on this
+    machine only."""
+
+    def __init__(self, address, timeout=30.0, chunk_bytes=0, no_chunks=False, name="opd-python " + VERSION, shared_memory=False, ca=None, cert=None, key=None,
+                 server_name=None, fingerprint=None, token=None, token_file=None):
         self._memories = {}
         self.address, self.timeout = address, timeout
         self._futures, self._last, self._outputs = {}, 0, {}
         self._goaway, self._dead, self.hello = None, None, None
         try:
-            self._link = _Connection(_dial(address, timeout))
+            tls = dict(ca=ca, cert=cert, key=key, server_name=server_name, fingerprint=fingerprint, token_file=token_file)
+            self._link = _Connection(_dial(address, timeout, tls))
+            token = self._token_for(token, tls["token_file"])
         except (OSError, UnicodeError) as error:
             raise Unavailable(f"{address}: {error}") from error
-        hello = pb.Hello(version_min=1, version_max=1, features=["cancel"] + ["shm"] * shared_memory, client=name, chunk_bytes=chunk_bytes, no_chunks=no_chunks)
+        hello = pb.Hello(version_min=1, version_max=1, features=["cancel"] + ["shm"] * shared_memory, client=name, chunk_bytes=chunk_bytes, no_chunks=no_chunks, token=token)
         envelope = hello.SerializeToString()
         self._link.send([memoryview(_header(_HELLO, 0, len(envelope), 0) + envelope)])
         self._pump_until(lambda: self.hello is not None, self._deadline(timeout))
         if self.hello.status != 0:
             self.close()
             raise _fail(self.hello.status, self.hello.message)
+
+    def _token_for(self, token, path):
+        """What Hello says of who this client is, if the way is one for it."""
+        try:
+            token = token or (_read_token(path) if path else "")
+            if token and not _is_private(self._link.sock):
+                raise FailedPrecondition(f"{self.address}: a token would be read by anyone on the way: use a tls:// address")
+        except Error:
+            self._link.sock.close()
+            raise
+        return token
 
     def close(self):
         """Ends the session: kept tensors are freed, requests in flight dropped."""
@@ -1137,6 +1301,8 @@ class Client:
 
     def _poll(self, seconds):
         """The events of the socket that came within the time (None: whenever); 0: none."""
+        if isinstance(self._link.sock, _Sealed) and self._link.sock.pending():
+            return select.POLLIN  # opened already: the socket would not tell
         poll = select.poll()
         poll.register(self._link.sock, select.POLLIN | (select.POLLOUT if self._link.pending() else 0))
         events = poll.poll(None if seconds is None else max(0, int(seconds * 1000 + 0.999)))

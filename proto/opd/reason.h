@@ -30,7 +30,8 @@
 	X(DEVICE, 12, "device")           /* the request wants another device */                          \
 	X(SIZE, 13, "size")               /* too large for its index type or scratch */                   \
 	X(PLAN, 14, "plan")               /* its plan found out */                                        \
-	X(NO_IMPLEMENTATION, 15, "no implementation") /* named through `*`, has none of this op */
+	X(NO_IMPLEMENTATION, 15, "no implementation") /* named through `*`, has none of this op */ \
+	X(PERMISSION, 16, "permission")   /* not for this session's identity */
 
 typedef enum opd_reason_code {
 #define X(name, number, text) OPD_REASON_##name = number,

@@ -263,7 +263,7 @@ void peer_open(struct peer *peer, struct server *to, bool chunks)
 	if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) != 0 || server_adopt(to, pair[1], &peer->session, &error) != OPD_OK)
 		fuzz_fail("no session");
 	peer->fd = pair[0];
-	peer->session->admin = false; /* nothing was sent yet: the loop doesn't look at it before Hello */
+	peer->session->credential.kind = CREDENTIAL_NONE; /* nothing was sent yet: the loop doesn't look at it before Hello */
 	struct arena arena;
 	struct codec_buffer buffer;
 	const struct msg_text cancel = msg_text("cancel");

@@ -41,7 +41,7 @@ pb = _import_pb2()
 HELLO, HELLO_REPLY, REQUEST, REPLY, DATA, ABORT, CANCEL, GOAWAY = range(1, 9)
 CHUNKED = 1
 OK, CANCELLED, UNKNOWN, INVALID_ARGUMENT, DEADLINE_EXCEEDED, NOT_FOUND, ALREADY_EXISTS, PERMISSION_DENIED = range(8)
-RESOURCE_EXHAUSTED, FAILED_PRECONDITION, ABORTED, OUT_OF_RANGE, UNIMPLEMENTED, INTERNAL, UNAVAILABLE, DATA_LOSS = range(8, 16)
+RESOURCE_EXHAUSTED, FAILED_PRECONDITION, ABORTED, OUT_OF_RANGE, UNIMPLEMENTED, INTERNAL, UNAVAILABLE, DATA_LOSS, UNAUTHENTICATED = range(8, 17)
 PATIENCE = 60  # seconds until something that should happen counts as never: no test measures time, and sanitizers are slow
 
 
@@ -78,7 +78,7 @@ def connect(address):
             sock.close()
             raise
         return sock
-    host, port = re.fullmatch(r"tcp://\[?(.*?)\]?:(\d+)", address).groups()
+    host, port = re.fullmatch(r"t(?:cp|ls)://\[?(.*?)\]?:(\d+)", address).groups()
     return socket.create_connection((host, int(port)), timeout=PATIENCE)
 
 
@@ -103,8 +103,15 @@ class Failed(Exception):
 class Client:
     """One connection. hello=False leaves the handshake to the test."""
 
-    def __init__(self, address, hello=True, **fields):
+    def __init__(self, address, hello=True, tls=None, **fields):
+        """tls: an SSLContext for an address that begins with tls://."""
         self.sock = connect(address)
+        if tls is not None:
+            try:
+                self.sock = tls.wrap_socket(self.sock, server_hostname="localhost")
+            except BaseException:
+                self.sock.close()
+                raise
         try:
             self.start(hello, fields)
         except BaseException:
@@ -358,6 +365,11 @@ class Daemon:
         """Of the TCP listeners, with the ports that they got."""
         with Client(self.address) as client:
             return [address for address in client.info().listeners if address.startswith("tcp://")]
+
+    def tls_address(self):
+        """Of the only TLS listener, with the port that it got."""
+        with Client(self.address) as client:
+            return [address for address in client.info().listeners if address.startswith("tls://")][0]
 
     def signal(self, number):
         self.process.send_signal(number)

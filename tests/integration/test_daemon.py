@@ -171,7 +171,7 @@ class Flags(unittest.TestCase):
         code, out, err = run_opd("--help")
         self.assertEqual((code, err), (0, ""))
         for flag in ("config check-config listen priority module threads log-level log-format log-file memory session-memory "
-                     "allow-remote-without-auth checked inline print-default-socket version help").split():
+                     "insecure-plain-tcp self-signed tls-certificate tls-key tls-client-ca tls-client-certificates tokens allow-anonymous checked inline print-default-socket version help").split():
             self.assertIn("--" + flag, out)
         for group in ("Configuration", "Listening", "Dispatch", "Memory", "Logging", "Signals", "Exit codes"):
             self.assertIn(group, out)
@@ -330,7 +330,7 @@ class Configuration(WithFolder):
         self.assertEqual(effective("softmax"), ["native"])
 
     def test_remote_tcp_works_when_asked_for(self):
-        daemon = self.start("--listen", "tcp://0.0.0.0:0", "--allow-remote-without-auth")
+        daemon = self.start("--listen", "tcp://0.0.0.0:0", "--insecure-plain-tcp")
         port = daemon.tcp_addresses()[0].rsplit(":", 1)[1]
         self.client("tcp://127.0.0.1:" + port).ping()
 

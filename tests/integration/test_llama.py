@@ -19,6 +19,7 @@ OPD = os.environ["OPD_BIN"]
 LLAMA = os.path.join(os.path.dirname(OPD), "opd-llama")
 with open(os.path.join(MODEL, "reference.json"), encoding="utf-8") as source:
     REFERENCE = json.load(source)
+MODULES = os.path.join(os.path.dirname(os.path.dirname(OPD)), "lib", "opd")
 COUNT = 32 if harness.SANITIZED and not harness.LONG else 160
 
 
@@ -75,6 +76,16 @@ class Llama(unittest.TestCase):
     def test_native_alone(self):
         for case in REFERENCE:
             self.expect(case, "--connect", self.unix, "--provider", "native")
+
+    def test_through_the_default_lists_with_the_libraries_that_they_name(self):
+        """Products go to whichever module the lists prefer for so many rows: prompts to one, single tokens to another."""
+        names = [name for name in ("onednn", "openblas") if os.path.exists(os.path.join(MODULES, f"opd-provider-{name}.so"))]
+        if not names or "thread" in os.environ.get("OPD_TEST_SANITIZED", ""):
+            self.skipTest("no module is built here, or its library's threads aren't ThreadSanitizer's to judge")
+        daemon = Daemon(*(word for name in names for word in ("--module", f"{name}={MODULES}/opd-provider-{name}.so")))
+        self.addCleanup(daemon.stop)
+        for case in REFERENCE:
+            self.expect(case, "--connect", daemon.address)
 
     def test_one_step_at_a_time_and_many(self):
         for ahead in ("1", "2", "64"):

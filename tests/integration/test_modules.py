@@ -718,6 +718,35 @@ class Device(unittest.TestCase):
         self.assertEqual(replies[late].status, harness.DEADLINE_EXCEEDED)
         self.assertEqual({reply.status for found, reply in replies.items() if found != late}, {harness.OK})
 
+    def test_a_device_is_shared_as_the_cpu_is(self):
+        """Another session's flood is before one's request for a job, and not for all that came first; classes, quotas and numbers are the same."""
+        daemon = self.daemon(delay_us=20000)
+        flood, other = self.client(daemon), self.client(daemon)
+        one_at_a_time = flood.ask(add_request(0, run_device="test:0")[0])[0]  # how long they take is known now
+        self.assertEqual(one_at_a_time.status, harness.OK)
+        sent = [flood.submit(add_request(i, run_device="test:0")[0]) for i in range(40)]
+        flood.ping()
+        request, wanted = relu_request(1, run_device="test:0", run_explain=True)
+        reply = other.ask(request)[0]
+        self.check(reply, wanted)
+        self.assertLessEqual(reply.run.explain.behind.tenant_jobs, 1)
+        request, wanted = relu_request(2, run_device="test:0", run_explain=True, run_service_class=pb.REALTIME)
+        reply = other.ask(request)[0]
+        self.check(reply, wanted)
+        self.assertEqual(reply.run.explain.behind.tenant_jobs, 0)
+        lanes = {lane.name: lane for lane in other.ask(pb.Request(list_sessions=pb.ListSessions()))[0].sessions.lanes}
+        self.assertGreater(lanes["test:0"].device_ns, 3 * 15000000)
+        self.assertEqual({flood.read_reply(number)[1].status for number in sent}, {harness.OK})
+        other.ask(pb.Request(set_session=pb.SetSession(session=flood.hello.session, quotas=[pb.Quota(kind=pb.QUOTA_QUEUED, limit=4)])))
+        sent = [flood.submit(add_request(i, run_device="test:0")[0]) for i in range(40)]
+        refused = [reply for _, reply, _ in (flood.read_reply() for _ in sent) if reply.status != harness.OK]
+        self.assertTrue(refused)
+        for reply in refused:
+            self.assertEqual(reply.status, harness.RESOURCE_EXHAUSTED)
+            self.assertRegex(reply.message, r"^add: 4 requests of this session wait for the test:0 lane, at most 4 may: try again in about \d+ us$")
+        mine = [state for state in other.ask(pb.Request(list_sessions=pb.ListSessions()))[0].sessions.sessions if state.session == flood.hello.session][0]
+        self.assertEqual((mine.queued, mine.running, mine.usage.jobs), (0, 0, 81 - len(refused)))
+
     def test_those_queued_for_a_device_end_at_once_when_cancelled(self):
         client = Client(self.daemon(delay_us=20000).address, features=["cancel"])
         self.addCleanup(client.close)

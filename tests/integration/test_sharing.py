@@ -31,7 +31,7 @@ def product(side, depth, service_class=0, timeout_us=0):
 
 
 class Sharing(DaemonCase):
-    config = ("threads: 1\ninline: 0\nlimits: {queue: 64, lane_queue: 100}\n"
+    config = ("threads: 1\ninline: 0\nsegment: 1us\nlimits: {queue: 64, lane_queue: 100}\n"
               'tenants: {anonymous: {class: batch, class_max: batch, weight: 300}, "*": {weight: 100}}\n')
     flags = ("--listen", "tcp://127.0.0.1:0")
 
@@ -131,6 +131,76 @@ class Sharing(DaemonCase):
         release()
         self.assertEqual(other.read_reply()[0], mine)
         self.assertEqual([self.one.read_reply()[0] for _ in range(60)], flood)
+
+    def test_a_graph_yields_between_its_nodes_when_others_wait(self):
+        other = self.client()
+        graph = pb.Graph(inputs=[pb.GraphInput(name="x")])
+        operand = pb.Tensor(graph_input=0)
+        for i in range(30):
+            node = graph.nodes.add(op="matmul")
+            node.priority.names.append("native")
+            for tensor_ in (operand, pb.Tensor(graph_input=0)):
+                node.args.add().tensor.CopyFrom(tensor_)
+            operand = pb.Tensor(node=pb.NodeOutput(node=i))
+        graph.outputs.add().node.node = 29
+        request = pb.Request(run_graph=pb.RunGraph(once=graph))
+        request.run_graph.inputs.add().tensor.CopyFrom(tensor([128, 128], size=4, strides=[0, 0]))
+        release = self.occupy()
+        mine = self.one.submit(request, f32(0.0078125))  # 1/128: each product is the same again
+        self.one.ping()
+        theirs = other.submit(product(2, 2), f32(1))  # comes later, and is there when the first segment ends
+        other.ping()
+        release()
+        self.assertEqual(other.read_reply()[0], theirs)
+        number, reply, data = self.one.read_reply()
+        self.assertEqual((number, reply.status), (mine, OK), reply.message)
+        self.assertEqual(set(struct.unpack("<16384f", data)), {0.0078125})
+        ended = [state for state in self.sessions().tenants if state.name == self.one.hello.tenant][0]
+        self.assertEqual((ended.queued, ended.running), (0, 0))
+
+    def test_a_graph_that_has_begun_is_cancelled_between_its_nodes(self):
+        client = self.client(features=["cancel"])
+        graph = pb.Graph(inputs=[pb.GraphInput(name="x")])
+        for i in range(200):
+            node = graph.nodes.add(op="matmul")
+            node.priority.names.append("native")
+            for _ in range(2):
+                node.args.add().tensor.graph_input = 0
+        graph.outputs.add().node.node = 199
+        request = pb.Request(run_graph=pb.RunGraph(once=graph))
+        request.run_graph.inputs.add().tensor.CopyFrom(tensor([256, 256], size=4, strides=[0, 0]))
+        number = client.submit(request, f32(1))
+        waits = self.one.submit(product(2, 2), f32(1))
+        self.assertEqual(self.one.read_reply()[0], waits)  # it has yielded at least once, or has ended
+        client.send(frame(CANCEL, number))
+        self.assertEqual(client.read_reply()[0], number)
+        client.ping()
+
+    def test_explain_says_whom_a_request_waited_behind_in_numbers_alone(self):
+        other = self.client()
+        anonymous = self.client_of(self.daemon.tcp_addresses()[0])
+        release = self.occupy()
+        for client, count, service_class in ((self.one, 2, REALTIME), (other, 3, REALTIME), (anonymous, 4, 0)):
+            for _ in range(count):
+                client.submit(product(8, 8, service_class), f32(1))
+            client.ping()
+        request = product(8, 8, BATCH)
+        request.run.explain = True
+        mine = self.one.submit(request, f32(1))
+        self.one.ping()
+        quick = product(8, 8, REALTIME)  # comes later and goes before
+        other.submit(quick, f32(1))
+        other.ping()
+        release()
+        found = self.one.read_reply(mine)[1].run.explain
+        behind = found.behind
+        self.assertEqual((behind.own_jobs, behind.tenant_jobs, behind.realtime_jobs, behind.running), (2, 4, 6, 1))
+        self.assertEqual(behind.other_jobs, behind.batch_jobs)  # the anonymous tenant's: as many as came before its turn
+        self.assertLessEqual(behind.other_jobs, 4)
+        self.assertGreater(behind.own_ns + behind.tenant_ns, 0)
+        self.assertGreater(found.times.queue, 0)
+        alone = self.one.call(request, f32(1))[0].run.explain.behind
+        self.assertEqual((alone.own_jobs, alone.tenant_jobs), (0, 0))
 
     def test_a_late_request_is_answered_at_its_time_and_not_at_its_turn(self):
         release = self.occupy()
@@ -380,8 +450,8 @@ class Quotas(DaemonCase):
     def test_a_session_that_has_used_its_device_time_waits_and_others_go_on(self):
         self.one.ask(product(256, 256), f32(1))
         self.opctl("session", str(self.one.hello.session), "set", "quota", "device_time=1ms")
-        self.assertEqual(self.one.call(product(256, 256), f32(1))[0].status, OK)  # its bucket is full: this one empties it for long
-        late = self.one.submit(product(256, 256), f32(1))
+        self.assertEqual(self.one.call(product(256, 700), f32(1))[0].status, OK)  # its bucket is full: this one empties it for a minute
+        late = self.one.submit(product(2, 2), f32(1))
         wait_until(lambda: [state.queued for state in self.sessions_by(self.two) if state.session == self.one.hello.session] == [1], "it waits")
         self.assertEqual(self.two.call(product(2, 2), f32(1))[0].status, OK)
         self.assertEqual([state.queued for state in self.sessions_by(self.two) if state.session == self.one.hello.session], [1])

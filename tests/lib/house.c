@@ -10,6 +10,8 @@
 
 #include "client/scheme.h"
 #include "server/daemon.h"
+#include "server/listener.h"
+#include "server/tls_context.h"
 #include "tests/lib/lab.h"
 
 /* ---- Starting and stopping ---- */
@@ -34,6 +36,25 @@ static void configure(struct config *config, const char *const *settings)
 	}
 }
 
+/* The same tests over another way to the daemon: "?rings", "tls". */
+static bool by_tls(void)
+{
+	const char *way = getenv("OPD_HOUSE_WAY");
+	return way != NULL && strcmp(way, "tls") == 0;
+}
+
+/* Where clients find it: the port that the system gave, and the certificate that it made. */
+static void name_way(struct house *house)
+{
+	const char *way = getenv("OPD_HOUSE_WAY");
+	(void)snprintf(house->way, sizeof house->way, "%s%s", house->address, way == NULL || by_tls() ? "" : way);
+	struct msg_text addresses[2];
+	const uint32_t count = listener_list(house->server, addresses, 2);
+	for (uint32_t i = 0; by_tls() && i < count; i++)
+		if (strncmp(addresses[i].data, "tls:", 4) == 0)
+			(void)snprintf(house->way, sizeof house->way, "%s?fingerprint=%s", addresses[i].data, house->server->config->tls_context->fingerprint);
+}
+
 void house_start(struct house *house, const char *const *settings)
 {
 	opd_error error;
@@ -51,8 +72,14 @@ void house_start(struct house *house, const char *const *settings)
 	config->threads = 2;
 	configure(config, settings);
 	ck_assert_msg(config_add_listener(config, house->address, &error) == OPD_OK, "%s", error.text);
+	if (by_tls())
+		ck_assert_msg(config_add_listener(config, "tls://127.0.0.1:0", &error) == OPD_OK, "%s", error.text);
 	ck_assert_msg(config_check(config, false, &error) == OPD_OK, "%s", error.text);
+	struct tls_self *self = by_tls() ? tls_self_create(&error) : NULL;
+	ck_assert_msg(config_load_tls(config, self, &error) == OPD_OK, "%s", error.text);
+	tls_self_destroy(self);
 	ck_assert_msg(server_create(config, &house->log, &house->server, &error) == OPD_OK, "%s", error.text);
+	name_way(house);
 	size_t failed;
 	ck_assert_int_eq(registry_set_configuration(house->server->registry, NULL, 0, &failed, NULL), OPD_OK); /* the default list for every op */
 	ck_assert_msg(lab_open(house->server->registry, &error) == OPD_OK, "%s", error.text);
@@ -83,12 +110,9 @@ void house_stop(struct house *house)
 
 opd_client *house_client(const struct house *house)
 {
-	const char *way = getenv("OPD_HOUSE_WAY");
-	char address[160];
-	(void)snprintf(address, sizeof address, "%s%s", house->address, way == NULL ? "" : way);
 	opd_client *client = NULL;
 	opd_error error;
-	ck_assert_msg(opd_connect(address, NULL, &client, &error) == OPD_OK, "%s", error.text);
+	ck_assert_msg(opd_connect(house->way, NULL, &client, &error) == OPD_OK, "%s", error.text);
 	return client;
 }
 

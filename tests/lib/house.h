@@ -23,13 +23,14 @@ struct house {
 	char folder[64];
 	char log_path[96];
 	char address[112]; /* "unix:…/sock" */
+	char way[256];     /* … or what OPD_HOUSE_WAY makes of it */
 };
 
 /* settings: pairs of configuration key and value, then NULL; "module" takes name=/path. NULL: none. */
 void house_start(struct house *house, const char *const *settings);
 void house_stop(struct house *house);
 
-/* A client over the socket, or as the environment's OPD_HOUSE_WAY says ("?rings"): how whole suites run over another transport. */
+/* A client over the socket, or as the environment's OPD_HOUSE_WAY says ("?rings", "tls"): how whole suites run over another transport. */
 opd_client *house_client(const struct house *house);
 /* A client that may call the dispatcher directly: a socket pair, and the scheme that libopd-embedded has too. */
 opd_client *house_direct_client(struct house *house);

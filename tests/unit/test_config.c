@@ -247,7 +247,7 @@ static const struct bad bad_files[] = {
 	{"log:\n  format: xml\n", ":2: log.format: \"xml\", expected text or json"},
 	{"log:\n  file: \"\"\n", ":2: log.file: empty, expected a path or stderr"},
 	{"listen: unix:/a\n", ":1: listen: a single value, expected a list"},
-	{"listen:\n- unix:/a\n- http://x\n", ":3: listen: \"http://x\" is not an address, expected unix:/path or tcp://host:port"},
+	{"listen:\n- unix:/a\n- http://x\n", ":3: listen: \"http://x\" is not an address, expected unix:/path, tls://host:port or tcp://host:port"},
 	{"listen: [\"unix:a\"]\n", ":1: listen: \"unix:a\": the path isn't absolute, expected unix:/path"},
 	{"listen: [\"tcp://h\"]\n", ":1: listen: \"tcp://h\": expected tcp://host:port (IPv6 in brackets)"},
 	{"listen: [\"tcp://::1:7\"]\n", ":1: listen: \"tcp://::1:7\": expected tcp://host:port (IPv6 in brackets)"},
@@ -409,6 +409,34 @@ START_TEST(tcp_beyond_loopback_needs_to_be_asked_for)
 }
 END_TEST
 
+START_TEST(tls_may_be_reached_from_anywhere)
+{
+	ck_assert_int_eq(config_add_listener(config, "tls://0.0.0.0:1", &error), OPD_OK);
+	ck_assert_int_eq(config_add_listener(config, "tls://[::]:1", &error), OPD_OK);
+	ck_assert_int_eq(config->listeners[1].kind, LISTEN_TLS);
+	ck_assert_str_eq(config->listeners[1].host, "::");
+	ck_assert_int_eq(config_check(config, false, &error), OPD_OK);
+	ck_assert_int_eq(config_add_listener(config, "tcp://0.0.0.0:1", &error), OPD_OK); /* one port, two protocols */
+	ck_assert_int_eq(config_check(config, true, &error), OPD_INVALID_ARGUMENT);
+	ck_assert_str_eq(error.text, "listen: tcp://0.0.0.0:1 is there twice");
+}
+END_TEST
+
+START_TEST(tls_has_its_keys)
+{
+	load_ok("tls: {certificate: /c, key: k.pem, client_ca: /ca, client_certificates: optional}\nlimits: {handshakes: 7}");
+	ck_assert_str_eq(config->tls.certificate, "/c");
+	ck_assert_str_eq(config->tls.key, "k.pem");
+	ck_assert_str_eq(config->tls.client_ca, "/ca");
+	ck_assert_int_eq(config->tls.clients, TLS_CLIENTS_OPTIONAL);
+	ck_assert_uint_eq(config->limits.handshakes, 7);
+	ck_assert_int_eq(config_load_tls(config, NULL, &error), OPD_OK); /* nobody listens: no file is read */
+	ck_assert_ptr_null(config->tls_context);
+	ck_assert_int_eq(config_add_listener(config, "tls://127.0.0.1:0", &error), OPD_OK);
+	ck_assert_int_eq(config_load_tls(config, NULL, &error), OPD_INVALID_ARGUMENT);
+}
+END_TEST
+
 START_TEST(loopback_needs_nothing)
 {
 	static const char *const local[] = {"tcp://127.0.0.1:1", "tcp://127.9.9.9:1", "tcp://[::1]:1", "tcp://localhost:1",
@@ -557,6 +585,8 @@ static void add_check_tests(TCase *tests)
 	tcase_add_loop_test(tests, tcp_beyond_loopback_needs_to_be_asked_for, 0, 5);
 	tcase_add_loop_test(tests, loopback_needs_nothing, 0, 5);
 	tcase_add_test(tests, a_listener_twice_is_refused_but_any_free_port_may_repeat);
+	tcase_add_test(tests, tls_may_be_reached_from_anywhere);
+	tcase_add_test(tests, tls_has_its_keys);
 	tcase_add_test(tests, a_socket_path_that_does_not_fit_is_refused);
 	tcase_add_test(tests, flags_go_over_the_file);
 	tcase_add_test(tests, a_flag_for_an_op_replaces_the_lists_that_narrow_it_too);

@@ -103,6 +103,16 @@ static void expect_once(const struct test_job *jobs, size_t count)
 	ck_assert_uint_eq(atomic_load(&broken), 0);
 }
 
+/* Three segments, if somebody waits at their ends. */
+static void run_segments(struct lane_job *job, struct lane_exec *exec)
+{
+	struct test_job *mine = (struct test_job *)job;
+	const uint32_t segment = atomic_fetch_add(&mine->runs, 1) + 1;
+	exec->again = segment < 3 && lane_should_yield(exec);
+	if (!exec->again)
+		mine->order = atomic_fetch_add(&running_order, 1);
+}
+
 static const uint32_t thread_counts[] = {1, 2, 3, 8};
 static const uint64_t spins[] = {0, LANE_SPIN_NS_DEFAULT, 200000};
 
@@ -467,6 +477,35 @@ START_TEST(a_queued_job_that_is_withdrawn_is_neither_run_nor_done)
 }
 END_TEST
 
+START_TEST(a_job_that_yields_goes_on_when_others_have_had_their_turn)
+{
+	enum { COUNT = 3 };
+	struct test_job *jobs = make_jobs(COUNT, run_count);
+	struct sched_group group;
+	struct sched_flow flows[2];
+	jobs[0].job.run = run_until_cancelled;
+	jobs[1].job.run = run_segments;
+	start_with(1, 0);
+	lane_set_segment(bench.lane, 0);
+	sched_group_init(&group, 100);
+	for (int i = 0; i < 2; i++) {
+		sched_flow_init(&flows[i], &group, 100);
+		jobs[i + 1].job.item = (struct sched_item){.flow = &flows[i], .class = CLASS_BATCH};
+	}
+	for (size_t i = 0; i < COUNT; i++)
+		ck_assert(lane_submit(bench.lane, &jobs[i].job));
+	lane_cancel(&jobs[0].job);
+	take_until(COUNT);
+	ck_assert(!lane_busy(bench.lane));
+	ck_assert_uint_eq(atomic_load(&jobs[1].runs), 2); /* it has yielded once, and had nobody to yield to then */
+	ck_assert_uint_eq(jobs[1].order, jobs[2].order + 1);
+	ck_assert_uint_eq(jobs[1].dones + jobs[2].dones, 2);
+	ck_assert(flows[0].queued == 0 && flows[0].running == 0 && flows[0].usage.jobs == 2 && jobs[1].job.device_ns == flows[0].usage.device_ns);
+	stop();
+	free(jobs);
+}
+END_TEST
+
 /* Withdrawing races with the threads that take jobs: every job is either withdrawn or run and done, once. */
 START_TEST(a_job_is_either_withdrawn_or_done)
 {
@@ -783,6 +822,7 @@ int main(void)
 	TCase *tests = tcase_create("lane");
 	tcase_set_timeout(tests, 120);
 	tcase_add_loop_test(tests, every_job_runs_once_and_is_done_once, 0, 12);
+	tcase_add_test(tests, a_job_that_yields_goes_on_when_others_have_had_their_turn);
 	tcase_add_test(tests, one_thread_runs_jobs_in_the_order_of_submission);
 	tcase_add_test(tests, done_jobs_come_in_the_order_in_which_they_ended);
 	tcase_add_test(tests, wake_is_called_only_when_the_list_was_empty);

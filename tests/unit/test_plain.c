@@ -264,6 +264,7 @@ struct parts {
 	struct msg_handle states[4];
 	struct msg_skip skips[3];
 	struct msg_move moves[2];
+	struct msg_behind behind;
 	struct msg_explain explain;
 	struct msg_node_explain nodes[3];
 	struct msg_graph_explain graph;
@@ -312,7 +313,10 @@ static struct msg_explain random_explain(struct parts *parts)
 	                              .level = (msg_level)chance(6), .device = random_text(), .narrowed = random_text(), .on_loop = chance(2)};
 	explain.move_count = chance(8) == 0 ? chance(3) : 0; /* read by protobuf-c */
 	explain.moves = parts->moves;
-	explain.times = (struct msg_times){random_number(), random_number(), random_number(), random_number(), random_number(), random_number()};
+	explain.times = (struct msg_times){random_number(), random_number(), random_number(), random_number(), random_number(), random_number(), random_number()};
+	parts->behind = (struct msg_behind){random_number(), random_number(), random_number(), random_number(), random_number(),
+	                                    random_number(), random_number(), random_number(), random_number(), random_number()};
+	explain.behind = chance(8) == 0 ? &parts->behind : NULL; /* read by protobuf-c */
 	return explain;
 }
 

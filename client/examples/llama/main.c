@@ -16,7 +16,7 @@ static const char help[] =
 	"\n"
 	"Generates text with a Llama model, all of whose arithmetic is done by an opd daemon. The text goes to stdout, everything else to stderr.\n"
 	"\n"
-	"  --connect ADDRESS  unix:/path, tcp://host:port, embedded: (a daemon in this process); else $OPD_ADDRESS, else the default socket,\n"
+	"  --connect ADDRESS  unix:/path, tls://…, tcp://…, embedded: (a daemon in this process); else $OPD_ADDRESS, else the default socket,\n"
 	"                     else embedded:\n"
 	"  --model FOLDER     config.json and .safetensors files with Hugging Face names\n"
 	"  --random CONFIG    in place of --model: a config.json, or its folder; the weights are made from a seed, in the dtype asked for\n"
