@@ -26,8 +26,8 @@ class Endings(Case):
     def test_sigterm_in_the_middle_of_everything_ends_in_time(self):
         """Hardening: operations-sigterm, promise-drain"""
         chance = random.Random(11)
-        for _ in range(harness.LONG and 100 or 4):
-            daemon = Daemon("--threads", "2", config="limits: {drain: 300ms}\n")
+        for _ in range(harness.LONG and 100 or 3):
+            daemon = Daemon("--threads", "2", config="limits: {drain: 100ms}\n")
             work = Work(daemon.address, chance)
             time.sleep(chance.uniform(0, 0.02))
             daemon.signal(signal.SIGTERM)
@@ -44,7 +44,7 @@ class Endings(Case):
         """Hardening: operations-sigkill, promise-restart"""
         chance = random.Random(12)
         first = self.start()
-        for _ in range(harness.LONG and 100 or 4):
+        for _ in range(harness.LONG and 100 or 3):
             work = Work(first.address, chance)
             time.sleep(chance.uniform(0, 0.02))
             first.signal(signal.SIGKILL)
