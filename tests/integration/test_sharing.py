@@ -30,6 +30,20 @@ def product(side, depth, service_class=0, timeout_us=0):
     return request
 
 
+def products(count, side, chain):
+    """A graph of so many products by native, each of the one before (chain) or of the input: a square view of one element."""
+    graph = pb.Graph(inputs=[pb.GraphInput(name="x")])
+    for i in range(count):
+        node = graph.nodes.add(op="matmul")
+        node.priority.names.append("native")
+        node.args.add().tensor.CopyFrom(pb.Tensor(node=pb.NodeOutput(node=i - 1)) if chain and i > 0 else pb.Tensor(graph_input=0))
+        node.args.add().tensor.graph_input = 0
+    graph.outputs.add().node.node = count - 1
+    request = pb.Request(run_graph=pb.RunGraph(once=graph))
+    request.run_graph.inputs.add().tensor.CopyFrom(tensor([side, side], size=4, strides=[0, 0]))
+    return request
+
+
 class Sharing(DaemonCase):
     config = ("threads: 1\ninline: 0\nsegment: 1us\nlimits: {queue: 64, lane_queue: 100}\n"
               'tenants: {anonymous: {class: batch, class_max: batch, weight: 300}, "*": {weight: 100}}\n')
@@ -134,17 +148,7 @@ class Sharing(DaemonCase):
 
     def test_a_graph_yields_between_its_nodes_when_others_wait(self):
         other = self.client()
-        graph = pb.Graph(inputs=[pb.GraphInput(name="x")])
-        operand = pb.Tensor(graph_input=0)
-        for i in range(30):
-            node = graph.nodes.add(op="matmul")
-            node.priority.names.append("native")
-            for tensor_ in (operand, pb.Tensor(graph_input=0)):
-                node.args.add().tensor.CopyFrom(tensor_)
-            operand = pb.Tensor(node=pb.NodeOutput(node=i))
-        graph.outputs.add().node.node = 29
-        request = pb.Request(run_graph=pb.RunGraph(once=graph))
-        request.run_graph.inputs.add().tensor.CopyFrom(tensor([128, 128], size=4, strides=[0, 0]))
+        request = products(30, 128, chain=True)
         release = self.occupy()
         mine = self.one.submit(request, f32(0.0078125))  # 1/128: each product is the same again
         self.one.ping()
@@ -160,15 +164,7 @@ class Sharing(DaemonCase):
 
     def test_a_graph_that_has_begun_is_cancelled_between_its_nodes(self):
         client = self.client(features=["cancel"])
-        graph = pb.Graph(inputs=[pb.GraphInput(name="x")])
-        for i in range(200):
-            node = graph.nodes.add(op="matmul")
-            node.priority.names.append("native")
-            for _ in range(2):
-                node.args.add().tensor.graph_input = 0
-        graph.outputs.add().node.node = 199
-        request = pb.Request(run_graph=pb.RunGraph(once=graph))
-        request.run_graph.inputs.add().tensor.CopyFrom(tensor([256, 256], size=4, strides=[0, 0]))
+        request = products(200, 256, chain=False)
         number = client.submit(request, f32(1))
         waits = self.one.submit(product(2, 2), f32(1))
         self.assertEqual(self.one.read_reply()[0], waits)  # it has yielded at least once, or has ended
@@ -450,7 +446,8 @@ class Quotas(DaemonCase):
     def test_a_session_that_has_used_its_device_time_waits_and_others_go_on(self):
         self.one.ask(product(256, 256), f32(1))
         self.opctl("session", str(self.one.hello.session), "set", "quota", "device_time=1ms")
-        self.assertEqual(self.one.call(product(256, 700), f32(1))[0].status, OK)  # its bucket is full: this one empties it for a minute
+        reply = self.one.call(products(60, 128, chain=True), f32(0.0078125))[0]  # its bucket is full: this one empties it for many minutes
+        self.assertEqual(reply.status, OK, reply.message)
         late = self.one.submit(product(2, 2), f32(1))
         wait_until(lambda: [state.queued for state in self.sessions_by(self.two) if state.session == self.one.hello.session] == [1], "it waits")
         self.assertEqual(self.two.call(product(2, 2), f32(1))[0].status, OK)
