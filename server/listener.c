@@ -34,6 +34,16 @@ struct listener {
 	bool metrics;
 	char *path; /* of a Unix socket, to be removed */
 	char address[300];
+	/* A connection that there is no memory for is taken and closed all the same: libuv looks at the socket again only when it has been taken. */
+	union {
+		uv_handle_t handle;
+		uv_stream_t stream;
+		uv_pipe_t pipe;
+		uv_tcp_t tcp;
+	} turned_away;
+	bool turning;  /* that handle is being closed */
+	bool waiting;  /* … and another connection waits for its end */
+	bool closed;   /* the listener is: its memory goes with that handle's end */
 };
 
 /* ---- Accepting ---- */
@@ -121,6 +131,41 @@ void listener_check(const struct conn *conn, opd_error *refused)
 	check_tenant(conn->session->tenant, refused);
 }
 
+static void on_connection(uv_stream_t *stream, int status);
+
+static void listener_free(struct listener *listener)
+{
+	free(listener->path);
+	free(listener);
+}
+
+static void on_turned_away(uv_handle_t *handle)
+{
+	struct listener *listener = handle->data;
+	const bool waiting = listener->waiting;
+	listener->turning = listener->waiting = false;
+	if (listener->closed)
+		listener_free(listener);
+	else if (waiting && !uv_is_closing(&listener->handle))
+		on_connection(&listener->stream, 0);
+}
+
+static void turn_away(struct listener *listener)
+{
+	if (listener->turning) {
+		listener->waiting = true;
+		return;
+	}
+	listener->turned_away.handle.data = listener;
+	int failed = listener->kind == LISTEN_UNIX ? uv_pipe_init(&listener->server->loop, &listener->turned_away.pipe, 0)
+	                                           : uv_tcp_init(&listener->server->loop, &listener->turned_away.tcp);
+	if (failed != 0)
+		return;
+	(void)uv_accept(&listener->stream, &listener->turned_away.stream);
+	listener->turning = true;
+	uv_close(&listener->turned_away.handle, on_turned_away);
+}
+
 static void on_connection(uv_stream_t *stream, int status)
 {
 	struct listener *listener = stream->data;
@@ -139,6 +184,7 @@ static void on_connection(uv_stream_t *stream, int status)
 	struct conn *conn = conn_create(server, access_create("anonymous", "anonymous", ACCESS_USER));
 	if (conn == NULL) {
 		log_accept_error(listener, UV_ENOMEM);
+		turn_away(listener);
 		return;
 	}
 	int failed = open_handle(listener, conn);
@@ -259,8 +305,9 @@ static opd_status bind_tcp(struct listener *listener, const struct config_listen
 static void on_listener_closed(uv_handle_t *handle)
 {
 	struct listener *listener = handle->data;
-	free(listener->path);
-	free(listener);
+	listener->closed = true;
+	if (!listener->turning)
+		listener_free(listener);
 }
 
 /* One that the service manager has opened, and that stays its own: the path isn't removed at the end, and clients wait there for the next daemon. */
