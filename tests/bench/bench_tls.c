@@ -155,7 +155,6 @@ static void peer_serve(int port)
 	need(uv_tcp_init(loop, &peer->listener) == 0 && uv_ip4_addr("127.0.0.1", port, &address) == 0 &&
 	         uv_tcp_bind(&peer->listener, (struct sockaddr *)&address, 0) == 0 && uv_listen((uv_stream_t *)&peer->listener, 1, peer_accept) == 0,
 	     "the peer can't listen");
-	peer->listener.data = peer;
 	(void)uv_run(loop, UV_RUN_DEFAULT);
 	exit(0);
 }

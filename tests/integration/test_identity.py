@@ -296,7 +296,7 @@ class Rights(Case):
             for _ in range(50):
                 self.denied(client, pb.Request(drain=pb.Drain()), "right drain")
         lines = [line for line in daemon.log_text().splitlines() if " denied " in line]
-        self.assertEqual(len(lines), 2, lines)  # one for each; a minute may end between them
+        self.assertIn(len(lines), (2, 3, 4), lines)  # one for each of 50; a minute may end meanwhile
         self.assertIn('missing="right drain"', lines[0])
         self.assertIn("identity=nobody", lines[0])
 
