@@ -25,27 +25,32 @@ static void job_done_direct(struct device_job *job)
 	(void)sem_post(request_of(job)->owner);
 }
 
+/* To the lane, in the session's place there. From success on the job is the lane's until it is done. */
+static opd_status submit(struct request *request, struct device_lane *lane)
+{
+	struct device_job *job = &request->device_job;
+	job->item.flow = session_flow(request->session, lane->number);
+	if (job->item.flow == NULL)
+		return device_no_memory(job);
+	if (device_lane_submit(lane, job))
+		return OPD_OK;
+	return execute_refused(request, job->name, &job->refusal, device_lane_name(lane), &job->error);
+}
+
 void device_submit(struct request *request, struct device_lane *lane, void (*done)(struct request *request))
 {
 	const bool direct = request->direct;
 	request->device_lane = lane;
 	request->device_done = done;
-	struct device_job *job = &request->device_job;
-	job->done = direct ? job_done_direct : job_done;
-	job->item.flow = session_flow(request->session, lane->number);
-	if (job->item.flow == NULL) {
-		job->status = device_no_memory(job);
-	} else if (!device_lane_submit(lane, job)) {
-		job->status = execute_refused(request, job->name, &job->refusal, device_lane_name(lane), &job->error);
+	request->device_job.done = direct ? job_done_direct : job_done;
+	const opd_status status = submit(request, lane);
+	if (status != OPD_OK) {
+		request->device_lane = NULL;
+		request->device_job.status = status;
 	} else if (!direct) {
 		return;
 	}
-	if (job->status != OPD_OK) {
-		request->device_lane = NULL;
-		done(request);
-		return;
-	}
-	while (sem_wait(request->owner) != 0)
+	while (status == OPD_OK && sem_wait(request->owner) != 0)
 		;
 	done(request);
 }

@@ -328,9 +328,9 @@ static void lane_graph(struct lane_job *job, struct lane_exec *exec)
 static void count_lane(struct request *request)
 {
 	const struct lane_job *job = &request->job;
-	if (request->run.written)
-		metrics_ran(request->context->metrics, request->graph_run != NULL ? NULL : request->run.dispatch.impl, job->waited_ns, job->device_ns,
-		            request->status);
+	const bool graph = request->graph_run != NULL;
+	if (graph ? graph_run_has_begun(request) : request->run.written)
+		metrics_ran(request->context->metrics, graph ? NULL : request->run.dispatch.impl, job->waited_ns, job->device_ns, request->status);
 }
 
 static void job_done(struct lane_job *job)

@@ -213,6 +213,11 @@ static void start(struct graph_run *run)
 	begin(run);
 }
 
+bool graph_run_has_begun(const struct request *request)
+{
+	return request->graph_run->begun;
+}
+
 void graph_run_execute(struct request *request, struct lane_exec *lane)
 {
 	/* One that has begun may have written states: it ends by itself, at its next node. */

@@ -222,6 +222,7 @@ void graph_run_done(struct request *request);  /* from execute_done */
 void graph_run_failed(struct request *request); /* it ends with an error: its place in the order, its donations */
 void graph_run_release(struct request *request);
 void graph_run_execute(struct request *request, struct lane_exec *lane); /* on a lane */
+bool graph_run_has_begun(const struct request *request); /* a node of it was run on the CPU */
 OPD_MUST_USE opd_status free_accept(struct request *request); /* free.c */
 void free_start(struct request *request);
 OPD_MUST_USE opd_status upload_accept(struct request *request); /* upload.c */

@@ -583,6 +583,7 @@ class Counted(DaemonCase):
         for _ in range(5):
             client.ask(product(64, 64), f32(1))
             client.ask(run("relu", tensor([1]), run_priority=["native"]), f32(1))
+        client.ask(products(3, 64, chain=True), f32(1))
         bad = run("relu", tensor([1]), run_priority=["nobody"])
         client.call(bad, f32(1))
         after = self.scrape()
@@ -594,6 +595,8 @@ class Counted(DaemonCase):
         self.assertEqual(grown('opd_kernel_seconds_bucket{op="matmul",provider="native",le="+Inf"}'), 5)
         self.assertEqual(grown("opd_run_wait_seconds_count" + matmul), 5)
         self.assertAlmostEqual(grown("opd_kernel_seconds_sum" + matmul), grown("opd_run_device_seconds_total" + matmul))
+        self.assertEqual(grown('opd_runs_total{op="(graph)",provider=""}'), 1)
+        self.assertEqual(grown('opd_kernel_seconds_count{op="(graph)",provider=""}'), 1)
         self.assertEqual(grown('opd_replies_total{status="NOT_FOUND"}'), 1)
         self.assertEqual(grown('opd_requests_total{kind="run"}'), 11)
         self.assertGreater(grown("opd_request_seconds_count"), 10)
