@@ -401,7 +401,9 @@ static void raw_open(struct raw *raw)
 	*raw = (struct raw){.fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0), .memory = -1, .wake = -1, .watch = -1};
 	arena_init(&raw->arena, 1u << 20);
 	struct sockaddr_un address = {.sun_family = AF_UNIX};
-	(void)snprintf(address.sun_path, sizeof address.sun_path, "%s", house.address + strlen("unix:"));
+	const char *path = house.address + strlen("unix:");
+	ck_assert_uint_lt(strlen(path), sizeof address.sun_path);
+	memcpy(address.sun_path, path, strlen(path) + 1);
 	ck_assert_int_eq(connect(raw->fd, (const struct sockaddr *)&address, sizeof address), 0);
 	const struct msg_text features[] = {msg_text("rings"), msg_text("cancel")};
 	const struct msg_hello hello = {.version_min = 1, .version_max = 1, .feature_count = 2, .features = features};
