@@ -9,9 +9,10 @@
 #define MUL(a, b) ((a) * (b))
 
 /* Of two NaNs the compiler's order of operands would decide which one shows. */
-VEC_INLINE vec_f32 arithmetic_of(unsigned op, vec_f32 a, vec_f32 b)
+VEC_INLINE vec_f32 arithmetic_of(opd_dtype dtype, unsigned op, vec_f32 a, vec_f32 b)
 {
-	return vec_one_nan(op == CPU_ADD ? a + b : op == CPU_SUB ? a - b : a * b);
+	vec_f32 v = op == CPU_ADD ? a + b : op == CPU_SUB ? a - b : a * b;
+	return dtype == OPD_bf16 ? v : vec_one_nan(v); /* bf16's rounding has one anyway */
 }
 
 static inline double arithmetic_one_nan(double value)
@@ -34,15 +35,22 @@ VEC_INLINE void arithmetic_run(unsigned op, opd_dtype dtype, const void *a, size
 	vec_f32 one_a = a_step == 0 ? arithmetic_splat(dtype, a) : vec_splat(0.0f);
 	vec_f32 one_b = b_step == 0 ? arithmetic_splat(dtype, b) : vec_splat(0.0f);
 	size_t i = 0;
+	for (; !opd_dtype_is_f8(dtype) && i + 2 * VEC_LANES <= count; i += 2 * VEC_LANES) {
+		struct vec_pair v = a_step == 0 ? (struct vec_pair){{one_a, one_a}} : vec_load_pair(dtype, a, i);
+		struct vec_pair w = b_step == 0 ? (struct vec_pair){{one_b, one_b}} : vec_load_pair(dtype, b, i);
+		for (size_t p = 0; p < 2; p++)
+			v.v[p] = arithmetic_of(dtype, op, v.v[p], w.v[p]);
+		vec_store_pair(dtype, y, i, v);
+	}
 	for (; i + VEC_LANES <= count; i += VEC_LANES) {
 		vec_f32 v = a_step == 0 ? one_a : vec_load_some(dtype, a, i, VEC_LANES);
 		vec_f32 w = b_step == 0 ? one_b : vec_load_some(dtype, b, i, VEC_LANES);
-		vec_store_some(dtype, y, i, VEC_LANES, arithmetic_of(op, v, w));
+		vec_store_some(dtype, y, i, VEC_LANES, arithmetic_of(dtype, op, v, w));
 	}
 	if (i < count) {
 		vec_f32 v = a_step == 0 ? one_a : vec_load_some(dtype, a, i, count - i);
 		vec_f32 w = b_step == 0 ? one_b : vec_load_some(dtype, b, i, count - i);
-		vec_store_some(dtype, y, i, count - i, arithmetic_of(op, v, w));
+		vec_store_some(dtype, y, i, count - i, arithmetic_of(dtype, op, v, w));
 	}
 }
 

@@ -24,13 +24,18 @@ static inline unsigned cpu_dtype_index(opd_dtype dtype)
 /* Weights of a norm: none, of x's dtype, f32. */
 enum { CPU_WEIGHT_NONE, CPU_WEIGHT_SAME, CPU_WEIGHT_F32, CPU_WEIGHTS };
 
-/* x [count] · rsqrt(mean of its first `squares` elements' squares + epsilon), times weight [count], to y [count]. streams: past the caches,
- * where results are aligned to 64 bytes. */
-typedef void (*cpu_rms_norm_fn)(const void *x, const void *weight, void *y, size_t count, size_t squares, float epsilon, bool streams);
-
-/* sum = x + residual, y = the norm of the unrounded sum. y may be x, sum may be residual. */
-typedef void (*cpu_fused_add_rms_norm_fn)(const void *x, const void *residual, const void *weight, void *y, void *sum, size_t count,
-                                          size_t squares, float epsilon, bool streams);
+/* One row of a norm: y = x · rsqrt(mean of its first `squares` elements' squares + epsilon), times weight. Of fused_add_rms_norm sum = x + residual, y the norm of the unrounded sum; y
+ * may be x, sum may be residual. x_next, residual_next: rows that are read next (or the same again). streams: results go past the caches, where they are aligned to 64 bytes. */
+struct cpu_norm {
+	const void *x, *x_next;
+	const void *residual, *residual_next;
+	const void *weight;
+	void *y, *sum;
+	size_t count, squares;
+	float epsilon;
+	bool streams;
+};
+typedef void (*cpu_norm_fn)(const struct cpu_norm *norm);
 
 /* The functions of activations. */
 enum { CPU_SIGMOID, CPU_SILU, CPU_RELU, CPU_RELU2, CPU_GELU, CPU_GELU_TANH, CPU_ACTIVATIONS };
@@ -38,7 +43,8 @@ enum { CPU_SIGMOID, CPU_SILU, CPU_RELU, CPU_RELU2, CPU_GELU, CPU_GELU_TANH, CPU_
 /* y = f(x), or f(x) · other, [count] each. */
 typedef void (*cpu_activation_fn)(const void *x, const void *other, void *y, size_t count);
 
-typedef void (*cpu_softmax_fn)(const void *x, void *y, size_t count);
+/* next: the row that is read next (or x again). */
+typedef void (*cpu_softmax_fn)(const void *x, const void *next, void *y, size_t count);
 
 /* linear adds products in blocks of so many k: inside a block in VEC_LANES chains, the blocks' sums one after another. That order is
  * the same on every way through linear.c. */
@@ -114,6 +120,7 @@ struct cpu_quant_kernels {
 /* One row of layer_norm; weight, bias: NULL for none. */
 struct cpu_layer_norm {
 	const void *x;
+	const void *next; /* the row that is read next (or x again) */
 	const void *weight;
 	const void *bias;
 	void *y;
@@ -200,8 +207,8 @@ struct cpu_position_kernels {
 };
 
 struct cpu_norm_kernels {
-	cpu_rms_norm_fn rms_norm[CPU_DTYPES][CPU_WEIGHTS];
-	cpu_fused_add_rms_norm_fn fused_add_rms_norm[CPU_DTYPES][CPU_WEIGHTS];
+	cpu_norm_fn rms_norm[CPU_DTYPES][CPU_WEIGHTS];
+	cpu_norm_fn fused_add_rms_norm[CPU_DTYPES][CPU_WEIGHTS];
 };
 
 struct cpu_activation_kernels {

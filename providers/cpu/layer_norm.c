@@ -32,6 +32,7 @@ static void layer_norm_rows(const void *context, uint64_t begin, uint64_t end, u
 	struct cpu_layer_norm norm = work->norm;
 	for (uint64_t r = begin; r < end; r++) {
 		norm.x = cpu_row(&work->x, r);
+		norm.next = cpu_row(&work->x, r + 1 < end ? r + 1 : r);
 		norm.y = cpu_row(&work->y, r);
 		work->kernel(&norm);
 	}

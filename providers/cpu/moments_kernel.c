@@ -102,6 +102,52 @@ VEC_INLINE double moments_variance(opd_dtype dtype, const void *x, size_t count,
 	return moments_sum(chains) / (double)count;
 }
 
+struct moments {
+	double mean, variance;
+};
+
+/* Vectors of a chain between two folds into f64: so few lose no digit that counts. */
+#define BLOCK 16
+
+/* Both from one pass in f32 over differences from the row's first element: right where that lies among the others. False where it doesn't (most of the squares' mean would cancel), where
+ * squares overflow or vanish, and with NaN. */
+VEC_INLINE bool moments_quick(opd_dtype dtype, const void *x, size_t count, struct moments *moments_out)
+{
+	const float pivot = vec_load_some(dtype, x, 0, 1)[0];
+	vec_f64 sum = {0}, squares = {0};
+	size_t i = 0;
+	while (i + CHAINS * VEC_LANES <= count) {
+		vec_f32 sums[CHAINS], products[CHAINS];
+		for (size_t c = 0; c < CHAINS; c++)
+			sums[c] = products[c] = vec_splat(0.0f);
+		for (size_t end = i + BLOCK * CHAINS * VEC_LANES; i + CHAINS * VEC_LANES <= count && i < end; i += CHAINS * VEC_LANES) {
+			for (size_t c = 0; c < CHAINS; c++) {
+				struct vec_pair pair = vec_load_pair(dtype, x, i + c / 2 * 2 * VEC_LANES);
+				vec_f32 d = pair.v[c % 2] - vec_splat(pivot);
+				sums[c] = sums[c] + d;
+				products[c] = vec_fma(d, d, products[c]);
+			}
+		}
+		sum = sum + moments_fold((sums[0] + sums[1]) + (sums[2] + sums[3]));
+		squares = squares + moments_fold((products[0] + products[1]) + (products[2] + products[3]));
+	}
+	for (size_t here; i < count; i += here) {
+		here = count - i < VEC_LANES ? count - i : VEC_LANES;
+		vec_f32 d = vec_load_part(dtype, x, i, here, pivot) - vec_splat(pivot);
+		sum = sum + moments_fold(d);
+		squares = squares + moments_fold(d * d);
+	}
+	double shift = 0, square = 0;
+	for (size_t l = 0; l < HALF; l++) {
+		shift += sum[l];
+		square += squares[l];
+	}
+	shift /= (double)count;
+	square /= (double)count;
+	*moments_out = (struct moments){(double)pivot + shift, square - shift * shift};
+	return square > 1e-30 && square < 1e36 && moments_out->variance * 16 > square;
+}
+
 /* ---- layer_norm --------------------------------------------------------------------------------------------------------- */
 
 /* v · weight + bias, where the product alone may be past what f32 holds and the sum isn't. */
@@ -115,30 +161,59 @@ VEC_INLINE vec_f32 layer_norm_affine(vec_f32 v, vec_f32 weight, vec_f32 bias)
 #endif
 }
 
-VEC_INLINE vec_f32 layer_norm_at(opd_dtype dtype, opd_dtype weight_dtype, opd_dtype bias_dtype, const struct cpu_layer_norm *norm, size_t i, size_t count,
-                                 const struct moments_mean *mean, vec_f32 factor)
+VEC_INLINE vec_f32 layer_norm_of(opd_dtype dtype, const struct cpu_layer_norm *norm, vec_f32 x, vec_f32 weight, vec_f32 bias, const struct moments_mean *mean, vec_f32 factor)
 {
-	vec_f32 v = moments_difference(vec_load_some(dtype, norm->x, i, count), mean) * factor;
+	vec_f32 v = moments_difference(x, mean) * factor;
 	if (norm->weight != NULL && norm->bias != NULL)
-		v = layer_norm_affine(v, vec_load_some(weight_dtype, norm->weight, i, count), vec_load_some(bias_dtype, norm->bias, i, count));
+		v = layer_norm_affine(v, weight, bias);
 	else if (norm->weight != NULL)
-		v = v * vec_load_some(weight_dtype, norm->weight, i, count);
+		v = v * weight;
 	else if (norm->bias != NULL)
-		v = v + vec_load_some(bias_dtype, norm->bias, i, count);
-	return vec_one_nan(v);
+		v = v + bias;
+	return dtype == OPD_bf16 ? v : vec_one_nan(v); /* bf16's rounding has one anyway */
+}
+
+/* Weights or biases [at, at + 2·VEC_LANES) in the order in which x's pairs have them; of none, anything. */
+VEC_INLINE struct vec_pair layer_norm_vector(opd_dtype dtype, opd_dtype vector_dtype, const void *vector, size_t at)
+{
+	if (vector == NULL)
+		return (struct vec_pair){{vec_splat(0.0f), vec_splat(0.0f)}};
+	struct vec_pair pair = vec_load_pair(vector_dtype, vector, at);
+	return dtype == OPD_bf16 && vector_dtype == OPD_f32 ? vec_apart(pair) : pair;
+}
+
+VEC_INLINE vec_f32 layer_norm_vector_part(opd_dtype dtype, const void *vector, size_t at, size_t count)
+{
+	return vector == NULL ? vec_splat(0.0f) : vec_load_part(dtype, vector, at, count, 0.0f);
 }
 
 VEC_INLINE void layer_norm_row(opd_dtype dtype, opd_dtype weight_dtype, opd_dtype bias_dtype, const struct cpu_layer_norm *norm)
 {
-	const size_t count = norm->count;
-	struct moments_mean mean = moments_mean_of(moments_mean(dtype, norm->x, count));
-	float variance = (float)moments_variance(dtype, norm->x, count, &mean);
-	vec_f32 factor = vec_splat(1.0f / sqrtf(variance + norm->epsilon));
+	const size_t count = norm->count, bytes = opd_dtype_bytes(dtype);
+	struct moments moments;
+	struct moments_mean mean;
+	if (moments_quick(dtype, norm->x, count, &moments)) {
+		mean = moments_mean_of(moments.mean);
+	} else {
+		mean = moments_mean_of(moments_mean(dtype, norm->x, count));
+		moments.variance = moments_variance(dtype, norm->x, count, &mean);
+	}
+	vec_f32 factor = vec_splat(1.0f / sqrtf((float)moments.variance + norm->epsilon));
 	size_t i = 0;
-	for (; i + VEC_LANES <= count; i += VEC_LANES)
-		vec_store(dtype, norm->y, i, layer_norm_at(dtype, weight_dtype, bias_dtype, norm, i, VEC_LANES, &mean, factor));
-	if (i < count)
-		vec_store_part(dtype, norm->y, i, count - i, layer_norm_at(dtype, weight_dtype, bias_dtype, norm, i, count - i, &mean, factor));
+	for (; i + 2 * VEC_LANES <= count; i += 2 * VEC_LANES) {
+		struct vec_pair x = vec_load_pair(dtype, norm->x, i);
+		struct vec_pair weight = layer_norm_vector(dtype, weight_dtype, norm->weight, i), bias = layer_norm_vector(dtype, bias_dtype, norm->bias, i);
+		for (size_t p = 0; p < 2; p++)
+			x.v[p] = layer_norm_of(dtype, norm, x.v[p], weight.v[p], bias.v[p], &mean, factor);
+		vec_store_pair(dtype, norm->y, i, x);
+		vec_ask((const unsigned char *)norm->next + i * bytes, 2 * VEC_LANES * bytes); /* results take longer to make than rows to come */
+	}
+	for (size_t here; i < count; i += here) {
+		here = count - i < VEC_LANES ? count - i : VEC_LANES;
+		vec_f32 x = vec_load_part(dtype, norm->x, i, here, 0.0f);
+		vec_f32 weight = layer_norm_vector_part(weight_dtype, norm->weight, i, here), bias = layer_norm_vector_part(bias_dtype, norm->bias, i, here);
+		vec_store_part(dtype, norm->y, i, here, layer_norm_of(dtype, norm, x, weight, bias, &mean, factor));
+	}
 }
 
 /* ---- gelu_and_mul_sparse -------------------------------------------------------------------------------------------------- */

@@ -48,31 +48,39 @@ static bool norm_streams(const struct cpu_rows *results, uint64_t bytes)
 
 /* One call of either op; `residual` and `sum` are the fused one's. */
 struct norm_work {
-	cpu_rms_norm_fn rms_norm;
-	cpu_fused_add_rms_norm_fn fused;
+	cpu_norm_fn kernel;
 	struct cpu_rows x, residual, y, sum;
-	const void *weight;
-	size_t count, squares;
-	float epsilon;
-	bool streams;
+	struct cpu_norm norm; /* all but rows */
 };
 
 static void rms_norm_rows(const void *context, uint64_t begin, uint64_t end, uint32_t thread)
 {
 	(void)thread;
 	const struct norm_work *work = context;
-	for (uint64_t r = begin; r < end; r++)
-		work->rms_norm(cpu_row(&work->x, r), work->weight, cpu_row(&work->y, r), work->count, work->squares,
-		               work->epsilon, work->streams);
+	struct cpu_norm norm = work->norm;
+	for (uint64_t r = begin; r < end; r++) {
+		norm.x = cpu_row(&work->x, r);
+		norm.x_next = cpu_row(&work->x, r + 1 < end ? r + 1 : r);
+		norm.y = cpu_row(&work->y, r);
+		work->kernel(&norm);
+	}
 }
 
 static void fused_rows(const void *context, uint64_t begin, uint64_t end, uint32_t thread)
 {
 	(void)thread;
 	const struct norm_work *work = context;
-	for (uint64_t r = begin; r < end; r++)
-		work->fused(cpu_row(&work->x, r), cpu_row(&work->residual, r), work->weight, cpu_row(&work->y, r), cpu_row(&work->sum, r),
-		            work->count, work->squares, work->epsilon, work->streams);
+	struct cpu_norm norm = work->norm;
+	for (uint64_t r = begin; r < end; r++) {
+		uint64_t next = r + 1 < end ? r + 1 : r;
+		norm.x = cpu_row(&work->x, r);
+		norm.x_next = cpu_row(&work->x, next);
+		norm.residual = cpu_row(&work->residual, r);
+		norm.residual_next = cpu_row(&work->residual, next);
+		norm.y = cpu_row(&work->y, r);
+		norm.sum = cpu_row(&work->sum, r);
+		work->kernel(&norm);
+	}
 }
 
 static opd_status rms_norm_run(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error)
@@ -84,16 +92,19 @@ static opd_status rms_norm_run(const opd_impl *impl, void *state, const opd_call
 	if (status != OPD_OK || x->elements == 0)
 		return status;
 	struct norm_work work = {
-		.rms_norm = cpu_kernels_of(impl)->norm->rms_norm[cpu_dtype_index(x->dtype)][cpu_weight_index(x, weight)],
+		.kernel = cpu_kernels_of(impl)->norm->rms_norm[cpu_dtype_index(x->dtype)][cpu_weight_index(x, weight)],
 		.x = cpu_rows_of(x),
 		.y = cpu_rows_of(call->outputs[0]),
-		.weight = weight == NULL ? NULL : opd_tensor_data(weight),
-		.count = (size_t)opd_tensor_last(x),
-		.squares = norm_squares(call, 3),
-		.epsilon = (float)call->args[2].f,
+		.norm =
+			{
+				.weight = weight == NULL ? NULL : opd_tensor_data(weight),
+				.count = (size_t)opd_tensor_last(x),
+				.squares = norm_squares(call, 3),
+				.epsilon = (float)call->args[2].f,
+			},
 	};
-	work.streams = norm_streams(&work.y, 2 * x->elements * opd_dtype_bytes(x->dtype));
-	return cpu_for(exec, x->elements / work.count, rms_norm_cost(impl, call), rms_norm_rows, &work, error);
+	work.norm.streams = norm_streams(&work.y, 2 * x->elements * opd_dtype_bytes(x->dtype));
+	return cpu_for(exec, x->elements / work.norm.count, rms_norm_cost(impl, call), rms_norm_rows, &work, error);
 }
 
 static opd_status fused_run(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error)
@@ -107,20 +118,23 @@ static opd_status fused_run(const opd_impl *impl, void *state, const opd_call *c
 	if (status != OPD_OK || x->elements == 0)
 		return status;
 	struct norm_work work = {
-		.fused = cpu_kernels_of(impl)->norm->fused_add_rms_norm[cpu_dtype_index(x->dtype)][cpu_weight_index(x, weight)],
+		.kernel = cpu_kernels_of(impl)->norm->fused_add_rms_norm[cpu_dtype_index(x->dtype)][cpu_weight_index(x, weight)],
 		.x = cpu_rows_of(x),
 		.residual = cpu_rows_of(cpu_tensor(call, 1)),
 		.y = cpu_rows_of(call->outputs[0]),
 		.sum = cpu_rows_of(call->outputs[1]),
-		.weight = weight == NULL ? NULL : opd_tensor_data(weight),
-		.count = (size_t)opd_tensor_last(x),
-		.squares = norm_squares(call, 4),
-		.epsilon = (float)call->args[3].f,
+		.norm =
+			{
+				.weight = weight == NULL ? NULL : opd_tensor_data(weight),
+				.count = (size_t)opd_tensor_last(x),
+				.squares = norm_squares(call, 4),
+				.epsilon = (float)call->args[3].f,
+			},
 	};
 	uint64_t bytes = 4 * x->elements * opd_dtype_bytes(x->dtype);
 	bool fresh = work.y.base != work.x.base && work.sum.base != work.residual.base; /* in place the lines have been read */
-	work.streams = fresh && norm_streams(&work.y, bytes) && norm_streams(&work.sum, bytes);
-	return cpu_for(exec, x->elements / work.count, fused_cost(impl, call), fused_rows, &work, error);
+	work.norm.streams = fresh && norm_streams(&work.y, bytes) && norm_streams(&work.sum, bytes);
+	return cpu_for(exec, x->elements / work.norm.count, fused_cost(impl, call), fused_rows, &work, error);
 }
 
 const opd_impl cpu_rms_norm = {

@@ -18,10 +18,15 @@ VEC_INLINE float norm_sum_chains(const vec_f32 *chains)
 }
 
 /* x, or x + residual. */
-VEC_INLINE vec_f32 norm_load(opd_dtype dtype, const void *x, const void *residual, size_t at)
+VEC_INLINE struct vec_pair norm_load_pair(opd_dtype dtype, const void *x, const void *residual, size_t at)
 {
-	vec_f32 v = vec_load(dtype, x, at);
-	return residual == NULL ? v : v + vec_load(dtype, residual, at);
+	struct vec_pair pair = vec_load_pair(dtype, x, at);
+	if (residual != NULL) {
+		struct vec_pair other = vec_load_pair(dtype, residual, at);
+		for (size_t p = 0; p < 2; p++)
+			pair.v[p] = pair.v[p] + other.v[p];
+	}
+	return pair;
 }
 
 VEC_INLINE vec_f32 norm_load_part(opd_dtype dtype, const void *x, const void *residual, size_t at, size_t count)
@@ -35,18 +40,16 @@ VEC_INLINE float norm_sum_of_squares(opd_dtype dtype, const void *x, const void 
 	vec_f32 chains[CHAINS] = {vec_splat(0.0f), vec_splat(0.0f), vec_splat(0.0f), vec_splat(0.0f)};
 	size_t i = 0;
 	for (; i + CHAINS * VEC_LANES <= count; i += CHAINS * VEC_LANES) {
-		for (size_t c = 0; c < CHAINS; c++) {
-			vec_f32 v = norm_load(dtype, x, residual, i + c * VEC_LANES);
-			chains[c] = vec_fma(v, v, chains[c]);
+		for (size_t c = 0; c < CHAINS; c += 2) {
+			struct vec_pair pair = norm_load_pair(dtype, x, residual, i + c * VEC_LANES);
+			for (size_t p = 0; p < 2; p++)
+				chains[c + p] = vec_fma(pair.v[p], pair.v[p], chains[c + p]);
 		}
 	}
-	for (; i + VEC_LANES <= count; i += VEC_LANES) {
-		vec_f32 v = norm_load(dtype, x, residual, i);
+	for (size_t here; i < count; i += here) {
+		here = count - i < VEC_LANES ? count - i : VEC_LANES;
+		vec_f32 v = norm_load_part(dtype, x, residual, i, here);
 		chains[0] = vec_fma(v, v, chains[0]);
-	}
-	if (i < count) {
-		vec_f32 v = norm_load_part(dtype, x, residual, i, count - i);
-		chains[1] = vec_fma(v, v, chains[1]);
 	}
 	return norm_sum_chains(chains);
 }
@@ -57,57 +60,53 @@ VEC_INLINE vec_f32 norm_weighted(opd_dtype weight_dtype, vec_f32 y, vec_f32 weig
 	return vec_rounded(weight_dtype, y) * weight;
 }
 
-VEC_INLINE void norm_store(opd_dtype dtype, void *y, size_t at, bool streams, vec_f32 v)
+/* Weights [at, at + 2·VEC_LANES) in the order in which x's pairs have them. */
+VEC_INLINE struct vec_pair norm_weight_pair(opd_dtype dtype, opd_dtype weight_dtype, const void *weight, size_t at)
+{
+	struct vec_pair pair = vec_load_pair(weight_dtype, weight, at);
+	return dtype == OPD_bf16 && weight_dtype == OPD_f32 ? vec_apart(pair) : pair;
+}
+
+VEC_INLINE void norm_store_pair(opd_dtype dtype, void *y, size_t at, bool streams, struct vec_pair pair)
 {
 	if (streams)
-		vec_stream(dtype, y, at, v);
+		vec_stream_pair(dtype, y, at, pair);
 	else
-		vec_store(dtype, y, at, v);
+		vec_store_pair(dtype, y, at, pair);
 }
 
-/* streams: a constant of the caller, as the dtypes are. */
-VEC_INLINE void rms_norm_row(opd_dtype dtype, opd_dtype weight_dtype, const void *x, const void *weight, void *y, size_t count,
-                             size_t squares, float epsilon, bool streams)
+/* The norm of x, or of x + residual, whose sum is computed twice rather than kept: it must not be rounded, and in place there is nowhere to keep it. While results are made,
+ * which is the longer half, the next row is on its way. residual and sum: both NULL, or neither; streams, too, is a constant of the caller. */
+VEC_INLINE void norm_row(opd_dtype dtype, opd_dtype weight_dtype, const struct cpu_norm *norm, const void *residual, void *sum, bool streams)
 {
-	vec_f32 factor = vec_splat(norm_factor(norm_sum_of_squares(dtype, x, NULL, squares), squares, epsilon));
+	const size_t count = norm->count, bytes = opd_dtype_bytes(dtype);
+	vec_f32 factor = vec_splat(norm_factor(norm_sum_of_squares(dtype, norm->x, residual, norm->squares), norm->squares, norm->epsilon));
 	size_t i = 0;
-	for (; i + VEC_LANES <= count; i += VEC_LANES) {
-		vec_f32 v = vec_load(dtype, x, i) * factor;
+	for (; i + 2 * VEC_LANES <= count; i += 2 * VEC_LANES) {
+		struct vec_pair s = norm_load_pair(dtype, norm->x, residual, i), v, weight;
 		if (weight_dtype != OPD_DTYPE_NONE)
-			v = norm_weighted(weight_dtype, v, vec_load(weight_dtype, weight, i));
-		norm_store(dtype, y, i, streams, v);
+			weight = norm_weight_pair(dtype, weight_dtype, norm->weight, i);
+		for (size_t p = 0; p < 2; p++) {
+			v.v[p] = s.v[p] * factor;
+			if (weight_dtype != OPD_DTYPE_NONE)
+				v.v[p] = norm_weighted(weight_dtype, v.v[p], weight.v[p]);
+		}
+		vec_ask((const unsigned char *)norm->x_next + i * bytes, 2 * VEC_LANES * bytes);
+		if (residual != NULL) {
+			vec_ask((const unsigned char *)norm->residual_next + i * bytes, 2 * VEC_LANES * bytes);
+			norm_store_pair(dtype, sum, i, streams, s);
+		}
+		norm_store_pair(dtype, norm->y, i, streams, v);
 	}
-	if (i < count) {
-		vec_f32 v = vec_load_part(dtype, x, i, count - i, 0.0f) * factor;
-		if (weight_dtype != OPD_DTYPE_NONE)
-			v = norm_weighted(weight_dtype, v, vec_load_part(weight_dtype, weight, i, count - i, 0.0f));
-		vec_store_part(dtype, y, i, count - i, v);
-	}
-	if (streams)
-		vec_streamed();
-}
-
-/* The sum is computed twice rather than kept: it must not be rounded, and in place there is nowhere to keep it. */
-VEC_INLINE void fused_add_rms_norm_row(opd_dtype dtype, opd_dtype weight_dtype, const void *x, const void *residual, const void *weight,
-                                       void *y, void *sum, size_t count, size_t squares, float epsilon, bool streams)
-{
-	vec_f32 factor = vec_splat(norm_factor(norm_sum_of_squares(dtype, x, residual, squares), squares, epsilon));
-	size_t i = 0;
-	for (; i + VEC_LANES <= count; i += VEC_LANES) {
-		vec_f32 s = norm_load(dtype, x, residual, i);
+	for (size_t here; i < count; i += here) {
+		here = count - i < VEC_LANES ? count - i : VEC_LANES;
+		vec_f32 s = norm_load_part(dtype, norm->x, residual, i, here);
 		vec_f32 v = s * factor;
 		if (weight_dtype != OPD_DTYPE_NONE)
-			v = norm_weighted(weight_dtype, v, vec_load(weight_dtype, weight, i));
-		norm_store(dtype, sum, i, streams, s);
-		norm_store(dtype, y, i, streams, v);
-	}
-	if (i < count) {
-		vec_f32 s = norm_load_part(dtype, x, residual, i, count - i);
-		vec_f32 v = s * factor;
-		if (weight_dtype != OPD_DTYPE_NONE)
-			v = norm_weighted(weight_dtype, v, vec_load_part(weight_dtype, weight, i, count - i, 0.0f));
-		vec_store_part(dtype, sum, i, count - i, s);
-		vec_store_part(dtype, y, i, count - i, v);
+			v = norm_weighted(weight_dtype, v, vec_load_part(weight_dtype, norm->weight, i, here, 0.0f));
+		if (residual != NULL)
+			vec_store_part(dtype, sum, i, here, s);
+		vec_store_part(dtype, norm->y, i, here, v);
 	}
 	if (streams)
 		vec_streamed();
@@ -124,21 +123,20 @@ VEC_INLINE void fused_add_rms_norm_row(opd_dtype dtype, opd_dtype weight_dtype, 
 	X(f16_f16, OPD_f16, OPD_f16)           \
 	X(f16_f32, OPD_f16, OPD_f32)
 
-#define X(name, dtype, weight_dtype)                                                                                         \
-	static void rms_norm_##name(const void *x, const void *weight, void *y, size_t count, size_t squares, float epsilon, bool streams) \
-	{                                                                                                                        \
-		if (streams)                                                                                                         \
-			rms_norm_row(dtype, weight_dtype, x, weight, y, count, squares, epsilon, true);                                  \
-		else                                                                                                                 \
-			rms_norm_row(dtype, weight_dtype, x, weight, y, count, squares, epsilon, false);                                 \
-	}                                                                                                                        \
-	static void fused_add_rms_norm_##name(const void *x, const void *residual, const void *weight, void *y, void *sum,       \
-	                                      size_t count, size_t squares, float epsilon, bool streams)                         \
-	{                                                                                                                        \
-		if (streams)                                                                                                         \
-			fused_add_rms_norm_row(dtype, weight_dtype, x, residual, weight, y, sum, count, squares, epsilon, true);         \
-		else                                                                                                                 \
-			fused_add_rms_norm_row(dtype, weight_dtype, x, residual, weight, y, sum, count, squares, epsilon, false);        \
+#define X(name, dtype, weight_dtype)                                                             \
+	static void rms_norm_##name(const struct cpu_norm *norm)                                     \
+	{                                                                                            \
+		if (norm->streams)                                                                       \
+			norm_row(dtype, weight_dtype, norm, NULL, NULL, true);                               \
+		else                                                                                     \
+			norm_row(dtype, weight_dtype, norm, NULL, NULL, false);                              \
+	}                                                                                            \
+	static void fused_add_rms_norm_##name(const struct cpu_norm *norm)                           \
+	{                                                                                            \
+		if (norm->streams)                                                                       \
+			norm_row(dtype, weight_dtype, norm, norm->residual, norm->sum, true);                \
+		else                                                                                     \
+			norm_row(dtype, weight_dtype, norm, norm->residual, norm->sum, false);               \
 	}
 NORM_MAP(X)
 #undef X

@@ -27,7 +27,7 @@ static void softmax_rows(const void *context, uint64_t begin, uint64_t end, uint
 	(void)thread;
 	const struct softmax_work *work = context;
 	for (uint64_t r = begin; r < end; r++)
-		work->kernel(cpu_row(&work->x, r), cpu_row(&work->y, r), work->count);
+		work->kernel(cpu_row(&work->x, r), cpu_row(&work->x, r + 1 < end ? r + 1 : r), cpu_row(&work->y, r), work->count);
 }
 
 /* Along another dimension: items are tiles of neighbouring lines. */

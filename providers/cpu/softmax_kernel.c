@@ -4,40 +4,53 @@
 #include "providers/cpu/kernels.h"
 #include "providers/cpu/vec_dtype.h"
 
+VEC_INLINE vec_f32 softmax_exp(opd_dtype dtype, vec_f32 x)
+{
+	return dtype == OPD_f32 ? vec_exp(x) : vec_exp_16(x);
+}
+
 /* Misses NaN: it then shows in the sum, as e^NaN, and so in every element. */
 VEC_INLINE float softmax_highest(opd_dtype dtype, const void *x, size_t count)
 {
-	vec_f32 chains[2] = {vec_splat(-INFINITY), vec_splat(-INFINITY)};
+	vec_f32 chains[4] = {vec_splat(-INFINITY), vec_splat(-INFINITY), vec_splat(-INFINITY), vec_splat(-INFINITY)};
 	size_t i = 0;
-	for (; i + 2 * VEC_LANES <= count; i += 2 * VEC_LANES)
-		for (size_t c = 0; c < 2; c++)
-			chains[c] = vec_max(vec_load(dtype, x, i + c * VEC_LANES), chains[c]);
+	for (; i + 4 * VEC_LANES <= count; i += 4 * VEC_LANES) {
+		for (size_t c = 0; c < 4; c += 2) {
+			struct vec_pair pair = vec_load_pair(dtype, x, i + c * VEC_LANES);
+			for (size_t p = 0; p < 2; p++)
+				chains[c + p] = vec_max(pair.v[p], chains[c + p]);
+		}
+	}
 	for (; i < count; i += VEC_LANES) {
 		size_t left = count - i;
 		vec_f32 v = left >= VEC_LANES ? vec_load(dtype, x, i) : vec_load_part(dtype, x, i, left, -INFINITY);
 		chains[0] = vec_max(v, chains[0]);
 	}
-	return vec_highest(vec_max(chains[0], chains[1]));
+	return vec_highest(vec_max(vec_max(chains[0], chains[1]), vec_max(chains[2], chains[3])));
 }
 
-/* Σ e^(x − highest); each e also goes to `kept` [count], if there is one. */
-VEC_INLINE float softmax_sum(opd_dtype dtype, const void *x, float *kept, size_t count, float highest)
+/* Σ e^(x − highest); each e also goes to `kept` [count], if there is one: two vectors at a time as vec_load_pair has them. This is the longest part, and no memory is
+ * waited for: the next row is asked for. */
+VEC_INLINE float softmax_sum(opd_dtype dtype, const void *x, const void *next, float *kept, size_t count, float highest)
 {
+	const size_t bytes = opd_dtype_bytes(dtype);
 	vec_f32 chains[2] = {vec_splat(0.0f), vec_splat(0.0f)};
 	vec_f32 shift = vec_splat(highest);
 	size_t i = 0;
 	for (; i + 2 * VEC_LANES <= count; i += 2 * VEC_LANES) {
-		for (size_t c = 0; c < 2; c++) {
-			vec_f32 e = vec_exp(vec_load(dtype, x, i + c * VEC_LANES) - shift);
+		struct vec_pair pair = vec_load_pair(dtype, x, i);
+		for (size_t p = 0; p < 2; p++) {
+			vec_f32 e = softmax_exp(dtype, pair.v[p] - shift);
 			if (kept != NULL)
-				vec_store(OPD_f32, kept, i + c * VEC_LANES, e);
-			chains[c] = chains[c] + e;
+				vec_store(OPD_f32, kept, i + p * VEC_LANES, e);
+			chains[p] = chains[p] + e;
 		}
+		vec_ask((const unsigned char *)next + i * bytes, 2 * VEC_LANES * bytes);
 	}
 	for (; i < count; i += VEC_LANES) {
 		size_t here = count - i < VEC_LANES ? count - i : VEC_LANES;
 		/* Lanes past the end are −infinity, and add nothing. Only a row of −infinity makes them NaN, as all of it. */
-		vec_f32 e = vec_exp(vec_load_part(dtype, x, i, here, -INFINITY) - shift);
+		vec_f32 e = softmax_exp(dtype, vec_load_part(dtype, x, i, here, -INFINITY) - shift);
 		if (kept != NULL)
 			vec_store_part(OPD_f32, kept, i, here, e);
 		chains[0] = chains[0] + e;
@@ -48,25 +61,37 @@ VEC_INLINE float softmax_sum(opd_dtype dtype, const void *x, float *kept, size_t
 VEC_INLINE void softmax_scale_kept(opd_dtype dtype, const float *kept, void *y, size_t count, vec_f32 scale)
 {
 	size_t i = 0;
-	for (; i + VEC_LANES <= count; i += VEC_LANES)
-		vec_store(dtype, y, i, vec_load(OPD_f32, kept, i) * scale);
-	if (i < count)
-		vec_store_part(dtype, y, i, count - i, vec_load_part(OPD_f32, kept, i, count - i, 0.0f) * scale);
+	for (; i + 2 * VEC_LANES <= count; i += 2 * VEC_LANES) {
+		struct vec_pair pair;
+		for (size_t p = 0; p < 2; p++)
+			pair.v[p] = vec_load(OPD_f32, kept, i + p * VEC_LANES) * scale;
+		vec_store_pair(dtype, y, i, pair);
+	}
+	for (size_t here; i < count; i += here) {
+		here = count - i < VEC_LANES ? count - i : VEC_LANES;
+		vec_store_part(dtype, y, i, here, vec_load_part(OPD_f32, kept, i, here, 0.0f) * scale);
+	}
 }
 
 VEC_INLINE void softmax_scale_again(opd_dtype dtype, const void *x, void *y, size_t count, vec_f32 shift, vec_f32 scale)
 {
 	size_t i = 0;
-	for (; i + VEC_LANES <= count; i += VEC_LANES)
-		vec_store(dtype, y, i, vec_exp(vec_load(dtype, x, i) - shift) * scale);
-	if (i < count)
-		vec_store_part(dtype, y, i, count - i, vec_exp(vec_load_part(dtype, x, i, count - i, 0.0f) - shift) * scale);
+	for (; i + 2 * VEC_LANES <= count; i += 2 * VEC_LANES) {
+		struct vec_pair pair = vec_load_pair(dtype, x, i);
+		for (size_t p = 0; p < 2; p++)
+			pair.v[p] = softmax_exp(dtype, pair.v[p] - shift) * scale;
+		vec_store_pair(dtype, y, i, pair);
+	}
+	for (size_t here; i < count; i += here) {
+		here = count - i < VEC_LANES ? count - i : VEC_LANES;
+		vec_store_part(dtype, y, i, here, softmax_exp(dtype, vec_load_part(dtype, x, i, here, 0.0f) - shift) * scale);
+	}
 }
 
-static void softmax_f32(const void *x, void *y, size_t count)
+static void softmax_f32(const void *x, const void *next, void *y, size_t count)
 {
 	float highest = softmax_highest(OPD_f32, x, count);
-	vec_f32 scale = vec_splat(1.0f / softmax_sum(OPD_f32, x, y, count, highest));
+	vec_f32 scale = vec_splat(1.0f / softmax_sum(OPD_f32, x, next, y, count, highest));
 	softmax_scale_kept(OPD_f32, y, y, count, scale);
 }
 
@@ -74,25 +99,25 @@ static void softmax_f32(const void *x, void *y, size_t count)
  * bits. */
 #define KEPT 4096
 
-VEC_INLINE void softmax_16(opd_dtype dtype, const void *x, void *y, size_t count)
+VEC_INLINE void softmax_16(opd_dtype dtype, const void *x, const void *next, void *y, size_t count)
 {
 	float kept[KEPT];
 	float highest = softmax_highest(dtype, x, count);
 	if (count <= KEPT)
-		softmax_scale_kept(dtype, kept, y, count, vec_splat(1.0f / softmax_sum(dtype, x, kept, count, highest)));
+		softmax_scale_kept(dtype, kept, y, count, vec_splat(1.0f / softmax_sum(dtype, x, next, kept, count, highest)));
 	else
 		softmax_scale_again(dtype, x, y, count, vec_splat(highest),
-		                    vec_splat(1.0f / softmax_sum(dtype, x, NULL, count, highest)));
+		                    vec_splat(1.0f / softmax_sum(dtype, x, next, NULL, count, highest)));
 }
 
-static void softmax_bf16(const void *x, void *y, size_t count)
+static void softmax_bf16(const void *x, const void *next, void *y, size_t count)
 {
-	softmax_16(OPD_bf16, x, y, count);
+	softmax_16(OPD_bf16, x, next, y, count);
 }
 
-static void softmax_f16(const void *x, void *y, size_t count)
+static void softmax_f16(const void *x, const void *next, void *y, size_t count)
 {
-	softmax_16(OPD_f16, x, y, count);
+	softmax_16(OPD_f16, x, next, y, count);
 }
 
 const struct cpu_softmax_kernels CPU_SYMBOL(cpu_softmax) = {

@@ -207,6 +207,67 @@ VEC_INLINE void vec_store_part(opd_dtype dtype, void *memory, size_t at, size_t 
 
 #endif
 
+/* Two vectors' worth of elements for loops in which an element meets only those at its own place: of bf16 the even ones and the odd ones, which takes half of the work of telling
+ * neighbours apart; of others the first ones and the next. */
+struct vec_pair {
+	vec_f32 v[2];
+};
+
+VEC_INLINE struct vec_pair vec_load_pair(opd_dtype dtype, const void *memory, size_t at)
+{
+	if (dtype != OPD_bf16)
+		return (struct vec_pair){{vec_load(dtype, memory, at), vec_load(dtype, memory, at + VEC_LANES)}};
+	vec_u32 words;
+	memcpy(&words, (const uint16_t *)memory + at, sizeof words);
+	return (struct vec_pair){{(vec_f32)(words << 16), (vec_f32)(words & 0xffff0000u)}};
+}
+
+VEC_INLINE void vec_store_pair(opd_dtype dtype, void *memory, size_t at, struct vec_pair pair)
+{
+	if (dtype != OPD_bf16) {
+		vec_store(dtype, memory, at, pair.v[0]);
+		vec_store(dtype, memory, at + VEC_LANES, pair.v[1]);
+		return;
+	}
+	vec_u32 words = (vec_round_bf16(pair.v[0]) >> 16) | (vec_round_bf16(pair.v[1]) & 0xffff0000u);
+	memcpy((uint16_t *)memory + at, &words, sizeof words);
+}
+
+/* Two neighbouring vectors as a pair of bf16 has them: even elements, odd elements. */
+VEC_INLINE struct vec_pair vec_apart(struct vec_pair near)
+{
+#if defined(VEC_AVX512)
+	const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+	return (struct vec_pair){{_mm512_permutex2var_ps(near.v[0], even, near.v[1]),
+	                          _mm512_permutex2var_ps(near.v[0], _mm512_add_epi32(even, _mm512_set1_epi32(1)), near.v[1])}};
+#elif defined(VEC_AVX2)
+	return (struct vec_pair){{__builtin_shufflevector(near.v[0], near.v[1], 0, 2, 4, 6, 8, 10, 12, 14),
+	                          __builtin_shufflevector(near.v[0], near.v[1], 1, 3, 5, 7, 9, 11, 13, 15)}};
+#else
+	return (struct vec_pair){{__builtin_shufflevector(near.v[0], near.v[1], 0, 2, 4, 6), __builtin_shufflevector(near.v[0], near.v[1], 1, 3, 5, 7)}};
+#endif
+}
+
+/* vec_stream of both. */
+VEC_INLINE void vec_stream_pair(opd_dtype dtype, void *memory, size_t at, struct vec_pair pair)
+{
+#if defined(VEC_PORTABLE)
+	vec_store_pair(dtype, memory, at, pair);
+#else
+	if (dtype != OPD_bf16) {
+		vec_stream(dtype, memory, at, pair.v[0]);
+		vec_stream(dtype, memory, at + VEC_LANES, pair.v[1]);
+		return;
+	}
+	vec_u32 words = (vec_round_bf16(pair.v[0]) >> 16) | (vec_round_bf16(pair.v[1]) & 0xffff0000u);
+#if defined(VEC_AVX512)
+	_mm512_stream_si512((void *)((uint16_t *)memory + at), (__m512i)words);
+#else
+	_mm256_stream_si256((void *)((uint16_t *)memory + at), (__m256i)words);
+#endif
+#endif
+}
+
 /* One NaN for all: which of two NaNs a sum hands on is the compiler's choice of operand order. */
 VEC_INLINE vec_f32 vec_one_nan(vec_f32 v)
 {

@@ -612,27 +612,33 @@ START_TEST(norms_past_the_caches_give_the_same_bits)
 	if (!cpu_isa_supported(kernels))
 		return;
 	struct inputs in;
+	unsigned char *y[2], *sum[2];
+	for (size_t s = 0; s < 2; s++)
+		y[s] = aligned_zeros(WIDEST * 4), sum[s] = aligned_zeros(WIDEST * 4);
 	for (size_t d = 0; d < 3; d++) {
 		const unsigned dtype = cpu_dtype_index(dtypes[d]);
 		inputs_init(&in, OP_FUSED, dtypes[d], 1, WIDEST, 0, 0);
-		unsigned char *y[2], *sum[2];
-		for (size_t s = 0; s < 2; s++)
-			y[s] = aligned_zeros(WIDEST * 4), sum[s] = aligned_zeros(WIDEST * 4);
 		for (size_t width = 32; width <= WIDEST; width += 512) { /* rows of whole cache lines, as norm.c asks for */
-			for (size_t s = 0; s < 2; s++) {
-				kernels->norm->fused_add_rms_norm[dtype][CPU_WEIGHT_SAME](box_at(&in.x, 0, 0), box_at(&in.second, 0, 0), box_at(&in.weight, 0, 0),
-				                                                          y[s], sum[s], width, width, 1e-5f, s == 1);
+			struct cpu_norm norm = {.x = box_at(&in.x, 0, 0), .residual = box_at(&in.second, 0, 0), .weight = box_at(&in.weight, 0, 0), .count = width, .squares = width, .epsilon = 1e-5f};
+			norm.x_next = norm.x, norm.residual_next = norm.residual;
+			for (size_t weight = CPU_WEIGHT_NONE; weight <= CPU_WEIGHT_SAME; weight++) {
+				for (size_t s = 0; s < 2; s++) {
+					norm.y = y[s], norm.sum = sum[s], norm.streams = s == 1;
+					kernels->norm->fused_add_rms_norm[dtype][weight](&norm);
+				}
+				ck_assert_mem_eq(y[0], y[1], WIDEST * 4);
+				ck_assert_mem_eq(sum[0], sum[1], WIDEST * 4);
+				for (size_t s = 0; s < 2; s++) {
+					norm.y = y[s], norm.streams = s == 1;
+					kernels->norm->rms_norm[dtype][weight](&norm);
+				}
+				ck_assert_mem_eq(y[0], y[1], WIDEST * 4);
 			}
-			ck_assert_mem_eq(y[0], y[1], WIDEST * 4);
-			ck_assert_mem_eq(sum[0], sum[1], WIDEST * 4);
-			for (size_t s = 0; s < 2; s++)
-				kernels->norm->rms_norm[dtype][CPU_WEIGHT_NONE](box_at(&in.x, 0, 0), NULL, y[s], width, width, 1e-5f, s == 1);
-			ck_assert_mem_eq(y[0], y[1], WIDEST * 4);
 		}
-		for (size_t s = 0; s < 2; s++)
-			free(y[s]), free(sum[s]);
 		inputs_fini(&in);
 	}
+	for (size_t s = 0; s < 2; s++)
+		free(y[s]), free(sum[s]);
 }
 END_TEST
 
