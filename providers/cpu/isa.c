@@ -7,8 +7,8 @@
 #include <cpuid.h>
 #endif
 
-/* Costs: measured with one thread on a Zen 4 core, rows of 4096, operands in cache; linear with 4096x4096 weights from memory (README.md). Those from
- * `arithmetic` on are estimates so far, from instruction counts: `conformance --time` prints them beside what it measures. */
+/* Costs: measured with one thread, rows of 4096, operands in cache (conformance --serve, 2026-11-26, Zen 5; topk of 4 x 32768, products of 64 x 1024 x 1024); linear and attention from
+ * memory. softmax_columns, and topk of f8 and i64, are estimates. conformance --time prints them beside what it measures. */
 #define TABLE_BUT_SCALED_MM(set) .norm = &cpu_norm_##set, .activation = &cpu_activation_##set, .softmax = &cpu_softmax_##set, \
                    .linear = &cpu_linear_##set, .attend = &cpu_attend_##set, \
                    .position = &cpu_position_##set, .arithmetic = &cpu_arithmetic_##set, .cast = &cpu_cast_##set, \
@@ -31,28 +31,28 @@ static const struct cpu_kernels cpu_isa_baseline = {
 	TABLE(baseline),
 	.costs =
 		{
-			.rms_norm = {30, {250, 1010, 3280}},
-			.fused_add_rms_norm = {30, {340, 1950, 5000}},
-			.silu_and_mul = {30, {2050, 2600, 4250}},
-			.softmax = {30, {1570, 2100, 3000}},
+			.rms_norm = {30, {190, 630, 4000}},
+			.fused_add_rms_norm = {30, {355, 1100, 5000}},
+			.silu_and_mul = {30, {1360, 1950, 4650}},
+			.softmax = {30, {1490, 1400, 2700}},
 			.linear_weight = {100, {110, 170, 430}},
 			.linear_product_fs = 75000,
 			.attend_cache = {300, {110, 170, 430}},
 			.attend_product_fs = 250000,
 			.rotary = {30, {380, 1250, 2300}},
 			.argmax = {30, {490, 510, 600}},
-			.arithmetic = ANY(200, 1800, 5000, 6000, 300, 30, 60, 120, 300),
-			.cast = ANY(300, 1000, 3000, 4000, 2000, 2000, 2000, 2000, 2000),
-			.quant_largest = {30, {200, 400, 1500}},
-			.quant_scale = {30, {2000, 2300, 3500}},
-			.layer_norm = {30, {1200, 2000, 5000}},
-			.sparse = {30, {4000, 6000, 10000}},
+			.arithmetic = ANY(140, 275, 2150, 4600, 320, 21, 41, 123, 262),
+			.cast = ANY(235, 345, 625, 1740, 1980, 385, 365, 1600, 2300),
+			.quant_largest = {30, {140, 60, 600}},
+			.quant_scale = {30, {785, 1300, 1380}},
+			.layer_norm = {30, {405, 615, 3050}},
+			.sparse = {30, {3960, 6700, 9600}},
 			.softmax_columns = {30, {3200, 3800, 5500}},
-			.topk = ANY(700, 1500, 3000, 4000, 1000, 400, 400, 400, 800),
+			.topk = ANY(525, 680, 750, 4000, 1740, 146, 146, 146, 800),
 			.topk_kept_ns = 60,
-			.matmul_product_fs = 60000,
-			.scaled_weight = ANY(0, 0, 0, 4000, 0, 200, 0, 0, 0),
-			.scaled_i8_product_fs = 40000,
+			.matmul_product_fs = 75000,
+			.scaled_weight = ANY(0, 0, 0, 1300, 0, 60, 0, 0, 0),
+			.scaled_i8_product_fs = 60000,
 		},
 };
 
@@ -61,65 +61,65 @@ static const struct cpu_kernels cpu_isa_avx2 = {
 	TABLE(avx2),
 	.costs =
 		{
-			.rms_norm = {30, {150, 370, 170}},
-			.fused_add_rms_norm = {30, {290, 720, 360}},
-			.silu_and_mul = {30, {450, 870, 550}},
-			.softmax = {30, {470, 600, 530}},
+			.rms_norm = {30, {128, 293, 146}},
+			.fused_add_rms_norm = {30, {244, 420, 235}},
+			.silu_and_mul = {30, {405, 595, 380}},
+			.softmax = {30, {413, 434, 400}},
 			.linear_weight = {100, {140, 58, 48}},
 			.linear_product_fs = 29000,
 			.attend_cache = {300, {140, 70, 70}},
 			.attend_product_fs = 60000,
 			.rotary = {30, {340, 430, 270}},
 			.argmax = {30, {250, 255, 255}},
-			.arithmetic = ANY(120, 400, 200, 1000, 250, 20, 40, 120, 250),
-			.cast = ANY(100, 200, 150, 500, 1000, 1000, 1000, 1000, 1000),
-			.quant_largest = {30, {60, 80, 80}},
-			.quant_scale = {30, {500, 500, 500}},
-			.layer_norm = {30, {300, 500, 400}},
-			.sparse = {30, {1500, 2000, 1800}},
+			.arithmetic = ANY(114, 132, 95, 1240, 254, 15, 33, 110, 252),
+			.cast = ANY(107, 120, 130, 367, 714, 225, 212, 1490, 1740),
+			.quant_largest = {30, {24, 62, 60}},
+			.quant_scale = {30, {390, 459, 430}},
+			.layer_norm = {30, {171, 274, 210}},
+			.sparse = {30, {1170, 1490, 1130}},
 			.softmax_columns = {30, {1000, 1100, 1050}},
-			.topk = ANY(150, 200, 200, 400, 800, 100, 100, 100, 500),
+			.topk = ANY(384, 428, 396, 400, 792, 96, 96, 96, 500),
 			.topk_kept_ns = 60,
-			.matmul_product_fs = 20000,
-			.scaled_weight = ANY(0, 0, 0, 600, 0, 60, 0, 0, 0),
-			.scaled_i8_product_fs = 15000,
+			.matmul_product_fs = 22000,
+			.scaled_weight = ANY(0, 0, 0, 210, 0, 20, 0, 0, 0),
+			.scaled_i8_product_fs = 19000,
 		},
 };
 
 /* What both sets of AVX-512 share; scaled_mm's i8 products are their own. */
 #define AVX512_COSTS \
-	.rms_norm = {30, {150, 265, 185}}, \
-	.fused_add_rms_norm = {30, {290, 410, 280}}, \
-	.silu_and_mul = {30, {280, 465, 345}}, \
-	.softmax = {30, {280, 375, 345}}, \
+	.rms_norm = {30, {118, 120, 95}}, \
+	.fused_add_rms_norm = {30, {272, 197, 166}}, \
+	.silu_and_mul = {30, {189, 229, 181}}, \
+	.softmax = {30, {199, 173, 180}}, \
 	.linear_weight = {100, {135, 55, 50}}, \
 	.linear_product_fs = 27000, \
 	.attend_cache = {300, {60, 35, 35}}, \
 	.attend_product_fs = 10000, \
 	.rotary = {30, {137, 210, 172}}, \
 	.argmax = {30, {190, 190, 190}}, \
-	.arithmetic = ANY(100, 250, 150, 500, 200, 20, 40, 120, 250), \
-	.cast = ANY(80, 130, 100, 300, 800, 800, 800, 800, 800), \
-	.quant_largest = {30, {50, 60, 60}}, \
-	.quant_scale = {30, {250, 250, 250}}, \
-	.layer_norm = {30, {200, 350, 300}}, \
-	.sparse = {30, {800, 1000, 900}}, \
+	.arithmetic = ANY(122, 51, 61, 506, 258, 14, 29, 122, 272), \
+	.cast = ANY(59, 50, 59, 142, 326, 144, 146, 495, 631), \
+	.quant_largest = {30, {29, 24, 27}}, \
+	.quant_scale = {30, {143, 183, 187}}, \
+	.layer_norm = {30, {163, 112, 126}}, \
+	.sparse = {30, {704, 672, 571}}, \
 	.softmax_columns = {30, {450, 500, 480}}, \
-	.topk = ANY(100, 120, 120, 250, 600, 100, 100, 100, 500), \
+	.topk = ANY(170, 181, 183, 250, 1150, 82, 82, 82, 500), \
 	.topk_kept_ns = 60, \
 	.matmul_product_fs = 12000, \
-	.scaled_weight = ANY(0, 0, 0, 400, 0, 60, 0, 0, 0),
+	.scaled_weight = ANY(0, 0, 0, 110, 0, 15, 0, 0, 0),
 
 static const struct cpu_kernels cpu_isa_avx512 = {
 	TABLE(avx512),
-	.costs = {AVX512_COSTS .scaled_i8_product_fs = 8000},
+	.costs = {AVX512_COSTS .scaled_i8_product_fs = 33000},
 };
 
 static const struct cpu_kernels cpu_isa_avx512_vnni = {
 	.isa = "avx512_vnni",
 	TABLE_BUT_SCALED_MM(avx512),
 	.scaled_mm = &cpu_scaled_mm_avx512_vnni,
-	.costs = {AVX512_COSTS .scaled_i8_product_fs = 3000},
+	.costs = {AVX512_COSTS .scaled_i8_product_fs = 10000},
 };
 #endif
 

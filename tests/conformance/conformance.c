@@ -1,6 +1,6 @@
 /* Runs every implementation of every op against native: opd's conformance suite, for its own providers and anybody's.
  *
- *     conformance [--provider NAME] [--op NAME] [--module PATH.so]... [--seed N] [--shrink N] [--verbose]
+ *     conformance [--provider NAME] [--op NAME] [--module PATH.so]... [--seed N] [--shrink N] [--brief] [--verbose]
  *     conformance --time [--dtype NAME] [--dims N,N,...] [--threads N] [--provider NAME] [--op NAME] [--module PATH.so]...
  *
  * For each implementation: every dtype and variant that the op's generator knows, random, extreme and small values, several sizes (odd, one,
@@ -25,6 +25,7 @@ enum { MANY = 20, MANY_NATIVE = 4 };
 enum { DIMS_MAX = 8, SETS_MAX = 3 + 3 * DIMS_MAX, FAILURES_SHOWN = 5, THREADS = 3 };
 
 static int64_t shrink = 1;
+static bool brief; /* all kinds of values at default sizes only */
 
 static const char *const values_names[] = {"random", "extreme", "small"};
 
@@ -411,6 +412,8 @@ static void check_impl(struct tally *tally)
 				/* Native differs from itself only by layout: one kind of values shows it. Many rows are about threads. */
 				if (values != OPD_VALUES_RANDOM && (is_native(tally) || s == 2))
 					continue;
+				if (brief && values != OPD_VALUES_EXTREME && s != 0 && s != 2 && !is_native(tally))
+					continue;
 				struct place place = {.dtype = (opd_dtype)dtype, .dims = sets[s], .values = (opd_values)values};
 				while (check_case(tally, &place))
 					place.variant++;
@@ -501,7 +504,7 @@ static bool load_module(const char *path)
 static int usage(const char *program)
 {
 	(void)fprintf(stderr,
-	              "usage: %s [--provider NAME] [--op NAME] [--module PATH.so]... [--seed N] [--shrink N] [--verbose]\n"
+	              "usage: %s [--provider NAME] [--op NAME] [--module PATH.so]... [--seed N] [--shrink N] [--brief] [--verbose]\n"
 	              "       %s --time [--dtype NAME] [--dims N,N,...] [--threads N] [--provider NAME] [--op NAME] [--module PATH.so]...\n"
 	              "       %s --serve [--module PATH.so]...\n",
 	              program, program, program);
@@ -525,6 +528,8 @@ static bool read_option(int option, struct arguments *arguments)
 		timing->op = optarg;
 	else if (option == 's')
 		base_seed = strtoull(optarg, NULL, 10);
+	else if (option == 'b')
+		brief = true;
 	else if (option == 'k')
 		arguments->bad |= (shrink = strtoll(optarg, NULL, 10)) < 1;
 	else if (option == 'v')
@@ -550,7 +555,7 @@ static bool read_arguments(int argc, char **argv, struct arguments *arguments)
 {
 	static const struct option options[] = {
 		{"provider", required_argument, NULL, 'p'}, {"op", required_argument, NULL, 'o'},    {"module", required_argument, NULL, 'm'},
-		{"seed", required_argument, NULL, 's'},     {"shrink", required_argument, NULL, 'k'},  {"verbose", no_argument, NULL, 'v'},     {"time", no_argument, NULL, 't'},      {"serve", no_argument, NULL, 'S'},
+		{"seed", required_argument, NULL, 's'},     {"shrink", required_argument, NULL, 'k'}, {"brief", no_argument, NULL, 'b'},  {"verbose", no_argument, NULL, 'v'},     {"time", no_argument, NULL, 't'},      {"serve", no_argument, NULL, 'S'},
 		{"dtype", required_argument, NULL, 'y'},    {"dims", required_argument, NULL, 'd'},  {"threads", required_argument, NULL, 'n'},
 		{NULL, 0, NULL, 0}};
 	bool loaded = true;
