@@ -310,7 +310,7 @@ opd_status config_load_tokens(struct config *config, opd_error *error)
 	char *text = status == OPD_OK ? calloc(1, TOKENS_BYTES_MAX + 1) : NULL;
 	if (status == OPD_OK && text == NULL)
 		status = out_of_memory(error);
-	const ssize_t got = status == OPD_OK ? read(fd, text, TOKENS_BYTES_MAX) : 0; /* a regular file's read is whole, or the file is cut off: then a line is wrong */
+	const ssize_t got = text != NULL ? read(fd, text, TOKENS_BYTES_MAX) : 0; /* a regular file's read is whole, or the file is cut off: then a line is wrong */
 	if (status == OPD_OK)
 		status = got >= 0 ? read_tokens(config, text, (size_t)got, error) : opd_fail(error, OPD_INVALID_ARGUMENT, "tokens: %s: %s", path, strerror(errno));
 	free(text);
