@@ -498,7 +498,8 @@ static struct msg_stat *reply_add(struct reply_sink *reply, const struct stats_l
 		reply->failed = reply->failed || items == NULL;
 		if (items == NULL)
 			return NULL;
-		memcpy(items, out->items, out->count * sizeof items[0]);
+		if (out->count > 0)
+			memcpy(items, out->items, out->count * sizeof items[0]);
 		out->items = items;
 		reply->room = room;
 	}
