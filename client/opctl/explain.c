@@ -17,7 +17,7 @@ static void print_times(const opd_explain *explain)
 	(void)puts(explain->on_loop ? " (on the loop, no hand-off)" : "");
 }
 
-/* "behind     3 jobs of this session, 0 of its tenant's others, 12 of other tenants (2 realtime, 13 interactive, 0 batch), 1 running; 14 ms of device time" */
+/* Of a request that waited: "behind     3 jobs of this session, 0 of its tenant's others, 12 of other tenants (2 realtime, 13 interactive, 0 batch), 1 running; 14 ms of device time" */
 static void print_behind(const opd_behind *behind)
 {
 	(void)printf("behind     %" PRIu64 " jobs of this session, %" PRIu64 " of its tenant's others, %" PRIu64 " of other tenants (%" PRIu64 " realtime, %" PRIu64
@@ -41,7 +41,7 @@ void explain_print(const opd_explain *explain, bool ran)
 		             shown(explain->moves[i].to), bytes_text(explain->moves[i].bytes));
 	if (ran)
 		print_times(explain);
-	if (ran && explain->behind != NULL)
+	if (ran && explain->behind != NULL && explain->behind->own_jobs + explain->behind->tenant_jobs + explain->behind->other_jobs + explain->behind->running > 0)
 		print_behind(explain->behind);
 }
 
