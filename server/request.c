@@ -426,9 +426,16 @@ opd_status request_accept_message(struct request *request, uint64_t payload_byte
 	return status;
 }
 
+/* Before its payload is whole every kind can be cancelled, also one that a lane still decodes. Later those that compute or send; the others are short, or change what the session has. */
+static bool is_cancelled_while_it_runs(msg_request_kind kind)
+{
+	return kind == MSG_REQUEST_RUN || kind == MSG_REQUEST_RUN_GRAPH || kind == MSG_REQUEST_GENERATE || kind == MSG_REQUEST_FETCH || kind == MSG_REQUEST_PUBLISH;
+}
+
 void request_start(struct request *request)
 {
 	request->started = true;
+	request->unstoppable = !is_cancelled_while_it_runs(request->message.kind);
 	steps[request->message.kind].start(request);
 }
 
@@ -527,16 +534,6 @@ void request_abandon(struct request *request, opd_status status, const char *why
 
 /* ---- Cancelling ---- */
 
-/* Before its payload is whole every kind can be, also one that a lane still decodes. Later those that compute or send; the others are short, or change what the session has. */
-static bool can_be_cancelled(const struct request *request)
-{
-	if (!request->started)
-		return true;
-	const msg_request_kind kind = request->message.kind;
-	return kind == MSG_REQUEST_RUN || kind == MSG_REQUEST_RUN_GRAPH || kind == MSG_REQUEST_GENERATE || kind == MSG_REQUEST_FETCH ||
-	       kind == MSG_REQUEST_PUBLISH;
-}
-
 static void stop_waiting(struct request *request)
 {
 	if (request->message.kind == MSG_REQUEST_FETCH || request->message.kind == MSG_REQUEST_PUBLISH)
@@ -588,7 +585,7 @@ void request_returned(struct request *request)
 
 bool request_cancel(struct request *request)
 {
-	if (request->replied || request->cancelled || !can_be_cancelled(request))
+	if (request->replied || request->cancelled || request->unstoppable)
 		return false;
 	request->cancelled = true;
 	if (!request->decoding) /* else it waits for nothing yet, and its message is a lane's */

@@ -96,6 +96,7 @@ struct request {
 	bool entered;   /* it counts against quotas */
 	bool chunked;   /* the payload comes in DATA frames */
 	bool started;
+	bool unstoppable; /* started, and of a kind that can't be cancelled then: request_cancel doesn't look at a message that a lane may be decoding */
 	bool replied;   /* on_reply was called */
 	bool cancelled; /* by request_cancel: what runs is told, nothing more is begun */
 	bool overdue;   /* answered while its kernel runs on: what that may touch is kept until it returns */

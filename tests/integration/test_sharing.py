@@ -188,13 +188,21 @@ class Sharing(DaemonCase):
         other.submit(quick, f32(1))
         other.ping()
         release()
-        found = self.one.read_reply(mine)[1].run.explain
+        before = 0  # of this session's: a batch request doesn't wait for all of them where the kernel before took so long that batch is owed its part
+        while (answer := self.one.read_reply())[0] != mine:
+            before += 1
+        found = answer[1].run.explain
         behind = found.behind
-        self.assertEqual((behind.own_jobs, behind.tenant_jobs, behind.realtime_jobs, behind.running), (2, 4, 6, 1))
+        self.assertEqual((behind.own_jobs, behind.running), (before, 1))
+        self.assertLessEqual(behind.tenant_jobs, 4)
+        self.assertEqual(behind.realtime_jobs, behind.own_jobs + behind.tenant_jobs)
         self.assertEqual(behind.other_jobs, behind.batch_jobs)  # the anonymous tenant's: as many as came before its turn
         self.assertLessEqual(behind.other_jobs, 4)
-        self.assertGreater(behind.own_ns + behind.tenant_ns, 0)
+        self.assertEqual(behind.own_ns + behind.tenant_ns > 0, behind.realtime_jobs > 0)
         self.assertGreater(found.times.queue, 0)
+        for client, count in ((self.one, 2 - before), (other, 4)):
+            for _ in range(count):
+                client.read_reply()
         alone = self.one.call(request, f32(1))[0].run.explain.behind
         self.assertEqual((alone.own_jobs, alone.tenant_jobs), (0, 0))
 
