@@ -11,12 +11,14 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import unittest
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import certificates
 import harness
 from harness import Client, Closed, Daemon, Failed, check_healthy, frame, hello_envelope, pb, rms_norm, unpack_f32, wait_until
+from test_service import wrapper
 
 OPCTL = os.environ.get("OPCTL_BIN", os.path.join(os.path.dirname(harness.OPD), "opctl"))
 _folder = None
@@ -351,6 +353,44 @@ class Slow(Case):
     def test_a_client_that_says_nothing_after_its_handshake(self):
         client = self.client(hello=False)
         self.assertIsNone(client.expect_end())
+
+
+class SlowReader(Case):
+    """Of a daemon whose sockets hold little: the listening one that is passed to it says how much."""
+
+    @classmethod
+    def setUpClass(cls):
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            cls.address = "tls://127.0.0.1:%d" % listening.getsockname()[1]
+            flags = ("--listen", cls.address, *server_flags()[2:])
+            cls.daemon = Daemon(*flags, config="limits: {stall: 1s, in_flight: 4}\n", wrapper=wrapper(listening), pass_fds=[listening.fileno()])
+
+    def test_a_client_that_reads_small_replies_a_few_at_a_time_is_cut_off(self):
+        """Every few of its bytes let a batch of replies leave, and yet they aren't 64 KiB within the time."""
+        narrow = socket.socket()  # one that says of every few KiB that it was read
+        narrow.settimeout(harness.PATIENCE)
+        narrow.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
+        narrow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        narrow.connect(client_address(self.address))
+        slow = self.client(sock=narrow)
+        request = harness.run("relu", harness.tensor([16], inline=harness.f32(1), strides=[0]))
+
+        def send():  # more than is ever answered
+            with contextlib.suppress(OSError):
+                while True:
+                    slow.submit(request)
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        with socket.socket(fileno=os.dup(slow.sock.fileno())) as ciphertext:
+            ciphertext.settimeout(harness.PATIENCE)
+            while "the client doesn't read its replies" not in self.daemon.log_text():
+                with contextlib.suppress(OSError):
+                    ciphertext.recv(4096)  # what its window holds: less, and the kernels don't tell each other
+                time.sleep(0.15)  # how slow it is, not how long the test waits
+        sender.join()
+        self.client().ping()
 
 
 class Reload(unittest.TestCase):
