@@ -540,7 +540,7 @@ class OurClients(Case):
 
     def complain(self, address, *words):
         code, _, err = opctl("ping", "--connect", address, *words)
-        self.assertNotEqual(code, 0)
+        self.assertEqual(code, 3 if "UNAUTHENTICATED" in err or "UNAVAILABLE" in err else 1, err)
         return err
 
     def test_errors_name_what_failed(self):
@@ -548,6 +548,7 @@ class OurClients(Case):
         self.assertEqual(opctl("ping", "--connect", self.address, "--fingerprint", fingerprint)[0], 0)
         for words, status, said in (
             ((), "UNAUTHENTICATED", "unable to get local issuer"),
+            ((), "UNAUTHENTICATED", "--ca FILE"),
             (("--ca", foreign.ca), "UNAUTHENTICATED", "unable to get local issuer"),
             (("--ca", ca.ca, "--server-name", "nobody.example"), "UNAUTHENTICATED", "hostname mismatch"),
             (("--ca", path("nowhere.pem")), "INVALID_ARGUMENT", "nowhere.pem"),
@@ -623,7 +624,7 @@ class OurClients(Case):
         with opd.Client("%s?fingerprint=%s" % (self.address, certificates.fingerprint(path("server.pem")))) as client:
             client.ping()
         for options, kind, said in (
-            ({}, opd.Unauthenticated, "local issuer"),
+            ({}, opd.Unauthenticated, "local issuer.*fingerprint="),
             ({"ca": ca.ca, "server_name": "nobody.example"}, opd.Unauthenticated, "nobody.example"),
             ({"fingerprint": "00" * 32}, opd.Unauthenticated, "fingerprint"),
             ({"fingerprint": "00"}, opd.InvalidArgument, "fingerprint"),
@@ -668,6 +669,9 @@ class Starting(unittest.TestCase):
         fingerprint = daemon.err_text().strip().split()[-1]
         self.assertRegex(fingerprint, "^sha256:[0-9a-f]{64}$")
         address = daemon.tls_address()
+        code, _, err = opctl("ping", "--connect", address)
+        self.assertEqual(code, 3)
+        self.assertRegex(err, "self-signed certificate; .*--ca FILE.*--fingerprint sha256:")
         for _ in range(2):
             self.assertEqual(opctl("ping", "--connect", address, "--fingerprint", fingerprint)[0], 0)
             daemon.signal(signal.SIGHUP)
