@@ -255,6 +255,28 @@ static opd_status handshake(struct client_tls *own, int fd, uint64_t deadline_us
 	}
 }
 
+/* Nobody that we believe has signed it: how to be believed. */
+static bool is_unknown(const SSL *ssl)
+{
+	switch (SSL_get_verify_result(ssl)) {
+	case X509_V_ERR_DEPTH_ZERO_SELF_SIGNED_CERT:
+	case X509_V_ERR_SELF_SIGNED_CERT_IN_CHAIN:
+	case X509_V_ERR_UNABLE_TO_GET_ISSUER_CERT:
+	case X509_V_ERR_UNABLE_TO_GET_ISSUER_CERT_LOCALLY:
+	case X509_V_ERR_UNABLE_TO_VERIFY_LEAF_SIGNATURE:
+		return true;
+	default:
+		return false;
+	}
+}
+
+static void say_how_to_trust(const SSL *ssl, opd_error *error)
+{
+	const size_t used = strlen(error->text);
+	if (error->status == OPD_UNAUTHENTICATED && is_unknown(ssl))
+		(void)snprintf(error->text + used, sizeof error->text - used, "; who has signed it is said by ca_file (--ca FILE), or the certificate is pinned by fingerprint (--fingerprint sha256:…)");
+}
+
 opd_status client_tls_connect(int fd, const char *host, const opd_connect_options *options, uint64_t deadline_us, struct client_tls **tls_out, opd_error *error)
 {
 	SSL_CTX *context = NULL;
@@ -272,8 +294,11 @@ opd_status client_tls_connect(int fd, const char *host, const opd_connect_option
 	SSL_CTX_free(context); /* the connection keeps it */
 	if (status == OPD_OK)
 		status = expect_name(own->tls.ssl, options->server_name != NULL ? options->server_name : host, error);
-	if (status == OPD_OK)
+	if (status == OPD_OK) {
 		status = handshake(own, fd, deadline_us, error);
+		if (status != OPD_OK)
+			say_how_to_trust(own->tls.ssl, error);
+	}
 	if (status == OPD_OK && options->fingerprint != NULL)
 		status = check_fingerprint(&own->tls, options->fingerprint, error);
 	if (status != OPD_OK) {

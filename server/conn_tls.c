@@ -65,7 +65,7 @@ static void on_sent(uv_write_t *write, int status)
 		return;
 	}
 	conn_new_turn(conn);
-	conn->write_us = conn->server->turn_us;
+	conn_progress(conn);
 	conn_mark_dirty(conn);
 }
 

@@ -175,7 +175,8 @@ static void on_connection(uv_stream_t *stream, int status)
 		return;
 	}
 	if (listener->metrics) {
-		scrape_accept(server, stream, listener->kind == LISTEN_UNIX);
+		if (!scrape_accept(server, stream, listener->kind == LISTEN_UNIX))
+			turn_away(listener);
 		return;
 	}
 	opd_error refused = {0};

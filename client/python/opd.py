@@ -759,7 +759,9 @@ def _tls_failed(error):
     """The typed error of a failed handshake, or of a read that brings the server's alert."""
     reason = (error.reason or str(error)).replace("_", " ").lower()
     if isinstance(error, ssl.SSLCertVerificationError):
-        return Unauthenticated(f"TLS: the server's certificate: {error.verify_message}")
+        unknown = error.verify_code in (2, 18, 19, 20, 21)  # X509_V_ERR_: of its issuer
+        hint = '; who has signed it is said by ca="FILE", or the certificate is pinned by fingerprint="sha256:…"' if unknown else ""
+        return Unauthenticated(f"TLS: the server's certificate: {error.verify_message}{hint}")
     if "certificate" in reason or "unknown ca" in reason or "access denied" in reason:
         return Unauthenticated(f"TLS: the server refuses our certificate: {reason}")
     if "protocol" in reason or "version" in reason or "http request" in reason:
