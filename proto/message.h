@@ -745,6 +745,7 @@ struct msg_stats {
 
 struct msg_reply {
 	opd_status status;
+	uint32_t retry_after_us; /* 0: unknown */
 	struct msg_text message;
 	msg_reply_kind kind;
 	union {

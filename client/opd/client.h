@@ -261,6 +261,8 @@ OPD_API size_t opd_finished(const opd_client *client);
 OPD_API void opd_result_destroy(opd_result *result);
 OPD_API opd_status opd_result_status(const opd_result *result);
 OPD_API const char *opd_result_message(const opd_result *result);  /* "" for OPD_OK. Escape it before a terminal sees it */
+/* Of OPD_RESOURCE_EXHAUSTED that time heals (a full queue, a quota a second): when to try again, as the server estimated. 0: nobody knows. What a call writes into `error` has it too. */
+OPD_API uint32_t opd_result_retry_after_us(const opd_result *result);
 OPD_API const char *opd_result_provider(const opd_result *result); /* that ran; "" for a fake run */
 OPD_API const char *opd_result_uuid(const opd_result *result);     /* "" unless asked for */
 OPD_API uint32_t opd_result_count(const opd_result *result);       /* of outputs */
