@@ -561,6 +561,7 @@ struct msg_set_session {
 	uint32_t service_class; /* 0: as it is */
 	uint32_t quota_count;
 	struct msg_quota *quotas;
+	struct msg_text device; /* "any": none; empty: as it is */
 };
 
 struct msg_fetch {
@@ -684,6 +685,7 @@ struct msg_session_state {
 	struct msg_usage usage;
 	uint32_t quota_count;
 	struct msg_quota *quotas;
+	struct msg_text device; /* pinned; empty: none */
 };
 
 struct msg_tenant_state {

@@ -180,7 +180,7 @@ static const struct step {
 	[MSG_REQUEST_LIST_SESSIONS] = {"list_sessions", NULL, inspect_sessions, RIGHT_NONE},
 	[MSG_REQUEST_GET_STATS] = {"get_stats", NULL, stats_reply, RIGHT_NONE},
 	[MSG_REQUEST_RESTORE_PROVIDER] = {"restore_provider", NULL, admin_restore_provider, RIGHT_OPERATE},
-	[MSG_REQUEST_SET_SESSION] = {"set_session", NULL, admin_set_session, RIGHT_SESSIONS},
+	[MSG_REQUEST_SET_SESSION] = {"set_session", NULL, admin_set_session, RIGHT_NONE}, /* checks itself: its own device is a session's own business */
 	[MSG_REQUEST_REGISTER_GRAPH] = {"register_graph", graph_register_accept, graph_register_start, RIGHT_NONE, true},
 	[MSG_REQUEST_RUN_GRAPH] = {"run_graph", run_accept, run_start, RIGHT_NONE, true},
 	[MSG_REQUEST_FREE_GRAPH] = {"free_graph", graph_free_accept, request_reply_empty, RIGHT_NONE},
