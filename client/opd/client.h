@@ -261,6 +261,8 @@ OPD_API size_t opd_finished(const opd_client *client);
 OPD_API void opd_result_destroy(opd_result *result);
 OPD_API opd_status opd_result_status(const opd_result *result);
 OPD_API const char *opd_result_message(const opd_result *result);  /* "" for OPD_OK. Escape it before a terminal sees it */
+/* Of OPD_RESOURCE_EXHAUSTED that time heals (a full queue, a quota a second): when to try again, as the server estimated. 0: nobody knows. What a call writes into `error` has it too. */
+OPD_API uint32_t opd_result_retry_after_us(const opd_result *result);
 OPD_API const char *opd_result_provider(const opd_result *result); /* that ran; "" for a fake run */
 OPD_API const char *opd_result_uuid(const opd_result *result);     /* "" unless asked for */
 OPD_API uint32_t opd_result_count(const opd_result *result);       /* of outputs */
@@ -500,6 +502,7 @@ typedef struct opd_session_state {
 	opd_usage usage;
 	uint32_t quota_count;
 	const opd_quota *quotas;
+	const char *device; /* that it has pinned; "": none */
 } opd_session_state;
 
 typedef struct opd_tenant_state {
@@ -541,6 +544,9 @@ OPD_API OPD_MUST_USE opd_status opd_sessions(opd_client *client, uint64_t first,
 OPD_API OPD_MUST_USE opd_status opd_set_session(opd_client *client, uint64_t session, uint32_t weight, opd_class service_class, opd_error *error);
 /* Administrators: another limit for the session (not OPD_QUOTA_SESSIONS, which is a tenant's); 0: as the daemon's configuration has it. What is in use above it stays. */
 OPD_API OPD_MUST_USE opd_status opd_set_session_quota(opd_client *client, uint64_t session, opd_quota_kind kind, uint64_t limit, opd_error *error);
+/* Pins a session to a device of several of a kind ("cuda:1"; "any": to none): requests that name no device, and what they upload to a kind, go there if what runs them is of that kind.
+ * session 0: this one, which needs no right; others are administrators' to pin. OPD_FAILED_PRECONDITION: no such device. */
+OPD_API OPD_MUST_USE opd_status opd_set_session_device(opd_client *client, uint64_t session, const char *device, opd_error *error);
 
 /* ---- What the daemon has counted since its start ------------------------------------------------------------------------- */
 

@@ -331,6 +331,34 @@ START_TEST(who_waits_for_a_rate_and_leaves_leaves_nothing)
 }
 END_TEST
 
+START_TEST(when_a_job_would_be_done_is_said_by_class_and_share)
+{
+	struct scheduler scheduler;
+	struct sched_group groups[2];
+	struct sched_flow flows[2];
+	struct sched_item items[10];
+	scheduler_init(&scheduler);
+	for (int i = 0; i < 2; i++) {
+		sched_group_init(&groups[i], 100);
+		sched_flow_init(&flows[i], &groups[i], 100);
+	}
+	ck_assert_uint_eq(scheduler_finish_ns(&scheduler, &flows[0], CLASS_BATCH, MS), MS);
+	for (int i = 0; i < 10; i++) {
+		items[i] = (struct sched_item){.flow = &flows[0], .class = CLASS_BATCH, .estimate_ns = MS};
+		ck_assert(scheduler_submit(&scheduler, &items[i], 0));
+	}
+	ck_assert_uint_eq(scheduler_finish_ns(&scheduler, &flows[0], CLASS_BATCH, MS), 11 * MS); /* behind its own */
+	ck_assert_uint_eq(scheduler_finish_ns(&scheduler, NULL, CLASS_BATCH, MS), 11 * MS);
+	ck_assert_uint_eq(scheduler_finish_ns(&scheduler, &flows[1], CLASS_BATCH, MS), 2 * MS); /* half of the lane is its */
+	ck_assert_uint_eq(scheduler_finish_ns(&scheduler, &flows[0], CLASS_REALTIME, MS), MS); /* before all that */
+	scheduler.servers = 2;
+	ck_assert_uint_eq(scheduler_finish_ns(&scheduler, NULL, CLASS_BATCH, MS), 6 * MS);
+	for (int i = 0; i < 10; i++)
+		ck_assert(scheduler_withdraw(&scheduler, &items[i]));
+	ck_assert_uint_eq(scheduler_finish_ns(&scheduler, NULL, CLASS_BATCH, MS), MS);
+}
+END_TEST
+
 START_TEST(whose_queue_is_full_is_said)
 {
 	struct scheduler scheduler;
@@ -463,6 +491,7 @@ int main(void)
 	tcase_add_test(tests, a_lone_bounded_tenant_is_served_again_when_its_bucket_fills);
 	tcase_add_test(tests, a_bounded_session_leaves_its_tenants_time_to_the_others);
 	tcase_add_test(tests, who_waits_for_a_rate_and_leaves_leaves_nothing);
+	tcase_add_test(tests, when_a_job_would_be_done_is_said_by_class_and_share);
 	tcase_add_test(tests, whose_queue_is_full_is_said);
 	tcase_add_test(tests, withdrawn_items_leave_nothing);
 	tcase_add_test(tests, one_session_is_served_in_the_order_of_its_requests);
