@@ -1,4 +1,4 @@
-/* What the six files of the configuration share.
+/* What the files of the configuration share.
  *
  * Layer: server, private to config*.c. Threads: as config.h. */
 #ifndef OPD_SERVER_CONFIG_INTERNAL_H

@@ -727,6 +727,15 @@ typedef struct opd_provider_list {
 	const opd_provider_description *providers;
 } opd_provider_list;
 
+typedef struct opd_device_state {
+	const char *name;            /* "cuda:0" */
+	uint64_t memory_bytes;       /* tensors and scratch there, of all sessions */
+	uint64_t cached_bytes;       /* free, and kept for what comes next */
+	uint64_t memory_limit_bytes; /* what it has; 0: not known, nothing has run there yet */
+	uint32_t jobs;               /* that wait for it or run on it */
+	const char *lost;            /* why it can't be used; "": it can */
+} opd_device_state;
+
 typedef struct opd_server_info {
 	const char *version;
 	uint64_t uptime_us;
@@ -757,6 +766,8 @@ typedef struct opd_server_info {
 	uint64_t compared; /* runs whose results another provider was asked to confirm */
 	uint64_t diverged; /* of them, those that it didn't */
 	uint64_t left_out; /* of the sample: not compared */
+	uint32_t device_state_count;
+	const opd_device_state *device_states; /* in the order of devices, without "cpu" */
 } opd_server_info;
 
 OPD_API OPD_MUST_USE opd_status opd_ops(opd_client *client, const opd_op_list **list_out, opd_error *error);
