@@ -557,8 +557,10 @@ void device_lane_use(struct server *server, uint32_t number, struct device_lane_
 		.memory_bytes = atomic_load_explicit(&lane->memory.used_bytes, memory_order_relaxed),
 		.cached_bytes = memory_cached_bytes(&lane->memory),
 		.memory_limit_bytes = limit_bytes == UINT64_MAX ? 0 : limit_bytes,
-		.jobs = atomic_load_explicit(&lane->load, memory_order_relaxed),
 	};
+	(void)pthread_mutex_lock(&lane->mutex);
+	use_out->jobs = lane->scheduler.queued + lane->scheduler.running;
+	(void)pthread_mutex_unlock(&lane->mutex);
 }
 
 struct device_lane *device_lane_started(struct server *server, uint32_t number)
