@@ -84,7 +84,7 @@ static void identify_unix(struct conn *conn, opd_error *refused)
 static void widen(struct conn *conn)
 {
 	uv_os_fd_t fd;
-	const int bytes = 1 << 20;
+	const int bytes = 512 << 10;
 	if (uv_fileno(&conn->handle, &fd) == 0)
 		(void)setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof bytes);
 }
