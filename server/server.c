@@ -193,6 +193,7 @@ static void on_flush(uv_check_t *check)
 	server->turn_us = now_ns / 1000;
 	server->context.inline_ns = 0;
 	server->slice_end_ns = now_ns + RING_SLICE_NS;
+	listener_turn(server);
 	do {
 		rings_serve(server);
 		flush_dirty(server);
