@@ -142,7 +142,7 @@ static opd_status dial_tls(const char *address, const opd_connect_options *optio
 	opd_status status = dial_tcp(address, deadline_us, host, &fd, error);
 	if (status != OPD_OK)
 		return status;
-	status = client_tls_connect(fd, host, options, deadline_us, tls_out, error);
+	status = client_tls_connect(fd, address, host, options, deadline_us, tls_out, error);
 	if (status != OPD_OK) {
 		(void)close(fd);
 		return opd_error_prefix(error, status, "%.200s", address);

@@ -55,6 +55,8 @@ void conn_protocol_error(struct conn *conn, const char *what);
 /* conn_write.c */
 void conn_new_turn(struct conn *conn);
 void conn_mark_dirty(struct conn *conn);
+/* The client has taken some of what waited for it. Its time (limits.stall) begins anew when that is CONN_PROGRESS_BYTES, or all: what TLS has sealed and the socket has no room for is not. */
+void conn_progress(struct conn *conn);
 void conn_stop_reading(struct conn *conn);
 /* Stops reading while too much is in flight. */
 void conn_throttle(struct conn *conn);
