@@ -353,6 +353,15 @@ struct msg_provider {
 	uint64_t deaths;
 };
 
+struct msg_device_state {
+	struct msg_text name;
+	uint64_t memory_bytes;
+	uint64_t cached_bytes;
+	uint64_t memory_limit_bytes;
+	uint32_t jobs;
+	struct msg_text lost; /* data NULL: it isn't */
+};
+
 struct msg_info {
 	struct msg_text version;
 	uint64_t uptime_us;
@@ -383,6 +392,8 @@ struct msg_info {
 	uint64_t compared;
 	uint64_t diverged;
 	uint64_t left_out;
+	uint32_t device_state_count;
+	const struct msg_device_state *device_states;
 };
 
 /* ---- Graphs ---- */
@@ -561,6 +572,7 @@ struct msg_set_session {
 	uint32_t service_class; /* 0: as it is */
 	uint32_t quota_count;
 	struct msg_quota *quotas;
+	struct msg_text device; /* "any": none; empty: as it is */
 };
 
 struct msg_fetch {
@@ -684,6 +696,7 @@ struct msg_session_state {
 	struct msg_usage usage;
 	uint32_t quota_count;
 	struct msg_quota *quotas;
+	struct msg_text device; /* pinned; empty: none */
 };
 
 struct msg_tenant_state {
@@ -745,6 +758,7 @@ struct msg_stats {
 
 struct msg_reply {
 	opd_status status;
+	uint32_t retry_after_us; /* 0: unknown */
 	struct msg_text message;
 	msg_reply_kind kind;
 	union {

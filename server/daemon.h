@@ -31,6 +31,7 @@ struct differential;
 struct listener;
 struct conn;
 struct metrics;
+struct placement;
 struct post;
 struct ring;
 struct scrape;
@@ -52,6 +53,7 @@ struct server {
 	struct derived *derived;
 	struct memory memory;
 	struct account *account; /* what modules allocate */
+	struct placement *placement;
 	struct tenants *tenants;
 	struct publications *publications;
 	struct lane *lane;

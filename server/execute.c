@@ -363,9 +363,12 @@ opd_status execute_refused(struct request *request, const char *what, const stru
 	const char *whose = of_tenant ? " of tenant " : refusal->full == SCHED_FULL_FLOW ? " of this session" : "";
 	if (refusal->full != SCHED_FULL_LANE)
 		quota_count_refusal(of_tenant ? &session->tenant->quota : &session->quota, QUOTA_QUEUED);
-	return opd_fail(error, OPD_RESOURCE_EXHAUSTED,
-	                "%s: %" PRIu32 " requests%s%s wait for the %s lane, at most %" PRIu32 " may: try again in about %" PRIu64 " us", what, refusal->queued,
-	                whose, of_tenant ? session->tenant->name : "", lane, refusal->limit, refusal->wait_ns / 1000 + 1);
+	const uint64_t wait_us = refusal->wait_ns / 1000 + 1;
+	(void)opd_fail(error, OPD_RESOURCE_EXHAUSTED,
+	               "%s: %" PRIu32 " requests%s%s wait for the %s lane, at most %" PRIu32 " may: try again in about %" PRIu64 " us", what, refusal->queued,
+	               whose, of_tenant ? session->tenant->name : "", lane, refusal->limit, wait_us);
+	opd_error_retry_after(error, wait_us);
+	return OPD_RESOURCE_EXHAUSTED;
 }
 
 static void lane_start(struct request *request, void (*run)(struct lane_job *, struct lane_exec *))

@@ -70,7 +70,7 @@ static struct msg_quota *fill_quotas(struct arena *arena, const struct quota *qu
 }
 
 /* The lane is locked for one session at a time: thousands of them must not hold it up. */
-static void fill_session(struct arena *arena, const struct session *session, const struct server *server, struct msg_session_state *out)
+static void fill_session(struct arena *arena, const struct session *session, const struct server *server, const struct snapshot *snapshot, struct msg_session_state *out)
 {
 	const struct sched_flow *flow = &session->flow;
 	const struct scheduler *scheduler = lane_scheduler_lock(server->lane);
@@ -101,6 +101,9 @@ static void fill_session(struct arena *arena, const struct session *session, con
 		add_usage(&there->usage, &out->usage);
 		device_lane_scheduler_unlock(lane);
 	}
+	const uint32_t pinned = atomic_load_explicit(&session->pinned_device, memory_order_relaxed);
+	if (pinned != 0 && pinned < snapshot->device_count)
+		out->device = msg_text(snapshot->devices[pinned].name);
 	out->quotas = fill_quotas(arena, &session->quota, session->account, 0, out->queued, out->usage.device_ns, &out->quota_count);
 }
 
@@ -129,7 +132,7 @@ static bool fill_sessions(struct request *request, struct msg_sessions *out)
 			continue;
 		at--;
 		if (at < count)
-			fill_session(&request->arena, conn->session, server, &out->sessions[at]);
+			fill_session(&request->arena, conn->session, server, request->snapshot, &out->sessions[at]);
 		else if (at == count)
 			out->next = conn->session->id;
 	}
@@ -248,15 +251,43 @@ static struct session *find_session(const struct server *server, uint64_t id)
 	return NULL;
 }
 
+/* Where somebody's work runs is its own business, as it is in each request; how much it gets isn't. */
+static bool may_set(struct request *request, const struct session *session)
+{
+	const struct msg_set_session *set = &request->message.set_session;
+	if (session == request->session && set->weight == 0 && set->service_class == 0 && set->quota_count == 0)
+		return true;
+	return access_check_right(request->session->access, RIGHT_SESSIONS, "set_session", request->context->server->log, &request->error) == OPD_OK;
+}
+
+/* The number of a device by its name; 0 with OK: "any". */
+static opd_status find_device(const struct snapshot *snapshot, struct msg_text name, uint32_t *number_out, opd_error *error)
+{
+	*number_out = 0;
+	if (strcmp(name.data, "any") == 0)
+		return OPD_OK;
+	for (uint32_t i = 1; i < snapshot->device_count; i++)
+		if (strcmp(snapshot->devices[i].name, name.data) == 0)
+			*number_out = i;
+	return *number_out != 0 ? OPD_OK : opd_fail(error, OPD_FAILED_PRECONDITION, "device %s: there is none to pin (a device, such as cuda:1, or any)", name.data);
+}
+
 void admin_set_session(struct request *request)
 {
 	const struct msg_set_session *set = &request->message.set_session;
 	struct server *server = request->context->server;
-	struct session *session = find_session(server, set->session);
+	struct session *session = set->session == 0 ? request->session : find_session(server, set->session);
+	uint32_t device = 0;
+	if (!may_set(request, session)) {
+		request_fail(request);
+		return;
+	}
 	if (session == NULL)
 		(void)opd_fail(&request->error, OPD_NOT_FOUND, "session %" PRIu64 ": there is none", set->session);
 	else if (set->weight > SCHED_WEIGHT_MAX)
 		(void)opd_fail(&request->error, OPD_INVALID_ARGUMENT, "weight %" PRIu32 ", expected 1 to %u (0: as it is)", set->weight, SCHED_WEIGHT_MAX);
+	else if (set->device.bytes != 0)
+		(void)!find_device(request->snapshot, set->device, &device, &request->error);
 	for (uint32_t i = 0; request->error.status == OPD_OK && i < set->quota_count; i++)
 		if (set->quotas[i].kind == QUOTA_SESSIONS)
 			(void)opd_fail(&request->error, OPD_INVALID_ARGUMENT, "quota sessions is a tenant's: the configuration has it");
@@ -264,6 +295,8 @@ void admin_set_session(struct request *request)
 		session_set_weight(session, set->weight);
 	if (request->error.status == OPD_OK && set->service_class != 0)
 		session->class = (sched_class)(set->service_class - 1);
+	if (request->error.status == OPD_OK && set->device.bytes != 0)
+		atomic_store_explicit(&session->pinned_device, device, memory_order_relaxed);
 	for (uint32_t i = 0; request->error.status == OPD_OK && i < set->quota_count; i++)
 		session_set_quota(session, (quota_kind)set->quotas[i].kind, set->quotas[i].limit);
 	request_reply_empty(request);

@@ -20,6 +20,7 @@
 #include "server/listener.h"
 #include "server/metrics.h"
 #include "server/module.h"
+#include "server/placement.h"
 #include "server/request.h"
 #include "server/ring.h"
 #include "server/scrape.h"
@@ -427,12 +428,13 @@ static opd_status start(struct server *server, opd_error *error)
 		server->account = account_create(&server->memory, config->limits.memory_bytes);
 		server->tenants = tenants_create(&server->memory);
 		server->publications = publications_create(&server->memory, server->tenants);
+		server->placement = placement_create();
 		server->stage = malloc(CONN_STAGE_BYTES);
 		if (config->tls_context != NULL) {
 			server->tls_stage = malloc(TLS_STAGE_BYTES);
 			server->tls_sealed = malloc(TLS_SEALED_BYTES);
 		}
-		if ((config->tls_context != NULL && (server->tls_stage == NULL || server->tls_sealed == NULL)) || server->metrics[SERVER_METRICS_LOOP] == NULL || server->metrics[SERVER_METRICS_DIRECT] == NULL || server->account == NULL || server->tenants == NULL || server->publications == NULL || server->stage == NULL)
+		if ((config->tls_context != NULL && (server->tls_stage == NULL || server->tls_sealed == NULL)) || server->metrics[SERVER_METRICS_LOOP] == NULL || server->metrics[SERVER_METRICS_DIRECT] == NULL || server->account == NULL || server->placement == NULL || server->tenants == NULL || server->publications == NULL || server->stage == NULL)
 			status = opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: out of memory");
 	}
 	if (status == OPD_OK)
@@ -589,6 +591,7 @@ void server_destroy(struct server *server)
 	closer_fini(&server->closer);
 	metrics_destroy(server->metrics[SERVER_METRICS_LOOP]);
 	metrics_destroy(server->metrics[SERVER_METRICS_DIRECT]);
+	placement_destroy(server->placement);
 	tenants_destroy(server->tenants);
 	plans_destroy(server->plans);
 	derived_destroy(server->derived); /* before their makers are closed */

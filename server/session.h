@@ -32,6 +32,7 @@ struct session {
 	struct sched_flow flow; /* its place in the order of the CPU lane */
 	_Atomic(struct device_flow *) device_flows; /* … of devices', made on first use */
 	sched_class class;      /* of requests that name none */
+	_Atomic uint32_t pinned_device; /* where requests that name none run, if what runs them is of its kind; 0: none */
 	uint64_t inline_ns;     /* what ran on the loop and the lane's order doesn't know yet */
 	struct access *access; /* referenced; before Hello that of nobody, of a Unix peer its own */
 	struct credential credential;

@@ -33,6 +33,8 @@ static void report(const struct opctl *ctl, opd_status status, const opd_error *
 	cJSON *document = cJSON_CreateObject();
 	cJSON_AddStringToObject(document, "status", opd_status_name(status));
 	cJSON_AddStringToObject(document, "message", error->text);
+	if (error->retry_after_us != 0)
+		cJSON_AddNumberToObject(document, "retry_after_us", error->retry_after_us);
 	(void)print_json(document);
 }
 

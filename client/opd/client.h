@@ -271,6 +271,8 @@ OPD_API size_t opd_finished(const opd_client *client);
 OPD_API void opd_result_destroy(opd_result *result);
 OPD_API opd_status opd_result_status(const opd_result *result);
 OPD_API const char *opd_result_message(const opd_result *result);  /* "" for OPD_OK. Escape it before a terminal sees it */
+/* Of OPD_RESOURCE_EXHAUSTED that time heals (a full queue, a quota a second): when to try again, as the server estimated. 0: nobody knows. What a call writes into `error` has it too. */
+OPD_API uint32_t opd_result_retry_after_us(const opd_result *result);
 OPD_API const char *opd_result_provider(const opd_result *result); /* that ran; "" for a fake run */
 OPD_API const char *opd_result_uuid(const opd_result *result);     /* "" unless asked for */
 OPD_API uint32_t opd_result_count(const opd_result *result);       /* of outputs */
@@ -510,6 +512,7 @@ typedef struct opd_session_state {
 	opd_usage usage;
 	uint32_t quota_count;
 	const opd_quota *quotas;
+	const char *device; /* that it has pinned; "": none */
 } opd_session_state;
 
 typedef struct opd_tenant_state {
@@ -551,6 +554,9 @@ OPD_API OPD_MUST_USE opd_status opd_sessions(opd_client *client, uint64_t first,
 OPD_API OPD_MUST_USE opd_status opd_set_session(opd_client *client, uint64_t session, uint32_t weight, opd_class service_class, opd_error *error);
 /* Administrators: another limit for the session (not OPD_QUOTA_SESSIONS, which is a tenant's); 0: as the daemon's configuration has it. What is in use above it stays. */
 OPD_API OPD_MUST_USE opd_status opd_set_session_quota(opd_client *client, uint64_t session, opd_quota_kind kind, uint64_t limit, opd_error *error);
+/* Pins a session to a device of several of a kind ("cuda:1"; "any": to none): requests that name no device, and what they upload to a kind, go there if what runs them is of that kind.
+ * session 0: this one, which needs no right; others are administrators' to pin. OPD_FAILED_PRECONDITION: no such device. */
+OPD_API OPD_MUST_USE opd_status opd_set_session_device(opd_client *client, uint64_t session, const char *device, opd_error *error);
 
 /* ---- What the daemon has counted since its start ------------------------------------------------------------------------- */
 
@@ -737,6 +743,15 @@ typedef struct opd_provider_list {
 	const opd_provider_description *providers;
 } opd_provider_list;
 
+typedef struct opd_device_state {
+	const char *name;            /* "cuda:0" */
+	uint64_t memory_bytes;       /* tensors and scratch there, of all sessions */
+	uint64_t cached_bytes;       /* free, and kept for what comes next */
+	uint64_t memory_limit_bytes; /* what it has; 0: not known, nothing has run there yet */
+	uint32_t jobs;               /* that wait for it or run on it */
+	const char *lost;            /* why it can't be used; "": it can */
+} opd_device_state;
+
 typedef struct opd_server_info {
 	const char *version;
 	uint64_t uptime_us;
@@ -767,6 +782,8 @@ typedef struct opd_server_info {
 	uint64_t compared; /* runs whose results another provider was asked to confirm */
 	uint64_t diverged; /* of them, those that it didn't */
 	uint64_t left_out; /* of the sample: not compared */
+	uint32_t device_state_count;
+	const opd_device_state *device_states; /* in the order of devices, without "cpu" */
 } opd_server_info;
 
 OPD_API OPD_MUST_USE opd_status opd_ops(opd_client *client, const opd_op_list **list_out, opd_error *error);

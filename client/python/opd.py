@@ -54,10 +54,12 @@ class Error(Exception):
     status = "UNKNOWN"
     code = 2
     explain = None  # of a failed run that asked for it
+    retry_after = None  # of a ResourceExhausted that time heals: seconds until it may be tried again, as the server estimates
 
-    def __init__(self, message, explain=None):
+    def __init__(self, message, explain=None, retry_after=None):
         super().__init__(message)
         self.explain = explain
+        self.retry_after = retry_after
 
 
 def _error_class(code, status):
@@ -75,8 +77,8 @@ FailedPrecondition, Unauthenticated = _ERRORS[9], _ERRORS[16]
 DeadlineExceeded, DataLoss = _ERRORS[4], _ERRORS[15]
 
 
-def _fail(code, message, explain=None):
-    return _ERRORS.get(code, _ERRORS[2])(message, explain)
+def _fail(code, message, explain=None, retry_after_us=0):
+    return _ERRORS.get(code, _ERRORS[2])(message, explain, retry_after_us / 1e6 or None)
 
 
 # ---- Tensors -------------------------------------------------------------------------------------------------------------
@@ -647,7 +649,7 @@ class Future:
         reply = self.reply
         if reply.status != 0:
             explain = reply.run.explain if reply.WhichOneof("body") == "run" and reply.run.HasField("explain") else None
-            raise _fail(reply.status, reply.message, explain)
+            raise _fail(reply.status, reply.message, explain, reply.retry_after_us)
         return self._convert(reply, self.payload)
 
 

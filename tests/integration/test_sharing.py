@@ -249,7 +249,8 @@ class Sharing(DaemonCase):
         self.assertEqual([request for request, _, _ in refused], sent[64:])
         for _, reply, _ in refused:
             self.assertEqual(reply.status, RESOURCE_EXHAUSTED)
-            self.assertRegex(reply.message, "^matmul: 64 requests of this session wait for the cpu lane, at most 64 may: try again in about [0-9]+ us$")
+            self.assertRegex(reply.message, "^matmul: 64 requests of this session wait for the cpu lane, at most 64 may: try again in about %d us$" % reply.retry_after_us)
+            self.assertGreater(reply.retry_after_us, 0)
         mine = other.submit(product(2, 2), f32(1))
         other.ping()
         release()
@@ -397,6 +398,9 @@ class Quotas(DaemonCase):
         self.assertRegex(self.refusals(three, 1)[0], r"^matmul: 8 requests of tenant uid:\d+ wait for the cpu lane, at most 8 may: try again in about \d+ us$")
         self.assertEqual(self.quota(pb.QUOTA_QUEUED, self.one), (4, 4, 1))
         self.assertEqual(self.quota(pb.QUOTA_QUEUED), (8, 8, 1))
+        told = json.loads(self.opctl("run", "matmul", "ones:f32[2,2]", "ones:f32[2,2]", "--json", code=1).splitlines()[0])
+        self.assertEqual(told["status"], "RESOURCE_EXHAUSTED")
+        self.assertEqual(told["retry_after_us"], int(told["message"].split("about ")[1].split()[0]))
         release()
         for client in (self.one, self.two):
             self.assertEqual([client.read_reply()[1].status for _ in range(4)], [OK] * 4)
@@ -436,7 +440,8 @@ class Quotas(DaemonCase):
         number = str(self.one.hello.session)
         self.opctl("session", number, "set", "quota", "in_flight=2")
         self.opctl("session", number, "set", "quota", "memory=64KiB")
-        self.assertEqual(upload(self.one, 65).status, RESOURCE_EXHAUSTED)
+        refused = upload(self.one, 65)
+        self.assertEqual((refused.status, refused.retry_after_us), (RESOURCE_EXHAUSTED, 0))  # nobody knows when it will free some
         shown = json.loads(self.opctl("sessions", "--json"))
         mine = [state for state in shown["sessions"] if state["session"] == int(number)][0]["quotas"]
         self.assertEqual((mine["in_flight"]["limit"], mine["memory"]["limit"], mine["memory"]["refused"]), (2, 65536, 1))
@@ -481,6 +486,7 @@ class Rates(DaemonCase):
         refused = upload(anonymous, 1)
         self.assertRegex(refused.message, r"^upload: quota bytes_in of this session: more was sent than 1048576 bytes a second: try again in about \d+ us$")
         self.assertLess(int(refused.message.split("about ")[1].split()[0]), 2000100)
+        self.assertEqual(refused.retry_after_us, int(refused.message.split("about ")[1].split()[0]))
         other = Client(self.daemon.tcp_addresses()[0])
         self.addCleanup(other.close)
         big = run("relu", tensor([1 << 20], inline=f32(1), strides=[0]))
