@@ -7,10 +7,6 @@
 #include <stdio.h>
 #include <string.h>
 
-#ifdef OPD_HWLOC
-#include <hwloc.h>
-#endif
-
 /* ---- Control groups ---- */
 
 /* "200000 100000" of cpu.max; 0: "max", or no such file. */
@@ -115,39 +111,44 @@ uint32_t machine_quota(const char *groups, const char *root)
 
 /* ---- Cores ---- */
 
-static uint32_t count_processors(void)
+/* The first of the processors that share a core with this one ("0,64" or "0-1"); -1: the kernel doesn't say. */
+static int first_sibling(int processor, const char *root)
 {
-	cpu_set_t set;
-	const int count = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
-	return count < 1 ? 1 : (uint32_t)count;
+	char path[PATH_MAX];
+	if (snprintf(path, sizeof path, "%s/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", root, processor) >= (int)sizeof path)
+		return -1;
+	FILE *file = fopen(path, "re");
+	if (file == NULL)
+		return -1;
+	int first = -1;
+	const int count = fscanf(file, "%d", &first);
+	(void)fclose(file);
+	return count == 1 && first >= 0 && first < CPU_SETSIZE ? first : -1;
 }
 
-/* Those of which this process may use a processor; 0: hwloc isn't there, or can't say. */
-static uint32_t count_cores(void)
+uint32_t machine_cores(const cpu_set_t *processors, const char *root)
 {
-	uint32_t cores = 0;
-#ifdef OPD_HWLOC
-	hwloc_topology_t topology;
-	if (hwloc_topology_init(&topology) != 0)
-		return 0;
-	/* Caches, devices and whatever else aren't asked for: looking for them takes most of the time. */
-	(void)hwloc_topology_set_all_types_filter(topology, HWLOC_TYPE_FILTER_KEEP_NONE);
-	(void)hwloc_topology_set_type_filter(topology, HWLOC_OBJ_CORE, HWLOC_TYPE_FILTER_KEEP_ALL);
-	hwloc_bitmap_t mine = hwloc_bitmap_alloc();
-	if (mine != NULL && hwloc_topology_load(topology) == 0 && hwloc_get_cpubind(topology, mine, HWLOC_CPUBIND_THREAD) == 0) {
-		const int count = hwloc_get_nbobjs_by_type(topology, HWLOC_OBJ_CORE);
-		for (int i = 0; i < count; i++)
-			cores += hwloc_bitmap_intersects(hwloc_get_obj_by_type(topology, HWLOC_OBJ_CORE, (unsigned)i)->cpuset, mine) != 0;
+	cpu_set_t cores;
+	CPU_ZERO(&cores);
+	for (int i = 0; i < CPU_SETSIZE; i++) {
+		if (!CPU_ISSET(i, processors))
+			continue;
+		const int first = first_sibling(i, root);
+		if (first < 0)
+			return 0;
+		CPU_SET(first, &cores);
 	}
-	hwloc_bitmap_free(mine);
-	hwloc_topology_destroy(topology);
-#endif
-	return cores;
+	return (uint32_t)CPU_COUNT(&cores);
 }
 
 void machine_read(struct machine *machine_out)
 {
-	struct machine machine = {.cores = count_cores(), .processors = count_processors(), .quota = machine_quota("/proc/self/cgroup", "")};
+	struct machine machine = {.processors = 1, .quota = machine_quota("/proc/self/cgroup", "")};
+	cpu_set_t processors;
+	if (sched_getaffinity(0, sizeof processors, &processors) == 0 && CPU_COUNT(&processors) > 0) {
+		machine.processors = (uint32_t)CPU_COUNT(&processors);
+		machine.cores = machine_cores(&processors, "");
+	}
 	machine.threads = machine.cores != 0 ? machine.cores : machine.processors;
 	if (machine.quota != 0 && machine.quota < machine.threads)
 		machine.threads = machine.quota;

@@ -87,6 +87,34 @@ START_TEST(control_groups_of_version_1_count_too)
 }
 END_TEST
 
+static uint32_t cores(const int *processors, size_t count)
+{
+	cpu_set_t set;
+	CPU_ZERO(&set);
+	for (size_t i = 0; i < count; i++)
+		CPU_SET(processors[i], &set);
+	return machine_cores(&set, root);
+}
+
+START_TEST(processors_that_share_a_core_count_once)
+{
+	file("/sys/devices/system/cpu/cpu0/topology/thread_siblings_list", "0,2\n");
+	file("/sys/devices/system/cpu/cpu1/topology/thread_siblings_list", "1,3\n");
+	file("/sys/devices/system/cpu/cpu2/topology/thread_siblings_list", "0,2\n");
+	file("/sys/devices/system/cpu/cpu3/topology/thread_siblings_list", "1,3\n");
+	file("/sys/devices/system/cpu/cpu4/topology/thread_siblings_list", "4-5\n");
+	file("/sys/devices/system/cpu/cpu5/topology/thread_siblings_list", "4-5\n");
+	ck_assert_uint_eq(cores((const int[]){0, 1, 2, 3, 4, 5}, 6), 3);
+	ck_assert_uint_eq(cores((const int[]){2, 3}, 2), 2);
+	ck_assert_uint_eq(cores((const int[]){1, 3}, 2), 1);
+	ck_assert_uint_eq(cores((const int[]){0, 6}, 2), 0); /* the kernel doesn't say of one */
+	file("/sys/devices/system/cpu/cpu6/topology/thread_siblings_list", "99999999\n");
+	ck_assert_uint_eq(cores((const int[]){0, 6}, 2), 0);
+	file("/sys/devices/system/cpu/cpu6/topology/thread_siblings_list", "\n");
+	ck_assert_uint_eq(cores((const int[]){0, 6}, 2), 0);
+}
+END_TEST
+
 START_TEST(threads_are_no_more_than_this_process_may_use_at_once)
 {
 	struct machine machine;
@@ -118,6 +146,7 @@ int main(void)
 	tcase_add_test(tests, no_quota_is_none);
 	tcase_add_test(tests, a_quota_counts_rounded_up_and_the_smallest_on_the_way_holds);
 	tcase_add_test(tests, control_groups_of_version_1_count_too);
+	tcase_add_test(tests, processors_that_share_a_core_count_once);
 	tcase_add_test(tests, threads_are_no_more_than_this_process_may_use_at_once);
 	suite_add_tcase(suite, tests);
 	SRunner *runner = srunner_create(suite);
