@@ -125,17 +125,23 @@ static void on_events(opd_client *client, const struct epoll_event *events, int 
 			client->ring->ended = true;
 }
 
+/* How often it is looked before the clock is: that takes as long as some looks. */
+#define LOOKS_A_CLOCK 8u
+
 /* True: ready. */
 static bool spin(const opd_client *client, uint64_t deadline_us)
 {
 	const uint64_t begin_ns = clock_ns(), end_ns = begin_ns + client->ring->poll_us * 1000;
-	for (uint64_t now_ns = begin_ns; now_ns < end_ns && now_ns / 1000 < deadline_us; now_ns = clock_ns()) {
+	uint64_t now_ns = begin_ns;
+	for (uint32_t looks = 1; now_ns < end_ns && now_ns / 1000 < deadline_us; looks++) {
 		if (ring_ready(client))
 			return true;
 		if (now_ns - begin_ns < RING_PAUSE_NS)
 			ring_relax();
 		else
 			(void)sched_yield();
+		if (looks % LOOKS_A_CLOCK == 0 || now_ns - begin_ns >= RING_PAUSE_NS)
+			now_ns = clock_ns();
 	}
 	return ring_ready(client);
 }

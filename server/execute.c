@@ -373,7 +373,6 @@ opd_status execute_refused(struct request *request, const char *what, const stru
 
 static void lane_start(struct request *request, void (*run)(struct lane_job *, struct lane_exec *))
 {
-	struct server *server = request->context->server;
 	struct session *session = request->session;
 	request->job = (struct lane_job){
 		.run = run,
@@ -385,9 +384,9 @@ static void lane_start(struct request *request, void (*run)(struct lane_job *, s
 		request->clock.queued = request_now_ns();
 		request->job.item.behind = request->run.behind = arena_zalloc(&request->arena, sizeof *request->run.behind); /* without memory it isn't told */
 	}
-	if (!lane_submit(server->lane, &request->job)) {
+	if (!lane_submit(session->lane, &request->job)) {
 		request->job.run = NULL;
-		request->status = execute_refused(request, request->run.op->schema->name, &request->job.refusal, "cpu", &request->error);
+		request->status = execute_refused(request, request->run.op->schema->name, &request->job.refusal, lane_name(session->lane), &request->error);
 		execute_done(request);
 		return;
 	}
@@ -403,7 +402,7 @@ static void charge_inline(struct request *request, uint64_t cost_ns)
 	session->inline_ns += cost_ns;
 	if (session->inline_ns < INLINE_CHARGE_NS)
 		return;
-	struct lane *lane = request->context->server->lane;
+	struct lane *lane = session->lane;
 	scheduler_charge(lane_scheduler_lock(lane), &session->flow, request->run.class, session->inline_ns);
 	lane_scheduler_unlock(lane);
 	session->inline_ns = 0;
@@ -416,7 +415,7 @@ bool execute_fits_loop(struct request *request, uint64_t cost_ns)
 		return false;
 	if (request->direct)
 		return true;
-	if (lane_busy(server->lane) || request->context->inline_ns + cost_ns > INLINE_TURN_NS)
+	if (lane_busy(request->session->lane) || request->context->inline_ns + cost_ns > INLINE_TURN_NS)
 		return false;
 	request->context->inline_ns += cost_ns;
 	charge_inline(request, cost_ns);

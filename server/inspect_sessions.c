@@ -73,7 +73,7 @@ static struct msg_quota *fill_quotas(struct arena *arena, const struct quota *qu
 static void fill_session(struct arena *arena, const struct session *session, const struct server *server, const struct snapshot *snapshot, struct msg_session_state *out)
 {
 	const struct sched_flow *flow = &session->flow;
-	const struct scheduler *scheduler = lane_scheduler_lock(server->lane);
+	const struct scheduler *scheduler = lane_scheduler_lock(session->lane);
 	*out = (struct msg_session_state){
 		.session = session->id,
 		.tenant = msg_text(session->tenant->name),
@@ -88,7 +88,7 @@ static void fill_session(struct arena *arena, const struct session *session, con
 		.share = scheduler_share(scheduler, flow, session->class),
 		.usage = usage_of(&flow->usage),
 	};
-	lane_scheduler_unlock(server->lane);
+	lane_scheduler_unlock(session->lane);
 	out->usage.device_ns += session->inline_ns;
 	for (uint32_t i = 1; i < REGISTRY_DEVICES_MAX; i++) {
 		struct device_lane *lane = device_lane_started(session->server, i);
@@ -143,7 +143,6 @@ static bool fill_sessions(struct request *request, struct msg_sessions *out)
 struct tenant_list {
 	const struct session *who;
 	struct arena *arena;
-	struct lane *lane;
 	struct msg_tenant_state *items;
 	uint32_t count;
 };
@@ -170,11 +169,12 @@ static void fill_tenant(struct tenant *tenant, void *argument)
 	};
 	const struct sched_group *group = tenant->groups[0];
 	if (group != NULL) {
-		(void)lane_scheduler_lock(list->lane);
+		struct lane *lane = list->who->server->lanes[tenant->lane].lane;
+		(void)lane_scheduler_lock(lane);
 		out->queued = group->queued;
 		out->running = group->running;
 		out->usage = usage_of(&group->usage);
-		lane_scheduler_unlock(list->lane);
+		lane_scheduler_unlock(lane);
 	}
 	for (uint32_t i = 1; i < REGISTRY_DEVICES_MAX; i++) {
 		struct device_lane *lane = device_lane_started(list->who->server, i);
@@ -193,7 +193,7 @@ static void fill_tenant(struct tenant *tenant, void *argument)
 static bool fill_tenants(struct request *request, struct msg_sessions *out)
 {
 	struct tenants *tenants = request->context->server->tenants;
-	struct tenant_list list = {.who = request->session, .arena = &request->arena, .lane = request->context->server->lane};
+	struct tenant_list list = {.who = request->session, .arena = &request->arena};
 	tenants_walk(tenants, count_tenant, &list);
 	list.count = list.count < BOUND_LIST ? list.count : BOUND_LIST;
 	list.items = out->tenants = arena_zalloc(&request->arena, (list.count + 1) * sizeof list.items[0]);
@@ -214,12 +214,14 @@ static struct msg_lane_state lane_state(const char *name, uint32_t threads, cons
 static bool fill_lanes(struct request *request, struct msg_sessions *out)
 {
 	struct server *server = request->context->server;
-	struct lane *cpu = server->lane;
-	out->lanes = arena_array(&request->arena, REGISTRY_DEVICES_MAX, sizeof out->lanes[0]);
+	out->lanes = arena_array(&request->arena, server->lane_count + REGISTRY_DEVICES_MAX, sizeof out->lanes[0]);
 	if (out->lanes == NULL)
 		return false;
-	out->lanes[out->lane_count++] = lane_state("cpu", lane_threads(cpu), lane_scheduler_lock(cpu));
-	lane_scheduler_unlock(cpu);
+	for (uint32_t i = 0; i < server->lane_count; i++) {
+		struct lane *lane = server->lanes[i].lane;
+		out->lanes[out->lane_count++] = lane_state(lane_name(lane), lane_threads(lane), lane_scheduler_lock(lane));
+		lane_scheduler_unlock(lane);
+	}
 	for (uint32_t i = 1; i < REGISTRY_DEVICES_MAX; i++) {
 		struct device_lane *lane = device_lane_started(server, i);
 		if (lane == NULL)

@@ -282,7 +282,7 @@ static opd_status charge_arena(struct request *request)
 /* When somebody who has too much in flight may hope for room: when the lane has done what it has of the session. */
 static uint64_t lane_wait_ns(const struct request *request)
 {
-	struct lane *lane = request->context->server->lane;
+	struct lane *lane = request->session->lane;
 	const uint64_t wait_ns = scheduler_wait_ns(lane_scheduler_lock(lane), &request->session->flow, request->session->class);
 	lane_scheduler_unlock(lane);
 	return wait_ns;
@@ -552,7 +552,7 @@ static bool withdraw(struct request *request)
 	if (request->job.run == NULL && request->device_lane == NULL)
 		return true;
 	return (request->device_lane != NULL && device_lane_withdraw(request->device_lane, &request->device_job)) ||
-	       lane_withdraw(request->context->server->lane, &request->job);
+	       lane_withdraw(request->session->lane, &request->job);
 }
 
 void request_expire(struct request *request)
@@ -629,7 +629,7 @@ void request_task(struct request *request, request_task_fn task, request_task_fn
 		return;
 	}
 	request->job = (struct lane_job){.run = task_run, .done = task_done};
-	const bool queued = lane_submit(request->context->server->lane, &request->job); /* as the lane's own */
+	const bool queued = lane_submit(request->session->lane, &request->job); /* as the lane's own */
 	assert(queued);
 	(void)queued;
 }

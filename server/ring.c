@@ -27,7 +27,7 @@ struct ring {
 	bool full;      /* replies wait for room */
 	bool answering; /* the answer to attach_rings hasn't left */
 	uint64_t poll_ns;   /* granted */
-	uint64_t active_ns; /* when something last came or went */
+	uint64_t active_ns; /* when something last went */
 	uv_poll_t poll;
 	bool polled;   /* `poll` is initialised */
 	int server_fd; /* eventfd that the client writes to */
@@ -208,8 +208,6 @@ static void take_requests(struct ring *ring)
 	if (ring->requests.at == before)
 		return;
 	conn->read_us = conn->server->turn_us;
-	if (ring->poll_ns != 0)
-		ring->active_ns = request_now_ns();
 }
 
 /* ---- Writing ---- */
@@ -292,7 +290,7 @@ static void look_for_room(struct ring *ring)
 static bool is_polling(const struct ring *ring, uint64_t now_ns)
 {
 	const struct server *server = ring->server;
-	return ring->poll_ns != 0 && ring->conn->session->in_flight == 0 && !lane_busy(server->lane) && server->polled_ns < server->config->polling_budget_us * 1000 &&
+	return ring->poll_ns != 0 && ring->conn->session->in_flight == 0 && !lanes_busy(server) && server->polled_ns < server->config->polling_budget_us * 1000 &&
 	       now_ns - ring->active_ns < ring->poll_ns;
 }
 
@@ -309,9 +307,12 @@ static bool fall_asleep(struct ring *ring)
 	return slept;
 }
 
-/* True: it is to be looked at in the next turn too. */
+/* True: it is to be looked at in the next turn too. One that polls isn't put to sleep while its answers are about to leave: they would wake it, and the word that says so would go to and fro between
+ * two cores. */
 static bool stays_awake(struct ring *ring)
 {
+	if (ring->poll_ns != 0 && ring->conn->dirty)
+		return true;
 	if (!is_deaf(ring) && (ring_filled(&ring->requests) != 0 || (ring->poll_ns != 0 && is_polling(ring, request_now_ns()))))
 		return true;
 	return !fall_asleep(ring);
@@ -340,6 +341,9 @@ void rings_serve(struct server *server)
 	}
 }
 
+/* How often it is looked before the clock is: that takes as long as some looks. */
+#define LOOKS_A_CLOCK 8u
+
 /* Others may need this core, the client perhaps. Where nobody does, a yield costs 0.3 us. */
 static void breathe(uint64_t looked_ns)
 {
@@ -349,23 +353,32 @@ static void breathe(uint64_t looked_ns)
 		(void)sched_yield();
 }
 
+/* Whether a ring has something; *polling_out: whether another look may find more. */
+static bool look(const struct server *server, uint64_t now_ns, bool *polling_out)
+{
+	bool found = false, polling = false;
+	for (const struct ring *ring = server->rings; ring != NULL && !found; ring = ring->next) {
+		polling = polling || is_polling(ring, now_ns);
+		found = conn_may_read(ring->conn) && ring_filled(&ring->requests) != 0;
+	}
+	*polling_out = polling;
+	return found;
+}
+
 bool rings_look(struct server *server)
 {
-	bool found = false, polling = true;
+	bool polling = true;
 	const uint64_t begin = request_now_ns();
 	uint64_t now = begin;
-	while (!found && polling && server->dirty == NULL && now < server->slice_end_ns) {
-		polling = false;
-		for (const struct ring *ring = server->rings; ring != NULL && !found; ring = ring->next) {
-			polling = polling || is_polling(ring, now);
-			found = conn_may_read(ring->conn) && ring_filled(&ring->requests) != 0;
-		}
+	for (uint32_t looks = 1; polling && server->dirty == NULL && now < server->slice_end_ns; looks++) {
+		if (look(server, now, &polling))
+			return true;
 		breathe(now - begin);
-		now = request_now_ns();
+		if (looks % LOOKS_A_CLOCK == 0 || now - begin >= RING_PAUSE_NS)
+			now = request_now_ns();
 	}
-	if (!found)
-		server->polled_ns += now - begin;
-	return found;
+	server->polled_ns += now - begin;
+	return false;
 }
 
 /* ---- The socket ---- */

@@ -62,6 +62,14 @@ OPD_API const char *opd_version(void);
 
 /* ---- Connecting -------------------------------------------------------------------------------------------------------- */
 
+/* For programs that connect often by TLS: what servers gave at one connection to make the next one cheap, without certificates and signatures. The server was verified then, and isn't again, so it
+ * is used only for the same address and the same options of verification; a server that has reloaded its certificates, or has forgotten, makes a full handshake of it. Any number of
+ * clients, on any threads, may share one. NULL: out of memory. */
+typedef struct opd_resumption opd_resumption;
+OPD_API opd_resumption *opd_resumption_create(void);
+/* Clients that still have it keep it. NULL is allowed. */
+OPD_API void opd_resumption_destroy(opd_resumption *resumption);
+
 typedef struct opd_connect_options {
 	uint32_t struct_bytes;  /* sizeof; fields are added at the end, zeroed ones mean the default */
 	bool no_chunks;         /* don't cut payloads into DATA frames: for a client that never pipelines */
@@ -80,6 +88,7 @@ typedef struct opd_connect_options {
 	const char *token;            /* who the client is, as `opctl token new` makes it; sent over TLS and on this machine only. NULL: none */
 	const char *token_file;       /* … its first line; only its owner may read it. NULL: none */
 	const char *fingerprint;      /* "sha256:" and 64 hexadecimal digits, as `opd --self-signed` prints it; NULL: not pinned */
+	opd_resumption *resumption;   /* tickets of earlier connections; NULL: each handshake is a full one */
 } opd_connect_options;
 
 /* Addresses: "unix:/path", also with options ("unix:/path?rings&poll=20us&shm" is the path with rings, poll_us, shared_memory); "tls://host:port", also with options
@@ -106,6 +115,7 @@ typedef struct opd_session {
 	uint32_t in_flight;     /* limit of requests not yet answered */
 	const char *identity;   /* who this client is to the server */
 	const char *rights;     /* what it may do beside running ops: "publish, drain" */
+	bool resumed;           /* TLS went on where an earlier connection was (opd_resumption) */
 } opd_session;
 OPD_API const opd_session *opd_client_session(const opd_client *client);
 

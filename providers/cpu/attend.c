@@ -8,6 +8,10 @@
 #define PACKED_ROWS 8
 /* How far ahead rows are asked for: their heads lie one after another, and the next pages aren't always those of the next tokens. */
 #define LOOKAHEAD_BYTES 16384
+#define LOOKAHEAD_KEYS 64
+/* Products of pairs take values under 2^-126 for 0. With a query of normal elements up to the one (2^60, in bf16) and a scale up to the other, a score is off by less than 2^-30. */
+#define PAIRS_LARGEST ((127 + 60) << 7)
+#define PAIRS_SCALE 0x1p20f
 /* With fewer items than so many a thread, splits are items of their own. */
 #define ITEMS_A_THREAD 4
 
@@ -45,6 +49,7 @@ struct attend_work {
 	const struct cpu_attend_kernels *kernels;
 	size_t padded;       /* head size, rounded up to whole vectors */
 	uint64_t group;      /* heads that share a kv head */
+	bool pairs;          /* scores are made by scores_pairs */
 	bool splits_apart;   /* each split is an item, parts [items] keep their results */
 	uint64_t tile_rows;  /* most rows of a tile */
 	const uint64_t *first; /* [sequences + 1]: first item of each sequence */
@@ -169,11 +174,13 @@ static void attend_places(const struct attend *attend, const struct attend_tile 
 /* A thread's scratch. */
 struct attend_scratch {
 	float *query;  /* [CPU_ATTEND_ROWS][padded] */
+	uint16_t *pairs; /* the same in bf16, where scores are made of pairs */
+	bool apart[CPU_ATTEND_ROWS]; /* rows whose scores can't be */
 	float *packed; /* [CPU_ATTEND_KEYS][padded] */
 	float *scores; /* [CPU_ATTEND_ROWS][CPU_ATTEND_KEYS] */
 	struct attend_part part, whole;
 	uint64_t packed_places[CPU_ATTEND_KEYS];
-	uint64_t keys[ATTEND_SPLIT], values[ATTEND_SPLIT];
+	uint64_t keys[ATTEND_SPLIT + LOOKAHEAD_KEYS], values[ATTEND_SPLIT + LOOKAHEAD_KEYS];
 };
 
 static uint64_t attend_part_bytes(uint64_t rows, size_t padded)
@@ -191,7 +198,7 @@ static struct attend_part attend_part_at(const struct attend_work *work, unsigne
 
 static uint64_t attend_scratch_bytes(size_t padded)
 {
-	uint64_t floats = (CPU_ATTEND_ROWS + CPU_ATTEND_KEYS) * padded + CPU_ATTEND_ROWS * CPU_ATTEND_KEYS;
+	uint64_t floats = (2 * CPU_ATTEND_ROWS + CPU_ATTEND_KEYS) * padded + CPU_ATTEND_ROWS * CPU_ATTEND_KEYS;
 	return floats * sizeof(float) + 2 * attend_part_bytes(CPU_ATTEND_ROWS, padded);
 }
 
@@ -204,6 +211,7 @@ static void attend_scratch_init(const struct attend_work *work, uint32_t thread,
 	scratch->query = (float *)(void *)(memory + 2 * part_bytes);
 	scratch->packed = scratch->query + CPU_ATTEND_ROWS * work->padded;
 	scratch->scores = scratch->packed + CPU_ATTEND_KEYS * work->padded;
+	scratch->pairs = (uint16_t *)(void *)(scratch->scores + CPU_ATTEND_ROWS * CPU_ATTEND_KEYS);
 	for (uint64_t j = 0; j < CPU_ATTEND_KEYS; j++)
 		scratch->packed_places[j] = j * work->padded * sizeof(float);
 }
@@ -215,14 +223,48 @@ static void attend_part_clear(const struct attend_work *work, struct attend_part
 	memset(part->mixed, 0, rows * work->padded * sizeof(float));
 }
 
-static void attend_load_query(const struct attend_work *work, const struct attend_tile *tile, float *query)
+/* Whether products of pairs would lose something of this row of bf16: a denormal element times a large key, or a key's denormals times large ones. In steps that the compiler makes
+ * vectors of: head_size is a multiple of 32. */
+static bool attend_loses(const uint16_t *query, uint64_t head_size)
+{
+	uint16_t lost = 0;
+	for (uint64_t d = 0; d < head_size; d += 32) {
+		for (uint64_t i = d; i < d + 32; i++) {
+			uint16_t magnitude = query[i] & 0x7fff;
+			lost |= magnitude > PAIRS_LARGEST || (uint16_t)(magnitude - 1) < 0x7f; /* 0x80 is the least normal */
+		}
+	}
+	return lost != 0;
+}
+
+static void attend_load_query(const struct attend_work *work, const struct attend_tile *tile, struct attend_scratch *scratch)
 {
 	const struct attend *attend = work->attend;
 	uint64_t places[CPU_ATTEND_ROWS];
 	for (uint64_t r = 0; r < tile->count; r++)
 		places[r] = attend_row_at(work, tile, r, attend->query_token, attend->query_head);
 	struct cpu_attend_run run = {.base = tile->sequence.query, .places = places, .count = (size_t)tile->count};
-	work->kernels->pack[attend->dtype](&run, (size_t)attend->head_size, work->padded, query);
+	work->kernels->pack[attend->dtype](&run, (size_t)attend->head_size, work->padded, scratch->query);
+	for (uint64_t r = 0; r < tile->count && work->pairs; r++) {
+		memcpy(scratch->pairs + r * attend->head_size, run.base + places[r], attend->head_size * sizeof(uint16_t));
+		scratch->apart[r] = attend_loses(scratch->pairs + r * attend->head_size, attend->head_size);
+	}
+}
+
+/* Scores of all rows by products of pairs; then again, one by one, those of rows that would lose by it. */
+static void attend_score_pairs(const struct attend_work *work, const struct attend_tile *tile, const struct cpu_attend_run *keys,
+                               struct attend_scratch *scratch)
+{
+	const struct attend *attend = work->attend;
+	uint64_t rows = tile->heads > 1 ? work->group : tile->count;
+	work->kernels->scores_pairs(scratch->pairs, (size_t)tile->heads, (size_t)rows, (size_t)attend->head_size, keys, attend->key_head,
+	                            scratch->scores);
+	for (uint64_t r = 0; r < tile->count; r++) {
+		struct cpu_attend_run again = *keys;
+		again.base += r / rows * attend->key_head;
+		if (scratch->apart[r])
+			work->kernels->scores[CPU_BF16](scratch->query + r * work->padded, 1, work->padded, &again, scratch->scores + r * CPU_ATTEND_KEYS);
+	}
 }
 
 /* The run as the kernels of *dtype can read it: where it lies, or converted to f32 in scratch. */
@@ -270,8 +312,12 @@ static void attend_chunk(const struct attend_work *work, const struct attend_til
                          struct cpu_attend_run values, struct attend_scratch *scratch, struct attend_part *part)
 {
 	unsigned dtype;
-	keys = attend_readable(work, tile, &keys, scratch, &dtype);
-	work->kernels->scores[dtype](scratch->query, (size_t)tile->count, work->padded, &keys, scratch->scores);
+	if (work->pairs) {
+		attend_score_pairs(work, tile, &keys, scratch);
+	} else {
+		keys = attend_readable(work, tile, &keys, scratch, &dtype);
+		work->kernels->scores[dtype](scratch->query, (size_t)tile->count, work->padded, &keys, scratch->scores);
+	}
 	values = attend_readable(work, tile, &values, scratch, &dtype);
 	attend_mix_chunk(work, tile, at, &values, dtype, scratch, part);
 }
@@ -282,8 +328,11 @@ static void attend_chunk_heads(const struct attend_work *work, const struct atte
 {
 	const struct attend *attend = work->attend;
 	float shrinks[CPU_ATTEND_ROWS];
-	work->kernels->scores_heads[attend->dtype](scratch->query, (size_t)tile->heads, (size_t)work->group, work->padded, keys, attend->key_head,
-	                                           scratch->scores);
+	if (work->pairs)
+		attend_score_pairs(work, tile, keys, scratch);
+	else
+		work->kernels->scores_heads[attend->dtype](scratch->query, (size_t)tile->heads, (size_t)work->group, work->padded, keys,
+		                                           attend->key_head, scratch->scores);
 	for (uint64_t r = 0; r < tile->count; r++)
 		shrinks[r] = work->kernels->weigh(scratch->scores + r * CPU_ATTEND_KEYS, keys->count, attend->scale, &part->rows[r].maximum,
 		                                  &part->rows[r].sum);
@@ -293,7 +342,8 @@ static void attend_chunk_heads(const struct attend_work *work, const struct atte
 
 static size_t attend_lookahead(uint64_t token_bytes)
 {
-	return token_bytes > 0 && token_bytes < LOOKAHEAD_BYTES ? (size_t)(LOOKAHEAD_BYTES / token_bytes) : 1;
+	uint64_t keys = token_bytes > 0 ? LOOKAHEAD_BYTES / token_bytes : LOOKAHEAD_KEYS;
+	return (size_t)(keys < 1 ? 1 : keys < LOOKAHEAD_KEYS ? keys : LOOKAHEAD_KEYS);
 }
 
 /* Keys [begin, end) of one split, to `part`. */
@@ -302,10 +352,11 @@ static void attend_split(const struct attend_work *work, const struct attend_til
 {
 	const struct attend_sequence *sequence = &tile->sequence;
 	attend_part_clear(work, part, tile->count);
-	attend_places(work->attend, tile, begin, end, scratch->keys, scratch->values);
+	uint64_t known = tile->longest - end < LOOKAHEAD_KEYS ? tile->longest : end + LOOKAHEAD_KEYS;
+	attend_places(work->attend, tile, begin, known, scratch->keys, scratch->values);
 	for (uint64_t at = begin; at < end; at += CPU_ATTEND_KEYS) {
 		size_t count = (size_t)(end - at < CPU_ATTEND_KEYS ? end - at : CPU_ATTEND_KEYS);
-		size_t ahead = (size_t)(end - at);
+		size_t ahead = (size_t)(known - at);
 		struct cpu_attend_run keys = {sequence->key, scratch->keys + (at - begin), count, ahead, attend_lookahead(work->attend->key_token)};
 		struct cpu_attend_run values = {sequence->value, scratch->values + (at - begin), count, ahead,
 		                                attend_lookahead(work->attend->value_token)};
@@ -340,7 +391,7 @@ static void attend_finish(const struct attend_work *work, const struct attend_ti
 static void attend_tile_run(const struct attend_work *work, const struct attend_tile *tile, struct attend_scratch *scratch)
 {
 	attend_part_clear(work, &scratch->whole, tile->count);
-	attend_load_query(work, tile, scratch->query);
+	attend_load_query(work, tile, scratch);
 	for (uint64_t begin = 0; begin < tile->longest; begin += ATTEND_SPLIT) {
 		uint64_t end = tile->longest - begin < ATTEND_SPLIT ? tile->longest : begin + ATTEND_SPLIT;
 		attend_split(work, tile, begin, end, scratch, &scratch->part);
@@ -368,7 +419,7 @@ static void attend_items(const void *context, uint64_t begin, uint64_t end, uint
 		if (from >= tile.longest)
 			continue;
 		struct attend_part part = attend_part_at(work, work->parts + i * work->part_bytes, work->tile_rows);
-		attend_load_query(work, &tile, scratch.query);
+		attend_load_query(work, &tile, &scratch);
 		attend_split(work, &tile, from, tile.longest - from < ATTEND_SPLIT ? tile.longest : from + ATTEND_SPLIT, &scratch, &part);
 	}
 }
@@ -450,6 +501,7 @@ opd_status attend_run(const struct attend *attend, const opd_exec *exec, opd_err
 		.kernels = kernels,
 		.padded = (size_t)divide_up(attend->head_size, kernels->lanes) * kernels->lanes,
 		.group = attend->heads / attend->kv_heads,
+		.pairs = kernels->scores_pairs != NULL && attend->dtype == CPU_BF16 && attend->head_size % 32 == 0 && fabsf(attend->scale) <= PAIRS_SCALE,
 		.cancelled = &cancelled,
 	};
 	uint64_t *first = exec->host->alloc(exec->host, (attend->sequences + 1) * sizeof *first);

@@ -70,6 +70,14 @@ opd_status cpu_expect_shape(const opd_impl *impl, const opd_call *call, uint32_t
 	return OPD_OK;
 }
 
+/* Measured on a Zen 5 core with 32 MiB of third-level cache: rms_norm of rows of 4096 f32, one thread, 16 MiB: 349 to 232 us; 32 MiB: 1443 to 721. */
+#define STREAM_BYTES (16u << 20)
+
+bool cpu_streams(const struct cpu_rows *results, uint64_t bytes)
+{
+	return bytes >= STREAM_BYTES && (uintptr_t)results->base % 64 == 0 && results->row_bytes % 64 == 0;
+}
+
 struct steps {
 	const opd_exec *exec;
 	cpu_items_fn run;

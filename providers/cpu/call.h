@@ -120,6 +120,10 @@ static inline void *cpu_row(const struct cpu_rows *rows, uint64_t index)
 	return rows->scattered == NULL ? rows->base + index * rows->row_bytes : cpu_rows_scattered(rows, index);
 }
 
+/* Whether results of a call that moves so many bytes should go past the caches, which don't hold them all anyway, and may: their rows are whole lines. Good for ops that read a row
+ * twice and write it once; bad for a single pass, as activations are, and for softmax, whose results are read again (slower by a quarter to a half), and where the lines have been read, in place. */
+bool cpu_streams(const struct cpu_rows *results, uint64_t bytes);
+
 /* OPD_INTERNAL unless result `index` is contiguous, has x's dtype, and x's shape but for its last extent, which is `last`. A rank-0 x has
  * a rank-0 result. */
 OPD_MUST_USE opd_status cpu_expect_output(const opd_impl *impl, const opd_call *call, uint32_t index, const opd_tensor *x, int64_t last,

@@ -9,12 +9,11 @@
 
 /* Costs: measured with one thread, rows of 4096, operands in cache (conformance --serve, 2026-11-26, Zen 5; topk of 4 x 32768, products of 64 x 1024 x 1024); linear and attention from
  * memory. softmax_columns, and topk of f8 and i64, are estimates. conformance --time prints them beside what it measures. */
-#define TABLE_BUT_SCALED_MM(set) .norm = &cpu_norm_##set, .activation = &cpu_activation_##set, .softmax = &cpu_softmax_##set, \
-                   .linear = &cpu_linear_##set, .attend = &cpu_attend_##set, \
-                   .position = &cpu_position_##set, .arithmetic = &cpu_arithmetic_##set, .cast = &cpu_cast_##set, \
-                   .quant = &cpu_quant_##set, .moments = &cpu_moments_##set, .topk = &cpu_topk_##set, .matmul = &cpu_matmul_##set, \
-                   .columns = &cpu_columns_##set
-#define TABLE(set) .isa = #set, TABLE_BUT_SCALED_MM(set), .scaled_mm = &cpu_scaled_mm_##set
+#define TABLE_OF_BF16(set) .norm = &cpu_norm_##set, .activation = &cpu_activation_##set, .softmax = &cpu_softmax_##set, .attend = &cpu_attend_##set, \
+                   .arithmetic = &cpu_arithmetic_##set, .moments = &cpu_moments_##set
+#define TABLE_OF_OTHERS(set) .linear = &cpu_linear_##set, .position = &cpu_position_##set, .cast = &cpu_cast_##set, .quant = &cpu_quant_##set, \
+                   .topk = &cpu_topk_##set, .matmul = &cpu_matmul_##set, .columns = &cpu_columns_##set
+#define TABLE(set) .isa = #set, TABLE_OF_BF16(set), TABLE_OF_OTHERS(set), .scaled_mm = &cpu_scaled_mm_##set
 
 /* Costs of an op that takes any dtype: picoseconds an element of f32, bf16, f16, f8, f64, and of integers of 8, 16, 32, 64 bits. */
 #define ANY(f32, bf16, f16, f8, f64, b8, b16, b32, b64)                                                                        \
@@ -86,7 +85,7 @@ static const struct cpu_kernels cpu_isa_avx2 = {
 		},
 };
 
-/* What both sets of AVX-512 share; scaled_mm's i8 products are their own. */
+/* What the sets of AVX-512 share; scaled_mm's i8 products are their own. */
 #define AVX512_COSTS \
 	.rms_norm = {30, {118, 120, 95}}, \
 	.fused_add_rms_norm = {30, {272, 197, 166}}, \
@@ -117,7 +116,16 @@ static const struct cpu_kernels cpu_isa_avx512 = {
 
 static const struct cpu_kernels cpu_isa_avx512_vnni = {
 	.isa = "avx512_vnni",
-	TABLE_BUT_SCALED_MM(avx512),
+	TABLE_OF_BF16(avx512),
+	TABLE_OF_OTHERS(avx512),
+	.scaled_mm = &cpu_scaled_mm_avx512_vnni,
+	.costs = {AVX512_COSTS .scaled_i8_product_fs = 10000},
+};
+
+static const struct cpu_kernels cpu_isa_avx512_bf16 = {
+	.isa = "avx512_bf16",
+	TABLE_OF_BF16(avx512_bf16),
+	TABLE_OF_OTHERS(avx512),
 	.scaled_mm = &cpu_scaled_mm_avx512_vnni,
 	.costs = {AVX512_COSTS .scaled_i8_product_fs = 10000},
 };
@@ -129,6 +137,7 @@ const struct cpu_kernels *const cpu_isas[] = {
 #undef X
 #if defined(__x86_64__)
 	&cpu_isa_avx512_vnni,
+	&cpu_isa_avx512_bf16,
 #endif
 	NULL,
 };
@@ -154,6 +163,8 @@ static bool isa_has_avx512(void)
 
 bool cpu_isa_supported(const struct cpu_kernels *kernels)
 {
+	if (kernels == &cpu_isa_avx512_bf16)
+		return isa_has_avx512() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
 	if (kernels == &cpu_isa_avx512_vnni)
 		return isa_has_avx512() && __builtin_cpu_supports("avx512vnni");
 	if (kernels == &cpu_isa_avx512)

@@ -126,6 +126,7 @@ struct cpu_layer_norm {
 	void *y;
 	size_t count;
 	float epsilon;
+	bool streams; /* y goes past the caches: its rows begin at whole lines */
 };
 typedef void (*cpu_layer_norm_fn)(const struct cpu_layer_norm *norm);
 
@@ -241,6 +242,10 @@ struct cpu_attend_kernels {
 	/* The same for `heads` heads, whose keys lie head_bytes apart, of `rows` rows each: keys in the order of memory. Row r of head h is row h·rows + r. */
 	void (*scores_heads[CPU_DTYPES])(const float *query, size_t heads, size_t rows, size_t padded, const struct cpu_attend_run *run,
 	                                 uint64_t head_bytes, float *scores);
+	/* The same for rows and keys of bf16 whose head size is a multiple of 32, products of two elements at a time: another order of additions than `scores` has, and values below 2^-126
+	 * count as 0 (attend.c knows when that can't show). heads is 1, or as above. NULL where the instruction set has none. */
+	void (*scores_pairs)(const uint16_t *query, size_t heads, size_t rows, size_t head_size, const struct cpu_attend_run *run,
+	                     uint64_t head_bytes, float *scores);
 	/* One row's scores, times scale, to weights e^(score − maximum); maximum and sum go on. Returns what older weights shrink by. */
 	float (*weigh)(float *scores, size_t count, float scale, float *maximum, float *sum);
 	/* mixed[r] = mixed[r] · shrinks[r] + Σ weights[r][j] · value j. */
@@ -292,7 +297,7 @@ struct cpu_costs {
 };
 
 struct cpu_kernels {
-	const char *isa; /* "baseline", "avx2", "avx512", "avx512_vnni" */
+	const char *isa; /* "baseline", "avx2", "avx512", "avx512_vnni", "avx512_bf16" */
 	const struct cpu_norm_kernels *norm;
 	const struct cpu_activation_kernels *activation;
 	const struct cpu_softmax_kernels *softmax;
@@ -343,6 +348,13 @@ CPU_ISA_MAP(X)
 #undef X
 #if defined(__x86_64__)
 extern const struct cpu_scaled_mm_kernels cpu_scaled_mm_avx512_vnni; /* all others are avx512's */
+/* Those that gain by conversions and products of bf16; all others are avx512_vnni's. */
+extern const struct cpu_norm_kernels cpu_norm_avx512_bf16;
+extern const struct cpu_activation_kernels cpu_activation_avx512_bf16;
+extern const struct cpu_softmax_kernels cpu_softmax_avx512_bf16;
+extern const struct cpu_attend_kernels cpu_attend_avx512_bf16;
+extern const struct cpu_arithmetic_kernels cpu_arithmetic_avx512_bf16;
+extern const struct cpu_moments_kernels cpu_moments_avx512_bf16;
 #endif
 
 #endif

@@ -65,6 +65,8 @@ static opd_status layer_norm_run(const opd_impl *impl, void *state, const opd_ca
 				.epsilon = (float)call->args[LAYER_EPSILON].f,
 			},
 	};
+	uint64_t bytes = 2 * x->elements * opd_dtype_bytes(x->dtype);
+	work.norm.streams = work.y.base != work.x.base && cpu_streams(&work.y, bytes); /* in place the lines have been read */
 	return cpu_for(exec, x->elements / work.norm.count, layer_norm_cost(impl, call), layer_norm_rows, &work, error);
 }
 

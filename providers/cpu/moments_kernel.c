@@ -187,7 +187,8 @@ VEC_INLINE vec_f32 layer_norm_vector_part(opd_dtype dtype, const void *vector, s
 	return vector == NULL ? vec_splat(0.0f) : vec_load_part(dtype, vector, at, count, 0.0f);
 }
 
-VEC_INLINE void layer_norm_row(opd_dtype dtype, opd_dtype weight_dtype, opd_dtype bias_dtype, const struct cpu_layer_norm *norm)
+/* streams: a constant of the caller. */
+VEC_INLINE void layer_norm_row(opd_dtype dtype, opd_dtype weight_dtype, opd_dtype bias_dtype, const struct cpu_layer_norm *norm, bool streams)
 {
 	const size_t count = norm->count, bytes = opd_dtype_bytes(dtype);
 	struct moments moments;
@@ -205,7 +206,10 @@ VEC_INLINE void layer_norm_row(opd_dtype dtype, opd_dtype weight_dtype, opd_dtyp
 		struct vec_pair weight = layer_norm_vector(dtype, weight_dtype, norm->weight, i), bias = layer_norm_vector(dtype, bias_dtype, norm->bias, i);
 		for (size_t p = 0; p < 2; p++)
 			x.v[p] = layer_norm_of(dtype, norm, x.v[p], weight.v[p], bias.v[p], &mean, factor);
-		vec_store_pair(dtype, norm->y, i, x);
+		if (streams)
+			vec_stream_pair(dtype, norm->y, i, x);
+		else
+			vec_store_pair(dtype, norm->y, i, x);
 		vec_ask((const unsigned char *)norm->next + i * bytes, 2 * VEC_LANES * bytes); /* results take longer to make than rows to come */
 	}
 	for (size_t here; i < count; i += here) {
@@ -214,6 +218,8 @@ VEC_INLINE void layer_norm_row(opd_dtype dtype, opd_dtype weight_dtype, opd_dtyp
 		vec_f32 weight = layer_norm_vector_part(weight_dtype, norm->weight, i, here), bias = layer_norm_vector_part(bias_dtype, norm->bias, i, here);
 		vec_store_part(dtype, norm->y, i, here, layer_norm_of(dtype, norm, x, weight, bias, &mean, factor));
 	}
+	if (streams)
+		vec_streamed();
 }
 
 /* ---- gelu_and_mul_sparse -------------------------------------------------------------------------------------------------- */
@@ -249,7 +255,10 @@ VEC_INLINE void sparse_gate(opd_dtype dtype, const void *x, void *y, size_t coun
 #define LAYER_NORM(name, weight_name, bias_name)                                                  \
 	static void layer_norm_##name##_##weight_name##_##bias_name(const struct cpu_layer_norm *norm) \
 	{                                                                                             \
-		layer_norm_row(OPD_##name, OPD_##weight_name, OPD_##bias_name, norm);                     \
+		if (norm->streams)                                                                        \
+			layer_norm_row(OPD_##name, OPD_##weight_name, OPD_##bias_name, norm, true);           \
+		else                                                                                      \
+			layer_norm_row(OPD_##name, OPD_##weight_name, OPD_##bias_name, norm, false);          \
 	}
 #define LAYER_NORMS(name) LAYER_NORM(name, name, name) LAYER_NORM(name, name, f32) LAYER_NORM(name, f32, name) LAYER_NORM(name, f32, f32)
 LAYER_NORM(f32, f32, f32)

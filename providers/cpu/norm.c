@@ -37,15 +37,6 @@ static uint64_t fused_cost(const opd_impl *impl, const opd_call *call)
 	return cpu_cost_ns(&cpu_kernels_of(impl)->costs.fused_add_rms_norm, x->dtype, x->elements);
 }
 
-/* From so many bytes of a call on its results go past the caches, which don't hold them all anyway. Measured on a Zen 5 core with 32 MiB of third-level cache: rows of 4096 f32,
- * one thread, 16 MiB: 349 to 232 us; 32 MiB: 1443 to 721. (Not so for a single pass, as activations are, nor softmax, whose results are read again: slower by a quarter to a half.) */
-#define STREAM_BYTES (16u << 20)
-
-static bool norm_streams(const struct cpu_rows *results, uint64_t bytes)
-{
-	return bytes >= STREAM_BYTES && (uintptr_t)results->base % 64 == 0 && results->row_bytes % 64 == 0;
-}
-
 /* One call of either op; `residual` and `sum` are the fused one's. */
 struct norm_work {
 	cpu_norm_fn kernel;
@@ -103,7 +94,7 @@ static opd_status rms_norm_run(const opd_impl *impl, void *state, const opd_call
 				.epsilon = (float)call->args[2].f,
 			},
 	};
-	work.norm.streams = norm_streams(&work.y, 2 * x->elements * opd_dtype_bytes(x->dtype));
+	work.norm.streams = cpu_streams(&work.y, 2 * x->elements * opd_dtype_bytes(x->dtype));
 	return cpu_for(exec, x->elements / work.norm.count, rms_norm_cost(impl, call), rms_norm_rows, &work, error);
 }
 
@@ -133,7 +124,7 @@ static opd_status fused_run(const opd_impl *impl, void *state, const opd_call *c
 	};
 	uint64_t bytes = 4 * x->elements * opd_dtype_bytes(x->dtype);
 	bool fresh = work.y.base != work.x.base && work.sum.base != work.residual.base; /* in place the lines have been read */
-	work.norm.streams = fresh && norm_streams(&work.y, bytes) && norm_streams(&work.sum, bytes);
+	work.norm.streams = fresh && cpu_streams(&work.y, bytes) && cpu_streams(&work.sum, bytes);
 	return cpu_for(exec, x->elements / work.norm.count, fused_cost(impl, call), fused_rows, &work, error);
 }
 

@@ -142,14 +142,12 @@ VEC_INLINE void vec_ask(const void *memory, size_t bytes)
 		__builtin_prefetch((const unsigned char *)memory + at, 0, 3);
 }
 
-/* e^x: relative error under 2 ulp, denormal results included; e^-inf is 0, overflow is +inf, NaN stays.
+/* e^x for x of [-105, 89], or NaN, which stays: relative error under 2 ulp, denormal results included.
  * x = n·ln 2 + r with |r| ≤ ln 2 / 2; e^r = 1 + r + r²·q(r), q of degree 4 fitted for the least relative error (3.1e-9). ln 2 is split in
  * two, the first part short, so that n·first is exact also without FMA. */
-VEC_INLINE vec_f32 vec_exp(vec_f32 x)
+VEC_INLINE vec_f32 vec_exp_near(vec_f32 x)
 {
 	const vec_f32 magic = vec_splat(12582912.0f); /* 1.5·2^23: adding it rounds to a whole number, which ends up in the low bits */
-	x = vec_max(vec_splat(-105.0f), x);
-	x = vec_min(vec_splat(89.0f), x);
 	vec_f32 shifted = vec_fma(x, vec_splat(1.44269504f), magic);
 	vec_f32 n = shifted - magic;
 	vec_u32 biased = (vec_u32)shifted - (vec_u32)magic + 254;
@@ -165,11 +163,9 @@ VEC_INLINE vec_f32 vec_exp(vec_f32 x)
 }
 
 /* The same for results of 16 bits: a relative error under 1e-5, by two coefficients and one step of the reduction less. */
-VEC_INLINE vec_f32 vec_exp_16(vec_f32 x)
+VEC_INLINE vec_f32 vec_exp_16_near(vec_f32 x)
 {
 	const vec_f32 magic = vec_splat(12582912.0f);
-	x = vec_max(vec_splat(-105.0f), x);
-	x = vec_min(vec_splat(89.0f), x);
 	vec_f32 shifted = vec_fma(x, vec_splat(1.44269504f), magic);
 	vec_f32 n = shifted - magic;
 	vec_u32 biased = (vec_u32)shifted - (vec_u32)magic + 254;
@@ -179,6 +175,23 @@ VEC_INLINE vec_f32 vec_exp_16(vec_f32 x)
 	p = vec_fma(p, r, vec_splat(0.5000514388084412f));
 	p = vec_fma(p * r, r, r) + vec_splat(1.0f);
 	return vec_scale(p, n, biased);
+}
+
+/* Where e^x is 0 or +inf anyway, x is as good as at the border. */
+VEC_INLINE vec_f32 vec_exp_bounded(vec_f32 x)
+{
+	return vec_min(vec_splat(89.0f), vec_max(vec_splat(-105.0f), x));
+}
+
+/* e^x of any x: e^-inf is 0, overflow is +inf, NaN stays. */
+VEC_INLINE vec_f32 vec_exp(vec_f32 x)
+{
+	return vec_exp_near(vec_exp_bounded(x));
+}
+
+VEC_INLINE vec_f32 vec_exp_16(vec_f32 x)
+{
+	return vec_exp_16_near(vec_exp_bounded(x));
 }
 
 /* 1/v to about an ulp for v of [2^-100, 2^100]: without the divider, which takes as long as eight multiplications, where the machine has an estimate that is good enough. */

@@ -4,7 +4,8 @@
  * compiler. Threads: pure.
  * Loads convert exactly; stores round to nearest even, overflow to infinity, keep NaN. No alignment is needed. The _part forms touch `count`
  * elements (1 to VEC_LANES) of memory and not one more; the other lanes of a load are `fill`.
- * bf16 is rounded by integer arithmetic at every level: AVX-512's own conversion takes denormals for zero. */
+ * bf16 is rounded by integer arithmetic; by AVX-512's own conversion, where that is compiled for and neither a denormal, which it takes for zero, nor a NaN is among a pair: to the
+ * same bits. */
 #ifndef OPD_CPU_VEC_DTYPE_H
 #define OPD_CPU_VEC_DTYPE_H
 
@@ -222,6 +223,19 @@ VEC_INLINE struct vec_pair vec_load_pair(opd_dtype dtype, const void *memory, si
 	return (struct vec_pair){{(vec_f32)(words << 16), (vec_f32)(words & 0xffff0000u)}};
 }
 
+/* A pair rounded to bf16, as it lies in memory. */
+VEC_INLINE vec_u32 vec_pair_to_bf16(struct vec_pair pair)
+{
+#if defined(VEC_AVX512) && defined(__AVX512BF16__)
+	enum { NAN_OR_DENORMAL = 0x01 | 0x20 | 0x80 };
+	if (__builtin_expect(_kortestz_mask16_u8(_mm512_fpclass_ps_mask(pair.v[0], NAN_OR_DENORMAL), _mm512_fpclass_ps_mask(pair.v[1], NAN_OR_DENORMAL)), 1)) {
+		const __m512i zipped = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+		return (vec_u32)_mm512_permutexvar_epi16(zipped, (__m512i)_mm512_cvtne2ps_pbh(pair.v[1], pair.v[0]));
+	}
+#endif
+	return (vec_round_bf16(pair.v[0]) >> 16) | (vec_round_bf16(pair.v[1]) & 0xffff0000u);
+}
+
 VEC_INLINE void vec_store_pair(opd_dtype dtype, void *memory, size_t at, struct vec_pair pair)
 {
 	if (dtype != OPD_bf16) {
@@ -229,7 +243,7 @@ VEC_INLINE void vec_store_pair(opd_dtype dtype, void *memory, size_t at, struct 
 		vec_store(dtype, memory, at + VEC_LANES, pair.v[1]);
 		return;
 	}
-	vec_u32 words = (vec_round_bf16(pair.v[0]) >> 16) | (vec_round_bf16(pair.v[1]) & 0xffff0000u);
+	vec_u32 words = vec_pair_to_bf16(pair);
 	memcpy((uint16_t *)memory + at, &words, sizeof words);
 }
 
@@ -259,7 +273,7 @@ VEC_INLINE void vec_stream_pair(opd_dtype dtype, void *memory, size_t at, struct
 		vec_stream(dtype, memory, at + VEC_LANES, pair.v[1]);
 		return;
 	}
-	vec_u32 words = (vec_round_bf16(pair.v[0]) >> 16) | (vec_round_bf16(pair.v[1]) & 0xffff0000u);
+	vec_u32 words = vec_pair_to_bf16(pair);
 #if defined(VEC_AVX512)
 	_mm512_stream_si512((void *)((uint16_t *)memory + at), (__m512i)words);
 #else

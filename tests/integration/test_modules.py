@@ -848,7 +848,8 @@ class Device(unittest.TestCase):
         self.fails_once("mute:1", "testdev.add failed", status=harness.UNKNOWN)
 
     def test_one_failure_among_many_in_flight_is_one_failure(self):
-        for fault in ("kernel:4", "launch:4", "record:4", "copy_out:4", "event:4"):
+        # Events are used again: how many are made depends on how many jobs meet, but the first one always is.
+        for fault in ("kernel:4", "launch:4", "record:4", "copy_out:4", "event:1"):
             with self.subTest(fault):
                 daemon = DeviceDaemon(fault=fault, delay_us=2000)
                 try:
@@ -864,7 +865,7 @@ class Device(unittest.TestCase):
                                 self.check(reply, wanted[found])
                             else:
                                 failed.append(found)
-                        self.assertEqual(failed, [4])
+                        self.assertEqual(failed, [int(fault[-1])])
                 finally:
                     daemon.stop()
 

@@ -609,6 +609,21 @@ class OurClients(Case):
             self.assertIn(said, err)
         self.assertRegex(self.complain(self.stranger(other), "--ca", ca.ca), "FAILED_PRECONDITION.*opd/1")
 
+    def test_the_python_client_resumes_where_it_was(self):
+        try:
+            import opd
+        except ImportError:
+            self.skipTest("no opd.py")
+        kept = opd.Resumption()
+        found = []
+        for _ in range(3):
+            with opd.Client(self.address, ca=ca.ca, resumption=kept) as client:
+                client.ping()
+                found.append(client.resumed)
+        with opd.Client(self.address, fingerprint=certificates.fingerprint(path("server.pem")), resumption=kept) as client:
+            found.append(client.resumed)  # verified in another way: not by what was
+        self.assertEqual(found, [False, True, True, False])
+
     def test_the_python_client(self):
         try:
             import opd

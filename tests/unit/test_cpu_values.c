@@ -398,6 +398,95 @@ START_TEST(scaled_mm_of_i8_is_exact_at_its_ends)
 }
 END_TEST
 
+/* ---- Attention ----------------------------------------------------------------------------------------------------------- */
+
+enum { ATTEND_KEYS = 83, ATTEND_HEADS = 8, ATTEND_SIZE = 64 };
+
+/* Gives a vector the shape [1, tokens, heads, ATTEND_SIZE]. */
+static void attention_shape(struct vector *vector, int64_t tokens, int64_t heads, int64_t shape[4], int64_t strides[4])
+{
+	const int64_t extents[] = {1, tokens, heads, ATTEND_SIZE};
+	int64_t stride = 1;
+	for (int i = 3; i >= 0; i--) {
+		shape[i] = extents[i];
+		strides[i] = stride;
+		stride *= extents[i];
+	}
+	vector->tensor.rank = 4;
+	vector->tensor.shape = shape;
+	vector->tensor.strides = strides;
+}
+
+/* Keys so large that queries are denormal (odd heads) or just not (even ones). */
+static double attention_query(uint64_t head)
+{
+	return head % 2 == 1 ? 0x1p-127 : 0x1p-124;
+}
+
+static double attention_key(uint64_t key)
+{
+	return 0x1p122 * (double)(key / 12);
+}
+
+static void attention_run(int64_t tokens, const struct vector *key, const struct vector *value, struct vector *y_out)
+{
+	const uint64_t elements = (uint64_t)tokens * ATTEND_HEADS * ATTEND_SIZE;
+	int64_t shapes[2][4], strides[2][4];
+	struct vector query;
+	vector_init(&query, OPD_bf16, elements);
+	vector_init(y_out, OPD_bf16, elements);
+	attention_shape(&query, tokens, ATTEND_HEADS, shapes[0], strides[0]);
+	attention_shape(y_out, tokens, ATTEND_HEADS, shapes[1], strides[1]);
+	for (uint64_t i = 0; i < elements; i++)
+		element_store_f64(OPD_bf16, vector_at(&query, i), attention_query(i / ATTEND_SIZE % ATTEND_HEADS));
+	const opd_tensor *output = &y_out->tensor;
+	const opd_arg args[] = {{.kind = OPD_ARG_TENSOR, .tensor = &query.tensor}, {.kind = OPD_ARG_TENSOR, .tensor = &key->tensor},
+	                        {.kind = OPD_ARG_TENSOR, .tensor = &value->tensor}, {.kind = OPD_ARG_FLOAT, .f = 0.25}, {.kind = OPD_ARG_BOOL, .b = false}};
+	run("attention", args, 5, &output, 1);
+	free(query.memory);
+}
+
+/* Values are the numbers of their keys. */
+static double attention_want(uint64_t head)
+{
+	double sum = 0, mixed = 0;
+	for (uint64_t j = 0; j < ATTEND_KEYS; j++) {
+		double weight = exp(0.25 * ATTEND_SIZE * attention_query(head) * attention_key(j));
+		sum += weight;
+		mixed += weight * (double)j;
+	}
+	return mixed / sum;
+}
+
+/* Instructions for pairs of bf16 take denormals for 0. */
+START_TEST(attention_keeps_denormal_queries_and_the_bits_of_a_decode_step)
+{
+	if (!isa_open(_i))
+		return;
+	int64_t shapes[2][4], strides[2][4];
+	struct vector key, value, alone, among;
+	vector_init(&key, OPD_bf16, ATTEND_KEYS * ATTEND_SIZE);
+	vector_init(&value, OPD_bf16, ATTEND_KEYS * ATTEND_SIZE);
+	attention_shape(&key, ATTEND_KEYS, 1, shapes[0], strides[0]);
+	attention_shape(&value, ATTEND_KEYS, 1, shapes[1], strides[1]);
+	for (uint64_t i = 0; i < ATTEND_KEYS * ATTEND_SIZE; i++) {
+		element_store_f64(OPD_bf16, vector_at(&key, i), attention_key(i / ATTEND_SIZE));
+		element_store_f64(OPD_bf16, vector_at(&value, i), (double)(i / ATTEND_SIZE));
+	}
+	attention_run(1, &key, &value, &alone);
+	attention_run(5, &key, &value, &among);
+	for (uint64_t i = 0; i < ATTEND_HEADS * ATTEND_SIZE; i++)
+		ck_assert_double_eq_tol(element_load_f64(OPD_bf16, vector_at(&alone, i)), attention_want(i / ATTEND_SIZE), 0.3);
+	for (uint64_t t = 0; t < 5; t++)
+		ck_assert_mem_eq(alone.memory, vector_at(&among, t * ATTEND_HEADS * ATTEND_SIZE), ATTEND_HEADS * ATTEND_SIZE * 2);
+	free(key.memory);
+	free(value.memory);
+	free(alone.memory);
+	free(among.memory);
+	host_fini(&host);
+}
+END_TEST
+
 static Suite *values_suite(void)
 {
 	Suite *suite = suite_create("cpu values");
@@ -412,6 +501,7 @@ static Suite *values_suite(void)
 	tcase_add_loop_test(each, topk_orders_equals_by_index, 0, sets);
 	tcase_add_loop_test(each, matmul_has_the_same_bits_on_every_way, 0, sets);
 	tcase_add_loop_test(each, scaled_mm_of_i8_is_exact_at_its_ends, 0, sets);
+	tcase_add_loop_test(each, attention_keeps_denormal_queries_and_the_bits_of_a_decode_step, 0, sets);
 	suite_add_tcase(suite, each);
 	return suite;
 }
