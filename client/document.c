@@ -177,6 +177,15 @@ void *document_providers(opd_result *result)
 	return list;
 }
 
+static const opd_device_state *device_states(opd_result *result, uint32_t count, const struct msg_device_state *from)
+{
+	opd_device_state *states = arena_array(&result->arena, count, sizeof *states);
+	for (uint32_t i = 0; states != NULL && i < count; i++)
+		states[i] = (opd_device_state){result_text(result, from[i].name), from[i].memory_bytes, from[i].cached_bytes, from[i].memory_limit_bytes, from[i].jobs,
+		                               result_text(result, from[i].lost)};
+	return states;
+}
+
 void *document_info(opd_result *result)
 {
 	const struct msg_info *from = &result->reply.info;
@@ -208,6 +217,8 @@ void *document_info(opd_result *result)
 	info->devices = texts(result, from->device_count, from->devices, &info->device_count);
 	info->unhealthy = texts(result, from->unhealthy_count, from->unhealthy, &info->unhealthy_count);
 	info->degraded = texts(result, from->degraded_count, from->degraded, &info->degraded_count);
+	info->device_states = device_states(result, from->device_state_count, from->device_states);
+	info->device_state_count = info->device_states == NULL ? 0 : from->device_state_count;
 	return info;
 }
 

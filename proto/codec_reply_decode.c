@@ -313,6 +313,34 @@ static opd_status read_providers(struct reader *reader, const Opd__V1__Providers
 	return OPD_OK;
 }
 
+static opd_status read_device_state(struct reader *reader, const Opd__V1__DeviceState *in, struct msg_device_state *out)
+{
+	out->memory_bytes = in->memory_bytes;
+	out->cached_bytes = in->cached_bytes;
+	out->memory_limit_bytes = in->memory_limit_bytes;
+	out->jobs = in->jobs;
+	opd_status status = read_text(reader, "name", in->name, BOUND_NAME_BYTES, &out->name);
+	return status == OPD_OK ? read_text(reader, "lost", in->lost, BOUND_STR_BYTES, &out->lost) : status;
+}
+
+static opd_status read_device_states(struct reader *reader, const Opd__V1__Info *in, struct msg_info *out)
+{
+	opd_status status = read_count(reader, "device_states", in->n_device_states, BOUND_LIST);
+	if (status != OPD_OK)
+		return status;
+	struct msg_device_state *states = arena_array(reader->arena, in->n_device_states, sizeof *states);
+	if (states == NULL)
+		return read_full(reader);
+	for (size_t i = 0; i < in->n_device_states; i++) {
+		status = read_device_state(reader, in->device_states[i], &states[i]);
+		if (status != OPD_OK)
+			return opd_error_prefix(reader->error, status, "device_states[%zu]", i);
+	}
+	out->device_state_count = (uint32_t)in->n_device_states;
+	out->device_states = states;
+	return OPD_OK;
+}
+
 static opd_status read_info(struct reader *reader, const Opd__V1__Info *in, struct msg_info *out)
 {
 	out->uptime_us = in->uptime_us;
@@ -344,7 +372,7 @@ static opd_status read_info(struct reader *reader, const Opd__V1__Info *in, stru
 		status = read_names(reader, "unhealthy", in->n_unhealthy, in->unhealthy, &out->unhealthy_count, &out->unhealthy);
 	if (status == OPD_OK)
 		status = read_names(reader, "degraded", in->n_degraded, in->degraded, &out->degraded_count, &out->degraded);
-	return status;
+	return status == OPD_OK ? read_device_states(reader, in, out) : status;
 }
 
 static opd_status read_body(struct reader *reader, const Opd__V1__Reply *in, struct msg_reply *out)

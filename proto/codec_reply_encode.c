@@ -262,13 +262,35 @@ static Opd__V1__Providers *write_providers(struct arena *arena, uint32_t count, 
 	return out;
 }
 
+static bool write_device_states(struct arena *arena, uint32_t count, const struct msg_device_state *in, Opd__V1__Info *out)
+{
+	out->device_states = arena_array(arena, count, sizeof *out->device_states);
+	if (out->device_states == NULL)
+		return false;
+	for (uint32_t i = 0; i < count; i++) {
+		Opd__V1__DeviceState *state = write_new(arena, &opd__v1__device_state__descriptor);
+		if (state == NULL)
+			return false;
+		state->name = write_text(in[i].name);
+		state->memory_bytes = in[i].memory_bytes;
+		state->cached_bytes = in[i].cached_bytes;
+		state->memory_limit_bytes = in[i].memory_limit_bytes;
+		state->jobs = in[i].jobs;
+		state->lost = write_text(in[i].lost);
+		out->device_states[i] = state;
+	}
+	out->n_device_states = count;
+	return true;
+}
+
 static Opd__V1__Info *write_info(struct arena *arena, const struct msg_info *in)
 {
 	Opd__V1__Info *out = write_new(arena, &opd__v1__info__descriptor);
 	if (out == NULL || !write_texts(arena, in->listener_count, in->listeners, &out->n_listeners, &out->listeners) ||
 	    !write_texts(arena, in->device_count, in->devices, &out->n_devices, &out->devices) ||
 	    !write_texts(arena, in->unhealthy_count, in->unhealthy, &out->n_unhealthy, &out->unhealthy) ||
-	    !write_texts(arena, in->degraded_count, in->degraded, &out->n_degraded, &out->degraded))
+	    !write_texts(arena, in->degraded_count, in->degraded, &out->n_degraded, &out->degraded) ||
+	    !write_device_states(arena, in->device_state_count, in->device_states, out))
 		return NULL;
 	out->version = write_text(in->version);
 	out->uptime_us = in->uptime_us;

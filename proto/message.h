@@ -353,6 +353,15 @@ struct msg_provider {
 	uint64_t deaths;
 };
 
+struct msg_device_state {
+	struct msg_text name;
+	uint64_t memory_bytes;
+	uint64_t cached_bytes;
+	uint64_t memory_limit_bytes;
+	uint32_t jobs;
+	struct msg_text lost; /* data NULL: it isn't */
+};
+
 struct msg_info {
 	struct msg_text version;
 	uint64_t uptime_us;
@@ -383,6 +392,8 @@ struct msg_info {
 	uint64_t compared;
 	uint64_t diverged;
 	uint64_t left_out;
+	uint32_t device_state_count;
+	const struct msg_device_state *device_states;
 };
 
 /* ---- Graphs ---- */

@@ -120,6 +120,8 @@ struct server {
 	uint64_t sessions_refused;         /* for daemon memory */
 	uint64_t caches_dropped;           /* for daemon memory: how often */
 	uint64_t slow_readers;             /* cut off */
+	uint64_t tls_handshakes;           /* that were finished */
+	uint64_t tls_resumed;              /* of them, by a ticket */
 	uint64_t sessions_opened;
 	uint64_t hellos_refused;
 	bool caches_are_dropped;           /* memory has not come below the mark since */

@@ -546,6 +546,23 @@ uint64_t device_lane_memory_bytes(struct server *server, uint32_t number)
 	return lane == NULL ? 0 : atomic_load_explicit(&lane->memory.used_bytes, memory_order_relaxed);
 }
 
+void device_lane_use(struct server *server, uint32_t number, struct device_lane_use *use_out)
+{
+	struct device_lane *lane = atomic_load_explicit(&server->device_lanes[number], memory_order_acquire);
+	*use_out = (struct device_lane_use){0};
+	if (lane == NULL)
+		return;
+	const uint64_t limit_bytes = atomic_load_explicit(&lane->memory.limit_bytes, memory_order_relaxed);
+	*use_out = (struct device_lane_use){
+		.memory_bytes = atomic_load_explicit(&lane->memory.used_bytes, memory_order_relaxed),
+		.cached_bytes = memory_cached_bytes(&lane->memory),
+		.memory_limit_bytes = limit_bytes == UINT64_MAX ? 0 : limit_bytes,
+	};
+	(void)pthread_mutex_lock(&lane->mutex);
+	use_out->jobs = lane->scheduler.queued + lane->scheduler.running;
+	(void)pthread_mutex_unlock(&lane->mutex);
+}
+
 struct device_lane *device_lane_started(struct server *server, uint32_t number)
 {
 	return atomic_load_explicit(&server->device_lanes[number], memory_order_acquire);

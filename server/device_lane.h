@@ -76,6 +76,16 @@ uint64_t device_lane_finish_ns(struct server *server, uint32_t number, const str
 /* Bytes that tensors and work in flight take there; any thread. */
 uint64_t device_lane_memory_bytes(struct server *server, uint32_t number);
 
+struct device_lane_use {
+	uint64_t memory_bytes;       /* of tensors and scratch */
+	uint64_t cached_bytes;       /* free, and kept */
+	uint64_t memory_limit_bytes; /* what it has; 0: not known yet */
+	uint32_t jobs;               /* not done */
+};
+
+/* Loop: how much of the device is in use; zeros where nothing has run there yet. */
+void device_lane_use(struct server *server, uint32_t number, struct device_lane_use *use_out);
+
 /* On the loop: calls `done` of every job that has ended since. */
 void device_lane_finish_done(struct device_lane *lane);
 /* Waits until all that was submitted has ended; nothing may be submitted after it. */

@@ -207,7 +207,7 @@ static opd_status results_check(struct request *request, const opd_plan *plan, u
 	if (status == OPD_OK)
 		status = scratch_check(request, plan);
 	if (status != OPD_OK)
-		containment_failed(request->context->server->containment, request->run.dispatch.impl, FAILURE_OVERRUN);
+		containment_failed(request->context->server->containment, request->run.dispatch.impl, FAILURE_OVERRUN, request->session->tenant->name);
 	return status;
 }
 
@@ -232,6 +232,7 @@ static opd_status run_kernel(struct request *request, struct lane_exec *lane)
 	const uint64_t outputs_before = run->checked ? outputs_print(run) : 0;
 	const uint64_t shapes_before = run->checked ? shapes_print(run) : 0;
 	lane->derived = &derived;
+	lane->tenant = request->session->tenant->name;
 	run->written = true;
 	request->error.text[0] = '\0';
 	struct watch watch;
@@ -242,7 +243,7 @@ static opd_status run_kernel(struct request *request, struct lane_exec *lane)
 	derived_end(request->context->server->derived, &derived);
 	if (status != OPD_OK) {
 		status = module_failure(status, &request->error, "%s.%s failed", impl->provider->name, run->op->schema->name);
-		containment_note(request->context->server->containment, impl, status);
+		containment_note(request->context->server->containment, impl, status, request->session->tenant->name);
 	} else if (run->checked) {
 		status = results_check(request, exec.plan, outputs_before, shapes_before);
 	}
@@ -440,9 +441,9 @@ void execute_device_done(struct request *request)
 	if (request->status == OPD_OK && !request->run.plan_refused && request->run.checked) {
 		request->status = canaries_check(request);
 		if (request->status != OPD_OK)
-			containment_failed(containment, impl, FAILURE_OVERRUN);
+			containment_failed(containment, impl, FAILURE_OVERRUN, request->session->tenant->name);
 	} else if (request->run.written && request->status != OPD_DATA_LOSS) { /* a lost device is passed over as such */
-		containment_note(containment, impl, request->status);
+		containment_note(containment, impl, request->status, request->session->tenant->name);
 	}
 	execute_done(request);
 }

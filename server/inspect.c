@@ -224,6 +224,24 @@ void inspect_providers(struct request *request)
 	request_reply(request, MSG_REPLY_PROVIDERS);
 }
 
+static bool fill_devices(struct server *server, const struct snapshot *snapshot, struct arena *arena, struct msg_info *info)
+{
+	const uint32_t count = snapshot->device_count - 1;
+	struct msg_device_state *states = arena_array(arena, count, sizeof states[0]);
+	if (states == NULL)
+		return false;
+	for (uint32_t i = 0; i < count; i++) {
+		const struct device *device = &snapshot->devices[1 + i];
+		struct device_lane_use use;
+		device_lane_use(server, 1 + i, &use);
+		states[i] = (struct msg_device_state){msg_text(device->name), use.memory_bytes, use.cached_bytes, use.memory_limit_bytes, use.jobs,
+		                                      device->lost == NULL ? (struct msg_text){0} : msg_text(device->lost)};
+	}
+	info->device_state_count = count;
+	info->device_states = states;
+	return true;
+}
+
 void inspect_info(struct request *request)
 {
 	struct server *server = request->context->server;
@@ -269,7 +287,7 @@ void inspect_info(struct request *request)
 		.diverged = checks.diverged,
 		.left_out = checks.left_out,
 	};
-	if (!health_fill(server, snapshot, &request->arena, &request->reply.info)) {
+	if (!health_fill(server, snapshot, &request->arena, &request->reply.info) || !fill_devices(server, snapshot, &request->arena, &request->reply.info)) {
 		fail_memory(request, "info");
 		return;
 	}

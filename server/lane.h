@@ -59,6 +59,7 @@ struct lane_exec {
 	uint64_t began_ns;
 	bool may_yield; /* it can go on later where it was */
 	bool again;     /* it wants to: by `run`, which then returns and is called once more when its turn has come */
+	const char *tenant; /* whose job it is, for those who count failures; NULL: nobody's */
 	struct derived_run *derived; /* the job's: derived copies that its kernel has; NULL: it gets none */
 };
 

@@ -188,6 +188,7 @@ static void on_flush(uv_check_t *check)
 	server->turn_us = now_ns / 1000;
 	server->context.inline_ns = 0;
 	server->slice_end_ns = now_ns + RING_SLICE_NS;
+	listener_turn(server);
 	do {
 		rings_serve(server);
 		flush_dirty(server);
@@ -302,14 +303,14 @@ static uint64_t service_budget_ns(void *context, const struct provider *provider
 	return server->containment == NULL ? 0 : atomic_load_explicit(&containment_policy(server->containment, provider)->budget_ns, memory_order_relaxed);
 }
 
-static void service_failed(void *context, const struct provider *provider, const opd_impl *def, failure_kind kind)
+static void service_failed(void *context, const struct provider *provider, const opd_impl *def, failure_kind kind, const char *tenant)
 {
 	struct server *server = context;
 	struct snapshot *snapshot = registry_snapshot(server->registry);
 	for (uint32_t i = 0; i < snapshot->op_count; i++) {
 		const struct impl *impl = op_impl(&snapshot->ops[i], provider);
 		if (impl != NULL && impl->def == def)
-			containment_failed(server->containment, impl, kind);
+			containment_failed(server->containment, impl, kind, tenant);
 	}
 	snapshot_unref(snapshot);
 }
@@ -438,7 +439,7 @@ static opd_status start(struct server *server, opd_error *error)
 	if (status == OPD_OK)
 		status = open_providers(server, error);
 	if (status == OPD_OK)
-		status = containment_create(server->registry, server->log, &server->containment, error);
+		status = containment_create(server->registry, server->tenants, server->log, &server->containment, error);
 	if (status == OPD_OK)
 		status = differential_create(server, &server->differential, error);
 	if (status == OPD_OK) {

@@ -51,6 +51,8 @@ static void tell_daemon(const struct walk *walk)
 	single(sink, STATS_GAUGE, "opd_sessions", "open now", server->conn_count);
 	single(sink, STATS_COUNTER, "opd_sessions_opened_total", "sessions that were greeted", (double)server->sessions_opened);
 	single(sink, STATS_COUNTER, "opd_sessions_refused_total", "Hellos answered with an error", (double)server->hellos_refused);
+	single(sink, STATS_COUNTER, "opd_tls_handshakes_total", "TLS handshakes finished", (double)server->tls_handshakes);
+	single(sink, STATS_COUNTER, "opd_tls_resumed_total", "of them, by a ticket of an earlier session", (double)server->tls_resumed);
 	single(sink, STATS_COUNTER, "opd_slow_readers_total", "sessions cut off because they didn't read their replies", (double)server->slow_readers);
 	family(sink, STATS_COUNTER, "opd_memory_steps_total", "what was refused or given up because memory was filling");
 	labelled(sink, "step", "uploads", (double)atomic_load_explicit(&server->uploads_refused, memory_order_relaxed));

@@ -86,6 +86,14 @@ static bool pool_shrink(struct memory *memory, uint64_t limit)
 	return any;
 }
 
+uint64_t memory_cached_bytes(struct memory *memory)
+{
+	(void)pthread_mutex_lock(&memory->mutex);
+	const uint64_t bytes = memory->cached_bytes;
+	(void)pthread_mutex_unlock(&memory->mutex);
+	return bytes;
+}
+
 /* Under the lock, so that nobody who has seen the old epoch still caches what is gone. */
 void memory_forget(struct memory *memory)
 {

@@ -87,6 +87,8 @@ OPD_MUST_USE opd_status memory_init(struct memory *memory, uint64_t limit_bytes,
 OPD_MUST_USE opd_status memory_init_device(struct memory *memory, uint32_t device, const char *name, uint64_t limit_bytes, struct memory_source source,
                                            opd_error *error);
 void memory_fini(struct memory *memory);
+/* Bytes that are free and kept for whoever comes next. */
+uint64_t memory_cached_bytes(struct memory *memory);
 /* Gives back what is only cached; false: nothing was. */
 bool memory_trim(struct memory *memory);
 /* The device was reset: nothing of what was allocated before is there any more, cached or not. On its lane's thread. */

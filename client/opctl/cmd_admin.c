@@ -103,6 +103,38 @@ int cmd_ping(struct opctl *ctl)
 
 /* ---- info ---- */
 
+static cJSON *device_states_json(const opd_server_info *info)
+{
+	cJSON *list = cJSON_CreateArray();
+	for (uint32_t i = 0; i < info->device_state_count; i++) {
+		const opd_device_state *state = &info->device_states[i];
+		cJSON *item = cJSON_CreateObject();
+		cJSON_AddStringToObject(item, "name", state->name);
+		cJSON_AddItemToObject(item, "memory_bytes", json_u64(state->memory_bytes));
+		cJSON_AddItemToObject(item, "cached_bytes", json_u64(state->cached_bytes));
+		cJSON_AddItemToObject(item, "memory_limit_bytes", json_u64(state->memory_limit_bytes));
+		cJSON_AddItemToObject(item, "jobs", json_u64(state->jobs));
+		if (state->lost[0] != '\0')
+			cJSON_AddStringToObject(item, "lost", state->lost);
+		cJSON_AddItemToArray(list, item);
+	}
+	return list;
+}
+
+static void print_device_states(const opd_server_info *info)
+{
+	for (uint32_t i = 0; i < info->device_state_count; i++) {
+		const opd_device_state *state = &info->device_states[i];
+		(void)printf("%-10s ", shown(state->name));
+		if (state->lost[0] != '\0')
+			(void)printf("lost: %s\n", shown(state->lost));
+		else if (state->memory_limit_bytes == 0)
+			(void)puts("nothing has run there yet");
+		else
+			(void)printf("%s of %s, %s cached, %u jobs\n", bytes_text(state->memory_bytes), bytes_text(state->memory_limit_bytes), bytes_text(state->cached_bytes), state->jobs);
+	}
+}
+
 static int print_info_json(const opd_server_info *info, const opd_session *session)
 {
 	cJSON *document = cJSON_CreateObject();
@@ -112,6 +144,7 @@ static int print_info_json(const opd_server_info *info, const opd_session *sessi
 	cJSON_AddBoolToObject(document, "draining", info->draining);
 	cJSON_AddItemToObject(document, "listeners", json_texts(info->listeners, info->listener_count));
 	cJSON_AddItemToObject(document, "devices", json_texts(info->devices, info->device_count));
+	cJSON_AddItemToObject(document, "device_states", device_states_json(info));
 	cJSON_AddItemToObject(document, "loops", json_u64(info->loops));
 	cJSON_AddItemToObject(document, "threads", json_u64(info->threads));
 	cJSON_AddItemToObject(document, "sessions", json_u64(info->sessions));
@@ -149,6 +182,7 @@ static void print_info(const opd_server_info *info, const opd_session *session)
 	(void)printf("uptime     %s\n", duration_text((double)info->uptime_us * 1e3));
 	print_list("listeners  ", info->listeners, info->listener_count);
 	print_list("devices    ", info->devices, info->device_count);
+	print_device_states(info);
 	(void)printf("threads    %u kernel, %u I/O\n", info->threads, info->loops);
 	(void)printf("sessions   %" PRIu64 "\nrequests   %" PRIu64 "\n", info->sessions, info->requests);
 	if (info->graph_runs != 0)

@@ -107,7 +107,7 @@ static void print_usage(void)
 	(void)puts("\noptions of every command");
 	print_options(common_options);
 	(void)puts("  --version              print the version\n\n"
-	           "exit codes: 0 done, 1 a request or a case failed, 2 the command line can't be understood, 3 no daemon answers\n"
+	           "exit codes: 0 done, 1 a request or a case failed, 2 the command line can't be understood, 3 no daemon answers, or one that can't be verified or doesn't know us\n"
 	           "`opctl help COMMAND` says more.");
 }
 

@@ -41,7 +41,7 @@ static void report(const struct opctl *ctl, opd_status status, const opd_error *
 int report_failure(const struct opctl *ctl, opd_status status, const opd_error *error)
 {
 	report(ctl, status, error);
-	return status == OPD_UNAVAILABLE ? EXIT_UNREACHABLE : EXIT_REQUEST;
+	return status == OPD_UNAVAILABLE || status == OPD_UNAUTHENTICATED ? EXIT_UNREACHABLE : EXIT_REQUEST;
 }
 
 int report_usage(const struct opctl *ctl, const opd_error *error)

@@ -62,6 +62,14 @@ OPD_API const char *opd_version(void);
 
 /* ---- Connecting -------------------------------------------------------------------------------------------------------- */
 
+/* For programs that connect often by TLS: what servers gave at one connection to make the next one cheap, without certificates and signatures. The server was verified then, and isn't again, so it
+ * is used only for the same address and the same options of verification; a server that has reloaded its certificates, or has forgotten, makes a full handshake of it. Any number of
+ * clients, on any threads, may share one. NULL: out of memory. */
+typedef struct opd_resumption opd_resumption;
+OPD_API opd_resumption *opd_resumption_create(void);
+/* Clients that still have it keep it. NULL is allowed. */
+OPD_API void opd_resumption_destroy(opd_resumption *resumption);
+
 typedef struct opd_connect_options {
 	uint32_t struct_bytes;  /* sizeof; fields are added at the end, zeroed ones mean the default */
 	bool no_chunks;         /* don't cut payloads into DATA frames: for a client that never pipelines */
@@ -80,6 +88,7 @@ typedef struct opd_connect_options {
 	const char *token;            /* who the client is, as `opctl token new` makes it; sent over TLS and on this machine only. NULL: none */
 	const char *token_file;       /* … its first line; only its owner may read it. NULL: none */
 	const char *fingerprint;      /* "sha256:" and 64 hexadecimal digits, as `opd --self-signed` prints it; NULL: not pinned */
+	opd_resumption *resumption;   /* tickets of earlier connections; NULL: each handshake is a full one */
 } opd_connect_options;
 
 /* Addresses: "unix:/path", also with options ("unix:/path?rings&poll=20us&shm" is the path with rings, poll_us, shared_memory); "tls://host:port", also with options
@@ -106,6 +115,7 @@ typedef struct opd_session {
 	uint32_t in_flight;     /* limit of requests not yet answered */
 	const char *identity;   /* who this client is to the server */
 	const char *rights;     /* what it may do beside running ops: "publish, drain" */
+	bool resumed;           /* TLS went on where an earlier connection was (opd_resumption) */
 } opd_session;
 OPD_API const opd_session *opd_client_session(const opd_client *client);
 
@@ -733,6 +743,15 @@ typedef struct opd_provider_list {
 	const opd_provider_description *providers;
 } opd_provider_list;
 
+typedef struct opd_device_state {
+	const char *name;            /* "cuda:0" */
+	uint64_t memory_bytes;       /* tensors and scratch there, of all sessions */
+	uint64_t cached_bytes;       /* free, and kept for what comes next */
+	uint64_t memory_limit_bytes; /* what it has; 0: not known, nothing has run there yet */
+	uint32_t jobs;               /* that wait for it or run on it */
+	const char *lost;            /* why it can't be used; "": it can */
+} opd_device_state;
+
 typedef struct opd_server_info {
 	const char *version;
 	uint64_t uptime_us;
@@ -763,6 +782,8 @@ typedef struct opd_server_info {
 	uint64_t compared; /* runs whose results another provider was asked to confirm */
 	uint64_t diverged; /* of them, those that it didn't */
 	uint64_t left_out; /* of the sample: not compared */
+	uint32_t device_state_count;
+	const opd_device_state *device_states; /* in the order of devices, without "cpu" */
 } opd_server_info;
 
 OPD_API OPD_MUST_USE opd_status opd_ops(opd_client *client, const opd_op_list **list_out, opd_error *error);

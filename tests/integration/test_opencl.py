@@ -3,6 +3,7 @@
 
 OPD_BIN, OPCTL_BIN name the programs, OPD_OPENCL_MODULE the module.
 """
+import json
 import math
 import os
 import struct
@@ -61,6 +62,23 @@ class OpenCL(unittest.TestCase):
         request = pb.Request(upload=pb.Upload(device=device))
         request.upload.tensor.CopyFrom(inline(shape, data, dtype=dtype))
         return pb.Tensor(handle=client.ask(request)[0].run.outputs[0].kept)
+
+    def test_info_tells_what_a_device_holds(self):
+        client = self.client()
+        data = f32(*range(1 << 16))
+        tensor = self.upload(client, [1 << 16], data)
+        before = client.info().device_states[0]
+        self.assertEqual((before.name, before.lost), ("opencl:0", ""))
+        self.assertGreaterEqual(before.memory_bytes, len(data))
+        self.assertGreater(before.memory_limit_bytes, before.memory_bytes)
+        client.ask(pb.Request(free=pb.Free(tensors=[tensor])))
+        after = client.info().device_states[0]
+        self.assertEqual(before.memory_bytes - after.memory_bytes, len(data))
+        self.assertGreaterEqual(after.cached_bytes, len(data))
+        code, out = opctl(self.daemon, "info")
+        self.assertEqual(code, 0, out)
+        shown = json.loads(out)["device_states"][0]
+        self.assertEqual((shown["name"], shown["memory_bytes"]), ("opencl:0", after.memory_bytes))
 
     def test_golden_cases_pass(self):
         code, out = opctl(self.daemon, "verify", "--provider", "opencl", GOLDEN)

@@ -373,6 +373,10 @@ START_TEST(a_reply_has_every_field_where_it_belongs)
 	ck_assert(info->uptime_us == 1 && info->loops == 2 && info->threads == 3 && info->sessions == 4 && info->requests == 5);
 	ck_assert(info->memory_bytes == 6 && info->memory_limit_bytes == 7 && info->session_memory_bytes == 8 && info->pid == 9);
 	ck_assert(info->unhealthy_count == 2 && text_is(info->unhealthy[1], "lane: stuck") && info->degraded_count == 1);
+	ck_assert(info->stuck == 16 && info->compared == 17 && info->diverged == 18 && info->left_out == 19 && info->device_state_count == 1);
+	const struct msg_device_state *device = &info->device_states[0];
+	ck_assert(text_is(device->name, "cuda:1") && device->memory_bytes == 20 && device->cached_bytes == 21 && device->memory_limit_bytes == 22);
+	ck_assert(device->jobs == 23 && text_is(device->lost, "illegal access"));
 	const struct msg_impl *impl = &golden_message(&arena, "every-reply-op.hex")->reply.op.impls[1];
 	ck_assert(text_is(impl->provider, "cuda") && text_is(impl->reason, "why") && text_is(impl->device, "cuda") &&
 	          text_is(impl->schema, "s"));

@@ -210,7 +210,9 @@ def replies():
                 version="0.1.0", uptime_us=1, listeners=["unix:/run/opd.sock", "tcp://127.0.0.1:7777"], loops=2, threads=3,
                 devices=["cpu"], sessions=4, requests=5, memory_bytes=6, memory_limit_bytes=7, session_memory_bytes=8, pid=9,
                 draining=True, graph_runs=10, graph_dispatches=11, derived_copies=12, derived_bytes=13, derived_found=14,
-                derived_made=15, unhealthy=["memory: full", "lane: stuck"], degraded=["device cuda:1: lost"]))),
+                derived_made=15, unhealthy=["memory: full", "lane: stuck"], degraded=["device cuda:1: lost"],
+                stuck=16, compared=17, diverged=18, left_out=19, device_states=[pb.DeviceState(
+                    name="cuda:1", memory_bytes=20, cached_bytes=21, memory_limit_bytes=22, jobs=23, lost="illegal access")]))),
             ("generated", "Generated.", pb.Reply(generated=pb.Generated(args=generated))),
             ("empty", "Nothing more to say than OK.", empty("empty", reply=True)),
             ("tensors", "KeptTensors with every field.", pb.Reply(tensors=pb.KeptTensors(tensors=[
