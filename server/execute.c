@@ -10,6 +10,7 @@
 #include "server/containment.h"
 #include "server/daemon.h"
 #include "server/derived.h"
+#include "server/log.h"
 #include "server/metrics.h"
 #include "server/device_run.h"
 #include "server/module.h"
@@ -345,8 +346,12 @@ static void count_lane(struct request *request)
 {
 	const struct lane_job *job = &request->job;
 	const bool graph = request->graph_run != NULL;
-	if (graph ? graph_run_has_begun(request) : request->run.written)
-		metrics_ran(request->context->metrics, graph ? NULL : request->run.dispatch.impl, job->waited_ns, job->device_ns, request->status);
+	if (!(graph ? graph_run_has_begun(request) : request->run.written))
+		return;
+	metrics_ran(request->context->metrics, graph ? NULL : request->run.dispatch.impl, job->waited_ns, job->device_ns, request->status);
+	LOG(request->context->server->log, LOG_DEBUG, "lane ran", LOG_UINT("session", request->session->id), LOG_STR("op", request->run.op->schema->name),
+	    LOG_STR("class", sched_class_name(job->item.class)), LOG_UINT("at_us", job->item.queued_ns / 1000), LOG_UINT("waited_us", job->waited_ns / 1000),
+	    LOG_UINT("device_us", job->device_ns / 1000));
 }
 
 static void job_done(struct lane_job *job)

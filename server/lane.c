@@ -399,7 +399,9 @@ static void complete(struct lane *lane, struct lane_job *leader, struct lane_job
 	const uint64_t all = rows + leader->batch_rows;
 	const uint64_t own_ns = rows == 0 ? device_ns : (uint64_t)((double)device_ns * leader->batch_rows / (double)all);
 	leader->device_ns += own_ns;
-	scheduler_complete(&lane->scheduler, leader->item.flow, (sched_class)leader->item.class, leader->item.estimate_ns, own_ns);
+	scheduler_complete(&lane->scheduler, leader->item.flow, (sched_class)leader->item.class, leader->item.estimate_ns, leader->pays == NULL ? own_ns : 0);
+	if (leader->pays != NULL)
+		scheduler_charge(&lane->scheduler, leader->pays, (sched_class)leader->item.class, own_ns);
 	for (struct lane_job *job = others; job != NULL; job = job->next) {
 		job->device_ns = (uint64_t)((double)device_ns * job->batch_rows / (double)(all == 0 ? 1 : all));
 		scheduler_complete(&lane->scheduler, job->item.flow, (sched_class)job->item.class, job->item.estimate_ns, job->device_ns);

@@ -39,6 +39,7 @@ struct lane_refusal {
 struct lane_job {
 	struct lane_job *next; /* the lane's; of a list to submit or to take: the next one */
 	struct sched_item item; /* flow, class and estimate are the owner's. No flow: the lane's own work, which is never refused, as `interactive` */
+	struct sched_flow *pays; /* of the lane's own work: whom its device time is charged to; NULL: nobody */
 	uint64_t charge_ns;     /* device time of the flow's that went by the lane: charged with the submission */
 	void (*run)(struct lane_job *job, struct lane_exec *exec); /* on a lane thread */
 	void (*done)(struct lane_job *job);                        /* for whoever takes the done jobs: the lane doesn't call it itself */
