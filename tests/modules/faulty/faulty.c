@@ -1,4 +1,4 @@
-/* A provider with faults on demand: relu and silu of contiguous f32. x[0] names relu's fault, and silu's length that of its predicate or plan; any other call is answered rightly. A kernel that
+/* A provider with faults on demand: relu and silu of contiguous f32 (and relu2 of one row, see there). x[0] names relu's fault, and silu's length that of its predicate or plan; any other call is answered rightly. A kernel that
  * hangs goes on when the file named by FAULTY_GATE is there, so that tests need no clock. */
 #include <opd/provider.h>
 
@@ -156,7 +156,33 @@ static opd_status run(const opd_impl *impl, void *state, const opd_call *call, c
 		.plan = plan, .run = run,                                                                                                        \
 	}
 
-static const opd_impl impls[] = {IMPL(relu), IMPL(silu)};
+/* Right for one row, and fails for more, though it promises that rows don't depend on each other. */
+static opd_status run_one_row(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error)
+{
+	(void)impl, (void)state, (void)exec;
+	const opd_tensor *output = call->outputs[0];
+	const float *x = opd_tensor_data(call->args[0].tensor);
+	float *y = opd_tensor_data(output);
+	if (output->rank >= 2 && output->shape[0] > 1)
+		return opd_fail(error, OPD_INTERNAL, "faulty.relu2: %d rows are too many", (int)output->shape[0]);
+	for (uint64_t i = 0; i < output->elements; i++)
+		y[i] = x[i] > 0 ? x[i] * x[i] : 0;
+	return OPD_OK;
+}
+
+static const opd_impl impls[] = {
+	IMPL(relu),
+	IMPL(silu),
+	{
+		.struct_bytes = sizeof(opd_impl),
+		.op = "relu2",
+		.schema = "relu2(Tensor x) -> Tensor",
+		.device = "cpu",
+		.uuid = "0000000000000000000000000000000000000000000000000000000000000003",
+		.flags = OPD_IMPL_BATCH_INVARIANT,
+		.run = run_one_row,
+	},
+};
 
 static opd_status open_module(const opd_host *host, void *state, opd_error *error)
 {
