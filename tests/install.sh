@@ -12,7 +12,7 @@ set -euo pipefail
 build=(gcc libc6-dev cmake ninja-build pkg-config libuv1-dev libprotobuf-c-dev protobuf-c-compiler protobuf-compiler libyaml-dev
 	libcjson-dev libssl-dev)
 test=(check libsubunit-dev openssl python3 python3-protobuf python3-numpy binutils procps)
-full=(clang)
+full=(clang libclang-rt-dev)
 bench=(g++ libgrpc++-dev libprotobuf-dev protobuf-compiler protobuf-compiler-grpc python3-torch)
 # Libraries that providers wrap. Nothing needs them to be built or to pass: modules say what they miss. So a failure to get them is none.
 optional=(libopenblas0-pthread libdnnl-dev opencl-headers)

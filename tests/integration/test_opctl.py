@@ -19,6 +19,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 OPD = os.environ.get("OPD_BIN", os.path.join(ROOT, "build/bin/opd"))
 OPCTL = os.environ.get("OPCTL_BIN", os.path.join(ROOT, "build/bin/opctl"))
 GOLDEN = os.environ.get("OPD_GOLDEN", os.path.join(ROOT, "tests/golden"))
+SANITIZED = os.environ.get("OPD_TEST_SANITIZED", "") != ""
 COMMANDS = ["run", "fake", "explain", "graph", "put", "get", "rm", "publish", "tensors", "ops", "describe", "providers", "priority", "verify", "bench", "ping", "info", "health", "module", "log-level", "drain", "help"]
 
 
@@ -86,6 +87,7 @@ def floats(*values):
 class Case(unittest.TestCase):
     daemon = None
     address = None
+    said_as_json = set()
 
     @classmethod
     def setUpClass(cls):
@@ -124,6 +126,9 @@ class Case(unittest.TestCase):
         error = self.opctl(*args, code=code, **more)[1]
         last = error.strip().split("\n")[-1]
         self.assertTrue(last.startswith("opctl: %s: " % status), last)
+        if SANITIZED and args[0] in self.said_as_json:
+            return last  # a start of a sanitized program costs more than what it does: of each command, one failure is asked for twice
+        self.said_as_json.add(args[0])
         document = self.json(*args, code=code, **more)
         self.assertEqual(document["status"], status)
         self.assertTrue(document["message"])
