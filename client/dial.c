@@ -72,7 +72,7 @@ static opd_status dial_unix(const char *address, const char *path, uint64_t dead
 	if (fd < 0)
 		return dial_unavailable(error, address, errno);
 	/* What the system allows (it doubles it): more requests in flight leave by one call. */
-	const int wide = 1 << 20;
+	const int wide = 512 << 10;
 	(void)setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &wide, sizeof wide);
 	const int number = connect_until(fd, (const struct sockaddr *)&name, sizeof name, deadline_us);
 	if (number != 0) {
@@ -142,7 +142,7 @@ static opd_status dial_tls(const char *address, const opd_connect_options *optio
 	opd_status status = dial_tcp(address, deadline_us, host, &fd, error);
 	if (status != OPD_OK)
 		return status;
-	status = client_tls_connect(fd, host, options, deadline_us, tls_out, error);
+	status = client_tls_connect(fd, address, host, options, deadline_us, tls_out, error);
 	if (status != OPD_OK) {
 		(void)close(fd);
 		return opd_error_prefix(error, status, "%.200s", address);

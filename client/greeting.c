@@ -85,6 +85,7 @@ opd_status greeting_accept(opd_client *client, const uint8_t *envelope, size_t b
 	    .payload_bytes = reply.limits.payload_bytes,
 	    .session_bytes = reply.limits.session_bytes,
 	    .in_flight = reply.limits.in_flight,
+	    .resumed = client->tls != NULL && client_tls_resumed(client->tls),
 	    .identity = reply.identity.data == NULL ? "" : reply.identity.data,
 	    .rights = join_rights(client, &reply),
 	};

@@ -365,7 +365,7 @@ void result_place(opd_result *result, struct block *block)
 void result_set_failure(opd_result *result, const opd_error *error)
 {
 	const char *copy = arena_text(&result->arena, error->text, strlen(error->text));
-	result->reply = (struct msg_reply){.status = (opd_status)error->status, .kind = MSG_REPLY_NONE};
+	result->reply = (struct msg_reply){.status = (opd_status)error->status, .retry_after_us = error->retry_after_us, .kind = MSG_REPLY_NONE};
 	result->message = copy == NULL ? "out of memory" : copy;
 	result->provider = "";
 	result->uuid = "";
@@ -378,7 +378,12 @@ void result_set_failure(opd_result *result, const opd_error *error)
 opd_status result_report(const opd_result *result, opd_error *error)
 {
 	const opd_status status = result->reply.status;
-	return status == OPD_OK ? OPD_OK : opd_fail(error, status, "%s", result->message);
+	if (status == OPD_OK)
+		return OPD_OK;
+	(void)opd_fail(error, status, "%s", result->message);
+	if (error != NULL)
+		error->retry_after_us = result->reply.retry_after_us;
+	return status;
 }
 
 /* ---- Public ---- */
@@ -405,6 +410,11 @@ opd_status opd_result_status(const opd_result *result)
 const char *opd_result_message(const opd_result *result)
 {
 	return result->reply.status == OPD_OK ? "" : result->message;
+}
+
+uint32_t opd_result_retry_after_us(const opd_result *result)
+{
+	return result->reply.retry_after_us;
 }
 
 const char *opd_result_provider(const opd_result *result)

@@ -34,6 +34,7 @@ static bool fill_session(opd_result *result, const struct msg_session_state *fro
 		.usage = usage_of(&from->usage),
 		.quota_count = from->quota_count,
 		.quotas = quotas_of(result, from->quota_count, from->quotas),
+		.device = result_text(result, from->device),
 	};
 	return to->quotas != NULL;
 }
@@ -120,5 +121,11 @@ opd_status opd_set_session_quota(opd_client *client, uint64_t session, opd_quota
 {
 	struct msg_quota quota = {.kind = (uint32_t)kind, .limit = limit};
 	const struct msg_set_session set = {.session = session, .quota_count = 1, .quotas = &quota};
+	return set_session(client, &set, error);
+}
+
+opd_status opd_set_session_device(opd_client *client, uint64_t session, const char *device, opd_error *error)
+{
+	const struct msg_set_session set = {.session = session, .device = msg_text(device)};
 	return set_session(client, &set, error);
 }

@@ -11,13 +11,16 @@
 #include <sys/socket.h>
 
 #include "client/connection.h"
+#include "client/resumption.h"
 #include "proto/tls.h"
 
 #define IN_BYTES ((size_t)128 << 10)
 #define SEALED_BYTES (8 * (size_t)TLS_RECORD_ROOM)
 
 struct client_tls {
-	struct tls tls;
+	struct tls tls; /* first: on_ticket finds the whole by it */
+	opd_resumption *resumption; /* NULL: none */
+	char *key;                  /* of what it gives and gets */
 	bool filled; /* the last receive filled the buffer: there may be more */
 	bool ended;  /* the socket's end was read */
 	opd_error failure;
@@ -199,6 +202,34 @@ static opd_status check_fingerprint(const struct tls *tls, const char *expected,
 	return opd_fail(error, OPD_UNAUTHENTICATED, "TLS: the server's certificate has the fingerprint %s, expected %.100s", text, expected);
 }
 
+/* ---- Resuming ---- */
+
+static int on_ticket(SSL *ssl, SSL_SESSION *session)
+{
+	const struct client_tls *own = SSL_get_app_data(ssl);
+	resumption_put(own->resumption, own->key, session);
+	return 1; /* it is ours */
+}
+
+static void use_resumption(struct client_tls *own, SSL_CTX *context, const char *address, const opd_connect_options *options)
+{
+	if (options->resumption == NULL)
+		return;
+	own->resumption = resumption_ref(options->resumption);
+	own->key = resumption_key(address, options);
+	(void)SSL_CTX_set_session_cache_mode(context, SSL_SESS_CACHE_CLIENT | SSL_SESS_CACHE_NO_INTERNAL);
+	SSL_CTX_sess_set_new_cb(context, on_ticket);
+	SSL_SESSION *session = resumption_take(own->resumption, own->key);
+	if (session != NULL && SSL_set_session(own->tls.ssl, session) != 1)
+		ERR_clear_error(); /* a full handshake, then */
+	SSL_SESSION_free(session);
+}
+
+bool client_tls_resumed(const struct client_tls *own)
+{
+	return SSL_session_reused(own->tls.ssl) == 1;
+}
+
 /* ---- Connecting ---- */
 
 /* Until the socket is ready. */
@@ -255,7 +286,29 @@ static opd_status handshake(struct client_tls *own, int fd, uint64_t deadline_us
 	}
 }
 
-opd_status client_tls_connect(int fd, const char *host, const opd_connect_options *options, uint64_t deadline_us, struct client_tls **tls_out, opd_error *error)
+/* Nobody that we believe has signed it: how to be believed. */
+static bool is_unknown(const SSL *ssl)
+{
+	switch (SSL_get_verify_result(ssl)) {
+	case X509_V_ERR_DEPTH_ZERO_SELF_SIGNED_CERT:
+	case X509_V_ERR_SELF_SIGNED_CERT_IN_CHAIN:
+	case X509_V_ERR_UNABLE_TO_GET_ISSUER_CERT:
+	case X509_V_ERR_UNABLE_TO_GET_ISSUER_CERT_LOCALLY:
+	case X509_V_ERR_UNABLE_TO_VERIFY_LEAF_SIGNATURE:
+		return true;
+	default:
+		return false;
+	}
+}
+
+static void say_how_to_trust(const SSL *ssl, opd_error *error)
+{
+	const size_t used = strlen(error->text);
+	if (error->status == OPD_UNAUTHENTICATED && is_unknown(ssl))
+		(void)snprintf(error->text + used, sizeof error->text - used, "; who has signed it is said by ca_file (--ca FILE), or the certificate is pinned by fingerprint (--fingerprint sha256:…)");
+}
+
+opd_status client_tls_connect(int fd, const char *address, const char *host, const opd_connect_options *options, uint64_t deadline_us, struct client_tls **tls_out, opd_error *error)
 {
 	SSL_CTX *context = NULL;
 	opd_status status = make_context(options, &context, error);
@@ -266,14 +319,21 @@ opd_status client_tls_connect(int fd, const char *host, const opd_connect_option
 		SSL_CTX_free(context);
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "TLS: out of memory");
 	}
+	own->resumption = NULL;
+	own->key = NULL;
 	own->filled = own->ended = false;
 	own->failure.status = OPD_OK;
 	status = tls_init(&own->tls, context, false, error);
+	if (status == OPD_OK)
+		use_resumption(own, context, address, options);
 	SSL_CTX_free(context); /* the connection keeps it */
 	if (status == OPD_OK)
 		status = expect_name(own->tls.ssl, options->server_name != NULL ? options->server_name : host, error);
-	if (status == OPD_OK)
+	if (status == OPD_OK) {
 		status = handshake(own, fd, deadline_us, error);
+		if (status != OPD_OK)
+			say_how_to_trust(own->tls.ssl, error);
+	}
 	if (status == OPD_OK && options->fingerprint != NULL)
 		status = check_fingerprint(&own->tls, options->fingerprint, error);
 	if (status != OPD_OK) {
@@ -293,5 +353,7 @@ void client_tls_destroy(struct client_tls *own, int fd)
 		(void)client_tls_flush(own, fd);
 	}
 	tls_fini(&own->tls);
+	resumption_unref(own->resumption);
+	free(own->key);
 	free(own);
 }

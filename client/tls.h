@@ -17,10 +17,12 @@
 
 struct client_tls;
 
-/* On a connected socket. host: the name that the server's certificate must have unless the options name another. UNAUTHENTICATED: its certificate, or ours; FAILED_PRECONDITION: it
+/* On a socket that is connected to `address`. host: the name that the server's certificate must have unless the options name another. UNAUTHENTICATED: its certificate, or ours; FAILED_PRECONDITION: it
  * speaks no TLS 1.3 or not opd's protocol; INVALID_ARGUMENT: a file or an option of ours; UNAVAILABLE: the rest. */
-OPD_MUST_USE opd_status client_tls_connect(int fd, const char *host, const opd_connect_options *options, uint64_t deadline_us, struct client_tls **tls_out,
-                                           opd_error *error);
+OPD_MUST_USE opd_status client_tls_connect(int fd, const char *address, const char *host, const opd_connect_options *options, uint64_t deadline_us,
+                                           struct client_tls **tls_out, opd_error *error);
+/* The server took a ticket of options->resumption. */
+bool client_tls_resumed(const struct client_tls *tls);
 /* Says goodbye, if the socket takes it. NULL is allowed. */
 void client_tls_destroy(struct client_tls *tls, int fd);
 

@@ -440,7 +440,7 @@ opd_status codec_unpack_reply(struct arena *arena, const uint8_t *envelope, size
 	Opd__V1__Reply *in = codec_unpack(&reader, &opd__v1__reply__descriptor, "Reply", envelope, bytes, &status);
 	if (in == NULL)
 		return status;
-	struct msg_reply reply = {.status = read_status(in->status)};
+	struct msg_reply reply = {.status = read_status(in->status), .retry_after_us = in->retry_after_us};
 	status = read_text(&reader, "message", in->message, BOUND_STR_BYTES, &reply.message);
 	if (status == OPD_OK)
 		status = read_body(&reader, in, &reply);

@@ -386,6 +386,7 @@ opd_status codec_pack_reply(struct arena *arena, const struct msg_reply *message
 	Opd__V1__Reply pb = OPD__V1__REPLY__INIT;
 	pb.status = (uint32_t)message->status;
 	pb.message = write_text(message->message);
+	pb.retry_after_us = message->retry_after_us;
 	bool fits = write_body(arena, message, &pb);
 	return codec_pack(arena, fits ? &pb.base : NULL, "Reply", out, error);
 }

@@ -34,6 +34,8 @@ opd_status read_set_session(struct reader *reader, const Opd__V1__SetSession *in
 {
 	*out = (struct msg_set_session){.session = in->session, .weight = in->weight};
 	opd_status status = read_service_class(reader, (int)in->service_class, &out->service_class);
+	if (status == OPD_OK)
+		status = read_text(reader, "device", in->device, BOUND_NAME_BYTES, &out->device);
 	return status == OPD_OK ? read_quotas(reader, in->n_quotas, in->quotas, &out->quota_count, &out->quotas) : status;
 }
 
@@ -55,6 +57,8 @@ static opd_status read_session(struct reader *reader, const Opd__V1__SessionStat
 		status = read_text(reader, "tenant", in->tenant, BOUND_STR_BYTES, &out->tenant);
 	if (status == OPD_OK)
 		status = read_quotas(reader, in->n_quotas, in->quotas, &out->quota_count, &out->quotas);
+	if (status == OPD_OK)
+		status = read_text(reader, "device", in->device, BOUND_NAME_BYTES, &out->device);
 	return status == OPD_OK ? read_text(reader, "peer", in->peer, BOUND_STR_BYTES, &out->peer) : status;
 }
 
@@ -145,6 +149,7 @@ static Opd__V1__SessionState *write_session(struct arena *arena, const struct ms
 	out->session = in->session;
 	out->tenant = write_text(in->tenant);
 	out->peer = write_text(in->peer);
+	out->device = write_text(in->device);
 	out->age_us = in->age_us;
 	out->service_class = (Opd__V1__ServiceClass)in->service_class;
 	out->weight = in->weight;
@@ -224,6 +229,7 @@ bool write_session_request(struct arena *arena, const struct msg_request *in, Op
 	out->set_session->session = in->set_session.session;
 	out->set_session->weight = in->set_session.weight;
 	out->set_session->service_class = (Opd__V1__ServiceClass)in->set_session.service_class;
+	out->set_session->device = write_text(in->set_session.device);
 	out->set_session->quotas = write_quotas(arena, in->set_session.quota_count, in->set_session.quotas, &out->set_session->n_quotas);
 	return out->set_session->quotas != NULL;
 }

@@ -572,6 +572,7 @@ struct msg_set_session {
 	uint32_t service_class; /* 0: as it is */
 	uint32_t quota_count;
 	struct msg_quota *quotas;
+	struct msg_text device; /* "any": none; empty: as it is */
 };
 
 struct msg_fetch {
@@ -695,6 +696,7 @@ struct msg_session_state {
 	struct msg_usage usage;
 	uint32_t quota_count;
 	struct msg_quota *quotas;
+	struct msg_text device; /* pinned; empty: none */
 };
 
 struct msg_tenant_state {
@@ -756,6 +758,7 @@ struct msg_stats {
 
 struct msg_reply {
 	opd_status status;
+	uint32_t retry_after_us; /* 0: unknown */
 	struct msg_text message;
 	msg_reply_kind kind;
 	union {

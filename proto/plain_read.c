@@ -516,13 +516,12 @@ static bool read_result(struct arena *arena, struct wire in, struct msg_result *
 		struct wire_field field;
 		if (!wire_next(&in, &field))
 			return false;
+		bool taken = false;
 		if (field.tag == WIRE_BYTES(1u) && !tensor)
-			tensor = read_tensor(arena, field.bytes, &out->tensor);
+			taken = tensor = read_tensor(arena, field.bytes, &out->tensor);
 		else if (field.tag == WIRE_BYTES(2u) && !kept)
-			kept = read_handle(field.bytes, &out->kept);
-		else
-			return false;
-		if (!tensor && !kept)
+			taken = kept = read_handle(field.bytes, &out->kept);
+		if (!taken)
 			return false;
 	}
 	return true;

@@ -420,7 +420,7 @@ bool plain_write_request(struct arena *arena, const struct msg_request *message,
 
 bool plain_write_reply(struct arena *arena, const struct msg_reply *message, struct codec_buffer *out)
 {
-	if (message->status != OPD_OK || message->message.bytes != 0 || message->kind != MSG_REPLY_RUN)
+	if (message->status != OPD_OK || message->message.bytes != 0 || message->retry_after_us != 0 || message->kind != MSG_REPLY_RUN)
 		return false;
 	const struct arena_mark mark = arena_mark(arena);
 	struct pen pen;

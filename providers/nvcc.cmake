@@ -2,6 +2,12 @@
 # modules that need them are left out. Nothing of CUDA is needed to run the daemon: the runtime is linked into each module, and opens the driver when the module is opened.
 find_program(OPD_NVCC nvcc HINTS /usr/local/cuda/bin)
 set(OPD_CUDA FALSE)
+# Not in builds for AddressSanitizer, ThreadSanitizer or coverage: nvcc instruments nothing, the driver can't live beside shadow memory, and compiling these kernels took a third of such a build. What the
+# daemon does with devices is tested there by tests/modules/device; the kernels have compute-sanitizer (cuda/README.md).
+if(OPD_SANITIZE OR OPD_COVERAGE)
+  message(STATUS "opd: the providers on CUDA aren't built with sanitizers or for coverage")
+  return()
+endif()
 if(OPD_NVCC)
   get_filename_component(nvcc ${OPD_NVCC} REALPATH)
   get_filename_component(cuda_root ${nvcc}/../.. ABSOLUTE)

@@ -9,6 +9,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "providers/ops/tolerance.h"
 #include "server/compare.h"
 
 static const char *safetensors_dtype(opd_dtype dtype)
@@ -101,7 +102,7 @@ static void put_header(FILE *to, const struct op *op, const opd_call *call, cons
 	put_attributes(to, op, call);
 	(void)fputs("}\"", to);
 	for (uint32_t i = 0; i < call->output_count; i++) {
-		const opd_tolerance tolerance = compare_tolerance(op->def, results[i]->dtype);
+		const opd_tolerance tolerance = tolerance_of(op->def, results[i]->dtype);
 		(void)fprintf(to, ",\"atol.%" PRIu32 "\":\"%.9g\",\"rtol.%" PRIu32 "\":\"%.9g\"", i, tolerance.atol, i, tolerance.rtol);
 	}
 	(void)fputc('}', to);

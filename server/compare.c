@@ -7,29 +7,7 @@
 
 #include "proto/element.h"
 #include "proto/tensor.h"
-
-opd_tolerance compare_tolerance(const opd_op *op, opd_dtype dtype)
-{
-	for (uint32_t i = 0; i < op->tolerance_count; i++)
-		if (op->tolerances[i].dtype == dtype)
-			return op->tolerances[i];
-	switch (dtype) {
-	case OPD_f64:
-		return (opd_tolerance){.atol = 1e-8, .rtol = 1e-8};
-	case OPD_f32:
-		return (opd_tolerance){.atol = 1e-5, .rtol = 1.3e-6};
-	case OPD_f16:
-		return (opd_tolerance){.atol = 1e-3, .rtol = 1e-3};
-	case OPD_bf16:
-		return (opd_tolerance){.atol = 1e-3, .rtol = 1.6e-2};
-	case OPD_f8_e4m3fn:
-		return (opd_tolerance){.atol = 0.1, .rtol = 0.1};
-	case OPD_f8_e5m2:
-		return (opd_tolerance){.atol = 0.2, .rtol = 0.2};
-	default:
-		return (opd_tolerance){.dtype = dtype};
-	}
-}
+#include "providers/ops/tolerance.h"
 
 static bool is_real(opd_dtype dtype)
 {
@@ -38,17 +16,9 @@ static bool is_real(opd_dtype dtype)
 
 /* ---- What sums may differ by ---- */
 
-static int param_of(const struct op *op, const char *name)
-{
-	for (uint32_t i = 0; i < op->schema->param_count; i++)
-		if (strcmp(op->schema->params[i].name, name) == 0)
-			return (int)i;
-	return -1;
-}
-
 static const opd_tensor *tensor_arg(const struct op *op, const opd_call *call, const char *name)
 {
-	const int at = param_of(op, name);
+	const int at = schema_find(op->schema, name, strlen(name));
 	return at < 0 || call->args[at].kind != OPD_ARG_TENSOR ? NULL : call->args[at].tensor;
 }
 
@@ -179,7 +149,7 @@ static bool is_near(double got, double wanted, double bound)
 static bool real_equal(const opd_op *op, const struct compare_bounds *bounds, uint32_t result, const opd_tensor *got, const opd_tensor *wanted,
                        struct difference *difference)
 {
-	const opd_tolerance tolerance = compare_tolerance(op, got->dtype);
+	const opd_tolerance tolerance = tolerance_of(op, got->dtype);
 	const uint32_t bytes = (uint32_t)opd_dtype_bytes(got->dtype);
 	const double *magnitudes = result == 0 ? bounds->magnitudes : NULL;
 	for (uint64_t i = 0; i < got->elements; i++) {

@@ -22,8 +22,6 @@ struct difference {
 	double wanted;
 };
 
-/* The op's for this dtype, else the dtype's. */
-opd_tolerance compare_tolerance(const opd_op *op, opd_dtype dtype);
 /* RESOURCE_EXHAUSTED, or native's failure. exec: for its kernel. */
 OPD_MUST_USE opd_status compare_bounds_make(const struct op *op, const opd_call *call, const opd_exec *exec, struct compare_bounds *bounds_out,
                                             opd_error *error);

@@ -135,6 +135,7 @@ void config_destroy(struct config *config)
 		free(config->modules[i].path);
 	}
 	config_clear_tenants(config);
+	free(config->lanes);
 	config_clear_identities(config);
 	tls_context_destroy(config->tls_context);
 	free(config->tls.certificate);
@@ -498,6 +499,8 @@ opd_status config_check(struct config *config, bool insecure_plain_tcp, opd_erro
 {
 	config_derive_limits(config);
 	opd_status status = config_check_limits(config, error);
+	if (status == OPD_OK)
+		status = config_resolve_lanes(config, error);
 	for (size_t i = 0; status == OPD_OK && i < config->listener_count; i++)
 		status = check_listener(config, i, insecure_plain_tcp, error);
 	if (status == OPD_OK && config->listener_count == 0)

@@ -2,7 +2,7 @@
  *
  * Layer: server. Threads: built by one, then constant.
  * Life: config_create (defaults) → config_load (file) → changes by flags → config_check → config_destroy. A reload makes a new one and swaps.
- * In six files: config.c (the object, listeners, lists, checks), config_key.c (keys with one value), config_tenant.c (tenants), config_provider.c (providers), config_file.c (YAML),
+ * In seven files: config.c (the object, listeners, lists, checks), config_key.c (keys with one value), config_tenant.c (tenants), config_lane.c (lanes), config_provider.c (providers), config_file.c (YAML),
  * config_text.c (as text).
  * README.md documents every key; errors name file, line, key, value and what was expected. Unknown keys and repeated keys are errors.
  * Not here: whether the named ops and providers exist (server/registry.h checks that when the server starts or reloads). */
@@ -80,12 +80,25 @@ struct tenant_policy {
 	sched_class class_max;   /* the most urgent one that its requests may have; default realtime */
 	uint64_t quota[QUOTA_COUNT];         /* of all its sessions together; 0, the default: any */
 	uint64_t session_quota[QUOTA_COUNT]; /* of each; 0: as `limits` has it */
+	uint32_t lane;           /* where its work for the CPU runs: 0: everybody's, else of config.lanes the one before; by config_check */
+};
+
+#define CONFIG_LANES_MAX 15u
+#define CONFIG_LANE_NAME_BYTES 32u
+#define CONFIG_LANE_THREADS_MAX 1024u
+
+/* One entry of `lanes`: threads that only some tenants use. */
+struct config_lane {
+	char name[CONFIG_LANE_NAME_BYTES];
+	uint32_t threads;
+	unsigned line;
 };
 
 /* One entry of `tenants`. */
 struct config_tenant {
 	char *name; /* "uid:1000", "anonymous"; "*": every other */
 	char *text; /* what the file says of it: "weight: 300, class: batch"; NULL: nothing */
+	char *lane; /* as the file names it; NULL: everybody's */
 	struct tenant_policy policy;
 	unsigned line;
 };
@@ -152,6 +165,8 @@ struct config {
 	struct config_module *modules;
 	size_t tenant_count;
 	struct config_tenant *tenants;
+	size_t lane_count;
+	struct config_lane *lanes; /* beside everybody's */
 	struct config_tls tls;
 	struct tls_context *tls_context; /* config_load_tls; NULL: no listener needs it */
 	size_t provider_count;
@@ -166,7 +181,7 @@ struct config {
 	uint64_t differential_bytes; /* that comparisons may hold; default 256 MiB */
 	char *differential_folder;   /* for case files of divergences, with contents; NULL: none */
 	struct config_limits limits;
-	uint32_t threads; /* of the CPU lane; 0: one a core that the process may use */
+	uint32_t threads; /* of everybody's lane; 0: what of the machine (server/machine.h) the other lanes leave, at least one */
 	bool checked;     /* canaries behind every output, verified after each kernel */
 	uint64_t inline_ns; /* a kernel estimated under this runs on the loop; default 5000, 0: never */
 	uint64_t segment_ns; /* of work may be handed to a device before the scheduler is asked again; default 2 ms */
@@ -201,6 +216,7 @@ OPD_MUST_USE opd_status config_add_priority(struct config *config, const char *t
 OPD_MUST_USE opd_status config_add_module(struct config *config, const char *text, bool isolated, opd_error *error);
 /* How a tenant of this name is treated: by its own entry, else by that of "*", else by default. */
 void config_tenant(const struct config *config, const char *name, struct tenant_policy *policy_out);
+bool config_same_lanes(const struct config *a, const struct config *b);
 /* How far a provider is trusted: what its own entry says, else that of "*", else the defaults. */
 void config_provider(const struct config *config, const char *name, struct provider_policy *policy_out);
 /* "64 MiB", "1GiB", "4096": binary units. */

@@ -118,6 +118,22 @@ static opd_status read_module(struct reader *reader, const char *key, void *cont
 	return status;
 }
 
+static opd_status read_lane_key(struct reader *reader, const char *name, const char *key, size_t line, void *context)
+{
+	const char *text;
+	opd_status status = reader_scalar(reader, key, "a single value", &text);
+	return status == OPD_OK ? reader_place(reader, line, key, config_set_lane(context, name, text, reader->error)) : status;
+}
+
+static opd_status read_lane(struct reader *reader, const char *name, const char *key, size_t line, void *context)
+{
+	(void)context;
+	struct config_lane *lane;
+	struct reader_seen seen = {0};
+	opd_status status = config_begin_lane(reader->config, name, (unsigned)line, &lane, reader->error);
+	return status == OPD_OK ? reader_map(reader, key, &seen, read_lane_key, lane) : reader_place(reader, line, key, status);
+}
+
 static opd_status read_tenant_key(struct reader *reader, const char *name, const char *key, size_t line, void *context)
 {
 	const char *text;
@@ -128,7 +144,7 @@ static opd_status read_tenant_key(struct reader *reader, const char *name, const
 	if (status == OPD_OK)
 		status = config_note_tenant(context, name, text, reader->error);
 	if (status == OPD_NOT_FOUND)
-		return reader_fail(reader, line, key, "no such key, expected weight, class, class_max or a quota: sessions, in_flight, queued, bytes_in, bytes_out, memory, device_memory, device_time, "
+		return reader_fail(reader, line, key, "no such key, expected weight, class, class_max, lane or a quota: sessions, in_flight, queued, bytes_in, bytes_out, memory, device_memory, device_time, "
 		               "or session_ and one of the last seven");
 	return reader_place(reader, reader_line(reader), key, status);
 }
@@ -243,6 +259,11 @@ static opd_status read_tenants(struct reader *reader, const char *key)
 	return reader_map(reader, key, NULL, read_tenant, NULL);
 }
 
+static opd_status read_lanes(struct reader *reader, const char *key)
+{
+	return reader_map(reader, key, NULL, read_lane, NULL);
+}
+
 static opd_status read_identities(struct reader *reader, const char *key)
 {
 	return reader_map(reader, key, NULL, read_identity, NULL);
@@ -262,6 +283,7 @@ static const struct section {
 	{"modules", read_modules},
 	{"priorities", read_priorities},
 	{"tenants", read_tenants},
+	{"lanes", read_lanes},
 	{"identities", read_identities},
 	{"providers", read_providers},
 	{"limits", read_section},

@@ -40,6 +40,12 @@ OPD_MUST_USE opd_status config_set_tenant(struct config_tenant *tenant, const ch
 /* Remembers that `key` was given, for config_compare. */
 OPD_MUST_USE opd_status config_note_tenant(struct config_tenant *tenant, const char *key, const char *value, opd_error *error);
 void config_clear_tenants(struct config *config);
+/* A lane of one thread. */
+OPD_MUST_USE opd_status config_begin_lane(struct config *config, const char *name, unsigned line, struct config_lane **lane_out, opd_error *error);
+/* NOT_FOUND: no such key. */
+OPD_MUST_USE opd_status config_set_lane(struct config_lane *lane, const char *key, const char *value, opd_error *error);
+/* Tenants may name lanes that come later in the file: once it is read. */
+OPD_MUST_USE opd_status config_resolve_lanes(struct config *config, opd_error *error);
 /* An entry that has only the rights of who isn't configured. Its lists begin empty when their keys are given. */
 OPD_MUST_USE opd_status config_begin_identity(struct config *config, const char *name, unsigned line, struct config_identity **identity_out, opd_error *error);
 /* certificate, uid, gid, tenant. NOT_FOUND: no such key with one value. */

@@ -40,11 +40,15 @@ static void print_priorities(const struct config *config)
 
 static void print_tenants(const struct config *config)
 {
+	for (size_t i = 0; i < config->lane_count; i++)
+		(void)printf("lane: %s = %" PRIu32 " threads\n", config->lanes[i].name, config->lanes[i].threads);
 	for (size_t i = 0; i < config->tenant_count; i++) {
 		const struct tenant_policy *policy = &config->tenants[i].policy;
 		(void)printf("tenant: ");
 		print_text(config->tenants[i].name);
 		(void)printf(" = weight %" PRIu32 ", class %s (at most %s)", policy->weight, sched_class_name(policy->class), sched_class_name(policy->class_max));
+		if (policy->lane != 0)
+			(void)printf(", lane %s", config->lanes[policy->lane - 1].name);
 		print_quotas("", policy->quota);
 		print_quotas("session_", policy->session_quota);
 		(void)printf("\n");
@@ -106,7 +110,7 @@ void config_print(const struct config *config)
 	print_modules(config);
 	print_limits(&config->limits);
 	(void)printf("threads: %" PRIu32 "%s, inline: %" PRIu64 " ns, checked: %s\n", config->threads,
-	             config->threads == 0 ? " (one a core)" : "", config->inline_ns, config->checked ? "true" : "false");
+	             config->threads == 0 ? " (those of the machine)" : "", config->inline_ns, config->checked ? "true" : "false");
 	(void)printf("quarantine: %" PRIu32 " failures, %" PRIu32 " of a provider, in %" PRIu64 " ms, for %" PRIu64 " ms\n", config->quarantine.failures,
 	             config->quarantine.provider_failures, config->quarantine.window_us / 1000, config->quarantine.cooldown_us / 1000);
 	(void)printf("polling: window %" PRIu64 " us, budget %" PRIu64 " us of a second\n", config->polling_window_us, config->polling_budget_us);

@@ -33,6 +33,17 @@ void config_tenant(const struct config *config, const char *name, struct tenant_
 	*policy_out = tenant == NULL ? default_policy : tenant->policy;
 }
 
+/* config_resolve_lanes finds it. */
+static opd_status set_lane(struct config_tenant *tenant, const char *value, opd_error *error)
+{
+	char *name = strdup(value);
+	if (name == NULL)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "out of memory");
+	free(tenant->lane);
+	tenant->lane = name;
+	return OPD_OK;
+}
+
 opd_status config_begin_tenant(struct config *config, const char *name, unsigned line, struct config_tenant **tenant_out, opd_error *error)
 {
 	const struct config_tenant *before = find(config, name);
@@ -50,9 +61,10 @@ opd_status config_begin_tenant(struct config *config, const char *name, unsigned
 	if (tenant->name == NULL)
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "out of memory");
 	config_tenant(config, "*", &tenant->policy);
+	const struct config_tenant *others = find(config, "*");
 	config->tenant_count++;
 	*tenant_out = tenant;
-	return OPD_OK;
+	return others == NULL || others->lane == NULL ? OPD_OK : set_lane(tenant, others->lane, error);
 }
 
 static opd_status set_number(uint32_t *field, uint32_t low, uint32_t high, const char *value, opd_error *error)
@@ -131,6 +143,8 @@ opd_status config_set_tenant(struct config_tenant *tenant, const char *key, cons
 		return set_class(&policy->class, value, error);
 	if (strcmp(key, "class_max") == 0)
 		return set_class(&policy->class_max, value, error);
+	if (strcmp(key, "lane") == 0)
+		return set_lane(tenant, value, error);
 	return set_quota(policy, key, value, error);
 }
 
@@ -149,6 +163,7 @@ void config_clear_tenants(struct config *config)
 	for (size_t i = 0; i < config->tenant_count; i++) {
 		free(config->tenants[i].name);
 		free(config->tenants[i].text);
+		free(config->tenants[i].lane);
 	}
 	free(config->tenants);
 	config->tenants = NULL;

@@ -99,6 +99,12 @@ static char *provider_text(const struct provider_policy *policy)
 	           : text;
 }
 
+static char *lane_text(const struct config_lane *lane)
+{
+	char *text;
+	return asprintf(&text, "threads: %" PRIu32, lane->threads) < 0 ? NULL : text;
+}
+
 static void add_lists(struct items *items, const struct config *config)
 {
 	for (size_t i = 0; i < config->priority_count; i++) {
@@ -111,6 +117,8 @@ static void add_lists(struct items *items, const struct config *config)
 	}
 	for (size_t i = 0; i < config->provider_count; i++)
 		items_add(items, joined("providers", config->providers[i].name), provider_text(&config->providers[i].policy));
+	for (size_t i = 0; i < config->lane_count; i++)
+		items_add(items, joined("lanes", config->lanes[i].name), lane_text(&config->lanes[i]));
 	for (size_t i = 0; i < config->tenant_count; i++)
 		items_add(items, joined("tenants", config->tenants[i].name), strdup(config->tenants[i].text == NULL ? "{}" : config->tenants[i].text));
 }

@@ -99,6 +99,8 @@ void conn_close(struct conn *conn, log_level level, const char *reason)
 	ring_close(conn);
 	if (conn->tls != NULL)
 		conn_tls_goodbye(conn);
+	if (conn->local)
+		conn_drain(conn);
 	conn->handle.data = conn;
 	uv_close(&conn->handle, on_closed);
 }

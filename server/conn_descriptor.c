@@ -46,6 +46,17 @@ ssize_t conn_receive(struct conn *conn, void *to, size_t bytes)
 	return got;
 }
 
+/* Nothing more can be sent to it, so there is an end to what is to be read. Not into the server's stage: what lies there may be in use by whoever closes the connection. */
+void conn_drain(struct conn *conn)
+{
+	char bytes[8192];
+	uv_os_fd_t fd;
+	if (uv_fileno(&conn->handle, &fd) != 0 || shutdown(fd, SHUT_RD) != 0)
+		return;
+	while (conn_receive(conn, bytes, sizeof bytes) > 0)
+		;
+}
+
 void conn_drop_descriptors(struct conn *conn)
 {
 	while (conn->descriptor_count != 0)

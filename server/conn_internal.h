@@ -23,6 +23,8 @@ void conn_on_hello(struct conn *conn, const uint8_t *envelope, size_t bytes);
 
 /* conn_descriptor.c. A Unix socket's bytes, as recv, and the descriptors that came with them; UV_EAGAIN, another error of libuv's, 0: the end. Those that no frame took are let go. */
 ssize_t conn_receive(struct conn *conn, void *to, size_t bytes);
+/* It is about to be closed: takes the descriptors that nobody has read yet, which the kernel would else close under the loop. */
+void conn_drain(struct conn *conn);
 void conn_drop_descriptors(struct conn *conn);
 
 /* conn_read.c */
@@ -53,6 +55,8 @@ void conn_protocol_error(struct conn *conn, const char *what);
 /* conn_write.c */
 void conn_new_turn(struct conn *conn);
 void conn_mark_dirty(struct conn *conn);
+/* The client has taken some of what waited for it. Its time (limits.stall) begins anew when that is CONN_PROGRESS_BYTES, or all: what TLS has sealed and the socket has no room for is not. */
+void conn_progress(struct conn *conn);
 void conn_stop_reading(struct conn *conn);
 /* Stops reading while too much is in flight. */
 void conn_throttle(struct conn *conn);

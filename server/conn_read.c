@@ -215,7 +215,8 @@ static uv_buf_t read_room(const struct conn *conn)
 {
 	if (turn_over(conn))
 		return uv_buf_init(NULL, 0);
-	if (conn->state == CONN_PAYLOAD && conn->ring == NULL) {
+	const bool small = conn->read_hint == 0 && conn->frame_left < CONN_STAGE_BYTES; /* its end is copied as its beginning was: what comes behind it is read with it */
+	if (conn->state == CONN_PAYLOAD && conn->ring == NULL && !small) {
 		uint64_t left = conn->frame_left + slack_bytes(conn);
 		uint64_t share = CONN_TURN_BYTES - (conn->turn_read < CONN_TURN_BYTES / 2 ? conn->turn_read : CONN_TURN_BYTES / 2);
 		return uv_buf_init((char *)payload_at(conn), (unsigned)(left < share ? left : share));

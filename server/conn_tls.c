@@ -65,7 +65,7 @@ static void on_sent(uv_write_t *write, int status)
 		return;
 	}
 	conn_new_turn(conn);
-	conn->write_us = conn->server->turn_us;
+	conn_progress(conn);
 	conn_mark_dirty(conn);
 }
 
@@ -256,10 +256,13 @@ static void on_computed(uv_work_t *work, int status)
 		refuse(conn, &own->error);
 		return;
 	}
-	if (own->tls.established)
+	if (own->tls.established) {
+		conn->server->tls_handshakes++;
+		conn->server->tls_resumed += SSL_session_reused(own->tls.ssl) == 1;
 		go_on(conn);
-	else
+	} else {
 		keep_rest(own);
+	}
 	if (!conn->closing)
 		conn_start_reading(conn);
 }

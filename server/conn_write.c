@@ -39,15 +39,20 @@ void conn_new_turn(struct conn *conn)
 	}
 }
 
+void conn_progress(struct conn *conn)
+{
+	if (conn->progress_bytes < CONN_PROGRESS_BYTES && (conn->writing || !outbox_empty(&conn->outbox)))
+		return;
+	conn->write_us = conn->server->turn_us;
+	conn->progress_bytes = 0;
+}
+
 static void wrote(struct conn *conn, uint64_t bytes)
 {
 	conn->turn_written += bytes;
 	conn->progress_bytes += bytes;
 	outbox_consume(&conn->outbox, bytes);
-	if (conn->progress_bytes < CONN_PROGRESS_BYTES && !outbox_empty(&conn->outbox))
-		return;
-	conn->write_us = conn->server->turn_us;
-	conn->progress_bytes = 0;
+	conn_progress(conn);
 }
 
 static void on_written(uv_write_t *write, int status)
@@ -215,7 +220,7 @@ static void on_reply_written(struct out *out)
 /* The client's time to read begins with the first reply that waits for it, not with the last one it has read. */
 static void begin_writing(struct conn *conn)
 {
-	if (outbox_empty(&conn->outbox))
+	if (outbox_empty(&conn->outbox) && !conn->writing)
 		conn->write_us = conn->server->turn_us;
 }
 

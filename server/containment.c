@@ -7,6 +7,8 @@
 #include <string.h>
 #include <time.h>
 
+#include "server/tenant.h"
+
 #define COOLDOWN_DOUBLINGS 6u
 
 /* Of one implementation, or of a provider as a whole. */
@@ -16,16 +18,22 @@ struct record {
 	struct record *next;
 	uint64_t counts[FAILURE_KINDS]; /* since the start, or since it was restored */
 	uint32_t recent;                /* of times that are filled in */
-	uint64_t times[QUARANTINE_FAILURES_MAX]; /* a ring: the newest is at (total - 1) */
+	struct failure {
+		uint64_t time_ns;
+		uint64_t tenant; /* of its name; 0: nobody's */
+		failure_kind kind;
+	} ring[QUARANTINE_FAILURES_MAX]; /* the newest is at (total - 1) */
 	uint64_t total;
 	uint64_t trial_until_ns; /* on trial until then */
 	uint64_t out_until_ns;   /* 0: it is in */
 	uint32_t doublings;
+	bool alone;   /* it is out for one tenant's failures, which nobody else was there to mind */
 	bool pending; /* the registry was busy: it still has to be told */
 };
 
 struct containment {
 	struct registry *registry;
+	struct tenants *tenants;
 	struct log *log;
 	struct containment_policy policies[REGISTRY_PROVIDERS_MAX]; /* by provider index */
 	_Atomic uint64_t failures[REGISTRY_PROVIDERS_MAX];
@@ -41,12 +49,13 @@ static uint64_t now_ns(void)
 	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
-opd_status containment_create(struct registry *registry, struct log *log, struct containment **containment_out, opd_error *error)
+opd_status containment_create(struct registry *registry, struct tenants *tenants, struct log *log, struct containment **containment_out, opd_error *error)
 {
 	struct containment *containment = calloc(1, sizeof *containment);
 	if (containment == NULL)
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "containment: out of memory");
 	containment->registry = registry;
+	containment->tenants = tenants;
 	containment->log = log;
 	(void)pthread_mutex_init(&containment->mutex, NULL); /* of glibc, it can't fail */
 	*containment_out = containment;
@@ -135,7 +144,63 @@ static void describe(const struct record *record, char *out, size_t out_bytes)
 		(void)snprintf(out + at, out_bytes - at, ")");
 }
 
-/* Whether the newest failure is one too many. */
+/* ---- Whose failures they are ---- */
+
+/* Names come and go with their sessions, and who comes back is the same. FNV-1a: two names of one number are taken for one tenant, which keeps a provider in. */
+static uint64_t tenant_number(const char *name)
+{
+	uint64_t number = 0xcbf29ce484222325u;
+	for (; name != NULL && *name != '\0'; name++)
+		number = (number ^ (unsigned char)*name) * 0x100000001b3u;
+	return name == NULL ? 0 : number;
+}
+
+/* The others notice nothing of it; a thread that is lost, a worker that has to start again, memory written to are everybody's. */
+static bool is_confined(failure_kind kind)
+{
+	return kind == FAILURE_KERNEL || kind == FAILURE_DIVERGENCE;
+}
+
+static const struct failure *nth_last(const struct record *record, uint32_t n)
+{
+	return &record->ring[(record->total - n) % QUARANTINE_FAILURES_MAX];
+}
+
+/* All failures within the window are confined, and one tenant's. */
+static bool is_one_tenants(const struct record *record, uint64_t window_ns, uint64_t time_ns)
+{
+	uint64_t tenant = 0;
+	for (uint32_t n = 1; n <= record->recent && time_ns - nth_last(record, n)->time_ns <= window_ns; n++) {
+		const struct failure *failure = nth_last(record, n);
+		if (!is_confined(failure->kind) || (tenant != 0 && failure->tenant != 0 && failure->tenant != tenant))
+			return false;
+		tenant = failure->tenant != 0 ? failure->tenant : tenant;
+	}
+	return true;
+}
+
+struct others {
+	uint64_t tenant;
+	bool found;
+};
+
+static void look_at(struct tenant *tenant, void *argument)
+{
+	struct others *others = argument;
+	others->found = others->found || (atomic_load_explicit(&tenant->sessions, memory_order_relaxed) != 0 && tenant_number(tenant->name) != others->tenant);
+}
+
+/* Another tenant than the one that this record's newest failure was for has sessions. */
+static bool others_are_there(const struct containment *containment, const struct record *record)
+{
+	struct others others = {.tenant = nth_last(record, 1)->tenant};
+	tenants_walk(containment->tenants, look_at, &others);
+	return others.found;
+}
+
+/* ---- Too many ---- */
+
+/* Whether the newest failure is one too many, were it anybody's. */
 static bool is_enough(const struct record *record, uint32_t limit, uint64_t window_ns, uint64_t time_ns)
 {
 	if (limit == 0)
@@ -144,13 +209,13 @@ static bool is_enough(const struct record *record, uint32_t limit, uint64_t wind
 		return true;
 	if (record->total < limit || record->recent < limit)
 		return false;
-	return time_ns - record->times[(record->total - limit) % QUARANTINE_FAILURES_MAX] <= window_ns;
+	return time_ns - nth_last(record, limit)->time_ns <= window_ns;
 }
 
-static void count(struct record *record, failure_kind kind, uint64_t time_ns)
+static void count(struct record *record, failure_kind kind, uint64_t tenant, uint64_t time_ns)
 {
 	record->counts[kind]++;
-	record->times[record->total++ % QUARANTINE_FAILURES_MAX] = time_ns;
+	record->ring[record->total++ % QUARANTINE_FAILURES_MAX] = (struct failure){time_ns, tenant, kind};
 	record->recent += record->recent < QUARANTINE_FAILURES_MAX;
 }
 
@@ -186,47 +251,73 @@ static void tell(struct containment *containment, struct record *record)
 		    LOG_STR("provider", record->provider->name), LOG_STR("op", op_name(containment, record)));
 }
 
+static void log_kept(const struct containment *containment, const struct record *record, const char *tenant)
+{
+	static struct log_limit limit;
+	uint32_t suppressed;
+	char reason[200];
+	if (!log_limit_take(&limit, 5, &suppressed))
+		return;
+	describe(record, reason, sizeof reason);
+	LOG(containment->log, LOG_WARN, "provider fails for one tenant only, and stays", LOG_STR("provider", record->provider->name), LOG_STR("op", op_name(containment, record)),
+	    LOG_STR("tenant", tenant == NULL ? "" : tenant), LOG_STR("reason", reason), LOG_UINT("suppressed", suppressed));
+}
+
 /* Under the mutex. */
-static void failed(struct containment *containment, const struct provider *provider, const struct impl *impl, failure_kind kind, uint32_t limit,
+static void failed(struct containment *containment, const struct provider *provider, const struct impl *impl, failure_kind kind, const char *tenant, uint32_t limit,
                    uint64_t time_ns)
 {
+	const uint64_t window_ns = containment->rules.window_us * 1000;
 	struct record *record = record_of(containment, provider, impl);
 	if (record == NULL)
 		return;
-	count(record, kind, time_ns);
+	count(record, kind, tenant_number(tenant), time_ns);
 	/* Requests of older snapshots may still fail while it is out. */
-	if (record->out_until_ns == 0 && provider->index != 0 && is_enough(record, limit, containment->rules.window_us * 1000, time_ns)) {
-		take_out(containment, record, time_ns);
-		tell(containment, record);
+	if (record->out_until_ns != 0 || provider->index == 0 || !is_enough(record, limit, window_ns, time_ns))
+		return;
+	const bool one = is_one_tenants(record, window_ns, time_ns);
+	if (one && others_are_there(containment, record)) {
+		log_kept(containment, record, tenant);
+		return;
 	}
+	record->alone = one;
+	take_out(containment, record, time_ns);
+	tell(containment, record);
 }
 
-void containment_failed(struct containment *containment, const struct impl *impl, failure_kind kind)
+void containment_failed(struct containment *containment, const struct impl *impl, failure_kind kind, const char *tenant)
 {
 	const uint64_t time_ns = now_ns();
 	const struct provider *provider = impl->provider;
 	(void)atomic_fetch_add_explicit(&containment->failures[provider->index], 1, memory_order_relaxed);
 	(void)pthread_mutex_lock(&containment->mutex);
-	failed(containment, provider, impl, kind, containment->rules.failures, time_ns);
-	failed(containment, provider, NULL, kind, containment->rules.provider_failures, time_ns);
+	failed(containment, provider, impl, kind, tenant, containment->rules.failures, time_ns);
+	failed(containment, provider, NULL, kind, tenant, containment->rules.provider_failures, time_ns);
 	(void)pthread_mutex_unlock(&containment->mutex);
 }
 
-void containment_note(struct containment *containment, const struct impl *impl, opd_status status)
+void containment_note(struct containment *containment, const struct impl *impl, opd_status status, const char *tenant)
 {
 	if (impl->provider->isolated) /* its workers' side has told already, and of what kind it was */
 		return;
 	if (status == OPD_INTERNAL || status == OPD_UNKNOWN || status == OPD_DATA_LOSS)
-		containment_failed(containment, impl, FAILURE_KERNEL);
+		containment_failed(containment, impl, FAILURE_KERNEL, tenant);
 }
 
 /* ---- The way back ---- */
+
+static bool comes_back(const struct containment *containment, const struct record *record, uint64_t time_ns)
+{
+	if (record->out_until_ns == 0 || record->pending)
+		return false;
+	return record->out_until_ns <= time_ns || (record->alone && others_are_there(containment, record));
+}
 
 void containment_tick(struct containment *containment, uint64_t time_ns)
 {
 	(void)pthread_mutex_lock(&containment->mutex);
 	for (struct record *record = containment->records; record != NULL; record = record->next) {
-		if (record->out_until_ns != 0 && record->out_until_ns <= time_ns && !record->pending) {
+		if (comes_back(containment, record, time_ns)) {
 			record->out_until_ns = 0;
 			record->trial_until_ns = time_ns + containment->rules.window_us * 1000;
 			record->pending = true;

@@ -5,6 +5,8 @@
  * An implementation with `failures` of them within `window`, or all of a provider's with `provider_failures` of its together, is taken out of the registry's snapshot: lists pass it over
  * (SEMANTICS 27), requests dispatched before go on. After the cool-down it is back on trial: the first failure within a window takes it out again, for twice as long (at most 64 times
  * the cool-down); a window without one ends the trial. `native` is an op's definition: its failures are counted, and it stays.
+ * Nobody takes a provider away from others: failures that only their own requests notice (statuses, divergences) must be of two tenants at least, unless no other tenant has a session; what was
+ * taken out then is back within a second of another's coming. Hangs, crashes and overruns hurt everybody, and count whoever caused them.
  * What counts: the kernel's own failures (statuses INTERNAL, UNKNOWN, DATA_LOSS), writing past an output, hanging, crashing (isolated modules), results that another provider doesn't confirm.
  * What the request is to blame for (INVALID_ARGUMENT, OUT_OF_RANGE…), memory that isn't there and cancelling don't.
  * Not here: the checks themselves (server/execute.c, server/watch.h). */
@@ -20,6 +22,7 @@
 #include "server/registry.h"
 
 struct containment;
+struct tenants;
 
 /* What holds for a provider; read by lanes while the loop changes it. */
 struct containment_policy {
@@ -30,7 +33,7 @@ struct containment_policy {
 	_Atomic uint64_t compare_seen;
 };
 
-OPD_MUST_USE opd_status containment_create(struct registry *registry, struct log *log, struct containment **containment_out, opd_error *error);
+OPD_MUST_USE opd_status containment_create(struct registry *registry, struct tenants *tenants, struct log *log, struct containment **containment_out, opd_error *error);
 void containment_destroy(struct containment *containment);
 
 /* Takes over `quarantine`, `checked` and `providers`; looks the names up among the providers that are there now. */
@@ -40,11 +43,11 @@ const struct containment_policy *containment_policy(const struct containment *co
 
 struct containment_policy *containment_policy_of(struct containment *containment, const struct provider *provider);
 
-/* A kernel has failed. Whoever asks the registry for a snapshot after this has returned doesn't get the implementation any more, if this was one failure too many (while a module opens: within
+/* A kernel has failed for a request of this tenant (NULL: nobody's in particular). Whoever asks the registry for a snapshot after this has returned doesn't get the implementation any more, if this was one failure too many (while a module opens: within
  * a second). */
-void containment_failed(struct containment *containment, const struct impl *impl, failure_kind kind);
+void containment_failed(struct containment *containment, const struct impl *impl, failure_kind kind, const char *tenant);
 /* The same for a status of a kernel, if it is one that counts. */
-void containment_note(struct containment *containment, const struct impl *impl, opd_status status);
+void containment_note(struct containment *containment, const struct impl *impl, opd_status status, const char *tenant);
 
 /* Ends cool-downs. */
 void containment_tick(struct containment *containment, uint64_t now_ns);

@@ -16,6 +16,7 @@
 #include "server/deadline.h"
 #include "server/device_lane.h"
 #include "server/lane.h"
+#include "server/lanes.h"
 #include "server/plans.h"
 #include "server/registry.h"
 #include "server/conn_tls.h"
@@ -31,12 +32,22 @@ struct differential;
 struct listener;
 struct conn;
 struct metrics;
+struct placement;
 struct post;
 struct ring;
 struct scrape;
 
 /* Who records: the loop, and all direct callers together. */
 enum { SERVER_METRICS_LOOP = 0, SERVER_METRICS_DIRECT = 1, SERVER_METRICS = 2 };
+
+/* A lane of the CPU, as the loop sees it. */
+struct cpu_lane {
+	struct lane *lane;
+	uint64_t done;        /* jobs that have ended */
+	uint64_t done_before; /* at the last tick */
+	uint64_t progress_us; /* when it last got on, or had nothing that waits */
+	uint32_t waiting;     /* at the last tick */
+};
 
 struct server {
 	struct log *log;
@@ -52,9 +63,12 @@ struct server {
 	struct derived *derived;
 	struct memory memory;
 	struct account *account; /* what modules allocate */
+	struct placement *placement;
 	struct tenants *tenants;
 	struct publications *publications;
-	struct lane *lane;
+	struct lane *lane; /* everybody's, and the daemon's own work: the first of: */
+	uint32_t lane_count;
+	struct cpu_lane lanes[1 + CONFIG_LANES_MAX]; /* the others are kept for some tenants */
 	_Atomic(struct device_lane *) device_lanes[REGISTRY_DEVICES_MAX]; /* by device number; started on first use, under the mutex */
 	uint64_t started_us;
 
@@ -91,10 +105,6 @@ struct server {
 	struct scrape *scrapes; /* connections of the metrics endpoint */
 	uint32_t scrape_count;
 	uint64_t next_session;
-	uint64_t lane_done;        /* jobs of the CPU lane that have ended */
-	uint64_t lane_done_before; /* at the last tick */
-	uint64_t lane_progress_us; /* when it last got on, or had nothing that waits */
-	uint32_t lane_waiting;     /* at the last tick */
 	bool draining;
 	bool drain_failed;
 	bool ending;            /* the lanes are stopped: nothing may be submitted to one any more */
@@ -110,6 +120,8 @@ struct server {
 	uint64_t sessions_refused;         /* for daemon memory */
 	uint64_t caches_dropped;           /* for daemon memory: how often */
 	uint64_t slow_readers;             /* cut off */
+	uint64_t tls_handshakes;           /* that were finished */
+	uint64_t tls_resumed;              /* of them, by a ticket */
 	uint64_t sessions_opened;
 	uint64_t hellos_refused;
 	bool caches_are_dropped;           /* memory has not come below the mark since */

@@ -345,8 +345,7 @@ static void finish_job(struct device_lane *lane, struct device_job *job)
 		job->complete(lane, job);
 	job_release(lane, job);
 	job->next = NULL;
-	(void)atomic_fetch_sub_explicit(&lane->load, 1, memory_order_relaxed);
-	const uint64_t device_ns = device_time(lane, job);
+	const uint64_t device_ns = job->device_ns = device_time(lane, job);
 	(void)pthread_mutex_lock(&lane->mutex);
 	scheduler_complete(&lane->scheduler, job->item.flow, (sched_class)job->item.class, job->item.estimate_ns, device_ns);
 	*lane->done_end = job;
@@ -367,6 +366,7 @@ static bool poll_flight(struct device_lane *lane)
 			lane->flight_end = &lane->flight;
 		lane->in_flight--;
 		lane->flight_ns -= job->item.estimate_ns;
+		atomic_store_explicit(&lane->stream_until_ns, request_now_ns() + lane->flight_ns, memory_order_relaxed);
 		finish_job(lane, job);
 		any = true;
 	}
@@ -420,6 +420,14 @@ static struct device_job *next_job(struct device_lane *lane, bool *stop_out)
 	return job;
 }
 
+/* It is on the stream, behind what is there. */
+static void expect(struct device_lane *lane, const struct device_job *job)
+{
+	const uint64_t until_ns = atomic_load_explicit(&lane->stream_until_ns, memory_order_relaxed);
+	const uint64_t from_ns = lane->in_flight != 0 && until_ns > job->started_ns ? until_ns : job->started_ns;
+	atomic_store_explicit(&lane->stream_until_ns, from_ns + job->item.estimate_ns, memory_order_relaxed);
+}
+
 static void *lane_main(void *argument)
 {
 	struct device_lane *lane = argument;
@@ -427,6 +435,7 @@ static void *lane_main(void *argument)
 		struct device_job *job = next_job(lane, &stop);
 		if (job != NULL) {
 			job_enqueue(lane, job);
+			expect(lane, job);
 			*lane->flight_end = job;
 			lane->flight_end = &job->next;
 			lane->in_flight++;
@@ -520,10 +529,15 @@ opd_status device_lane_get(struct server *server, const struct device *device, u
 	return status;
 }
 
-uint32_t device_lane_load(struct server *server, uint32_t number)
+uint64_t device_lane_finish_ns(struct server *server, uint32_t number, const struct sched_flow *flow, sched_class class, uint64_t cost_ns, uint64_t now_ns)
 {
-	const struct device_lane *lane = atomic_load_explicit(&server->device_lanes[number], memory_order_acquire);
-	return lane == NULL ? 0 : atomic_load_explicit(&lane->load, memory_order_relaxed);
+	struct device_lane *lane = device_lane_started(server, number);
+	if (lane == NULL)
+		return cost_ns;
+	const uint64_t ns = scheduler_finish_ns(device_lane_scheduler_lock(lane), flow, class, cost_ns);
+	(void)pthread_mutex_unlock(&lane->mutex); /* nothing has changed that its thread should wake for */
+	const uint64_t until_ns = atomic_load_explicit(&lane->stream_until_ns, memory_order_relaxed);
+	return ns + (until_ns > now_ns ? until_ns - now_ns : 0);
 }
 
 uint64_t device_lane_memory_bytes(struct server *server, uint32_t number)
@@ -543,8 +557,10 @@ void device_lane_use(struct server *server, uint32_t number, struct device_lane_
 		.memory_bytes = atomic_load_explicit(&lane->memory.used_bytes, memory_order_relaxed),
 		.cached_bytes = memory_cached_bytes(&lane->memory),
 		.memory_limit_bytes = limit_bytes == UINT64_MAX ? 0 : limit_bytes,
-		.jobs = atomic_load_explicit(&lane->load, memory_order_relaxed),
 	};
+	(void)pthread_mutex_lock(&lane->mutex);
+	use_out->jobs = lane->scheduler.queued + lane->scheduler.running;
+	(void)pthread_mutex_unlock(&lane->mutex);
 }
 
 struct device_lane *device_lane_started(struct server *server, uint32_t number)
@@ -579,7 +595,6 @@ bool device_lane_submit(struct device_lane *lane, struct device_job *job)
 {
 	job->next = NULL;
 	job->queued_ns = request_now_ns();
-	(void)atomic_fetch_add_explicit(&lane->load, 1, memory_order_relaxed);
 	(void)pthread_mutex_lock(&lane->mutex);
 	const bool queued = scheduler_submit(&lane->scheduler, &job->item, job->queued_ns);
 	if (!queued) {
@@ -588,8 +603,6 @@ bool device_lane_submit(struct device_lane *lane, struct device_job *job)
 	}
 	(void)pthread_cond_signal(&lane->wake);
 	(void)pthread_mutex_unlock(&lane->mutex);
-	if (!queued)
-		(void)atomic_fetch_sub_explicit(&lane->load, 1, memory_order_relaxed);
 	return queued;
 }
 
@@ -598,8 +611,6 @@ bool device_lane_withdraw(struct device_lane *lane, struct device_job *job)
 	(void)pthread_mutex_lock(&lane->mutex);
 	const bool queued = scheduler_withdraw(&lane->scheduler, &job->item);
 	(void)pthread_mutex_unlock(&lane->mutex);
-	if (queued)
-		(void)atomic_fetch_sub_explicit(&lane->load, 1, memory_order_relaxed);
 	return queued;
 }
 

@@ -45,6 +45,7 @@ struct device_job {
 	uint64_t started_ns;
 	uint64_t ended_ns;
 	uint64_t moves_ns; /* host time spent enqueueing copies */
+	uint64_t device_ns; /* once it is done: what the device worked on it alone */
 	/* the lane's */
 	void *event;
 	bool recorded;
@@ -70,8 +71,8 @@ struct device_lane *device_lane_started(struct server *server, uint32_t number);
 /* Takes a job that the lane's thread hasn't begun out of the queue: `done` isn't called. False: it is on its way, or has ended, or was never
  * submitted (zeroed memory). Only by the thread that submitted it. */
 OPD_MUST_USE bool device_lane_withdraw(struct device_lane *lane, struct device_job *job);
-/* Jobs of a device that haven't ended, of all sessions; any thread. */
-uint32_t device_lane_load(struct server *server, uint32_t number);
+/* How long from now a job of this flow (NULL: of a session that has had none there), class and cost would take to be done, by the estimates of what is there; any thread. */
+uint64_t device_lane_finish_ns(struct server *server, uint32_t number, const struct sched_flow *flow, sched_class class, uint64_t cost_ns, uint64_t now_ns);
 /* Bytes that tensors and work in flight take there; any thread. */
 uint64_t device_lane_memory_bytes(struct server *server, uint32_t number);
 

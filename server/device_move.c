@@ -5,6 +5,7 @@
 #include "server/daemon.h"
 #include "server/device_run.h"
 #include "server/device_work.h"
+#include "server/placement.h"
 #include "server/priority.h"
 #include "server/request.h"
 
@@ -58,24 +59,19 @@ void device_submit(struct request *request, struct device_lane *lane, void (*don
 opd_status device_wanted(struct request *request, struct msg_text text, uint32_t *number_out)
 {
 	const struct snapshot *snapshot = request->snapshot;
+	const struct placement_wish wish = {.device = text, .class = request->session->class};
 	struct device_filter filter;
-	uint32_t least = UINT32_MAX;
 	*number_out = 0;
 	if (text.bytes == 0)
 		return OPD_OK;
 	opd_status status = device_filter_parse(text, &filter, &request->error);
 	if (status != OPD_OK)
 		return status;
-	for (uint32_t i = 0; i < snapshot->device_count; i++) {
-		const struct device *device = &snapshot->devices[i];
-		const uint32_t load = i == 0 ? 0 : device_lane_load(request->context->server, i);
-		if (device->lost != NULL || strlen(device->kind) != filter.kind_bytes || memcmp(device->kind, filter.kind, filter.kind_bytes) != 0 ||
-		    (filter.ordinal >= 0 && device->ordinal != (uint64_t)filter.ordinal) || load >= least)
-			continue;
-		*number_out = i;
-		least = load;
-	}
-	return least != UINT32_MAX ? OPD_OK : opd_fail(&request->error, OPD_FAILED_PRECONDITION, "device %s: there is none", text.data);
+	const char *host = snapshot->devices[0].kind;
+	if (strlen(host) == filter.kind_bytes && memcmp(host, filter.kind, filter.kind_bytes) == 0 && filter.ordinal <= 0)
+		return OPD_OK;
+	*number_out = placement_choose(request->context->server, snapshot, request->session, &wish);
+	return *number_out != 0 ? OPD_OK : opd_fail(&request->error, OPD_FAILED_PRECONDITION, "device %s: there is none", text.data);
 }
 
 static void move_enqueue(struct device_lane *lane, struct device_job *job)

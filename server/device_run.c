@@ -10,6 +10,7 @@
 #include "server/device_work.h"
 #include "server/metrics.h"
 #include "server/module.h"
+#include "server/placement.h"
 #include "server/request.h"
 
 /* What one attempt has on the device; in the job's arena. Arguments are the host's with `data` replaced. */
@@ -372,6 +373,18 @@ static void run_complete(struct device_lane *lane, struct device_job *job)
 
 /* ---- On the context's thread ---- */
 
+/* What it reads and writes: how large a call is, as far as costs go. */
+static uint64_t work_bytes(const struct request *request)
+{
+	const struct bound *bound = &request->run.bound;
+	uint64_t bytes = 0;
+	for (uint32_t i = 0; i < bound->operand_count; i++)
+		bytes += bound->operands[i].tensor.elements * opd_dtype_bytes(bound->operands[i].tensor.dtype);
+	for (uint32_t i = 0; i < bound->call.output_count; i++)
+		bytes += bound->outputs[i].elements * opd_dtype_bytes(bound->outputs[i].dtype);
+	return bytes;
+}
+
 static void run_done(struct request *request)
 {
 	struct device_job *job = &request->device_job;
@@ -383,13 +396,15 @@ static void run_done(struct request *request)
 	request->clock.moves = job->moves_ns;
 	if (request->run.written)
 		metrics_ran(request->context->metrics, request->run.dispatch.impl, job->started_ns - job->queued_ns, job->ended_ns - job->started_ns, job->status);
+	if (request->run.written && job->status == OPD_OK)
+		placement_note(request->context->server->placement, request->run.dispatch.impl, request->run.device, work_bytes(request), job->device_ns, job->ended_ns);
 	execute_device_done(request);
 }
 
 /* Bytes of the request's operands that lie there. */
-static uint64_t home_bytes(const struct request *request, uint32_t device)
+static uint64_t home_bytes(const void *what, uint32_t device)
 {
-	const struct request_run *run = &request->run;
+	const struct request_run *run = &((const struct request *)what)->run;
 	uint64_t bytes = 0;
 	for (uint32_t i = 0; i < run->bound.operand_count; i++)
 		if (run->kept[i] != NULL && buffer_is_on(run->kept[i]->buffer, device))
@@ -397,28 +412,26 @@ static uint64_t home_bytes(const struct request *request, uint32_t device)
 	return bytes;
 }
 
+/* 0: nobody says. */
+static uint64_t estimated_ns(const struct request *request)
+{
+	const struct impl *impl = request->run.dispatch.impl;
+	return impl->def->cost_ns == NULL ? 0 : impl->def->cost_ns(impl->def, &request->run.bound.call);
+}
+
 uint32_t device_choose(const struct request *request)
 {
-	const struct snapshot *snapshot = request->snapshot;
-	const char *kind = request->run.dispatch.impl->def->device;
-	struct device_filter filter = {.ordinal = -1};
-	if (request->message.run.device.bytes != 0 && device_filter_parse(request->message.run.device, &filter, NULL) != OPD_OK)
-		filter.ordinal = -1; /* it was parsed when the request was accepted */
-	uint32_t chosen = 0;
-	uint32_t least = UINT32_MAX;
-	uint64_t most = 0;
-	for (uint32_t i = 1; i < snapshot->device_count; i++) {
-		if (strcmp(snapshot->devices[i].kind, kind) != 0 || snapshot->devices[i].lost != NULL || (filter.ordinal >= 0 && snapshot->devices[i].ordinal != (uint64_t)filter.ordinal))
-			continue;
-		const uint32_t load = device_lane_load(request->context->server, i);
-		const uint64_t home = home_bytes(request, i);
-		if (chosen != 0 && (home < most || (home == most && load >= least)))
-			continue;
-		chosen = i;
-		least = load;
-		most = home;
-	}
-	return chosen;
+	const struct placement_wish wish = {
+		.device = request->message.run.device,
+		.kind = request->run.dispatch.impl->def->device,
+		.impl = request->run.dispatch.impl,
+		.bytes = work_bytes(request),
+		.estimate_ns = estimated_ns(request),
+		.class = request->run.class,
+		.home_bytes = home_bytes,
+		.what = request,
+	};
+	return placement_choose(request->context->server, request->snapshot, request->session, &wish);
 }
 
 static opd_status prepare(struct request *request, struct device_lane **lane_out)
@@ -437,11 +450,12 @@ static opd_status prepare(struct request *request, struct device_lane **lane_out
 	return device_lane_get(request->context->server, &request->snapshot->devices[run->device], run->device, lane_out, &request->error);
 }
 
-/* 0: nobody says; the session's mean is taken then. */
+/* As it was measured there, else as the implementation estimates. 0: nobody says; the session's mean is taken then. */
 static uint64_t device_cost_ns(const struct request *request)
 {
-	const struct impl *impl = request->run.dispatch.impl;
-	return impl->def->cost_ns == NULL ? 0 : impl->def->cost_ns(impl->def, &request->run.bound.call);
+	const struct request_run *run = &request->run;
+	const uint64_t measured_ns = placement_cost_ns(request->context->server->placement, run->dispatch.impl, run->device, work_bytes(request), request_now_ns());
+	return measured_ns != 0 ? measured_ns : estimated_ns(request);
 }
 
 void device_run_start(struct request *request)

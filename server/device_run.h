@@ -18,7 +18,7 @@ struct request;
 /* Submits request->device_job; `done` on the context's thread once it has ended, perhaps before this returns. */
 void device_submit(struct request *request, struct device_lane *lane, void (*done)(struct request *request));
 
-/* The device for the chosen implementation: the one that the request names, else where most bytes of the operands lie, else the one with the least to do. 0: there is none. */
+/* The device for the chosen implementation (server/placement.h). 0: there is none. */
 uint32_t device_choose(const struct request *request);
 /* The chosen implementation on run.device; its operands are on that device or in host memory. Then execute_device_done. */
 void device_run_start(struct request *request);
@@ -28,7 +28,7 @@ bool device_is_index(const opd_op *def, const struct operand *operand);
 /* What a kernel found, in words. */
 opd_status device_fault_error(const struct op *op, const opd_index_fault *fault, opd_error *error);
 
-/* The device that a text names ("cuda:1", or "cuda": the one with the least to do); 0: "cpu", or no text. INVALID_ARGUMENT, or FAILED_PRECONDITION when there is none. */
+/* The device that a text names ("cuda:1", or "cuda": the session's, else the one with the least to do); 0: "cpu", or no text. INVALID_ARGUMENT, or FAILED_PRECONDITION when there is none. */
 OPD_MUST_USE opd_status device_wanted(struct request *request, struct msg_text text, uint32_t *number_out);
 
 /* A range of a buffer on a device, copied to or from host memory. */

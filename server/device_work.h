@@ -21,7 +21,7 @@ struct device_lane {
 	struct device device; /* copied: snapshots come and go */
 	uint32_t number;
 	struct memory memory; /* the device's */
-	_Atomic uint32_t load; /* jobs submitted and not yet ended */
+	_Atomic uint64_t stream_until_ns; /* when what is on the stream should have ended, by its estimates */
 	pthread_t thread;
 	bool joined;
 	pthread_mutex_t mutex; /* of scheduler, done and stopping */

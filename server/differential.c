@@ -44,6 +44,7 @@ struct check {
 	const opd_tensor **wanted;    /* the reference's */
 	uint64_t held_bytes;
 	uint64_t session;
+	char tenant[TENANT_NAME_BYTES];
 	uint64_t request;
 	uint32_t buffer_count;
 	struct buffer **buffers;
@@ -258,6 +259,7 @@ static bool start(struct differential *differential, struct request *request, co
 	check->impl = request->run.dispatch.impl;
 	check->reference = reference;
 	check->session = request->session->id;
+	(void)snprintf(check->tenant, sizeof check->tenant, "%s", request->session->tenant->name);
 	check->request = request->id;
 	const bool held = hold_all(check, request);
 	if (!within_memory(differential, check) || !held) {
@@ -353,7 +355,7 @@ static void on_difference(struct check *check, const struct difference *differen
 	    LOG_UINT("element", difference->element), LOG_STR("got", got), LOG_STR("wanted", wanted), LOG_UINT("session", check->session),
 	    LOG_UINT("request", check->request));
 	write_case(check);
-	containment_failed(server->containment, check->impl, FAILURE_DIVERGENCE);
+	containment_failed(server->containment, check->impl, FAILURE_DIVERGENCE, check->tenant);
 }
 
 static void check_run(struct lane_job *job, struct lane_exec *lane)

@@ -207,7 +207,7 @@ static opd_status results_check(struct request *request, const opd_plan *plan, u
 	if (status == OPD_OK)
 		status = scratch_check(request, plan);
 	if (status != OPD_OK)
-		containment_failed(request->context->server->containment, request->run.dispatch.impl, FAILURE_OVERRUN);
+		containment_failed(request->context->server->containment, request->run.dispatch.impl, FAILURE_OVERRUN, request->session->tenant->name);
 	return status;
 }
 
@@ -232,6 +232,7 @@ static opd_status run_kernel(struct request *request, struct lane_exec *lane)
 	const uint64_t outputs_before = run->checked ? outputs_print(run) : 0;
 	const uint64_t shapes_before = run->checked ? shapes_print(run) : 0;
 	lane->derived = &derived;
+	lane->tenant = request->session->tenant->name;
 	run->written = true;
 	request->error.text[0] = '\0';
 	struct watch watch;
@@ -242,7 +243,7 @@ static opd_status run_kernel(struct request *request, struct lane_exec *lane)
 	derived_end(request->context->server->derived, &derived);
 	if (status != OPD_OK) {
 		status = module_failure(status, &request->error, "%s.%s failed", impl->provider->name, run->op->schema->name);
-		containment_note(request->context->server->containment, impl, status);
+		containment_note(request->context->server->containment, impl, status, request->session->tenant->name);
 	} else if (run->checked) {
 		status = results_check(request, exec.plan, outputs_before, shapes_before);
 	}
@@ -362,14 +363,16 @@ opd_status execute_refused(struct request *request, const char *what, const stru
 	const char *whose = of_tenant ? " of tenant " : refusal->full == SCHED_FULL_FLOW ? " of this session" : "";
 	if (refusal->full != SCHED_FULL_LANE)
 		quota_count_refusal(of_tenant ? &session->tenant->quota : &session->quota, QUOTA_QUEUED);
-	return opd_fail(error, OPD_RESOURCE_EXHAUSTED,
-	                "%s: %" PRIu32 " requests%s%s wait for the %s lane, at most %" PRIu32 " may: try again in about %" PRIu64 " us", what, refusal->queued,
-	                whose, of_tenant ? session->tenant->name : "", lane, refusal->limit, refusal->wait_ns / 1000 + 1);
+	const uint64_t wait_us = refusal->wait_ns / 1000 + 1;
+	(void)opd_fail(error, OPD_RESOURCE_EXHAUSTED,
+	               "%s: %" PRIu32 " requests%s%s wait for the %s lane, at most %" PRIu32 " may: try again in about %" PRIu64 " us", what, refusal->queued,
+	               whose, of_tenant ? session->tenant->name : "", lane, refusal->limit, wait_us);
+	opd_error_retry_after(error, wait_us);
+	return OPD_RESOURCE_EXHAUSTED;
 }
 
 static void lane_start(struct request *request, void (*run)(struct lane_job *, struct lane_exec *))
 {
-	struct server *server = request->context->server;
 	struct session *session = request->session;
 	request->job = (struct lane_job){
 		.run = run,
@@ -381,9 +384,9 @@ static void lane_start(struct request *request, void (*run)(struct lane_job *, s
 		request->clock.queued = request_now_ns();
 		request->job.item.behind = request->run.behind = arena_zalloc(&request->arena, sizeof *request->run.behind); /* without memory it isn't told */
 	}
-	if (!lane_submit(server->lane, &request->job)) {
+	if (!lane_submit(session->lane, &request->job)) {
 		request->job.run = NULL;
-		request->status = execute_refused(request, request->run.op->schema->name, &request->job.refusal, "cpu", &request->error);
+		request->status = execute_refused(request, request->run.op->schema->name, &request->job.refusal, lane_name(session->lane), &request->error);
 		execute_done(request);
 		return;
 	}
@@ -399,7 +402,7 @@ static void charge_inline(struct request *request, uint64_t cost_ns)
 	session->inline_ns += cost_ns;
 	if (session->inline_ns < INLINE_CHARGE_NS)
 		return;
-	struct lane *lane = request->context->server->lane;
+	struct lane *lane = session->lane;
 	scheduler_charge(lane_scheduler_lock(lane), &session->flow, request->run.class, session->inline_ns);
 	lane_scheduler_unlock(lane);
 	session->inline_ns = 0;
@@ -412,7 +415,7 @@ bool execute_fits_loop(struct request *request, uint64_t cost_ns)
 		return false;
 	if (request->direct)
 		return true;
-	if (lane_busy(server->lane) || request->context->inline_ns + cost_ns > INLINE_TURN_NS)
+	if (lane_busy(request->session->lane) || request->context->inline_ns + cost_ns > INLINE_TURN_NS)
 		return false;
 	request->context->inline_ns += cost_ns;
 	charge_inline(request, cost_ns);
@@ -438,9 +441,9 @@ void execute_device_done(struct request *request)
 	if (request->status == OPD_OK && !request->run.plan_refused && request->run.checked) {
 		request->status = canaries_check(request);
 		if (request->status != OPD_OK)
-			containment_failed(containment, impl, FAILURE_OVERRUN);
+			containment_failed(containment, impl, FAILURE_OVERRUN, request->session->tenant->name);
 	} else if (request->run.written && request->status != OPD_DATA_LOSS) { /* a lost device is passed over as such */
-		containment_note(containment, impl, request->status);
+		containment_note(containment, impl, request->status, request->session->tenant->name);
 	}
 	execute_done(request);
 }

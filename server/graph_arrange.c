@@ -71,7 +71,7 @@ static bool sort_steps(struct preparing *p, const struct schedule *schedule)
 static bool arrange(struct preparing *p, struct schedule *at_once, struct schedule *serial)
 {
 	const struct layout layout = {p->items, p->item_count, p->uses, p->use_count};
-	const uint32_t threads = lane_threads(p->run->request->context->server->lane);
+	const uint32_t threads = lane_threads(p->run->request->session->lane);
 	struct plan_sizes *sizes = &p->prepared->sizes, wide;
 	struct schedule_steps steps;
 	if (!schedule_serial(p->graph->node_count, serial) || !graph_layout(&layout, serial, sizes))

@@ -194,13 +194,13 @@ static opd_status run_step(struct graph_run *run, const struct step *step, opd_e
 	struct containment *containment = run->request->context->server->containment;
 	if (status != OPD_OK) {
 		status = step_failed(step, status, " failed", error);
-		containment_note(containment, step->impl, status);
+		containment_note(containment, step->impl, status, run->request->session->tenant->name);
 		return status;
 	}
 	make_copies(prepared, step->copies, step->copy_count);
 	status = prepared->checked ? check_canaries(step, error) : OPD_OK;
 	if (status != OPD_OK)
-		containment_failed(containment, step->impl, FAILURE_OVERRUN);
+		containment_failed(containment, step->impl, FAILURE_OVERRUN, run->request->session->tenant->name);
 	return status;
 }
 
@@ -227,6 +227,7 @@ static uint32_t run_part(struct graph_run *run, const struct schedule_part *part
 	struct derived_run derived = {.count = 0};
 	opd_error error;
 	lane->derived = &derived;
+	lane->tenant = request->session->tenant->name;
 	uint32_t i = part->first + from;
 	for (; i < part->first + part->count; i++) {
 		if (i != part->first + from && lane_should_yield(lane))

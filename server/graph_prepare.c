@@ -7,6 +7,7 @@
 #include "server/daemon.h"
 #include "server/graph_prepare.h"
 #include "server/module.h"
+#include "server/placement.h"
 #include "server/request.h"
 
 #define PREPARED_ARENA_BYTES ((size_t)1 << 30)
@@ -133,8 +134,9 @@ static void describe_inputs(struct preparing *p)
 /* ---- Choosing ---- */
 
 /* Bytes of what the graph has bound that lie there. */
-static uint64_t home_bytes(const struct preparing *p, uint32_t device)
+static uint64_t home_bytes(const void *what, uint32_t device)
 {
+	const struct preparing *p = what;
 	uint64_t bytes = 0;
 	for (uint32_t i = 0; i < p->graph->input_count; i++) {
 		const struct graph_input *input = &p->graph->inputs[i];
@@ -147,23 +149,12 @@ static uint64_t home_bytes(const struct preparing *p, uint32_t device)
 	return bytes;
 }
 
-/* Of the kind: the one that the node names, else where most of the graph's bytes lie, else the one with the least to do. 0: none. */
+/* As for one op; the graph's bytes are what it has bound. 0: none. */
 static uint32_t choose_device(const struct preparing *p, const struct graph_node *node, const char *kind)
 {
-	const struct snapshot *snapshot = p->prepared->snapshot;
-	struct device_filter filter = {.ordinal = -1};
-	uint32_t chosen = 0;
-	if (node->run.device.bytes != 0 && device_filter_parse(node->run.device, &filter, NULL) != OPD_OK)
-		filter.ordinal = -1; /* it was parsed when the graph was checked */
-	for (uint32_t i = 1; i < snapshot->device_count; i++) {
-		struct server *server = p->run->request->context->server;
-		if (strcmp(snapshot->devices[i].kind, kind) != 0 || snapshot->devices[i].lost != NULL || (filter.ordinal >= 0 && snapshot->devices[i].ordinal != (uint64_t)filter.ordinal))
-			continue;
-		if (chosen == 0 || home_bytes(p, i) > home_bytes(p, chosen) ||
-		    (home_bytes(p, i) == home_bytes(p, chosen) && device_lane_load(server, i) < device_lane_load(server, chosen)))
-			chosen = i;
-	}
-	return chosen;
+	struct request *request = p->run->request;
+	const struct placement_wish wish = {.device = node->run.device, .kind = kind, .class = request->run.class, .home_bytes = home_bytes, .what = p};
+	return placement_choose(request->context->server, p->prepared->snapshot, request->session, &wish);
 }
 
 /* All nodes run on one device, or all on the CPU. */

@@ -18,13 +18,16 @@
 /* Stuck: all its threads are in kernels, more work waits, and for long nothing has ended. What waits for a tenant's rate while threads are free is no such thing. */
 void health_tick(struct server *server, uint64_t now_us)
 {
-	const struct scheduler *scheduler = lane_scheduler_lock(server->lane);
-	const bool waits = scheduler->queued > 0 && scheduler->running >= lane_threads(server->lane);
-	server->lane_waiting = scheduler->queued;
-	lane_scheduler_unlock(server->lane);
-	if (!waits || server->lane_done != server->lane_done_before)
-		server->lane_progress_us = now_us;
-	server->lane_done_before = server->lane_done;
+	for (uint32_t i = 0; i < server->lane_count; i++) {
+		struct cpu_lane *mine = &server->lanes[i];
+		const struct scheduler *scheduler = lane_scheduler_lock(mine->lane);
+		const bool waits = scheduler->queued > 0 && scheduler->running >= lane_threads(mine->lane);
+		mine->waiting = scheduler->queued;
+		lane_scheduler_unlock(mine->lane);
+		if (!waits || mine->done != mine->done_before)
+			mine->progress_us = now_us;
+		mine->done_before = mine->done;
+	}
 }
 
 /* ---- Conditions ---- */
@@ -68,9 +71,12 @@ static void add_limits(struct conditions *unhealthy, const struct server *server
 		add(unhealthy, "memory: %" PRIu64 " of %" PRIu64 " bytes are taken (limits.memory)", used, limits->memory_bytes);
 	if (server->conn_count >= limits->sessions)
 		add(unhealthy, "sessions: %" PRIu32 " are open, no more may be (limits.sessions)", server->conn_count);
-	if (limits->stuck_us != 0 && now_us - server->lane_progress_us >= limits->stuck_us)
-		add(unhealthy, "lane: no kernel of the CPU's has ended for %" PRIu64 " s, and %" PRIu32 " requests wait", (now_us - server->lane_progress_us) / 1000000,
-		    server->lane_waiting);
+	for (uint32_t i = 0; i < server->lane_count; i++) {
+		const struct cpu_lane *mine = &server->lanes[i];
+		if (limits->stuck_us != 0 && now_us - mine->progress_us >= limits->stuck_us)
+			add(unhealthy, "lane%s%s: no kernel of the CPU's has ended for %" PRIu64 " s, and %" PRIu32 " requests wait", i == 0 ? "" : " ", i == 0 ? "" : lane_name(mine->lane),
+			    (now_us - mine->progress_us) / 1000000, mine->waiting);
+	}
 }
 
 /* ---- Providers ---- */
@@ -123,7 +129,7 @@ static void add_providers(struct conditions *unhealthy, struct conditions *degra
 		if (reason != NULL)
 			add(listed ? unhealthy : degraded, "provider %s: %s", provider->name, reason);
 	}
-	const uint32_t stuck = lane_stuck(server->lane);
+	const uint32_t stuck = lanes_stuck(server);
 	if (stuck > 0)
 		add(degraded, "lane: %" PRIu32 " threads are in kernels that have exceeded their budget", stuck);
 	for (uint32_t i = 1; i < snapshot->device_count; i++)
@@ -134,7 +140,7 @@ static void add_providers(struct conditions *unhealthy, struct conditions *degra
 bool health_fill(const struct server *server, const struct snapshot *snapshot, struct arena *arena, struct msg_info *info_out)
 {
 	struct conditions unhealthy, degraded;
-	begin(&unhealthy, arena, 4 + snapshot->provider_count);
+	begin(&unhealthy, arena, 3 + server->lane_count + snapshot->provider_count);
 	begin(&degraded, arena, 1 + snapshot->provider_count + snapshot->device_count);
 	add_limits(&unhealthy, server, request_now_ns() / 1000);
 	add_providers(&unhealthy, &degraded, server, snapshot);

@@ -70,10 +70,10 @@ static struct msg_quota *fill_quotas(struct arena *arena, const struct quota *qu
 }
 
 /* The lane is locked for one session at a time: thousands of them must not hold it up. */
-static void fill_session(struct arena *arena, const struct session *session, const struct server *server, struct msg_session_state *out)
+static void fill_session(struct arena *arena, const struct session *session, const struct server *server, const struct snapshot *snapshot, struct msg_session_state *out)
 {
 	const struct sched_flow *flow = &session->flow;
-	const struct scheduler *scheduler = lane_scheduler_lock(server->lane);
+	const struct scheduler *scheduler = lane_scheduler_lock(session->lane);
 	*out = (struct msg_session_state){
 		.session = session->id,
 		.tenant = msg_text(session->tenant->name),
@@ -88,7 +88,7 @@ static void fill_session(struct arena *arena, const struct session *session, con
 		.share = scheduler_share(scheduler, flow, session->class),
 		.usage = usage_of(&flow->usage),
 	};
-	lane_scheduler_unlock(server->lane);
+	lane_scheduler_unlock(session->lane);
 	out->usage.device_ns += session->inline_ns;
 	for (uint32_t i = 1; i < REGISTRY_DEVICES_MAX; i++) {
 		struct device_lane *lane = device_lane_started(session->server, i);
@@ -101,6 +101,9 @@ static void fill_session(struct arena *arena, const struct session *session, con
 		add_usage(&there->usage, &out->usage);
 		device_lane_scheduler_unlock(lane);
 	}
+	const uint32_t pinned = atomic_load_explicit(&session->pinned_device, memory_order_relaxed);
+	if (pinned != 0 && pinned < snapshot->device_count)
+		out->device = msg_text(snapshot->devices[pinned].name);
 	out->quotas = fill_quotas(arena, &session->quota, session->account, 0, out->queued, out->usage.device_ns, &out->quota_count);
 }
 
@@ -129,7 +132,7 @@ static bool fill_sessions(struct request *request, struct msg_sessions *out)
 			continue;
 		at--;
 		if (at < count)
-			fill_session(&request->arena, conn->session, server, &out->sessions[at]);
+			fill_session(&request->arena, conn->session, server, request->snapshot, &out->sessions[at]);
 		else if (at == count)
 			out->next = conn->session->id;
 	}
@@ -140,7 +143,6 @@ static bool fill_sessions(struct request *request, struct msg_sessions *out)
 struct tenant_list {
 	const struct session *who;
 	struct arena *arena;
-	struct lane *lane;
 	struct msg_tenant_state *items;
 	uint32_t count;
 };
@@ -167,11 +169,12 @@ static void fill_tenant(struct tenant *tenant, void *argument)
 	};
 	const struct sched_group *group = tenant->groups[0];
 	if (group != NULL) {
-		(void)lane_scheduler_lock(list->lane);
+		struct lane *lane = list->who->server->lanes[tenant->lane].lane;
+		(void)lane_scheduler_lock(lane);
 		out->queued = group->queued;
 		out->running = group->running;
 		out->usage = usage_of(&group->usage);
-		lane_scheduler_unlock(list->lane);
+		lane_scheduler_unlock(lane);
 	}
 	for (uint32_t i = 1; i < REGISTRY_DEVICES_MAX; i++) {
 		struct device_lane *lane = device_lane_started(list->who->server, i);
@@ -190,7 +193,7 @@ static void fill_tenant(struct tenant *tenant, void *argument)
 static bool fill_tenants(struct request *request, struct msg_sessions *out)
 {
 	struct tenants *tenants = request->context->server->tenants;
-	struct tenant_list list = {.who = request->session, .arena = &request->arena, .lane = request->context->server->lane};
+	struct tenant_list list = {.who = request->session, .arena = &request->arena};
 	tenants_walk(tenants, count_tenant, &list);
 	list.count = list.count < BOUND_LIST ? list.count : BOUND_LIST;
 	list.items = out->tenants = arena_zalloc(&request->arena, (list.count + 1) * sizeof list.items[0]);
@@ -211,12 +214,14 @@ static struct msg_lane_state lane_state(const char *name, uint32_t threads, cons
 static bool fill_lanes(struct request *request, struct msg_sessions *out)
 {
 	struct server *server = request->context->server;
-	struct lane *cpu = server->lane;
-	out->lanes = arena_array(&request->arena, REGISTRY_DEVICES_MAX, sizeof out->lanes[0]);
+	out->lanes = arena_array(&request->arena, server->lane_count + REGISTRY_DEVICES_MAX, sizeof out->lanes[0]);
 	if (out->lanes == NULL)
 		return false;
-	out->lanes[out->lane_count++] = lane_state("cpu", lane_threads(cpu), lane_scheduler_lock(cpu));
-	lane_scheduler_unlock(cpu);
+	for (uint32_t i = 0; i < server->lane_count; i++) {
+		struct lane *lane = server->lanes[i].lane;
+		out->lanes[out->lane_count++] = lane_state(lane_name(lane), lane_threads(lane), lane_scheduler_lock(lane));
+		lane_scheduler_unlock(lane);
+	}
 	for (uint32_t i = 1; i < REGISTRY_DEVICES_MAX; i++) {
 		struct device_lane *lane = device_lane_started(server, i);
 		if (lane == NULL)
@@ -248,15 +253,43 @@ static struct session *find_session(const struct server *server, uint64_t id)
 	return NULL;
 }
 
+/* Where somebody's work runs is its own business, as it is in each request; how much it gets isn't. */
+static bool may_set(struct request *request, const struct session *session)
+{
+	const struct msg_set_session *set = &request->message.set_session;
+	if (session == request->session && set->weight == 0 && set->service_class == 0 && set->quota_count == 0)
+		return true;
+	return access_check_right(request->session->access, RIGHT_SESSIONS, "set_session", request->context->server->log, &request->error) == OPD_OK;
+}
+
+/* The number of a device by its name; 0 with OK: "any". */
+static opd_status find_device(const struct snapshot *snapshot, struct msg_text name, uint32_t *number_out, opd_error *error)
+{
+	*number_out = 0;
+	if (strcmp(name.data, "any") == 0)
+		return OPD_OK;
+	for (uint32_t i = 1; i < snapshot->device_count; i++)
+		if (strcmp(snapshot->devices[i].name, name.data) == 0)
+			*number_out = i;
+	return *number_out != 0 ? OPD_OK : opd_fail(error, OPD_FAILED_PRECONDITION, "device %s: there is none to pin (a device, such as cuda:1, or any)", name.data);
+}
+
 void admin_set_session(struct request *request)
 {
 	const struct msg_set_session *set = &request->message.set_session;
 	struct server *server = request->context->server;
-	struct session *session = find_session(server, set->session);
+	struct session *session = set->session == 0 ? request->session : find_session(server, set->session);
+	uint32_t device = 0;
+	if (!may_set(request, session)) {
+		request_fail(request);
+		return;
+	}
 	if (session == NULL)
 		(void)opd_fail(&request->error, OPD_NOT_FOUND, "session %" PRIu64 ": there is none", set->session);
 	else if (set->weight > SCHED_WEIGHT_MAX)
 		(void)opd_fail(&request->error, OPD_INVALID_ARGUMENT, "weight %" PRIu32 ", expected 1 to %u (0: as it is)", set->weight, SCHED_WEIGHT_MAX);
+	else if (set->device.bytes != 0)
+		(void)!find_device(request->snapshot, set->device, &device, &request->error);
 	for (uint32_t i = 0; request->error.status == OPD_OK && i < set->quota_count; i++)
 		if (set->quotas[i].kind == QUOTA_SESSIONS)
 			(void)opd_fail(&request->error, OPD_INVALID_ARGUMENT, "quota sessions is a tenant's: the configuration has it");
@@ -264,6 +297,8 @@ void admin_set_session(struct request *request)
 		session_set_weight(session, set->weight);
 	if (request->error.status == OPD_OK && set->service_class != 0)
 		session->class = (sched_class)(set->service_class - 1);
+	if (request->error.status == OPD_OK && set->device.bytes != 0)
+		atomic_store_explicit(&session->pinned_device, device, memory_order_relaxed);
 	for (uint32_t i = 0; request->error.status == OPD_OK && i < set->quota_count; i++)
 		session_set_quota(session, (quota_kind)set->quotas[i].kind, set->quotas[i].limit);
 	request_reply_empty(request);

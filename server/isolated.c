@@ -232,17 +232,19 @@ static void release(struct isolated *isolated, struct process *process)
 	(void)pthread_mutex_unlock(&isolated->mutex);
 }
 
-static void tell_failure(const struct proxy *proxy, failure_kind kind)
+/* exec: NULL while it plans. */
+static void tell_failure(const struct proxy *proxy, failure_kind kind, const opd_exec *exec)
 {
 	const struct isolated *isolated = proxy->owner;
+	const struct lane_exec *lane = exec == NULL ? NULL : exec->lane;
 	if (isolated->provider != NULL)
-		isolated->services.failed(isolated->services.context, isolated->provider, &proxy->impl, kind);
+		isolated->services.failed(isolated->services.context, isolated->provider, &proxy->impl, kind, lane == NULL ? NULL : lane->tenant);
 }
 
 /* ---- Calls ---- */
 
 /* The worker hasn't answered: it has died, or dies now. */
-static opd_status lose(const struct proxy *proxy, struct process *process, process_event event, opd_error *error)
+static opd_status lose(const struct proxy *proxy, struct process *process, process_event event, const opd_exec *exec, opd_error *error)
 {
 	struct isolated *isolated = proxy->owner;
 	char end[120];
@@ -253,7 +255,7 @@ static opd_status lose(const struct proxy *proxy, struct process *process, proce
 	note_death(isolated);
 	LOG(isolated->log, LOG_ERROR, event == PROCESS_OVERDUE ? "worker exceeded its budget and was ended" : "worker died", LOG_STR("provider", isolated->name),
 	    LOG_STR("op", proxy->op), LOG_UINT("worker", pid), LOG_STR("end", end));
-	tell_failure(proxy, event == PROCESS_OVERDUE ? FAILURE_HANG : FAILURE_CRASH);
+	tell_failure(proxy, event == PROCESS_OVERDUE ? FAILURE_HANG : FAILURE_CRASH, exec);
 	if (event == PROCESS_OVERDUE)
 		return opd_fail(error, OPD_DEADLINE_EXCEEDED, "%s.%s has exceeded its budget of %" PRIu64 " us, and its worker process was ended", isolated->name,
 		                proxy->op, isolated->services.budget_ns(isolated->services.context, isolated->provider) / 1000);
@@ -288,21 +290,21 @@ static opd_status exchange(const struct proxy *proxy, struct packing *packing, i
 	if (isolated_send(process->socket, &call, -1))
 		event = process_wait(process, budget_ns == 0 ? 0 : process_now_ns() + budget_ns, exec, lane_exec_cancelled);
 	if (event != PROCESS_MESSAGE)
-		return lose(proxy, process, event, error);
+		return lose(proxy, process, event, exec, error);
 	if (process->message.kind == ISOLATED_DONE) {
 		*process_out = process;
 		return OPD_OK;
 	}
-	return lose(proxy, process, PROCESS_DIED, error);
+	return lose(proxy, process, PROCESS_DIED, exec, error);
 }
 
 /* What the worker says of a failure. */
-static opd_status read_failure(const struct proxy *proxy, const struct isolated_message *message, opd_error *error)
+static opd_status read_failure(const struct proxy *proxy, const struct isolated_message *message, const opd_exec *exec, opd_error *error)
 {
 	(void)snprintf(error->text, sizeof error->text, "%s", isolated_text(message, 0));
 	opd_status status = module_failure((opd_status)message->status, error, "%s.%s failed", proxy->owner->name, proxy->op);
 	if (status == OPD_INTERNAL || status == OPD_UNKNOWN || status == OPD_DATA_LOSS)
-		tell_failure(proxy, FAILURE_KERNEL);
+		tell_failure(proxy, FAILURE_KERNEL, exec);
 	return status;
 }
 
@@ -339,7 +341,7 @@ static opd_status proxy_plan(const opd_impl *impl, void *state, const opd_call *
 		opd_reason_set(reason, known ? (opd_reason_code)message->number : OPD_REASON_PLAN, "%s", isolated_text(message, 1));
 		status = OPD_FAILED_PRECONDITION;
 	} else if (message->status != OPD_OK) {
-		status = read_failure(proxy, message, error);
+		status = read_failure(proxy, message, NULL, error);
 	} else {
 		status = note_plan(&packing, message->bytes, plan_out, error);
 	}
@@ -358,7 +360,7 @@ static uint64_t broken_at(const unsigned char *memory, uint64_t at, uint64_t byt
 
 static opd_status overrun(const struct proxy *proxy, const char *what, uint64_t broken, uint64_t bytes, opd_error *error)
 {
-	tell_failure(proxy, FAILURE_OVERRUN);
+	tell_failure(proxy, FAILURE_OVERRUN, NULL);
 	return opd_fail(error, OPD_INTERNAL, "%s.%s wrote past the end of %s, at byte %" PRIu64 " of %" PRIu64, proxy->owner->name, proxy->op, what, broken, bytes);
 }
 
@@ -398,7 +400,7 @@ static opd_status proxy_run(const opd_impl *impl, void *state, const opd_call *c
 	if (status != OPD_OK)
 		return status;
 	const struct isolated_message *message = &process->message;
-	status = message->status == OPD_OK ? take_results(proxy, &packing, process, error) : read_failure(proxy, message, error);
+	status = message->status == OPD_OK ? take_results(proxy, &packing, process, error) : read_failure(proxy, message, exec, error);
 	release(proxy->owner, process);
 	return status;
 }

@@ -29,7 +29,8 @@ struct isolated_services {
 	const char *program; /* that is a worker when it is started with --worker; NULL: there is none, and isolated modules are refused */
 	struct account *account;
 	uint64_t (*budget_ns)(void *context, const struct provider *provider); /* of one kernel; 0: any */
-	void (*failed)(void *context, const struct provider *provider, const opd_impl *impl, failure_kind kind);
+	/* tenant: whose call it was; NULL: nobody's in particular. */
+	void (*failed)(void *context, const struct provider *provider, const opd_impl *impl, failure_kind kind, const char *tenant);
 	void *context;
 };
 

@@ -16,6 +16,8 @@
 #define SHARES_PER_THREAD 4u
 #define THREADS_MAX 1024u
 #define SEGMENT_NS_DEFAULT 2000000u
+#define NAME_BYTES 32u
+#define DEFAULT_NAME "cpu"
 
 struct worker {
 	struct lane *lane;
@@ -47,6 +49,7 @@ struct loop {
 };
 
 struct lane {
+	char name[NAME_BYTES];
 	/* Written by every submission, read by spinning threads. */
 	_Atomic uint32_t load;   /* jobs queued or running */
 	_Atomic uint32_t hints;  /* jobs queued, and loops with a share left: what a spinning thread watches */
@@ -559,6 +562,11 @@ uint32_t lane_threads(const struct lane *lane)
 	return lane->threads;
 }
 
+const char *lane_name(const struct lane *lane)
+{
+	return lane->name;
+}
+
 void lane_cancel(struct lane_job *job)
 {
 	atomic_store_explicit(&job->cancelled, true, memory_order_relaxed);
@@ -575,15 +583,6 @@ struct lane_exec lane_exec_serial(struct lane_job *job)
 }
 
 /* ---- Life -------------------------------------------------------------------------------------------------------------- */
-
-static uint32_t count_cores(void)
-{
-	cpu_set_t set;
-	if (sched_getaffinity(0, sizeof set, &set) != 0)
-		return 1;
-	int count = CPU_COUNT(&set);
-	return count < 1 ? 1 : (uint32_t)count;
-}
 
 static void init_cond(pthread_cond_t *cond)
 {
@@ -606,7 +605,8 @@ static bool start_worker(struct lane *lane, uint32_t number)
 		return false;
 	}
 	char name[16];
-	(void)snprintf(name, sizeof name, "opd-lane-%u", number % 100000);
+	const bool only = strcmp(lane->name, DEFAULT_NAME) == 0;
+	(void)snprintf(name, sizeof name, "opd-%.5s-%u", only ? "lane" : lane->name, number % 100000);
 	(void)pthread_setname_np(worker->thread, name);
 	lane->started++;
 	return true;
@@ -675,12 +675,13 @@ uint32_t lane_stuck(struct lane *lane)
 
 opd_status lane_create(const struct lane_options *options, struct lane **lane_out, opd_error *error)
 {
-	uint32_t threads = options->threads == 0 ? count_cores() : options->threads;
-	if (threads > THREADS_MAX)
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "lane: %u threads, expected at most %u", threads, THREADS_MAX);
+	const uint32_t threads = options->threads;
+	if (threads == 0 || threads > THREADS_MAX)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "lane: %u threads, expected 1 to %u", threads, THREADS_MAX);
 	struct lane *lane = calloc(1, sizeof *lane + 2 * (size_t)threads * sizeof lane->workers[0]);
 	if (lane == NULL)
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "lane: out of memory");
+	(void)snprintf(lane->name, sizeof lane->name, "%s", options->name == NULL ? DEFAULT_NAME : options->name);
 	(void)pthread_mutex_init(&lane->mutex, NULL);
 	scheduler_init(&lane->scheduler);
 	lane->scheduler.servers = threads;

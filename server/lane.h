@@ -1,4 +1,4 @@
-/* The CPU lane: a pool of threads that runs jobs in the order that a scheduler gives them, and helps with the parallel loops of those that run.
+/* A CPU lane: a pool of threads that runs jobs in the order that a scheduler gives them, and helps with the parallel loops of those that run.
  *
  * Layer: server, bottom (knows nothing of requests). Threads: lane_create, lane_stop, lane_destroy by one; everything else any.
  * Life: lane_create → lane_submit… and lane_take_done whenever `wake` was called → lane_stop (runs what is queued, joins) → lane_take_done once
@@ -59,6 +59,7 @@ struct lane_exec {
 	uint64_t began_ns;
 	bool may_yield; /* it can go on later where it was */
 	bool again;     /* it wants to: by `run`, which then returns and is called once more when its turn has come */
+	const char *tenant; /* whose job it is, for those who count failures; NULL: nobody's */
 	struct derived_run *derived; /* the job's: derived copies that its kernel has; NULL: it gets none */
 };
 
@@ -67,14 +68,15 @@ struct lane_exec {
 #define LANE_SPIN_NS_DEFAULT 4000u
 
 struct lane_options {
-	uint32_t threads; /* 0: one a core that this process may use */
+	const char *name; /* copied; at most 31 bytes. NULL: "cpu" */
+	uint32_t threads; /* 1 to 1024 */
 	uint64_t spin_ns;
 	/* The list of done jobs is no longer empty: take it soon. On a lane thread, without a lock; not called again before lane_take_done. */
 	void (*wake)(void *argument);
 	void *wake_argument;
 };
 
-/* RESOURCE_EXHAUSTED: memory or threads. The threads are called opd-lane-0… and get no signals. */
+/* RESOURCE_EXHAUSTED: memory or threads. The threads are called opd-lane-0… (of other lanes than "cpu": opd-NAME-0…, as far as it fits) and get no signals. */
 OPD_MUST_USE opd_status lane_create(const struct lane_options *options, struct lane **lane_out, opd_error *error);
 
 /* False: the queue of the job's flow, of its group or the lane's is full (job->refusal); the job is still its owner's. Not after lane_stop. Doesn't block but for the queue's own lock, held for
@@ -103,6 +105,7 @@ uint32_t lane_finish_done(struct lane *lane);
 /* Something is queued or running: a small kernel should then not run on the I/O loop ahead of it. One relaxed load. */
 bool lane_busy(const struct lane *lane);
 uint32_t lane_threads(const struct lane *lane);
+const char *lane_name(const struct lane *lane);
 
 /* Nobody wants the result any more. A queued job is still run: its `run` asks lane_cancelled first. */
 void lane_cancel(struct lane_job *job);

@@ -15,6 +15,8 @@ struct server;
 OPD_MUST_USE opd_status listener_open(struct server *server, const struct config_listener *config, opd_error *error);
 /* The metrics endpoint's (server/scrape.h): not in listener_list. */
 OPD_MUST_USE opd_status listener_open_metrics(struct server *server, const struct config_listener *config, opd_error *error);
+/* A new turn of the loop: takes connections that the one before had no time for. */
+void listener_turn(struct server *server);
 /* Stops all of them; their memory goes in the close callbacks. Removes the sockets' files. */
 void listener_close_all(struct server *server);
 /* Whether its identity may have the session, which counts already: RESOURCE_EXHAUSTED in *refused, which stays where it says something else. At accept where the kernel says who it is,

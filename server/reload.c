@@ -67,8 +67,9 @@ static void apply_policy(struct tenant *tenant, void *argument)
 	config_tenant(server->config, tenant->name, &policy);
 	tenant_set_policy(tenant, &policy);
 	if (tenant->groups[0] != NULL) {
-		apply_to_lane(&policy, lane_scheduler_lock(server->lane), tenant->groups[0]);
-		lane_scheduler_unlock(server->lane);
+		struct lane *lane = server->lanes[tenant->lane].lane;
+		apply_to_lane(&policy, lane_scheduler_lock(lane), tenant->groups[0]);
+		lane_scheduler_unlock(lane);
 	}
 	for (uint32_t i = 1; i < REGISTRY_DEVICES_MAX; i++) {
 		struct device_lane *lane = device_lane_started(server, i);
@@ -87,6 +88,8 @@ static opd_status check_fixed(const struct config *before, const struct config *
 	if (before->threads != config->threads)
 		return opd_fail(error, OPD_FAILED_PRECONDITION, "threads can't change while running (%u to %u): restart the daemon",
 		                (unsigned)before->threads, (unsigned)config->threads);
+	if (!config_same_lanes(before, config))
+		return opd_fail(error, OPD_FAILED_PRECONDITION, "lanes can't change while running: restart the daemon");
 	if (!same_text(before->metrics.address, config->metrics.address))
 		return opd_fail(error, OPD_FAILED_PRECONDITION, "the metrics endpoint can't change while running: restart the daemon");
 	if (before->format != config->format || !same_text(before->log_path, config->log_path))

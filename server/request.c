@@ -180,7 +180,7 @@ static const struct step {
 	[MSG_REQUEST_LIST_SESSIONS] = {"list_sessions", NULL, inspect_sessions, RIGHT_NONE},
 	[MSG_REQUEST_GET_STATS] = {"get_stats", NULL, stats_reply, RIGHT_NONE},
 	[MSG_REQUEST_RESTORE_PROVIDER] = {"restore_provider", NULL, admin_restore_provider, RIGHT_OPERATE},
-	[MSG_REQUEST_SET_SESSION] = {"set_session", NULL, admin_set_session, RIGHT_SESSIONS},
+	[MSG_REQUEST_SET_SESSION] = {"set_session", NULL, admin_set_session, RIGHT_NONE}, /* checks itself: its own device is a session's own business */
 	[MSG_REQUEST_REGISTER_GRAPH] = {"register_graph", graph_register_accept, graph_register_start, RIGHT_NONE, true},
 	[MSG_REQUEST_RUN_GRAPH] = {"run_graph", run_accept, run_start, RIGHT_NONE, true},
 	[MSG_REQUEST_FREE_GRAPH] = {"free_graph", graph_free_accept, request_reply_empty, RIGHT_NONE},
@@ -282,7 +282,7 @@ static opd_status charge_arena(struct request *request)
 /* When somebody who has too much in flight may hope for room: when the lane has done what it has of the session. */
 static uint64_t lane_wait_ns(const struct request *request)
 {
-	struct lane *lane = request->context->server->lane;
+	struct lane *lane = request->session->lane;
 	const uint64_t wait_ns = scheduler_wait_ns(lane_scheduler_lock(lane), &request->session->flow, request->session->class);
 	lane_scheduler_unlock(lane);
 	return wait_ns;
@@ -295,12 +295,15 @@ static opd_status refuse_quota(struct request *request, const char *what, const 
 	const char *whose = refusal->of_tenant ? "tenant " : "this session";
 	const uint64_t wait_us = (in_flight ? lane_wait_ns(request) : refusal->wait_ns) / 1000 + 1;
 	if (in_flight)
-		return opd_fail(&request->error, OPD_RESOURCE_EXHAUSTED,
-		                "%s: quota in_flight of %s%s: %" PRIu64 " requests are in flight, at most %" PRIu64 " may be: try again in about %" PRIu64 " us", what,
-		                whose, refusal->of_tenant ? tenant->name : "", refusal->used, refusal->limit, wait_us);
-	return opd_fail(&request->error, OPD_RESOURCE_EXHAUSTED,
-	                "%s: quota %s of %s%s: more was sent than %" PRIu64 " bytes a second: try again in about %" PRIu64 " us", what, quota_name(refusal->kind),
-	                whose, refusal->of_tenant ? tenant->name : "", refusal->limit, wait_us);
+		(void)opd_fail(&request->error, OPD_RESOURCE_EXHAUSTED,
+		               "%s: quota in_flight of %s%s: %" PRIu64 " requests are in flight, at most %" PRIu64 " may be: try again in about %" PRIu64 " us", what,
+		               whose, refusal->of_tenant ? tenant->name : "", refusal->used, refusal->limit, wait_us);
+	else
+		(void)opd_fail(&request->error, OPD_RESOURCE_EXHAUSTED,
+		               "%s: quota %s of %s%s: more was sent than %" PRIu64 " bytes a second: try again in about %" PRIu64 " us", what, quota_name(refusal->kind),
+		               whose, refusal->of_tenant ? tenant->name : "", refusal->limit, wait_us);
+	opd_error_retry_after(&request->error, wait_us);
+	return OPD_RESOURCE_EXHAUSTED;
 }
 
 /* Part of limits.memory in use, in percent: what gives way to tensors doesn't count. */
@@ -509,6 +512,7 @@ static void fail_with(struct request *request, const opd_error *error)
 	if (request->reply.kind != MSG_REPLY_RUN || request->reply.run.explain == NULL)
 		request->reply.kind = MSG_REPLY_NONE; /* an explain record survives a failure */
 	request->reply.status = error->status == OPD_OK ? OPD_INTERNAL : (opd_status)error->status;
+	request->reply.retry_after_us = error->status == OPD_RESOURCE_EXHAUSTED ? error->retry_after_us : 0;
 	request->reply.message = error_message(request, error);
 	LOG(request->context->server->log, LOG_DEBUG, "request failed", LOG_UINT("session", request->session->id), LOG_UINT("request", request->id),
 	    LOG_STR("status", opd_status_name(request->reply.status)), LOG_STR("error", error->text));
@@ -548,7 +552,7 @@ static bool withdraw(struct request *request)
 	if (request->job.run == NULL && request->device_lane == NULL)
 		return true;
 	return (request->device_lane != NULL && device_lane_withdraw(request->device_lane, &request->device_job)) ||
-	       lane_withdraw(request->context->server->lane, &request->job);
+	       lane_withdraw(request->session->lane, &request->job);
 }
 
 void request_expire(struct request *request)
@@ -625,7 +629,7 @@ void request_task(struct request *request, request_task_fn task, request_task_fn
 		return;
 	}
 	request->job = (struct lane_job){.run = task_run, .done = task_done};
-	const bool queued = lane_submit(request->context->server->lane, &request->job); /* as the lane's own */
+	const bool queued = lane_submit(request->session->lane, &request->job); /* as the lane's own */
 	assert(queued);
 	(void)queued;
 }

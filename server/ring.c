@@ -292,7 +292,7 @@ static void look_for_room(struct ring *ring)
 static bool is_polling(const struct ring *ring, uint64_t now_ns)
 {
 	const struct server *server = ring->server;
-	return ring->poll_ns != 0 && ring->conn->session->in_flight == 0 && !lane_busy(server->lane) && server->polled_ns < server->config->polling_budget_us * 1000 &&
+	return ring->poll_ns != 0 && ring->conn->session->in_flight == 0 && !lanes_busy(server) && server->polled_ns < server->config->polling_budget_us * 1000 &&
 	       now_ns - ring->active_ns < ring->poll_ns;
 }
 

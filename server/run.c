@@ -592,6 +592,15 @@ opd_status run_check_inline(struct request *request)
 	return OPD_OK;
 }
 
+/* Nobody reads the operands any more, and the next request finds their memory warm instead of writing over that of all replies that wait to leave. */
+static void drop_payload(struct request *request)
+{
+	if (request->direct)
+		return;
+	buffer_unref(request->payload);
+	request->payload = NULL;
+}
+
 void run_reply_results(struct request *request)
 {
 	struct request_run *run = &request->run;
@@ -614,6 +623,7 @@ void run_reply_results(struct request *request)
 	}
 	request->reply.run.outputs = results;
 	request->reply.run.output_count = count;
+	drop_payload(request);
 	request_reply(request, MSG_REPLY_RUN);
 }
 

@@ -262,6 +262,7 @@ static void count(struct scheduler *scheduler, const struct sched_item *item, in
 	flow->queued += (uint32_t)by;
 	flow->group->queued += (uint32_t)by;
 	scheduler->queued_ns += ns;
+	scheduler->waiting_ns[item->class] += ns;
 	flow->queued_ns += ns;
 	flow->group->queued_ns += ns;
 }
@@ -560,6 +561,19 @@ double scheduler_share(const struct scheduler *scheduler, const struct sched_flo
 	const double among_groups =
 		(double)group->weight / (double)(scheduler->classes[class].weight + (group_waits ? 0 : group->weight));
 	return among_flows * among_groups;
+}
+
+uint64_t scheduler_finish_ns(const struct scheduler *scheduler, const struct sched_flow *flow, sched_class class, uint64_t cost_ns)
+{
+	double all = 0;
+	for (uint32_t i = 0; i <= (uint32_t)class; i++)
+		all += (double)scheduler->waiting_ns[i];
+	all = all / scheduler->servers + (double)cost_ns;
+	if (flow == NULL)
+		return (uint64_t)all;
+	const double mine = (double)(flow->queued_ns + cost_ns) / scheduler_share(scheduler, flow, class) / scheduler->servers;
+	const double ns = mine < all ? mine : all;
+	return ns > (double)cost_ns ? (uint64_t)ns : cost_ns;
 }
 
 /* How long what is queued of it, and what it owes, takes at its rate. */

@@ -124,6 +124,7 @@ struct scheduler {
 	double credit_ns[CLASS_COUNT];
 	double min_share[CLASS_COUNT]; /* of the time that higher classes use while this one waits; 0 to 1 */
 	uint32_t waiting[CLASS_COUNT]; /* items queued */
+	uint64_t waiting_ns[CLASS_COUNT]; /* their estimates */
 	uint64_t picks[CLASS_COUNT];
 	struct heap throttled_groups;
 	struct heap throttled_flows;
@@ -177,6 +178,8 @@ void scheduler_charge(struct scheduler *scheduler, struct sched_flow *flow, sche
 
 /* How long the flow's queue will take at its present share and within its rates: what a client that was refused is told to wait. */
 uint64_t scheduler_wait_ns(const struct scheduler *scheduler, const struct sched_flow *flow, sched_class class);
+/* How long what is queued before a job of this class and cost would take, and the job itself, if it came now; what runs isn't counted. flow NULL: one that nobody has seen yet. */
+uint64_t scheduler_finish_ns(const struct scheduler *scheduler, const struct sched_flow *flow, sched_class class, uint64_t cost_ns);
 /* Of the lane's time, what the flow gets while everybody who waits now goes on waiting; 0 to 1. */
 double scheduler_share(const struct scheduler *scheduler, const struct sched_flow *flow, sched_class class);
 

@@ -138,15 +138,15 @@ static void on_read(uv_stream_t *stream, ssize_t nread, const uv_buf_t *buf)
 		on_head(scrape);
 }
 
-void scrape_accept(struct server *server, uv_stream_t *listening, bool unix_socket)
+bool scrape_accept(struct server *server, uv_stream_t *listening, bool unix_socket)
 {
 	struct scrape *scrape = calloc(1, sizeof *scrape);
 	if (scrape == NULL)
-		return; /* libuv asks no more until it is accepted: the endpoint is lost, the daemon isn't */
+		return false;
 	const int failed = unix_socket ? uv_pipe_init(&server->loop, &scrape->pipe, 0) : uv_tcp_init(&server->loop, &scrape->tcp);
 	if (failed != 0) {
 		free(scrape);
-		return;
+		return false;
 	}
 	scrape->server = server;
 	scrape->handle.data = scrape;
@@ -156,6 +156,7 @@ void scrape_accept(struct server *server, uv_stream_t *listening, bool unix_sock
 	server->scrape_count++;
 	if (uv_accept(listening, &scrape->stream) != 0 || server->scrape_count > SCRAPES_MAX || uv_read_start(&scrape->stream, on_alloc, on_read) != 0)
 		scrape_close(scrape);
+	return true;
 }
 
 void scrape_tick(struct server *server, uint64_t now_us)

@@ -11,10 +11,12 @@
 #include <stdint.h>
 #include <uv.h>
 
+#include "opd/status.h"
+
 struct server;
 
-/* Somebody has connected to this listening pipe (unix) or TCP socket. */
-void scrape_accept(struct server *server, uv_stream_t *listening, bool unix_socket);
+/* Somebody has connected to this listening pipe (unix) or TCP socket. False: there is no memory for it, and it still waits there (libuv looks at the socket again only when it was taken). */
+OPD_MUST_USE bool scrape_accept(struct server *server, uv_stream_t *listening, bool unix_socket);
 /* Once a second: ends those that don't ask, or don't read. */
 void scrape_tick(struct server *server, uint64_t now_us);
 void scrape_close_all(struct server *server);

@@ -20,6 +20,7 @@
 #include "server/listener.h"
 #include "server/metrics.h"
 #include "server/module.h"
+#include "server/placement.h"
 #include "server/request.h"
 #include "server/ring.h"
 #include "server/scrape.h"
@@ -40,11 +41,6 @@ struct post {
 void server_wake(struct server *server)
 {
 	(void)uv_async_send(&server->wake);
-}
-
-static void wake_from_lane(void *argument)
-{
-	server_wake(argument);
 }
 
 opd_status server_post(struct server *server, void (*callback)(void *argument), void *argument, opd_error *error)
@@ -135,7 +131,7 @@ static void drain_check(struct server *server)
 
 static void finish_lanes(struct server *server)
 {
-	server->lane_done += lane_finish_done(server->lane);
+	lanes_finish_done(server);
 	if (!atomic_exchange_explicit(&server->device_done, false, memory_order_acquire))
 		return;
 	for (uint32_t i = 0; i < REGISTRY_DEVICES_MAX; i++) {
@@ -192,6 +188,7 @@ static void on_flush(uv_check_t *check)
 	server->turn_us = now_ns / 1000;
 	server->context.inline_ns = 0;
 	server->slice_end_ns = now_ns + RING_SLICE_NS;
+	listener_turn(server);
 	do {
 		rings_serve(server);
 		flush_dirty(server);
@@ -306,14 +303,14 @@ static uint64_t service_budget_ns(void *context, const struct provider *provider
 	return server->containment == NULL ? 0 : atomic_load_explicit(&containment_policy(server->containment, provider)->budget_ns, memory_order_relaxed);
 }
 
-static void service_failed(void *context, const struct provider *provider, const opd_impl *def, failure_kind kind)
+static void service_failed(void *context, const struct provider *provider, const opd_impl *def, failure_kind kind, const char *tenant)
 {
 	struct server *server = context;
 	struct snapshot *snapshot = registry_snapshot(server->registry);
 	for (uint32_t i = 0; i < snapshot->op_count; i++) {
 		const struct impl *impl = op_impl(&snapshot->ops[i], provider);
 		if (impl != NULL && impl->def == def)
-			containment_failed(server->containment, impl, kind);
+			containment_failed(server->containment, impl, kind, tenant);
 	}
 	snapshot_unref(snapshot);
 }
@@ -410,15 +407,13 @@ static void log_start(struct server *server)
 	}
 	snapshot_unref(snapshot);
 	LOG(server->log, LOG_INFO, "opd started", LOG_STR("version", OPD_VERSION), LOG_UINT("pid", getpid()), LOG_STR("listening", listeners),
-	    LOG_STR("providers", there), LOG_STR("not_available", missing), LOG_UINT("threads", lane_threads(server->lane)),
+	    LOG_STR("providers", there), LOG_STR("not_available", missing), LOG_UINT("threads", lanes_threads(server)),
 	    LOG_UINT("memory_bytes", atomic_load(&server->memory.limit_bytes)));
 }
 
 static opd_status start(struct server *server, opd_error *error)
 {
 	struct config *config = server->config;
-	const struct lane_options lane = {
-		.threads = config->threads, .spin_ns = LANE_SPIN_NS_DEFAULT, .wake = wake_from_lane, .wake_argument = server};
 	opd_status status = open_loop(server, error);
 	if (status == OPD_OK)
 		status = memory_init(&server->memory, config->limits.memory_bytes, config->limits.cache_bytes, error);
@@ -426,26 +421,25 @@ static opd_status start(struct server *server, opd_error *error)
 		server->account = account_create(&server->memory, config->limits.memory_bytes);
 		server->tenants = tenants_create(&server->memory);
 		server->publications = publications_create(&server->memory, server->tenants);
+		server->placement = placement_create();
 		server->stage = malloc(CONN_STAGE_BYTES);
 		if (config->tls_context != NULL) {
 			server->tls_stage = malloc(TLS_STAGE_BYTES);
 			server->tls_sealed = malloc(TLS_SEALED_BYTES);
 		}
-		if ((config->tls_context != NULL && (server->tls_stage == NULL || server->tls_sealed == NULL)) || server->metrics[SERVER_METRICS_LOOP] == NULL || server->metrics[SERVER_METRICS_DIRECT] == NULL || server->account == NULL || server->tenants == NULL || server->publications == NULL || server->stage == NULL)
+		if ((config->tls_context != NULL && (server->tls_stage == NULL || server->tls_sealed == NULL)) || server->metrics[SERVER_METRICS_LOOP] == NULL || server->metrics[SERVER_METRICS_DIRECT] == NULL || server->account == NULL || server->placement == NULL || server->tenants == NULL || server->publications == NULL || server->stage == NULL)
 			status = opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: out of memory");
 	}
 	if (status == OPD_OK)
 		status = derived_create(&server->memory, config->limits.derived_bytes, &server->derived, error);
 	if (status == OPD_OK)
-		status = lane_create(&lane, &server->lane, error);
-	if (status == OPD_OK)
-		server_bound_queues(server);
+		status = lanes_start(server, error);
 	if (status == OPD_OK)
 		status = plans_create(PLAN_ENTRIES, PLAN_BYTES, &server->plans, error);
 	if (status == OPD_OK)
 		status = open_providers(server, error);
 	if (status == OPD_OK)
-		status = containment_create(server->registry, server->log, &server->containment, error);
+		status = containment_create(server->registry, server->tenants, server->log, &server->containment, error);
 	if (status == OPD_OK)
 		status = differential_create(server, &server->differential, error);
 	if (status == OPD_OK) {
@@ -463,16 +457,12 @@ static opd_status start(struct server *server, opd_error *error)
 
 void server_bound_queues(struct server *server)
 {
-	struct scheduler *scheduler = lane_scheduler_lock(server->lane);
-	scheduler->flow_queue_max = server->config->limits.queue;
-	scheduler->queue_max = server->config->limits.lane_queue;
-	lane_scheduler_unlock(server->lane);
-	lane_set_segment(server->lane, server->config->segment_ns);
+	lanes_bound(server);
 	for (uint32_t i = 1; i < REGISTRY_DEVICES_MAX; i++) {
 		struct device_lane *lane = device_lane_started(server, i);
 		if (lane == NULL)
 			continue;
-		scheduler = device_lane_scheduler_lock(lane);
+		struct scheduler *scheduler = device_lane_scheduler_lock(lane);
 		scheduler->flow_queue_max = server->config->limits.queue;
 		scheduler->queue_max = server->config->limits.lane_queue;
 		device_lane_scheduler_unlock(lane);
@@ -505,7 +495,7 @@ opd_status server_create(struct config *config, struct log *log, struct server *
 	server->log = log;
 	server_take_config(server, config);
 	server->tick_fd = -1;
-	server->started_us = server->lane_progress_us = server->turn_us = request_now_ns() / 1000;
+	server->started_us = server->turn_us = request_now_ns() / 1000;
 	server->metrics[SERVER_METRICS_LOOP] = metrics_create(false);
 	server->metrics[SERVER_METRICS_DIRECT] = metrics_create(true);
 	context_init(&server->context, server);
@@ -532,7 +522,7 @@ opd_status server_run(struct server *server)
 	server->ended = true; /* from here on server_post refuses; who posted before must not wait for ever */
 	(void)pthread_mutex_unlock(&server->mutex);
 	run_posts(server);
-	const uint32_t stuck = lane_stuck(server->lane);
+	const uint32_t stuck = lanes_stuck(server);
 	if (stuck != 0)
 		LOG(server->log, LOG_ERROR, "kernels that exceed their budget still run", LOG_UINT("stuck", stuck));
 	server->drain_failed = server->drain_failed || stuck != 0; /* taking the daemon apart would wait for them */
@@ -558,7 +548,7 @@ static void close_loop(struct server *server)
 	(void)uv_run(&server->loop, UV_RUN_NOWAIT);
 	/* Jobs of closed connections end without a reader, and nothing follows them: not the next provider, nor a request that waited for a result. */
 	server->ending = true;
-	lane_stop(server->lane);
+	lanes_stop(server);
 	for (uint32_t i = 0; i < REGISTRY_DEVICES_MAX; i++) {
 		struct device_lane *lane = server->device_lanes[i];
 		if (lane != NULL) {
@@ -566,8 +556,7 @@ static void close_loop(struct server *server)
 			device_lane_finish_done(lane);
 		}
 	}
-	if (server->lane != NULL)
-		(void)lane_finish_done(server->lane);
+	lanes_finish_done(server);
 	run_posts(server);
 	uv_walk(&server->loop, close_handle, NULL);
 	while (uv_loop_close(&server->loop) == UV_EBUSY)
@@ -584,10 +573,11 @@ void server_destroy(struct server *server)
 	publications_destroy(server->publications); /* before the devices on which some of them lie */
 	for (uint32_t i = 0; i < REGISTRY_DEVICES_MAX; i++)
 		device_lane_stop(server->device_lanes[i]);
-	lane_destroy(server->lane);
+	lanes_destroy(server);
 	closer_fini(&server->closer);
 	metrics_destroy(server->metrics[SERVER_METRICS_LOOP]);
 	metrics_destroy(server->metrics[SERVER_METRICS_DIRECT]);
+	placement_destroy(server->placement);
 	tenants_destroy(server->tenants);
 	plans_destroy(server->plans);
 	derived_destroy(server->derived); /* before their makers are closed */

@@ -114,6 +114,7 @@ static bool set_tenant(struct session *session, const char *name)
 	}
 	leave_tenant(session);
 	session->tenant = tenant;
+	session->lane = server->lanes[tenant->lane].lane;
 	account_set_above(session->account, tenant->total);
 	(void)atomic_fetch_add_explicit(&tenant->sessions, 1, memory_order_relaxed);
 	session->class = tenant->policy.class;
@@ -156,9 +157,9 @@ struct sched_flow *session_find_flow(const struct session *session, uint32_t dev
 
 static uint32_t weight_of(struct session *session)
 {
-	(void)lane_scheduler_lock(session->server->lane);
+	(void)lane_scheduler_lock(session->lane);
 	const uint32_t weight = session->flow.weight;
-	lane_scheduler_unlock(session->server->lane);
+	lane_scheduler_unlock(session->lane);
 	return weight;
 }
 
@@ -194,8 +195,8 @@ static void set_rates(struct session *session, struct scheduler *scheduler, stru
 static void set_lanes(struct session *session)
 {
 	struct server *server = session->server;
-	set_rates(session, lane_scheduler_lock(server->lane), &session->flow);
-	lane_scheduler_unlock(server->lane);
+	set_rates(session, lane_scheduler_lock(session->lane), &session->flow);
+	lane_scheduler_unlock(session->lane);
 	for (struct device_flow *each = atomic_load_explicit(&session->device_flows, memory_order_acquire); each != NULL; each = each->next) {
 		struct device_lane *lane = device_lane_started(server, each->device);
 		set_rates(session, device_lane_scheduler_lock(lane), &each->flow);
@@ -206,9 +207,9 @@ static void set_lanes(struct session *session)
 void session_set_weight(struct session *session, uint32_t weight)
 {
 	struct server *server = session->server;
-	(void)lane_scheduler_lock(server->lane);
+	(void)lane_scheduler_lock(session->lane);
 	sched_flow_set_weight(&session->flow, weight);
-	lane_scheduler_unlock(server->lane);
+	lane_scheduler_unlock(session->lane);
 	for (struct device_flow *each = atomic_load_explicit(&session->device_flows, memory_order_acquire); each != NULL; each = each->next) {
 		struct device_lane *lane = device_lane_started(server, each->device);
 		(void)device_lane_scheduler_lock(lane);

@@ -22,6 +22,7 @@ struct conn;
 struct priority_map;
 struct graphs;
 struct device_flow;
+struct lane;
 
 struct session {
 	_Atomic uint32_t refs;
@@ -29,9 +30,11 @@ struct session {
 	struct server *server;
 	struct conn *conn; /* NULL: closed, or not begun */
 	struct tenant *tenant; /* "uid:1000", "anonymous": referenced */
-	struct sched_flow flow; /* its place in the order of the CPU lane */
+	struct lane *lane;      /* where its work for the CPU runs: its tenant's */
+	struct sched_flow flow; /* its place in that lane's order */
 	_Atomic(struct device_flow *) device_flows; /* … of devices', made on first use */
 	sched_class class;      /* of requests that name none */
+	_Atomic uint32_t pinned_device; /* where requests that name none run, if what runs them is of its kind; 0: none */
 	uint64_t inline_ns;     /* what ran on the loop and the lane's order doesn't know yet */
 	struct access *access; /* referenced; before Hello that of nobody, of a Unix peer its own */
 	struct credential credential;

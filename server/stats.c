@@ -51,6 +51,8 @@ static void tell_daemon(const struct walk *walk)
 	single(sink, STATS_GAUGE, "opd_sessions", "open now", server->conn_count);
 	single(sink, STATS_COUNTER, "opd_sessions_opened_total", "sessions that were greeted", (double)server->sessions_opened);
 	single(sink, STATS_COUNTER, "opd_sessions_refused_total", "Hellos answered with an error", (double)server->hellos_refused);
+	single(sink, STATS_COUNTER, "opd_tls_handshakes_total", "TLS handshakes finished", (double)server->tls_handshakes);
+	single(sink, STATS_COUNTER, "opd_tls_resumed_total", "of them, by a ticket of an earlier session", (double)server->tls_resumed);
 	single(sink, STATS_COUNTER, "opd_slow_readers_total", "sessions cut off because they didn't read their replies", (double)server->slow_readers);
 	family(sink, STATS_COUNTER, "opd_memory_steps_total", "what was refused or given up because memory was filling");
 	labelled(sink, "step", "uploads", (double)atomic_load_explicit(&server->uploads_refused, memory_order_relaxed));
@@ -201,6 +203,8 @@ static void tell_impls(const struct walk *walk)
 
 /* ---- Lanes ---- */
 
+#define LANES_MAX (1u + CONFIG_LANES_MAX + REGISTRY_DEVICES_MAX)
+
 struct lane_numbers {
 	const char *name;
 	uint32_t threads;
@@ -216,13 +220,16 @@ static struct lane_numbers numbers_of(const char *name, uint32_t threads, const 
 	return (struct lane_numbers){.name = name, .threads = threads, .queued = scheduler->queued, .running = scheduler->running, .device_ns = scheduler->device_ns};
 }
 
-/* The CPU's first; then those of devices that were used. */
-static uint32_t read_lanes(struct server *server, struct lane_numbers lanes[REGISTRY_DEVICES_MAX])
+/* The CPU's first, everybody's before the others; then those of devices that were used. */
+static uint32_t read_lanes(struct server *server, struct lane_numbers lanes[LANES_MAX])
 {
-	uint32_t count = 1;
-	lanes[0] = numbers_of("cpu", lane_threads(server->lane), lane_scheduler_lock(server->lane));
-	lane_scheduler_unlock(server->lane);
-	lanes[0].cpu = server->lane;
+	uint32_t count = 0;
+	for (; count < server->lane_count; count++) {
+		struct lane *lane = server->lanes[count].lane;
+		lanes[count] = numbers_of(lane_name(lane), lane_threads(lane), lane_scheduler_lock(lane));
+		lane_scheduler_unlock(lane);
+		lanes[count].cpu = lane;
+	}
 	for (uint32_t i = 1; i < REGISTRY_DEVICES_MAX; i++) {
 		struct device_lane *lane = device_lane_started(server, i);
 		if (lane == NULL)
@@ -245,7 +252,7 @@ static void tell_waits(struct stats_sink *sink, const struct lane_numbers *lane)
 static void tell_lanes(const struct walk *walk)
 {
 	struct stats_sink *sink = walk->sink;
-	struct lane_numbers lanes[REGISTRY_DEVICES_MAX];
+	struct lane_numbers lanes[LANES_MAX];
 	const uint32_t count = read_lanes(walk->server, lanes);
 	family(sink, STATS_GAUGE, "opd_lane_threads", "that run its jobs");
 	for (uint32_t i = 0; i < count; i++)
@@ -296,11 +303,11 @@ static struct sched_usage tenant_usage(const struct walk *walk, const struct ten
 		const struct sched_group *group = tenant->groups[i];
 		if (group == NULL || (i != 0 && lane == NULL))
 			continue;
-		(void)(lane == NULL ? lane_scheduler_lock(walk->server->lane) : device_lane_scheduler_lock(lane));
+		(void)(lane == NULL ? lane_scheduler_lock(walk->server->lanes[tenant->lane].lane) : device_lane_scheduler_lock(lane));
 		sum.jobs += group->usage.jobs;
 		sum.device_ns += group->usage.device_ns;
 		if (lane == NULL)
-			lane_scheduler_unlock(walk->server->lane);
+			lane_scheduler_unlock(walk->server->lanes[tenant->lane].lane);
 		else
 			device_lane_scheduler_unlock(lane);
 	}

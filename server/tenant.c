@@ -64,6 +64,7 @@ static struct tenant *tenant_create(struct tenants *table, const char *name, con
 	}
 	account_set_above(tenant->account, tenant->total);
 	tenant_set_policy(tenant, policy);
+	tenant->lane = policy->lane;
 	tenant->next = table->first;
 	table->first = tenant;
 	return tenant;

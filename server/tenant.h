@@ -29,6 +29,7 @@ struct tenant {
 	struct account *total;     /* all that it and its sessions have */
 	struct account *account;   /* pays for what no session pays */
 	struct tenant_policy policy; /* the loop's */
+	uint32_t lane;             /* number of its CPU lane; for as long as it is there, whatever a reload says */
 	struct quota quota;        /* of its sessions together */
 	struct sched_group *groups[REGISTRY_DEVICES_MAX]; /* by device number, 0: the CPU lane. Made on first use, under the table's lock; in use under the lane's */
 };

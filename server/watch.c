@@ -32,10 +32,10 @@ static void on_overdue(struct watches *watches, struct watch *watch, uint64_t no
 	struct server *server = watches->server;
 	watch->overdue = true;
 	log_watch(watch, LOG_ERROR, "kernel exceeds its budget", now_ns);
-	containment_failed(server->containment, watch->impl, FAILURE_HANG);
+	containment_failed(server->containment, watch->impl, FAILURE_HANG, watch->request->session->tenant->name);
 	lane_cancel(watch->exec->job);
-	if (!lane_replace(server->lane, watch->exec->job))
-		LOG(server->log, LOG_ERROR, "no thread could take the place of a stuck one", LOG_UINT("stuck", lane_stuck(server->lane)));
+	if (!lane_replace(watch->request->session->lane, watch->exec->job))
+		LOG(server->log, LOG_ERROR, "no thread could take the place of a stuck one", LOG_UINT("stuck", lanes_stuck(server)));
 	request_overdue(watch->request, watch->impl, watch->budget_ns / 1000);
 }
 

@@ -14,8 +14,8 @@ build=(gcc libc6-dev cmake ninja-build pkg-config libuv1-dev libprotobuf-c-dev p
 test=(check libsubunit-dev openssl python3 python3-protobuf python3-numpy binutils procps)
 full=(clang)
 bench=(g++ libgrpc++-dev libprotobuf-dev protobuf-compiler protobuf-compiler-grpc python3-torch)
-# Libraries that providers wrap. Nothing needs them to be built or to pass: modules say what they miss. So a failure to get them is none.
-optional=(libopenblas0-pthread libdnnl-dev opencl-headers)
+# Libraries that providers wrap, and hwloc. Nothing needs them to be built or to pass: modules say what they miss. So a failure to get them is none.
+optional=(libopenblas0-pthread libdnnl-dev opencl-headers libhwloc-dev)
 # An OpenCL device for machines without a GPU: large, and of use to the tests alone.
 optional_test=(ocl-icd-libopencl1 pocl-opencl-icd)
 

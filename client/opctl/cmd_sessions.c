@@ -73,6 +73,8 @@ static void add_session(cJSON *list, const opd_session_state *session)
 	cJSON_AddItemToObject(item, "running", json_u64(session->running));
 	cJSON_AddItemToObject(item, "memory_bytes", json_u64(session->memory_bytes));
 	cJSON_AddItemToObject(item, "share", json_f64(session->share));
+	if (session->device[0] != '\0')
+		cJSON_AddStringToObject(item, "device", session->device);
 	add_usage(item, &session->usage);
 	add_quotas(item, session->quota_count, session->quotas);
 }
@@ -196,6 +198,7 @@ struct change {
 	bool quota;
 	opd_quota_kind kind;
 	uint64_t limit;
+	const char *device; /* NULL: something else is changed */
 };
 
 struct unit {
@@ -280,12 +283,25 @@ static opd_status parse_change(const struct options *options, struct change *cha
 		return parse_weight(words[4], &change->weight, error);
 	if (status == OPD_OK && strcmp(words[3], "quota") == 0)
 		return parse_quota(words[4], change, error);
+	if (status == OPD_OK && strcmp(words[3], "device") == 0) {
+		change->device = words[4];
+		return OPD_OK;
+	}
 	return status == OPD_OK ? parse_class(words[4], &change->service_class, error) : status;
 }
 
 static bool is_settable(const char *what)
 {
-	return strcmp(what, "weight") == 0 || strcmp(what, "class") == 0 || strcmp(what, "quota") == 0;
+	return strcmp(what, "weight") == 0 || strcmp(what, "class") == 0 || strcmp(what, "quota") == 0 || strcmp(what, "device") == 0;
+}
+
+static opd_status send_change(opd_client *client, const struct change *change, opd_error *error)
+{
+	if (change->device != NULL)
+		return opd_set_session_device(client, change->session, change->device, error);
+	if (change->quota)
+		return opd_set_session_quota(client, change->session, change->kind, change->limit, error);
+	return opd_set_session(client, change->session, change->weight, change->service_class, error);
 }
 
 int cmd_session(struct opctl *ctl)
@@ -296,11 +312,10 @@ int cmd_session(struct opctl *ctl)
 	opd_error error;
 	if (right && parse_change(options, &change, &error) != OPD_OK)
 		return report_usage(ctl, &error);
-	const int code = begin(ctl, right, "session ID set weight|class|quota VALUE");
+	const int code = begin(ctl, right, "session ID set weight|class|quota|device VALUE");
 	if (code != EXIT_DONE)
 		return code;
-	const opd_status status = change.quota ? opd_set_session_quota(ctl->client, change.session, change.kind, change.limit, &error)
-	                                       : opd_set_session(ctl->client, change.session, change.weight, change.service_class, &error);
+	const opd_status status = send_change(ctl->client, &change, &error);
 	if (status != OPD_OK)
 		return report_failure(ctl, status, &error);
 	if (ctl->json) {

@@ -65,7 +65,7 @@ const struct command opctl_commands[] = {
     {"info", "", "the daemon: version, listeners, memory, devices", NULL, no_options, cmd_info},
     {"health", "", "whether the daemon should get work: exit code 0, or 1 and what is wrong, or 3 when nobody answers", NULL, health_options, cmd_health},
     {"sessions", "", "who is connected: sessions, tenants, and what each has had of the lanes", NULL, no_options, cmd_sessions},
-    {"session", "ID set weight|class|quota VALUE", "another weight, class or quota for a session (administrators)",
+    {"session", "ID set weight|class|quota|device VALUE", "another weight, class, quota or pinned device for a session (administrators)",
      "weight: 1 to 1000000, among its tenant's sessions. class: realtime, interactive or batch, of its requests that name none.\n"
      "quota: NAME=LIMIT of in_flight, queued, bytes_in, bytes_out (a second), memory, device_memory, device_time (a second): in_flight=32, bytes_in=64MiB,\n"
      "device_time=500ms; 0: as the daemon's configuration has it.\n", no_options, cmd_session},
@@ -107,7 +107,7 @@ static void print_usage(void)
 	(void)puts("\noptions of every command");
 	print_options(common_options);
 	(void)puts("  --version              print the version\n\n"
-	           "exit codes: 0 done, 1 a request or a case failed, 2 the command line can't be understood, 3 no daemon answers\n"
+	           "exit codes: 0 done, 1 a request or a case failed, 2 the command line can't be understood, 3 no daemon answers, or one that can't be verified or doesn't know us\n"
 	           "`opctl help COMMAND` says more.");
 }
 

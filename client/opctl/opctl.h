@@ -14,7 +14,7 @@ enum {
 	EXIT_DONE = 0,
 	EXIT_REQUEST = 1,     /* a request failed, a case failed, a file couldn't be read or written */
 	EXIT_USAGE = 2,       /* the command line can't be understood; nothing was sent */
-	EXIT_UNREACHABLE = 3, /* no daemon answers, or it went away */
+	EXIT_UNREACHABLE = 3, /* no daemon answers, or it went away; it or we are not who the other believes */
 };
 
 struct opctl {

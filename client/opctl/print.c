@@ -33,13 +33,15 @@ static void report(const struct opctl *ctl, opd_status status, const opd_error *
 	cJSON *document = cJSON_CreateObject();
 	cJSON_AddStringToObject(document, "status", opd_status_name(status));
 	cJSON_AddStringToObject(document, "message", error->text);
+	if (error->retry_after_us != 0)
+		cJSON_AddNumberToObject(document, "retry_after_us", error->retry_after_us);
 	(void)print_json(document);
 }
 
 int report_failure(const struct opctl *ctl, opd_status status, const opd_error *error)
 {
 	report(ctl, status, error);
-	return status == OPD_UNAVAILABLE ? EXIT_UNREACHABLE : EXIT_REQUEST;
+	return status == OPD_UNAVAILABLE || status == OPD_UNAUTHENTICATED ? EXIT_UNREACHABLE : EXIT_REQUEST;
 }
 
 int report_usage(const struct opctl *ctl, const opd_error *error)

@@ -14,7 +14,7 @@
 const char *shown(const char *text);
 
 /* Prints "opctl: STATUS: text" on stderr (and with --json {"status", "message"} on stdout) and returns the exit code:
- * EXIT_UNREACHABLE for UNAVAILABLE, else EXIT_REQUEST. */
+ * EXIT_UNREACHABLE for UNAVAILABLE and UNAUTHENTICATED (which only connecting ends with), else EXIT_REQUEST. */
 int report_failure(const struct opctl *ctl, opd_status status, const opd_error *error);
 /* The same, for a command line that can't be understood: returns EXIT_USAGE. */
 int report_usage(const struct opctl *ctl, const opd_error *error);

@@ -62,6 +62,14 @@ OPD_API const char *opd_version(void);
 
 /* ---- Connecting -------------------------------------------------------------------------------------------------------- */
 
+/* For programs that connect often by TLS: what servers gave at one connection to make the next one cheap, without certificates and signatures. The server was verified then, and isn't again, so it
+ * is used only for the same address and the same options of verification; a server that has reloaded its certificates, or has forgotten, makes a full handshake of it. Any number of
+ * clients, on any threads, may share one. NULL: out of memory. */
+typedef struct opd_resumption opd_resumption;
+OPD_API opd_resumption *opd_resumption_create(void);
+/* Clients that still have it keep it. NULL is allowed. */
+OPD_API void opd_resumption_destroy(opd_resumption *resumption);
+
 typedef struct opd_connect_options {
 	uint32_t struct_bytes;  /* sizeof; fields are added at the end, zeroed ones mean the default */
 	bool no_chunks;         /* don't cut payloads into DATA frames: for a client that never pipelines */
@@ -80,6 +88,7 @@ typedef struct opd_connect_options {
 	const char *token;            /* who the client is, as `opctl token new` makes it; sent over TLS and on this machine only. NULL: none */
 	const char *token_file;       /* … its first line; only its owner may read it. NULL: none */
 	const char *fingerprint;      /* "sha256:" and 64 hexadecimal digits, as `opd --self-signed` prints it; NULL: not pinned */
+	opd_resumption *resumption;   /* tickets of earlier connections; NULL: each handshake is a full one */
 } opd_connect_options;
 
 /* Addresses: "unix:/path", also with options ("unix:/path?rings&poll=20us&shm" is the path with rings, poll_us, shared_memory); "tls://host:port", also with options
@@ -106,6 +115,7 @@ typedef struct opd_session {
 	uint32_t in_flight;     /* limit of requests not yet answered */
 	const char *identity;   /* who this client is to the server */
 	const char *rights;     /* what it may do beside running ops: "publish, drain" */
+	bool resumed;           /* TLS went on where an earlier connection was (opd_resumption) */
 } opd_session;
 OPD_API const opd_session *opd_client_session(const opd_client *client);
 
@@ -261,6 +271,8 @@ OPD_API size_t opd_finished(const opd_client *client);
 OPD_API void opd_result_destroy(opd_result *result);
 OPD_API opd_status opd_result_status(const opd_result *result);
 OPD_API const char *opd_result_message(const opd_result *result);  /* "" for OPD_OK. Escape it before a terminal sees it */
+/* Of OPD_RESOURCE_EXHAUSTED that time heals (a full queue, a quota a second): when to try again, as the server estimated. 0: nobody knows. What a call writes into `error` has it too. */
+OPD_API uint32_t opd_result_retry_after_us(const opd_result *result);
 OPD_API const char *opd_result_provider(const opd_result *result); /* that ran; "" for a fake run */
 OPD_API const char *opd_result_uuid(const opd_result *result);     /* "" unless asked for */
 OPD_API uint32_t opd_result_count(const opd_result *result);       /* of outputs */
@@ -500,6 +512,7 @@ typedef struct opd_session_state {
 	opd_usage usage;
 	uint32_t quota_count;
 	const opd_quota *quotas;
+	const char *device; /* that it has pinned; "": none */
 } opd_session_state;
 
 typedef struct opd_tenant_state {
@@ -541,6 +554,9 @@ OPD_API OPD_MUST_USE opd_status opd_sessions(opd_client *client, uint64_t first,
 OPD_API OPD_MUST_USE opd_status opd_set_session(opd_client *client, uint64_t session, uint32_t weight, opd_class service_class, opd_error *error);
 /* Administrators: another limit for the session (not OPD_QUOTA_SESSIONS, which is a tenant's); 0: as the daemon's configuration has it. What is in use above it stays. */
 OPD_API OPD_MUST_USE opd_status opd_set_session_quota(opd_client *client, uint64_t session, opd_quota_kind kind, uint64_t limit, opd_error *error);
+/* Pins a session to a device of several of a kind ("cuda:1"; "any": to none): requests that name no device, and what they upload to a kind, go there if what runs them is of that kind.
+ * session 0: this one, which needs no right; others are administrators' to pin. OPD_FAILED_PRECONDITION: no such device. */
+OPD_API OPD_MUST_USE opd_status opd_set_session_device(opd_client *client, uint64_t session, const char *device, opd_error *error);
 
 /* ---- What the daemon has counted since its start ------------------------------------------------------------------------- */
 

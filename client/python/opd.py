@@ -25,6 +25,7 @@ import socket
 import ssl
 import struct
 import sys
+import threading
 import time
 
 try:
@@ -40,7 +41,7 @@ except ImportError as error:
     raise ImportError("opd needs opd_pb2.py, made by `protoc --python_out=FOLDER opd.proto`, beside opd.py or in $OPD_PB2: "
                       f"{error}") from error
 
-__all__ = ["Client", "Graph", "Registered", "Tensor", "Memory", "Handle", "Future", "Result", "Error", "bf16_from_float32", "float32_from_bf16"]
+__all__ = ["Client", "Graph", "Registered", "Tensor", "Memory", "Handle", "Future", "Result", "Error", "Resumption", "bf16_from_float32", "float32_from_bf16"]
 
 VERSION = "0.1.0"
 
@@ -53,10 +54,12 @@ class Error(Exception):
     status = "UNKNOWN"
     code = 2
     explain = None  # of a failed run that asked for it
+    retry_after = None  # of a ResourceExhausted that time heals: seconds until it may be tried again, as the server estimates
 
-    def __init__(self, message, explain=None):
+    def __init__(self, message, explain=None, retry_after=None):
         super().__init__(message)
         self.explain = explain
+        self.retry_after = retry_after
 
 
 def _error_class(code, status):
@@ -74,8 +77,8 @@ FailedPrecondition, Unauthenticated = _ERRORS[9], _ERRORS[16]
 DeadlineExceeded, DataLoss = _ERRORS[4], _ERRORS[15]
 
 
-def _fail(code, message, explain=None):
-    return _ERRORS.get(code, _ERRORS[2])(message, explain)
+def _fail(code, message, explain=None, retry_after_us=0):
+    return _ERRORS.get(code, _ERRORS[2])(message, explain, retry_after_us / 1e6 or None)
 
 
 # ---- Tensors -------------------------------------------------------------------------------------------------------------
@@ -646,7 +649,7 @@ class Future:
         reply = self.reply
         if reply.status != 0:
             explain = reply.run.explain if reply.WhichOneof("body") == "run" and reply.run.HasField("explain") else None
-            raise _fail(reply.status, reply.message, explain)
+            raise _fail(reply.status, reply.message, explain, reply.retry_after_us)
         return self._convert(reply, self.payload)
 
 
@@ -688,8 +691,8 @@ def _dial(address, timeout, tls):
         if scheme == "tcp":
             return _dial_tcp(host, int(port), timeout)
         _tls_options(address, options, tls)
-        context = _tls_context(tls)  # before anything is dialled
-        return _Sealed(_dial_tcp(host, int(port), timeout), context, host, tls)
+        ticket = tls["resumption"]._take(place, tls) if tls["resumption"] else _Ticket(_tls_context(tls))  # before anything is dialled
+        return _Sealed(_dial_tcp(host, int(port), timeout), ticket, host, tls)
     raise InvalidArgument(f"address {address!r}, expected unix:/path, tls://host:port or tcp://host:port")
 
 
@@ -759,7 +762,9 @@ def _tls_failed(error):
     """The typed error of a failed handshake, or of a read that brings the server's alert."""
     reason = (error.reason or str(error)).replace("_", " ").lower()
     if isinstance(error, ssl.SSLCertVerificationError):
-        return Unauthenticated(f"TLS: the server's certificate: {error.verify_message}")
+        unknown = error.verify_code in (2, 18, 19, 20, 21)  # X509_V_ERR_: of its issuer
+        hint = '; who has signed it is said by ca="FILE", or the certificate is pinned by fingerprint="sha256:…"' if unknown else ""
+        return Unauthenticated(f"TLS: the server's certificate: {error.verify_message}{hint}")
     if "certificate" in reason or "unknown ca" in reason or "access denied" in reason:
         return Unauthenticated(f"TLS: the server refuses our certificate: {reason}")
     if "protocol" in reason or "version" in reason or "http request" in reason:
@@ -767,12 +772,43 @@ def _tls_failed(error):
     return Unavailable(f"TLS: {reason}")
 
 
+class _Ticket:
+    """An SSLContext, and what the server gave at an earlier connection of it; each is used once."""
+
+    def __init__(self, context, put=None):
+        self.context, self.session, self.put = context, None, put
+
+
+class Resumption:
+    """For programs that connect often by TLS: give one to each Client. A handshake then goes on where an earlier connection to the same address, with the same verification, was: the server isn't verified anew.
+
+        resumption = opd.Resumption()
+        with opd.Client("tls://host:7777", ca="ca.pem", resumption=resumption) as client: ...
+    """
+
+    def __init__(self):
+        self._lock, self._kept = threading.Lock(), {}
+
+    def _take(self, place, tls):
+        key = (place, *(tls[name] for name in ("ca", "cert", "key", "server_name", "fingerprint")))
+        with self._lock:
+            context, session = self._kept.pop(key, (None, None))
+        ticket = _Ticket(context or _tls_context(tls), lambda made: self._put(key, made))
+        ticket.session = session
+        return ticket
+
+    def _put(self, key, ticket):
+        with self._lock:
+            self._kept[key] = (ticket.context, ticket.session)
+
+
 class _Sealed:
     """A TLS socket that behaves as _Connection wants one: sendmsg, recv_into, BlockingIOError."""
 
-    def __init__(self, sock, context, host, tls):
+    def __init__(self, sock, ticket, host, tls):
+        self.ticket = ticket
         try:
-            self.sock = context.wrap_socket(sock, server_hostname=tls["server_name"] or host)
+            self.sock = ticket.context.wrap_socket(sock, server_hostname=tls["server_name"] or host, session=ticket.session)
             self._check_fingerprint(tls["fingerprint"])
             if self.sock.selected_alpn_protocol() != "opd/1":
                 raise FailedPrecondition("TLS: the server agrees to no application protocol, expected opd/1 (ALPN)")
@@ -782,6 +818,12 @@ class _Sealed:
         except BaseException:
             sock.close()
             raise
+
+    def remember(self):
+        """The ticket has come, before the first answer."""
+        self.ticket.session = self.sock.session
+        if self.ticket.put and self.ticket.session is not None and self.ticket.session.has_ticket:
+            self.ticket.put(self.ticket)
 
     def _check_fingerprint(self, wanted):
         if not wanted:
@@ -945,13 +987,13 @@ class Client:
     machine only."""
 
     def __init__(self, address, timeout=30.0, chunk_bytes=0, no_chunks=False, name="opd-python " + VERSION, shared_memory=False, ca=None, cert=None, key=None,
-                 server_name=None, fingerprint=None, token=None, token_file=None):
+                 server_name=None, fingerprint=None, token=None, token_file=None, resumption=None):
         self._memories = {}
         self.address, self.timeout = address, timeout
         self._futures, self._last, self._outputs = {}, 0, {}
         self._goaway, self._dead, self.hello = None, None, None
         try:
-            tls = dict(ca=ca, cert=cert, key=key, server_name=server_name, fingerprint=fingerprint, token_file=token_file)
+            tls = dict(ca=ca, cert=cert, key=key, server_name=server_name, fingerprint=fingerprint, token_file=token_file, resumption=resumption)
             self._link = _Connection(_dial(address, timeout, tls))
             token = self._token_for(token, tls["token_file"])
         except (OSError, UnicodeError) as error:
@@ -963,6 +1005,9 @@ class Client:
         if self.hello.status != 0:
             self.close()
             raise _fail(self.hello.status, self.hello.message)
+        self.resumed = isinstance(self._link.sock, _Sealed) and self._link.sock.sock.session_reused
+        if isinstance(self._link.sock, _Sealed):
+            self._link.sock.remember()
 
     def _token_for(self, token, path):
         """What Hello says of who this client is, if the way is one for it."""

@@ -71,7 +71,7 @@ static inline int opd_status_parse(const char *name)
  * terminal or a log escapes it (proto/text.h). */
 typedef struct opd_error {
 	int32_t status; /* an opd_status */
-	uint32_t reserved;
+	uint32_t retry_after_us; /* of a RESOURCE_EXHAUSTED that time heals: the same may be tried again in about so long; 0: nobody knows */
 	char text[OPD_ERROR_TEXT_BYTES];
 } opd_error;
 
@@ -81,13 +81,20 @@ static inline opd_status opd_fail(opd_error *error, opd_status status, const cha
 {
 	if (error != NULL) {
 		error->status = (int32_t)status;
-		error->reserved = 0;
+		error->retry_after_us = 0;
 		va_list args;
 		va_start(args, format);
 		(void)vsnprintf(error->text, sizeof error->text, format, args);
 		va_end(args);
 	}
 	return status;
+}
+
+/* After opd_fail: when the same may be tried again. At least 1 us, at most what fits (71 minutes). NULL is allowed. */
+static inline void opd_error_retry_after(opd_error *error, uint64_t us)
+{
+	if (error != NULL)
+		error->retry_after_us = us == 0 ? 1 : us < UINT32_MAX ? (uint32_t)us : UINT32_MAX;
 }
 
 /* Puts "prefix: " before the text of `error` and returns its code; a layer adds at most one. NULL is allowed. */

@@ -5,28 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-static opd_tolerance tolerance_of(const opd_op *op, opd_dtype dtype)
-{
-	for (uint32_t i = 0; i < op->tolerance_count; i++)
-		if (op->tolerances[i].dtype == dtype)
-			return op->tolerances[i];
-	switch (dtype) {
-	case OPD_f64:
-		return (opd_tolerance){.atol = 1e-8, .rtol = 1e-8};
-	case OPD_f32:
-		return (opd_tolerance){.atol = 1e-5, .rtol = 1.3e-6};
-	case OPD_f16:
-		return (opd_tolerance){.atol = 1e-3, .rtol = 1e-3};
-	case OPD_bf16:
-		return (opd_tolerance){.atol = 1e-3, .rtol = 1.6e-2};
-	case OPD_f8_e4m3fn:
-		return (opd_tolerance){.atol = 0.1, .rtol = 0.1};
-	case OPD_f8_e5m2:
-		return (opd_tolerance){.atol = 0.2, .rtol = 0.2};
-	default:
-		return (opd_tolerance){.atol = 0, .rtol = 0};
-	}
-}
+#include "providers/ops/tolerance.h"
 
 /* ---- Σ over magnitudes ----------------------------------------------------------------------------------------------------- */
 

@@ -8,8 +8,10 @@ usage: test_faults.py                    some n of each class (CTest)
 
 OPD_BIN names the daemon, OPD_SHIM the preloaded library, OPD_MODULES the folder with the built test modules.
 """
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -39,9 +41,10 @@ class Daemon:
         self.address = "unix:" + os.path.join(folder, "sock")
         self.log_path = os.path.join(folder, "log")
         self.counts_path = os.path.join(folder, "counts")
+        self.metrics = os.path.join(folder, "metrics")
         config = os.path.join(folder, "opd.yaml")
         with open(config, "w") as file:
-            file.write("threads: 2\nmodules: [{name: faulty, path: %s}]\n" % MODULE)
+            file.write("threads: 2\nmetrics: unix:%s\nmodules: [{name: faulty, path: %s}]\n" % (self.metrics, MODULE))
         environment = dict(os.environ, LD_PRELOAD=SHIM, OPD_FAULT=fault or "", OPD_FAULT_COUNTS=self.counts_path, OPD_FAULT_TRACE="1")
         with open(os.path.join(folder, "stderr"), "wb") as err:
             self.process = subprocess.Popen([harness.OPD, "--config", config, "--listen", self.address, "--log-file", self.log_path], stdin=subprocess.DEVNULL,
@@ -73,6 +76,7 @@ class Daemon:
             if self.process.poll() is not None:
                 return False
             try:
+                harness.connect("unix:" + self.metrics).close()
                 harness.connect(self.address).close()
                 return True
             except OSError:
@@ -113,11 +117,25 @@ def use(client):
     step(client.ping)
 
 
+def scrape(daemon):
+    """The metrics endpoint's answer; b"" where the connection ends without one."""
+    answer = b""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(harness.PATIENCE)
+        with contextlib.suppress(ConnectionError):
+            sock.connect(daemon.metrics)
+            sock.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+            while got := sock.recv(1 << 16):
+                answer += got
+    return answer
+
+
 def script(daemon):
     client = step(lambda: Client(daemon.address))
     if client is not None:
         with client:
             use(client)
+    scrape(daemon)
     return client is not None
 
 
@@ -132,6 +150,8 @@ def served(daemon):
                 expect(all(abs(a - b) < 1e-4 for a, b in zip(unpack_f32(data), wanted)), "a wrong result afterwards")
                 harness.wait_until(lambda: client.info().sessions == 1, "the first session's end")
                 harness.wait_until(lambda: client.info().memory_bytes == 0, "the ledger at zero")
+                if b"opd_uptime_seconds" not in scrape(daemon):
+                    raise Closed("no metrics came")
                 return
         except (Closed, Failed, OSError) as failure:
             last = failure

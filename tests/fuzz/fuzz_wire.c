@@ -3,13 +3,11 @@
 
 #define PAYLOAD_MAX 4096u
 
-static struct server *server;
-
 int LLVMFuzzerInitialize(int *argc, char ***argv)
 {
 	(void)argc;
 	(void)argv;
-	server = session_start();
+	session_start();
 	return 0;
 }
 
@@ -52,7 +50,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
 {
 	struct fuzz_input input = {data, bytes};
 	struct peer peer;
-	peer_open(&peer, server, fuzz_u8(&input) % 2 != 0);
+	peer_open(&peer, fuzz_u8(&input) % 2 != 0, false);
 	peer.rude = true;
 	while (input.bytes > 0 && !peer.ended && peer.next_id < PEER_IDS) {
 		const uint8_t step = fuzz_u8(&input) % 8;
@@ -62,8 +60,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
 			send_frame(&peer, &input);
 		else
 			send_bytes(&peer, &input);
-		peer_poll(&peer);
+		if (step % 2 == 0)
+			peer_turn(&peer);
 	}
-	peer_finish(&peer, server);
+	peer_finish(&peer);
 	return 0;
 }

@@ -1,7 +1,5 @@
-/* A whole daemon, asked over a socket pair. */
+/* A whole daemon, asked over a socket pair by the thread that turns its loop. */
 #include <errno.h>
-#include <poll.h>
-#include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -9,30 +7,26 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "server/session.h"
+#include "server/access.h"
+#include "server/conn.h"
+#include "server/daemon.h"
 #include "session.h"
 
-#define PATIENCE_MS 60000
+#define PATIENCE_S 600
+#define OUT_BYTES (256u << 10) /* so much waits for a turn at most */
+#define LOOP_KERNEL_NS 1000000u /* what is estimated below runs on the loop */
 
 static struct server *server;
 static struct log server_log;
-static pthread_t thread;
 static uint64_t idle_bytes; /* what the daemon holds with no session */
 
 /* ---- The daemon ---- */
-
-static void *serve(void *argument)
-{
-	(void)argument;
-	(void)server_run(server);
-	return NULL;
-}
 
 /* At exit, so that a leak checker sees what a session left. */
 static void stop(void)
 {
 	server_drain(server, 1000000);
-	(void)pthread_join(thread, NULL);
+	(void)server_run(server);
 	if (server_memory_bytes(server) > idle_bytes)
 		fuzz_fail("%llu bytes are still charged at the end", (unsigned long long)server_memory_bytes(server));
 	server_destroy(server);
@@ -72,12 +66,16 @@ static void learn(void)
 {
 	struct peer peer;
 	const struct msg_request request = {.kind = MSG_REQUEST_LIST_OPS};
-	peer_open(&peer, server, false);
+	peer_open(&peer, false, false);
 	peer_wait(&peer, peer_request(&peer, &request, 0, 0));
-	peer_finish(&peer, server);
+	for (uint32_t i = 0; script_op(i) != NULL; i++) {
+		const struct msg_request describe = {.kind = MSG_REQUEST_DESCRIBE, .op = msg_text(script_op(i)->name)};
+		peer_wait(&peer, peer_request(&peer, &describe, 0, 0));
+	}
+	peer_finish(&peer);
 }
 
-struct server *session_start(void)
+void session_start(void)
 {
 	opd_error error;
 	(void)signal(SIGPIPE, SIG_IGN);
@@ -85,11 +83,8 @@ struct server *session_start(void)
 	    server_create(configure(), &server_log, &server, &error) != OPD_OK)
 		fuzz_fail("%s", error.text);
 	idle_bytes = server_memory_bytes(server);
-	if (pthread_create(&thread, NULL, serve, NULL) != 0)
-		fuzz_fail("no thread");
 	(void)atexit(stop);
 	learn();
-	return server;
 }
 
 /* ---- Reading ---- */
@@ -135,6 +130,8 @@ static void on_reply(struct peer *peer, uint64_t id, const uint8_t *envelope, si
 		learn_kept(peer, reply.publications.items[i].handle);
 	if (reply.kind == MSG_REPLY_OPS)
 		script_learn(&reply);
+	if (reply.kind == MSG_REPLY_OP)
+		script_learn_dims(&reply);
 	arena_fini(&arena);
 }
 
@@ -172,52 +169,93 @@ static void take_frames(struct peer *peer)
 	} while (peer->skip == 0 && take_frame(peer));
 }
 
-void peer_poll(struct peer *peer)
+/* False: nothing was there. */
+static bool receive(struct peer *peer)
 {
-	while (peer->fd >= 0) {
-		if (peer->in_room - peer->in_bytes < 65536) {
-			peer->in_room = peer->in_room == 0 ? 131072 : peer->in_room * 2;
-			peer->in = realloc(peer->in, peer->in_room);
-			if (peer->in == NULL)
-				fuzz_fail("out of memory");
-		}
-		ssize_t got = recv(peer->fd, peer->in + peer->in_bytes, peer->in_room - peer->in_bytes, MSG_DONTWAIT);
-		if (got < 0 && errno == EAGAIN)
-			return;
-		if (got <= 0) {
-			peer->ended = true;
-			return;
-		}
-		peer->in_bytes += (size_t)got;
-		take_frames(peer);
+	if (peer->in_room - peer->in_bytes < 65536) {
+		peer->in_room = peer->in_room == 0 ? 131072 : peer->in_room * 2;
+		peer->in = realloc(peer->in, peer->in_room);
+		if (peer->in == NULL)
+			fuzz_fail("out of memory");
 	}
+	ssize_t got = recv(peer->fd, peer->in + peer->in_bytes, peer->in_room - peer->in_bytes, MSG_DONTWAIT);
+	if (got < 0 && errno == EAGAIN)
+		return false;
+	if (got <= 0) {
+		peer->ended = true;
+		return false;
+	}
+	peer->in_bytes += (size_t)got;
+	take_frames(peer);
+	return true;
 }
 
 /* ---- Writing ---- */
 
-static void sleep_until(struct peer *peer, short events, const char *what)
+/* As much as the socket takes. */
+static void send_out(struct peer *peer)
 {
-	struct pollfd poll_fd = {.fd = peer->fd, .events = (short)(events | POLLIN)};
-	if (poll(&poll_fd, 1, PATIENCE_MS) == 0)
-		fuzz_fail("%s: nothing for a minute", what);
+	if (peer->out_bytes == 0 || peer->ended)
+		return;
+	ssize_t sent = send(peer->fd, peer->out, peer->out_bytes, MSG_DONTWAIT | MSG_NOSIGNAL);
+	if (sent < 0 && errno != EAGAIN)
+		peer->ended = true; /* what the daemon said before is still read */
+	if (sent <= 0)
+		return;
+	peer->out_bytes -= (size_t)sent;
+	memmove(peer->out, peer->out + sent, peer->out_bytes);
+}
+
+/* False: nothing came. */
+static bool turn(struct peer *peer, uv_run_mode mode)
+{
+	bool came = false;
+	send_out(peer);
+	(void)uv_run(&server->loop, mode);
+	while (!peer->ended && receive(peer))
+		came = true;
+	return came;
+}
+
+void peer_turn(struct peer *peer)
+{
+	(void)turn(peer, UV_RUN_NOWAIT);
+}
+
+/* Sleeps in the loop until there is something to do: a lane has ended a job, or its tick, once a second. */
+static void turn_until(struct peer *peer, bool (*done)(const struct peer *peer, uint64_t id), uint64_t id, const char *what)
+{
+	for (time_t began = time(NULL); !done(peer, id); (void)turn(peer, UV_RUN_ONCE))
+		if (time(NULL) - began > PATIENCE_S)
+			fuzz_fail("%s for %d s", what, PATIENCE_S);
+}
+
+static bool is_sent(const struct peer *peer, uint64_t id)
+{
+	(void)id;
+	return peer->ended || peer->out_bytes == 0;
+}
+
+static void flush(struct peer *peer)
+{
+	send_out(peer);
+	turn_until(peer, is_sent, 0, "the daemon doesn't read");
 }
 
 void peer_send(struct peer *peer, const void *data, size_t bytes)
 {
-	const char *at = data;
-	while (bytes > 0 && !peer->ended) {
-		ssize_t sent = send(peer->fd, at, bytes, MSG_DONTWAIT | MSG_NOSIGNAL);
-		if (sent > 0) {
-			at += sent;
-			bytes -= (size_t)sent;
-			continue;
-		}
-		if (errno != EAGAIN)
-			peer->ended = true;
-		else
-			sleep_until(peer, POLLOUT, "the daemon doesn't read");
-		peer_poll(peer);
+	if (bytes == 0 || peer->ended)
+		return;
+	if (peer->out_bytes + bytes > peer->out_room) {
+		peer->out_room = (peer->out_bytes + bytes) * 2;
+		peer->out = realloc(peer->out, peer->out_room);
+		if (peer->out == NULL)
+			fuzz_fail("out of memory");
 	}
+	memcpy(peer->out + peer->out_bytes, data, bytes);
+	peer->out_bytes += bytes;
+	if (peer->out_bytes >= OUT_BYTES)
+		flush(peer);
 }
 
 void peer_frame(struct peer *peer, frame_type type, uint64_t id, uint16_t flags, const void *envelope, size_t envelope_bytes, uint64_t payload_bytes)
@@ -255,15 +293,29 @@ uint64_t peer_request(struct peer *peer, const struct msg_request *message, uint
 
 /* ---- Life ---- */
 
-void peer_open(struct peer *peer, struct server *to, bool chunks)
+/* As if it came by a listener that trusts everybody. */
+static void accept_one(int fd)
+{
+	struct conn *conn = conn_create(server, access_create("fuzz", "fuzz", ACCESS_ALL));
+	if (conn == NULL || uv_pipe_init(&server->loop, &conn->pipe, 0) != 0)
+		fuzz_fail("no connection");
+	conn->handle.data = conn;
+	if (uv_pipe_open(&conn->pipe, fd) != 0)
+		fuzz_fail("no connection");
+	(void)snprintf(conn->peer, sizeof conn->peer, "fuzz");
+	conn_start(conn, NULL);
+}
+
+void peer_open(struct peer *peer, bool chunks, bool lanes)
 {
 	int pair[2];
 	opd_error error;
 	*peer = (struct peer){.next_id = 1};
-	if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) != 0 || server_adopt(to, pair[1], &peer->session, &error) != OPD_OK)
-		fuzz_fail("no session");
+	if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) != 0)
+		fuzz_fail("no sockets");
 	peer->fd = pair[0];
-	peer->session->credential.kind = CREDENTIAL_NONE; /* nothing was sent yet: the loop doesn't look at it before Hello */
+	atomic_store(&server->inline_ns, lanes ? 0 : LOOP_KERNEL_NS);
+	accept_one(pair[1]);
 	struct arena arena;
 	struct codec_buffer buffer;
 	const struct msg_text cancel = msg_text("cancel");
@@ -276,33 +328,41 @@ void peer_open(struct peer *peer, struct server *to, bool chunks)
 	arena_fini(&arena);
 }
 
+static bool is_answered(const struct peer *peer, uint64_t id)
+{
+	return peer->ended || peer->rude || peer->replies[id] != 0;
+}
+
 void peer_wait(struct peer *peer, uint64_t id)
 {
-	for (peer_poll(peer); id != 0 && !peer->ended && !peer->rude && peer->replies[id] == 0; peer_poll(peer))
-		sleep_until(peer, 0, "a request isn't answered");
+	peer_turn(peer);
+	if (id != 0)
+		turn_until(peer, is_answered, id, "a request isn't answered");
 }
 
 /* A session that ended in the middle of a kernel holds its memory until that has ended. */
-static void wait_for_ledger(struct server *of)
+static bool is_gone(const struct peer *peer, uint64_t id)
 {
-	for (int i = 0; i < PATIENCE_MS * 10; i++) {
-		if (server_memory_bytes(of) <= idle_bytes)
-			return;
-		(void)nanosleep(&(struct timespec){.tv_nsec = i < 100 ? 10000 : 100000}, NULL);
-	}
-	fuzz_fail("%llu bytes are still charged after the session's end", (unsigned long long)server_memory_bytes(of));
+	(void)peer;
+	(void)id;
+	return server->conns == NULL && server_memory_bytes(server) <= idle_bytes;
 }
 
-void peer_finish(struct peer *peer, struct server *from)
+void peer_finish(struct peer *peer)
 {
 	for (uint32_t i = 0; i < peer->half_count; i++)
 		peer_frame(peer, FRAME_ABORT, peer->half[i].id, 0, NULL, 0, 0);
+	flush(peer);
 	for (uint64_t id = 1; id < peer->next_id; id++)
-		peer_wait(peer, id);
+		if (!is_answered(peer, id))
+			turn_until(peer, is_answered, id, "a request isn't answered");
 	if (peer->ended && !peer->rude)
 		fuzz_fail("the connection ended, and nothing was wrong with it");
+	while (turn(peer, UV_RUN_NOWAIT)) /* what is said to one who was rude */
+		;
+	peer->ended = true;
 	(void)close(peer->fd);
-	server_forget(from, peer->session);
-	wait_for_ledger(from);
+	turn_until(peer, is_gone, 0, "something of the session is left");
 	free(peer->in);
+	free(peer->out);
 }

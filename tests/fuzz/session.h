@@ -1,7 +1,10 @@
 /* A client that does what an input says, and checks what the daemon must do whatever that is: every frame it sends decodes, every request is answered
  * once, and nothing of the session is left when it has ended.
  *
- * Layer: tests. Threads: one. Life: session_start, then for each input peer_open → peer_send, peer_poll… → peer_finish. session_script.c turns an input into frames. */
+ * The daemon's loop has no thread of its own: it turns where the client waits for it or lets it, so that what is interleaved is the input's choice, and an execution costs no switch of threads but
+ * those to the lanes.
+ *
+ * Layer: tests. Threads: one. Life: session_start, then for each input peer_open → peer_send, peer_turn… → peer_finish. session_script.c turns an input into frames. */
 #ifndef OPD_TESTS_FUZZ_SESSION_H
 #define OPD_TESTS_FUZZ_SESSION_H
 
@@ -11,7 +14,6 @@
 #include "proto/arena.h"
 #include "proto/codec.h"
 #include "server/schema.h"
-#include "server/server.h"
 
 #define PEER_IDS 512u
 #define PEER_HALF_SENT 8u
@@ -25,7 +27,6 @@ struct peer_handle {
 
 struct peer {
 	int fd;
-	struct session *session;
 	bool ended;  /* the daemon has closed, or said that it will */
 	bool rude;   /* what was sent may end the connection, or repeats ids: no promise about replies holds */
 	uint64_t next_id;
@@ -40,30 +41,38 @@ struct peer {
 	struct peer_handle handles[PEER_HANDLES];
 	uint32_t kept_count; /* of uploads and other results that stay, the newest; may be more than there is room */
 	struct msg_handle kept[PEER_HANDLES];
+	uint8_t *out; /* not yet sent */
+	size_t out_bytes;
+	size_t out_room;
 	uint8_t *in;
 	size_t in_bytes;
 	size_t in_room;
 	uint64_t skip; /* payload bytes still to come */
 };
 
-/* The daemon, on a thread of its own until the process ends; then nothing may be left of any session. */
-struct server *session_start(void);
+/* The daemon, until the process ends; then nothing may be left of any session. */
+void session_start(void);
 
-void peer_open(struct peer *peer, struct server *server, bool chunks);
-/* All of it, reading what comes meanwhile; does nothing once the connection has ended. */
+/* lanes: every kernel runs on a lane's thread; otherwise most run on the loop. */
+void peer_open(struct peer *peer, bool chunks, bool lanes);
+/* With the next turn; does nothing once the connection has ended. */
 void peer_send(struct peer *peer, const void *data, size_t bytes);
 void peer_frame(struct peer *peer, frame_type type, uint64_t id, uint16_t flags, const void *envelope, size_t envelope_bytes, uint64_t payload_bytes);
 /* A request under the next id; its payload is still to be sent. 0: no more ids. */
 uint64_t peer_request(struct peer *peer, const struct msg_request *message, uint16_t flags, uint64_t payload_bytes);
-/* Reads what is there. */
-void peer_poll(struct peer *peer);
+/* Sends what there is, lets the loop turn once and reads what came. */
+void peer_turn(struct peer *peer);
 /* Until that request is answered or the connection has ended. */
 void peer_wait(struct peer *peer, uint64_t id);
 /* Ends what is half sent, waits for all replies, closes. */
-void peer_finish(struct peer *peer, struct server *server);
+void peer_finish(struct peer *peer);
 
 /* The ops that the scripts run: of the daemon's own list. */
 void script_learn(const struct msg_reply *ops);
+/* … and of what each of them says of itself. */
+void script_learn_dims(const struct msg_reply *op);
+/* NULL: there are fewer. */
+const struct schema *script_op(uint32_t index);
 void script_run(struct peer *peer, struct fuzz_input *input);
 void script_free(void);
 /* session_graph.c: registers, runs or frees a graph of a few nodes. */

@@ -1,6 +1,5 @@
 /* An input as a sequence of steps of a client: runs with arguments that nearly fit, generated ones that do, chunks in order and out of it, references to
  * results that are there, still to come or neither, raw bytes. */
-#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -10,10 +9,12 @@
 
 #define OPS_MAX 256u
 #define STEPS_MAX 48
+#define DIMS_MAX 8u
 #define INLINE_MAX 4096u
 #define PAYLOAD_MAX 8192u
 
 static struct schema *ops[OPS_MAX];
+static uint32_t dim_counts[OPS_MAX]; /* of what Generate takes */
 static uint32_t op_count;
 
 void script_learn(const struct msg_reply *reply)
@@ -24,6 +25,18 @@ void script_learn(const struct msg_reply *reply)
 			fuzz_fail("the daemon's own schema: %s", error.text);
 	if (op_count == 0)
 		op_count = reply->ops.count < OPS_MAX ? reply->ops.count : OPS_MAX;
+}
+
+void script_learn_dims(const struct msg_reply *reply)
+{
+	for (uint32_t i = 0; i < op_count; i++)
+		if (strcmp(reply->op.name.data, ops[i]->name) == 0)
+			dim_counts[i] = reply->op.dim_count < DIMS_MAX ? reply->op.dim_count : DIMS_MAX;
+}
+
+const struct schema *script_op(uint32_t index)
+{
+	return index < op_count ? ops[index] : NULL;
 }
 
 void script_free(void)
@@ -258,18 +271,23 @@ static void step_run(struct arena *arena, struct peer *peer, struct fuzz_input *
 /* Arguments made by the daemon, so that kernels run on what they accept, extreme values among them. */
 static void step_generated(struct arena *arena, struct peer *peer, struct fuzz_input *input)
 {
-	const struct schema *op = script_pick_op(input);
+	const uint32_t index = fuzz_u8(input) % op_count;
+	const struct schema *op = ops[index];
 	struct msg_request request = {.kind = MSG_REQUEST_GENERATE, .generate = {.op = msg_text(op->name), .keep = true}};
 	uint8_t byte = fuzz_u8(input);
 	request.generate.dtype = (opd_dtype)(fuzz_u8(input) % OPD_DTYPE_COUNT);
 	request.generate.values = byte % 3;
 	request.generate.variant = byte % 5;
 	request.generate.seed = byte;
-	int64_t *dims = script_take(arena, 8, sizeof dims[0]);
-	for (int i = 0; i < 8; i++)
+	/* Sizes that fit the op, but for a few: its own defaults would take most of an execution to fill. */
+	int64_t *dims = script_take(arena, DIMS_MAX, sizeof dims[0]);
+	for (uint32_t i = 0; i < DIMS_MAX; i++) {
 		dims[i] = pick_int(input);
+		if (byte >= 32)
+			dims[i] = (int64_t)((uint64_t)dims[i] % 8 + 1);
+	}
 	request.generate.dims = dims;
-	request.generate.dim_count = byte < 128 ? byte % 8 : 0;
+	request.generate.dim_count = byte < 32 ? byte % DIMS_MAX : dim_counts[index];
 	peer_wait(peer, peer_request(peer, &request, 0, 0));
 	if (peer->handle_count == 0)
 		return;
@@ -435,9 +453,8 @@ void script_run(struct peer *peer, struct fuzz_input *input)
 			if (fuzz_u8(input) % 8 == 0)
 				step_raw(peer, input);
 			else
-				(void)sched_yield();
+				peer_turn(peer);
 		}
-		peer_poll(peer);
 		arena_fini(&arena);
 	}
 }

@@ -103,9 +103,9 @@ class Failed(Exception):
 class Client:
     """One connection. hello=False leaves the handshake to the test."""
 
-    def __init__(self, address, hello=True, tls=None, **fields):
-        """tls: an SSLContext for an address that begins with tls://."""
-        self.sock = connect(address)
+    def __init__(self, address, hello=True, tls=None, sock=None, **fields):
+        """tls: an SSLContext for an address that begins with tls://. sock: connected already."""
+        self.sock = sock or connect(address)
         if tls is not None:
             try:
                 self.sock = tls.wrap_socket(self.sock, server_hostname="localhost")

@@ -33,9 +33,9 @@ def relu(fault=0, op="relu", length=4, **fields):
 class Faulty(unittest.TestCase):
     isolated = False
 
-    def daemon(self, config="", **environment):
+    def daemon(self, config="", flags=(), **environment):
         config = "modules: [{name: faulty, path: %s%s}]\n%s" % (MODULE, ", isolated: true" if self.isolated else "", config)
-        daemon = Daemon(config=config, environment=environment)
+        daemon = Daemon(*flags, config=config, environment=environment)
         self.addCleanup(self.finish, daemon)
         return daemon
 
@@ -119,6 +119,42 @@ class Quarantine(Faulty):
         strict = other.call(relu(run_priority=["faulty"], run_strict=True))[0]
         self.assertEqual(strict.status, harness.FAILED_PRECONDITION)
         self.assertIn("quarantine: 5 failures", strict.message)
+
+    def two_tenants(self, config):
+        """A client of the Unix socket's tenant, and one of another, which keeps its session."""
+        daemon = self.daemon(config, flags=("--listen", "tcp://127.0.0.1:0"))
+        other = Client(daemon.tcp_addresses()[0])
+        self.addCleanup(other.close)
+        return daemon, self.client(daemon), other
+
+    def test_a_tenant_alone_takes_no_provider_away_from_others(self):
+        daemon, client, other = self.two_tenants("quarantine: {failures: 2}")
+        for _ in range(10):
+            self.fails(client, ERROR)
+        daemon.wait_log("provider fails for one tenant only, and stays", "tenant=uid:", "6 failures")
+        self.works(other)
+        self.works(client)
+        self.fails(other, ERROR)
+        self.works(client, "native")
+        self.works(other, "native")
+        self.assertEqual(self.provider(daemon)["quarantined"], ["relu: 11 failures (kernel error 11)"])
+
+    def test_what_is_out_for_one_tenant_comes_back_when_another_is_there(self):
+        daemon = self.daemon("quarantine: {failures: 2, cooldown: 1h}", flags=("--listen", "tcp://127.0.0.1:0"))
+        client = self.client(daemon)
+        for _ in range(2):
+            self.fails(client, ERROR)
+        self.works(client, "native")
+        with Client(daemon.tcp_addresses()[0]) as other:
+            daemon.wait_log("on trial after its quarantine")
+            self.works(other)
+            self.fails(client, ERROR)  # on trial, one failure were enough
+            self.works(other)
+
+    def test_what_harms_others_counts_whoever_caused_it(self):
+        _, client, other = self.two_tenants("quarantine: {failures: 1}\nproviders: {faulty: {checked: true}}")
+        self.fails(client, OVERRUN)
+        self.works(other, "native")
 
     def test_opctl_shows_it_and_ends_it(self):
         daemon = self.daemon("quarantine: {failures: 1}")

@@ -138,6 +138,7 @@ class Tokens(Case):
         os.chmod(path, 0o640)
         self.assertIn("0640", opctl("info", "--connect", daemon.address, "--token-file", path)[2])
         code, _, err = opctl("info", "--connect", daemon.address, OPD_TOKEN=token + "x")
+        self.assertEqual(code, 3)
         self.assertIn("UNAUTHENTICATED", err)
         for name in ("", "a b", "*", "anonymous", "x" * 64, "#"):
             self.assertEqual(opctl("token", "new", name)[0], 1, name)

@@ -20,7 +20,10 @@ LLAMA = os.path.join(os.path.dirname(OPD), "opd-llama")
 with open(os.path.join(MODEL, "reference.json"), encoding="utf-8") as source:
     REFERENCE = json.load(source)
 MODULES = os.path.join(os.path.dirname(os.path.dirname(OPD)), "lib", "opd")
-COUNT = 32 if harness.SANITIZED and not harness.LONG else 160
+# Which bytes come out is the release build's to prove; a sanitizer looks at the ways they take, and is twenty times as slow.
+SHORT = harness.SANITIZED and not harness.LONG
+COUNT = 24 if SHORT else 160
+CASES = REFERENCE[:2] if SHORT else REFERENCE
 
 
 def llama(*arguments, model=MODEL):
@@ -52,7 +55,7 @@ class Llama(unittest.TestCase):
         return done.stderr.decode()
 
     def test_every_prompt_over_a_unix_socket(self):
-        for case in REFERENCE:
+        for case in CASES:
             self.assertEqual(self.expect(case, "--connect", self.unix), "")
 
     def test_over_tcp_and_in_this_process(self):
@@ -74,7 +77,7 @@ class Llama(unittest.TestCase):
         self.expect(REFERENCE[3], "--connect", self.unix + "?rings&poll=1ms&shm", "--shm")
 
     def test_native_alone(self):
-        for case in REFERENCE:
+        for case in CASES:
             self.expect(case, "--connect", self.unix, "--provider", "native")
 
     def test_through_the_default_lists_with_the_libraries_that_they_name(self):
@@ -84,7 +87,7 @@ class Llama(unittest.TestCase):
             self.skipTest("no module is built here, or its library's threads aren't ThreadSanitizer's to judge")
         daemon = Daemon(*(word for name in names for word in ("--module", f"{name}={MODULES}/opd-provider-{name}.so")))
         self.addCleanup(daemon.stop)
-        for case in REFERENCE:
+        for case in CASES:
             self.expect(case, "--connect", daemon.address)
 
     def test_one_step_at_a_time_and_many(self):

@@ -62,6 +62,11 @@ static void open_narrow(void)
 	open_with((const char *const[]){"limits.regions", "2", "limits.shared", "2 MiB", NULL});
 }
 
+static void open_single(void)
+{
+	open_with((const char *const[]){"limits.in_flight", "1", NULL});
+}
+
 static void close_house(void)
 {
 	opd_memory_destroy(memory);
@@ -728,6 +733,32 @@ START_TEST(a_descriptor_whose_close_waits_holds_nobody_up)
 }
 END_TEST
 
+/* Nor does one that nobody has read when its connection ends: with one request in flight, which is all that may be, the daemon doesn't read it. */
+START_TEST(a_descriptor_that_was_never_read_holds_nobody_up_at_the_end)
+{
+	struct raw raw;
+	int out, peer;
+	lab_reset();
+	raw_open(&raw, "shm");
+	make_lingering(&out, &peer);
+	const uint8_t value[4] = {0};
+	struct msg_tensor tensor = {.dtype = OPD_f32, .rank = 1, .shape = {1}, .source = MSG_SOURCE_INLINE, .inlined = {value, sizeof value}};
+	struct msg_arg arg = {.kind = MSG_ARG_TENSOR, .count = 1, .tensor = &tensor};
+	const struct msg_request waits = {.kind = MSG_REQUEST_RUN, .run = {.op = msg_text("lab_wait"), .arg_count = 1, .args = &arg}};
+	struct codec_buffer buffer;
+	OK(codec_encode_request(&raw.arena, &waits, &buffer, &error));
+	send_with(&raw, &buffer, FRAME_REQUEST, NULL, 0);
+	house_await_count(&lab_counts.waiting, 1);
+	send_bytes(&raw, (uint8_t[]){0}, 1, &out, 1);
+	(void)close(out);
+	raw_close(&raw);
+	lab_gate(true); /* its answer can't be written: the connection ends */
+	for (int i = 0; i < 20; i++)
+		OK(opd_ping(client, &error));
+	(void)close(peer);
+}
+END_TEST
+
 /* Hardening: memory-shortened, memory-wrap */
 START_TEST(an_attached_file_cannot_shrink_and_ranges_outside_are_refused)
 {
@@ -847,6 +878,11 @@ static Suite *suite(void)
 	tcase_add_checked_fixture(checked, open_checked, close_house);
 	suite_add_tcase(made, checked);
 	tcase_add_test(checked, results_of_a_graph_are_copied_there_in_checked_mode);
+	TCase *single = tcase_create("single");
+	tcase_set_timeout(single, 60);
+	tcase_add_checked_fixture(single, open_single, close_house);
+	tcase_add_test(single, a_descriptor_that_was_never_read_holds_nobody_up_at_the_end);
+	suite_add_tcase(made, single);
 	TCase *narrow = tcase_create("narrow");
 	tcase_set_timeout(narrow, 60);
 	tcase_add_checked_fixture(narrow, open_narrow, close_house);

@@ -125,6 +125,14 @@ class AgainstAPlayedServer(unittest.TestCase):
         with self.assertRaisesRegex(opd.DataLoss, "payload of 4 bytes"):
             client.run("relu", np.zeros(2, "float32"))
 
+    def test_a_failure_that_time_heals_says_when_to_try_again(self):
+        for after_us, seconds in ((1500, 0.0015), (0, None)):
+            reply = frame(4, 1, pb.Reply(status=8, message="quota", retry_after_us=after_us))
+            client = self.connect(lambda sock, reply=reply: (read_frame(sock), sock.sendall(reply), read_exactly(sock, 1)))
+            with self.assertRaisesRegex(opd.ResourceExhausted, "quota") as caught:
+                client.run("relu", np.zeros(4, "float32"))
+            self.assertEqual(caught.exception.retry_after, seconds)
+
     def test_a_refused_hello_raises_the_servers_status(self):
         for status, error in ((14, opd.Unavailable), (9, opd.FailedPrecondition), (99, opd.Unknown)):
             path = self.play(lambda sock: None, pb.HelloReply(status=status, message="no room"))

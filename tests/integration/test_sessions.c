@@ -563,6 +563,33 @@ START_TEST(many_clients_at_once_each_get_their_own_values)
 }
 END_TEST
 
+static bool resumes(opd_resumption *kept)
+{
+	opd_client *other;
+	OK(opd_connect(house.way, &(opd_connect_options){.struct_bytes = sizeof(opd_connect_options), .resumption = kept}, &other, &error));
+	OK(opd_ping(other, &error));
+	const bool resumed = opd_client_session(other)->resumed;
+	opd_close(other);
+	return resumed;
+}
+
+/* Over TLS; elsewhere there is nothing to resume. */
+START_TEST(a_connection_goes_on_where_an_earlier_one_was)
+{
+	const bool tls = strncmp(house.way, "tls:", 4) == 0;
+	opd_resumption *kept = opd_resumption_create();
+	ck_assert(!resumes(kept));
+	for (int i = 0; i < 3; i++)
+		ck_assert_int_eq(resumes(kept), tls);
+	ck_assert(!resumes(NULL));
+	opd_client *last;
+	OK(opd_connect(house.way, &(opd_connect_options){.struct_bytes = sizeof(opd_connect_options), .resumption = kept}, &last, &error));
+	opd_resumption_destroy(kept); /* the client has it still */
+	OK(opd_ping(last, &error));
+	opd_close(last);
+}
+END_TEST
+
 static TCase *add_case(Suite *suite, const char *name, void (*setup)(void))
 {
 	TCase *tests = tcase_create(name);
@@ -593,6 +620,7 @@ int main(void)
 	tests = add_case(suite, "one at a time", open_one_at_a_time);
 	tcase_add_test(tests, one_request_at_a_time_still_gets_a_large_payload_through);
 	tests = add_case(suite, "many", open_house);
+	tcase_add_test(tests, a_connection_goes_on_where_an_earlier_one_was);
 	tcase_add_test(tests, small_requests_overtake_a_chunked_one);
 	tcase_add_test(tests, many_clients_at_once_each_get_their_own_values);
 	SRunner *runner = srunner_create(suite);

@@ -5,6 +5,7 @@ Each test's name is the promise that it checks. The lane has one thread, and a k
 """
 import json
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -14,7 +15,7 @@ import unittest
 
 import opd
 
-from harness import (CANCEL, CHUNKED, DATA, DEADLINE_EXCEEDED, INVALID_ARGUMENT, OK, OPD, PERMISSION_DENIED, REQUEST, RESOURCE_EXHAUSTED, Client, DaemonCase, Failed, f32, frame, pb, run,
+from harness import (CANCEL, CANCELLED, CHUNKED, DATA, DEADLINE_EXCEEDED, INVALID_ARGUMENT, OK, OPD, PERMISSION_DENIED, REQUEST, RESOURCE_EXHAUSTED, Client, DaemonCase, Failed, f32, frame, pb, run,
                      tensor, wait_until)
 
 REALTIME, INTERACTIVE, BATCH = pb.REALTIME, pb.INTERACTIVE, pb.BATCH
@@ -249,7 +250,8 @@ class Sharing(DaemonCase):
         self.assertEqual([request for request, _, _ in refused], sent[64:])
         for _, reply, _ in refused:
             self.assertEqual(reply.status, RESOURCE_EXHAUSTED)
-            self.assertRegex(reply.message, "^matmul: 64 requests of this session wait for the cpu lane, at most 64 may: try again in about [0-9]+ us$")
+            self.assertRegex(reply.message, "^matmul: 64 requests of this session wait for the cpu lane, at most 64 may: try again in about %d us$" % reply.retry_after_us)
+            self.assertGreater(reply.retry_after_us, 0)
         mine = other.submit(product(2, 2), f32(1))
         other.ping()
         release()
@@ -397,6 +399,9 @@ class Quotas(DaemonCase):
         self.assertRegex(self.refusals(three, 1)[0], r"^matmul: 8 requests of tenant uid:\d+ wait for the cpu lane, at most 8 may: try again in about \d+ us$")
         self.assertEqual(self.quota(pb.QUOTA_QUEUED, self.one), (4, 4, 1))
         self.assertEqual(self.quota(pb.QUOTA_QUEUED), (8, 8, 1))
+        told = json.loads(self.opctl("run", "matmul", "ones:f32[2,2]", "ones:f32[2,2]", "--json", code=1).splitlines()[0])
+        self.assertEqual(told["status"], "RESOURCE_EXHAUSTED")
+        self.assertEqual(told["retry_after_us"], int(told["message"].split("about ")[1].split()[0]))
         release()
         for client in (self.one, self.two):
             self.assertEqual([client.read_reply()[1].status for _ in range(4)], [OK] * 4)
@@ -436,7 +441,8 @@ class Quotas(DaemonCase):
         number = str(self.one.hello.session)
         self.opctl("session", number, "set", "quota", "in_flight=2")
         self.opctl("session", number, "set", "quota", "memory=64KiB")
-        self.assertEqual(upload(self.one, 65).status, RESOURCE_EXHAUSTED)
+        refused = upload(self.one, 65)
+        self.assertEqual((refused.status, refused.retry_after_us), (RESOURCE_EXHAUSTED, 0))  # nobody knows when it will free some
         shown = json.loads(self.opctl("sessions", "--json"))
         mine = [state for state in shown["sessions"] if state["session"] == int(number)][0]["quotas"]
         self.assertEqual((mine["in_flight"]["limit"], mine["memory"]["limit"], mine["memory"]["refused"]), (2, 65536, 1))
@@ -470,6 +476,71 @@ class Quotas(DaemonCase):
         self.two.ask(pb.Request(set_session=pb.SetSession(session=self.one.hello.session, quotas=[pb.Quota(kind=pb.QUOTA_DEVICE_TIME, limit=rate_ns)])))
 
 
+class Partition(DaemonCase):
+    """A thread for anonymous alone, one for everybody else."""
+    config = "threads: 1\ninline: 0\nlimits: {queue: 4}\nlanes: {fast: {threads: 1}}\ntenants: {anonymous: {lane: fast}}\n"
+    flags = ("--listen", "tcp://127.0.0.1:0")
+
+    def setUp(self):
+        self.one = self.client()
+        self.other = Client(self.daemon.tcp_addresses()[0], features=["cancel"])
+        self.addCleanup(self.other.close)
+
+    def lanes(self):
+        return {lane.name: lane for lane in self.one.ask(pb.Request(list_sessions=pb.ListSessions()))[0].sessions.lanes}
+
+    def occupy(self, client, lane):
+        request = client.submit(product(4096, 1 << 16), f32(1))
+        wait_until(lambda: self.lanes()[lane].running == 1, "the thread has the kernel")
+        return lambda: client.send(frame(CANCEL, request))
+
+    def test_a_lane_of_its_own_is_nobody_elses(self):
+        lanes = self.lanes()
+        self.assertEqual([(name, lanes[name].threads) for name in lanes], [("cpu", 1), ("fast", 1)])
+        holder = self.client(features=["cancel"])
+        release = self.occupy(holder, "cpu")
+        explained = product(64, 64)
+        explained.run.explain = True
+        reply, _ = self.other.ask(explained, f32(1))
+        self.assertEqual(reply.run.explain.behind.running, 0)
+        self.assertEqual(self.other.call(products(3, 64, chain=True), f32(1))[0].status, OK)
+        release()
+        release = self.occupy(self.other, "fast")
+        self.assertEqual(self.one.call(product(64, 64), f32(1))[0].status, OK)
+        lanes = self.lanes()
+        self.assertEqual((lanes["cpu"].running, lanes["fast"].running), (0, 1))
+        waiting = [self.other.submit(product(2, 2), f32(1)) for _ in range(6)]
+        for request in waiting[4:]:
+            found, reply, _ = self.other.read_reply()
+            self.assertEqual((found, reply.status), (request, RESOURCE_EXHAUSTED))
+            self.assertRegex(reply.message, "^matmul: 4 requests of this session wait for the fast lane, at most 4 may: ")
+        self.other.send(frame(CANCEL, waiting[1]))
+        found, reply, _ = self.other.read_reply()
+        self.assertEqual((found, reply.status), (waiting[1], CANCELLED))
+        release()
+        self.assertEqual(len({self.other.read_reply()[0] for _ in range(4)} & set(waiting)), 3)
+
+    def test_it_is_shown_wherever_lanes_are(self):
+        shown = self.opctl("sessions", "--json")
+        self.assertEqual([lane["lane"] for lane in json.loads(shown)["lanes"]], ["cpu", "fast"])
+        self.assertIn('opd_lane_threads{lane="fast"} 1', self.opctl("stats", "opd_lane"))
+        self.assertEqual(json.loads(self.opctl("info", "--json"))["threads"], 2)
+
+    def opctl(self, *words):
+        return subprocess.run([os.path.join(os.path.dirname(OPD), "opctl"), "--connect", self.address, *words], check=True, capture_output=True, text=True).stdout
+
+    def test_lanes_are_settled_when_the_daemon_starts(self):
+        for old, new, said in (("fast: {threads: 1}", "fast: {threads: 3}", "lanes can't change while running"), ("lane: fast", "lane: slow", "is no lane of `lanes`, nor cpu"),
+                               ("lane: fast", "lane: cpu", "key=tenants.anonymous")):
+            self.daemon.write_config(self.config.replace(old, new))
+            self.daemon.signal(signal.SIGHUP)
+            self.daemon.wait_log(said)
+        self.daemon.wait_log("configuration reloaded")
+        release = self.occupy(self.client(features=["cancel"]), "cpu")
+        self.assertEqual(self.other.call(product(64, 64), f32(1))[0].status, OK)  # who is there stays where it is
+        release()
+
+
 class Rates(DaemonCase):
     config = "tenants: {anonymous: {session_bytes_in: 1 MiB, bytes_out: 2 MiB}}\n"
     flags = ("--listen", "tcp://127.0.0.1:0")
@@ -481,6 +552,7 @@ class Rates(DaemonCase):
         refused = upload(anonymous, 1)
         self.assertRegex(refused.message, r"^upload: quota bytes_in of this session: more was sent than 1048576 bytes a second: try again in about \d+ us$")
         self.assertLess(int(refused.message.split("about ")[1].split()[0]), 2000100)
+        self.assertEqual(refused.retry_after_us, int(refused.message.split("about ")[1].split()[0]))
         other = Client(self.daemon.tcp_addresses()[0])
         self.addCleanup(other.close)
         big = run("relu", tensor([1 << 20], inline=f32(1), strides=[0]))
@@ -686,7 +758,7 @@ class Configured(unittest.TestCase):
         self.assertEqual(self.check('tenants: {"uid:7": {weight: 0}}\n', r':1: tenants.uid:7.weight: "0", expected a whole number of 1 to 1000000'), 2)
         self.assertEqual(self.check('tenants: {a: {class: urgent}}\n', r'"urgent", expected realtime, interactive or batch'), 2)
         self.assertEqual(self.check('tenants: {a: {class: realtime, class_max: batch}}\n', r"a: class realtime, expected one no more urgent than class_max batch"), 2)
-        self.assertEqual(self.check('tenants: {a: {speed: 1}}\n', r"tenants.a.speed: no such key, expected weight, class, class_max or a quota: sessions, in_flight, queued, .*"), 2)
+        self.assertEqual(self.check('tenants: {a: {speed: 1}}\n', r"tenants.a.speed: no such key, expected weight, class, class_max, lane or a quota: sessions, in_flight, queued, .*"), 2)
         self.assertEqual(self.check('tenants:\n  a: {}\n  a: {}\n', r":3: tenants.a: there already, in line 2"), 2)
         self.assertEqual(self.check('tenants: {a: {device_time: 1us}}\n', r'"1us", expected 1ms to 1024s'), 2)
         self.assertEqual(self.check('tenants: {a: {weight: 7, class: batch, class_max: interactive, device_time: 500ms, sessions: 3, session_bytes_in: 1 MiB}}\n',

@@ -154,6 +154,42 @@ START_TEST(a_run_returns_what_the_server_sent)
 }
 END_TEST
 
+static void script_exhausted(struct peer *peer, void *argument)
+{
+	const struct msg_reply reply = {.status = OPD_RESOURCE_EXHAUSTED, .message = msg_text("quota"), .retry_after_us = 1500};
+	struct peer_frame frame;
+	(void)argument;
+	peer_hello(peer, NULL);
+	for (uint64_t id = 1; id <= 3; id++) {
+		if (!PEER_CHECK(peer, peer_read(peer, &frame)))
+			return;
+		peer_frame_free(&frame);
+		(void)PEER_CHECK(peer, id == 2 ? peer_reply_status(peer, id, OPD_RESOURCE_EXHAUSTED, "memory") : peer_reply(peer, id, &reply, NULL, 0));
+	}
+}
+
+START_TEST(a_failure_that_time_heals_says_when_to_try_again)
+{
+	struct peer peer;
+	opd_error error;
+	peer_start(&peer, PEER_UNIX, script_exhausted, NULL);
+	opd_client *client = test_connect(&peer, 0);
+	opd_request *request = opd_request_create("relu");
+	for (int i = 0; i < 2; i++) { /* the second time nobody knows */
+		opd_result *result;
+		ck_assert_int_eq(opd_run(client, request, &result, &error), OPD_RESOURCE_EXHAUSTED);
+		ck_assert_uint_eq(error.retry_after_us, i == 0 ? 1500 : 0);
+		ck_assert_uint_eq(opd_result_retry_after_us(result), i == 0 ? 1500 : 0);
+		opd_result_destroy(result);
+	}
+	ck_assert_int_eq(opd_ping(client, &error), OPD_RESOURCE_EXHAUSTED);
+	ck_assert_uint_eq(error.retry_after_us, 1500);
+	opd_request_destroy(request);
+	opd_close(client);
+	ck_assert(peer_join(&peer));
+}
+END_TEST
+
 /* What the server must see of the request in operands_are_laid_out_as_the_wire_wants. */
 static void script_layout(struct peer *peer, void *argument)
 {
@@ -633,6 +669,7 @@ static Suite *client_suite(void)
 	tcase_add_test(tests, a_refused_session_says_why);
 	tcase_add_test(tests, a_silent_server_times_out);
 	tcase_add_test(tests, a_run_returns_what_the_server_sent);
+	tcase_add_test(tests, a_failure_that_time_heals_says_when_to_try_again);
 	tcase_add_test(tests, operands_are_laid_out_as_the_wire_wants);
 	tcase_add_test(tests, a_fake_run_moves_no_tensor_data);
 	tcase_add_test(tests, explain_uuid_and_inline_results_arrive);

@@ -422,6 +422,51 @@ START_TEST(tls_may_be_reached_from_anywhere)
 }
 END_TEST
 
+START_TEST(lanes_are_named_and_tenants_name_them)
+{
+	load_ok("tenants: {\"*\": {lane: slow}, alice: {lane: fast}, bob: {weight: 3}, carol: {lane: cpu}}\nlanes: {slow: {}, fast: {threads: 3}}");
+	ck_assert_int_eq(config_check(config, false, &error), OPD_OK);
+	ck_assert_uint_eq(config->lane_count, 2);
+	ck_assert_str_eq(config->lanes[0].name, "slow");
+	ck_assert(config->lanes[0].threads == 1 && config->lanes[1].threads == 3);
+	static const struct {
+		const char *tenant;
+		uint32_t lane;
+	} wanted[] = {{"alice", 2}, {"bob", 1}, {"carol", 0}, {"somebody", 1}};
+	for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++) {
+		struct tenant_policy policy;
+		config_tenant(config, wanted[i].tenant, &policy);
+		ck_assert_msg(policy.lane == wanted[i].lane, "%s", wanted[i].tenant);
+	}
+}
+END_TEST
+
+START_TEST(lanes_that_are_not_are_named)
+{
+	static const struct {
+		const char *text;
+		const char *rest;
+	} bad[] = {
+		{"lanes: {cpu: {}}", ":1: lanes.cpu: expected a name of at most 31 small letters, digits and _, but not cpu (everybody's lane)"},
+		{"lanes: {\"a b\": {}}", ":1: lanes.a b: expected a name of at most 31 small letters, digits and _, but not cpu (everybody's lane)"},
+		{"lanes: {a: {threads: 0}}", ":1: lanes.a.threads: \"0\", expected a whole number of 1 to 1024"},
+		{"lanes: {a: {cores: 1}}", ":1: lanes.a.cores: no such key, expected threads"},
+		{"lanes: {a: 3}", ":1: lanes.a: a single value, expected a map"},
+	};
+	opd_status status = load(bad[_i].text);
+	ck_assert_int_ne(status, OPD_OK);
+	expect_error(bad[_i].rest);
+}
+END_TEST
+
+START_TEST(a_tenants_lane_must_be_there)
+{
+	load_ok("tenants:\n  alice: {lane: fast}\n");
+	ck_assert_int_eq(config_check(config, false, &error), OPD_INVALID_ARGUMENT);
+	expect_error(":2: tenants.alice.lane: \"fast\" is no lane of `lanes`, nor cpu");
+}
+END_TEST
+
 START_TEST(tls_has_its_keys)
 {
 	load_ok("tls: {certificate: /c, key: k.pem, client_ca: /ca, client_certificates: optional}\nlimits: {handshakes: 7}");
@@ -586,6 +631,9 @@ static void add_check_tests(TCase *tests)
 	tcase_add_loop_test(tests, loopback_needs_nothing, 0, 5);
 	tcase_add_test(tests, a_listener_twice_is_refused_but_any_free_port_may_repeat);
 	tcase_add_test(tests, tls_may_be_reached_from_anywhere);
+	tcase_add_test(tests, lanes_are_named_and_tenants_name_them);
+	tcase_add_loop_test(tests, lanes_that_are_not_are_named, 0, 5);
+	tcase_add_test(tests, a_tenants_lane_must_be_there);
 	tcase_add_test(tests, tls_has_its_keys);
 	tcase_add_test(tests, a_socket_path_that_does_not_fit_is_refused);
 	tcase_add_test(tests, flags_go_over_the_file);

@@ -223,7 +223,8 @@ def replies():
             ("publications", "Publications with every field.", pb.Reply(publications=pb.Publications(items=[
                 pb.Publication(name="w", sha256=bytes(range(32)), dtype=pb.BF16, shape=[2, 3], bytes=12, all=True, lasting=True,
                                tenant="uid:1000", holders=4, handle=pb.Handle(index=7, generation=1 << 63))]))),
-            ("rings", "RingsAttached; two descriptors would come with it.", pb.Reply(rings=pb.RingsAttached(poll_us=20)))]):
+            ("rings", "RingsAttached; two descriptors would come with it.", pb.Reply(rings=pb.RingsAttached(poll_us=20))),
+            ("exhausted", "A failure that time heals.", pb.Reply(status=8, message="quota", retry_after_us=1 << 20))]):
         write("every-reply-" + name, note, REPLY, message, 40 + number)
 
 

@@ -11,6 +11,7 @@
  * The environment, read once:
  *     OPD_TEST_DEVICE_MEMORY=BYTES       of each device (64 MiB)
  *     OPD_TEST_DEVICE_DELAY_US=N         before each kernel
+ *     OPD_TEST_DEVICE_SLOW_US=N          more before each kernel of test:0
  *     OPD_TEST_DEVICE_EVENT_US=N         from an event's work being done to its being reported
  *     OPD_TEST_DEVICE_OPEN_US=N          that open takes
  *     OPD_TEST_DEVICE_FAULT=POINT:N[+],… the Nth time (from then on) at POINT: alloc, stream, event, record, copy_in, copy_out,
@@ -68,6 +69,7 @@ struct device {
 	uint32_t fault_last[DEVICE_FAULT_COUNT];
 	uint64_t memory_bytes;
 	uint64_t delay_us;
+	uint64_t slow_us;
 	uint64_t event_us;
 	uint64_t reset;
 };

@@ -1,0 +1,100 @@
+#include "server/lanes.h"
+
+#include "server/daemon.h"
+#include "server/log.h"
+#include "server/machine.h"
+
+static void wake(void *argument)
+{
+	server_wake(argument);
+}
+
+/* Everybody's where nobody says: what the others leave of the machine. */
+static uint32_t main_threads(const struct server *server)
+{
+	const struct config *config = server->config;
+	struct machine machine;
+	uint32_t kept = 0;
+	if (config->threads != 0)
+		return config->threads;
+	machine_read(&machine);
+	for (size_t i = 0; i < config->lane_count; i++)
+		kept += config->lanes[i].threads;
+	LOG(server->log, LOG_INFO, "machine", LOG_UINT("cores", machine.cores), LOG_UINT("processors", machine.processors), LOG_UINT("quota", machine.quota),
+	    LOG_UINT("threads", machine.threads), LOG_UINT("kept", kept));
+	return machine.threads > kept ? machine.threads - kept : 1;
+}
+
+opd_status lanes_start(struct server *server, opd_error *error)
+{
+	const struct config *config = server->config;
+	struct lane_options options = {.threads = main_threads(server), .spin_ns = LANE_SPIN_NS_DEFAULT, .wake = wake, .wake_argument = server};
+	opd_status status = lane_create(&options, &server->lane, error);
+	if (status != OPD_OK)
+		return status;
+	server->lanes[server->lane_count++].lane = server->lane;
+	for (size_t i = 0; status == OPD_OK && i < config->lane_count; i++) {
+		options.name = config->lanes[i].name;
+		options.threads = config->lanes[i].threads;
+		status = lane_create(&options, &server->lanes[server->lane_count].lane, error);
+		server->lane_count += status == OPD_OK;
+	}
+	for (uint32_t i = 0; i < server->lane_count; i++)
+		server->lanes[i].progress_us = server->started_us;
+	lanes_bound(server);
+	return status;
+}
+
+void lanes_bound(struct server *server)
+{
+	const struct config *config = server->config;
+	for (uint32_t i = 0; i < server->lane_count; i++) {
+		struct scheduler *scheduler = lane_scheduler_lock(server->lanes[i].lane);
+		scheduler->flow_queue_max = config->limits.queue;
+		scheduler->queue_max = config->limits.lane_queue;
+		lane_scheduler_unlock(server->lanes[i].lane);
+		lane_set_segment(server->lanes[i].lane, config->segment_ns);
+	}
+}
+
+void lanes_finish_done(struct server *server)
+{
+	for (uint32_t i = 0; i < server->lane_count; i++)
+		server->lanes[i].done += lane_finish_done(server->lanes[i].lane);
+}
+
+bool lanes_busy(const struct server *server)
+{
+	bool busy = false;
+	for (uint32_t i = 0; i < server->lane_count; i++)
+		busy = busy || lane_busy(server->lanes[i].lane);
+	return busy;
+}
+
+uint32_t lanes_threads(const struct server *server)
+{
+	uint32_t threads = 0;
+	for (uint32_t i = 0; i < server->lane_count; i++)
+		threads += lane_threads(server->lanes[i].lane);
+	return threads;
+}
+
+uint32_t lanes_stuck(const struct server *server)
+{
+	uint32_t stuck = 0;
+	for (uint32_t i = 0; i < server->lane_count; i++)
+		stuck += lane_stuck(server->lanes[i].lane);
+	return stuck;
+}
+
+void lanes_stop(struct server *server)
+{
+	for (uint32_t i = 0; i < server->lane_count; i++)
+		lane_stop(server->lanes[i].lane);
+}
+
+void lanes_destroy(struct server *server)
+{
+	for (uint32_t i = 0; i < server->lane_count; i++)
+		lane_destroy(server->lanes[i].lane);
+}
