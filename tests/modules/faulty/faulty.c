@@ -1,11 +1,14 @@
 /* A provider with faults on demand: relu and silu of contiguous f32. x[0] names relu's fault, and silu's length that of its predicate or plan; any other call is answered rightly. A kernel that
- * hangs goes on when the file named by FAULTY_GATE is there, so that tests need no clock. */
+ * hangs goes on when the file named by FAULTY_GATE is there, so that tests need no clock. FAULTY_NTH=n: the nth kernel of all fails; FAULTY_COUNT: a file that is told how many there were. FAULTY_OPEN:
+ * segv, fail. */
 #include <opd/provider.h>
 
 #include <errno.h>
 #include <fcntl.h>
 #include <math.h>
 #include <signal.h>
+#include <stdatomic.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -170,6 +173,16 @@ static int escape(void)
 	return found;
 }
 
+/* Of all kernels together, in the order in which they begin. */
+static _Atomic unsigned long kernels;
+
+static bool is_the_nth(void)
+{
+	const char *wanted = getenv("FAULTY_NTH");
+	const unsigned long count = atomic_fetch_add(&kernels, 1) + 1;
+	return wanted != NULL && count == strtoul(wanted, NULL, 10);
+}
+
 static opd_status run(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error)
 {
 	(void)state;
@@ -177,7 +190,7 @@ static opd_status run(const opd_impl *impl, void *state, const opd_call *call, c
 	const float *x = opd_tensor_data(call->args[0].tensor);
 	float *y = opd_tensor_data(output);
 	const bool relu = strcmp(impl->op, "relu") == 0;
-	const int fault = relu && output->elements != 0 ? (int)x[0] : 0;
+	const int fault = is_the_nth() ? FAULT_ERROR : relu && output->elements != 0 ? (int)x[0] : 0;
 	for (uint64_t i = 0; i < output->elements; i++)
 		y[i] = relu ? (x[i] > 0 ? x[i] : 0) : x[i] / (1 + expf(-x[i]));
 	die(fault);
@@ -204,9 +217,23 @@ static opd_status open_module(const opd_host *host, void *state, opd_error *erro
 	host->log(host, OPD_LOG_INFO, "faulty is open");
 	if (getenv("FAULTY_OPEN") != NULL && strcmp(getenv("FAULTY_OPEN"), "segv") == 0)
 		*nowhere() = 1;
+	if (getenv("FAULTY_OPEN") != NULL && strcmp(getenv("FAULTY_OPEN"), "fail") == 0)
+		return opd_fail(error, OPD_UNAVAILABLE, "faulty: told not to open");
 	for (size_t i = 0; status == OPD_OK && i < sizeof impls / sizeof impls[0]; i++)
 		status = host->register_impl(host, &impls[i], error);
 	return status;
+}
+
+static void close_module(const opd_host *host, void *state)
+{
+	(void)host;
+	(void)state;
+	const char *path = getenv("FAULTY_COUNT");
+	FILE *file = path == NULL ? NULL : fopen(path, "we");
+	if (file == NULL)
+		return;
+	(void)fprintf(file, "kernel %lu\n", atomic_load(&kernels));
+	(void)fclose(file);
 }
 
 static const opd_module module = {
@@ -215,6 +242,7 @@ static const opd_module module = {
 	.name = "faulty",
 	.version = "1.0",
 	.open = open_module,
+	.close = close_module,
 };
 
 const opd_module *opd_module_get(void)
