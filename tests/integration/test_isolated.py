@@ -50,7 +50,7 @@ class Calls(Isolated):
         for _ in range(3):
             self.works(client)
         found = self.provider(daemon)
-        self.assertEqual((found["version"], found["available"], found["isolated"], found["deaths"], sorted(found["ops"])), ("1.0", True, True, 0, ["relu", "silu"]))
+        self.assertEqual((found["version"], found["available"], found["isolated"], found["deaths"], sorted(found["ops"])), ("1.0", True, True, 0, ["relu", "relu2", "silu"]))
         self.assertEqual(len(workers(daemon)), 1)
         self.assertIn("faulty is open", daemon.log_text())
         with open("/proc/%d/maps" % daemon.process.pid) as file:
