@@ -3,6 +3,7 @@
 #include <semaphore.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "proto/tensor.h"
 #include "server/batch.h"
@@ -19,6 +20,7 @@
 
 /* Estimated kernel time that a loop may spend in one turn. */
 #define INLINE_TURN_NS 20000u
+#define INLINE_MEASURED_EVERY 32u /* a clock of CPU time is a system call */
 /* Of a session's kernels on the loop, before the lane's order is told. */
 #define INLINE_CHARGE_NS 100000u
 
@@ -449,7 +451,7 @@ static bool fits_loop(struct request *request)
 {
 	const struct impl *impl = request->run.dispatch.impl;
 	request->run.cost_ns = impl->def->cost_ns == NULL ? 0 : impl->def->cost_ns(impl->def, &request->run.bound.call);
-	if (impl->provider->module->library != NULL || request->run.dispatch.plan_missing)
+	if (impl->provider->module->library != NULL || request->run.dispatch.plan_missing || containment_off_loop(request->context->server->containment, impl))
 		return false;
 	return execute_fits_loop(request, request->run.cost_ns);
 }
@@ -478,6 +480,24 @@ void execute_place(struct request *request)
 /* ---- */
 
 /* The lanes are stopped: what a job that has just ended would start next is nobody's any more. */
+static uint64_t thread_cpu_ns(void)
+{
+	struct timespec now;
+	(void)clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+/* Estimates may be wrong, and everybody waits here: CPU time, because another process may have the core. */
+static void run_on_loop(struct request *request, struct lane_exec *serial)
+{
+	const struct impl *impl = request->run.dispatch.impl;
+	const bool measured = request->context->inline_runs++ % INLINE_MEASURED_EVERY == 0;
+	const uint64_t before_ns = measured ? thread_cpu_ns() : 0;
+	run_here(request, serial);
+	if (measured)
+		containment_ran_on_loop(request->context->server->containment, impl, thread_cpu_ns() - before_ns);
+}
+
 static bool refused_at_end(struct request *request)
 {
 	if (!request->context->server->ending)
@@ -514,7 +534,7 @@ void execute_run(struct request *request)
 		request->run.behind = NULL;
 		if (!is_late(request)) {
 			request->clock.queued = 0;
-			run_here(request, &serial);
+			run_on_loop(request, &serial);
 			metrics_ran_on_loop(request->context->metrics, request->run.dispatch.impl, request->run.cost_ns, request->status);
 		}
 		execute_done(request);
