@@ -540,12 +540,6 @@ uint64_t device_lane_finish_ns(struct server *server, uint32_t number, const str
 	return ns + (until_ns > now_ns ? until_ns - now_ns : 0);
 }
 
-uint64_t device_lane_memory_bytes(struct server *server, uint32_t number)
-{
-	const struct device_lane *lane = atomic_load_explicit(&server->device_lanes[number], memory_order_acquire);
-	return lane == NULL ? 0 : atomic_load_explicit(&lane->memory.used_bytes, memory_order_relaxed);
-}
-
 void device_lane_use(struct server *server, uint32_t number, struct device_lane_use *use_out)
 {
 	struct device_lane *lane = atomic_load_explicit(&server->device_lanes[number], memory_order_acquire);

@@ -73,8 +73,6 @@ struct device_lane *device_lane_started(struct server *server, uint32_t number);
 OPD_MUST_USE bool device_lane_withdraw(struct device_lane *lane, struct device_job *job);
 /* How long from now a job of this flow (NULL: of a session that has had none there), class and cost would take to be done, by the estimates of what is there; any thread. */
 uint64_t device_lane_finish_ns(struct server *server, uint32_t number, const struct sched_flow *flow, sched_class class, uint64_t cost_ns, uint64_t now_ns);
-/* Bytes that tensors and work in flight take there; any thread. */
-uint64_t device_lane_memory_bytes(struct server *server, uint32_t number);
 
 struct device_lane_use {
 	uint64_t memory_bytes;       /* of tensors and scratch */
