@@ -197,6 +197,7 @@ static void fill_explain(opd_result *result, const struct msg_explain *from, opd
 {
 	explain->struct_bytes = sizeof *explain;
 	explain->on_loop = from->on_loop;
+	explain->batched = from->batched;
 	explain->level = msg_level_name(from->level);
 	explain->device = result_text(result, from->device);
 	explain->narrowed = result_text(result, from->narrowed);

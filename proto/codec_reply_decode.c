@@ -111,6 +111,7 @@ opd_status read_explain(struct reader *reader, const Opd__V1__Explain *in, struc
 {
 	explain->level = (msg_level)in->level;
 	explain->on_loop = in->on_loop;
+	explain->batched = in->batched;
 	if (in->times != NULL)
 		explain->times = (struct msg_times){in->times->decode, in->times->dispatch, in->times->queue,
 		                                    in->times->kernel, in->times->moves,    in->times->pack,

@@ -92,6 +92,7 @@ Opd__V1__Explain *write_explain(struct arena *arena, const struct msg_explain *i
 	out->level = (Opd__V1__Level)in->level;
 	out->device = write_text(in->device);
 	out->on_loop = in->on_loop;
+	out->batched = in->batched;
 	out->narrowed = write_text(in->narrowed);
 	out->times = write_times(arena, &in->times);
 	if (out->times == NULL || !write_behind(arena, in->behind, out) || !write_skips(arena, in, out) || !write_moves(arena, in, out) ||

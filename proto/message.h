@@ -265,6 +265,7 @@ struct msg_explain {
 	bool on_loop;
 	struct msg_text narrowed; /* key of the configuration's list, where it isn't the op's plain one */
 	const struct msg_behind *behind; /* NULL: it waited for no lane */
+	uint32_t batched;                /* 0: it ran alone */
 };
 
 struct msg_node_explain {

@@ -255,6 +255,7 @@ static void write_explain(struct pen *pen, uint32_t number, const struct msg_exp
 {
 	const uint8_t *end = pen->at;
 	const struct msg_behind *behind = in->behind;
+	pen_number(pen, 21, in->batched);
 	if (behind != NULL)
 		WRITE_NUMBERS(pen, 20, behind->own_jobs, behind->tenant_jobs, behind->other_jobs, behind->realtime_jobs, behind->interactive_jobs, behind->batch_jobs,
 		              behind->own_ns, behind->tenant_ns, behind->other_ns, behind->running);

@@ -192,6 +192,12 @@ typedef enum opd_sum {
 	OPD_SUM_ATTENTION = 2, /* Σ p·v */
 } opd_sum;
 
+enum {
+	/* Where all of `activations` have two extents or more, the first is of rows: the same for all of them and for every result, and a row of the results depends on that row of the activations, and on
+	 * the other parameters, alone. Requests whose other parameters are the same may then run as one call whose rows are those of all of them (with an implementation that has OPD_IMPL_BATCH_INVARIANT). */
+	OPD_OP_ROWS = 1u << 0,
+};
+
 /* An op: borrowed by the host until the module is closed. */
 struct opd_op {
 	uint32_t struct_bytes;
@@ -208,7 +214,7 @@ struct opd_op {
 	uint32_t tolerance_count;
 	const opd_tolerance *tolerances;
 	uint32_t in_place_count;
-	uint32_t reserved;
+	uint32_t flags;               /* OPD_OP_* */
 	const opd_in_place *in_place; /* a parameter and a result stand in one pair at most */
 	const opd_impl *native; /* the definition: device "cpu", no predicate, no plan, same schema (op and schema may be NULL), any strides */
 	const void *user;       /* the op's own, for functions that serve several ops */

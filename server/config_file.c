@@ -289,6 +289,7 @@ static const struct section {
 	{"limits", read_section},
 	{"log", read_section},
 	{"polling", read_section},
+	{"batching", read_section},
 	{"quarantine", read_section},
 	{"tls", read_section},
 	{"differential", read_section},

@@ -272,6 +272,8 @@ static const struct config_key keys[] = {
 	{"checked", set_bool, AT(checked), 0, 0, 0},
 	{"inline", set_ns, AT(inline_ns), 0, 1000000, 0},
 	{"segment", set_ns, AT(segment_ns), 1000, 1000000000, 0},
+	{"batching.rows", set_count, AT(batch_rows), 0, 256, 0},
+	{"batching.shared", set_bytes, AT(batch_shared_bytes), 0, MEMORY_MAX, 0},
 	{"polling.window", set_us, AT(polling_window_us), 0, 10000, 0},
 	{"polling.budget", set_us, AT(polling_budget_us), 0, 1000000, 0},
 	{"log.level", set_level, AT(level), 0, 0, 0},

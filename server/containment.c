@@ -10,6 +10,8 @@
 #include "server/tenant.h"
 
 #define COOLDOWN_DOUBLINGS 6u
+/* 50 times what a whole turn of the loop may take by estimates. */
+#define LOOP_KERNEL_NS 1000000u
 
 /* Of one implementation, or of a provider as a whole. */
 struct record {
@@ -37,6 +39,7 @@ struct containment {
 	struct log *log;
 	struct containment_policy policies[REGISTRY_PROVIDERS_MAX]; /* by provider index */
 	_Atomic uint64_t failures[REGISTRY_PROVIDERS_MAX];
+	_Atomic bool off_loop[REGISTRY_IMPLS_MAX]; /* by implementation index */
 	pthread_mutex_t mutex; /* of what follows */
 	struct config_quarantine rules;
 	struct record *records;
@@ -302,6 +305,21 @@ void containment_note(struct containment *containment, const struct impl *impl, 
 		return;
 	if (status == OPD_INTERNAL || status == OPD_UNKNOWN || status == OPD_DATA_LOSS)
 		containment_failed(containment, impl, FAILURE_KERNEL, tenant);
+}
+
+/* ---- On the loop ---- */
+
+void containment_ran_on_loop(struct containment *containment, const struct impl *impl, uint64_t cpu_ns)
+{
+	if (cpu_ns < LOOP_KERNEL_NS || atomic_exchange_explicit(&containment->off_loop[impl->index], true, memory_order_relaxed))
+		return;
+	LOG(containment->log, LOG_WARN, "kernel too slow for the loop, it runs on the lane from now on", LOG_STR("provider", impl->provider->name),
+	    LOG_STR("op", registry_op_name(containment->registry, impl)), LOG_UINT("cpu_us", cpu_ns / 1000));
+}
+
+bool containment_off_loop(const struct containment *containment, const struct impl *impl)
+{
+	return atomic_load_explicit(&containment->off_loop[impl->index], memory_order_relaxed);
 }
 
 /* ---- The way back ---- */

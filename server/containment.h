@@ -49,6 +49,11 @@ void containment_failed(struct containment *containment, const struct impl *impl
 /* The same for a status of a kernel, if it is one that counts. */
 void containment_note(struct containment *containment, const struct impl *impl, opd_status status, const char *tenant);
 
+/* A kernel on the I/O loop took so much of its thread's CPU time (a sample of them is looked at): where that is too much by far, its implementation runs on the lane from now on, whatever it estimates. */
+void containment_ran_on_loop(struct containment *containment, const struct impl *impl, uint64_t cpu_ns);
+/* It must not run on the loop any more. */
+bool containment_off_loop(const struct containment *containment, const struct impl *impl);
+
 /* Ends cool-downs. */
 void containment_tick(struct containment *containment, uint64_t now_ns);
 

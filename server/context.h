@@ -26,6 +26,7 @@ struct context {
 	uint32_t free_count;
 	struct metrics *metrics; /* its loop's, or that of all direct callers */
 	uint64_t inline_ns; /* estimated kernel time spent on this thread in this turn */
+	uint32_t inline_runs; /* of single ops on the loop: one of so many is measured */
 };
 
 void context_init(struct context *context, struct server *server);

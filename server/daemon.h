@@ -56,6 +56,10 @@ struct server {
 	_Atomic uint64_t inline_ns;
 	_Atomic uint32_t refuse_uploads; /* percent */
 	_Atomic uint64_t segment_ns;
+	_Atomic uint32_t batch_rows;    /* of a batch, at most */
+	_Atomic uint64_t batch_shared_bytes; /* of the operands that its requests share, at least */
+	_Atomic uint64_t batches;       /* kernels that ran for more than one request */
+	_Atomic uint64_t batched;       /* those requests */
 	struct registry *registry;
 	struct containment *containment;
 	struct differential *differential;

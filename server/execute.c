@@ -3,12 +3,15 @@
 #include <semaphore.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "proto/tensor.h"
+#include "server/batch.h"
 #include "server/bring.h"
 #include "server/containment.h"
 #include "server/daemon.h"
 #include "server/derived.h"
+#include "server/log.h"
 #include "server/metrics.h"
 #include "server/device_run.h"
 #include "server/module.h"
@@ -17,6 +20,7 @@
 
 /* Estimated kernel time that a loop may spend in one turn. */
 #define INLINE_TURN_NS 20000u
+#define INLINE_MEASURED_EVERY 32u /* a clock of CPU time is a system call */
 /* Of a session's kernels on the loop, before the lane's order is told. */
 #define INLINE_CHARGE_NS 100000u
 
@@ -304,14 +308,28 @@ static bool make_plan(struct request *request, struct lane_exec *exec)
 	return !run->plan_refused;
 }
 
-static void lane_run(struct lane_job *job, struct lane_exec *exec)
+static void run_alone(struct request *request, struct lane_exec *exec)
 {
-	struct request *request = (struct request *)((char *)job - offsetof(struct request, job));
 	if (execute_unwanted(request, exec))
 		return;
 	if (request->run.dispatch.plan_missing && !make_plan(request, exec))
 		return;
 	run_here(request, exec);
+}
+
+/* With those that the lane has taken along: as one kernel, else one after the other. */
+static void lane_run(struct lane_job *job, struct lane_exec *exec)
+{
+	struct request *request = (struct request *)((char *)job - offsetof(struct request, job));
+	if (exec->others != NULL && !execute_unwanted(request, exec) && batch_run(request, exec))
+		return;
+	run_alone(request, exec);
+	for (struct lane_job *other = exec->others; other != NULL; other = other->next) {
+		exec->job = other;
+		if (other->batch_rows != 0) /* else it has its answer */
+			run_alone((struct request *)((char *)other - offsetof(struct request, job)), exec);
+	}
+	exec->job = job;
 }
 
 static void lane_plan(struct lane_job *job, struct lane_exec *exec)
@@ -330,8 +348,12 @@ static void count_lane(struct request *request)
 {
 	const struct lane_job *job = &request->job;
 	const bool graph = request->graph_run != NULL;
-	if (graph ? graph_run_has_begun(request) : request->run.written)
-		metrics_ran(request->context->metrics, graph ? NULL : request->run.dispatch.impl, job->waited_ns, job->device_ns, request->status);
+	if (!(graph ? graph_run_has_begun(request) : request->run.written))
+		return;
+	metrics_ran(request->context->metrics, graph ? NULL : request->run.dispatch.impl, job->waited_ns, job->device_ns, request->status);
+	LOG(request->context->server->log, LOG_DEBUG, "lane ran", LOG_UINT("session", request->session->id), LOG_STR("op", request->run.op->schema->name),
+	    LOG_STR("class", sched_class_name(job->item.class)), LOG_UINT("at_us", job->item.queued_ns / 1000), LOG_UINT("waited_us", job->waited_ns / 1000),
+	    LOG_UINT("device_us", job->device_ns / 1000));
 }
 
 static void job_done(struct lane_job *job)
@@ -380,6 +402,8 @@ static void lane_start(struct request *request, void (*run)(struct lane_job *, s
 		.item = {.flow = &session->flow, .class = (uint8_t)request->run.class, .estimate_ns = request->run.cost_ns},
 		.charge_ns = session->inline_ns,
 	};
+	if (run == lane_run)
+		batch_offer(request);
 	if (wants_clock(request)) {
 		request->clock.queued = request_now_ns();
 		request->job.item.behind = request->run.behind = arena_zalloc(&request->arena, sizeof *request->run.behind); /* without memory it isn't told */
@@ -427,7 +451,7 @@ static bool fits_loop(struct request *request)
 {
 	const struct impl *impl = request->run.dispatch.impl;
 	request->run.cost_ns = impl->def->cost_ns == NULL ? 0 : impl->def->cost_ns(impl->def, &request->run.bound.call);
-	if (impl->provider->module->library != NULL || request->run.dispatch.plan_missing)
+	if (impl->provider->module->library != NULL || request->run.dispatch.plan_missing || containment_off_loop(request->context->server->containment, impl))
 		return false;
 	return execute_fits_loop(request, request->run.cost_ns);
 }
@@ -456,6 +480,24 @@ void execute_place(struct request *request)
 /* ---- */
 
 /* The lanes are stopped: what a job that has just ended would start next is nobody's any more. */
+static uint64_t thread_cpu_ns(void)
+{
+	struct timespec now;
+	(void)clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+/* Estimates may be wrong, and everybody waits here: CPU time, because another process may have the core. */
+static void run_on_loop(struct request *request, struct lane_exec *serial)
+{
+	const struct impl *impl = request->run.dispatch.impl;
+	const bool measured = request->context->inline_runs++ % INLINE_MEASURED_EVERY == 0;
+	const uint64_t before_ns = measured ? thread_cpu_ns() : 0;
+	run_here(request, serial);
+	if (measured)
+		containment_ran_on_loop(request->context->server->containment, impl, thread_cpu_ns() - before_ns);
+}
+
 static bool refused_at_end(struct request *request)
 {
 	if (!request->context->server->ending)
@@ -472,6 +514,7 @@ void execute_run(struct request *request)
 		return;
 	request->run.written = false;
 	request->run.on_loop = false;
+	request->run.batched = 0;
 	execute_place(request);
 	donate_again(request);
 	resident_drop(&request->run);
@@ -491,7 +534,7 @@ void execute_run(struct request *request)
 		request->run.behind = NULL;
 		if (!is_late(request)) {
 			request->clock.queued = 0;
-			run_here(request, &serial);
+			run_on_loop(request, &serial);
 			metrics_ran_on_loop(request->context->metrics, request->run.dispatch.impl, request->run.cost_ns, request->status);
 		}
 		execute_done(request);

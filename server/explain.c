@@ -94,6 +94,7 @@ void run_explain(struct request *request)
 	if (dispatch->effective->narrowed != NULL) /* copied: a reload may drop the list before a direct caller reads this */
 		explain->narrowed = msg_text(arena_text(&request->arena, dispatch->effective->narrowed, strlen(dispatch->effective->narrowed)));
 	explain->on_loop = run->on_loop;
+	explain->batched = run->batched;
 	if (dispatch->impl != NULL && request->message.run.mode == MSG_DRY)
 		execute_place(request); /* where it would run now */
 	if (dispatch->impl != NULL)

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "server/daemon.h"
+#include "server/metrics.h"
 #include "server/request.h"
 
 static opd_status out_of_memory(struct request *request)
@@ -182,8 +183,11 @@ static void begin_here(struct graph_run *run)
 	}
 	struct lane_exec serial = lane_exec_serial(NULL);
 	request->run.on_loop = true;
-	if (!execute_unwanted(request, &serial))
+	if (!execute_unwanted(request, &serial)) {
+		const uint64_t cost_ns = prepared->cost_ns;
 		graph_execute(run, &serial);
+		metrics_ran_on_loop(request->context->metrics, NULL, cost_ns, request->status);
+	}
 	execute_done(request);
 }
 

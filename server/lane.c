@@ -18,6 +18,9 @@
 #define SEGMENT_NS_DEFAULT 2000000u
 #define NAME_BYTES 32u
 #define DEFAULT_NAME "cpu"
+#define BATCH_LISTS 64u /* a power of two */
+/* Jobs looked at for one batch, under the mutex: numbers that share a list don't make it long. */
+#define BATCH_LOOKS 64u
 
 struct worker {
 	struct lane *lane;
@@ -48,6 +51,11 @@ struct loop {
 	_Atomic uint64_t helped_ns; /* their time */
 };
 
+/* Oldest first. */
+struct batch_list {
+	struct lane_job *head, **tail;
+};
+
 struct lane {
 	char name[NAME_BYTES];
 	/* Written by every submission, read by spinning threads. */
@@ -61,6 +69,8 @@ struct lane {
 	struct sched_flow own_flow; /* of jobs that are nobody's */
 	struct histogram waits[CLASS_COUNT]; /* written under the mutex */
 	_Atomic uint64_t segment_ns;
+	_Atomic uint32_t batch_rows;
+	struct batch_list batches[BATCH_LISTS]; /* queued jobs that others may take along, by their numbers */
 	uint64_t ready_ns; /* all that is queued waits for its rate until then; UINT64_MAX: nothing does */
 	uint32_t spinning; /* threads that look for work without sleeping */
 	uint32_t waking;   /* unparked, not yet running */
@@ -323,6 +333,81 @@ void lane_parallel_for(struct lane_exec *exec, uint64_t items, uint64_t grain, o
 	exec->in_loop = false;
 }
 
+/* ---- Batches: under the mutex -------------------------------------------------------------------------------------------- */
+
+static struct batch_list *batch_list_of(struct lane *lane, const struct lane_job *job)
+{
+	return &lane->batches[job->batch & (BATCH_LISTS - 1)];
+}
+
+static void batch_add(struct lane *lane, struct lane_job *job)
+{
+	struct batch_list *list = batch_list_of(lane, job);
+	job->batch_next = NULL;
+	job->batch_link = list->tail;
+	*list->tail = job;
+	list->tail = &job->batch_next;
+}
+
+static void batch_remove(struct lane *lane, struct lane_job *job)
+{
+	*job->batch_link = job->batch_next;
+	if (job->batch_next != NULL)
+		job->batch_next->batch_link = job->batch_link;
+	else
+		batch_list_of(lane, job)->tail = job->batch_link;
+	job->batch_link = NULL;
+}
+
+static void note_begun(struct lane *lane, struct lane_job *job, uint64_t began_ns)
+{
+	job->waited_ns = began_ns > job->item.queued_ns ? began_ns - job->item.queued_ns : 0;
+	job->device_ns = 0;
+	histogram_add(&lane->waits[job->item.class], job->waited_ns, false);
+}
+
+/* Those that wait and may run with a job that is begun, oldest first; they are begun too. */
+static struct lane_job *take_along(struct lane *lane, struct lane_job *leader, uint64_t began_ns)
+{
+	const uint32_t most = atomic_load_explicit(&lane->batch_rows, memory_order_relaxed);
+	uint32_t rows = leader->batch_rows;
+	struct lane_job *first = NULL, **end = &first;
+	batch_remove(lane, leader);
+	struct lane_job *job = batch_list_of(lane, leader)->head;
+	for (uint32_t looks = 0; job != NULL && rows < most && looks < BATCH_LOOKS; looks++) {
+		struct lane_job *next = job->batch_next;
+		if (job->batch == leader->batch && job->batch_rows <= most - rows && leader->joins(leader, job) && scheduler_take(&lane->scheduler, &job->item, began_ns)) {
+			(void)atomic_fetch_sub_explicit(&lane->hints, 1, memory_order_relaxed);
+			batch_remove(lane, job);
+			note_begun(lane, job, began_ns);
+			rows += job->batch_rows;
+			job->next = NULL;
+			*end = job;
+			end = &job->next;
+		}
+		job = next;
+	}
+	return first;
+}
+
+/* They have taken device_ns together: each by its rows. */
+static void complete(struct lane *lane, struct lane_job *leader, struct lane_job *others, uint64_t device_ns)
+{
+	uint64_t rows = 0;
+	for (const struct lane_job *job = others; job != NULL; job = job->next)
+		rows += job->batch_rows;
+	const uint64_t all = rows + leader->batch_rows;
+	const uint64_t own_ns = rows == 0 ? device_ns : (uint64_t)((double)device_ns * leader->batch_rows / (double)all);
+	leader->device_ns += own_ns;
+	scheduler_complete(&lane->scheduler, leader->item.flow, (sched_class)leader->item.class, leader->item.estimate_ns, leader->pays == NULL ? own_ns : 0);
+	if (leader->pays != NULL)
+		scheduler_charge(&lane->scheduler, leader->pays, (sched_class)leader->item.class, own_ns);
+	for (struct lane_job *job = others; job != NULL; job = job->next) {
+		job->device_ns = (uint64_t)((double)device_ns * job->batch_rows / (double)(all == 0 ? 1 : all));
+		scheduler_complete(&lane->scheduler, job->item.flow, (sched_class)job->item.class, job->item.estimate_ns, job->device_ns);
+	}
+}
+
 /* ---- Jobs -------------------------------------------------------------------------------------------------------------- */
 
 /* Under the mutex. */
@@ -347,6 +432,8 @@ static bool enqueue(struct lane *lane, struct lane_job *job, uint64_t time_ns)
 	(void)atomic_fetch_add_explicit(&lane->load, 1, memory_order_relaxed);
 	(void)atomic_fetch_add_explicit(&lane->hints, 1, memory_order_relaxed);
 	lane->ready_ns = UINT64_MAX; /* whether it may run is the next pick's to say */
+	if (job->batch != 0)
+		batch_add(lane, job);
 	return true;
 }
 
@@ -425,6 +512,8 @@ bool lane_withdraw(struct lane *lane, struct lane_job *job)
 {
 	(void)pthread_mutex_lock(&lane->mutex);
 	bool queued = !job->begun && scheduler_withdraw(&lane->scheduler, &job->item);
+	if (queued && job->batch != 0)
+		batch_remove(lane, job);
 	(void)pthread_mutex_unlock(&lane->mutex);
 	if (queued) {
 		(void)atomic_fetch_sub_explicit(&lane->hints, 1, memory_order_relaxed);
@@ -465,23 +554,18 @@ static bool run_next(struct worker *worker)
 	struct lane_job *job = pick(lane, began_ns);
 	if (job == NULL)
 		return false;
-	const struct sched_item item = job->item;
-	const uint64_t waited_ns = began_ns > item.queued_ns ? began_ns - item.queued_ns : 0;
-	if (!job->begun) {
-		histogram_add(&lane->waits[item.class], waited_ns, false);
-		job->waited_ns = waited_ns;
-		job->device_ns = 0;
-	}
+	if (!job->begun)
+		note_begun(lane, job, began_ns);
+	struct lane_job *const others = job->batch == 0 ? NULL : take_along(lane, job, began_ns);
 	worker->job = job;
 	unlock_and_wake(lane);
-	struct lane_exec exec = {.lane = lane, .job = job, .threads = lane->threads, .began_ns = began_ns, .may_yield = true};
+	struct lane_exec exec = {.lane = lane, .job = job, .threads = lane->threads, .began_ns = began_ns, .may_yield = true, .others = others};
 	job->run(job, &exec);
 	const uint64_t device_ns = now_ns() - began_ns + exec.helped_ns;
 	/* Before the job is its owner's again, who may then free the flow. */
 	(void)pthread_mutex_lock(&lane->mutex);
-	scheduler_complete(&lane->scheduler, item.flow, (sched_class)item.class, item.estimate_ns, device_ns);
+	complete(lane, job, others, device_ns);
 	worker->job = NULL;
-	job->device_ns += device_ns;
 	if (exec.again)
 		requeue(lane, job);
 	if (worker->replaced) /* it wasn't counted any more */
@@ -489,6 +573,10 @@ static bool run_next(struct worker *worker)
 	(void)pthread_mutex_unlock(&lane->mutex);
 	if (!exec.again)
 		job_finish(lane, job);
+	for (struct lane_job *each = others, *next; each != NULL; each = next) {
+		next = each->next;
+		job_finish(lane, each);
+	}
 	(void)pthread_mutex_lock(&lane->mutex);
 	return true;
 }
@@ -542,6 +630,11 @@ bool lane_should_yield(const struct lane_exec *exec)
 	return now_ns() - exec->began_ns >= atomic_load_explicit(&exec->lane->segment_ns, memory_order_relaxed);
 }
 
+void lane_set_batch(struct lane *lane, uint32_t rows)
+{
+	atomic_store_explicit(&lane->batch_rows, rows, memory_order_relaxed);
+}
+
 void lane_set_segment(struct lane *lane, uint64_t segment_ns)
 {
 	atomic_store_explicit(&lane->segment_ns, segment_ns, memory_order_relaxed);
@@ -574,7 +667,10 @@ void lane_cancel(struct lane_job *job)
 
 bool lane_cancelled(const struct lane_exec *exec)
 {
-	return exec->job != NULL && atomic_load_explicit(&exec->job->cancelled, memory_order_relaxed);
+	bool cancelled = exec->job != NULL && atomic_load_explicit(&exec->job->cancelled, memory_order_relaxed);
+	for (const struct lane_job *job = exec->together ? exec->others : NULL; cancelled && job != NULL; job = job->next)
+		cancelled = job->batch_rows == 0 || atomic_load_explicit(&job->cancelled, memory_order_relaxed);
+	return cancelled;
 }
 
 struct lane_exec lane_exec_serial(struct lane_job *job)
@@ -688,6 +784,8 @@ opd_status lane_create(const struct lane_options *options, struct lane **lane_ou
 	sched_group_init(&lane->own_group, SCHED_WEIGHT_DEFAULT);
 	sched_flow_init(&lane->own_flow, &lane->own_group, SCHED_WEIGHT_DEFAULT);
 	lane->own_flow.unbounded = true;
+	for (uint32_t i = 0; i < BATCH_LISTS; i++)
+		lane->batches[i].tail = &lane->batches[i].head;
 	lane->ready_ns = UINT64_MAX;
 	lane->segment_ns = SEGMENT_NS_DEFAULT;
 	lane->threads = threads;

@@ -39,6 +39,7 @@ struct lane_refusal {
 struct lane_job {
 	struct lane_job *next; /* the lane's; of a list to submit or to take: the next one */
 	struct sched_item item; /* flow, class and estimate are the owner's. No flow: the lane's own work, which is never refused, as `interactive` */
+	struct sched_flow *pays; /* of the lane's own work: whom its device time is charged to; NULL: nobody */
 	uint64_t charge_ns;     /* device time of the flow's that went by the lane: charged with the submission */
 	void (*run)(struct lane_job *job, struct lane_exec *exec); /* on a lane thread */
 	void (*done)(struct lane_job *job);                        /* for whoever takes the done jobs: the lane doesn't call it itself */
@@ -46,6 +47,10 @@ struct lane_job {
 	struct lane_refusal refusal;                               /* by a lane_submit that was false */
 	uint64_t waited_ns; /* once it is done: until it was begun */
 	uint64_t device_ns;
+	uint64_t batch;      /* the owner's: when one is begun, others that are queued with the same number, not 0, are taken along if it `joins` them */
+	uint32_t batch_rows; /* how much of a batch it is: all together at most what lane_set_batch says. 0, by `run`: it took no part, and pays nothing */
+	bool (*joins)(const struct lane_job *leader, const struct lane_job *job); /* under the lane's lock: a few instructions */
+	struct lane_job *batch_next, **batch_link; /* the lane's */
 	bool begun;         /* it has yielded: it can't be withdrawn any more */
 };
 
@@ -59,6 +64,8 @@ struct lane_exec {
 	uint64_t began_ns;
 	bool may_yield; /* it can go on later where it was */
 	bool again;     /* it wants to: by `run`, which then returns and is called once more when its turn has come */
+	struct lane_job *others; /* taken along: `run` of `job` runs these too, and theirs isn't called; linked by next, which stays as it is */
+	bool together;           /* what runs is all of them's: cancelled when all are */
 	const char *tenant; /* whose job it is, for those who count failures; NULL: nobody's */
 	struct derived_run *derived; /* the job's: derived copies that its kernel has; NULL: it gets none */
 };
@@ -94,6 +101,8 @@ const struct histogram *lane_waits(const struct lane *lane, sched_class class);
 
 /* A job that can go on later has run for a segment while others wait: it sets exec->again and returns. One relaxed load while nobody waits. */
 bool lane_should_yield(const struct lane_exec *exec);
+/* How many rows a batch has at most; 0, as at first: nobody is taken along. */
+void lane_set_batch(struct lane *lane, uint32_t rows);
 /* How long a segment is; 2 ms at first. */
 void lane_set_segment(struct lane *lane, uint64_t segment_ns);
 

@@ -54,6 +54,7 @@ void lanes_bound(struct server *server)
 		scheduler->queue_max = config->limits.lane_queue;
 		lane_scheduler_unlock(server->lanes[i].lane);
 		lane_set_segment(server->lanes[i].lane, config->segment_ns);
+		lane_set_batch(server->lanes[i].lane, config->batch_rows);
 	}
 }
 

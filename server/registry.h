@@ -60,6 +60,7 @@ struct op {
 	const opd_op *def;
 	struct schema *schema;
 	opd_shape_fn shape;
+	uint64_t row_params; /* bits of the parameters whose first extent is rows that stand for themselves (OPD_OP_ROWS); 0: there are none */
 	uint32_t index; /* the same in every snapshot */
 	uint32_t impl_count;
 	const struct impl **impls; /* native first, then in the order of registration */

@@ -628,8 +628,8 @@ void request_task(struct request *request, request_task_fn task, request_task_fn
 		done(request);
 		return;
 	}
-	request->job = (struct lane_job){.run = task_run, .done = task_done};
-	const bool queued = lane_submit(request->session->lane, &request->job); /* as the lane's own */
+	request->job = (struct lane_job){.run = task_run, .done = task_done, .pays = &request->session->flow};
+	const bool queued = lane_submit(request->session->lane, &request->job); /* as the lane's own: it waits for nobody's turn, but its session pays */
 	assert(queued);
 	(void)queued;
 }

@@ -65,6 +65,7 @@ struct request_run {
 	uint32_t donation_count;
 	struct buffer *scratch;
 	uint32_t device;            /* number of the device that it runs on */
+	uint32_t batched;           /* requests whose one kernel was its too; 0: it ran alone */
 	sched_class class;          /* in the lane's order */
 	struct sched_behind *behind; /* in the arena; NULL: nobody asks, or it waits for no lane */
 	uint64_t cost_ns;           /* estimated; 0: unknown */

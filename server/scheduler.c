@@ -478,30 +478,22 @@ static uint64_t ready_ns(const struct scheduler *scheduler)
 	return (uint64_t)key + 1;
 }
 
-struct sched_item *scheduler_pick(struct scheduler *scheduler, uint64_t now_ns, uint64_t *ready_ns_out)
+/* It runs: whoever has a bucket pays, and those who ask learn whom it waited behind. */
+static void begin(struct scheduler *scheduler, struct sched_item *item, uint64_t now_ns)
 {
-	release_throttled(scheduler, now_ns);
-	const uint32_t class = choose_class(scheduler);
-	if (class == CLASS_COUNT) {
-		*ready_ns_out = ready_ns(scheduler);
-		return NULL;
-	}
-	struct sched_item *item = next_of(scheduler, class);
 	struct sched_flow *flow = item->flow;
 	struct sched_group *group = flow->group;
-	level_serve(&scheduler->classes[class], &group->classes[class].node);
-	level_serve(&group->classes[class].flows, &flow->classes[class].node);
 	dequeue(scheduler, item);
 	if (group->bucket.rate_ns != 0)
 		bucket_fill(&group->bucket, now_ns);
 	if (flow->bucket.rate_ns != 0)
 		bucket_fill(&flow->bucket, now_ns);
-	charge(scheduler, flow, class, (double)item->estimate_ns);
+	charge(scheduler, flow, item->class, (double)item->estimate_ns);
 	if (item->behind != NULL)
 		behind_settle(scheduler, flow, item->behind);
 	flow->picks++;
 	group->picks++;
-	scheduler->picks[class]++;
+	scheduler->picks[item->class]++;
 	flow->running++;
 	group->running++;
 	scheduler->running++;
@@ -512,7 +504,31 @@ struct sched_item *scheduler_pick(struct scheduler *scheduler, uint64_t now_ns, 
 		flow->usage.wait_max_ns = waited;
 	if (waited > group->usage.wait_max_ns)
 		group->usage.wait_max_ns = waited;
+}
+
+struct sched_item *scheduler_pick(struct scheduler *scheduler, uint64_t now_ns, uint64_t *ready_ns_out)
+{
+	release_throttled(scheduler, now_ns);
+	const uint32_t class = choose_class(scheduler);
+	if (class == CLASS_COUNT) {
+		*ready_ns_out = ready_ns(scheduler);
+		return NULL;
+	}
+	struct sched_item *item = next_of(scheduler, class);
+	struct sched_flow *flow = item->flow;
+	level_serve(&scheduler->classes[class], &flow->group->classes[class].node);
+	level_serve(&flow->group->classes[class].flows, &flow->classes[class].node);
+	begin(scheduler, item, now_ns);
 	return item;
+}
+
+/* It isn't its turn: where newcomers start stays where it was. */
+bool scheduler_take(struct scheduler *scheduler, struct sched_item *item, uint64_t now_ns)
+{
+	if (bucket_throttles(&item->flow->bucket) || bucket_throttles(&item->flow->group->bucket))
+		return false;
+	begin(scheduler, item, now_ns);
+	return true;
 }
 
 bool scheduler_runnable(const struct scheduler *scheduler)

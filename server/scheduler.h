@@ -169,6 +169,8 @@ void scheduler_resubmit(struct scheduler *scheduler, struct sched_item *item, ui
 bool scheduler_withdraw(struct scheduler *scheduler, struct sched_item *item);
 /* The item to run now; NULL: none. Where all that wait have used up their rates, *ready_ns_out says when to ask again (else UINT64_MAX). */
 struct sched_item *scheduler_pick(struct scheduler *scheduler, uint64_t now_ns, uint64_t *ready_ns_out);
+/* Takes a queued item out of its turn, to run with one that was picked: charged and counted as if it had been picked itself. False: it waits for its rate, and stays. */
+bool scheduler_take(struct scheduler *scheduler, struct sched_item *item, uint64_t now_ns);
 /* Something is queued that waits for no rate: scheduler_pick would give it now. */
 bool scheduler_runnable(const struct scheduler *scheduler);
 /* A picked item of this flow and class, charged estimate_ns, took device_ns. The item itself may be gone already. */

@@ -123,11 +123,32 @@ static void fill_quarantined(const struct registry *registry, struct snapshot *s
 	snapshot->impl_count = registry->impl_count;
 }
 
+static bool is_named(const char *list, const char *name)
+{
+	const size_t bytes = strlen(name);
+	for (const char *at = list; at != NULL; at = strchr(at, ',')) {
+		at += *at == ',';
+		if (strncmp(at, name, bytes) == 0 && (at[bytes] == ',' || at[bytes] == '\0'))
+			return true;
+	}
+	return false;
+}
+
+/* The op's activations, where it says that their rows stand for themselves. */
+static uint64_t row_params(const struct entry *entry)
+{
+	uint64_t bits = 0;
+	for (uint32_t i = 0; (entry->def->flags & OPD_OP_ROWS) != 0 && i < entry->schema->param_count && i < 64; i++)
+		if (is_named(entry->def->activations, entry->schema->params[i].name))
+			bits |= UINT64_C(1) << i;
+	return bits;
+}
+
 static bool snapshot_fill_op(struct registry *registry, struct snapshot *snapshot, uint32_t index)
 {
 	struct op *op = &snapshot->ops[index];
 	const struct entry *entry = &registry->ops[index];
-	*op = (struct op){.def = entry->def, .schema = entry->schema, .shape = entry->shape, .index = index};
+	*op = (struct op){.def = entry->def, .schema = entry->schema, .shape = entry->shape, .row_params = row_params(entry), .index = index};
 	for (uint32_t i = 0; i < registry->impl_count; i++)
 		op->impl_count += registry->impls[i]->op_index == index;
 	op->impls = calloc(op->impl_count, sizeof op->impls[0]);

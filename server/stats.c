@@ -58,6 +58,8 @@ static void tell_daemon(const struct walk *walk)
 	labelled(sink, "step", "uploads", (double)atomic_load_explicit(&server->uploads_refused, memory_order_relaxed));
 	labelled(sink, "step", "sessions", (double)server->sessions_refused);
 	labelled(sink, "step", "caches", (double)server->caches_dropped);
+	single(sink, STATS_COUNTER, "opd_batches_total", "kernels that ran for several requests", (double)atomic_load_explicit(&server->batches, memory_order_relaxed));
+	single(sink, STATS_COUNTER, "opd_batched_runs_total", "those requests", (double)atomic_load_explicit(&server->batched, memory_order_relaxed));
 	single(sink, STATS_COUNTER, "opd_graph_runs_total", "runs of graphs", (double)atomic_load_explicit(&server->graph_runs, memory_order_relaxed));
 	single(sink, STATS_COUNTER, "opd_graph_dispatches_total", "of them, those that had to infer, dispatch and plan anew",
 	       (double)atomic_load_explicit(&server->graph_dispatches, memory_order_relaxed));

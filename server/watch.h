@@ -6,7 +6,7 @@
  * A kernel on a CPU can't be taken back. When its budget is over: the log says so, it is told that nobody wants its result (host->cancelled), the failure is counted, a run is answered with
  * DEADLINE_EXCEEDED, and another thread takes the place of the stuck one (lane_replace). All that the kernel may touch stays until it returns: the request is released then. A graph's run is answered
  * when its kernel returns: what other runs of it share can't be let go before.
- * Not watched: kernels on the loop (linked in, microseconds), calls without frames (the caller's own thread waits), devices. Isolated modules' (server/isolated.h) are ended
+ * Not watched: kernels on the loop (linked in, microseconds; containment_ran_on_loop looks at a sample), calls without frames (the caller's own thread waits), devices. Isolated modules' (server/isolated.h) are ended
  * with their worker. */
 #ifndef OPD_SERVER_WATCH_H
 #define OPD_SERVER_WATCH_H

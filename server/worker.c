@@ -10,6 +10,7 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include "server/confine.h"
 #include "server/isolated_call.h"
 #include "server/module.h"
 
@@ -317,6 +318,7 @@ static bool confine(const char *parent)
 	(void)prctl(PR_SET_PDEATHSIG, SIGKILL);
 	limit(RLIMIT_CORE, 0);
 	limit(RLIMIT_NOFILE, DESCRIPTORS);
+	(void)confine_calls(); /* where it can't be, a worker's faults are contained all the same */
 	return getppid() == (pid_t)strtol(parent, NULL, 10);
 }
 

@@ -41,6 +41,8 @@ void explain_print(const opd_explain *explain, bool ran)
 		             shown(explain->moves[i].to), bytes_text(explain->moves[i].bytes));
 	if (ran)
 		print_times(explain);
+	if (ran && explain->batched != 0)
+		(void)printf("batched    with %" PRIu32 " other requests, as one kernel\n", explain->batched - 1);
 	if (ran && explain->behind != NULL && explain->behind->own_jobs + explain->behind->tenant_jobs + explain->behind->other_jobs + explain->behind->running > 0)
 		print_behind(explain->behind);
 }
@@ -81,6 +83,8 @@ cJSON *explain_json(const opd_explain *explain, bool ran)
 	cJSON_AddStringToObject(document, "narrowed", explain->narrowed);
 	cJSON_AddStringToObject(document, "device", explain->device);
 	cJSON_AddBoolToObject(document, "on_loop", explain->on_loop);
+	if (ran)
+		cJSON_AddItemToObject(document, "batched", json_u64(explain->batched));
 	if (ran && explain->behind != NULL)
 		cJSON_AddItemToObject(document, "behind", behind_json(explain->behind));
 	cJSON *skipped = cJSON_AddArrayToObject(document, "skipped");

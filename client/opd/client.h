@@ -310,6 +310,7 @@ typedef struct opd_explain {
 	const char *narrowed; /* key of the list, where the configuration has one for such calls: "linear/bf16/rows<=4"; else "" */
 	uint64_t receive_ns;  /* waiting for the payload, and for results of earlier requests */
 	const struct opd_behind *behind; /* NULL: it waited for no lane */
+	uint32_t batched;     /* requests that ran as one kernel, this one among them; 0: it ran alone */
 } opd_explain;
 
 /* Whom a request waited behind on its lane: jobs that were begun, and device time of those that ended, between its coming there and its own start. */

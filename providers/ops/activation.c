@@ -276,6 +276,7 @@ static const int64_t activation_dims[] = {4, 4096};
 		.schema = (schema_text),                                                                                                 \
 		.doc = (doc_text),                                                                                                       \
 		.activations = "x",                                                                                                      \
+		.flags = OPD_OP_ROWS,                                                                                                    \
 		.shape = activation_shape,                                                                                               \
 		.generate = activation_generate,                                                                                         \
 		.dims = "rows,hidden",                                                                                                   \
@@ -309,6 +310,7 @@ static const opd_op sparse_op = {
 	.schema = "gelu_and_mul_sparse(Tensor x, float std_multiplier, str approximate=\"none\") -> Tensor",
 	.doc = "gelu of what exceeds mean + std_multiplier·std of the first half's row, times the second half",
 	.activations = "x",
+	.flags = OPD_OP_ROWS,
 	.shape = sparse_shape,
 	.generate = sparse_generate,
 	.dims = "rows,hidden",

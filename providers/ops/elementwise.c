@@ -244,6 +244,7 @@ static const opd_op cast_op = {
 	.schema = "cast(Tensor x, str dtype) -> Tensor",
 	.doc = "x in another dtype: rounded to nearest even; f8 and integers saturate; integer to integer wraps",
 	.activations = "x",
+	.flags = OPD_OP_ROWS,
 	.shape = cast_shape,
 	.generate = cast_generate,
 	.dims = "rows,hidden",

@@ -310,6 +310,7 @@ static const opd_op linear = {
 	.schema = "linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor",
 	.doc = "x [..., K] times weight [N, K] transposed, plus bias [N]; f32 accumulation",
 	.activations = "x",
+	.flags = OPD_OP_ROWS,
 	.shape = linear_shape,
 	.generate = linear_generate,
 	.dims = "rows,in,out",

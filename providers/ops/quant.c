@@ -168,6 +168,7 @@ static const opd_op static_quant_fp8 = {
 	.schema = "static_quant_fp8(Tensor x, Tensor scale) -> Tensor",
 	.doc = "x/scale [1], clamped to +-448, to f8_e4m3fn",
 	.activations = "x",
+	.flags = OPD_OP_ROWS,
 	.shape = static_quant_shape,
 	.generate = static_quant_generate,
 	.dims = "rows,hidden",

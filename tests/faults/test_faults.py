@@ -25,7 +25,8 @@ from harness import Client, Closed, Failed, f32, inline, pb, run, tensor, unpack
 BUILD = os.path.join(ROOT, ".build", "release")
 SHIM = os.environ.get("OPD_SHIM", os.path.join(BUILD, "tests", "faults", "shim.so"))
 MODULE = os.path.join(os.environ.get("OPD_MODULES", os.path.join(BUILD, "tests", "modules")), "faulty", "faulty.so")
-CLASSES = ("alloc", "read", "write", "log", "accept", "thread", "open")
+SHIMMED = ("alloc", "read", "write", "log", "accept", "thread", "open")
+CLASSES = (*SHIMMED, "kernel", "provider")  # the last two by the module itself: the nth kernel, and its open
 SAMPLES = 6  # of each class where not all are wanted
 # What a daemon that can't start may end with: README.md, "Exit codes".
 START_CODES = (1, 2, 3)
@@ -45,7 +46,13 @@ class Daemon:
         config = os.path.join(folder, "opd.yaml")
         with open(config, "w") as file:
             file.write("threads: 2\nmetrics: unix:%s\nmodules: [{name: faulty, path: %s}]\n" % (self.metrics, MODULE))
-        environment = dict(os.environ, LD_PRELOAD=SHIM, OPD_FAULT=fault or "", OPD_FAULT_COUNTS=self.counts_path, OPD_FAULT_TRACE="1")
+        self.kernels_path = os.path.join(folder, "kernels")
+        environment = dict(os.environ, LD_PRELOAD=SHIM, OPD_FAULT=fault or "", OPD_FAULT_COUNTS=self.counts_path, OPD_FAULT_TRACE="1", FAULTY_COUNT=self.kernels_path)
+        kind, _, number = (fault or "").partition(":")
+        if kind == "kernel":
+            environment["FAULTY_NTH"] = number
+        if kind == "provider":
+            environment["FAULTY_OPEN"] = "fail"
         with open(os.path.join(folder, "stderr"), "wb") as err:
             self.process = subprocess.Popen([harness.OPD, "--config", config, "--listen", self.address, "--log-file", self.log_path], stdin=subprocess.DEVNULL,
                                             stdout=err, stderr=err, env=environment)
@@ -66,8 +73,11 @@ class Daemon:
         return self.process.poll() == -signal.SIGABRT and bool(callers) and "libuv" in callers[0]
 
     def counts(self):
-        with open(self.counts_path) as file:
-            return {name: int(count) for name, count in (line.split() for line in file)}
+        found = {"provider": 1}
+        for path in (self.counts_path, self.kernels_path):
+            with open(path) as file:
+                found.update((name, int(count)) for name, count in (line.split() for line in file))
+        return found
 
     def wait_listening(self):
         """False: it has ended instead."""
@@ -105,12 +115,19 @@ def use(client):
     relu = run("relu", inline([3], f32(-1, 0, 2)), run_priority=["faulty", "native"], run_inline_results=True, run_explain=True)
     got = step(lambda: client.ask(relu))
     expect(got is None or unpack_f32(got[0].run.outputs[0].tensor.inline) == (0, 0, 2), "a wrong result of relu")
+    retried = run("relu", inline([3], f32(-1, 0, 2)), run_priority=["faulty", "native"], run_inline_results=True, run_retry=True)
+    got = step(lambda: client.ask(retried))
+    expect(got is None or unpack_f32(got[0].run.outputs[0].tensor.inline) == (0, 0, 2), "a wrong result where the next provider may answer")
     kept = step(lambda: client.ask(pb.Request(upload=pb.Upload(tensor=tensor([512]))), f32(*[1.0] * 512))[0].run.outputs[0].kept)
     if kept is not None:
         got = step(lambda: client.ask(pb.Request(fetch=pb.Fetch(tensor=pb.Tensor(handle=kept)))))
         expect(got is None or got[1] == f32(*[1.0] * 512), "other bytes came back")
-    node = pb.GraphNode(op="relu", args=[pb.Argument(tensor=pb.Tensor(graph_input=0))])
-    graph = pb.Graph(inputs=[pb.GraphInput(name="x")], nodes=[node], outputs=[pb.GraphOutput(node=pb.NodeOutput())])
+        keeping = run("relu", pb.Tensor(handle=kept), run_priority=["faulty"])
+        keeping.run.outputs.add(keep=True, no_copy=True)
+        step(lambda: client.ask(keeping))
+    faulty = pb.ProviderList(names=["faulty", "native"])
+    nodes = [pb.GraphNode(op="relu", args=[pb.Argument(tensor=source)], priority=faulty) for source in (pb.Tensor(graph_input=0), pb.Tensor(node=pb.NodeOutput()))]
+    graph = pb.Graph(inputs=[pb.GraphInput(name="x")], nodes=nodes, outputs=[pb.GraphOutput(node=pb.NodeOutput(node=1))])
     got = step(lambda: client.ask(pb.Request(run_graph=pb.RunGraph(once=graph, inputs=[pb.Argument(tensor=inline([2], f32(-1, 1)))], inline_results=True))))
     expect(got is None or unpack_f32(got[0].run.outputs[0].tensor.inline) == (0, 1), "a wrong result of a graph")
     step(lambda: client.ask(pb.Request(list_providers=pb.Empty())))

@@ -15,7 +15,7 @@ import unittest
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import harness
 from harness import Client, Daemon, f32, inline, pb, run, tensor, unpack_f32
-from test_containment import ABORT, ERROR, EXIT, Faulty, HANG, HANG_POLITE, KILL, MODULE, MUTE, OVERRUN, SCRATCH, SEGV, SHAPE, relu
+from test_containment import ABORT, ERROR, ESCAPE, EXIT, Faulty, HANG, HANG_POLITE, KILL, MODULE, MUTE, OVERRUN, SCRATCH, SEGV, SHAPE, relu
 
 BUILD = os.environ.get("OPD_BUILD", os.path.join(harness.ROOT, "build"))
 MODULES = os.path.dirname(os.path.dirname(MODULE))
@@ -50,7 +50,7 @@ class Calls(Isolated):
         for _ in range(3):
             self.works(client)
         found = self.provider(daemon)
-        self.assertEqual((found["version"], found["available"], found["isolated"], found["deaths"], sorted(found["ops"])), ("1.0", True, True, 0, ["relu", "silu"]))
+        self.assertEqual((found["version"], found["available"], found["isolated"], found["deaths"], sorted(found["ops"])), ("1.0", True, True, 0, ["relu", "relu2", "silu"]))
         self.assertEqual(len(workers(daemon)), 1)
         self.assertIn("faulty is open", daemon.log_text())
         with open("/proc/%d/maps" % daemon.process.pid) as file:
@@ -237,6 +237,16 @@ class Sandbox(Isolated):
                 self.assertIn("NoNewPrivs:\t1", file.read())
             with open("/proc/%d/limits" % pid) as file:
                 self.assertRegex(file.read(), r"Max core file size\s+0\s+0")
+
+    def test_a_worker_gets_no_process_no_network_and_no_file_to_write(self):
+        """… all of which the same module does where it isn't isolated."""
+        request = relu(ESCAPE, run_priority=["faulty"])
+        with Client(self.daemon().address) as client:
+            self.assertEqual(unpack_f32(client.ask(request)[0].run.outputs[0].tensor.inline)[0], 0)
+        here = Daemon("--module", MODULE)
+        self.addCleanup(here.stop)
+        with Client(here.address) as client:
+            self.assertEqual(unpack_f32(client.ask(request)[0].run.outputs[0].tensor.inline)[0], 255)
 
     def test_it_ends_with_the_daemon(self):
         daemon = self.daemon()

@@ -85,6 +85,9 @@ def floats(*values):
     return struct.pack("<%df" % len(values), *values)
 
 
+SAID_AS_JSON = set()
+
+
 class Case(unittest.TestCase):
     daemon = None
     address = None

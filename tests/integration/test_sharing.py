@@ -122,6 +122,18 @@ class Sharing(DaemonCase):
         self.assertEqual(top.count("lane cpu:"), 2)
         self.assertRegex(top, r"(?m)^ +%d +uid" % number)
 
+    def test_who_brings_a_large_graph_pays_for_reading_it(self):
+        nodes = 20000
+        graph = pb.Graph(inputs=[pb.GraphInput(name="x")])
+        for i in range(nodes):
+            node = graph.nodes.add(op="relu")
+            node.args.add().tensor.CopyFrom(pb.Tensor(node=pb.NodeOutput(node=i - 1)) if i > 0 else pb.Tensor(graph_input=0))
+        graph.outputs.add().node.node = nodes - 1
+        mine = lambda: {state.session: state.usage.device_ns for state in self.sessions().sessions}[self.one.hello.session]
+        before = mine()
+        self.one.ask(pb.Request(register_graph=pb.RegisterGraph(graph=graph)))
+        self.assertGreater(mine() - before, 1000 * 100)  # 20,000 nodes in less than 5 ns each would be news
+
     def test_a_session_is_served_in_the_order_of_its_requests(self):
         release = self.occupy()
         sent = [self.one.submit(product(2, 2), f32(1)) for _ in range(20)]
@@ -656,6 +668,24 @@ class Counted(DaemonCase):
     def opctl(self, *words):
         command = [os.path.join(os.path.dirname(OPD), "opctl"), "--connect", self.address] + list(words)
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    def test_small_graphs_that_run_on_the_loop_are_counted_too(self):
+        client = self.client()
+        graph = pb.Graph(inputs=[pb.GraphInput(name="x")])
+        for i in range(3):
+            node = graph.nodes.add(op="relu")
+            node.args.add().tensor.CopyFrom(pb.Tensor(node=pb.NodeOutput(node=i - 1)) if i > 0 else pb.Tensor(graph_input=0))
+        graph.outputs.add().node.node = 2
+        made = client.ask(pb.Request(register_graph=pb.RegisterGraph(graph=graph)))[0].graph.graph
+        request = pb.Request(run_graph=pb.RunGraph(graph=made))
+        request.run_graph.inputs.add().tensor.CopyFrom(tensor([4]))
+        before = self.scrape()
+        for _ in range(10):
+            client.ask(request, f32(1, 2, 3, 4))
+        after = self.scrape()
+        grown = lambda name: float(after.get(name, 0)) - float(before.get(name, 0))
+        self.assertEqual(grown('opd_runs_total{op="(graph)",provider=""}'), 10)
+        self.assertGreater(grown('opd_runs_on_loop_total{op="(graph)",provider=""}'), 0)  # the first at least needs the lane
 
     def test_what_ran_is_counted_by_op_and_provider_and_told_the_same_both_ways(self):
         client = self.client()

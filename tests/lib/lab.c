@@ -113,7 +113,7 @@ static opd_status wait_run(const opd_impl *impl, void *state, const opd_call *ca
 static uint64_t work_cost(const opd_impl *impl, const opd_call *call)
 {
 	(void)impl;
-	return (uint64_t)call->args[2].i;
+	return call->args[2].i < 0 ? 100 : (uint64_t)call->args[2].i; /* of a negative time nobody is told */
 }
 
 static opd_status work_run(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error)
@@ -127,7 +127,7 @@ static opd_status work_run(const opd_impl *impl, void *state, const opd_call *ca
 	while (running > most && !atomic_compare_exchange_weak(&lab_counts.working_most, &most, running))
 		;
 	(void)clock_gettime(CLOCK_MONOTONIC, &now);
-	const int64_t end = now.tv_sec * 1000000000 + now.tv_nsec + call->args[2].i;
+	const int64_t end = now.tv_sec * 1000000000 + now.tv_nsec + llabs(call->args[2].i);
 	while (now.tv_sec * 1000000000 + now.tv_nsec < end)
 		(void)clock_gettime(CLOCK_MONOTONIC, &now);
 	/* Somebody else should be here too: give it time to come. */

@@ -118,7 +118,7 @@ static void arrive(struct simulator *simulator, struct sim_client *client)
 	const struct sim_work *work = &client->work;
 	job->client = client;
 	job->cost_ns = work->trace != NULL ? work->trace[client->next_arrival++].cost_ns : draw_cost(simulator, work);
-	job->item = (struct sched_item){.flow = &client->flow, .class = (uint8_t)work->class, .estimate_ns = work->estimated ? job->cost_ns : 0};
+	job->item = (struct sched_item){.flow = work->as != NULL ? &work->as->flow : &client->flow, .class = (uint8_t)work->class, .estimate_ns = work->estimated ? job->cost_ns : 0};
 	if (!scheduler_submit(&simulator->scheduler, &job->item, simulator->now_ns)) {
 		client->refused++;
 		free(job);
@@ -147,7 +147,7 @@ static void done(struct simulator *simulator, struct job *job)
 	simulator->busy_ns += job->cost_ns;
 	client->completed++;
 	client->device_ns += job->cost_ns;
-	scheduler_complete(&simulator->scheduler, &client->flow, job->item.class, job->item.estimate_ns, job->cost_ns);
+	scheduler_complete(&simulator->scheduler, job->item.flow, job->item.class, job->item.estimate_ns, job->cost_ns);
 	free(job);
 	if (client->work.in_flight != 0)
 		plan_arrival(simulator, client, client->work.think_ns);

@@ -29,6 +29,7 @@ struct sim_work {
 	bool estimated;         /* the scheduler is told the true cost; else nothing */
 	const struct sim_arrival *trace; /* recorded instead: [trace_count] */
 	uint32_t trace_count;
+	struct sim_client *as; /* whose flow it uses: they wait in one queue; NULL: its own */
 };
 
 struct sim_arrival {

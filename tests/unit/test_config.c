@@ -125,6 +125,7 @@ START_TEST(defaults_are_those_of_the_header)
 	ck_assert_uint_eq(limits->stall_us, 60000000);
 	ck_assert_uint_eq(limits->drain_us, 30000000);
 	ck_assert_uint_eq(config->inline_ns, 5000);
+	ck_assert(config->batch_rows == 16 && config->batch_shared_bytes == 32u << 20);
 	ck_assert_int_eq(config->level, LOG_INFO);
 	ck_assert_uint_eq(config->listener_count, 0);
 	ck_assert_int_eq(config_check(config, false, &error), OPD_OK);

@@ -669,6 +669,80 @@ START_TEST(flows_take_turns_by_their_weights_and_not_by_who_came_first)
 }
 END_TEST
 
+static bool joins_even(const struct lane_job *leader, const struct lane_job *job)
+{
+	return ((const struct test_job *)(const void *)leader)->items % 2 == ((const struct test_job *)(const void *)job)->items % 2;
+}
+
+/* The job and those that it took along, in the order in which they came; the last of them takes no part. */
+static void run_batch(struct lane_job *job, struct lane_exec *exec)
+{
+	run_count(job, exec);
+	for (struct lane_job *other = exec->others; other != NULL; other = other->next) {
+		struct test_job *mine = (struct test_job *)(void *)other;
+		mine->order = atomic_fetch_add(&running_order, 1);
+		atomic_fetch_add(&mine->runs, 1);
+	}
+	exec->together = true;
+	atomic_store_explicit(&job->cancelled, true, memory_order_relaxed);
+	expect(lane_cancelled(exec) == (exec->others == NULL)); /* not all of them are */
+	exec->together = false;
+	expect(lane_cancelled(exec));
+}
+
+START_TEST(what_may_run_together_is_taken_along_and_everything_once)
+{
+	enum { COUNT = 12 };
+	struct test_job *jobs = make_jobs(COUNT + 1, run_batch);
+	struct sched_group group;
+	struct sched_flow flows[3];
+	sched_group_init(&group, 1);
+	for (int i = 0; i < 3; i++)
+		sched_flow_init(&flows[i], &group, 1);
+	start_with(1, 0);
+	lane_set_batch(bench.lane, 8);
+	for (int i = 1; i < 3; i++) { /* so that job 1 is the first to be begun */
+		scheduler_charge(lane_scheduler_lock(bench.lane), &flows[i], CLASS_REALTIME, 1000000);
+		lane_scheduler_unlock(bench.lane);
+	}
+	jobs[COUNT].job.run = run_until_cancelled;
+	ck_assert(lane_submit(bench.lane, &jobs[COUNT].job));
+	while (lane_withdraw(bench.lane, &jobs[COUNT].job))
+		ck_assert(lane_submit(bench.lane, &jobs[COUNT].job));
+	for (size_t i = 0; i < COUNT; i++) {
+		jobs[i].items = i == 3; /* one that nobody joins */
+		jobs[i].job.item.flow = &flows[(i + 2) % 3];
+		jobs[i].job.batch = i == 7 ? 64 + 5 : 5; /* another number in the same list */
+		jobs[i].job.batch_rows = i == 2 ? 3 : 1;
+		jobs[i].job.joins = joins_even;
+		ck_assert(lane_submit(bench.lane, &jobs[i].job));
+	}
+	ck_assert(lane_withdraw(bench.lane, &jobs[0].job));
+	ck_assert(lane_withdraw(bench.lane, &jobs[11].job));
+	ck_assert(lane_submit(bench.lane, &jobs[11].job));
+	lane_cancel(&jobs[COUNT].job);
+	take_until(COUNT);
+	ck_assert(!lane_busy(bench.lane));
+	const uint32_t first = jobs[1].order;
+	/* Its batch: 1, 2 (of three rows), 4, 5, 6, 8 are 8 rows. */
+	static const uint32_t together[] = {2, 4, 5, 6, 8};
+	for (uint32_t i = 0; i < 5; i++)
+		ck_assert_uint_eq(jobs[together[i]].order, first + 1 + i);
+	uint32_t least = UINT32_MAX, most = 0; /* 9, 10 and 11 are the next, whoever of them leads */
+	for (uint32_t i = 9; i < COUNT; i++) {
+		least = jobs[i].order < least ? jobs[i].order : least;
+		most = jobs[i].order > most ? jobs[i].order : most;
+	}
+	ck_assert_uint_eq(most - least, 2);
+	for (size_t i = 1; i < COUNT; i++)
+		ck_assert_uint_eq(atomic_load(&jobs[i].runs), 1);
+	ck_assert_uint_eq(flows[0].usage.jobs + flows[1].usage.jobs + flows[2].usage.jobs, COUNT - 1 + 2); /* … and what was charged */
+	ck_assert(flows[0].running == 0 && flows[1].running == 0 && flows[2].running == 0);
+	stop();
+	free(jobs);
+}
+END_TEST
+
 START_TEST(a_full_queue_refuses_its_flow_alone)
 {
 	struct test_job *jobs = make_jobs(6, run_count);
@@ -833,6 +907,7 @@ int main(void)
 	tcase_add_test(tests, threads_have_names_and_get_no_signals);
 	tcase_add_test(tests, too_many_threads_are_refused);
 	tcase_add_test(tests, flows_take_turns_by_their_weights_and_not_by_who_came_first);
+	tcase_add_test(tests, what_may_run_together_is_taken_along_and_everything_once);
 	tcase_add_test(tests, a_full_queue_refuses_its_flow_alone);
 	tcase_add_loop_test(tests, a_flow_beyond_its_rate_waits_and_then_runs_though_nobody_else_comes, 0, 3);
 	tcase_add_test(tests, stopping_does_not_wait_for_a_rate);

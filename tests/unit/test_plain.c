@@ -317,6 +317,7 @@ static struct msg_explain random_explain(struct parts *parts)
 	parts->behind = (struct msg_behind){random_number(), random_number(), random_number(), random_number(), random_number(),
 	                                    random_number(), random_number(), random_number(), random_number(), random_number()};
 	explain.behind = chance(8) == 0 ? &parts->behind : NULL; /* read by protobuf-c */
+	explain.batched = chance(8) == 0 ? (uint32_t)random_number() : 0; /* … too */
 	return explain;
 }
 

@@ -1,6 +1,7 @@
 /* server/scheduler.h on a virtual clock: who gets how much of a lane, who waits how long, whoever the others are. Seconds and hours of lanes with thousands of sessions,
  * the same each time. */
 #include <check.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -132,6 +133,114 @@ START_TEST(thousands_of_sessions_with_heavy_tails_get_the_same)
 	}
 	ck_assert_msg(most / least < 1.05, "most over least of the tenants: %.3f", most / least);
 	ck_assert_msg(fairness(0, sim.client_count) > 0.97, "Jain's index %.4f", fairness(0, sim.client_count));
+	stop();
+}
+END_TEST
+
+/* ---- As it was recorded: tests/golden/arrivals.txt ---- */
+
+#define RECORDED_SESSIONS 8u
+#define RECORDED_ROWS 8192u
+
+static struct recorded {
+	sched_class class;
+	uint32_t count;
+	uint64_t device_ns;
+	struct sim_arrival arrivals[RECORDED_ROWS];
+} recorded[RECORDED_SESSIONS];
+static uint32_t recorded_count;
+static uint64_t recorded_end_ns, recorded_cost_max_ns;
+
+/* The times are divided by `faster`. */
+static void load_recorded(double faster)
+{
+	unsigned long long at_us, cost_us;
+	unsigned session;
+	char class[16], line[128];
+	FILE *file = fopen(OPD_TESTS_DIR "/golden/arrivals.txt", "r");
+	ck_assert_ptr_nonnull(file);
+	memset(recorded, 0, sizeof recorded);
+	recorded_count = 0;
+	recorded_cost_max_ns = 0;
+	while (fgets(line, sizeof line, file) != NULL) {
+		if (line[0] == '#')
+			continue;
+		ck_assert_int_eq(sscanf(line, "%llu %u %15s %llu", &at_us, &session, class, &cost_us), 4);
+		ck_assert_uint_lt(session, RECORDED_SESSIONS);
+		struct recorded *mine = &recorded[session];
+		ck_assert_uint_lt(mine->count, RECORDED_ROWS);
+		mine->class = sched_class_parse(class, strlen(class));
+		recorded_end_ns = (uint64_t)((double)at_us * US / faster);
+		mine->arrivals[mine->count++] = (struct sim_arrival){recorded_end_ns, cost_us * 1000};
+		mine->device_ns += cost_us * 1000;
+		recorded_count = session + 1 > recorded_count ? session + 1 : recorded_count;
+		recorded_cost_max_ns = cost_us * 1000 > recorded_cost_max_ns ? cost_us * 1000 : recorded_cost_max_ns;
+	}
+	ck_assert_int_eq(fclose(file), 0);
+	ck_assert_uint_gt(recorded_count, 3);
+}
+
+/* All of them come, each as a tenant of its own, or all as one session in one class: first come, first served. Its waits are watched. */
+static void replay(bool in_order, struct sim_client *clients[RECORDED_SESSIONS])
+{
+	start(1, 1);
+	struct sched_group *tenant = simulator_tenant(&sim, 100);
+	for (uint32_t i = 0; i < recorded_count; i++) {
+		const struct sim_work work = {.class = in_order ? CLASS_BATCH : recorded[i].class, .trace = recorded[i].arrivals, .trace_count = recorded[i].count};
+		clients[i] = simulator_client(&sim, in_order ? tenant : simulator_tenant(&sim, 100), 100, work);
+		clients[i]->work.as = in_order ? clients[0] : NULL;
+		simulator_watch(clients[i]);
+	}
+	simulator_run(&sim, recorded_end_ns + 60ull * SECOND);
+	for (uint32_t i = 0; i < recorded_count; i++)
+		ck_assert_uint_eq(clients[i]->completed, recorded[i].count);
+}
+
+START_TEST(what_was_recorded_is_all_served_and_urgent_work_waits_for_one_kernel_at_most)
+{
+	struct sim_client *clients[RECORDED_SESSIONS];
+	uint32_t urgent = RECORDED_SESSIONS;
+	load_recorded(_i == 0 ? 1.0 : 2.0); /* as it came, and twice as fast */
+	replay(false, clients);
+	for (uint32_t i = 0; i < recorded_count; i++)
+		urgent = recorded[i].class == CLASS_REALTIME ? i : urgent;
+	ck_assert_uint_lt(urgent, RECORDED_SESSIONS);
+	const uint64_t most = histogram_quantile(clients[urgent]->waits, 1);
+	const uint64_t p99 = histogram_quantile(clients[urgent]->waits, 0.99);
+	ck_assert_msg(most <= recorded_cost_max_ns * 1.01, "%.3f ms, a kernel takes at most %.3f", (double)most / MS, (double)recorded_cost_max_ns / MS);
+	stop();
+	replay(true, clients);
+	const uint64_t in_order = histogram_quantile(clients[urgent]->waits, 0.99);
+	ck_assert_msg(in_order > 2 * p99, "p99 %.3f ms, in the order of arrival %.3f", (double)p99 / MS, (double)in_order / MS);
+	simulator_fini(&sim);
+}
+END_TEST
+
+/* Twice as much as one thread can do, all in one class: whoever asks for less than its share hardly waits, whatever the others have piled up. */
+START_TEST(who_was_recorded_to_ask_for_little_hardly_waits_when_all_is_too_much)
+{
+	struct sim_client *clients[RECORDED_SESSIONS];
+	uint64_t all_ns = 0;
+	uint32_t light = 0;
+	load_recorded(1);
+	for (uint32_t i = 0; i < recorded_count; i++)
+		all_ns += recorded[i].device_ns;
+	load_recorded(2.0 * (double)recorded_end_ns / (double)all_ns);
+	start(1, 1);
+	for (uint32_t i = 0; i < recorded_count; i++) {
+		const struct sim_work work = {.class = CLASS_BATCH, .trace = recorded[i].arrivals, .trace_count = recorded[i].count};
+		clients[i] = simulator_client(&sim, simulator_tenant(&sim, 100), 100, work);
+		simulator_watch(clients[i]);
+	}
+	simulator_run(&sim, recorded_end_ns + 60ull * SECOND);
+	for (uint32_t i = 0; i < recorded_count; i++) {
+		if (recorded[i].device_ns > recorded_end_ns / recorded_count / 2)
+			continue;
+		light++;
+		const uint64_t p99 = histogram_quantile(clients[i]->waits, 0.99);
+		ck_assert_msg(p99 <= recorded_count * recorded_cost_max_ns, "session %u: %.3f ms", i, (double)p99 / MS);
+	}
+	ck_assert_uint_gt(light, 0);
 	stop();
 }
 END_TEST
@@ -487,6 +596,8 @@ int main(void)
 	tcase_add_test(tests, two_tenants_share_by_weight_however_many_sessions_they_open);
 	tcase_add_test(tests, a_hundred_sessions_of_equal_weight_get_the_same);
 	tcase_add_test(tests, thousands_of_sessions_with_heavy_tails_get_the_same);
+	tcase_add_loop_test(tests, what_was_recorded_is_all_served_and_urgent_work_waits_for_one_kernel_at_most, 0, 2);
+	tcase_add_test(tests, who_was_recorded_to_ask_for_little_hardly_waits_when_all_is_too_much);
 	tcase_add_test(tests, who_was_idle_gets_no_credit_for_it);
 	tcase_add_test(tests, a_changed_weight_counts_from_then_on);
 	tcase_add_test(tests, a_realtime_request_waits_for_one_running_kernel_at_most);

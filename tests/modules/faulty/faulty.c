@@ -1,11 +1,19 @@
-/* A provider with faults on demand: relu and silu of contiguous f32. x[0] names relu's fault, and silu's length that of its predicate or plan; any other call is answered rightly. A kernel that
- * hangs goes on when the file named by FAULTY_GATE is there, so that tests need no clock. */
+/* A provider with faults on demand: relu and silu of contiguous f32 (and relu2 of one row, see there). x[0] names relu's fault, and silu's length that of its predicate or plan; any other call is answered rightly. A kernel that
+ * hangs goes on when the file named by FAULTY_GATE is there, so that tests need no clock. FAULTY_NTH=n: the nth kernel of all fails; FAULTY_COUNT: a file that is told how many there were. FAULTY_OPEN:
+ * segv, fail. */
 #include <opd/provider.h>
 
+#include <errno.h>
+#include <fcntl.h>
 #include <math.h>
 #include <signal.h>
+#include <stdatomic.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -23,6 +31,7 @@ enum fault {
 	FAULT_HANG_POLITE,    /* … or nobody wants the result any more */
 	FAULT_ARGUMENT,       /* INVALID_ARGUMENT: the request's fault */
 	FAULT_MUTE,           /* INTERNAL without a text */
+	FAULT_ESCAPE,         /* result: a bit for each thing that a worker has no business to do and that it was let do */
 };
 
 enum { SCRATCH_BYTES = 100 };
@@ -133,6 +142,47 @@ static void die(int fault)
 		(void)raise(SIGKILL);
 }
 
+static bool was_let(long returned)
+{
+	return returned >= 0 || (errno != EPERM && errno != EACCES);
+}
+
+static bool forks(void)
+{
+	const pid_t child = fork();
+	if (child == 0)
+		_exit(0);
+	return child > 0 && waitpid(child, NULL, 0) == child;
+}
+
+static int escape(void)
+{
+	char *const none[] = {NULL};
+	int found = 0;
+	const int sockets[] = {socket(AF_INET, SOCK_STREAM, 0), socket(AF_UNIX, SOCK_STREAM, 0)};
+	const int file = open("/dev/null", O_WRONLY);
+	found |= was_let(sockets[0]) << 0 | was_let(sockets[1]) << 1 | was_let(file) << 2;
+	found |= was_let(execve("/nowhere/at/all", none, none)) << 3;
+	found |= forks() << 4;
+	found |= was_let(kill(getppid(), 0)) << 5;
+	found |= was_let(unlink("/nowhere/at/all")) << 6;
+	found |= was_let(syscall(SYS_unshare, 0)) << 7;
+	(void)close(sockets[0]);
+	(void)close(sockets[1]);
+	(void)close(file);
+	return found;
+}
+
+/* Of all kernels together, in the order in which they begin. */
+static _Atomic unsigned long kernels;
+
+static bool is_the_nth(void)
+{
+	const char *wanted = getenv("FAULTY_NTH");
+	const unsigned long count = atomic_fetch_add(&kernels, 1) + 1;
+	return wanted != NULL && count == strtoul(wanted, NULL, 10);
+}
+
 static opd_status run(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error)
 {
 	(void)state;
@@ -140,10 +190,12 @@ static opd_status run(const opd_impl *impl, void *state, const opd_call *call, c
 	const float *x = opd_tensor_data(call->args[0].tensor);
 	float *y = opd_tensor_data(output);
 	const bool relu = strcmp(impl->op, "relu") == 0;
-	const int fault = relu && output->elements != 0 ? (int)x[0] : 0;
+	const int fault = is_the_nth() ? FAULT_ERROR : relu && output->elements != 0 ? (int)x[0] : 0;
 	for (uint64_t i = 0; i < output->elements; i++)
 		y[i] = relu ? (x[i] > 0 ? x[i] : 0) : x[i] / (1 + expf(-x[i]));
 	die(fault);
+	if (fault == FAULT_ESCAPE)
+		y[0] = (float)escape();
 	if (fault == FAULT_HANG || fault == FAULT_HANG_POLITE)
 		hang(exec, fault == FAULT_HANG_POLITE);
 	return misbehave(fault, call, exec, error);
@@ -156,7 +208,33 @@ static opd_status run(const opd_impl *impl, void *state, const opd_call *call, c
 		.plan = plan, .run = run,                                                                                                        \
 	}
 
-static const opd_impl impls[] = {IMPL(relu), IMPL(silu)};
+/* Right for one row, and fails for more, though it promises that rows don't depend on each other. */
+static opd_status run_one_row(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error)
+{
+	(void)impl, (void)state, (void)exec;
+	const opd_tensor *output = call->outputs[0];
+	const float *x = opd_tensor_data(call->args[0].tensor);
+	float *y = opd_tensor_data(output);
+	if (output->rank >= 2 && output->shape[0] > 1)
+		return opd_fail(error, OPD_INTERNAL, "faulty.relu2: %d rows are too many", (int)output->shape[0]);
+	for (uint64_t i = 0; i < output->elements; i++)
+		y[i] = x[i] > 0 ? x[i] * x[i] : 0;
+	return OPD_OK;
+}
+
+static const opd_impl impls[] = {
+	IMPL(relu),
+	IMPL(silu),
+	{
+		.struct_bytes = sizeof(opd_impl),
+		.op = "relu2",
+		.schema = "relu2(Tensor x) -> Tensor",
+		.device = "cpu",
+		.uuid = "0000000000000000000000000000000000000000000000000000000000000003",
+		.flags = OPD_IMPL_BATCH_INVARIANT,
+		.run = run_one_row,
+	},
+};
 
 static opd_status open_module(const opd_host *host, void *state, opd_error *error)
 {
@@ -165,9 +243,23 @@ static opd_status open_module(const opd_host *host, void *state, opd_error *erro
 	host->log(host, OPD_LOG_INFO, "faulty is open");
 	if (getenv("FAULTY_OPEN") != NULL && strcmp(getenv("FAULTY_OPEN"), "segv") == 0)
 		*nowhere() = 1;
+	if (getenv("FAULTY_OPEN") != NULL && strcmp(getenv("FAULTY_OPEN"), "fail") == 0)
+		return opd_fail(error, OPD_UNAVAILABLE, "faulty: told not to open");
 	for (size_t i = 0; status == OPD_OK && i < sizeof impls / sizeof impls[0]; i++)
 		status = host->register_impl(host, &impls[i], error);
 	return status;
+}
+
+static void close_module(const opd_host *host, void *state)
+{
+	(void)host;
+	(void)state;
+	const char *path = getenv("FAULTY_COUNT");
+	FILE *file = path == NULL ? NULL : fopen(path, "we");
+	if (file == NULL)
+		return;
+	(void)fprintf(file, "kernel %lu\n", atomic_load(&kernels));
+	(void)fclose(file);
 }
 
 static const opd_module module = {
@@ -176,6 +268,7 @@ static const opd_module module = {
 	.name = "faulty",
 	.version = "1.0",
 	.open = open_module,
+	.close = close_module,
 };
 
 const opd_module *opd_module_get(void)

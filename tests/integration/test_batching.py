@@ -1,0 +1,193 @@
+#!/usr/bin/python3
+"""Small requests of several sessions that wait for a lane run as one kernel: each gets what it would have got alone, bit for bit, and is told.
+
+Each test's name is the promise that it checks. The lane has one thread, and a kernel that takes long is in it, so that what comes meanwhile waits and is taken along together.
+"""
+import os
+import signal
+import unittest
+
+import numpy as np
+import opd
+
+from harness import CANCEL, DaemonCase, ROOT, f32, frame, pb, run, tensor, wait_until
+
+BUILD = os.environ.get("OPD_BUILD", os.path.join(ROOT, "build"))
+FAULTY = os.path.join(os.environ.get("OPD_MODULES", os.path.join(BUILD, "tests", "modules")), "faulty", "faulty.so")
+HIDDEN, OUT = 33, 17  # no multiple of any vector: rows lie at whatever address
+
+
+def normal(chance, *shape):
+    return chance.standard_normal(shape, dtype="float32") * 4
+
+
+# Of each op whose rows stand for themselves: how many row operands it has, what all of them share, and the other arguments.
+ROWS_OPS = {
+    "linear": (1, [(OUT, HIDDEN), (OUT,)], {}),
+    "rms_norm": (1, [(HIDDEN,)], {"epsilon": 1e-5}),
+    "fused_add_rms_norm": (2, [(HIDDEN,)], {"epsilon": 1e-5}),
+    "layer_norm": (1, [(HIDDEN,), (HIDDEN,)], {"epsilon": 1e-5}),
+    "static_quant_fp8": (1, [(1,)], {}),
+    "cast": (1, [], {"dtype": "f16"}),
+    "silu": (1, [], {}), "gelu": (1, [], {}), "relu": (1, [], {}), "relu2": (1, [], {}), "sigmoid": (1, [], {}),
+    "silu_and_mul": (1, [], {}), "mul_and_silu": (1, [], {}), "gelu_and_mul": (1, [], {"approximate": "tanh"}),
+    "gelu_and_mul_sparse": (1, [], {"std_multiplier": 1.5}),
+}
+
+
+class Case(DaemonCase):
+    def setUp(self):
+        self.watch = self.client()
+
+    def lane(self):
+        return self.watch.ask(pb.Request(list_sessions=pb.ListSessions()))[0].sessions.lanes[0]
+
+    def sessions(self, count):
+        made = [opd.Client(self.address) for _ in range(count)]
+        for client in made:
+            self.addCleanup(client.close)
+        return made
+
+    def occupy(self):
+        """The lane's thread is in a kernel that ends when it is cancelled."""
+        holder = self.client(features=["cancel"])
+        left, right = (tensor(shape, size=4, strides=[0, 0]) for shape in ([4096, 1 << 16], [1 << 16, 4096]))
+        request = run("matmul", left, right, run_priority=["native"])
+        request.run.outputs.add(no_copy=True)
+        number = holder.submit(request, f32(1))
+        wait_until(lambda: self.lane().running == 1 and self.lane().queued == 0, "the thread has the kernel")
+        return lambda: holder.send(frame(CANCEL, number))
+
+    def together(self, calls):
+        """The results of calls, each a function that submits, that wait together for the thread."""
+        release = self.occupy()
+        futures = [call() for call in calls]
+        wait_until(lambda: self.lane().queued == len(calls), "all of them wait")
+        release()
+        return [future.result() for future in futures]
+
+    def batched(self, calls):
+        return [result.explain.batched for result in self.together(calls)]
+
+    def share(self, clients, value, name):
+        """Handles of one tensor, published by the first."""
+        made = clients[0].publish(clients[0].upload(value).result(), name)
+        self.addCleanup(clients[0].withdraw, name)
+        return [client.open(sha256=made.sha256) for client in clients]
+
+
+class Bits(Case):
+    config = "threads: 1\ninline: 0\nbatching: {shared: 0}\n"
+
+    def check(self, op, provider, chance):
+        clients = self.sessions(5)
+        row_count, shared_shapes, attributes = ROWS_OPS[op]
+        shared = [self.share(clients, np.abs(normal(chance, *shape)) + 1, "%s.%s.%d" % (op, provider, i)) for i, shape in enumerate(shared_shapes)]
+        width = HIDDEN + 1 if "_and_" in op else HIDDEN
+        calls = []
+        for number, client in enumerate(clients):
+            rows = [normal(chance, 1 + number % 3, width) for _ in range(row_count)]
+            arguments = rows + [handles[number] for handles in shared]
+            calls.append(lambda client=client, arguments=arguments: client.submit(op, *arguments, priority=[provider], explain=True, **attributes))
+        alone = [call().result() for call in calls]
+        self.assertEqual([result.explain.batched for result in alone], [0] * 5, op)
+        as_one = self.together(calls)
+        self.assertEqual([result.explain.batched for result in as_one], [5] * 5, op)
+        for before, after in zip(alone, as_one):
+            self.assertEqual(after.provider, provider)
+            self.assertEqual([bytes(tensor.data) for tensor in after.tensors], [bytes(tensor.data) for tensor in before.tensors], op)
+
+    def test_results_of_a_batch_are_those_of_each_alone_bit_for_bit(self):
+        chance = np.random.default_rng(7)
+        for op in ROWS_OPS:
+            for provider in ("native", "cpu"):
+                with self.subTest(op=op, provider=provider):
+                    self.check(op, provider, chance)
+
+    def test_what_differs_in_anything_but_its_rows_runs_alone(self):
+        chance = np.random.default_rng(8)
+        clients = self.sessions(4)
+        weights = self.share(clients, normal(chance, 8), "same")
+        x = normal(chance, 2, 8)
+        own = clients[3].upload(normal(chance, 8)).result()
+        submit = [lambda: clients[0].submit("rms_norm", x, weights[0], 1e-5, explain=True, priority=["cpu"]),
+                  lambda: clients[1].submit("rms_norm", x, weights[1], 1e-6, explain=True, priority=["cpu"]),  # another epsilon
+                  lambda: clients[2].submit("rms_norm", x, weights[2], 1e-5, explain=True, priority=["native"]),  # another provider
+                  lambda: clients[3].submit("rms_norm", x, own, 1e-5, explain=True, priority=["cpu"]),  # another tensor
+                  lambda: clients[3].submit("rms_norm", x[0], weights[3], 1e-5, explain=True, priority=["cpu"]),  # no rows
+                  lambda: clients[3].submit("softmax", x, explain=True, priority=["cpu"]), lambda: clients[2].submit("softmax", x, explain=True, priority=["cpu"])]
+        self.assertEqual(self.batched(submit), [0] * len(submit))
+
+    def test_a_batch_has_so_many_rows_and_what_is_left_is_the_next(self):
+        clients = self.sessions(20)
+        x = np.ones((1, 64), "float32")
+        calls = [lambda client=client: client.submit("relu", x, priority=["cpu"], explain=True) for client in clients]
+        self.assertEqual(sorted(self.batched(calls)), [4] * 4 + [16] * 16)
+
+    def test_one_that_is_cancelled_or_late_leaves_and_the_others_go_on(self):
+        clients = self.sessions(4)
+        x = np.full((1, 8), -1, "float32")
+        release = self.occupy()
+        futures = [client.submit("relu", x, priority=["cpu"], explain=True, timeout=0.01 if client is clients[2] else None) for client in clients]
+        with self.assertRaisesRegex(opd.DeadlineExceeded, "not started within its timeout"):
+            futures[2].result()
+        clients[3].close()
+        wait_until(lambda: self.lane().queued == 2, "two are left")
+        release()
+        self.assertEqual([future.result().explain.batched for future in futures[:2]], [2, 2])
+
+    def test_each_is_charged_its_rows_and_counted(self):
+        clients = self.sessions(2)
+        x, weights = np.ones((3, 256), "float32"), self.share(clients, np.ones((512, 256), "float32"), "charged")
+        stats = lambda: {item.name: item.value for item in self.watch.ask(pb.Request(get_stats=pb.GetStats()))[0].stats.items if item.name.startswith("opd_batche")}
+        used = {state.session: state.usage for state in self.watch.ask(pb.Request(list_sessions=pb.ListSessions()))[0].sessions.sessions}
+        before = stats()
+        calls = [lambda: clients[0].submit("linear", x[:1], weights[0], priority=["native"], explain=True), lambda: clients[1].submit("linear", x, weights[1], priority=["native"], explain=True)]
+        self.assertEqual(self.batched(calls), [2, 2])
+        after = stats()
+        self.assertEqual((after["opd_batches_total"] - before["opd_batches_total"], after["opd_batched_runs_total"] - before["opd_batched_runs_total"]), (1, 2))
+        states = {state.session: state.usage for state in self.watch.ask(pb.Request(list_sessions=pb.ListSessions()))[0].sessions.sessions}
+        one, three = (states[client.hello.session].device_ns - used[client.hello.session].device_ns for client in clients)
+        self.assertGreater(one, 0)
+        self.assertAlmostEqual(three / one, 3, delta=0.01)
+
+
+class Paying(Case):
+    config = "threads: 1\ninline: 0\nbatching: {shared: 16 KiB}\n"
+
+    def test_they_run_together_where_what_they_share_is_large(self):
+        clients = self.sessions(3)
+        x = np.ones((1, 64), "float32")
+        large, small = self.share(clients, np.ones((64, 64), "float32"), "large"), self.share(clients, np.ones(64, "float32"), "small")
+        self.assertEqual(self.batched([lambda i=i: clients[i].submit("linear", x, large[i], priority=["cpu"], explain=True) for i in range(3)]), [3] * 3)
+        self.assertEqual(self.batched([lambda i=i: clients[i].submit("rms_norm", x, small[i], 1e-5, priority=["cpu"], explain=True) for i in range(3)]), [0] * 3)
+
+
+class Reloaded(Case):
+    config = "threads: 1\ninline: 0\nbatching: {shared: 0}\n"
+
+    def test_a_reload_turns_it_off(self):
+        clients = self.sessions(2)
+        x, weights = np.ones((1, 64), "float32"), self.share(clients, np.ones((64, 64), "float32"), "off")
+        calls = [lambda i=i: clients[i].submit("linear", x, weights[i], priority=["cpu"], explain=True) for i in range(2)]
+        for rows, wanted in ((0, [0, 0]), (2, [2, 2])):
+            self.daemon.write_config(self.config.replace("shared: 0", "shared: 0, rows: %d" % rows))
+            self.daemon.signal(signal.SIGHUP)
+            self.daemon.wait_log("key=batching.rows", "new=%d" % rows)
+            self.watch.ping()  # the lanes have it behind the log line
+            self.assertEqual(self.batched(calls), wanted)
+
+
+class Failing(Case):
+    config = "threads: 1\ninline: 0\nbatching: {shared: 0}\nquarantine: {failures: 1}\nmodules: [{name: faulty, path: %s}]\n" % FAULTY
+
+    def test_what_fails_together_runs_alone(self):
+        clients = self.sessions(3)
+        calls = [lambda client=client, i=i: client.submit("relu2", np.full((1, 4), i, "float32"), priority=["faulty"], strict=True, explain=True) for i, client in enumerate(clients)]
+        results = self.together(calls)
+        self.assertEqual([(result.explain.batched, result[0].tolist()) for result in results], [(0, [[i * i] * 4]) for i in range(3)])
+        self.assertEqual(calls[0]().result().provider, "faulty")  # that failure was nobody's: it isn't quarantined
+
+
+if __name__ == "__main__":
+    unittest.main()
