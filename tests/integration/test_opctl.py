@@ -19,7 +19,6 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 OPD = os.environ.get("OPD_BIN", os.path.join(ROOT, "build/bin/opd"))
 OPCTL = os.environ.get("OPCTL_BIN", os.path.join(ROOT, "build/bin/opctl"))
 GOLDEN = os.environ.get("OPD_GOLDEN", os.path.join(ROOT, "tests/golden"))
-SAID_AS_JSON = set()  # commands that failed with --json as without
 SANITIZED = os.environ.get("OPD_TEST_SANITIZED", "") != ""
 COMMANDS = ["run", "fake", "explain", "graph", "put", "get", "rm", "publish", "tensors", "ops", "describe", "providers", "priority", "verify", "bench", "ping", "info", "health", "module", "log-level", "drain", "help"]
 
