@@ -3,6 +3,7 @@
 #include <inttypes.h>
 #include <stdlib.h>
 #include <time.h>
+#include <unistd.h>
 
 static const char *const fault_names[DEVICE_FAULT_COUNT] = {
     [DEVICE_FAULT_ALLOC] = "alloc",   [DEVICE_FAULT_STREAM] = "stream",   [DEVICE_FAULT_EVENT] = "event",
@@ -92,21 +93,26 @@ static bool read_faults(struct device *device)
 	return true;
 }
 
+static void await_gate(void)
+{
+	const char *gate = getenv("OPD_TEST_DEVICE_OPEN_GATE");
+	while (gate != NULL && access(gate, F_OK) != 0)
+		device_sleep_us(2000);
+}
+
 /* ---- Life ---- */
 
 opd_status device_open(struct device *device, const opd_host *host, opd_error *error)
 {
-	uint64_t open_us = 0;
 	device->host = host;
 	device->memory_bytes = 64u << 20;
 	if (!read_number("OPD_TEST_DEVICE_MEMORY", &device->memory_bytes) ||
 	    !read_number("OPD_TEST_DEVICE_DELAY_US", &device->delay_us) || !read_number("OPD_TEST_DEVICE_SLOW_US", &device->slow_us) ||
-	    !read_number("OPD_TEST_DEVICE_EVENT_US", &device->event_us) || !read_number("OPD_TEST_DEVICE_RESET", &device->reset) || !read_number("OPD_TEST_DEVICE_OPEN_US", &open_us) ||
-	    !read_faults(device))
+	    !read_number("OPD_TEST_DEVICE_EVENT_US", &device->event_us) || !read_number("OPD_TEST_DEVICE_RESET", &device->reset) || !read_faults(device))
 		return opd_fail(error, OPD_INVALID_ARGUMENT, "one of the OPD_TEST_DEVICE_ variables can't be read");
 	(void)pthread_mutex_init(&device->mutex, NULL);
 	device->opened = true;
-	device_sleep_us(open_us);
+	await_gate();
 	opd_status status = host->register_backend(host, &device_backend, error);
 	if (status == OPD_OK)
 		status = device_register_kernels(host, error);

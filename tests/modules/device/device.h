@@ -13,7 +13,7 @@
  *     OPD_TEST_DEVICE_DELAY_US=N         before each kernel
  *     OPD_TEST_DEVICE_SLOW_US=N          more before each kernel of test:0
  *     OPD_TEST_DEVICE_EVENT_US=N         from an event's work being done to its being reported
- *     OPD_TEST_DEVICE_OPEN_US=N          that open takes
+ *     OPD_TEST_DEVICE_OPEN_GATE=PATH     a file: open waits until it is there
  *     OPD_TEST_DEVICE_FAULT=POINT:N[+],… the Nth time (from then on) at POINT: alloc, stream, event, record, copy_in, copy_out,
  * launch (run fails), kernel (its event does), mute (launch without code or text that make sense), capture (capture_begin), lost (a
  * kernel after which the device is lost)
