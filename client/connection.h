@@ -41,7 +41,6 @@ struct writer {
 	struct list waiting; /* beyond the server's limit of requests in flight */
 	uint32_t passing;    /* flights whose descriptor hasn't left yet */
 	size_t ready_bytes;  /* about; of ready and the batch */
-	size_t ready_count;  /* requests; the same */
 	struct batch batch;
 	bool broken; /* the peer doesn't read any more; what it has sent may still be read */
 };

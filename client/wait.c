@@ -9,8 +9,6 @@
 
 /* opd_submit holds small requests back up to this much while finished ones wait to be taken. */
 #define HOLD_BYTES ((size_t)64 << 10)
-/* … and up to a quarter of those in flight, if that is so many: the server then works on them while the caller takes the others. All of them together made the two take turns. */
-#define HOLD_COUNT 8u
 
 /* ---- Submitting ---- */
 
@@ -146,12 +144,6 @@ static opd_status submit(opd_client *client, const opd_request *request, struct 
 	                                 : submit_wire(client, inside, flight_out, error);
 }
 
-static bool held_enough(const opd_client *client)
-{
-	const struct writer *writer = &client->writer;
-	return writer->ready_bytes >= HOLD_BYTES || (writer->ready_count >= HOLD_COUNT && writer->ready_count >= client->live / 4);
-}
-
 opd_status opd_submit(opd_client *client, const opd_request *request, opd_ticket *ticket_out, opd_error *error)
 {
 	struct flight *flight;
@@ -161,7 +153,7 @@ opd_status opd_submit(opd_client *client, const opd_request *request, opd_ticket
 	*ticket_out = flight->id;
 	/* A caller with finished requests still to take is about to submit more: those leave together, at the latest when it takes
 	 * the last. */
-	if (client->done_count == 0 || held_enough(client))
+	if (client->done_count == 0 || client->writer.ready_bytes >= HOLD_BYTES)
 		writer_flush(client);
 	return OPD_OK;
 }

@@ -53,7 +53,6 @@ static void writer_ready(opd_client *client, struct flight *flight)
 	flight->counted = true;
 	client->counted++;
 	client->writer.ready_bytes += flight->frame_bytes + (flight->chunked ? 0 : (size_t)flight->payload_bytes);
-	client->writer.ready_count++;
 	list_append(&client->writer.ready, &flight->send);
 }
 
@@ -221,7 +220,7 @@ static bool batch_fill(opd_client *client)
 			break;
 	}
 	if (list_empty(&writer->ready))
-		writer->ready_bytes = writer->ready_count = 0;
+		writer->ready_bytes = 0;
 	while (!list_empty(&writer->bulk) && batch->bytes < BATCH_BYTES) {
 		struct flight *flight = LIST_ENTRY(writer->bulk.next, struct flight, send);
 		if (flight->data_batch == batch->number || !batch_add_data(client, flight))

@@ -12,6 +12,8 @@
 #define COOLDOWN_DOUBLINGS 6u
 /* 50 times what a whole turn of the loop may take by estimates. */
 #define LOOP_KERNEL_NS 1000000u
+/* So many measured runs in a row: a guest's clock of CPU time goes on while its host runs others, so that one may be anybody's. */
+#define LOOP_STRIKES 3u
 
 /* Of one implementation, or of a provider as a whole. */
 struct record {
@@ -39,7 +41,7 @@ struct containment {
 	struct log *log;
 	struct containment_policy policies[REGISTRY_PROVIDERS_MAX]; /* by provider index */
 	_Atomic uint64_t failures[REGISTRY_PROVIDERS_MAX];
-	_Atomic bool off_loop[REGISTRY_IMPLS_MAX]; /* by implementation index */
+	_Atomic uint8_t loop_strikes[REGISTRY_IMPLS_MAX]; /* by implementation index: measured runs in a row that took too long; LOOP_STRIKES: it has left the loop */
 	pthread_mutex_t mutex; /* of what follows */
 	struct config_quarantine rules;
 	struct record *records;
@@ -311,15 +313,25 @@ void containment_note(struct containment *containment, const struct impl *impl, 
 
 void containment_ran_on_loop(struct containment *containment, const struct impl *impl, uint64_t cpu_ns)
 {
-	if (cpu_ns < LOOP_KERNEL_NS || atomic_exchange_explicit(&containment->off_loop[impl->index], true, memory_order_relaxed))
+	_Atomic uint8_t *strikes = &containment->loop_strikes[impl->index];
+	const uint8_t before = atomic_load_explicit(strikes, memory_order_relaxed);
+	const bool slow = cpu_ns >= LOOP_KERNEL_NS;
+	if (before == LOOP_STRIKES || (before == 0 && !slow))
 		return;
-	LOG(containment->log, LOG_WARN, "kernel too slow for the loop, it runs on the lane from now on", LOG_STR("provider", impl->provider->name),
-	    LOG_STR("op", registry_op_name(containment->registry, impl)), LOG_UINT("cpu_us", cpu_ns / 1000));
+	atomic_store_explicit(strikes, slow ? (uint8_t)(before + 1) : 0, memory_order_relaxed);
+	if (slow && before + 1 == LOOP_STRIKES)
+		LOG(containment->log, LOG_WARN, "kernel too slow for the loop, it runs on the lane from now on", LOG_STR("provider", impl->provider->name),
+		    LOG_STR("op", registry_op_name(containment->registry, impl)), LOG_UINT("cpu_us", cpu_ns / 1000));
 }
 
 bool containment_off_loop(const struct containment *containment, const struct impl *impl)
 {
-	return atomic_load_explicit(&containment->off_loop[impl->index], memory_order_relaxed);
+	return atomic_load_explicit(&containment->loop_strikes[impl->index], memory_order_relaxed) == LOOP_STRIKES;
+}
+
+bool containment_suspects(const struct containment *containment, const struct impl *impl)
+{
+	return atomic_load_explicit(&containment->loop_strikes[impl->index], memory_order_relaxed) != 0;
 }
 
 /* ---- The way back ---- */

@@ -49,8 +49,11 @@ void containment_failed(struct containment *containment, const struct impl *impl
 /* The same for a status of a kernel, if it is one that counts. */
 void containment_note(struct containment *containment, const struct impl *impl, opd_status status, const char *tenant);
 
-/* A kernel on the I/O loop took so much of its thread's CPU time (a sample of them is looked at): where that is too much by far, its implementation runs on the lane from now on, whatever it estimates. */
+/* A kernel on the I/O loop took so much of its thread's CPU time (a sample of them is looked at): where that is too much by far three times in a row, its implementation runs on the lane from now on,
+ * whatever it estimates. Any thread; of two at once one may not count. */
 void containment_ran_on_loop(struct containment *containment, const struct impl *impl, uint64_t cpu_ns);
+/* The last measured one took too long: the next is to be measured as well. */
+bool containment_suspects(const struct containment *containment, const struct impl *impl);
 /* It must not run on the loop any more. */
 bool containment_off_loop(const struct containment *containment, const struct impl *impl);
 

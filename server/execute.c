@@ -479,7 +479,6 @@ void execute_place(struct request *request)
 
 /* ---- */
 
-/* The lanes are stopped: what a job that has just ended would start next is nobody's any more. */
 static uint64_t thread_cpu_ns(void)
 {
 	struct timespec now;
@@ -491,13 +490,15 @@ static uint64_t thread_cpu_ns(void)
 static void run_on_loop(struct request *request, struct lane_exec *serial)
 {
 	const struct impl *impl = request->run.dispatch.impl;
-	const bool measured = request->context->inline_runs++ % INLINE_MEASURED_EVERY == 0;
+	struct containment *containment = request->context->server->containment;
+	const bool measured = request->context->inline_runs++ % INLINE_MEASURED_EVERY == 0 || containment_suspects(containment, impl);
 	const uint64_t before_ns = measured ? thread_cpu_ns() : 0;
 	run_here(request, serial);
 	if (measured)
-		containment_ran_on_loop(request->context->server->containment, impl, thread_cpu_ns() - before_ns);
+		containment_ran_on_loop(containment, impl, thread_cpu_ns() - before_ns);
 }
 
+/* The lanes are stopped: what a job that has just ended would start next is nobody's any more. */
 static bool refused_at_end(struct request *request)
 {
 	if (!request->context->server->ending)
