@@ -75,6 +75,7 @@ struct options_change {
 	const struct flag *flag;
 	const char *value;
 };
+
 static void print_help(void)
 {
 	(void)printf("opd serves tensor ops over Unix sockets and TCP.\n\nUsage: opd [flags]\n");
@@ -161,6 +162,7 @@ int options_parse(int argc, char **argv, struct options *options)
 	}
 	return optind < argc ? options_fail(EXIT_USAGE, "no arguments are expected, see opd --help: ", argv[optind]) : -1;
 }
+
 void options_free(struct options *options)
 {
 	tls_self_destroy(options->self);
