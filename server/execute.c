@@ -240,9 +240,9 @@ static opd_status run_kernel(struct request *request, struct lane_exec *lane)
 	run->written = true;
 	request->error.text[0] = '\0';
 	struct watch watch;
-	watch_begin(&request->context->server->watches, &watch, impl, request, lane);
+	watch_begin(&watch, impl, request, lane);
 	status = impl->def->run(impl->def, impl->state, &run->bound.call, &exec, &request->error);
-	watch_end(&request->context->server->watches, &watch);
+	watch_end(&watch);
 	lane->derived = NULL;
 	derived_end(request->context->server->derived, &derived);
 	if (status != OPD_OK) {
@@ -298,9 +298,9 @@ static bool make_plan(struct request *request, struct lane_exec *exec)
 	struct request_run *run = &request->run;
 	struct dispatch *dispatch = &run->dispatch;
 	struct watch watch;
-	watch_begin(&request->context->server->watches, &watch, dispatch->impl, request, exec);
+	watch_begin(&watch, dispatch->impl, request, exec);
 	request->status = plans_make(dispatch->plans, dispatch->snapshot, dispatch->impl, &run->bound.call, &dispatch->plan, &request->error);
-	watch_end(&request->context->server->watches, &watch);
+	watch_end(&watch);
 	if (request->status != OPD_OK)
 		return false;
 	dispatch->plan_missing = false;

@@ -83,12 +83,14 @@ void watches_close(struct watches *watches)
 	watches->opened = false;
 }
 
-void watch_begin(struct watches *watches, struct watch *watch, const struct impl *impl, struct request *request, struct lane_exec *exec)
+void watch_begin(struct watch *watch, const struct impl *impl, struct request *request, struct lane_exec *exec)
 {
-	const struct containment_policy *policy = containment_policy(watches->server->containment, impl->provider);
+	const struct containment_policy *policy = containment_policy(request->context->server->containment, impl->provider);
 	*watch = (struct watch){.budget_ns = atomic_load_explicit(&policy->budget_ns, memory_order_relaxed)};
 	if (watch->budget_ns == 0 || exec->lane == NULL || request->direct || impl->provider->isolated)
 		return;
+	struct watches *watches = &request->context->io->watches;
+	watch->watches = watches;
 	watch->impl = impl;
 	watch->request = request;
 	watch->exec = exec;
@@ -103,10 +105,11 @@ void watch_begin(struct watches *watches, struct watch *watch, const struct impl
 	(void)pthread_mutex_unlock(&watches->mutex);
 }
 
-void watch_end(struct watches *watches, struct watch *watch)
+void watch_end(struct watch *watch)
 {
 	if (watch->impl == NULL) /* `link` is its neighbours' to change */
 		return;
+	struct watches *watches = watch->watches;
 	(void)pthread_mutex_lock(&watches->mutex);
 	*watch->link = watch->next;
 	if (watch->next != NULL)

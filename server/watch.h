@@ -22,6 +22,7 @@ struct request;
 struct server;
 
 struct watch {
+	struct watches *watches; /* of its request's loop */
 	struct watch *next, **link;
 	const struct impl *impl; /* NULL: it isn't watched */
 	struct request *request;
@@ -47,8 +48,8 @@ int watches_open(struct watches *watches, struct server *server, uv_loop_t *loop
 void watches_close(struct watches *watches);
 
 /* The kernel (or plan) of this implementation begins; nothing happens where its provider has no budget. */
-void watch_begin(struct watches *watches, struct watch *watch, const struct impl *impl, struct request *request, struct lane_exec *exec);
+void watch_begin(struct watch *watch, const struct impl *impl, struct request *request, struct lane_exec *exec);
 /* It has ended. */
-void watch_end(struct watches *watches, struct watch *watch);
+void watch_end(struct watch *watch);
 
 #endif
