@@ -415,9 +415,8 @@ static opd_status start(struct server *server, opd_error *error)
 {
 	struct config *config = server->config;
 	opd_status status = open_loop(server, error);
-	if (status == OPD_OK)
-		status = memory_init(&server->memory, config->limits.memory_bytes, config->limits.cache_bytes, error);
 	if (status == OPD_OK) {
+		memory_init(&server->memory, config->limits.memory_bytes, config->limits.cache_bytes);
 		server->account = account_create(&server->memory, config->limits.memory_bytes);
 		server->tenants = tenants_create(&server->memory);
 		server->publications = publications_create(&server->memory, server->tenants);
