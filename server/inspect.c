@@ -174,6 +174,7 @@ static bool fill_provider(struct request *request, const struct provider *provid
 	out->failures = containment_failures(request->context->server->containment, provider);
 	out->isolated = provider->isolated;
 	out->deaths = provider->isolated ? isolated_deaths(provider->module->isolated) : 0;
+	out->unconfined = msg_text(provider->isolated ? isolated_unconfined(provider->module->isolated) : "");
 	out->name = msg_text(provider->name);
 	out->version = msg_text(provider->version);
 	out->source = msg_text(provider->source);
@@ -269,7 +270,7 @@ void inspect_info(struct request *request)
 		.threads = lanes_threads(server),
 		.device_count = snapshot->device_count,
 		.devices = devices,
-		.sessions = server->conn_count,
+		.sessions = server_sessions(server),
 		.requests = atomic_load_explicit(&server->requests, memory_order_relaxed),
 		.memory_bytes = atomic_load_explicit(&server->memory.used_bytes, memory_order_relaxed),
 		.memory_limit_bytes = atomic_load_explicit(&server->memory.limit_bytes, memory_order_relaxed),

@@ -329,7 +329,7 @@ opd_status run_take(struct request *request)
 	if (run->timeout_us != 0)
 		request->run.deadline_ns = request->clock.received + (run->timeout_us < UINT64_MAX / 2000 ? run->timeout_us * 1000 : UINT64_MAX / 2);
 	if (request->run.deadline_ns != 0 && !request->direct && status == OPD_OK)
-		deadline_set(&request->context->server->deadlines, request);
+		deadline_set(&request->context->io->deadlines, request);
 	return status;
 }
 
@@ -646,12 +646,12 @@ static bool may_retry(const struct request *request)
 void execute_done(struct request *request)
 {
 	struct request_run *run = &request->run;
-	if (request->graph_run != NULL) {
-		graph_run_done(request);
-		return;
-	}
 	if (request->overdue) {
 		request_returned(request);
+		return;
+	}
+	if (request->graph_run != NULL) {
+		graph_run_done(request);
 		return;
 	}
 	bool again = run->plan_refused || (may_retry(request) && request->message.run.retry && !donate_is_written(request));
