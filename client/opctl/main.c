@@ -1,4 +1,5 @@
 /* opctl: the command line of opd. README.md has every command with an example. */
+#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -70,7 +71,8 @@ const struct command opctl_commands[] = {
      "quota: NAME=LIMIT of in_flight, queued, bytes_in, bytes_out (a second), memory, device_memory, device_time (a second): in_flight=32, bytes_in=64MiB,\n"
      "device_time=500ms; 0: as the daemon's configuration has it.\n", no_options, cmd_session},
     {"stats", "[PREFIX]", "what the daemon has counted: the numbers of its metrics endpoint, or those whose names begin so", NULL, no_options, cmd_stats},
-    {"top", "", "the lanes' use, live: sessions by the device time that they take", "Ends with Ctrl-C, or after -c N pictures.\n", top_options, cmd_top},
+    {"top", "", "the lanes' use, live: sessions by the device time that they take", "On a terminal: q or Ctrl-C ends it, s j w u m i sort by share, jobs, mean wait, queued, memory, number, r reverses, arrows and page keys scroll, space looks now.\n"
+     "Elsewhere a picture follows the other; with --json each is one line. Ends after -c N pictures.\n", top_options, cmd_top},
     {"module", "load PATH", "load a provider module into the daemon (administrators)", "PATH is the daemon's, not yours.\n",
      no_options, cmd_module},
     {"log-level", "LEVEL", "set the daemon's log level: error, warn, info, debug (administrators)", NULL, no_options,
@@ -178,9 +180,10 @@ int main(int argc, char **argv)
 	}
 	opd_close(ctl.client);
 	options_fini(&ctl.options);
-	/* A full disk or a closed pipe under stdout is a failure too. */
+	/* A full disk or a closed pipe under stdout is a failure too; who closed the pipe wants to hear no more. */
 	if (fflush(stdout) != 0 && code == EXIT_DONE) {
-		perror("opctl: stdout");
+		if (errno != EPIPE)
+			perror("opctl: stdout");
 		code = EXIT_REQUEST;
 	}
 	return code;

@@ -114,7 +114,9 @@ class Sharing(DaemonCase):
         self.assertEqual([other.read_reply()[0] for _ in range(2)], [fast, tail])
         self.assertEqual(self.one.read_reply()[0], slow)
         for wrong, pattern, code in ((["999999", "set", "weight", "1"], "session 999999: there is none", 1), ([str(number), "set", "weight", "0"], "expected 1 to 1000000", 2),
-                                     ([str(number), "set", "class", "urgent"], "'urgent', expected realtime, interactive or batch", 2), ([str(number)], "expected session ID set", 2)):
+                                     ([str(number), "set", "class", "urgent"], "'urgent', expected realtime, interactive or batch", 2), ([str(number)], "expected session ID set", 2),
+                                     (["first", "set", "weight", "7"], "the session is 'first', expected a whole number", 2), (["0", "set", "weight", "7"], "expected the number of one that opctl sessions lists", 2),
+                                     (["18446744073709551616", "set", "weight", "7"], "the session is '18446744073709551616', expected a whole number of 64 bits", 2)):
             done = subprocess.run(opctl + ["session"] + wrong, capture_output=True, text=True)
             self.assertRegex(done.stderr, pattern)
             self.assertEqual(done.returncode, code)
@@ -463,8 +465,8 @@ class Quotas(DaemonCase):
         self.assertEqual(upload(self.one, 65).status, OK)
         self.opctl("session", number, "set", "quota", "device_time=1ms")
         self.assertEqual(self.quota(pb.QUOTA_DEVICE_TIME, self.one)[1], 1000000)
-        for wrong, pattern in (("sessions=1", "the quota is 'sessions=1', expected in_flight, queued"), ("memory=1 parsec", "expected a whole number with a unit, such as 64MiB"),
-                               ("in_flight", "the quota is 'in_flight'"), ("device_time=5", "such as 64ms"), ("queued=-1", "the quota is '-1', expected a whole number")):
+        for wrong, pattern in (("sessions=1", "the quota is 'sessions=1', expected in_flight, queued"), ("memory=1 parsec", "expected a whole number of 64 bits with a unit, such as 64MiB"),
+                               ("in_flight", "the quota is 'in_flight'"), ("in_flight=18446744073709551616", "expected a whole number of 64 bits"), ("memory=18446744073709551616", "64 bits"), ("memory=16777216TiB", "64 bits"), ("device_time=5", "such as 64ms"), ("queued=-1", "the quota is '-1', expected a whole number")):
             self.assertRegex(self.opctl("session", number, "set", "quota", wrong, code=2), pattern)
         reply, _ = self.one.call(pb.Request(set_session=pb.SetSession(session=int(number), quotas=[pb.Quota(kind=pb.QUOTA_SESSIONS, limit=1)])))
         self.assertEqual((reply.status, reply.message), (INVALID_ARGUMENT, "quota sessions is a tenant's: the configuration has it"))
