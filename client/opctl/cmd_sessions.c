@@ -175,7 +175,7 @@ int cmd_sessions(struct opctl *ctl)
 	return ctl->json ? print_json(document) : EXIT_DONE;
 }
 
-/* ---- session ID set weight|class|quota VALUE ---- */
+/* ---- session ID set weight|class|priority|quota|device VALUE, session ID clear priority OP ---- */
 
 struct change {
 	uint64_t session;
@@ -185,6 +185,10 @@ struct change {
 	opd_quota_kind kind;
 	uint64_t limit;
 	const char *device; /* NULL: something else is changed */
+	bool clear;         /* the list of op */
+	const char *op;     /* whose list is changed; NULL: none is */
+	struct name_list list;
+	char op_text[128];
 };
 
 struct unit {
@@ -269,6 +273,17 @@ static opd_status parse_class(const char *text, opd_class *class_out, opd_error 
 	return OPD_OK;
 }
 
+/* "linear=onednn,cpu", "*=cpu"; "linear=": an empty list, which differs from none. */
+static opd_status parse_list(const char *text, struct change *change, opd_error *error)
+{
+	const char *equals = strchr(text, '=');
+	if (equals == NULL || equals == text || (size_t)(equals - text) >= sizeof change->op_text)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "the priority is '%s', expected OP=LIST, such as linear=onednn,cpu or '*=cpu'", shown(text));
+	(void)snprintf(change->op_text, sizeof change->op_text, "%.*s", (int)(equals - text), text);
+	change->op = change->op_text;
+	return name_list_parse("the list", equals + 1, &change->list, error);
+}
+
 /* 0 is the protocol's word for the session that asks: opctl's own, which ends with the command. */
 static opd_status parse_session(const char *text, uint64_t *session_out, opd_error *error)
 {
@@ -284,23 +299,49 @@ static opd_status parse_change(const struct options *options, struct change *cha
 	const opd_status status = parse_session(options->positional[1], &change->session, error);
 	if (status != OPD_OK)
 		return status;
+	if (strcmp(options->positional[2], "clear") == 0) {
+		change->clear = true;
+		change->op = value;
+		return OPD_OK;
+	}
 	if (strcmp(what, "weight") == 0)
 		return parse_weight(value, &change->weight, error);
 	if (strcmp(what, "quota") == 0)
 		return parse_quota(value, change, error);
 	if (strcmp(what, "class") == 0)
 		return parse_class(value, &change->service_class, error);
+	if (strcmp(what, "priority") == 0)
+		return parse_list(value, change, error);
 	change->device = value;
 	return OPD_OK;
 }
 
 static bool is_settable(const char *what)
 {
-	return strcmp(what, "weight") == 0 || strcmp(what, "class") == 0 || strcmp(what, "quota") == 0 || strcmp(what, "device") == 0;
+	static const char *const names[] = {"weight", "class", "priority", "quota", "device"};
+	for (size_t i = 0; i < sizeof names / sizeof names[0]; i++)
+		if (strcmp(what, names[i]) == 0)
+			return true;
+	return false;
+}
+
+/* `session ID set WHAT VALUE`, or `session ID clear priority OP`. */
+static bool is_change(const struct options *options)
+{
+	const char *const *words = (const char *const *)options->positional;
+	if (options->count != 5)
+		return false;
+	return strcmp(words[2], "set") == 0 ? is_settable(words[3]) : strcmp(words[2], "clear") == 0 && strcmp(words[3], "priority") == 0;
 }
 
 static opd_status send_change(opd_client *client, const struct change *change, opd_error *error)
 {
+	if (change->clear)
+		return opd_clear_session_priority(client, change->session, change->op, error);
+	if (change->op != NULL) {
+		const opd_priority_entry entry = {.op = change->op, .providers = change->list.names, .count = change->list.count};
+		return opd_set_session_priority(client, change->session, &entry, error);
+	}
 	if (change->device != NULL)
 		return opd_set_session_device(client, change->session, change->device, error);
 	if (change->quota)
@@ -308,25 +349,29 @@ static opd_status send_change(opd_client *client, const struct change *change, o
 	return opd_set_session(client, change->session, change->weight, change->service_class, error);
 }
 
-int cmd_session(struct opctl *ctl)
+static int print_change(const struct opctl *ctl, const struct change *change)
 {
-	const struct options *options = &ctl->options;
-	const bool right = options->count == 5 && strcmp(options->positional[2], "set") == 0 && is_settable(options->positional[3]);
-	struct change change = {0};
-	opd_error error;
-	if (right && parse_change(options, &change, &error) != OPD_OK)
-		return report_usage(ctl, &error);
-	const int code = begin(ctl, right, "session ID set weight|class|quota|device VALUE");
-	if (code != EXIT_DONE)
-		return code;
-	const opd_status status = send_change(ctl->client, &change, &error);
-	if (status != OPD_OK)
-		return report_failure(ctl, status, &error);
 	if (ctl->json) {
 		cJSON *document = cJSON_CreateObject();
 		cJSON_AddBoolToObject(document, "done", true);
 		return print_json(document);
 	}
-	(void)printf("session %" PRIu64 ": %s %s\n", change.session, options->positional[3], shown(options->positional[4]));
+	(void)printf("session %" PRIu64 ": %s %s%s\n", change->session, ctl->options.positional[3], shown(ctl->options.positional[4]), change->clear ? " cleared" : "");
 	return EXIT_DONE;
+}
+
+int cmd_session(struct opctl *ctl)
+{
+	const bool right = is_change(&ctl->options);
+	struct change change = {0};
+	opd_error error;
+	if (right && parse_change(&ctl->options, &change, &error) != OPD_OK)
+		return report_usage(ctl, &error);
+	int code = begin(ctl, right, "session ID set weight|class|priority|quota|device VALUE, or session ID clear priority OP");
+	if (code == EXIT_DONE) {
+		const opd_status status = send_change(ctl->client, &change, &error);
+		code = status == OPD_OK ? print_change(ctl, &change) : report_failure(ctl, status, &error);
+	}
+	name_list_fini(&change.list);
+	return code;
 }

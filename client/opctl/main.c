@@ -66,8 +66,9 @@ const struct command opctl_commands[] = {
     {"info", "", "the daemon: version, listeners, memory, devices", NULL, no_options, cmd_info},
     {"health", "", "whether the daemon should get work: exit code 0, or 1 and what is wrong, or 3 when nobody answers", NULL, health_options, cmd_health},
     {"sessions", "", "who is connected: sessions, tenants, and what each has had of the lanes", NULL, no_options, cmd_sessions},
-    {"session", "ID set weight|class|quota|device VALUE", "another weight, class, quota or pinned device for a session (administrators)",
+    {"session", "ID set weight|class|priority|quota|device VALUE | ID clear priority OP", "another weight, class, list, quota or pinned device for a session (administrators)",
      "weight: 1 to 1000000, among its tenant's sessions. class: realtime, interactive or batch, of its requests that name none.\n"
+     "priority: OP=LIST, from its next request on, unless a map that it has pushed itself has another; OP= is an empty list. clear priority OP ends it.\n"
      "quota: NAME=LIMIT of in_flight, queued, bytes_in, bytes_out (a second), memory, device_memory, device_time (a second): in_flight=32, bytes_in=64MiB,\n"
      "device_time=500ms; 0: as the daemon's configuration has it.\n", no_options, cmd_session},
     {"stats", "[PREFIX]", "what the daemon has counted: the numbers of its metrics endpoint, or those whose names begin so", NULL, no_options, cmd_stats},

@@ -124,6 +124,43 @@ class Sharing(DaemonCase):
         self.assertEqual(top.count("lane cpu:"), 2)
         self.assertRegex(top, r"(?m)^ +%d +uid" % number)
 
+    def test_an_administrator_sets_a_sessions_list_below_what_it_has_pushed_itself(self):
+        number, tcp = str(self.one.hello.session), self.daemon.tcp_addresses()[0]
+        opctl = [os.path.join(os.path.dirname(OPD), "opctl"), "--connect", self.address, "session"]
+
+        def ran():
+            reply = self.one.ask(run("gelu", inline([2], f32(1, 2)), run_explain=True))[0]
+            return reply.run.provider, reply.run.explain.level
+
+        before, other = ran(), self.client()
+        self.assertNotEqual(before[0], "native")
+        subprocess.run(opctl + [number, "set", "priority", "gelu=native"], check=True, capture_output=True)
+        self.assertEqual(ran(), ("native", pb.SESSION))
+        self.assertEqual(other.ask(run("gelu", inline([2], f32(1, 2))))[0].run.provider, before[0])
+        pushed = pb.Request(push_priority=pb.PriorityMap(entries=[pb.PriorityEntry(op="gelu", list=pb.ProviderList(names=["cpu"]))]))
+        self.one.ask(pushed)
+        self.assertEqual(ran(), ("cpu", pb.SESSION))
+        subprocess.run(opctl + [number, "set", "priority", "*=native"], check=True, capture_output=True)
+        self.assertEqual(ran(), ("cpu", pb.SESSION))
+        self.one.ask(pb.Request(pop_priority=pb.Empty()))
+        self.assertEqual(ran(), ("native", pb.SESSION))  # a pop ends what was pushed and nothing else
+        for op in ("gelu", "*"):
+            self.assertEqual(ran()[0], "native")
+            subprocess.run(opctl + [number, "clear", "priority", op], check=True, capture_output=True)
+        self.assertEqual(ran(), before)
+        for words, pattern, code in ((["999999", "set", "priority", "gelu=cpu"], "session 999999: there is none", 1), ([number, "set", "priority", "gelu"], "the priority is 'gelu', expected OP=LIST", 2),
+                                     ([number, "set", "priority", "=cpu"], "expected OP=LIST", 2), ([number, "set", "priority", "gelu=nobody"], "nobody", 1),
+                                     ([number, "set", "priority", "no_such_op=cpu"], "no_such_op", 1), ([number, "clear", "weight", "1"], "expected session ID set", 2)):
+            done = subprocess.run(opctl + words, capture_output=True, text=True)
+            self.assertRegex(done.stderr, pattern)
+            self.assertEqual(done.returncode, code)
+        mine = pb.SetPriority(op="gelu", list=pb.ProviderList(names=["native"]), session=self.one.hello.session)
+        with Client(tcp) as stranger:
+            self.assertEqual(stranger.call(pb.Request(set_priority=mine))[0].status, PERMISSION_DENIED)
+        mine.scope = pb.SCOPE_SERVER
+        self.assertEqual(other.call(pb.Request(set_priority=mine))[0].status, INVALID_ARGUMENT)
+        self.assertEqual(ran(), before)
+
     def test_who_brings_a_large_graph_pays_for_reading_it(self):
         nodes = 20000
         graph = pb.Graph(inputs=[pb.GraphInput(name="x")])
