@@ -290,6 +290,14 @@ static void failed(struct containment *containment, const struct provider *provi
 	tell(containment, record);
 }
 
+void containment_provider_failed(struct containment *containment, const struct provider *provider, failure_kind kind, const char *tenant)
+{
+	(void)atomic_fetch_add_explicit(&containment->failures[provider->index], 1, memory_order_relaxed);
+	(void)pthread_mutex_lock(&containment->mutex);
+	failed(containment, provider, NULL, kind, tenant, containment->rules.provider_failures, now_ns());
+	(void)pthread_mutex_unlock(&containment->mutex);
+}
+
 void containment_failed(struct containment *containment, const struct impl *impl, failure_kind kind, const char *tenant)
 {
 	const uint64_t time_ns = now_ns();

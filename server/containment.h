@@ -46,6 +46,8 @@ struct containment_policy *containment_policy_of(struct containment *containment
 /* A kernel has failed for a request of this tenant (NULL: nobody's in particular). Whoever asks the registry for a snapshot after this has returned doesn't get the implementation any more, if this was one failure too many (while a module opens: within
  * a second). */
 void containment_failed(struct containment *containment, const struct impl *impl, failure_kind kind, const char *tenant);
+/* The same, where nobody knows which of the provider's implementations it was. */
+void containment_provider_failed(struct containment *containment, const struct provider *provider, failure_kind kind, const char *tenant);
 /* The same for a status of a kernel, if it is one that counts. */
 void containment_note(struct containment *containment, const struct impl *impl, opd_status status, const char *tenant);
 

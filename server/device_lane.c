@@ -259,6 +259,34 @@ static void mirrors_settle(struct device_job *job)
 	job->mirrors = NULL;
 }
 
+/* ---- The watchdog ---- */
+
+void device_watch(struct device_lane *lane, struct device_job *job, const struct watch_subject *subject, uint64_t budget_ns)
+{
+	watch_begin(&lane->server->watches, &job->watch, subject, budget_ns);
+}
+
+void device_watched(struct device_lane *lane, struct device_job *job)
+{
+	if (lane->flight != NULL)
+		watch_pause(&lane->server->watches, &job->watch);
+}
+
+bool device_watch_end(struct device_lane *lane, struct device_job *job)
+{
+	const bool overdue = watch_end(&lane->server->watches, &job->watch);
+	if (overdue)
+		device_lane_set_stuck(lane, false);
+	return overdue;
+}
+
+/* The oldest on the stream is what the device works on. */
+static void watch_oldest(struct device_lane *lane)
+{
+	if (lane->flight != NULL)
+		watch_resume(&lane->server->watches, &lane->flight->watch);
+}
+
 /* ---- One job ---- */
 
 static opd_status check_before(const struct device_lane *lane, struct device_job *job)
@@ -339,6 +367,7 @@ static uint64_t device_time(struct device_lane *lane, const struct device_job *j
 static void finish_job(struct device_lane *lane, struct device_job *job)
 {
 	job->ended_ns = lane->progress_ns = request_now_ns();
+	(void)device_watch_end(lane, job);
 	mirrors_settle(job);
 	device_ring_settle(lane, job);
 	if (job->complete != NULL)
@@ -370,6 +399,8 @@ static bool poll_flight(struct device_lane *lane)
 		finish_job(lane, job);
 		any = true;
 	}
+	if (any)
+		watch_oldest(lane);
 	return any;
 }
 
@@ -441,6 +472,7 @@ static void *lane_main(void *argument)
 			lane->in_flight++;
 			lane->flight_ns += job->item.estimate_ns;
 			lane->progress_ns = job->started_ns;
+			watch_oldest(lane);
 		}
 		if (!poll_flight(lane) && job == NULL && !stop)
 			pause_polling(lane);
@@ -578,6 +610,26 @@ void device_lane_scheduler_unlock(struct device_lane *lane)
 const struct histogram *device_lane_waits(const struct device_lane *lane, sched_class class)
 {
 	return &lane->waits[class];
+}
+
+void device_lane_set_stuck(struct device_lane *lane, bool stuck)
+{
+	atomic_store_explicit(&lane->stuck, stuck, memory_order_relaxed);
+}
+
+bool device_lane_is_stuck(const struct device_lane *lane)
+{
+	return atomic_load_explicit(&lane->stuck, memory_order_relaxed);
+}
+
+uint32_t device_lanes_stuck(const struct server *server)
+{
+	uint32_t stuck = 0;
+	for (uint32_t i = 0; i < REGISTRY_DEVICES_MAX; i++) {
+		const struct device_lane *lane = atomic_load_explicit(&server->device_lanes[i], memory_order_acquire);
+		stuck += lane != NULL && device_lane_is_stuck(lane);
+	}
+	return stuck;
 }
 
 const char *device_lane_name(const struct device_lane *lane)

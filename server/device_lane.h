@@ -18,6 +18,7 @@
 #include "server/lane.h"
 #include "server/registry.h"
 #include "server/tensors.h"
+#include "server/watch.h"
 
 struct server;
 struct device_lane;
@@ -49,6 +50,7 @@ struct device_job {
 	/* the lane's */
 	void *event;
 	bool recorded;
+	struct watch watch; /* of its kernel */
 	struct device_held *held; /* device memory that it uses */
 	struct device_mirror *mirrors; /* that it makes: they count once it has succeeded */
 	struct device_landing *landings; /* what came back into the ring and belongs elsewhere */
@@ -66,6 +68,11 @@ void device_lane_scheduler_unlock(struct device_lane *lane);
 /* How long its jobs have waited, by class. */
 const struct histogram *device_lane_waits(const struct device_lane *lane, sched_class class);
 const char *device_lane_name(const struct device_lane *lane);
+/* It is in a kernel that has exceeded its budget: nothing is submitted to it. Set on the loop, taken back by its thread. */
+void device_lane_set_stuck(struct device_lane *lane, bool stuck);
+bool device_lane_is_stuck(const struct device_lane *lane);
+/* How many of them are. */
+uint32_t device_lanes_stuck(const struct server *server);
 /* One that was started; NULL: it wasn't. Any thread. */
 struct device_lane *device_lane_started(struct server *server, uint32_t number);
 /* Takes a job that the lane's thread hasn't begun out of the queue: `done` isn't called. False: it is on its way, or has ended, or was never

@@ -33,6 +33,8 @@ static opd_status submit(struct request *request, struct device_lane *lane)
 	job->item.flow = session_flow(request->session, lane->number);
 	if (job->item.flow == NULL)
 		return device_no_memory(job);
+	if (device_lane_is_stuck(lane))
+		return opd_fail(&job->error, OPD_UNAVAILABLE, "%s: a kernel on %s has exceeded its budget and still runs", job->name, device_lane_name(lane));
 	if (device_lane_submit(lane, job))
 		return OPD_OK;
 	return execute_refused(request, job->name, &job->refusal, device_lane_name(lane), &job->error);

@@ -243,13 +243,23 @@ opd_status device_fault_error(const struct op *op, const opd_index_fault *fault,
 
 /* ---- The kernel ---- */
 
-static opd_status make_plan(struct request *request)
+static void watch_kernel(struct device_lane *lane, struct request *request)
+{
+	const struct impl *impl = request->run.dispatch.impl;
+	const struct watch_subject subject = {.impl = impl, .provider = impl->provider, .request = request, .device = lane};
+	device_watch(lane, &request->device_job, &subject, watch_budget_ns(&lane->server->watches, impl->provider));
+}
+
+static opd_status make_plan(struct device_lane *lane, struct request *request)
 {
 	struct dispatch *dispatch = &request->run.dispatch;
 	if (!dispatch->plan_missing)
 		return OPD_OK;
+	watch_kernel(lane, request);
 	opd_status status = plans_make(dispatch->plans, dispatch->snapshot, dispatch->impl, &request->run.bound.call, &dispatch->plan,
 	                               &request->device_job.error);
+	if (device_watch_end(lane, &request->device_job))
+		status = opd_fail(&request->device_job.error, OPD_CANCELLED, "%s: its plan came too late", request->run.op->schema->name);
 	if (status == OPD_OK) {
 		dispatch->plan_missing = false;
 		request->run.plan_refused = dispatch->plan->refused;
@@ -282,7 +292,9 @@ static opd_status enqueue_kernel(struct device_lane *lane, struct request *reque
 		exec.scratch = scratch->data;
 	}
 	request->run.written = true;
+	watch_kernel(lane, request);
 	opd_status status = impl->def->run(impl->def, impl->state, &mine->call, &exec, &job->error);
+	device_watched(lane, job);
 	if (status == OPD_OK)
 		return OPD_OK;
 	device_note(lane, status, &job->error);
@@ -341,7 +353,7 @@ static void run_enqueue(struct device_lane *lane, struct device_job *job)
 	request->run.on_device = NULL;
 	job->status = there ? OPD_OK : check_contents(request);
 	if (job->status == OPD_OK)
-		job->status = make_plan(request);
+		job->status = make_plan(lane, request);
 	if (job->status != OPD_OK || request->run.plan_refused)
 		return;
 	job->status = device_begin(lane, job);

@@ -21,6 +21,7 @@ struct device_lane {
 	struct device device; /* copied: snapshots come and go */
 	uint32_t number;
 	struct memory memory; /* the device's */
+	_Atomic bool stuck; /* in a kernel that has exceeded its budget */
 	_Atomic uint64_t stream_until_ns; /* when what is on the stream should have ended, by its estimates */
 	pthread_t thread;
 	bool joined;
@@ -51,6 +52,11 @@ struct device_lane {
 	void *events[DEVICE_EVENTS_KEPT];
 };
 
+/* A kernel of the job is enqueued now: its time counts from here on. device_watched: it is, and on the stream its turn comes when what is before it has ended. */
+void device_watch(struct device_lane *lane, struct device_job *job, const struct watch_subject *subject, uint64_t budget_ns);
+void device_watched(struct device_lane *lane, struct device_job *job);
+/* It has ended. True: too late, its request is answered. */
+bool device_watch_end(struct device_lane *lane, struct device_job *job);
 /* The stream is there, and the job has its event. */
 OPD_MUST_USE opd_status device_begin(struct device_lane *lane, struct device_job *job);
 /* A step of the job failed in a function of the backend: the text says where, also when the module said nothing. */

@@ -306,16 +306,48 @@ static void mark_written(struct graph_run *run)
 		run->states[i].written = run->states[i].donated;
 }
 
+/* Their budgets added up; one without a budget may take any time. */
+static uint64_t budget_of(const struct watches *watches, const struct prepared *prepared)
+{
+	uint64_t sum_ns = 0;
+	for (uint32_t i = 0; i < prepared->step_count; i++) {
+		const uint64_t budget_ns = watch_budget_ns(watches, prepared->steps[i].impl->provider);
+		if (budget_ns == 0)
+			return 0;
+		sum_ns += budget_ns;
+	}
+	return sum_ns;
+}
+
+static void watch_nodes(struct device_lane *lane, struct device_job *job, struct graph_run *run)
+{
+	const struct prepared *prepared = run->prepared;
+	struct watch_subject subject = {.request = run->request, .device = lane};
+	if (prepared->step_count == 0)
+		return;
+	subject.provider = prepared->steps[0].impl->provider;
+	for (uint32_t i = 1; i < prepared->step_count; i++)
+		if (prepared->steps[i].impl->provider != subject.provider)
+			subject.provider = NULL;
+	device_watch(lane, job, &subject, budget_of(&lane->server->watches, prepared));
+}
+
+static opd_status launch(struct device_lane *lane, struct device_job *job, struct graph_run *run)
+{
+	opd_status status = lane->device.backend->graph_launch(lane->device.state, run->prepared->on_device->captured, lane->stream, &job->error);
+	return status == OPD_OK ? OPD_OK : device_failed(lane, job, status, "graph_launch");
+}
+
 static opd_status enqueue_nodes(struct device_lane *lane, struct device_job *job, struct graph_run *run)
 {
 	struct graph_device *mine = run->prepared->on_device;
 	capture(lane, job, run);
 	mine->runs++;
 	mark_written(run);
-	if (mine->captured == NULL)
-		return enqueue_steps(lane, job, run, 0);
-	opd_status status = lane->device.backend->graph_launch(lane->device.state, mine->captured, lane->stream, &job->error);
-	return status == OPD_OK ? OPD_OK : device_failed(lane, job, status, "graph_launch");
+	watch_nodes(lane, job, run);
+	opd_status status = mine->captured == NULL ? enqueue_steps(lane, job, run, 0) : launch(lane, job, run);
+	device_watched(lane, job);
+	return status;
 }
 
 /* ---- Results ---- */

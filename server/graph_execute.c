@@ -187,9 +187,9 @@ static opd_status run_step(struct graph_run *run, const struct step *step, opd_e
 		set_canaries(step);
 	struct watches *watches = &run->request->context->server->watches;
 	struct watch watch;
-	watch_begin(watches, &watch, step->impl, run->request, exec->lane);
+	watch_begin_kernel(watches, &watch, step->impl, run->graph->nodes[step->node].name.data, run->request, exec->lane);
 	status = step->impl->def->run(step->impl->def, step->impl->state, &step->bound.call, exec, error);
-	watch_end(watches, &watch);
+	(void)watch_end(watches, &watch);
 	derived_end(run->request->context->server->derived, ((struct lane_exec *)exec->lane)->derived);
 	struct containment *containment = run->request->context->server->containment;
 	if (status != OPD_OK) {
@@ -263,7 +263,7 @@ static void run_parts(void *argument, uint64_t begin, uint64_t end, uint32_t thr
 	const struct stage_run *stage = argument;
 	(void)thread;
 	for (uint64_t i = begin; i < end; i++) {
-		struct lane_exec mine = {.lane = stage->lane->lane, .job = stage->lane->job, .threads = stage->lane->threads};
+		struct lane_exec mine = {.lane = stage->lane->lane, .job = stage->lane->job, .leader = stage->lane->leader, .threads = stage->lane->threads};
 		(void)run_part(stage->run, &stage->run->prepared->parts[stage->stage->first + i], 0, &mine);
 	}
 }

@@ -30,6 +30,20 @@ static void prepared_destroy(struct prepared *prepared)
 	free(prepared);
 }
 
+void prepared_take(struct graph_run *run)
+{
+	struct prepared **link = &run->graph->prepared;
+	while (*link != run->prepared)
+		link = &(*link)->next;
+	*link = run->prepared->next;
+}
+
+void prepared_drop(struct graph_run *run)
+{
+	prepared_destroy(run->prepared);
+	run->prepared = NULL;
+}
+
 void prepared_drop_all(struct graph *graph)
 {
 	while (graph->prepared != NULL) {

@@ -311,17 +311,64 @@ static void add_states(struct graph_run *run)
 	request->reply.run.state_count = handles == NULL ? 0 : run->graph->state_count;
 }
 
+static void leave_order(struct graph_run *run)
+{
+	const bool queued = run->queued;
+	dequeue(run);
+	if (queued)
+		schedule(run->request->session);
+}
+
+static void end_failed(struct graph_run *run)
+{
+	settle_states(run, false);
+	drop_states(run);
+	leave_order(run);
+}
+
+/* A kernel of it runs on for nobody knows how long, and may write the states that it or a node before it was given: those are lost, but for those whose copy is written. Where several threads run nodes, others
+ * may be about to begin one. The flags are left as the lane sees them. */
+static void abandon(struct graph_run *run)
+{
+	struct kept *kept = &run->request->session->kept;
+	const struct graph *graph = run->graph;
+	const bool others = run->prepared->width > 1;
+	run->abandoned = true;
+	for (uint32_t i = 0; i < graph->state_count; i++) {
+		const struct graph_input *input = &graph->inputs[graph->states[i]];
+		const struct state_use *state = &run->states[i];
+		if (!state->donated)
+			continue;
+		kept_returned(kept, input->slot, input->lineage);
+		if (state->fresh != NULL || !(state->written || others))
+			kept_take_back(kept, state->handle);
+		else
+			kept_lose(kept, input->slot, input->lineage, run->request->id);
+	}
+	prepared_take(run);
+	leave_order(run);
+}
+
 void graph_run_failed(struct request *request)
 {
 	struct graph_run *run = request->graph_run;
 	if (run == NULL || run->graph == NULL)
 		return;
-	bool queued = run->queued;
-	settle_states(run, false);
-	drop_states(run);
-	dequeue(run);
-	if (queued)
-		schedule(request->session);
+	if (!request->overdue)
+		end_failed(run);
+	else if (run->prepared != NULL) /* else it is still being prepared, with what is the graph's: others wait for its end */
+		abandon(run);
+}
+
+void graph_run_returned(struct request *request)
+{
+	struct graph_run *run = request->graph_run;
+	if (run->abandoned) {
+		drop_states(run);
+		prepared_drop(run);
+	} else {
+		end_failed(run);
+	}
 }
 
 /* The order of things: what is told of the prepared graph is told before the next run may use it; the states are settled before

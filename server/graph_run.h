@@ -3,7 +3,8 @@
  * Layer: server. Threads: a run belongs to its session's thread but while it is in a lane; a prepared graph to the one run of its
  * graph that has begun. A run in order: graph_run_accept (operands taken, lists resolved, states donated, its place in the
  * session's order) → run_ready (its operands are there) → its turn (no earlier run of the same graph or of a state that it has is
- * left) → graph_execute on a lane or the loop → graph_run_done. Runs of other graphs pass it. A prepared graph holds for its
+ * left) → graph_execute on a lane or the loop → graph_run_done. Runs of other graphs pass it. One that is answered while a kernel of it exceeds its budget leaves the order then (abandoned): states that it
+ * has begun to write are lost, and later runs are prepared anew; what it uses goes when the kernel has returned. A prepared graph holds for its
  * shapes, the nodes' lists and the registry's snapshot: one flat array of steps, each with its implementation, plan and bound
  * call; a run sets the addresses that have changed since the last one and calls kernel after kernel: nothing is inferred,
  * dispatched, planned or allocated for a node. Steps stand in stages of parts: the parts of a stage are run by several threads at once (graph_schedule.h). */
@@ -121,6 +122,7 @@ struct graph_run {
 	bool queued;       /* in that order */
 	bool ready;        /* its operands are there */
 	bool started;
+	bool abandoned; /* answered while a kernel of it runs on: others pass it, and what it was prepared with is its own */
 	/* A lane's while it runs. Not beside the flags above: the loop reads those together, of every run in the order. */
 	uint64_t prepare_ns;
 	uint64_t *node_ns; /* [node_count], by step; NULL: nobody asked */
@@ -136,6 +138,10 @@ struct prepared *prepared_find(struct graph_run *run);
 /* Infers, dispatches, plans. On a lane: plans may take long. */
 OPD_MUST_USE opd_status prepared_make(struct graph_run *run, opd_error *error);
 void prepared_drop_all(struct graph *graph);
+/* The prepared graph is the run's alone from here on: no other run finds it. */
+void prepared_take(struct graph_run *run);
+/* One that was taken. */
+void prepared_drop(struct graph_run *run);
 /* A run's operand that is the graph's input. */
 static inline const opd_tensor *graph_run_operand(const struct bound *bound, const struct graph_input *input)
 {

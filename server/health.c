@@ -131,7 +131,7 @@ static void add_providers(struct conditions *unhealthy, struct conditions *degra
 	}
 	const uint32_t stuck = lanes_stuck(server);
 	if (stuck > 0)
-		add(degraded, "lane: %" PRIu32 " threads are in kernels that have exceeded their budget", stuck);
+		add(degraded, "lane: %" PRIu32 " kernels have exceeded their budget and still run", stuck);
 	for (uint32_t i = 1; i < snapshot->device_count; i++)
 		if (snapshot->devices[i].lost != NULL)
 			add(degraded, "device %s: %s", snapshot->devices[i].name, snapshot->devices[i].lost);

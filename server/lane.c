@@ -559,7 +559,7 @@ static bool run_next(struct worker *worker)
 	struct lane_job *const others = job->batch == 0 ? NULL : take_along(lane, job, began_ns);
 	worker->job = job;
 	unlock_and_wake(lane);
-	struct lane_exec exec = {.lane = lane, .job = job, .threads = lane->threads, .began_ns = began_ns, .may_yield = true, .others = others};
+	struct lane_exec exec = {.lane = lane, .job = job, .leader = job, .threads = lane->threads, .began_ns = began_ns, .may_yield = true, .others = others};
 	job->run(job, &exec);
 	const uint64_t device_ns = now_ns() - began_ns + exec.helped_ns;
 	/* Before the job is its owner's again, who may then free the flow. */

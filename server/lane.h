@@ -57,7 +57,8 @@ struct lane_job {
 /* What a job may use while it runs. */
 struct lane_exec {
 	struct lane *lane;    /* NULL: a serial one */
-	struct lane_job *job; /* NULL: nothing to cancel */
+	struct lane_job *job; /* that runs now; NULL: nothing to cancel */
+	struct lane_job *leader; /* that the lane has begun: `job`, or one that has taken it along; NULL: a serial one */
 	uint32_t threads;     /* that a parallel loop may use, this one included */
 	bool in_loop;         /* a parallel loop is open */
 	uint64_t helped_ns;   /* time that other threads spent on its loops */

@@ -85,7 +85,7 @@ uint32_t lanes_stuck(const struct server *server)
 	uint32_t stuck = 0;
 	for (uint32_t i = 0; i < server->lane_count; i++)
 		stuck += lane_stuck(server->lanes[i].lane);
-	return stuck;
+	return stuck + device_lanes_stuck(server);
 }
 
 void lanes_stop(struct server *server)

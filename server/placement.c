@@ -108,9 +108,16 @@ struct choice {
 	struct session *session;
 	const struct placement_wish *wish;
 	struct device_filter filter;
+	bool stuck_too; /* also devices in a kernel that exceeds its budget */
 	uint32_t only; /* the device that the session has pinned; 0: none of this kind */
 	uint64_t now_ns;
 };
+
+static bool is_stuck(const struct choice *choice, uint32_t number)
+{
+	const struct device_lane *lane = device_lane_started(choice->server, number);
+	return lane != NULL && device_lane_is_stuck(lane);
+}
 
 static bool may(const struct choice *choice, uint32_t number)
 {
@@ -165,7 +172,7 @@ static uint32_t first_done(const struct choice *choice)
 	uint64_t best_home = 0;
 	uint64_t best_ns = 0; /* 0: not asked yet */
 	for (uint32_t i = 1; i < choice->snapshot->device_count; i++) {
-		if (!may(choice, i))
+		if (!may(choice, i) || (!choice->stuck_too && is_stuck(choice, i)))
 			continue;
 		const uint64_t home = wish->home_bytes == NULL ? 0 : wish->home_bytes(wish->what, i);
 		if (best != 0 && home < best_home)
@@ -195,5 +202,7 @@ uint32_t placement_choose(struct server *server, const struct snapshot *snapshot
 	}
 	if (choice.filter.ordinal < 0)
 		choice.only = pinned(&choice);
-	return first_done(&choice);
+	const uint32_t number = first_done(&choice);
+	choice.stuck_too = true; /* rather one that says why than none */
+	return number != 0 ? number : first_done(&choice);
 }

@@ -575,20 +575,19 @@ void request_expire(struct request *request)
 	request_fail(request);
 }
 
-void request_overdue(struct request *request, const struct impl *impl, uint64_t budget_us)
+void request_overdue(struct request *request, const opd_error *error)
 {
-	opd_error error; /* the request's own is the kernel's */
-	if (request->replied || request->graph_run != NULL)
+	if (request->replied)
 		return;
 	request->overdue = true;
-	(void)opd_fail(&error, OPD_DEADLINE_EXCEEDED, "%s.%s has exceeded its budget of %" PRIu64 " us and is still running", impl->provider->name,
-	               request->run.op->schema->name, budget_us);
-	fail_with(request, &error);
+	fail_with(request, error); /* the request's own is the kernel's */
 }
 
 void request_returned(struct request *request)
 {
 	const bool released = request->released;
+	if (request->graph_run != NULL)
+		graph_run_returned(request);
 	request->overdue = false;
 	request->released = false;
 	if (released)

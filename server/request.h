@@ -171,8 +171,8 @@ void request_abandon(struct request *request, opd_status status, const char *why
 bool request_cancel(struct request *request);
 /* Its deadline has come: answered now with DEADLINE_EXCEEDED, unless its kernel has begun. */
 void request_expire(struct request *request);
-/* Its kernel is still running when its budget is over, and nobody knows for how long: answered now with DEADLINE_EXCEEDED, released when the kernel has returned. Graphs aren't answered. */
-void request_overdue(struct request *request, const struct impl *impl, uint64_t budget_us);
+/* Its kernel is still running when its budget is over, and nobody knows for how long: answered now with this error, released when the kernel has returned. */
+void request_overdue(struct request *request, const opd_error *error);
 /* The kernel of one that was answered so has returned. */
 void request_returned(struct request *request);
 
@@ -222,6 +222,7 @@ OPD_MUST_USE opd_status graph_run_accept(struct request *request);
 void graph_run_ready(struct request *request); /* its operands are there: it runs when its turn has come */
 void graph_run_done(struct request *request);  /* from execute_done */
 void graph_run_failed(struct request *request); /* it ends with an error: its place in the order, its donations */
+void graph_run_returned(struct request *request); /* it was answered while a kernel of it ran on, which has returned */
 void graph_run_release(struct request *request);
 void graph_run_execute(struct request *request, struct lane_exec *lane); /* on a lane */
 bool graph_run_has_begun(const struct request *request); /* a node of it was run on the CPU */

@@ -641,12 +641,12 @@ static bool may_retry(const struct request *request)
 void execute_done(struct request *request)
 {
 	struct request_run *run = &request->run;
-	if (request->graph_run != NULL) {
-		graph_run_done(request);
-		return;
-	}
 	if (request->overdue) {
 		request_returned(request);
+		return;
+	}
+	if (request->graph_run != NULL) {
+		graph_run_done(request);
 		return;
 	}
 	bool again = run->plan_refused || (may_retry(request) && request->message.run.retry && !donate_is_written(request));

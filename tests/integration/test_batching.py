@@ -5,6 +5,7 @@ Each test's name is the promise that it checks. The lane has one thread, and a k
 """
 import os
 import signal
+import tempfile
 import unittest
 
 import numpy as np
@@ -187,6 +188,28 @@ class Failing(Case):
         results = self.together(calls)
         self.assertEqual([(result.explain.batched, result[0].tolist()) for result in results], [(0, [[i * i] * 4]) for i in range(3)])
         self.assertEqual(calls[0]().result().provider, "faulty")  # that failure was nobody's: it isn't quarantined
+
+
+class Hanging(Case):
+    """Those that were taken along by a kernel that hangs are answered with it; FAULTY_GATE ends it."""
+
+    gate = tempfile.mktemp(prefix="opd-gate-")
+    environment = {"FAULTY_GATE": gate}
+    config = "threads: 1\ninline: 0\nbatching: {shared: 0}\nproviders: {faulty: {budget: 100ms}}\nmodules: [{name: faulty, path: %s}]\n" % FAULTY
+
+    def test_all_of_a_batch_are_answered_when_its_budget_is_over(self):
+        self.addCleanup(lambda: os.path.exists(self.gate) and os.unlink(self.gate))
+        clients = self.sessions(3)
+        release = self.occupy()
+        futures = [client.submit("relu2", np.full((1, 4), 1010, "float32"), priority=["faulty"], strict=True) for client in clients]
+        wait_until(lambda: self.lane().queued == len(futures), "all of them wait")
+        release()
+        for future in futures:
+            with self.assertRaisesRegex(opd.Error, "faulty.relu2 has exceeded its budget of 100000 us and is still running"):
+                future.result()
+        self.assertEqual(self.watch.info().stuck, 1)
+        open(self.gate, "w").close()
+        wait_until(lambda: self.watch.info().stuck == 0, "the kernel's end")
 
 
 if __name__ == "__main__":

@@ -291,18 +291,103 @@ class Watchdog(Faulty):
         self.open_gate()
         harness.wait_until(lambda: client.info().stuck == 0, "the kernel's end")
 
-    def test_a_graphs_node_is_cancelled_and_counted(self):
+    def graph(self, state=None):
+        """y = relu(x) of faulty."""
+        graph = pb.Graph(name="g", inputs=[pb.GraphInput(name="x")])
+        if state is not None:
+            graph.inputs.add(name="s", kind=pb.GRAPH_STATE).tensor.handle.CopyFrom(state)
+        graph.nodes.add(name="r", op="relu", args=[pb.Argument(tensor=pb.Tensor(graph_input=0))], priority=pb.ProviderList(names=["faulty"]))
+        graph.outputs.add(name="y", node=pb.NodeOutput())
+        return graph
+
+    def with_state(self, state, first):
+        """Its state is written by a node before faulty's (first), or behind it."""
+        graph = self.graph(state)
+        node = pb.GraphNode(name="n", op="fused_add_rms_norm", priority=pb.ProviderList(names=["native"]))
+        node.args.add(name="x").tensor.CopyFrom(pb.Tensor(graph_input=0) if first else pb.Tensor(node=pb.NodeOutput(node=0)))
+        argument = node.args.add(name="x_residual").tensor
+        argument.graph_input, argument.donate = 1, True
+        node.args.add(name="weight").none.SetInParent()
+        node.args.add(name="epsilon").float = 1e-6
+        if first:
+            graph.nodes[0].args[0].tensor.CopyFrom(pb.Tensor(node=pb.NodeOutput(node=0, output=1)))
+            graph.nodes.insert(0, node)
+            graph.outputs[0].node.node = 1
+        else:
+            graph.nodes.append(node)
+        return graph
+
+    def run_graph(self, client, number, x, **fields):
+        return client.call(pb.Request(run_graph=pb.RunGraph(graph=number, inputs=[pb.Argument(tensor=inline([2], f32(*x)))], inline_results=True, **fields)))[0]
+
+    def register(self, client, graph):
+        return client.ask(pb.Request(register_graph=pb.RegisterGraph(graph=graph)))[0].graph.graph
+
+    def upload(self, client, values):
+        return client.ask(pb.Request(upload=pb.Upload(tensor=inline([len(values)], f32(*values)))))[0].run.outputs[0].kept
+
+    def fetch(self, client, handle):
+        return unpack_f32(client.ask(pb.Request(fetch=pb.Fetch(tensor=pb.Tensor(handle=handle))))[1])
+
+    def test_a_graphs_run_is_answered_during_the_node_and_counted(self):
+        """Hardening: providers-hangs"""
         daemon = self.watched("quarantine: {failures: 1}")
         client = self.client(daemon)
-        node = pb.GraphNode(op="relu", args=[pb.Argument(tensor=pb.Tensor(graph_input=0))], priority=pb.ProviderList(names=["faulty"]))
-        graph = pb.Graph(inputs=[pb.GraphInput(name="x")], nodes=[node], outputs=[pb.GraphOutput(node=pb.NodeOutput())])
-        request = client.submit(pb.Request(run_graph=pb.RunGraph(once=graph, inputs=[pb.Argument(tensor=inline([2], f32(HANG, 1)))])))
-        daemon.wait_log("kernel exceeds its budget")
-        with Client(daemon.address) as other:
-            self.works(other, "native")
+        reply = client.call(pb.Request(run_graph=pb.RunGraph(once=self.graph(), inputs=[pb.Argument(tensor=inline([2], f32(HANG, 1)))])))[0]
+        self.assertEqual((reply.status, reply.message), (harness.DEADLINE_EXCEEDED, "node 'r': faulty.relu has exceeded its budget of 20000 us and is still running"))
+        self.works(client, "native")
+        self.assertEqual(self.provider(daemon)["quarantined"], ["relu: 1 failure (hang 1)"])
+        self.assertGreater(client.info().session_memory_bytes, 0)
         self.open_gate()
-        self.assertEqual(client.read_reply(request)[1].status, harness.OK)
+        harness.wait_until(lambda: (client.info().stuck, client.info().session_memory_bytes) == (0, 0), "the kernel's end, and its memory")
+
+    def test_later_runs_of_the_graph_pass_the_one_that_hangs(self):
+        daemon = self.watched()
+        client = self.client(daemon)
+        number = self.register(client, self.graph())
+        self.assertEqual(self.run_graph(client, number, [-1, 1]).status, harness.OK)
+        self.assertEqual(self.run_graph(client, number, [HANG, 1]).status, harness.DEADLINE_EXCEEDED)
+        for _ in range(2):
+            reply = self.run_graph(client, number, [-1, 1])
+            self.assertEqual((reply.status, unpack_f32(reply.run.outputs[0].tensor.inline)), (harness.OK, (0, 1)))
+        client.ask(pb.Request(free_graph=pb.FreeGraph(graph=number)))  # what the kernel uses stays
+        self.assertEqual(client.info().stuck, 1)
+        self.open_gate()
+        harness.wait_until(lambda: (client.info().stuck, client.info().session_memory_bytes) == (0, 0), "the kernel's end, and its memory")
+
+    def test_a_state_that_it_had_not_begun_to_write_is_whole(self):
+        daemon = self.watched()
+        client = self.client(daemon)
+        state = self.upload(client, [3, 4])
+        number = self.register(client, self.with_state(state, first=False))
+        self.assertEqual(self.run_graph(client, number, [HANG, 1]).status, harness.DEADLINE_EXCEEDED)
+        self.assertEqual(self.fetch(client, state), (3, 4))
+        reply = self.run_graph(client, number, [-1, 1])  # into a copy: the other may still read it
+        self.assertEqual(reply.status, harness.OK, reply.message)
+        self.open_gate()
         harness.wait_until(lambda: client.info().stuck == 0, "the kernel's end")
+        self.assertEqual(self.fetch(client, reply.run.states[0]), (3, 5))
+
+    def test_a_state_that_it_had_written_is_lost_and_says_so(self):
+        daemon = self.watched()
+        client = self.client(daemon)
+        state = self.upload(client, [0, 4])
+        number = self.register(client, self.with_state(state, first=True))
+        self.assertEqual(self.run_graph(client, number, [HANG, 1]).status, harness.DEADLINE_EXCEEDED)
+        reply = self.run_graph(client, number, [-1, 1])
+        self.assertEqual(reply.status, harness.DATA_LOSS, reply.message)
+        self.open_gate()
+        harness.wait_until(lambda: client.info().stuck == 0, "the kernel's end")
+
+    def test_a_session_that_ends_while_its_graph_hangs_leaves_nothing(self):
+        daemon = self.watched()
+        with Client(daemon.address) as client:
+            number = self.register(client, self.with_state(self.upload(client, [3, 4]), first=False))
+            self.assertEqual(self.run_graph(client, number, [HANG, 1]).status, harness.DEADLINE_EXCEEDED)
+        other = self.client(daemon)
+        self.works(other)
+        self.open_gate()
+        harness.wait_until(lambda: (other.info().stuck, other.info().memory_bytes) == (0, 0), "the ledger at zero")
 
     def test_a_drain_does_not_wait_for_it(self):
         daemon = self.watched()

@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 """Provider modules: one built outside of the tree against an installed opd, bad ones, and a device, each in a real daemon.
 
-    test_modules.py [Sample] [Bad] [Device] [Resident] [DeviceGraphs] [LostDevice]
+    test_modules.py [Sample] [Bad] [Device] [Resident] [DeviceGraphs] [LostDevice] [StuckDevice]
 
 OPD_BIN, OPCTL_BIN, OPD_CONFORMANCE name the programs, OPD_BUILD the build folder (it is installed from), OPD_MODULES the folder with the built test
 modules, OPD_CMAKE and OPD_CC what the sample is built with. Defaults: build/ of this tree.
@@ -1485,6 +1485,130 @@ class LostDevice(unittest.TestCase):
         request.run.priority.names.append("native")
         reply = client.ask(request)[0]
         self.assertEqual((reply.run.provider, inline_result(reply)), ("native", wanted))
+
+
+class StuckDevice(unittest.TestCase):
+    """A kernel that a device doesn't end: answered when its budget is over, its memory kept until it ends, the device passed over meanwhile.
+
+    Hardening: providers-hangs"""
+
+    upload, fetch, relu, graph, register, run_graph = Resident.upload, Resident.fetch, Resident.relu, DeviceGraphs.graph, DeviceGraphs.register, DeviceGraphs.run_graph
+    BUDGET = 400000
+
+    def setUp(self):
+        self.gate = os.path.join(tempfile.mkdtemp(prefix="opd-gate-"), "open")
+        self.addCleanup(shutil.rmtree, os.path.dirname(self.gate), True)
+
+    def open_gate(self):
+        open(self.gate, "w").close()
+
+    def client(self, fault="hang:1", config="", code=0):
+        """code: what the daemon's end must be."""
+        self.daemon = Daemon("--module", DEVICE, config="providers: {testdev: {budget: %dus}}\n%s" % (self.BUDGET, config),
+                             environment={"OPD_TEST_DEVICE_FAULT": fault, "OPD_TEST_DEVICE_GATE": self.gate})
+        self.addCleanup(self.daemon.stop, code)
+        client = Client(self.daemon.address)
+        self.addCleanup(client.close)
+        return client
+
+    def hangs(self, client, request, text="testdev.add has exceeded its budget of 400000 us and is still running"):
+        reply = client.call(request)[0]
+        self.assertEqual((reply.status, reply.message), (harness.DEADLINE_EXCEEDED, text))
+
+    def comes_back(self, client):
+        self.open_gate()
+        harness.wait_until(lambda: (client.info().stuck, client.info().session_memory_bytes) == (0, 0), "the kernel's end, and its memory")
+        self.daemon.wait_log("an overdue kernel has returned")
+        request, wanted = add_request(7, run_device="test:1")
+        self.assertEqual(inline_result(client.ask(request)[0]), wanted)
+
+    def test_a_request_is_answered_while_the_device_works_on(self):
+        client = self.client()
+        self.hangs(client, add_request(1, run_device="test:1")[0])
+        self.daemon.wait_log("kernel exceeds its budget", "provider=testdev", "op=add", "device=test:1")
+        self.assertEqual(client.info().stuck, 1)
+        self.assertIn("lane: 1 kernels have exceeded their budget and still run", list(client.info().degraded))
+        self.assertGreater(client.info().session_memory_bytes, 0)
+        self.comes_back(client)
+
+    def test_others_go_to_another_device_or_are_told(self):
+        client = self.client()
+        handle = self.upload(client, [1, -2], device="test:1")
+        self.hangs(client, add_request(1, run_device="test:1")[0])
+        request, wanted = add_request(2, run_explain=True)
+        reply = client.ask(request)[0]
+        self.assertEqual((inline_result(reply), reply.run.explain.device), (wanted, "test:0"))
+        for request in (add_request(3, run_device="test:1")[0], pb.Request(fetch=pb.Fetch(tensor=pb.Tensor(handle=handle)))):
+            reply = client.call(request)[0]
+            self.assertEqual(reply.status, harness.UNAVAILABLE)
+            self.assertRegex(reply.message, "a kernel on test:1 has exceeded its budget and still runs")
+        self.open_gate()
+        harness.wait_until(lambda: client.info().stuck == 0, "the kernel's end")
+        self.assertEqual(self.fetch(client, handle), [1, -2])
+
+    def test_where_no_device_is_left_the_next_provider_may_answer(self):
+        client = self.client("hang:1+")
+        for device in ("test:0", "test:1"):
+            self.hangs(client, add_request(1, run_device=device)[0])
+        self.assertEqual(client.info().stuck, 2)
+        request = run("relu", inline([2], f32(-1, 1)), run_priority=["testdev", "native"], run_inline_results=True)
+        self.assertEqual(client.call(request)[0].status, harness.UNAVAILABLE)
+        request.run.retry = True
+        reply = client.ask(request)[0]
+        self.assertEqual((reply.run.provider, unpack_f32(reply.run.outputs[0].tensor.inline)), ("native", (0, 1)))
+        self.comes_back(client)
+
+    def test_what_stands_behind_it_has_its_own_time(self):
+        client = self.client()
+        first = client.submit(add_request(1, run_device="test:1")[0])
+        behind = client.submit(add_request(2, run_device="test:1")[0])
+        self.assertEqual(client.read_reply(first)[1].status, harness.DEADLINE_EXCEEDED)
+        self.open_gate()
+        reply = client.read_reply(behind)[1]  # UNAVAILABLE: this test was so slow that it came too late
+        self.assertIn(reply.status, (harness.OK, harness.UNAVAILABLE), reply.message)
+
+    def test_a_kernel_that_hangs_before_it_is_enqueued(self):
+        client = self.client("stall:1")
+        self.hangs(client, add_request(1, run_device="test:1")[0])
+        self.comes_back(client)
+
+    def test_it_counts_and_ends_in_quarantine(self):
+        client = self.client(config="quarantine: {failures: 1}")
+        self.hangs(client, add_request(1, run_device="test:1")[0])
+        request = add_request(2, run_explain=True)[0]
+        request.run.strict = False
+        reply = client.ask(request)[0]
+        self.assertEqual((reply.run.provider, reply.run.explain.skipped[0].reason), ("native", "quarantine: 1 failure (hang 1)"))
+        self.open_gate()
+        harness.wait_until(lambda: client.info().stuck == 0, "the kernel's end")
+
+    def test_a_graph_has_the_time_of_all_its_nodes(self):
+        client = self.client("hang:4", config="quarantine: {provider_failures: 1}")
+        state = self.upload(client, [1, -2], device="test:1")
+        number = self.register(client, self.graph(self.upload(client, [10, -20], device="test:1"), state=state))
+        self.assertEqual(self.run_graph(client, number, [1, 1]).status, harness.OK)
+        reply = self.run_graph(client, number, [1, 1])
+        self.assertEqual((reply.status, reply.message), (harness.DEADLINE_EXCEEDED, "graph 'step' has exceeded the budget of its nodes of 1200000 us on test:1 and is still running"))
+        self.daemon.wait_log("provider quarantined", "provider=testdev", "1 failure (hang 1)")
+        client.ask(pb.Request(free_graph=pb.FreeGraph(graph=number)))
+        self.open_gate()
+        harness.wait_until(lambda: client.info().stuck == 0, "the kernel's end")
+        self.assertEqual(client.call(pb.Request(fetch=pb.Fetch(tensor=pb.Tensor(handle=state))))[0].status, harness.NOT_FOUND)  # it was donated
+
+    def test_a_client_that_leaves_meanwhile_takes_nothing_along(self):
+        with self.client() as client:
+            self.hangs(client, add_request(1, run_device="test:1")[0])
+        with Client(self.daemon.address) as other:
+            self.comes_back(other)
+            self.assertEqual(other.info().memory_bytes, 0)
+
+    def test_a_drain_does_not_wait_for_it(self):
+        client = self.client(code=1)
+        self.hangs(client, add_request(1, run_device="test:1")[0])
+        client.close()
+        self.daemon.signal(signal.SIGTERM)
+        self.assertEqual(self.daemon.wait(), 1)
+        self.assertIn("kernels that exceed their budget still run", self.daemon.log_text())
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ static const char *const fault_names[DEVICE_FAULT_COUNT] = {
     [DEVICE_FAULT_RECORD] = "record", [DEVICE_FAULT_COPY_IN] = "copy_in", [DEVICE_FAULT_COPY_OUT] = "copy_out",
     [DEVICE_FAULT_LAUNCH] = "launch", [DEVICE_FAULT_KERNEL] = "kernel",   [DEVICE_FAULT_MUTE] = "mute",
     [DEVICE_FAULT_CAPTURE] = "capture",
-    [DEVICE_FAULT_LOST] = "lost",
+    [DEVICE_FAULT_LOST] = "lost",     [DEVICE_FAULT_HANG] = "hang",       [DEVICE_FAULT_STALL] = "stall",
 };
 
 uint64_t device_now_ns(void)
@@ -93,9 +93,9 @@ static bool read_faults(struct device *device)
 	return true;
 }
 
-static void await_gate(void)
+void device_await_gate(const char *name)
 {
-	const char *gate = getenv("OPD_TEST_DEVICE_OPEN_GATE");
+	const char *gate = getenv(name);
 	while (gate != NULL && access(gate, F_OK) != 0)
 		device_sleep_us(2000);
 }
@@ -112,7 +112,7 @@ opd_status device_open(struct device *device, const opd_host *host, opd_error *e
 		return opd_fail(error, OPD_INVALID_ARGUMENT, "one of the OPD_TEST_DEVICE_ variables can't be read");
 	(void)pthread_mutex_init(&device->mutex, NULL);
 	device->opened = true;
-	await_gate();
+	device_await_gate("OPD_TEST_DEVICE_OPEN_GATE");
 	opd_status status = host->register_backend(host, &device_backend, error);
 	if (status == OPD_OK)
 		status = device_register_kernels(host, error);

@@ -16,7 +16,8 @@
  *     OPD_TEST_DEVICE_OPEN_GATE=PATH     a file: open waits until it is there
  *     OPD_TEST_DEVICE_FAULT=POINT:N[+],… the Nth time (from then on) at POINT: alloc, stream, event, record, copy_in, copy_out,
  * launch (run fails), kernel (its event does), mute (launch without code or text that make sense), capture (capture_begin), lost (a
- * kernel after which the device is lost)
+ * kernel after which the device is lost), hang (a kernel waits for the gate), stall (launch does)
+ *     OPD_TEST_DEVICE_GATE=PATH          a file: what hangs or stalls waits until it is there
  *     OPD_TEST_DEVICE_RESET=1            a lost device can be reset */
 #ifndef OPD_TESTS_DEVICE_H
 #define OPD_TESTS_DEVICE_H
@@ -40,6 +41,8 @@ enum device_fault {
 	DEVICE_FAULT_MUTE,
 	DEVICE_FAULT_CAPTURE,
 	DEVICE_FAULT_LOST,
+	DEVICE_FAULT_HANG,
+	DEVICE_FAULT_STALL,
 	DEVICE_FAULT_COUNT,
 };
 
@@ -84,6 +87,8 @@ void device_close(struct device *device);
 /* True when it is this point's turn to fail. */
 bool device_faulty(struct device *device, enum device_fault point);
 void device_sleep_us(uint64_t us);
+/* Until the file that this variable of the environment names is there; at once where there is none. */
+void device_await_gate(const char *name);
 uint64_t device_now_ns(void);
 /* INTERNAL when a lane's call doesn't come from its device's one thread. */
 OPD_MUST_USE opd_status device_check_thread(struct device *device, uint32_t ordinal, const char *what, opd_error *error);

@@ -52,6 +52,8 @@ opd_status device_launch(const opd_exec *exec, struct device *device, const stru
 		error->text[0] = '\0';
 		return (opd_status)99;
 	}
+	if (device_faulty(device, DEVICE_FAULT_STALL))
+		device_await_gate("OPD_TEST_DEVICE_GATE");
 	if (device_faulty(device, DEVICE_FAULT_LAUNCH))
 		return opd_fail(error, OPD_INTERNAL, "launch: injected failure");
 	return device_enqueue(exec->stream, what, error);

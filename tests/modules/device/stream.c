@@ -65,6 +65,8 @@ static opd_status do_copy(struct stream *stream, const struct command *command, 
 static opd_status do_kernel(struct stream *stream, const struct command *command, opd_error *error)
 {
 	device_sleep_us(stream->device->delay_us + (stream->ordinal == 0 ? stream->device->slow_us : 0));
+	if (device_faulty(stream->device, DEVICE_FAULT_HANG))
+		device_await_gate("OPD_TEST_DEVICE_GATE");
 	if (device_faulty(stream->device, DEVICE_FAULT_KERNEL))
 		return opd_fail(error, OPD_INTERNAL, "kernel: injected failure");
 	if (device_faulty(stream->device, DEVICE_FAULT_LOST))
