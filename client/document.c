@@ -161,6 +161,7 @@ static void fill_provider(opd_result *result, const struct msg_provider *from, o
 	out->failures = from->failures;
 	out->isolated = from->isolated;
 	out->deaths = from->deaths;
+	out->unconfined = result_text(result, from->unconfined);
 }
 
 void *document_providers(opd_result *result)

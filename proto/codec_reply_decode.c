@@ -282,6 +282,7 @@ static opd_status read_provider(struct reader *reader, const Opd__V1__Provider *
 	    {"version", &in->version, &out->version},
 	    {"reason", &in->reason, &out->reason},
 	    {"source", &in->source, &out->source},
+	    {"unconfined", &in->unconfined, &out->unconfined},
 	};
 	opd_status status = READ_FIELDS(reader, fields);
 	if (status == OPD_OK)

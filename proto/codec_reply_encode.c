@@ -241,6 +241,7 @@ static Opd__V1__Provider *write_provider(struct arena *arena, const struct msg_p
 	out->failures = in->failures;
 	out->isolated = in->isolated;
 	out->deaths = in->deaths;
+	out->unconfined = write_text(in->unconfined);
 	out->name = write_text(in->name);
 	out->version = write_text(in->version);
 	out->available = in->available;

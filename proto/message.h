@@ -352,6 +352,7 @@ struct msg_provider {
 	const struct msg_text *quarantined;
 	bool isolated;
 	uint64_t deaths;
+	struct msg_text unconfined;
 };
 
 struct msg_device_state {

@@ -70,6 +70,7 @@ struct config_module {
 	char *name; /* the provider's, so that lists may name it also when it can't be loaded; NULL: whatever the module calls itself */
 	char *path;
 	bool isolated; /* its code runs in worker processes */
+	bool confined; /* … that the kernel confines, or not at all */
 	unsigned line;
 };
 
@@ -215,6 +216,8 @@ OPD_MUST_USE opd_status config_set_metrics(struct config *config, const char *ad
 /* "op=provider,provider" or "*=…"; replaces an entry of that op. */
 OPD_MUST_USE opd_status config_add_priority(struct config *config, const char *text, opd_error *error);
 /* "name=/path.so" or "/path.so" */
+/* " (isolated)", " (isolated, confined)" or "". */
+const char *config_isolation_text(const struct config_module *module);
 OPD_MUST_USE opd_status config_add_module(struct config *config, const char *text, bool isolated, opd_error *error);
 /* How a tenant of this name is treated: by its own entry, else by that of "*", else by default. */
 void config_tenant(const struct config *config, const char *name, struct tenant_policy *policy_out);

@@ -66,6 +66,7 @@ struct module_texts {
 	char *name;
 	char *path;
 	bool isolated;
+	bool confined;
 };
 
 static opd_status read_module_key(struct reader *reader, const char *name, const char *key, size_t line, void *context)
@@ -79,10 +80,11 @@ static opd_status read_module_key(struct reader *reader, const char *name, const
 	opd_status status = reader_scalar(reader, key, "a text", &text);
 	if (status != OPD_OK)
 		return status;
-	if (isolated && strcmp(text, "true") != 0 && strcmp(text, "false") != 0)
-		return reader_fail(reader, reader_line(reader), key, "\"%.64s\", expected true or false", text);
+	if (isolated && strcmp(text, "true") != 0 && strcmp(text, "false") != 0 && strcmp(text, "confined") != 0)
+		return reader_fail(reader, reader_line(reader), key, "\"%.64s\", expected true, false or confined", text);
 	if (isolated) {
-		texts->isolated = text[0] == 't';
+		texts->isolated = text[0] != 'f';
+		texts->confined = text[0] == 'c';
 		return OPD_OK;
 	}
 	*field = strdup(text);
@@ -93,7 +95,10 @@ static opd_status add_module(struct reader *reader, const char *key, size_t line
 {
 	if (texts->path == NULL)
 		return reader_fail(reader, line, key, "a module without a path");
-	opd_status status = config_append_module(reader->config, texts->name, texts->path, texts->isolated, (unsigned)line, reader->error);
+	struct config *config = reader->config;
+	opd_status status = config_append_module(config, texts->name, texts->path, texts->isolated, (unsigned)line, reader->error);
+	if (status == OPD_OK)
+		config->modules[config->module_count - 1].confined = texts->confined;
 	return reader_place(reader, line, key, status);
 }
 

@@ -74,7 +74,7 @@ static void print_modules(const struct config *config)
 		const struct config_module *module = &config->modules[i];
 		(void)printf("module: %s%s", module->name != NULL ? module->name : "", module->name != NULL ? " = " : "");
 		print_text(module->path);
-		(void)printf("%s\n", module->isolated ? " (isolated)" : "");
+		(void)printf("%s\n", config_isolation_text(module));
 	}
 }
 

@@ -84,10 +84,15 @@ static void add_listeners(struct items *items, const struct config *config)
 	free(addresses);
 }
 
+const char *config_isolation_text(const struct config_module *module)
+{
+	return module->confined ? " (isolated, confined)" : module->isolated ? " (isolated)" : "";
+}
+
 static char *module_text(const struct config_module *module)
 {
 	char *text;
-	return asprintf(&text, "%s%s", module->path, module->isolated ? " (isolated)" : "") < 0 ? NULL : text;
+	return asprintf(&text, "%s%s", module->path, config_isolation_text(module)) < 0 ? NULL : text;
 }
 
 static char *provider_text(const struct provider_policy *policy)

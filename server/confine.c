@@ -125,5 +125,6 @@ bool confine_calls(void)
 	program.count = 0;
 	write_program(&program);
 	const struct sock_fprog filter = {.len = program.count, .filter = program.code};
+	errno = ENOSYS;
 	return OWN_ARCHITECTURE != 0 && prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &filter, 0, 0) == 0;
 }

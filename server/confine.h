@@ -10,7 +10,7 @@
 
 #include <stdbool.h>
 
-/* After PR_SET_NO_NEW_PRIVS. False: this kernel or machine has no such filters, and nothing is confined. */
+/* After PR_SET_NO_NEW_PRIVS. False: this kernel or machine has no such filters, and nothing is confined; errno says why (ENOSYS: nobody has written one for this machine). */
 bool confine_calls(void);
 
 #endif

@@ -174,6 +174,7 @@ static bool fill_provider(struct request *request, const struct provider *provid
 	out->failures = containment_failures(request->context->server->containment, provider);
 	out->isolated = provider->isolated;
 	out->deaths = provider->isolated ? isolated_deaths(provider->module->isolated) : 0;
+	out->unconfined = msg_text(provider->isolated ? isolated_unconfined(provider->module->isolated) : "");
 	out->name = msg_text(provider->name);
 	out->version = msg_text(provider->version);
 	out->source = msg_text(provider->source);

@@ -40,6 +40,8 @@ struct isolated {
 	char *path;
 	char *name;
 	char *version;
+	char *unconfined; /* "": they are confined */
+	bool confined;    /* they must be */
 	uint32_t proxy_count;
 	struct proxy *proxies;
 	_Atomic uint64_t plans; /* numbers given out */
@@ -114,8 +116,11 @@ static opd_status set_name(struct isolated *isolated, const struct isolated_mess
 		return OPD_OK;
 	isolated->name = strdup(isolated_text(message, 0));
 	isolated->version = strdup(isolated_text(message, 1));
-	if (isolated->name == NULL || isolated->version == NULL)
+	isolated->unconfined = strdup(isolated_text(message, 2));
+	if (isolated->name == NULL || isolated->version == NULL || isolated->unconfined == NULL)
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "%s: out of memory", isolated->path);
+	if (isolated->unconfined[0] != '\0')
+		LOG(isolated->log, LOG_WARN, "the workers of an isolated module aren't confined", LOG_STR("provider", isolated->name), LOG_STR("missing", isolated->unconfined));
 	isolated->def.name = isolated->name;
 	isolated->def.version = isolated->version;
 	return module_check(&isolated->def, error);
@@ -167,7 +172,7 @@ static opd_status start_process(struct isolated *isolated, bool first, struct pr
 	struct process *process;
 	bool died = false;
 	char end[120];
-	opd_status status = process_start(isolated->services.program, isolated->path, isolated->services.account, isolated->log,
+	opd_status status = process_start(isolated->services.program, isolated->path, isolated->confined, isolated->services.account, isolated->log,
 	                                  isolated->name == NULL ? "" : isolated->name, &process, error);
 	if (status != OPD_OK)
 		return status;
@@ -426,6 +431,11 @@ void isolated_set_provider(struct isolated *isolated, const struct provider *pro
 	isolated->provider = provider;
 }
 
+const char *isolated_unconfined(const struct isolated *isolated)
+{
+	return isolated->unconfined;
+}
+
 uint64_t isolated_deaths(struct isolated *isolated)
 {
 	(void)pthread_mutex_lock(&isolated->mutex);
@@ -434,7 +444,7 @@ uint64_t isolated_deaths(struct isolated *isolated)
 	return deaths;
 }
 
-opd_status isolated_create(const char *path, const struct isolated_services *services, struct log *log, struct isolated **isolated_out, opd_error *error)
+opd_status isolated_create(const char *path, bool confined, const struct isolated_services *services, struct log *log, struct isolated **isolated_out, opd_error *error)
 {
 	struct process *process;
 	if (services->program == NULL)
@@ -444,6 +454,7 @@ opd_status isolated_create(const char *path, const struct isolated_services *ser
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "%s: out of memory", path);
 	isolated->services = *services;
 	isolated->log = log;
+	isolated->confined = confined;
 	isolated->path = strdup(path);
 	isolated->proxies = calloc(IMPLS_MAX + 1, sizeof isolated->proxies[0]);
 	isolated->def = (opd_module){
@@ -484,6 +495,7 @@ void isolated_destroy(struct isolated *isolated)
 	free(isolated->path);
 	free(isolated->name);
 	free(isolated->version);
+	free(isolated->unconfined);
 	(void)pthread_mutex_destroy(&isolated->mutex);
 	free(isolated);
 }

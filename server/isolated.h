@@ -34,13 +34,16 @@ struct isolated_services {
 	void *context;
 };
 
-/* Starts a worker with the module at `path`, which was checked. UNIMPLEMENTED: no program. Otherwise the module's own failure to load or to open, or the worker's. `services` is copied. */
-OPD_MUST_USE opd_status isolated_create(const char *path, const struct isolated_services *services, struct log *log, struct isolated **isolated_out,
+/* Starts a worker with the module at `path`, which was checked. UNIMPLEMENTED: no program. FAILED_PRECONDITION: `confined`, and this kernel doesn't confine it. Otherwise the module's own failure to load or to open, or
+ * the worker's. `services` is copied. */
+OPD_MUST_USE opd_status isolated_create(const char *path, bool confined, const struct isolated_services *services, struct log *log, struct isolated **isolated_out,
                                         opd_error *error);
 void isolated_destroy(struct isolated *isolated);
 const opd_module *isolated_module(const struct isolated *isolated);
 /* Once it is a provider: who is told of when its kernels fail. */
 void isolated_set_provider(struct isolated *isolated, const struct provider *provider);
+/* What of its workers' confinement this kernel doesn't give them ("seccomp filter: Invalid argument"); "": nothing. */
+const char *isolated_unconfined(const struct isolated *isolated);
 /* How many workers have ended before they were told to. */
 uint64_t isolated_deaths(struct isolated *isolated);
 

@@ -59,7 +59,7 @@ const opd_call *packed_read(const struct packed_call *packed, unsigned char *bas
 /* ---- Messages ---- */
 
 typedef enum isolated_kind {
-	ISOLATED_MODULE = 1, /* to the daemon: name, version */
+	ISOLATED_MODULE = 1, /* to the daemon: name, version, what it isn't confined by */
 	ISOLATED_IMPL,       /* one that was registered: number, flags; op, schema, uuid, why it is unsupported */
 	ISOLATED_OPENED,     /* status; text: the module's open has returned */
 	ISOLATED_LOG,        /* number: level; text */

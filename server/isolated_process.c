@@ -63,13 +63,13 @@ static int spawn(const char *program, char *const argv[], int socket, pid_t *pid
 	return failed;
 }
 
-opd_status process_start(const char *program, const char *path, struct account *account, struct log *log, const char *provider,
+opd_status process_start(const char *program, const char *path, bool confined, struct account *account, struct log *log, const char *provider,
                          struct process **process_out, opd_error *error)
 {
 	int sockets[2];
 	char parent[32];
 	(void)snprintf(parent, sizeof parent, "%ld", (long)getpid());
-	char *const argv[] = {(char *)"opd-worker", (char *)WORKER_FLAG, parent, (char *)path, NULL};
+	char *const argv[] = {(char *)"opd-worker", (char *)WORKER_FLAG, parent, (char *)path, confined ? (char *)WORKER_CONFINED : NULL, NULL};
 	struct process *process = calloc(1, sizeof *process);
 	if (process == NULL)
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "worker: out of memory");

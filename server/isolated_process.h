@@ -23,8 +23,8 @@ struct process {
 	struct isolated_message message; /* the last one that came */
 };
 
-/* Runs `program --worker PATH`. */
-OPD_MUST_USE opd_status process_start(const char *program, const char *path, struct account *account, struct log *log, const char *provider,
+/* Runs `program --worker PID PATH`; confined: one that ends where this kernel doesn't confine it. */
+OPD_MUST_USE opd_status process_start(const char *program, const char *path, bool confined, struct account *account, struct log *log, const char *provider,
                                       struct process **process_out, opd_error *error);
 /* At least so much memory; what was there is forgotten. RESOURCE_EXHAUSTED. */
 OPD_MUST_USE opd_status process_reserve(struct process *process, uint64_t bytes, opd_error *error);

@@ -149,8 +149,8 @@ static int run(int argc, char **argv, struct options *options)
 int main(int argc, char **argv)
 {
 	struct options options = {0};
-	if (argc == 4 && strcmp(argv[1], WORKER_FLAG) == 0) /* for isolated modules; nobody else starts it so */
-		return worker_main(argv[2], argv[3]);
+	if ((argc == 4 || argc == 5) && strcmp(argv[1], WORKER_FLAG) == 0) /* for isolated modules; nobody else starts it so */
+		return worker_main(argv[2], argv[3], argc == 5 && strcmp(argv[4], WORKER_CONFINED) == 0);
 	process_open_standard_files();
 	int code = run(argc, argv, &options);
 	options_free(&options);

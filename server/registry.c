@@ -243,24 +243,27 @@ struct loaded {
 	const opd_module *def;
 };
 
-static opd_status find_module(const struct registry *registry, const char *path, bool isolate, struct loaded *loaded, opd_error *error)
+/* Where a module's code runs. */
+enum home { HOME_HERE, HOME_WORKER, HOME_CONFINED_WORKER };
+
+static opd_status find_module(const struct registry *registry, const char *path, enum home home, struct loaded *loaded, opd_error *error)
 {
 	char real[PATH_MAX];
-	if (!isolate)
+	if (home == HOME_HERE)
 		return module_find(path, &loaded->library, &loaded->def, error);
 	opd_status status = module_resolve(path, real, error);
 	if (status == OPD_OK)
-		status = isolated_create(real, &registry->services.isolated, registry->log, &loaded->isolated, error);
+		status = isolated_create(real, home == HOME_CONFINED_WORKER, &registry->services.isolated, registry->log, &loaded->isolated, error);
 	if (status == OPD_OK)
 		loaded->def = isolated_module(loaded->isolated);
 	return status;
 }
 
-static opd_status load(struct registry *registry, const char *path, const char *name, bool isolate, bool remember, opd_error *error)
+static opd_status load(struct registry *registry, const char *path, const char *name, enum home home, bool remember, opd_error *error)
 {
 	struct loaded loaded = {0};
 	opd_error own;
-	opd_status status = find_module(registry, path, isolate, &loaded, &own);
+	opd_status status = find_module(registry, path, home, &loaded, &own);
 	char known[BOUND_NAME_BYTES + 1] = "";
 	if (name != NULL || status == OPD_OK)
 		(void)snprintf(known, sizeof known, "%s", name != NULL ? name : loaded.def->name);
@@ -282,12 +285,12 @@ static opd_status load(struct registry *registry, const char *path, const char *
 
 opd_status registry_load(struct registry *registry, const char *path, const char *name, bool remember, opd_error *error)
 {
-	return load(registry, path, name, false, remember, error);
+	return load(registry, path, name, HOME_HERE, remember, error);
 }
 
-opd_status registry_load_isolated(struct registry *registry, const char *path, const char *name, bool remember, opd_error *error)
+opd_status registry_load_isolated(struct registry *registry, const char *path, const char *name, bool confined, bool remember, opd_error *error)
 {
-	return load(registry, path, name, true, remember, error);
+	return load(registry, path, name, confined ? HOME_CONFINED_WORKER : HOME_WORKER, remember, error);
 }
 
 /* ---- Changes of several steps ---- */

@@ -112,8 +112,8 @@ void registry_destroy(struct registry *registry);
  * stays as a provider that isn't there, for priority lists. */
 OPD_MUST_USE opd_status registry_open_builtin(struct registry *registry, const opd_module *module, opd_error *error);
 OPD_MUST_USE opd_status registry_load(struct registry *registry, const char *path, const char *name, bool remember, opd_error *error);
-/* The same of a module that runs in worker processes (server/isolated.h). */
-OPD_MUST_USE opd_status registry_load_isolated(struct registry *registry, const char *path, const char *name, bool remember, opd_error *error);
+/* The same of a module that runs in worker processes (server/isolated.h); confined: not where these can't be confined. */
+OPD_MUST_USE opd_status registry_load_isolated(struct registry *registry, const char *path, const char *name, bool confined, bool remember, opd_error *error);
 
 /* A change of several steps: from begin to its end nothing that is loaded, remembered or set is published, and cancel takes all of it back (modules that were opened are closed). The
  * registry's writer lock is held meanwhile: all on one thread. The configuration's lists are set last: they aren't taken back. */

@@ -114,7 +114,7 @@ static opd_status load_new_modules(struct server *server, const struct config *c
 	for (size_t i = 0; status == OPD_OK && i < config->module_count; i++) {
 		const struct config_module *module = &config->modules[i];
 		if (!module_known(server->config, module->path) && !module_loaded(server, module->path))
-			status = module->isolated ? registry_load_isolated(server->registry, module->path, module->name, false, error)
+			status = module->isolated ? registry_load_isolated(server->registry, module->path, module->name, module->confined, false, error)
 			                          : registry_load(server->registry, module->path, module->name, false, error);
 	}
 	return status;

@@ -336,7 +336,7 @@ static opd_status open_providers(struct server *server, opd_error *error)
 	for (size_t i = 0; i < server->config->module_count; i++) {
 		const struct config_module *module = &server->config->modules[i];
 		opd_error reason;
-		opd_status loaded = module->isolated ? registry_load_isolated(server->registry, module->path, module->name, true, &reason)
+		opd_status loaded = module->isolated ? registry_load_isolated(server->registry, module->path, module->name, module->confined, true, &reason)
 		                                     : registry_load(server->registry, module->path, module->name, true, &reason);
 		if (loaded != OPD_OK)
 			LOG(server->log, LOG_WARN, "module not loaded", LOG_STR("path", module->path), LOG_STR("reason", reason.text));

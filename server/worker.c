@@ -35,6 +35,7 @@ struct worker {
 	const opd_impl *impls[IMPLS_MAX];
 	struct kept_plan plans[PLANS_KEPT]; /* by number: the oldest goes */
 	struct arena arena;
+	char unconfined[160]; /* what the kernel doesn't give it, "": nothing */
 	struct isolated_message out;
 };
 
@@ -309,16 +310,26 @@ static void limit(__rlimit_resource_t resource, rlim_t most)
 	(void)setrlimit(resource, &now);
 }
 
-/* False: the daemon has gone before the kernel could be told to end this process with it. */
-static bool confine(const char *parent)
+static void note_missing(struct worker *worker, const char *what)
 {
-	(void)close_range(WORKER_SOCKET + 1, ~0u, 0);
+	const size_t at = strlen(worker->unconfined);
+	(void)snprintf(worker->unconfined + at, sizeof worker->unconfined - at, "%s%s: %s", at == 0 ? "" : ", ", what, strerror(errno));
+}
+
+/* False: the daemon has gone before the kernel could be told to end this process with it. */
+static bool confine(struct worker *worker, const char *parent)
+{
+	if (close_range(WORKER_SOCKET + 1, ~0u, 0) != 0)
+		note_missing(worker, "close_range");
 	(void)prctl(PR_SET_NAME, "opd-worker");
-	(void)prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
-	(void)prctl(PR_SET_PDEATHSIG, SIGKILL);
+	if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0)
+		note_missing(worker, "no new privileges");
+	if (prctl(PR_SET_PDEATHSIG, SIGKILL) != 0)
+		note_missing(worker, "end with the daemon");
 	limit(RLIMIT_CORE, 0);
 	limit(RLIMIT_NOFILE, DESCRIPTORS);
-	(void)confine_calls(); /* where it can't be, a worker's faults are contained all the same */
+	if (!confine_calls())
+		note_missing(worker, "seccomp filter");
 	return getppid() == (pid_t)strtol(parent, NULL, 10);
 }
 
@@ -335,6 +346,7 @@ static opd_status open_module(struct worker *worker, const char *path, opd_error
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "%s: out of memory", worker->def->name);
 	say(worker, ISOLATED_MODULE, OPD_OK, worker->def->name);
 	isolated_put(&worker->out, worker->def->version == NULL ? "" : worker->def->version);
+	isolated_put(&worker->out, worker->unconfined);
 	send_out(worker);
 	worker->opening = true;
 	error->text[0] = '\0';
@@ -344,14 +356,18 @@ static opd_status open_module(struct worker *worker, const char *path, opd_error
 	return status;
 }
 
-int worker_main(const char *parent, const char *path)
+int worker_main(const char *parent, const char *path, bool confined)
 {
 	opd_error error = {0};
+	opd_status status;
 	struct worker *worker = calloc(1, sizeof *worker);
-	if (worker == NULL || !confine(parent))
+	if (worker == NULL || !confine(worker, parent))
 		return 1;
 	arena_init(&worker->arena, ARENA_BYTES);
-	opd_status status = open_module(worker, path, &error);
+	if (confined && worker->unconfined[0] != '\0')
+		status = opd_fail(&error, OPD_FAILED_PRECONDITION, "%s: it must be confined, and this kernel doesn't: %s", path, worker->unconfined);
+	else
+		status = open_module(worker, path, &error);
 	say(worker, ISOLATED_OPENED, status, error.text);
 	send_out(worker);
 	if (status == OPD_OK)

@@ -158,6 +158,8 @@ static void print_provider(const opd_provider_description *provider)
 	print_list("    ops      ", provider->ops, provider->op_count);
 	if (provider->isolated)
 		(void)printf("    isolated %" PRIu64 " worker processes died\n", provider->deaths);
+	if (provider->unconfined[0] != '\0')
+		(void)printf("    not confined %s\n", shown(provider->unconfined));
 	if (provider->failures != 0)
 		(void)printf("    failures %" PRIu64 "\n", provider->failures);
 	for (uint32_t i = 0; i < provider->quarantined_count; i++)
@@ -179,6 +181,7 @@ static int print_providers_json(const opd_provider_list *list)
 		cJSON_AddItemToObject(item, "devices", json_texts(provider->devices, provider->device_count));
 		cJSON_AddBoolToObject(item, "isolated", provider->isolated);
 		cJSON_AddItemToObject(item, "deaths", json_u64(provider->deaths));
+		cJSON_AddStringToObject(item, "unconfined", provider->unconfined);
 		cJSON_AddItemToObject(item, "failures", json_u64(provider->failures));
 		cJSON_AddItemToObject(item, "quarantined", json_texts(provider->quarantined, provider->quarantined_count));
 		cJSON_AddItemToArray(document, item);

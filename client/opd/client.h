@@ -736,6 +736,7 @@ typedef struct opd_provider_description {
 	uint64_t deaths;   /* of those processes */
 	uint32_t quarantined_count;
 	const char *const *quarantined; /* "relu: 5 failures (kernel error 5)": implementations that were taken out */
+	const char *unconfined; /* what of the worker processes' confinement the daemon's kernel doesn't give them; "": nothing */
 } opd_provider_description;
 
 typedef struct opd_provider_list {

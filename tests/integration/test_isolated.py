@@ -3,11 +3,13 @@
 
 OPD_BIN names the daemon, OPCTL_BIN opctl, OPD_MODULES the folder with the built test modules.
 """
+import ctypes
 import glob
 import os
 import re
 import shutil
 import signal
+import struct
 import sys
 import tempfile
 import unittest
@@ -37,6 +39,19 @@ def workers(daemon):
         if int(fields[1]) == daemon.process.pid:
             found.append(int(path.split("/")[2]))
     return found
+
+
+def refuse_filters():
+    """In the daemon before it is executed, for it and its workers: prctl(PR_SET_SECCOMP) is EINVAL, as in a kernel that was built without."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    number, architecture = {"x86_64": (157, 0xC000003E), "aarch64": (167, 0xC00000B7)}[os.uname().machine]
+    load, equal, give_back = 0x20, 0x15, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_RET|K
+    code = [(load, 0, 0, 4), (equal, 0, 4, architecture), (load, 0, 0, 0), (equal, 0, 2, number), (load, 0, 0, 16), (equal, 1, 0, 22), (give_back, 0, 0, 0x7FFF0000), (give_back, 0, 0, 0x50000 | 22)]
+    program = b"".join(struct.pack("<HBBI", *each) for each in code)
+    text = ctypes.create_string_buffer(program, len(program))
+    filters = ctypes.create_string_buffer(struct.pack("<HxxxxxxQ", len(code), ctypes.addressof(text)))
+    if libc.prctl(38, 1, 0, 0, 0) != 0 or libc.prctl(22, 2, filters, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "no filter")
 
 
 class Isolated(Faulty):
@@ -247,6 +262,35 @@ class Sandbox(Isolated):
         self.addCleanup(here.stop)
         with Client(here.address) as client:
             self.assertEqual(unpack_f32(client.ask(request)[0].run.outputs[0].tensor.inline)[0], 255)
+
+    def unfiltered(self, isolated):
+        """A daemon whose kernel has no seccomp filters, as far as its processes can see."""
+        config = "modules: [{name: faulty, path: %s, isolated: %s}]\n" % (MODULE, isolated)
+        daemon = Daemon(config=config, limits=refuse_filters)
+        self.addCleanup(daemon.stop)
+        client = Client(daemon.address)
+        self.addCleanup(client.close)
+        return daemon, client
+
+    def test_a_kernel_that_confines_no_worker_is_told_of_in_the_log_and_by_opctl(self):
+        daemon, client = self.unfiltered("true")
+        self.assertRegex(daemon.log_text(), "warn the workers of an isolated module aren't confined provider=faulty missing=\"seccomp filter: Invalid argument\"")
+        self.assertEqual(self.provider(daemon)["unconfined"], "seccomp filter: Invalid argument")
+        self.works(client)  # its faults are contained all the same
+        confined = self.daemon()
+        self.assertEqual(self.provider(confined)["unconfined"], "")
+        self.assertNotIn("confined", confined.log_text())
+
+    def test_where_confinement_is_demanded_the_module_is_not_there_without_it(self):
+        daemon, client = self.unfiltered("confined")
+        reply = self.works(client, "native")
+        self.assertRegex(self.skipped(reply)["faulty"][1], "^module: .*faulty.so: it must be confined, and this kernel doesn't: seccomp filter: Invalid argument$")
+        self.assertEqual(workers(daemon), [])
+        confined = Daemon(config="modules: [{name: faulty, path: %s, isolated: confined}]\n" % MODULE)
+        self.addCleanup(confined.stop)
+        with Client(confined.address) as other:
+            self.works(other)
+        self.assertEqual(len(workers(confined)), 1)
 
     def test_it_ends_with_the_daemon(self):
         daemon = self.daemon()
