@@ -53,7 +53,7 @@ void admin_load_module(struct request *request)
 	}
 	load->request = request;
 	/* It fails only without a function. */
-	(void)uv_queue_work(&request->context->server->loop, &load->work, load_work, load_work_done);
+	(void)uv_queue_work(&request->context->io->loop, &load->work, load_work, load_work_done);
 }
 
 void admin_restore_provider(struct request *request)

@@ -324,9 +324,9 @@ static bool run_kernel(struct batch *batch)
 	batch->exec->derived = &derived;
 	batch->exec->together = true;
 	batch->exec->tenant = NULL; /* a failure is nobody's in particular: each runs again alone then */
-	watch_begin_kernel(&server->watches, &watch, impl, NULL, leader, batch->exec);
+	watch_begin_kernel(&watch, impl, NULL, leader, batch->exec);
 	const opd_status status = impl->def->run(impl->def, impl->state, &batch->call, &exec, &error);
-	(void)watch_end(&server->watches, &watch);
+	(void)watch_end(&watch);
 	batch->exec->together = false;
 	batch->exec->derived = NULL;
 	derived_end(server->derived, &derived);

@@ -310,6 +310,22 @@ static struct config_priority *find_priority(struct config *config, const char *
 	return NULL;
 }
 
+/* The lists that come with opd were measured for its own list of everything else: who says another one isn't to find them before it. */
+static void drop_standard(struct config *config)
+{
+	size_t kept = 0;
+	for (size_t i = 0; i < config->priority_count; i++) {
+		struct config_priority *priority = &config->priorities[i];
+		if (!priority->standard || strcmp(priority->op, "*") == 0) {
+			config->priorities[kept++] = *priority;
+			continue;
+		}
+		free_providers(priority);
+		free(priority->op);
+	}
+	config->priority_count = kept;
+}
+
 opd_status config_begin_priority(struct config *config, const char *op, unsigned line, struct config_priority **priority_out,
                                  opd_error *error)
 {
@@ -322,6 +338,8 @@ opd_status config_begin_priority(struct config *config, const char *op, unsigned
 	}
 	if (status != OPD_OK)
 		return status;
+	if (strcmp(op, "*") == 0)
+		drop_standard(config);
 	struct config_priority *priority = find_priority(config, op);
 	if (priority == NULL) {
 		struct config_priority *grown = reallocarray(config->priorities, config->priority_count + 1, sizeof *grown);

@@ -17,14 +17,16 @@
 
 /* ---- Life ---- */
 
-struct conn *conn_create(struct server *server, struct access *access)
+struct conn *conn_create(struct io_loop *io, struct access *access)
 {
+	struct server *server = io->server;
 	struct conn *conn = calloc(1, sizeof *conn);
 	if (conn == NULL) {
 		access_unref(access);
 		return NULL;
 	}
 	const struct config_limits *limits = &server->config->limits;
+	conn->io = io;
 	conn->server = server;
 	conn->session = session_create(server, &server->memory, ++server->next_session, access, limits->session_bytes, limits->kept);
 	if (conn->session == NULL) {
@@ -36,22 +38,22 @@ struct conn *conn_create(struct server *server, struct access *access)
 		conn->chunked_seed = (uint64_t)(uintptr_t)conn; /* early in a boot: less secret, still a seed */
 	conn->opened_us = request_now_ns() / 1000;
 	conn->read_us = conn->write_us = conn->opened_us;
-	conn->next = server->conns;
+	conn->next = io->conns;
 	if (conn->next != NULL)
 		conn->next->previous = conn;
-	server->conns = conn;
-	server->conn_count++;
+	io->conns = conn;
+	io->conn_count++;
 	return conn;
 }
 
 static void unlink_conn(struct conn *conn)
 {
-	struct server *server = conn->server;
-	*(conn->previous == NULL ? &server->conns : &conn->previous->next) = conn->next;
+	struct io_loop *io = conn->io;
+	*(conn->previous == NULL ? &io->conns : &conn->previous->next) = conn->next;
 	if (conn->next != NULL)
 		conn->next->previous = conn->previous;
-	server->conn_count--;
-	for (struct conn **link = &server->dirty; *link != NULL; link = &(*link)->next_dirty) {
+	io->conn_count--;
+	for (struct conn **link = &io->dirty; *link != NULL; link = &(*link)->next_dirty) {
 		if (*link == conn) {
 			*link = conn->next_dirty;
 			break;

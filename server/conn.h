@@ -34,6 +34,7 @@
 #define CONN_DESCRIPTORS 4u /* that may wait for their frame */
 #define CONN_STAGE_BYTES (64u << 10)
 
+struct io_loop;
 struct server;
 struct request;
 struct ring;
@@ -46,9 +47,10 @@ typedef enum conn_state {
 } conn_state;
 
 struct conn {
-	struct conn *next; /* of the server's */
+	struct conn *next; /* of the loop's */
 	struct conn *previous;
 	struct conn *next_dirty;
+	struct io_loop *io;
 	struct server *server;
 	struct session *session;
 	union {
@@ -66,7 +68,7 @@ struct conn {
 	bool opened;      /* the handle is initialised */
 	bool reading_on;  /* uv_read_start is in force */
 	bool writing;     /* a uv_write is under way, or replies wait for room in the ring */
-	bool dirty;       /* in the server's list */
+	bool dirty;       /* in the loop's list */
 	bool throttled;   /* too much in flight: until something is written */
 	bool broken;      /* the client broke the framing: nothing of it is read any more */
 	bool last_words;  /* close once everything is written */
@@ -107,8 +109,8 @@ struct conn {
 	uint64_t wrote_bytes; /* of the uv_write under way */
 };
 
-/* Takes `access`, also when it fails (NULL: it fails). NULL: out of memory. */
-struct conn *conn_create(struct server *server, struct access *access);
+/* On the thread of the loop where it is to live. Takes `access`, also when it fails (NULL: it fails). NULL: out of memory. */
+struct conn *conn_create(struct io_loop *io, struct access *access);
 /* Starts reading; the handle has been initialised and connected. refuse: greet with this error and close (NULL: serve). */
 void conn_start(struct conn *conn, const opd_error *refuse);
 /* Writes what is due; called once a turn for every dirty connection. */

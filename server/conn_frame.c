@@ -246,7 +246,7 @@ static void check_request(struct conn *conn, struct request *request, const stru
 
 static void on_request(struct conn *conn, const struct frame_header *header, const uint8_t *envelope)
 {
-	struct request *request = request_create(&conn->server->context, conn->session, header->request_id);
+	struct request *request = request_create(&conn->io->context, conn->session, header->request_id);
 	if (request == NULL) {
 		conn_close(conn, LOG_ERROR, "out of memory for a request");
 		return;

@@ -208,7 +208,7 @@ static size_t slack_bytes(const struct conn *conn)
 /* This turn's share is used up, of the socket or of kernels on the loop: the others come first. */
 static bool turn_over(const struct conn *conn)
 {
-	return conn->turn_read >= CONN_TURN_BYTES || conn->turn_requests >= CONN_TURN_REQUESTS || conn->server->context.inline_ns > TURN_KERNEL_NS;
+	return conn->turn_read >= CONN_TURN_BYTES || conn->turn_requests >= CONN_TURN_REQUESTS || conn->io->context.inline_ns > TURN_KERNEL_NS;
 }
 
 bool conn_may_read(const struct conn *conn)
@@ -230,7 +230,7 @@ static uv_buf_t read_room(const struct conn *conn)
 	size_t bytes = conn->flooding ? FLOOD_BYTES : CONN_STAGE_BYTES;
 	if (conn->state == CONN_HEAD && conn->read_hint != 0)
 		bytes = conn->read_hint > conn->partial_bytes ? conn->read_hint - conn->partial_bytes : FRAME_HEADER_BYTES;
-	return uv_buf_init(conn->server->stage, (unsigned)(bytes < CONN_STAGE_BYTES ? bytes : CONN_STAGE_BYTES));
+	return uv_buf_init(conn->io->stage, (unsigned)(bytes < CONN_STAGE_BYTES ? bytes : CONN_STAGE_BYTES));
 }
 
 /* An empty buffer makes libuv leave the socket for the next turn, without the two epoll_ctl of a stop and a start, or to receive_local. */
@@ -268,9 +268,9 @@ static void on_bytes(struct conn *conn, ssize_t nread, const uv_buf_t *buf)
 	}
 	if (nread == 0)
 		return;
-	conn->read_us = conn->server->turn_us;
+	conn->read_us = conn->io->turn_us;
 	conn->turn_read += (uint64_t)nread;
-	if (buf->base == conn->server->stage)
+	if (buf->base == conn->io->stage)
 		consume_socket(conn, (const uint8_t *)buf->base, (size_t)nread);
 	else
 		read_in_place(conn, (const uint8_t *)buf->base, (size_t)nread);
@@ -313,7 +313,7 @@ void conn_go_on(struct conn *conn)
 	conn->held = false;
 	conn->held_data = NULL;
 	conn->held_bytes = 0;
-	conn->read_us = conn->server->turn_us; /* it was not the client that stalled */
+	conn->read_us = conn->io->turn_us; /* it was not the client that stalled */
 	if (conn->ring == NULL)
 		consume_socket(conn, data, bytes);
 	else

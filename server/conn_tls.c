@@ -119,7 +119,7 @@ int conn_tls_put(struct conn *conn, const uv_buf_t *bufs, unsigned count)
 	int failed = push(conn);
 	if (failed != 0 || conn->writing)
 		return failed != 0 ? failed : UV_EAGAIN;
-	tls_lend(&conn->tls->tls, conn->server->tls_sealed, TLS_SEALED_BYTES);
+	tls_lend(&conn->tls->tls, conn->io->tls_sealed, TLS_SEALED_BYTES);
 	if (seal(conn, bufs, count, &taken, &error) != OPD_OK) {
 		conn_close(conn, LOG_WARN, error.text);
 		return UV_EAGAIN;
@@ -156,7 +156,7 @@ static void open_records(struct conn *conn, const uint8_t *data, size_t bytes)
 		const bool direct = to != NULL && room != 0;
 		size_t got;
 		if (!direct) {
-			to = (uint8_t *)conn->server->stage;
+			to = (uint8_t *)conn->io->stage;
 			room = CONN_STAGE_BYTES;
 		}
 		if (tls_read(&own->tls, to, (size_t)room, &got, &error) != OPD_OK) {
@@ -180,7 +180,7 @@ static void open_records(struct conn *conn, const uint8_t *data, size_t bytes)
 
 /* ---- Handshake ---- */
 
-static void start_jobs(struct server *server);
+static void start_jobs(struct io_loop *io);
 
 /* On a thread of the pool. */
 static void compute(uv_work_t *work)
@@ -241,8 +241,8 @@ static void on_computed(uv_work_t *work, int status)
 	struct conn *conn = own->conn;
 	(void)status; /* nobody cancels it */
 	own->computing = false;
-	conn->server->tls_jobs.running--;
-	start_jobs(conn->server);
+	conn->io->tls_jobs.running--;
+	start_jobs(conn->io);
 	if (own->closed) {
 		conn_closed(conn);
 		return;
@@ -267,9 +267,9 @@ static void on_computed(uv_work_t *work, int status)
 		conn_start_reading(conn);
 }
 
-static void start_jobs(struct server *server)
+static void start_jobs(struct io_loop *io)
 {
-	struct tls_jobs *jobs = &server->tls_jobs;
+	struct tls_jobs *jobs = &io->tls_jobs;
 	while (jobs->first != NULL && jobs->running < TLS_THREADS) {
 		struct conn_tls *own = jobs->first;
 		jobs->first = own->next;
@@ -282,20 +282,20 @@ static void start_jobs(struct server *server)
 			continue;
 		}
 		jobs->running++;
-		(void)uv_queue_work(&server->loop, &own->work, compute, on_computed); /* it fails only without a function */
+		(void)uv_queue_work(&io->loop, &own->work, compute, on_computed); /* it fails only without a function */
 	}
 }
 
 static void submit(struct conn *conn)
 {
-	struct tls_jobs *jobs = &conn->server->tls_jobs;
+	struct tls_jobs *jobs = &conn->io->tls_jobs;
 	struct conn_tls *own = conn->tls;
 	conn_stop_reading(conn);
 	own->computing = true;
 	own->next = NULL;
 	*(jobs->last == NULL ? &jobs->first : &jobs->last->next) = own;
 	jobs->last = own;
-	start_jobs(conn->server);
+	start_jobs(conn->io);
 }
 
 /* A client of the plain protocol gets an answer that it understands. */
@@ -377,7 +377,7 @@ void conn_tls_on_alloc(uv_handle_t *handle, size_t suggested, uv_buf_t *buf)
 	conn_new_turn(conn);
 	/* Before the handshake is over no more than what may come then. */
 	const unsigned bytes = conn->tls == NULL || !conn->tls->tls.established ? TLS_HANDSHAKE_BYTES / 2 : TLS_STAGE_BYTES;
-	*buf = conn_may_read(conn) ? uv_buf_init((char *)conn->server->tls_stage, bytes) : uv_buf_init(NULL, 0);
+	*buf = conn_may_read(conn) ? uv_buf_init((char *)conn->io->tls_stage, bytes) : uv_buf_init(NULL, 0);
 }
 
 void conn_tls_on_read(uv_stream_t *stream, ssize_t nread, const uv_buf_t *buf)
@@ -391,7 +391,7 @@ void conn_tls_on_read(uv_stream_t *stream, ssize_t nread, const uv_buf_t *buf)
 	}
 	if (conn->broken)
 		return;
-	conn->read_us = conn->server->turn_us;
+	conn->read_us = conn->io->turn_us;
 	conn->turn_read += (uint64_t)nread;
 	if (conn->tls->tls.established)
 		open_records(conn, (const uint8_t *)buf->base, (size_t)nread);

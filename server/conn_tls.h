@@ -23,7 +23,7 @@
 struct conn;
 struct conn_tls;
 
-/* Those of a loop: in struct server. */
+/* In struct io_loop. */
 struct tls_jobs {
 	struct conn_tls *first; /* handshakes that wait for a thread */
 	struct conn_tls *last;

@@ -22,16 +22,16 @@ void conn_mark_dirty(struct conn *conn)
 	if (conn->dirty || conn->closing)
 		return;
 	conn->dirty = true;
-	conn->next_dirty = conn->server->dirty;
-	conn->server->dirty = conn;
-	server_flush_soon(conn->server);
+	conn->next_dirty = conn->io->dirty;
+	conn->io->dirty = conn;
+	io_loop_flush_soon(conn->io);
 }
 
 void conn_new_turn(struct conn *conn)
 {
-	if (conn->turn != conn->server->turn) {
-		conn->turn = conn->server->turn;
-		conn->server->turn_conns++;
+	if (conn->turn != conn->io->turn) {
+		conn->turn = conn->io->turn;
+		conn->io->turn_conns++;
 		conn->turn_read = 0;
 		conn->turn_written = 0;
 		conn->flooding = conn->turn_requests >= CONN_TURN_REQUESTS;
@@ -43,7 +43,7 @@ void conn_progress(struct conn *conn)
 {
 	if (conn->progress_bytes < CONN_PROGRESS_BYTES && (conn->writing || !outbox_empty(&conn->outbox)))
 		return;
-	conn->write_us = conn->server->turn_us;
+	conn->write_us = conn->io->turn_us;
 	conn->progress_bytes = 0;
 }
 
@@ -118,7 +118,7 @@ static void unthrottle(struct conn *conn)
 		conn_go_on(conn);
 		return;
 	}
-	conn->read_us = conn->server->turn_us; /* it was not the client that stalled */
+	conn->read_us = conn->io->turn_us; /* it was not the client that stalled */
 	conn_start_reading(conn);
 }
 
@@ -181,7 +181,7 @@ static int put(struct conn *conn, const uv_buf_t *bufs, unsigned count, uint64_t
 void conn_flush(struct conn *conn)
 {
 	conn_new_turn(conn);
-	const uint64_t share = conn->server->crowded ? CONN_TURN_BYTES : CONN_TURN_ALONE_BYTES;
+	const uint64_t share = conn->io->crowded ? CONN_TURN_BYTES : CONN_TURN_ALONE_BYTES;
 	while (!conn->closing && !conn->writing && conn->turn_written < share) {
 		uv_buf_t bufs[WRITE_BUFS];
 		uint64_t bytes;
@@ -217,7 +217,7 @@ bool conn_idle(const struct conn *conn)
 static void on_reply_written(struct out *out)
 {
 	struct request *request = (struct request *)((char *)out - offsetof(struct request, out));
-	const uint64_t sent_ns = request->context->server->flush_ns;
+	const uint64_t sent_ns = request->context->io->flush_ns;
 	request->session->in_flight--;
 	metrics_written(request->context->metrics, sent_ns > request->clock.received ? sent_ns - request->clock.received : 0);
 	request_release(request);
@@ -227,7 +227,7 @@ static void on_reply_written(struct out *out)
 static void begin_writing(struct conn *conn)
 {
 	if (outbox_empty(&conn->outbox) && !conn->writing)
-		conn->write_us = conn->server->turn_us;
+		conn->write_us = conn->io->turn_us;
 }
 
 /* The one place where a reply without a reader is dropped. */

@@ -9,7 +9,7 @@
 
 void context_init(struct context *context, struct server *server)
 {
-	*context = (struct context){.server = server, .metrics = server->metrics[SERVER_METRICS_DIRECT]};
+	*context = (struct context){.server = server, .metrics = server->direct_metrics};
 }
 
 void context_fini(struct context *context)

@@ -10,6 +10,7 @@
 #include "proto/message.h"
 #include "server/priority.h"
 
+struct io_loop;
 struct server;
 struct metrics;
 struct request;
@@ -18,6 +19,7 @@ struct request;
 
 struct context {
 	struct server *server;
+	struct io_loop *io; /* NULL: a direct caller's */
 	struct snapshot *snapshot;
 	struct effective *lists[CONTEXT_LISTS]; /* of requests' own lists */
 	char *list_keys[CONTEXT_LISTS];         /* the names they were cut from, each with its NUL */

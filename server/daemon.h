@@ -12,18 +12,14 @@
 
 #include "server/closer.h"
 #include "server/config.h"
-#include "server/context.h"
-#include "server/deadline.h"
 #include "server/device_lane.h"
+#include "server/io_loop.h"
 #include "server/lane.h"
 #include "server/lanes.h"
 #include "server/plans.h"
 #include "server/registry.h"
-#include "server/conn_tls.h"
 #include "server/server.h"
-#include "server/stranger.h"
 #include "server/tensors.h"
-#include "server/watch.h"
 
 struct allocation;
 struct containment;
@@ -34,13 +30,9 @@ struct conn;
 struct metrics;
 struct placement;
 struct post;
-struct ring;
 struct scrape;
 
-/* Who records: the loop, and all direct callers together. */
-enum { SERVER_METRICS_LOOP = 0, SERVER_METRICS_DIRECT = 1, SERVER_METRICS = 2 };
-
-/* A lane of the CPU, as the loop sees it. */
+/* A lane of the CPU, as loop 0 sees it. */
 struct cpu_lane {
 	struct lane *lane;
 	uint64_t done;        /* jobs that have ended */
@@ -52,6 +44,9 @@ struct cpu_lane {
 struct server {
 	struct log *log;
 	struct config *config;         /* the loop's alone: a reload frees it */
+	struct io_loop *loops;         /* the first has the daemon's life */
+	uint32_t loop_count;
+	struct metrics *direct_metrics; /* of all direct callers together; each loop has its own */
 	_Atomic bool checked;          /* what lanes and direct callers need of it: some provider's outputs have canaries */
 	_Atomic uint64_t inline_ns;
 	_Atomic uint32_t refuse_uploads; /* percent */
@@ -76,35 +71,8 @@ struct server {
 	_Atomic(struct device_lane *) device_lanes[REGISTRY_DEVICES_MAX]; /* by device number; started on first use, under the mutex */
 	uint64_t started_us;
 
-	uv_loop_t loop;
-	uv_async_t wake;      /* lanes, posts, drain */
-	uv_check_t flush;     /* after polling: replies of the turn leave together */
-	uv_idle_t again;      /* active while a connection has more to do than one turn allows */
-	uv_poll_t tick;       /* once a second: handshakes, stalls, the drain's end */
-	struct deadlines deadlines;
-	struct watches watches;
-	int tick_fd;          /* its timerfd. A loop without a libuv timer sleeps without a time limit, which spares arming one: 0.6 us a call */
-	bool running;
-	struct context context; /* the loop's */
-	struct metrics *metrics[SERVER_METRICS];
-	uint64_t flush_ns;      /* when this turn's replies went out */
-	char *stage;            /* what connections read into before they know where it belongs */
-	uint8_t *tls_stage;     /* ciphertext that connections read; NULL: no listener speaks TLS */
-	uint8_t *tls_sealed;    /* … that they write */
-	struct tls_jobs tls_jobs;
-	struct strangers strangers;
 	struct closer closer;   /* of descriptors that clients passed */
-	struct conn *conns;     /* all, newest first */
-	uint32_t conn_count;
 	uint32_t direct_count;  /* sessions that are handed over to a direct caller */
-	struct conn *dirty;     /* have replies to write in this turn */
-	struct ring *rings;     /* those awake: looked at in every turn */
-	uint64_t slice_end_ns;  /* until when this turn may look at rings that poll */
-	uint64_t polled_ns;     /* in looks that brought nothing, since the tick */
-	uint64_t turn;          /* number of the loop's turn */
-	uint64_t turn_us;       /* monotonic time of its start */
-	uint32_t turn_conns;    /* connections that did something in it */
-	bool crowded;           /* in the one before, more than one did */
 	struct listener *listeners;
 	struct scrape *scrapes; /* connections of the metrics endpoint */
 	uint32_t scrape_count;
@@ -142,7 +110,7 @@ struct server {
 	_Atomic uint64_t drain_timeout_us;
 };
 
-/* Any thread: the loop looks at lanes, posts and drain soon. */
+/* Any thread: loop 0 looks at lanes, posts and drain soon. */
 void server_wake(struct server *server);
 
 /* Makes the configuration's lists the registry's, all or none; an error says where in the file. */
@@ -156,7 +124,14 @@ void server_bound_queues(struct server *server);
 /* At least so many percent of limits.memory hold what can't be given up; written as the reason, which begins with `what`. 100: never. */
 bool server_memory_filled(const struct server *server, uint32_t percent, const char *what, opd_error *error);
 
-/* The loop's: the next poll doesn't sleep, so that on_flush sees what is dirty now. */
-void server_flush_soon(struct server *server);
+/* Connections of all loops. */
+uint32_t server_sessions(const struct server *server);
+/* What threads record into: direct callers together, and each loop. */
+uint32_t server_metrics_count(const struct server *server);
+struct metrics *server_metrics(const struct server *server, uint32_t index);
+
+/* The loop's: somebody has left something for it; a second has passed. */
+void server_on_wake(struct server *server);
+void server_on_tick(struct server *server, uint64_t now_ns);
 
 #endif

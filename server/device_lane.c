@@ -261,20 +261,20 @@ static void mirrors_settle(struct device_job *job)
 
 /* ---- The watchdog ---- */
 
-void device_watch(struct device_lane *lane, struct device_job *job, const struct watch_subject *subject, uint64_t budget_ns)
+void device_watch(struct device_job *job, const struct watch_subject *subject, uint64_t budget_ns)
 {
-	watch_begin(&lane->server->watches, &job->watch, subject, budget_ns);
+	watch_begin(&job->watch, subject, budget_ns);
 }
 
 void device_watched(struct device_lane *lane, struct device_job *job)
 {
 	if (lane->flight != NULL)
-		watch_pause(&lane->server->watches, &job->watch);
+		watch_pause(&job->watch);
 }
 
 bool device_watch_end(struct device_lane *lane, struct device_job *job)
 {
-	const bool overdue = watch_end(&lane->server->watches, &job->watch);
+	const bool overdue = watch_end(&job->watch);
 	if (overdue)
 		device_lane_set_stuck(lane, false);
 	return overdue;
@@ -284,7 +284,7 @@ bool device_watch_end(struct device_lane *lane, struct device_job *job)
 static void watch_oldest(struct device_lane *lane)
 {
 	if (lane->flight != NULL)
-		watch_resume(&lane->server->watches, &lane->flight->watch);
+		watch_resume(&lane->flight->watch);
 }
 
 /* ---- One job ---- */

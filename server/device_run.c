@@ -247,7 +247,7 @@ static void watch_kernel(struct device_lane *lane, struct request *request)
 {
 	const struct impl *impl = request->run.dispatch.impl;
 	const struct watch_subject subject = {.impl = impl, .provider = impl->provider, .request = request, .device = lane};
-	device_watch(lane, &request->device_job, &subject, watch_budget_ns(&lane->server->watches, impl->provider));
+	device_watch(&request->device_job, &subject, watch_budget_ns(lane->server, impl->provider));
 }
 
 static opd_status make_plan(struct device_lane *lane, struct request *request)

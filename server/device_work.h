@@ -53,7 +53,7 @@ struct device_lane {
 };
 
 /* A kernel of the job is enqueued now: its time counts from here on. device_watched: it is, and on the stream its turn comes when what is before it has ended. */
-void device_watch(struct device_lane *lane, struct device_job *job, const struct watch_subject *subject, uint64_t budget_ns);
+void device_watch(struct device_job *job, const struct watch_subject *subject, uint64_t budget_ns);
 void device_watched(struct device_lane *lane, struct device_job *job);
 /* It has ended. True: too late, its request is answered. */
 bool device_watch_end(struct device_lane *lane, struct device_job *job);

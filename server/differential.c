@@ -267,7 +267,7 @@ static bool start(struct differential *differential, struct request *request, co
 		return false;
 	}
 	check->job = (struct lane_job){.run = check_run, .done = check_done};
-	lane_submit_list(differential->server->lane, &check->job);
+	lane_submit_list(request->session->lane, &check->job);
 	return true;
 }
 

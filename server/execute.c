@@ -240,9 +240,9 @@ static opd_status run_kernel(struct request *request, struct lane_exec *lane)
 	run->written = true;
 	request->error.text[0] = '\0';
 	struct watch watch;
-	watch_begin_kernel(&request->context->server->watches, &watch, impl, NULL, request, lane);
+	watch_begin_kernel(&watch, impl, NULL, request, lane);
 	status = impl->def->run(impl->def, impl->state, &run->bound.call, &exec, &request->error);
-	(void)watch_end(&request->context->server->watches, &watch);
+	(void)watch_end(&watch);
 	lane->derived = NULL;
 	derived_end(request->context->server->derived, &derived);
 	if (status != OPD_OK) {
@@ -298,9 +298,9 @@ static bool make_plan(struct request *request, struct lane_exec *exec)
 	struct request_run *run = &request->run;
 	struct dispatch *dispatch = &run->dispatch;
 	struct watch watch;
-	watch_begin_kernel(&request->context->server->watches, &watch, dispatch->impl, NULL, request, exec);
+	watch_begin_kernel(&watch, dispatch->impl, NULL, request, exec);
 	request->status = plans_make(dispatch->plans, dispatch->snapshot, dispatch->impl, &run->bound.call, &dispatch->plan, &request->error);
-	(void)watch_end(&request->context->server->watches, &watch);
+	(void)watch_end(&watch);
 	if (request->status != OPD_OK)
 		return false;
 	dispatch->plan_missing = false;

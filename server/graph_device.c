@@ -307,11 +307,11 @@ static void mark_written(struct graph_run *run)
 }
 
 /* Their budgets added up; one without a budget may take any time. */
-static uint64_t budget_of(const struct watches *watches, const struct prepared *prepared)
+static uint64_t budget_of(const struct server *server, const struct prepared *prepared)
 {
 	uint64_t sum_ns = 0;
 	for (uint32_t i = 0; i < prepared->step_count; i++) {
-		const uint64_t budget_ns = watch_budget_ns(watches, prepared->steps[i].impl->provider);
+		const uint64_t budget_ns = watch_budget_ns(server, prepared->steps[i].impl->provider);
 		if (budget_ns == 0)
 			return 0;
 		sum_ns += budget_ns;
@@ -329,7 +329,7 @@ static void watch_nodes(struct device_lane *lane, struct device_job *job, struct
 	for (uint32_t i = 1; i < prepared->step_count; i++)
 		if (prepared->steps[i].impl->provider != subject.provider)
 			subject.provider = NULL;
-	device_watch(lane, job, &subject, budget_of(&lane->server->watches, prepared));
+	device_watch(job, &subject, budget_of(lane->server, prepared));
 }
 
 static opd_status launch(struct device_lane *lane, struct device_job *job, struct graph_run *run)

@@ -185,11 +185,10 @@ static opd_status run_step(struct graph_run *run, const struct step *step, opd_e
 	exec->scratch = step->scratch == NULL ? NULL : step->scratch->data;
 	if (prepared->checked)
 		set_canaries(step);
-	struct watches *watches = &run->request->context->server->watches;
 	struct watch watch;
-	watch_begin_kernel(watches, &watch, step->impl, run->graph->nodes[step->node].name.data, run->request, exec->lane);
+	watch_begin_kernel(&watch, step->impl, run->graph->nodes[step->node].name.data, run->request, exec->lane);
 	status = step->impl->def->run(step->impl->def, step->impl->state, &step->bound.call, exec, error);
-	(void)watch_end(watches, &watch);
+	(void)watch_end(&watch);
 	derived_end(run->request->context->server->derived, ((struct lane_exec *)exec->lane)->derived);
 	struct containment *containment = run->request->context->server->containment;
 	if (status != OPD_OK) {

@@ -69,8 +69,8 @@ static void add_limits(struct conditions *unhealthy, const struct server *server
 	const uint64_t used = atomic_load_explicit(&server->memory.used_bytes, memory_order_relaxed);
 	if (used >= limits->memory_bytes / 100 * MEMORY_FULL_PERCENT)
 		add(unhealthy, "memory: %" PRIu64 " of %" PRIu64 " bytes are taken (limits.memory)", used, limits->memory_bytes);
-	if (server->conn_count >= limits->sessions)
-		add(unhealthy, "sessions: %" PRIu32 " are open, no more may be (limits.sessions)", server->conn_count);
+	if (server_sessions(server) >= limits->sessions)
+		add(unhealthy, "sessions: %" PRIu32 " are open, no more may be (limits.sessions)", server_sessions(server));
 	for (uint32_t i = 0; i < server->lane_count; i++) {
 		const struct cpu_lane *mine = &server->lanes[i];
 		if (limits->stuck_us != 0 && now_us - mine->progress_us >= limits->stuck_us)

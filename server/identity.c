@@ -170,7 +170,7 @@ opd_status identity_settle(struct conn *conn, struct msg_text token, opd_error *
 
 void identity_recheck(struct server *server)
 {
-	for (struct conn *conn = server->conns; conn != NULL; conn = conn->next) {
+	for (struct conn *conn = server->loops[0].conns; conn != NULL; conn = conn->next) {
 		opd_error error;
 		if (!conn->greeted || conn->closing)
 			continue;

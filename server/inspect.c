@@ -270,7 +270,7 @@ void inspect_info(struct request *request)
 		.threads = lanes_threads(server),
 		.device_count = snapshot->device_count,
 		.devices = devices,
-		.sessions = server->conn_count,
+		.sessions = server_sessions(server),
 		.requests = atomic_load_explicit(&server->requests, memory_order_relaxed),
 		.memory_bytes = atomic_load_explicit(&server->memory.used_bytes, memory_order_relaxed),
 		.memory_limit_bytes = atomic_load_explicit(&server->memory.limit_bytes, memory_order_relaxed),

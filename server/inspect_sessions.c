@@ -70,7 +70,7 @@ static struct msg_quota *fill_quotas(struct arena *arena, const struct quota *qu
 }
 
 /* The lane is locked for one session at a time: thousands of them must not hold it up. */
-static void fill_session(struct arena *arena, const struct session *session, const struct server *server, const struct snapshot *snapshot, struct msg_session_state *out)
+static void fill_session(struct arena *arena, const struct session *session, const struct snapshot *snapshot, struct msg_session_state *out)
 {
 	const struct sched_flow *flow = &session->flow;
 	const struct scheduler *scheduler = lane_scheduler_lock(session->lane);
@@ -78,7 +78,7 @@ static void fill_session(struct arena *arena, const struct session *session, con
 		.session = session->id,
 		.tenant = msg_text(session->tenant->name),
 		.peer = msg_text(session->conn == NULL ? "" : session->conn->peer),
-		.age_us = session->conn == NULL ? 0 : server->turn_us - session->conn->opened_us,
+		.age_us = session->conn == NULL ? 0 : session->conn->io->turn_us - session->conn->opened_us,
 		.service_class = session->class + 1,
 		.weight = flow->weight,
 		.in_flight = session->in_flight,
@@ -111,7 +111,7 @@ static void fill_session(struct arena *arena, const struct session *session, con
 static uint32_t count_sessions(const struct server *server, const struct session *who, uint64_t first)
 {
 	uint32_t count = 0;
-	for (const struct conn *conn = server->conns; conn != NULL; conn = conn->next)
+	for (const struct conn *conn = server->loops[0].conns; conn != NULL; conn = conn->next)
 		count += conn->session->id >= first && sees(who, conn->session);
 	return count;
 }
@@ -127,12 +127,12 @@ static bool fill_sessions(struct request *request, struct msg_sessions *out)
 		return false;
 	/* Connections are linked newest first; ids rise. */
 	uint32_t at = all;
-	for (const struct conn *conn = server->conns; conn != NULL; conn = conn->next) {
+	for (const struct conn *conn = server->loops[0].conns; conn != NULL; conn = conn->next) {
 		if (conn->session->id < first || !sees(request->session, conn->session))
 			continue;
 		at--;
 		if (at < count)
-			fill_session(&request->arena, conn->session, server, request->snapshot, &out->sessions[at]);
+			fill_session(&request->arena, conn->session, request->snapshot, &out->sessions[at]);
 		else if (at == count)
 			out->next = conn->session->id;
 	}
@@ -247,7 +247,7 @@ void inspect_sessions(struct request *request)
 
 static struct session *find_session(const struct server *server, uint64_t id)
 {
-	for (const struct conn *conn = server->conns; conn != NULL; conn = conn->next)
+	for (const struct conn *conn = server->loops[0].conns; conn != NULL; conn = conn->next)
 		if (conn->session->id == id)
 			return conn->session;
 	return NULL;

@@ -97,8 +97,8 @@ static void widen(struct conn *conn)
 static int open_handle(struct listener *listener, struct conn *conn)
 {
 	conn->handle.data = conn;
-	return listener->kind == LISTEN_UNIX ? uv_pipe_init(&listener->server->loop, &conn->pipe, 0)
-	                                     : uv_tcp_init(&listener->server->loop, &conn->tcp);
+	return listener->kind == LISTEN_UNIX ? uv_pipe_init(&conn->io->loop, &conn->pipe, 0)
+	                                     : uv_tcp_init(&conn->io->loop, &conn->tcp);
 }
 
 static void log_accept_error(struct listener *listener, int failed)
@@ -162,8 +162,8 @@ static void turn_away(struct listener *listener)
 		return;
 	}
 	listener->turned_away.handle.data = listener;
-	int failed = listener->kind == LISTEN_UNIX ? uv_pipe_init(&listener->server->loop, &listener->turned_away.pipe, 0)
-	                                           : uv_tcp_init(&listener->server->loop, &listener->turned_away.tcp);
+	int failed = listener->kind == LISTEN_UNIX ? uv_pipe_init(&listener->server->loops[0].loop, &listener->turned_away.pipe, 0)
+	                                           : uv_tcp_init(&listener->server->loops[0].loop, &listener->turned_away.tcp);
 	if (failed != 0)
 		return;
 	(void)uv_accept(&listener->stream, &listener->turned_away.stream);
@@ -174,14 +174,14 @@ static void turn_away(struct listener *listener)
 /* False: it has to wait for the next turn. */
 static bool may_accept(struct listener *listener)
 {
-	struct server *server = listener->server;
-	if (listener->turn != server->turn) {
-		listener->turn = server->turn;
+	struct io_loop *io = &listener->server->loops[0];
+	if (listener->turn != io->turn) {
+		listener->turn = io->turn;
 		listener->accepted = 0;
 	}
 	listener->due = listener->accepted >= TURN_ACCEPTS;
 	if (listener->due)
-		server_flush_soon(server);
+		io_loop_flush_soon(io);
 	else
 		listener->accepted++;
 	return !listener->due;
@@ -212,9 +212,10 @@ static void on_connection(uv_stream_t *stream, int status)
 		return;
 	}
 	opd_error refused = {0};
-	if (server->conn_count >= server->config->limits.sessions)
-		(void)opd_fail(&refused, OPD_RESOURCE_EXHAUSTED, "%u sessions are open, no more may be", (unsigned)server->conn_count);
-	struct conn *conn = conn_create(server, access_create("anonymous", "anonymous", ACCESS_USER));
+	const uint32_t open = server_sessions(server);
+	if (open >= server->config->limits.sessions)
+		(void)opd_fail(&refused, OPD_RESOURCE_EXHAUSTED, "%u sessions are open, no more may be", (unsigned)open);
+	struct conn *conn = conn_create(&server->loops[0], access_create("anonymous", "anonymous", ACCESS_USER));
 	if (conn == NULL) {
 		log_accept_error(listener, UV_ENOMEM);
 		turn_away(listener);
@@ -364,7 +365,7 @@ static opd_status open_listener(struct server *server, const struct config_liste
 	listener->kind = config->kind;
 	listener->remote = config->kind != LISTEN_UNIX && !config->loopback;
 	listener->metrics = metrics;
-	int failed = config->kind == LISTEN_UNIX ? uv_pipe_init(&server->loop, &listener->pipe, 0) : uv_tcp_init(&server->loop, &listener->tcp);
+	int failed = config->kind == LISTEN_UNIX ? uv_pipe_init(&server->loops[0].loop, &listener->pipe, 0) : uv_tcp_init(&server->loops[0].loop, &listener->tcp);
 	if (failed != 0) {
 		free(listener);
 		return cannot_listen(config, uv_strerror(failed), error);

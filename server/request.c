@@ -465,7 +465,7 @@ static void finish(struct request *request)
 	request->replied = true;
 	metrics_replied(request->context->metrics, request->message.kind, request->reply.status);
 	if (request->run.deadline_ns != 0 && !request->direct)
-		deadline_clear(&request->context->server->deadlines, request);
+		deadline_clear(&request->context->io->deadlines, request);
 	if (!request->direct)
 		encode(request);
 	if (request->entered) {

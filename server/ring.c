@@ -21,7 +21,7 @@
 
 struct ring {
 	struct conn *conn; /* NULL: it is closing */
-	struct server *server;
+	struct io_loop *io;
 	struct ring *next; /* of those awake */
 	bool awake;
 	bool full;      /* replies wait for room */
@@ -65,10 +65,10 @@ static void wake(struct ring *ring)
 	if (ring->awake || ring->answering)
 		return;
 	ring->awake = true;
-	ring->next = ring->server->rings;
-	ring->server->rings = ring;
+	ring->next = ring->io->rings;
+	ring->io->rings = ring;
 	tell_waits(ring);
-	server_flush_soon(ring->server);
+	io_loop_flush_soon(ring->io);
 }
 
 void ring_wake(struct conn *conn)
@@ -78,7 +78,7 @@ void ring_wake(struct conn *conn)
 
 static void unlink_awake(struct ring *ring)
 {
-	struct ring **link = &ring->server->rings;
+	struct ring **link = &ring->io->rings;
 	while (*link != NULL && *link != ring)
 		link = &(*link)->next;
 	if (*link != NULL)
@@ -173,7 +173,7 @@ static void take_some(struct ring *ring, uint64_t filled)
 		conn_received_payload(conn, bytes);
 		return;
 	}
-	uint8_t *stage = (uint8_t *)conn->server->stage;
+	uint8_t *stage = (uint8_t *)conn->io->stage;
 	bytes = copy_head(ring, stage, filled);
 	conn->turn_read += bytes;
 	conn_consume(conn, stage, bytes);
@@ -207,7 +207,7 @@ static void take_requests(struct ring *ring)
 	release(ring, true);
 	if (ring->requests.at == before)
 		return;
-	conn->read_us = conn->server->turn_us;
+	conn->read_us = conn->io->turn_us;
 }
 
 /* ---- Writing ---- */
@@ -289,8 +289,8 @@ static void look_for_room(struct ring *ring)
 /* The next request is probably near, its client having said that it polls and having all its answers; no kernel needs the core; and the second's budget isn't spent. */
 static bool is_polling(const struct ring *ring, uint64_t now_ns)
 {
-	const struct server *server = ring->server;
-	return ring->poll_ns != 0 && ring->conn->session->in_flight == 0 && !lanes_busy(server) && server->polled_ns < server->config->polling_budget_us * 1000 &&
+	const struct io_loop *io = ring->io;
+	return ring->poll_ns != 0 && ring->conn->session->in_flight == 0 && !lanes_busy(io->server) && io->polled_ns < io->server->config->polling_budget_us * 1000 &&
 	       now_ns - ring->active_ns < ring->poll_ns;
 }
 
@@ -318,12 +318,12 @@ static bool stays_awake(struct ring *ring)
 	return !fall_asleep(ring);
 }
 
-void rings_serve(struct server *server)
+void rings_serve(struct io_loop *io)
 {
 	struct ring *kept = NULL;
-	while (server->rings != NULL) {
-		struct ring *ring = server->rings;
-		server->rings = ring->next;
+	while (io->rings != NULL) {
+		struct ring *ring = io->rings;
+		io->rings = ring->next;
 		look_for_room(ring);
 		take_requests(ring);
 		if (ring->conn == NULL || !stays_awake(ring))
@@ -336,8 +336,8 @@ void rings_serve(struct server *server)
 		kept = ring->next;
 		if (ring->conn == NULL) /* closed while another was served */
 			continue;
-		ring->next = server->rings;
-		server->rings = ring;
+		ring->next = io->rings;
+		io->rings = ring;
 	}
 }
 
@@ -354,10 +354,10 @@ static void breathe(uint64_t looked_ns)
 }
 
 /* Whether a ring has something; *polling_out: whether another look may find more. */
-static bool look(const struct server *server, uint64_t now_ns, bool *polling_out)
+static bool look(const struct io_loop *io, uint64_t now_ns, bool *polling_out)
 {
 	bool found = false, polling = false;
-	for (const struct ring *ring = server->rings; ring != NULL && !found; ring = ring->next) {
+	for (const struct ring *ring = io->rings; ring != NULL && !found; ring = ring->next) {
 		polling = polling || is_polling(ring, now_ns);
 		found = conn_may_read(ring->conn) && ring_filled(&ring->requests) != 0;
 	}
@@ -365,19 +365,19 @@ static bool look(const struct server *server, uint64_t now_ns, bool *polling_out
 	return found;
 }
 
-bool rings_look(struct server *server)
+bool rings_look(struct io_loop *io)
 {
 	bool polling = true;
 	const uint64_t begin = request_now_ns();
 	uint64_t now = begin;
-	for (uint32_t looks = 1; polling && server->dirty == NULL && now < server->slice_end_ns; looks++) {
-		if (look(server, now, &polling))
+	for (uint32_t looks = 1; polling && io->dirty == NULL && now < io->slice_end_ns; looks++) {
+		if (look(io, now, &polling))
 			return true;
 		breathe(now - begin);
 		if (looks % LOOKS_A_CLOCK == 0 || now - begin >= RING_PAUSE_NS)
 			now = request_now_ns();
 	}
-	server->polled_ns += now - begin;
+	io->polled_ns += now - begin;
 	return false;
 }
 
@@ -461,7 +461,7 @@ static opd_status map_memory(struct ring *ring, int fd, const struct msg_attach_
 
 static opd_status watch(struct ring *ring, opd_error *error)
 {
-	int failed = uv_poll_init(&ring->server->loop, &ring->poll, ring->server_fd);
+	int failed = uv_poll_init(&ring->io->loop, &ring->poll, ring->server_fd);
 	ring->polled = failed == 0;
 	ring->poll.data = ring;
 	if (failed == 0)
@@ -475,7 +475,7 @@ static opd_status make_ring(struct conn *conn, const struct msg_attach_rings *wi
 	if (ring == NULL)
 		return system_error("memory", ENOMEM, error);
 	ring->server_fd = ring->client_fd = ring->watch_fd = -1;
-	ring->server = conn->server;
+	ring->io = conn->io;
 	ring->conn = conn;
 	ring->answering = true;
 	const uint64_t window_us = conn->server->config->polling_window_us;

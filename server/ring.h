@@ -18,7 +18,7 @@
 
 struct conn;
 struct request;
-struct server;
+struct io_loop;
 
 /* The request. */
 void ring_attach_start(struct request *request);
@@ -33,8 +33,8 @@ void ring_socket_bytes(struct conn *conn, const unsigned char *bytes, size_t cou
 void ring_close(struct conn *conn);
 
 /* A turn's share of all rings that are awake. */
-void rings_serve(struct server *server);
+void rings_serve(struct io_loop *io);
 /* Looks at rings whose clients poll until one has something (true), or the slice is over, or nobody polls. */
-bool rings_look(struct server *server);
+bool rings_look(struct io_loop *io);
 
 #endif

@@ -324,7 +324,7 @@ opd_status run_take(struct request *request)
 	if (run->timeout_us != 0)
 		request->run.deadline_ns = request->clock.received + (run->timeout_us < UINT64_MAX / 2000 ? run->timeout_us * 1000 : UINT64_MAX / 2);
 	if (request->run.deadline_ns != 0 && !request->direct && status == OPD_OK)
-		deadline_set(&request->context->server->deadlines, request);
+		deadline_set(&request->context->io->deadlines, request);
 	return status;
 }
 

@@ -143,7 +143,7 @@ bool scrape_accept(struct server *server, uv_stream_t *listening, bool unix_sock
 	struct scrape *scrape = calloc(1, sizeof *scrape);
 	if (scrape == NULL)
 		return false;
-	const int failed = unix_socket ? uv_pipe_init(&server->loop, &scrape->pipe, 0) : uv_tcp_init(&server->loop, &scrape->tcp);
+	const int failed = unix_socket ? uv_pipe_init(&server->loops[0].loop, &scrape->pipe, 0) : uv_tcp_init(&server->loops[0].loop, &scrape->tcp);
 	if (failed != 0) {
 		free(scrape);
 		return false;

@@ -1,11 +1,9 @@
 #include "server/server.h"
 
-#include <errno.h>
 #include <inttypes.h>
 #include <semaphore.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/timerfd.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -22,7 +20,6 @@
 #include "server/module.h"
 #include "server/placement.h"
 #include "server/request.h"
-#include "server/ring.h"
 #include "server/scrape.h"
 #include "server/tls_context.h"
 
@@ -40,7 +37,7 @@ struct post {
 
 void server_wake(struct server *server)
 {
-	(void)uv_async_send(&server->wake);
+	io_loop_wake(&server->loops[0]);
 }
 
 opd_status server_post(struct server *server, void (*callback)(void *argument), void *argument, opd_error *error)
@@ -91,6 +88,24 @@ uint64_t server_memory_bytes(const struct server *server)
 	return atomic_load_explicit(&server->memory.used_bytes, memory_order_relaxed);
 }
 
+uint32_t server_sessions(const struct server *server)
+{
+	uint32_t count = 0;
+	for (uint32_t i = 0; i < server->loop_count; i++)
+		count += server->loops[i].conn_count;
+	return count;
+}
+
+uint32_t server_metrics_count(const struct server *server)
+{
+	return 1 + server->loop_count;
+}
+
+struct metrics *server_metrics(const struct server *server, uint32_t index)
+{
+	return index == 0 ? server->direct_metrics : server->loops[index - 1].metrics;
+}
+
 /* ---- Draining ---- */
 
 static void drain_begin(struct server *server)
@@ -98,15 +113,15 @@ static void drain_begin(struct server *server)
 	uint64_t timeout_us = atomic_load(&server->drain_timeout_us);
 	server->draining = true;
 	server->drain_until_us = request_now_ns() / 1000 + (timeout_us != 0 ? timeout_us : server->config->limits.drain_us);
-	LOG(server->log, LOG_INFO, "draining", LOG_UINT("sessions", server->conn_count));
+	LOG(server->log, LOG_INFO, "draining", LOG_UINT("sessions", server_sessions(server)));
 	listener_close_all(server);
-	for (struct conn *conn = server->conns; conn != NULL; conn = conn->next)
+	for (struct conn *conn = server->loops[0].conns; conn != NULL; conn = conn->next)
 		conn_goaway(conn, "the server is draining");
 }
 
 static void drain_cut_off(struct server *server, const char *why)
 {
-	for (struct conn *conn = server->conns; conn != NULL; conn = conn->next) {
+	for (struct conn *conn = server->loops[0].conns; conn != NULL; conn = conn->next) {
 		server->drain_failed = server->drain_failed || !conn_idle(conn);
 		conn_close(conn, conn_idle(conn) ? LOG_INFO : LOG_WARN, why);
 	}
@@ -123,8 +138,8 @@ static void drain_check(struct server *server)
 		drain_cut_off(server, "asked to end at once");
 	else if (request_now_ns() / 1000 >= server->drain_until_us)
 		drain_cut_off(server, "the drain's time is over");
-	if (server->conns == NULL && server->direct_count == 0)
-		uv_stop(&server->loop);
+	if (server->loops[0].conns == NULL && server->direct_count == 0)
+		uv_stop(&server->loops[0].loop);
 }
 
 /* ---- The loop ---- */
@@ -141,60 +156,11 @@ static void finish_lanes(struct server *server)
 	}
 }
 
-static void on_wake(uv_async_t *wake)
+void server_on_wake(struct server *server)
 {
-	struct server *server = wake->data;
 	finish_lanes(server);
 	run_posts(server);
 	drain_check(server);
-}
-
-/* While it is active the loop doesn't sleep in its poll: there is nothing else to do. */
-static void on_again(uv_idle_t *again)
-{
-	(void)again;
-}
-
-/* Before polling too something may become writable (a write that libuv finished at once is reported then): without this the poll would sleep on it
- * until the next tick. */
-void server_flush_soon(struct server *server)
-{
-	if (!uv_is_active((uv_handle_t *)&server->again))
-		(void)uv_idle_start(&server->again, on_again);
-}
-
-static void flush_dirty(struct server *server)
-{
-	struct conn *conn = server->dirty;
-	server->dirty = NULL;
-	if (conn != NULL)
-		server->flush_ns = request_now_ns(); /* once for all replies of the turn: they go out together */
-	while (conn != NULL) {
-		struct conn *next = conn->next_dirty;
-		conn->dirty = false;
-		conn_flush(conn);
-		conn = next;
-	}
-}
-
-/* After polling: a new turn begins; what came by rings is served, the replies leave together, and again while rings that poll bring something in this turn's slice. */
-static void on_flush(uv_check_t *check)
-{
-	struct server *server = check->data;
-	server->turn++;
-	server->crowded = server->turn_conns > 1;
-	server->turn_conns = 0;
-	const uint64_t now_ns = request_now_ns();
-	server->turn_us = now_ns / 1000;
-	server->context.inline_ns = 0;
-	server->slice_end_ns = now_ns + RING_SLICE_NS;
-	listener_turn(server);
-	do {
-		rings_serve(server);
-		flush_dirty(server);
-	} while (server->rings != NULL && rings_look(server));
-	if (server->dirty == NULL && server->rings == NULL)
-		(void)uv_idle_stop(&server->again);
 }
 
 /* The last step before memory is full: what can be made again goes, once until there is room again. */
@@ -213,26 +179,13 @@ static void drop_caches(struct server *server)
 	server->caches_are_dropped = filled;
 }
 
-static void on_tick(uv_poll_t *tick, int status, int events)
+void server_on_tick(struct server *server, uint64_t now_ns)
 {
-	(void)status;
-	(void)events;
-	struct server *server = tick->data;
-	uint64_t expirations;
-	if (read(server->tick_fd, &expirations, sizeof expirations) != sizeof expirations)
-		return;
-	const uint64_t now_ns = request_now_ns();
-	const uint64_t now_us = now_ns / 1000;
 	containment_tick(server->containment, now_ns);
-	server->polled_ns = 0;
 	drop_caches(server);
-	scrape_tick(server, now_us);
-	tenants_sweep(server->tenants, now_us * 1000);
-	for (struct conn *conn = server->conns, *next; conn != NULL; conn = next) {
-		next = conn->next;
-		conn_tick(conn, now_us);
-	}
-	health_tick(server, now_us);
+	scrape_tick(server, now_ns / 1000);
+	tenants_sweep(server->tenants, now_ns);
+	health_tick(server, now_ns / 1000);
 	drain_check(server);
 }
 
@@ -344,40 +297,6 @@ static opd_status open_providers(struct server *server, opd_error *error)
 	return OPD_OK;
 }
 
-/* 0 or libuv's error. The descriptor is closed with the server, also after a failure. */
-static int open_tick(struct server *server)
-{
-	const struct itimerspec second = {.it_interval = {.tv_sec = 1}, .it_value = {.tv_sec = 1}};
-	server->tick_fd = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC);
-	if (server->tick_fd < 0 || timerfd_settime(server->tick_fd, 0, &second, NULL) != 0)
-		return uv_translate_sys_error(errno);
-	return uv_poll_init(&server->loop, &server->tick, server->tick_fd);
-}
-
-static opd_status open_loop(struct server *server, opd_error *error)
-{
-	if (uv_loop_init(&server->loop) != 0)
-		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: no event loop");
-	int failed = uv_async_init(&server->loop, &server->wake, on_wake);
-	if (failed == 0)
-		failed = uv_check_init(&server->loop, &server->flush);
-	if (failed == 0)
-		failed = uv_idle_init(&server->loop, &server->again);
-	if (failed == 0)
-		failed = open_tick(server);
-	if (failed == 0)
-		failed = deadlines_open(&server->deadlines, &server->loop);
-	if (failed == 0)
-		failed = watches_open(&server->watches, server, &server->loop);
-	server->wake.data = server->flush.data = server->again.data = server->tick.data = server;
-	if (failed == 0)
-		failed = uv_check_start(&server->flush, on_flush);
-	if (failed == 0)
-		failed = uv_poll_start(&server->tick, UV_READABLE, on_tick);
-	server->running = failed == 0;
-	return failed == 0 ? OPD_OK : opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: event loop: %s", uv_strerror(failed));
-}
-
 /* Who is there, and who isn't and why. */
 static void log_start(struct server *server)
 {
@@ -411,23 +330,32 @@ static void log_start(struct server *server)
 	    LOG_UINT("memory_bytes", atomic_load(&server->memory.limit_bytes)));
 }
 
+static opd_status make_loops(struct server *server, uint32_t count, opd_error *error)
+{
+	opd_status status = OPD_OK;
+	server->direct_metrics = metrics_create(true);
+	server->loops = calloc(count, sizeof server->loops[0]);
+	if (server->direct_metrics == NULL || server->loops == NULL)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: out of memory");
+	while (status == OPD_OK && server->loop_count < count) {
+		struct io_loop *io = &server->loops[server->loop_count];
+		io->server = server;
+		io->number = server->loop_count++;
+		status = io_loop_open(io, error);
+	}
+	return status;
+}
+
 static opd_status start(struct server *server, opd_error *error)
 {
 	struct config *config = server->config;
-	opd_status status = open_loop(server, error);
-	if (status == OPD_OK)
-		status = memory_init(&server->memory, config->limits.memory_bytes, config->limits.cache_bytes, error);
+	opd_status status = memory_init(&server->memory, config->limits.memory_bytes, config->limits.cache_bytes, error);
 	if (status == OPD_OK) {
 		server->account = account_create(&server->memory, config->limits.memory_bytes);
 		server->tenants = tenants_create(&server->memory);
 		server->publications = publications_create(&server->memory, server->tenants);
 		server->placement = placement_create();
-		server->stage = malloc(CONN_STAGE_BYTES);
-		if (config->tls_context != NULL) {
-			server->tls_stage = malloc(TLS_STAGE_BYTES);
-			server->tls_sealed = malloc(TLS_SEALED_BYTES);
-		}
-		if ((config->tls_context != NULL && (server->tls_stage == NULL || server->tls_sealed == NULL)) || server->metrics[SERVER_METRICS_LOOP] == NULL || server->metrics[SERVER_METRICS_DIRECT] == NULL || server->account == NULL || server->placement == NULL || server->tenants == NULL || server->publications == NULL || server->stage == NULL)
+		if (server->account == NULL || server->placement == NULL || server->tenants == NULL || server->publications == NULL)
 			status = opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: out of memory");
 	}
 	if (status == OPD_OK)
@@ -496,13 +424,10 @@ opd_status server_create(struct config *config, struct log *log, struct server *
 	}
 	server->log = log;
 	server_take_config(server, config);
-	server->tick_fd = -1;
-	server->started_us = server->turn_us = request_now_ns() / 1000;
-	server->metrics[SERVER_METRICS_LOOP] = metrics_create(false);
-	server->metrics[SERVER_METRICS_DIRECT] = metrics_create(true);
-	context_init(&server->context, server);
-	server->context.metrics = server->metrics[SERVER_METRICS_LOOP];
-	opd_status status = start(server, error);
+	server->started_us = request_now_ns() / 1000;
+	opd_status status = make_loops(server, 1, error);
+	if (status == OPD_OK)
+		status = start(server, error);
 	if (status != OPD_OK) {
 		server->config = NULL; /* the caller's still */
 		server_destroy(server);
@@ -516,8 +441,8 @@ opd_status server_create(struct config *config, struct log *log, struct server *
 
 opd_status server_run(struct server *server)
 {
-	while (!server->draining || server->conns != NULL || server->direct_count != 0) {
-		(void)uv_run(&server->loop, UV_RUN_DEFAULT);
+	while (!server->draining || server->loops[0].conns != NULL || server->direct_count != 0) {
+		(void)uv_run(&server->loops[0].loop, UV_RUN_DEFAULT);
 		drain_check(server);
 	}
 	(void)pthread_mutex_lock(&server->mutex);
@@ -534,20 +459,13 @@ opd_status server_run(struct server *server)
 
 /* ---- Ending ---- */
 
-static void close_handle(uv_handle_t *handle, void *argument)
-{
-	(void)argument;
-	if (!uv_is_closing(handle))
-		uv_close(handle, NULL);
-}
-
 static void close_loop(struct server *server)
 {
 	listener_close_all(server);
 	scrape_close_all(server);
-	for (struct conn *conn = server->conns; conn != NULL; conn = conn->next)
+	for (struct conn *conn = server->loops[0].conns; conn != NULL; conn = conn->next)
 		conn_close(conn, LOG_INFO, "the server ends");
-	(void)uv_run(&server->loop, UV_RUN_NOWAIT);
+	(void)uv_run(&server->loops[0].loop, UV_RUN_NOWAIT);
 	/* Jobs of closed connections end without a reader, and nothing follows them: not the next provider, nor a request that waited for a result. */
 	server->ending = true;
 	lanes_stop(server);
@@ -560,25 +478,24 @@ static void close_loop(struct server *server)
 	}
 	lanes_finish_done(server);
 	run_posts(server);
-	uv_walk(&server->loop, close_handle, NULL);
-	while (uv_loop_close(&server->loop) == UV_EBUSY)
-		(void)uv_run(&server->loop, UV_RUN_DEFAULT);
+	io_loop_close(&server->loops[0]);
 }
 
 void server_destroy(struct server *server)
 {
 	if (server == NULL)
 		return;
-	if (server->running)
+	if (server->loop_count != 0 && server->loops[0].running)
 		close_loop(server);
-	context_fini(&server->context);
+	for (uint32_t i = 0; i < server->loop_count; i++)
+		io_loop_fini(&server->loops[i]);
 	publications_destroy(server->publications); /* before the devices on which some of them lie */
 	for (uint32_t i = 0; i < REGISTRY_DEVICES_MAX; i++)
 		device_lane_stop(server->device_lanes[i]);
 	lanes_destroy(server);
 	closer_fini(&server->closer);
-	metrics_destroy(server->metrics[SERVER_METRICS_LOOP]);
-	metrics_destroy(server->metrics[SERVER_METRICS_DIRECT]);
+	metrics_destroy(server->direct_metrics);
+	free(server->loops);
 	placement_destroy(server->placement);
 	tenants_destroy(server->tenants);
 	plans_destroy(server->plans);
@@ -591,13 +508,6 @@ void server_destroy(struct server *server)
 		account_unref(server->account);
 		memory_fini(&server->memory);
 	}
-	if (server->tick_fd >= 0)
-		(void)close(server->tick_fd);
-	deadlines_close(&server->deadlines);
-	watches_close(&server->watches);
-	free(server->stage);
-	free(server->tls_stage);
-	free(server->tls_sealed);
 	config_destroy(server->config);
 	(void)pthread_mutex_destroy(&server->mutex);
 	free(server);

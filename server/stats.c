@@ -48,7 +48,7 @@ static void tell_daemon(const struct walk *walk)
 	single(sink, STATS_GAUGE, "opd_memory_bytes", "tensor bytes in host memory, charged now", (double)server_memory_bytes(server));
 	single(sink, STATS_GAUGE, "opd_memory_limit_bytes", "limits.memory", (double)atomic_load_explicit(&server->memory.limit_bytes, memory_order_relaxed));
 	single(sink, STATS_GAUGE, "opd_derived_bytes", "of them, copies that providers made of kept tensors", (double)derived.bytes);
-	single(sink, STATS_GAUGE, "opd_sessions", "open now", server->conn_count);
+	single(sink, STATS_GAUGE, "opd_sessions", "open now", server_sessions(server));
 	single(sink, STATS_COUNTER, "opd_sessions_opened_total", "sessions that were greeted", (double)server->sessions_opened);
 	single(sink, STATS_COUNTER, "opd_sessions_refused_total", "Hellos answered with an error", (double)server->hellos_refused);
 	single(sink, STATS_COUNTER, "opd_tls_handshakes_total", "TLS handshakes finished", (double)server->tls_handshakes);
@@ -70,8 +70,8 @@ static void tell_daemon(const struct walk *walk)
 static uint64_t sum_of(const struct server *server, size_t offset)
 {
 	uint64_t sum = 0;
-	for (uint32_t i = 0; i < SERVER_METRICS; i++)
-		sum += tally_get((const tally *)(const void *)((const char *)server->metrics[i] + offset));
+	for (uint32_t i = 0; i < server_metrics_count(server); i++)
+		sum += tally_get((const tally *)(const void *)((const char *)server_metrics(server, i) + offset));
 	return sum;
 }
 
@@ -91,8 +91,8 @@ static void tell_requests(const struct walk *walk)
 			labelled(sink, "status", opd_status_name((opd_status)i), (double)count);
 	}
 	struct histogram latency = {0};
-	for (uint32_t i = 0; i < SERVER_METRICS; i++)
-		metrics_add_histogram(&walk->server->metrics[i]->latency, &latency);
+	for (uint32_t i = 0; i < server_metrics_count(walk->server); i++)
+		metrics_add_histogram(&server_metrics(walk->server, i)->latency, &latency);
 	family(sink, STATS_HISTOGRAM, "opd_request_seconds", "from a request's envelope to its reply on the way out");
 	sink->spread(sink, NULL, 0, &latency);
 }
@@ -117,8 +117,8 @@ static void add_impls(const struct server *server, const struct op *op, struct i
 		const struct impl *impl = op->impls[k];
 		struct impl_sum *item = &table->items[table->count];
 		bool any = false;
-		for (uint32_t i = 0; i < SERVER_METRICS; i++) {
-			const struct metrics_impl *mine = atomic_load_explicit(&server->metrics[i]->impls[impl->index], memory_order_acquire);
+		for (uint32_t i = 0; i < server_metrics_count(server); i++) {
+			const struct metrics_impl *mine = atomic_load_explicit(&server_metrics(server, i)->impls[impl->index], memory_order_acquire);
 			if (mine == NULL)
 				continue;
 			if (!any)
@@ -140,8 +140,8 @@ static bool make_table(struct server *server, const struct snapshot *snapshot, s
 		return false;
 	struct impl_sum *graphs = &table->items[table->count++];
 	*graphs = (struct impl_sum){.op = "(graph)", .provider = ""};
-	for (uint32_t i = 0; i < SERVER_METRICS; i++)
-		metrics_add_impl(&server->metrics[i]->graphs, &graphs->sum);
+	for (uint32_t i = 0; i < server_metrics_count(server); i++)
+		metrics_add_impl(&server_metrics(server, i)->graphs, &graphs->sum);
 	for (uint32_t i = 0; i < snapshot->op_count; i++)
 		add_impls(server, &snapshot->ops[i], table);
 	return true;

@@ -5,7 +5,7 @@
 
 void stranger_remove(struct conn *conn)
 {
-	struct strangers *all = &conn->server->strangers;
+	struct strangers *all = &conn->io->strangers;
 	struct stranger *own = &conn->stranger;
 	if (!own->is)
 		return;
@@ -17,7 +17,7 @@ void stranger_remove(struct conn *conn)
 
 void stranger_add(struct conn *conn)
 {
-	struct strangers *all = &conn->server->strangers;
+	struct strangers *all = &conn->io->strangers;
 	conn->stranger = (struct stranger){.previous = all->newest, .is = true};
 	*(all->newest == NULL ? &all->oldest : &all->newest->stranger.next) = conn;
 	all->newest = conn;

@@ -18,7 +18,7 @@ struct stranger {
 	bool is;
 };
 
-/* In struct server. */
+/* In struct io_loop. */
 struct strangers {
 	struct conn *oldest;
 	struct conn *newest;

@@ -143,9 +143,9 @@ void watches_close(struct watches *watches)
 	watches->opened = false;
 }
 
-uint64_t watch_budget_ns(const struct watches *watches, const struct provider *provider)
+uint64_t watch_budget_ns(const struct server *server, const struct provider *provider)
 {
-	return atomic_load_explicit(&containment_policy(watches->server->containment, provider)->budget_ns, memory_order_relaxed);
+	return atomic_load_explicit(&containment_policy(server->containment, provider)->budget_ns, memory_order_relaxed);
 }
 
 /* Under the mutex. */
@@ -171,21 +171,23 @@ static void leave(struct watch *watch)
 	watch->link = NULL;
 }
 
-void watch_begin(struct watches *watches, struct watch *watch, const struct watch_subject *subject, uint64_t budget_ns)
+void watch_begin(struct watch *watch, const struct watch_subject *subject, uint64_t budget_ns)
 {
-	*watch = (struct watch){.subject = *subject, .budget_ns = subject->request->direct ? 0 : budget_ns};
-	watch_resume(watches, watch);
+	struct io_loop *io = subject->request->context->io;
+	*watch = (struct watch){.subject = *subject, .budget_ns = io == NULL ? 0 : budget_ns, .watches = io == NULL ? NULL : &io->watches};
+	watch_resume(watch);
 }
 
-void watch_begin_kernel(struct watches *watches, struct watch *watch, const struct impl *impl, const char *node, struct request *request, struct lane_exec *exec)
+void watch_begin_kernel(struct watch *watch, const struct impl *impl, const char *node, struct request *request, struct lane_exec *exec)
 {
 	const struct watch_subject subject = {.impl = impl, .provider = impl->provider, .node = node, .request = request, .exec = exec};
 	const bool watched = exec->lane != NULL && !impl->provider->isolated;
-	watch_begin(watches, watch, &subject, watched ? watch_budget_ns(watches, impl->provider) : 0);
+	watch_begin(watch, &subject, watched ? watch_budget_ns(request->context->server, impl->provider) : 0);
 }
 
-void watch_resume(struct watches *watches, struct watch *watch)
+void watch_resume(struct watch *watch)
 {
+	struct watches *watches = watch->watches;
 	if (watch->budget_ns == 0) /* `link` is its neighbours' to change */
 		return;
 	(void)pthread_mutex_lock(&watches->mutex);
@@ -194,8 +196,9 @@ void watch_resume(struct watches *watches, struct watch *watch)
 	(void)pthread_mutex_unlock(&watches->mutex);
 }
 
-void watch_pause(struct watches *watches, struct watch *watch)
+void watch_pause(struct watch *watch)
 {
+	struct watches *watches = watch->watches;
 	if (watch->budget_ns == 0)
 		return;
 	(void)pthread_mutex_lock(&watches->mutex);
@@ -204,8 +207,9 @@ void watch_pause(struct watches *watches, struct watch *watch)
 	(void)pthread_mutex_unlock(&watches->mutex);
 }
 
-bool watch_end(struct watches *watches, struct watch *watch)
+bool watch_end(struct watch *watch)
 {
+	struct watches *watches = watch->watches;
 	if (watch->budget_ns == 0)
 		return false;
 	(void)pthread_mutex_lock(&watches->mutex);

@@ -40,6 +40,7 @@ struct watch {
 	struct watch_subject subject;
 	uint64_t began_ns;
 	uint64_t budget_ns; /* 0: it isn't watched */
+	struct watches *watches; /* its request's loop's */
 	bool overdue;
 };
 
@@ -59,15 +60,15 @@ int watches_open(struct watches *watches, struct server *server, uv_loop_t *loop
 void watches_close(struct watches *watches);
 
 /* A kernel's; 0: any. */
-uint64_t watch_budget_ns(const struct watches *watches, const struct provider *provider);
+uint64_t watch_budget_ns(const struct server *server, const struct provider *provider);
 /* The kernel (or plan) begins; nothing happens where there is no budget, or on a lane that is none. */
-void watch_begin(struct watches *watches, struct watch *watch, const struct watch_subject *subject, uint64_t budget_ns);
+void watch_begin(struct watch *watch, const struct watch_subject *subject, uint64_t budget_ns);
 /* The same on the CPU, with the budget of the implementation's provider. */
-void watch_begin_kernel(struct watches *watches, struct watch *watch, const struct impl *impl, const char *node, struct request *request, struct lane_exec *exec);
+void watch_begin_kernel(struct watch *watch, const struct impl *impl, const char *node, struct request *request, struct lane_exec *exec);
 /* Its time doesn't count until watch_resume, from where it counts anew. Nothing happens to what isn't watched, or is overdue. */
-void watch_pause(struct watches *watches, struct watch *watch);
-void watch_resume(struct watches *watches, struct watch *watch);
+void watch_pause(struct watch *watch);
+void watch_resume(struct watch *watch);
 /* It has ended; true: after its request was answered. Zeroed memory may be ended, and again what has ended. */
-bool watch_end(struct watches *watches, struct watch *watch);
+bool watch_end(struct watch *watch);
 
 #endif

@@ -18,6 +18,7 @@
 #include "tests/lib/clock.h"
 
 #define START_LIMIT_NS 20000000000ull
+#define ARGUMENTS_MAX 64
 
 /* A port that was free a moment ago. */
 static uint16_t free_port(void)
@@ -32,13 +33,16 @@ static uint16_t free_port(void)
 	return ntohs(address.sin_port);
 }
 
-static _Noreturn void daemon_exec(const struct daemon *daemon, const char *binary, const char *preload)
+static _Noreturn void daemon_exec(const struct daemon *daemon, const char *binary, const char *preload, const char *const *more)
 {
+	const char *arguments[ARGUMENTS_MAX + 1] = {binary, "--listen", daemon->unix_address, "--listen", daemon->tcp_address, "--log-level", "error"};
+	size_t count = 7;
+	for (; more != NULL && *more != NULL && count < ARGUMENTS_MAX; more++)
+		arguments[count++] = *more;
 	(void)prctl(PR_SET_PDEATHSIG, SIGKILL);
 	if (preload != NULL)
 		(void)setenv("LD_PRELOAD", preload, 1);
-	(void)execl(binary, binary, "--listen", daemon->unix_address, "--listen", daemon->tcp_address, "--log-level", "error",
-	            (char *)NULL);
+	(void)execv(binary, (char *const *)arguments);
 	(void)fprintf(stderr, "bench: %s: %s\n", binary, strerror(errno));
 	_exit(127);
 }
@@ -71,6 +75,11 @@ static void daemon_await(const struct daemon *daemon, const char *binary)
 
 void daemon_start(struct daemon *daemon, const char *binary, const char *directory, const char *preload)
 {
+	daemon_start_with(daemon, binary, directory, preload, NULL);
+}
+
+void daemon_start_with(struct daemon *daemon, const char *binary, const char *directory, const char *preload, const char *const *more)
+{
 	static unsigned count;
 	(void)snprintf(daemon->unix_address, sizeof daemon->unix_address, "unix:%.90s/opd-%u.sock", directory, count++);
 	(void)snprintf(daemon->tcp_address, sizeof daemon->tcp_address, "tcp://127.0.0.1:%u", free_port());
@@ -79,7 +88,7 @@ void daemon_start(struct daemon *daemon, const char *binary, const char *directo
 	if (daemon->pid < 0)
 		bench_fail("fork: %s", strerror(errno));
 	if (daemon->pid == 0)
-		daemon_exec(daemon, binary, preload);
+		daemon_exec(daemon, binary, preload, more);
 	daemon_await(daemon, binary);
 }
 

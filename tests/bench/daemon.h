@@ -17,6 +17,8 @@ struct daemon {
 
 /* `preload` goes into LD_PRELOAD of the daemon (NULL: none). Returns when it accepts connections. */
 void daemon_start(struct daemon *daemon, const char *binary, const char *directory, const char *preload);
+/* The same with further options of its command line, the last of them NULL (64 in all). */
+void daemon_start_with(struct daemon *daemon, const char *binary, const char *directory, const char *preload, const char *const *more);
 void daemon_stop(struct daemon *daemon);
 
 /* Resident memory now, and its highest since the start or the last reset, in bytes. */

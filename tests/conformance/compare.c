@@ -177,12 +177,27 @@ static bool is_lost_infinity(const struct bounds *bounds, uint32_t result, uint6
 	return fabs(operand_get(finite, index)) <= dtype_largest(finite->tensor.dtype) * (double)FLT_MIN;
 }
 
+/* The first element from `index` on whose bits differ, or the number of elements. Results lie contiguous; most of them are equal to the bit, and looking at bytes costs a tenth of a conversion. */
+static uint64_t next_difference(const opd_tensor *native, const opd_tensor *got, uint64_t index)
+{
+	enum { STRETCH = 16 };
+	size_t bytes = opd_dtype_bytes(native->dtype);
+	const unsigned char *want = opd_tensor_data(native);
+	const unsigned char *have = opd_tensor_data(got);
+	while (index + STRETCH <= native->elements && memcmp(want + index * bytes, have + index * bytes, STRETCH * bytes) == 0)
+		index += STRETCH;
+	while (index < native->elements && memcmp(want + index * bytes, have + index * bytes, bytes) == 0)
+		index++;
+	return index;
+}
+
 static double compare_result(const opd_op *op, const struct bounds *bounds, uint32_t result, const struct operand *native,
                              const struct operand *got, char *detail, size_t bytes)
 {
 	opd_tolerance tolerance = tolerance_of(op, native->tensor.dtype);
 	double worst = 0;
-	for (uint64_t i = 0; i < native->tensor.elements; i++) {
+	for (uint64_t i = next_difference(&native->tensor, &got->tensor, 0); i < native->tensor.elements;
+	     i = next_difference(&native->tensor, &got->tensor, i + 1)) {
 		double want = operand_get(native, i), have = operand_get(got, i), bound;
 		if (!bound_of(bounds, &tolerance, result, i, want, &bound) || is_lost_infinity(bounds, result, i, have, want))
 			continue;

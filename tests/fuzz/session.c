@@ -211,7 +211,7 @@ static bool turn(struct peer *peer, uv_run_mode mode)
 {
 	bool came = false;
 	send_out(peer);
-	(void)uv_run(&server->loop, mode);
+	(void)uv_run(&server->loops[0].loop, mode);
 	while (!peer->ended && receive(peer))
 		came = true;
 	return came;
@@ -296,8 +296,8 @@ uint64_t peer_request(struct peer *peer, const struct msg_request *message, uint
 /* As if it came by a listener that trusts everybody. */
 static void accept_one(int fd)
 {
-	struct conn *conn = conn_create(server, access_create("fuzz", "fuzz", ACCESS_ALL));
-	if (conn == NULL || uv_pipe_init(&server->loop, &conn->pipe, 0) != 0)
+	struct conn *conn = conn_create(&server->loops[0], access_create("fuzz", "fuzz", ACCESS_ALL));
+	if (conn == NULL || uv_pipe_init(&conn->io->loop, &conn->pipe, 0) != 0)
 		fuzz_fail("no connection");
 	conn->handle.data = conn;
 	if (uv_pipe_open(&conn->pipe, fd) != 0)
@@ -345,7 +345,7 @@ static bool is_gone(const struct peer *peer, uint64_t id)
 {
 	(void)peer;
 	(void)id;
-	return server->conns == NULL && server_memory_bytes(server) <= idle_bytes;
+	return server->loops[0].conns == NULL && server_memory_bytes(server) <= idle_bytes;
 }
 
 void peer_finish(struct peer *peer)

@@ -284,7 +284,7 @@ END_TEST
 
 static void read_turn(void *turn)
 {
-	atomic_store((_Atomic uint64_t *)turn, house.server->turn);
+	atomic_store((_Atomic uint64_t *)turn, house.server->loops[0].turn);
 }
 
 /* How often the loop has gone round. */

@@ -15,7 +15,7 @@ import unittest
 
 import opd
 
-from harness import (CANCEL, CANCELLED, CHUNKED, DATA, DEADLINE_EXCEEDED, INVALID_ARGUMENT, OK, OPD, PERMISSION_DENIED, REQUEST, RESOURCE_EXHAUSTED, Client, DaemonCase, Failed, f32, frame, pb, run,
+from harness import (CANCEL, CANCELLED, CHUNKED, DATA, DEADLINE_EXCEEDED, INVALID_ARGUMENT, OK, OPD, PERMISSION_DENIED, REQUEST, RESOURCE_EXHAUSTED, Client, DaemonCase, Failed, f32, frame, inline, pb, run,
                      tensor, wait_until)
 
 REALTIME, INTERACTIVE, BATCH = pb.REALTIME, pb.INTERACTIVE, pb.BATCH
@@ -490,7 +490,8 @@ class Quotas(DaemonCase):
 
 class Partition(DaemonCase):
     """A thread for anonymous alone, one for everybody else."""
-    config = "threads: 1\ninline: 0\nlimits: {queue: 4}\nlanes: {fast: {threads: 1}}\ntenants: {anonymous: {lane: fast}}\n"
+    config = ("threads: 1\ninline: 0\nlimits: {queue: 4}\nlanes: {fast: {threads: 1}}\ntenants: {anonymous: {lane: fast}}\n"
+              "providers: {cpu: {compare: native, compare_every: 1}}\n")
     flags = ("--listen", "tcp://127.0.0.1:0")
 
     def setUp(self):
@@ -531,6 +532,13 @@ class Partition(DaemonCase):
         self.assertEqual((found, reply.status), (waiting[1], CANCELLED))
         release()
         self.assertEqual(len({self.other.read_reply()[0] for _ in range(4)} & set(waiting)), 3)
+
+    def test_a_comparison_with_a_second_provider_runs_on_the_lane_of_its_session(self):
+        release = self.occupy(self.client(features=["cancel"]), "cpu")
+        self.assertEqual(self.other.call(run("relu", inline([2], f32(-1, 1)), run_priority=["cpu"]))[0].status, OK)
+        wait_until(lambda: self.one.info().compared == 1, "the comparison")
+        self.assertEqual(self.lanes()["cpu"].running, 1)
+        release()
 
     def test_it_is_shown_wherever_lanes_are(self):
         shown = self.opctl("sessions", "--json")

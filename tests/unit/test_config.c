@@ -74,6 +74,31 @@ static void expect_differences(const struct config *before, const char *wanted)
 	ck_assert_str_eq(found.text, wanted);
 }
 
+static size_t lists_of(const struct config *of, const char *op)
+{
+	size_t count = 0;
+	for (size_t i = 0; i < of->priority_count; i++)
+		count += strncmp(of->priorities[i].op, op, strlen(op)) == 0;
+	return count;
+}
+
+START_TEST(a_list_for_everything_replaces_what_comes_with_opd_and_nothing_that_was_said)
+{
+	struct config *made = config_create();
+	ck_assert_ptr_nonnull(made);
+	ck_assert_uint_gt(lists_of(made, "linear"), 1);
+	ck_assert_int_eq(config_add_priority(made, "matmul=native", &error), OPD_OK);
+	ck_assert_int_eq(config_add_priority(made, "*=cuda,cpu,native", &error), OPD_OK);
+	ck_assert_uint_eq(lists_of(made, "linear"), 0);
+	ck_assert_uint_eq(made->priority_count, 2);
+	ck_assert_uint_eq(lists_of(made, "matmul"), 1);
+	ck_assert_int_eq(config_add_priority(made, "linear=cpu", &error), OPD_OK);
+	ck_assert_int_eq(config_add_priority(made, "*=cpu", &error), OPD_OK);
+	ck_assert_uint_eq(lists_of(made, "linear"), 1);
+	config_destroy(made);
+}
+END_TEST
+
 START_TEST(every_key_is_told_as_the_file_would_say_it)
 {
 	const struct config_key *key;
@@ -609,6 +634,7 @@ END_TEST
 
 static void add_file_tests(TCase *tests)
 {
+	tcase_add_test(tests, a_list_for_everything_replaces_what_comes_with_opd_and_nothing_that_was_said);
 	tcase_add_test(tests, every_key_is_told_as_the_file_would_say_it);
 	tcase_add_test(tests, two_configurations_differ_in_the_keys_that_changed);
 	tcase_add_test(tests, defaults_are_those_of_the_header);

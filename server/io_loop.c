@@ -1,0 +1,175 @@
+#include "server/io_loop.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/timerfd.h>
+#include <unistd.h>
+
+#include "proto/ring.h"
+#include "server/conn.h"
+#include "server/daemon.h"
+#include "server/listener.h"
+#include "server/metrics.h"
+#include "server/request.h"
+#include "server/ring.h"
+
+void io_loop_wake(struct io_loop *io)
+{
+	(void)uv_async_send(&io->wake);
+}
+
+static void on_wake(uv_async_t *wake)
+{
+	struct io_loop *io = wake->data;
+	server_on_wake(io->server);
+}
+
+/* While it is active the loop doesn't sleep in its poll: there is nothing else to do. */
+static void on_again(uv_idle_t *again)
+{
+	(void)again;
+}
+
+/* Before polling too something may become writable (a write that libuv finished at once is reported then): without this the poll would sleep on it
+ * until the next tick. */
+void io_loop_flush_soon(struct io_loop *io)
+{
+	if (!uv_is_active((uv_handle_t *)&io->again))
+		(void)uv_idle_start(&io->again, on_again);
+}
+
+/* ---- Turns ---- */
+
+static void flush_dirty(struct io_loop *io)
+{
+	struct conn *conn = io->dirty;
+	io->dirty = NULL;
+	if (conn != NULL)
+		io->flush_ns = request_now_ns(); /* once for all replies of the turn: they go out together */
+	while (conn != NULL) {
+		struct conn *next = conn->next_dirty;
+		conn->dirty = false;
+		conn_flush(conn);
+		conn = next;
+	}
+}
+
+/* After polling: a new turn begins; what came by rings is served, the replies leave together, and again while rings that poll bring something in this turn's slice. */
+static void on_flush(uv_check_t *check)
+{
+	struct io_loop *io = check->data;
+	io->turn++;
+	io->crowded = io->turn_conns > 1;
+	io->turn_conns = 0;
+	const uint64_t now_ns = request_now_ns();
+	io->turn_us = now_ns / 1000;
+	io->context.inline_ns = 0;
+	io->slice_end_ns = now_ns + RING_SLICE_NS;
+	listener_turn(io->server);
+	do {
+		rings_serve(io);
+		flush_dirty(io);
+	} while (io->rings != NULL && rings_look(io));
+	if (io->dirty == NULL && io->rings == NULL)
+		(void)uv_idle_stop(&io->again);
+}
+
+static void on_tick(uv_poll_t *tick, int status, int events)
+{
+	(void)status;
+	(void)events;
+	struct io_loop *io = tick->data;
+	uint64_t expirations;
+	if (read(io->tick_fd, &expirations, sizeof expirations) != sizeof expirations)
+		return;
+	const uint64_t now_ns = request_now_ns();
+	io->polled_ns = 0;
+	for (struct conn *conn = io->conns, *next; conn != NULL; conn = next) {
+		next = conn->next;
+		conn_tick(conn, now_ns / 1000);
+	}
+	server_on_tick(io->server, now_ns);
+}
+
+/* ---- Life ---- */
+
+/* 0 or libuv's error. The descriptor is closed by io_loop_fini, also after a failure. */
+static int open_tick(struct io_loop *io)
+{
+	const struct itimerspec second = {.it_interval = {.tv_sec = 1}, .it_value = {.tv_sec = 1}};
+	io->tick_fd = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC);
+	if (io->tick_fd < 0 || timerfd_settime(io->tick_fd, 0, &second, NULL) != 0)
+		return uv_translate_sys_error(errno);
+	return uv_poll_init(&io->loop, &io->tick, io->tick_fd);
+}
+
+static opd_status open_events(struct io_loop *io, opd_error *error)
+{
+	if (uv_loop_init(&io->loop) != 0)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: no event loop");
+	int failed = uv_async_init(&io->loop, &io->wake, on_wake);
+	if (failed == 0)
+		failed = uv_check_init(&io->loop, &io->flush);
+	if (failed == 0)
+		failed = uv_idle_init(&io->loop, &io->again);
+	if (failed == 0)
+		failed = open_tick(io);
+	if (failed == 0)
+		failed = deadlines_open(&io->deadlines, &io->loop);
+	if (failed == 0)
+		failed = watches_open(&io->watches, io->server, &io->loop);
+	io->wake.data = io->flush.data = io->again.data = io->tick.data = io;
+	if (failed == 0)
+		failed = uv_check_start(&io->flush, on_flush);
+	if (failed == 0)
+		failed = uv_poll_start(&io->tick, UV_READABLE, on_tick);
+	io->running = failed == 0;
+	return failed == 0 ? OPD_OK : opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: event loop: %s", uv_strerror(failed));
+}
+
+opd_status io_loop_open(struct io_loop *io, opd_error *error)
+{
+	const bool tls = io->server->config->tls_context != NULL;
+	io->tick_fd = -1;
+	io->turn_us = request_now_ns() / 1000;
+	io->metrics = metrics_create(false);
+	context_init(&io->context, io->server);
+	io->context.io = io;
+	io->context.metrics = io->metrics;
+	io->stage = malloc(CONN_STAGE_BYTES);
+	if (tls) {
+		io->tls_stage = malloc(TLS_STAGE_BYTES);
+		io->tls_sealed = malloc(TLS_SEALED_BYTES);
+	}
+	if (io->metrics == NULL || io->stage == NULL || (tls && (io->tls_stage == NULL || io->tls_sealed == NULL)))
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: out of memory");
+	return open_events(io, error);
+}
+
+static void close_handle(uv_handle_t *handle, void *argument)
+{
+	(void)argument;
+	if (!uv_is_closing(handle))
+		uv_close(handle, NULL);
+}
+
+void io_loop_close(struct io_loop *io)
+{
+	uv_walk(&io->loop, close_handle, NULL);
+	while (uv_loop_close(&io->loop) == UV_EBUSY)
+		(void)uv_run(&io->loop, UV_RUN_DEFAULT);
+	io->running = false;
+}
+
+void io_loop_fini(struct io_loop *io)
+{
+	context_fini(&io->context);
+	metrics_destroy(io->metrics);
+	if (io->tick_fd >= 0)
+		(void)close(io->tick_fd);
+	deadlines_close(&io->deadlines);
+	watches_close(&io->watches);
+	free(io->stage);
+	free(io->tls_stage);
+	free(io->tls_sealed);
+}
