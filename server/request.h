@@ -30,7 +30,7 @@ struct segment {
 
 /* Nanosecond marks, 0 where nobody asked. */
 struct request_clock {
-	uint64_t received; /* the envelope is there */
+	uint64_t received; /* the envelope is there: when it was read, or looked at, if its session asks for times */
 	uint64_t accepted; /* decoded, arguments bound */
 	uint64_t ready;    /* the payload, and all that it waited for, are there too */
 	uint64_t bound;
@@ -44,7 +44,8 @@ struct request_clock {
 struct request_run {
 	const struct op *op;
 	struct bound bound;
-	struct effective *effective;
+	struct effective *effective;     /* the list that holds, borrowed: of the snapshot, or list_made */
+	struct effective *list_made;     /* the session's list or its own, cut; referenced. NULL: neither has one */
 	struct dispatch dispatch;
 	uint32_t waiting; /* operands that are results still to come */
 	struct run_waiter *waiters; /* for those, newest first; in the arena */
@@ -103,7 +104,8 @@ struct request {
 	bool overdue;   /* answered while its kernel runs on: what that may touch is kept until it returns */
 	bool released;  /* … and nothing else is: request_release was called */
 	opd_status status; /* of what a lane ran */
-	opd_error error;
+	opd_error error;              /* this and device_job are written before they are read: what is used again doesn't clear them */
+	struct device_job device_job;
 	struct request_run run;
 	struct request_clock clock;
 	struct kept_tensor *tensor; /* that a write or a fetch is about: referenced */
@@ -116,8 +118,7 @@ struct request {
 	const uint8_t *envelope;
 	size_t envelope_bytes; /* counted by bytes_in too */
 	struct lane_job job;
-	struct device_job device_job;
-	struct device_lane *device_lane; /* that device_job was submitted to */
+	struct device_lane *device_lane; /* that device_job was submitted to; NULL: it means nothing */
 	request_task_fn device_done;     /* of that job, on the context's thread */
 	struct device_move move;         /* what it copies, unless it runs an op */
 	request_task_fn move_done;

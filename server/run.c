@@ -25,12 +25,15 @@ static opd_status out_of_memory(struct request *request)
 static opd_status find_list(struct request *request, const struct msg_run *run, const struct op *op)
 {
 	const struct snapshot *snapshot = request->snapshot;
-	struct effective **effective = &request->run.effective;
+	struct effective **made = &request->run.list_made;
+	opd_status status = OPD_OK;
+	struct plist *list = run->priority.present ? NULL : session_priority(request->session, op->index);
 	if (run->priority.present)
-		return context_list(request->context, snapshot, op, &run->priority, effective, &request->error);
-	struct plist *list = session_priority(request->session, op->index);
-	*effective = list != NULL ? effective_get(snapshot, op, list) : effective_ref(op->fallback);
-	return *effective == NULL ? out_of_memory(request) : OPD_OK;
+		status = context_list(request->context, snapshot, op, &run->priority, made, &request->error);
+	else if (list != NULL && (*made = effective_get(snapshot, op, list)) == NULL)
+		status = out_of_memory(request);
+	request->run.effective = *made != NULL ? *made : op->fallback;
+	return status;
 }
 
 /* The same, cut for the device that the request asks for. */
@@ -57,9 +60,9 @@ static opd_status find_list_for_device(struct request *request, const struct msg
 		count = list->count;
 		stored = list;
 	}
-	request->run.effective = effective_create(request->snapshot, op, level, names, count, &filter, NULL);
-	if (request->run.effective == NULL ||
-	    (stored != NULL && !effective_add_cases(request->run.effective, request->snapshot, op, stored, &filter)))
+	struct effective *made = effective_create(request->snapshot, op, level, names, count, &filter, NULL);
+	request->run.effective = request->run.list_made = made;
+	if (made == NULL || (stored != NULL && !effective_add_cases(made, request->snapshot, op, stored, &filter)))
 		return out_of_memory(request);
 	return OPD_OK;
 }
@@ -316,8 +319,10 @@ opd_status run_take(struct request *request)
 		status = donate_accept(request);
 	if (status == OPD_OK)
 		status = expect_kept(request, run);
-	if (run->explain)
+	if (run->explain) {
 		request->clock.accepted = request_now_ns();
+		request->session->explains = true;
+	}
 	if (status == OPD_OK && run->service_class != 0)
 		status = access_check_class(request->session->access, (sched_class)(run->service_class - 1), request->context->server->log, &request->error);
 	request->run.class = class_of(request);
@@ -715,6 +720,6 @@ void run_release(struct request *request)
 		buffer_unref(run->resident[i]);
 	buffer_unref(run->scratch);
 	dispatch_fini(&run->dispatch);
-	effective_unref(run->effective);
+	effective_unref(run->list_made);
 	graph_run_release(request);
 }

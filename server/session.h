@@ -49,6 +49,7 @@ struct session {
 	struct graphs *graphs;   /* registered ones and their runs; NULL: none yet */
 	uint64_t last_request; /* highest id seen */
 	uint32_t in_flight;    /* accepted, reply not yet written */
+	bool explains;         /* it has asked for times: each request of its reads the clock when it comes, else one does for all that came together */
 	_Atomic bool gone;     /* its connection has ended: lanes start nothing more of it */
 };
 
