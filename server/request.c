@@ -640,7 +640,7 @@ void request_task(struct request *request, request_task_fn task, request_task_fn
 		done(request);
 		return;
 	}
-	request->job = (struct lane_job){.run = task_run, .done = task_done, .pays = &request->session->flow};
+	request->job = (struct lane_job){.run = task_run, .done = task_done, .owner = request->context->loop, .pays = &request->session->flow};
 	const bool queued = lane_submit(request->session->lane, &request->job); /* as the lane's own: it waits for nobody's turn, but its session pays */
 	assert(queued);
 	(void)queued;
