@@ -203,7 +203,7 @@ class Crashes(Isolated):
             self.assertEqual(self.provider(daemon)["deaths"], turn)
         self.assertRegex(text, r"died of signal 9 \(Killed\)")
         self.assertEqual(daemon.log_text().count("worker died"), 4)
-        self.assertEqual((daemon.descriptors(), len(workers(daemon))), (descriptors, 1))
+        harness.wait_until(lambda: (daemon.descriptors(), len(workers(daemon))) == (descriptors, 1), "what opctl's connections and the dead had is closed")
         harness.wait_until(lambda: client.info().session_memory_bytes == 0, "its memory is given back")
 
     def test_a_crash_in_a_predicate_or_a_plan_is_too(self):
