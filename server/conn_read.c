@@ -178,6 +178,7 @@ static size_t consume_one(struct conn *conn, const uint8_t *data, size_t bytes)
 void conn_consume(struct conn *conn, const uint8_t *data, size_t bytes)
 {
 	size_t taken = 0;
+	conn->io->context.read_ns = request_now_ns();
 	while (taken < bytes && !conn->closing && !conn->broken && !waits(conn))
 		taken += consume_one(conn, data + taken, bytes - taken);
 	if (taken < bytes && waits(conn))
@@ -188,6 +189,7 @@ void conn_consume(struct conn *conn, const uint8_t *data, size_t bytes)
 static void consume_socket(struct conn *conn, const uint8_t *data, size_t bytes)
 {
 	size_t taken = 0;
+	conn->io->context.read_ns = request_now_ns();
 	while (taken < bytes && conn->ring == NULL && !conn->closing && !conn->broken && !waits(conn))
 		taken += consume_one(conn, data + taken, bytes - taken);
 	if (taken < bytes && conn->ring != NULL)

@@ -359,15 +359,14 @@ static opd_status make_loops(struct server *server, uint32_t count, opd_error *e
 static opd_status start(struct server *server, opd_error *error)
 {
 	struct config *config = server->config;
-	opd_status status = memory_init(&server->memory, config->limits.memory_bytes, config->limits.cache_bytes, error);
-	if (status == OPD_OK) {
-		server->account = account_create(&server->memory, config->limits.memory_bytes);
-		server->tenants = tenants_create(&server->memory);
-		server->publications = publications_create(&server->memory, server->tenants);
-		server->placement = placement_create();
-		if (server->account == NULL || server->placement == NULL || server->tenants == NULL || server->publications == NULL)
-			status = opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: out of memory");
-	}
+	opd_status status = OPD_OK;
+	memory_init(&server->memory, config->limits.memory_bytes, config->limits.cache_bytes);
+	server->account = account_create(&server->memory, config->limits.memory_bytes);
+	server->tenants = tenants_create(&server->memory);
+	server->publications = publications_create(&server->memory, server->tenants);
+	server->placement = placement_create();
+	if (server->account == NULL || server->placement == NULL || server->tenants == NULL || server->publications == NULL)
+		status = opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: out of memory");
 	if (status == OPD_OK)
 		status = derived_create(&server->memory, config->limits.derived_bytes, &server->derived, error);
 	if (status == OPD_OK)
