@@ -27,6 +27,7 @@ struct context {
 	struct request *free_requests;
 	uint32_t free_count;
 	struct metrics *metrics; /* its loop's, or that of all direct callers */
+	uint64_t read_ns; /* of a loop: when the bytes that are being taken were read, by request_now_ns */
 	uint64_t inline_ns; /* estimated kernel time spent on this thread in this turn */
 	uint32_t inline_runs; /* of single ops on the loop: one of so many is measured */
 };

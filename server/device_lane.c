@@ -528,10 +528,7 @@ static opd_status lane_start(struct server *server, const struct device *device,
 	lane->done_end = &lane->done;
 	lane->flight_end = &lane->flight;
 	const struct memory_source source = {source_alloc, source_free, lane};
-	if (memory_init_device(&lane->memory, number, device->name, UINT64_MAX, source, error) != OPD_OK) {
-		free(lane);
-		return OPD_RESOURCE_EXHAUSTED;
-	}
+	memory_init_device(&lane->memory, number, device->name, UINT64_MAX, source);
 	(void)pthread_mutex_init(&lane->mutex, NULL);
 	init_cond(&lane->wake);
 	sigset_t all, before;

@@ -69,14 +69,22 @@ static opd_status set_server_priority(struct request *request, const struct msg_
 	return registry_set_priority(registry, MSG_LEVEL_SERVER, set->op.data == NULL ? "" : set->op.data, set->list.present ? names : NULL, set->list.count, &request->error);
 }
 
+static opd_status set_priority(struct request *request, const struct msg_set_priority *set)
+{
+	if (set->scope == MSG_SCOPE_SERVER)
+		return set->session == 0 ? set_server_priority(request, set)
+		                         : opd_fail(&request->error, OPD_INVALID_ARGUMENT, "set_priority: session %" PRIu64 " with the server's scope, expected a session's", set->session);
+	if (set->session != 0)
+		return admin_set_session_priority(request, set);
+	return session_set_priority(request->session, request->snapshot, set->op, &set->list, &request->error);
+}
+
 static void priority_set(struct request *request)
 {
 	const struct msg_set_priority *set = &request->message.set;
 	opd_status status = check_list(request, &set->list);
 	if (status == OPD_OK)
-		status = set->scope == MSG_SCOPE_SERVER
-	                        ? set_server_priority(request, set)
-	                        : session_set_priority(request->session, request->snapshot, set->op, &set->list, &request->error);
+		status = set_priority(request, set);
 	request->error.status = (int32_t)status;
 	request_reply_empty(request);
 }
@@ -227,6 +235,17 @@ void request_destroy(struct request *request)
 	free(request);
 }
 
+/* Everything but the arena, and what is written before it is read, starts from zero. */
+static void clear(struct request *request)
+{
+	struct arena arena = request->arena;
+	arena_reset(&arena);
+	arena.cap_bytes = ARENA_CAP_BYTES;
+	memset(request, 0, offsetof(struct request, error));
+	memset((char *)request + offsetof(struct request, run), 0, sizeof *request - offsetof(struct request, run));
+	request->arena = arena;
+}
+
 void request_release(struct request *request)
 {
 	if (request->overdue) { /* request_returned will do it */
@@ -248,13 +267,7 @@ void request_release(struct request *request)
 		quota_leave(&request->session->quota, &request->session->tenant->quota);
 	session_unref(request->session);
 	struct context *context = request->context;
-	struct arena arena = request->arena;
-	arena_reset(&arena);
-	arena.cap_bytes = ARENA_CAP_BYTES;
-	/* Everything but the arena starts from zero; error texts are written before they are read. */
-	memset(request, 0, offsetof(struct request, error));
-	memset((char *)request + offsetof(struct request, run), 0, sizeof *request - offsetof(struct request, run));
-	request->arena = arena;
+	clear(request);
 	if (context->free_count == FREE_REQUESTS_MAX) {
 		request_destroy(request);
 		return;
@@ -398,7 +411,7 @@ opd_status request_accept_decoded(struct request *request, uint64_t payload_byte
 
 opd_status request_accept(struct request *request, const uint8_t *envelope, size_t bytes, uint64_t payload_bytes)
 {
-	request->clock.received = request_now_ns();
+	request->clock.received = request->session->explains ? request_now_ns() : request->context->read_ns;
 	request->envelope_bytes = bytes;
 	opd_status status = codec_decode_request(&request->arena, envelope, bytes, &request->message, &request->error);
 	return accept_decoded(request, status, payload_bytes);

@@ -2,11 +2,13 @@
 
 #include <assert.h>
 #include <inttypes.h>
+#include <pthread.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 
 #include "proto/tensor.h"
 #include "server/derived.h"
@@ -26,22 +28,17 @@ static unsigned class_of(uint64_t bytes, uint64_t *class_bytes_out)
 	return (shift - CLASS_MIN_SHIFT) * 4 + (unsigned)steps;
 }
 
-opd_status memory_init(struct memory *memory, uint64_t limit_bytes, uint64_t cache_limit_bytes, opd_error *error)
+void memory_init(struct memory *memory, uint64_t limit_bytes, uint64_t cache_limit_bytes)
 {
 	*memory = (struct memory){.name = "daemon", .limit_bytes = limit_bytes, .cache_limit_bytes = cache_limit_bytes};
-	if (pthread_mutex_init(&memory->mutex, NULL) != 0)
-		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "tensor memory: no mutex");
-	return OPD_OK;
 }
 
-opd_status memory_init_device(struct memory *memory, uint32_t device, const char *name, uint64_t limit_bytes, struct memory_source source,
-                              opd_error *error)
+void memory_init_device(struct memory *memory, uint32_t device, const char *name, uint64_t limit_bytes, struct memory_source source)
 {
-	opd_status status = memory_init(memory, limit_bytes, UINT64_MAX, error);
+	memory_init(memory, limit_bytes, UINT64_MAX);
 	memory->device = device;
 	memory->name = name;
 	memory->source = source;
-	return status;
 }
 
 static void buffer_destroy(struct memory *memory, struct buffer *buffer, uint64_t class_bytes)
@@ -61,11 +58,40 @@ static uint64_t class_bytes_at(unsigned class)
 	return (1ull << shift) + (uint64_t)(class % 4) * (1ull << (shift - 2));
 }
 
+/* ---- The pool's lock ----
+ *
+ * Held for a few instructions, four times a request: a mutex took 55 each time, and a second locked one to let go. Who finds it taken tries for a moment (the holder is
+ * at it on another core), then sleeps (the holder was interrupted, perhaps by a thread of a higher priority than its own: yielding would not let it run). */
+
+#define LOCK_TRIES 64
+#define LOCK_PAUSE_NS 20000
+
+static void pool_lock_slow(struct memory *memory)
+{
+	const struct timespec pause = {.tv_nsec = LOCK_PAUSE_NS};
+	for (unsigned tries = 1; atomic_exchange_explicit(&memory->locked, true, memory_order_acquire); tries++)
+		if (tries % LOCK_TRIES == 0)
+			(void)nanosleep(&pause, NULL);
+}
+
+static inline void pool_lock(struct memory *memory)
+{
+	if (atomic_exchange_explicit(&memory->locked, true, memory_order_acquire))
+		pool_lock_slow(memory);
+}
+
+static inline void pool_unlock(struct memory *memory)
+{
+	atomic_store_explicit(&memory->locked, false, memory_order_release);
+}
+
+/* ---- */
+
 /* Frees cached buffers, largest first, until live and cached memory together take at most `limit`. */
 static bool pool_shrink(struct memory *memory, uint64_t limit)
 {
 	struct buffer *victims = NULL;
-	(void)pthread_mutex_lock(&memory->mutex);
+	pool_lock(memory);
 	for (unsigned class = MEMORY_CLASSES; class-- > 0;) {
 		while (memory->cached[class] != NULL &&
 		       atomic_load_explicit(&memory->used_bytes, memory_order_relaxed) + memory->cached_bytes > limit) {
@@ -76,7 +102,7 @@ static bool pool_shrink(struct memory *memory, uint64_t limit)
 			victims = buffer;
 		}
 	}
-	(void)pthread_mutex_unlock(&memory->mutex);
+	pool_unlock(memory);
 	const bool any = victims != NULL;
 	while (victims != NULL) {
 		struct buffer *buffer = victims;
@@ -88,9 +114,9 @@ static bool pool_shrink(struct memory *memory, uint64_t limit)
 
 uint64_t memory_cached_bytes(struct memory *memory)
 {
-	(void)pthread_mutex_lock(&memory->mutex);
+	pool_lock(memory);
 	const uint64_t bytes = memory->cached_bytes;
-	(void)pthread_mutex_unlock(&memory->mutex);
+	pool_unlock(memory);
 	return bytes;
 }
 
@@ -98,7 +124,7 @@ uint64_t memory_cached_bytes(struct memory *memory)
 void memory_forget(struct memory *memory)
 {
 	struct buffer *gone = NULL;
-	(void)pthread_mutex_lock(&memory->mutex);
+	pool_lock(memory);
 	(void)atomic_fetch_add_explicit(&memory->epoch, 1, memory_order_release);
 	for (unsigned class = 0; class < MEMORY_CLASSES; class ++) {
 		while (memory->cached[class] != NULL) {
@@ -109,7 +135,7 @@ void memory_forget(struct memory *memory)
 		}
 	}
 	memory->cached_bytes = 0;
-	(void)pthread_mutex_unlock(&memory->mutex);
+	pool_unlock(memory);
 	while (gone != NULL) {
 		struct buffer *buffer = gone;
 		gone = buffer->next;
@@ -126,7 +152,6 @@ void memory_fini(struct memory *memory)
 {
 	assert(atomic_load(&memory->used_bytes) == 0);
 	(void)memory_trim(memory);
-	(void)pthread_mutex_destroy(&memory->mutex);
 }
 
 struct account *account_create(struct memory *memory, uint64_t limit_bytes)
@@ -318,13 +343,13 @@ void account_release(struct account *account, uint64_t bytes)
 
 static struct buffer *pool_take(struct memory *memory, unsigned class, uint64_t class_bytes)
 {
-	(void)pthread_mutex_lock(&memory->mutex);
+	pool_lock(memory);
 	struct buffer *buffer = memory->cached[class];
 	if (buffer != NULL) {
 		memory->cached[class] = buffer->next;
 		memory->cached_bytes -= class_bytes;
 	}
-	(void)pthread_mutex_unlock(&memory->mutex);
+	pool_unlock(memory);
 	return buffer;
 }
 
@@ -334,7 +359,7 @@ static bool pool_give(struct memory *memory, struct buffer *buffer, uint64_t cla
 	bool kept = false;
 	/* The ceiling holds for what is resident: cached memory must not push live memory past it. */
 	uint64_t used = atomic_load_explicit(&memory->used_bytes, memory_order_relaxed);
-	(void)pthread_mutex_lock(&memory->mutex);
+	pool_lock(memory);
 	const bool gone = buffer->epoch != atomic_load_explicit(&memory->epoch, memory_order_relaxed); /* with the device's reset */
 	/* A device's is freed by its lane alone, when room is made for another. */
 	const bool fits = memory->device != 0 ||
@@ -346,7 +371,7 @@ static bool pool_give(struct memory *memory, struct buffer *buffer, uint64_t cla
 		memory->cached_bytes += class_bytes;
 		kept = true;
 	}
-	(void)pthread_mutex_unlock(&memory->mutex);
+	pool_unlock(memory);
 	if (gone)
 		free(buffer);
 	return kept || gone;
@@ -550,6 +575,12 @@ void buffer_recharge(struct buffer *buffer, struct account *account)
 	(void)pthread_mutex_unlock(&mirrors_mutex);
 }
 
+/* Whoever has the only reference has nobody to race with: most buffers end without a locked instruction. */
+static inline bool reference_ends(_Atomic uint32_t *refs)
+{
+	return atomic_load_explicit(refs, memory_order_acquire) == 1 || atomic_fetch_sub_explicit(refs, 1, memory_order_acq_rel) == 1;
+}
+
 struct buffer *buffer_ref(struct buffer *buffer)
 {
 	(void)atomic_fetch_add_explicit(&buffer->refs, 1, memory_order_relaxed);
@@ -558,7 +589,7 @@ struct buffer *buffer_ref(struct buffer *buffer)
 
 void buffer_unref(struct buffer *buffer)
 {
-	if (buffer == NULL || atomic_fetch_sub_explicit(&buffer->refs, 1, memory_order_acq_rel) != 1)
+	if (buffer == NULL || !reference_ends(&buffer->refs))
 		return;
 	struct account *account = buffer->account;
 	struct memory *memory = account->memory;

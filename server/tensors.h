@@ -11,7 +11,6 @@
 #ifndef OPD_SERVER_TENSORS_H
 #define OPD_SERVER_TENSORS_H
 
-#include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -40,7 +39,7 @@ struct memory {
 	_Atomic uint64_t used_bytes; /* the ledger: charged by all accounts */
 	_Atomic uint64_t limit_bytes;
 	uint64_t cache_limit_bytes;
-	pthread_mutex_t mutex; /* of what follows */
+	_Atomic bool locked; /* what follows is in somebody's hands, for a few instructions */
 	uint64_t cached_bytes;
 	struct buffer *cached[MEMORY_CLASSES];
 	struct buffer *mirrors_first; /* in this memory, unused for longest first; under the lock of all mirrors */
@@ -82,10 +81,9 @@ struct buffer {
 	struct buffer *older, *newer; /* in memory.mirrors_first… */
 };
 
-OPD_MUST_USE opd_status memory_init(struct memory *memory, uint64_t limit_bytes, uint64_t cache_limit_bytes, opd_error *error);
+void memory_init(struct memory *memory, uint64_t limit_bytes, uint64_t cache_limit_bytes);
 /* A device's memory, of at most limit_bytes; `name` is borrowed. */
-OPD_MUST_USE opd_status memory_init_device(struct memory *memory, uint32_t device, const char *name, uint64_t limit_bytes, struct memory_source source,
-                                           opd_error *error);
+void memory_init_device(struct memory *memory, uint32_t device, const char *name, uint64_t limit_bytes, struct memory_source source);
 void memory_fini(struct memory *memory);
 /* Bytes that are free and kept for whoever comes next. */
 uint64_t memory_cached_bytes(struct memory *memory);
