@@ -73,7 +73,7 @@ struct conn {
 	bool broken;      /* the client broke the framing: nothing of it is read any more */
 	bool last_words;  /* close once everything is written */
 	bool held;        /* an envelope is decoded on a lane: what comes behind it waits in held_bytes */
-	uint8_t *held_data;
+	uint8_t *held_data; /* what was read and isn't looked at yet, also of a throttled one */
 	size_t held_bytes;
 	uint64_t held_payload_bytes; /* of the request's header */
 	bool held_chunked;

@@ -253,6 +253,19 @@ static struct session *find_session(const struct server *server, uint64_t id)
 	return NULL;
 }
 
+/* Below what the session has pushed for itself: that goes before. */
+opd_status admin_set_session_priority(struct request *request, const struct msg_set_priority *set)
+{
+	struct server *server = request->context->server;
+	const opd_status status = access_check_right(request->session->access, RIGHT_SESSIONS, "set_priority (of a session)", server->log, &request->error);
+	if (status != OPD_OK)
+		return status;
+	struct session *session = find_session(server, set->session);
+	if (session == NULL)
+		return opd_fail(&request->error, OPD_NOT_FOUND, "session %" PRIu64 ": there is none", set->session);
+	return session_set_base_priority(session, request->snapshot, set->op, &set->list, &request->error);
+}
+
 /* Where somebody's work runs is its own business, as it is in each request; how much it gets isn't. */
 static bool may_set(struct request *request, const struct session *session)
 {

@@ -69,14 +69,22 @@ static opd_status set_server_priority(struct request *request, const struct msg_
 	return registry_set_priority(registry, MSG_LEVEL_SERVER, set->op.data == NULL ? "" : set->op.data, set->list.present ? names : NULL, set->list.count, &request->error);
 }
 
+static opd_status set_priority(struct request *request, const struct msg_set_priority *set)
+{
+	if (set->scope == MSG_SCOPE_SERVER)
+		return set->session == 0 ? set_server_priority(request, set)
+		                         : opd_fail(&request->error, OPD_INVALID_ARGUMENT, "set_priority: session %" PRIu64 " with the server's scope, expected a session's", set->session);
+	if (set->session != 0)
+		return admin_set_session_priority(request, set);
+	return session_set_priority(request->session, request->snapshot, set->op, &set->list, &request->error);
+}
+
 static void priority_set(struct request *request)
 {
 	const struct msg_set_priority *set = &request->message.set;
 	opd_status status = check_list(request, &set->list);
 	if (status == OPD_OK)
-		status = set->scope == MSG_SCOPE_SERVER
-	                        ? set_server_priority(request, set)
-	                        : session_set_priority(request->session, request->snapshot, set->op, &set->list, &request->error);
+		status = set_priority(request, set);
 	request->error.status = (int32_t)status;
 	request_reply_empty(request);
 }

@@ -264,6 +264,7 @@ void admin_restore_provider(struct request *request);
 void admin_set_log_level(struct request *request);
 void inspect_sessions(struct request *request);
 void admin_set_session(struct request *request);
+OPD_MUST_USE opd_status admin_set_session_priority(struct request *request, const struct msg_set_priority *set);
 void admin_drain(struct request *request);
 
 #endif

@@ -114,13 +114,52 @@ class Sharing(DaemonCase):
         self.assertEqual([other.read_reply()[0] for _ in range(2)], [fast, tail])
         self.assertEqual(self.one.read_reply()[0], slow)
         for wrong, pattern, code in ((["999999", "set", "weight", "1"], "session 999999: there is none", 1), ([str(number), "set", "weight", "0"], "expected 1 to 1000000", 2),
-                                     ([str(number), "set", "class", "urgent"], "'urgent', expected realtime, interactive or batch", 2), ([str(number)], "expected session ID set", 2)):
+                                     ([str(number), "set", "class", "urgent"], "'urgent', expected realtime, interactive or batch", 2), ([str(number)], "expected session ID set", 2),
+                                     (["first", "set", "weight", "7"], "the session is 'first', expected a whole number", 2), (["0", "set", "weight", "7"], "expected the number of one that opctl sessions lists", 2),
+                                     (["18446744073709551616", "set", "weight", "7"], "the session is '18446744073709551616', expected a whole number of 64 bits", 2)):
             done = subprocess.run(opctl + ["session"] + wrong, capture_output=True, text=True)
             self.assertRegex(done.stderr, pattern)
             self.assertEqual(done.returncode, code)
         top = subprocess.run(opctl + ["top", "-c", "2", "--duration", "0.01"], check=True, capture_output=True, text=True).stdout
         self.assertEqual(top.count("lane cpu:"), 2)
         self.assertRegex(top, r"(?m)^ +%d +uid" % number)
+
+    def test_an_administrator_sets_a_sessions_list_below_what_it_has_pushed_itself(self):
+        number, tcp = str(self.one.hello.session), self.daemon.tcp_addresses()[0]
+        opctl = [os.path.join(os.path.dirname(OPD), "opctl"), "--connect", self.address, "session"]
+
+        def ran():
+            reply = self.one.ask(run("gelu", inline([2], f32(1, 2)), run_explain=True))[0]
+            return reply.run.provider, reply.run.explain.level
+
+        before, other = ran(), self.client()
+        self.assertNotEqual(before[0], "native")
+        subprocess.run(opctl + [number, "set", "priority", "gelu=native"], check=True, capture_output=True)
+        self.assertEqual(ran(), ("native", pb.SESSION))
+        self.assertEqual(other.ask(run("gelu", inline([2], f32(1, 2))))[0].run.provider, before[0])
+        pushed = pb.Request(push_priority=pb.PriorityMap(entries=[pb.PriorityEntry(op="gelu", list=pb.ProviderList(names=["cpu"]))]))
+        self.one.ask(pushed)
+        self.assertEqual(ran(), ("cpu", pb.SESSION))
+        subprocess.run(opctl + [number, "set", "priority", "*=native"], check=True, capture_output=True)
+        self.assertEqual(ran(), ("cpu", pb.SESSION))
+        self.one.ask(pb.Request(pop_priority=pb.Empty()))
+        self.assertEqual(ran(), ("native", pb.SESSION))  # a pop ends what was pushed and nothing else
+        for op in ("gelu", "*"):
+            self.assertEqual(ran()[0], "native")
+            subprocess.run(opctl + [number, "clear", "priority", op], check=True, capture_output=True)
+        self.assertEqual(ran(), before)
+        for words, pattern, code in ((["999999", "set", "priority", "gelu=cpu"], "session 999999: there is none", 1), ([number, "set", "priority", "gelu"], "the priority is 'gelu', expected OP=LIST", 2),
+                                     ([number, "set", "priority", "=cpu"], "expected OP=LIST", 2), ([number, "set", "priority", "gelu=nobody"], "nobody", 1),
+                                     ([number, "set", "priority", "no_such_op=cpu"], "no_such_op", 1), ([number, "clear", "weight", "1"], "expected session ID set", 2)):
+            done = subprocess.run(opctl + words, capture_output=True, text=True)
+            self.assertRegex(done.stderr, pattern)
+            self.assertEqual(done.returncode, code)
+        mine = pb.SetPriority(op="gelu", list=pb.ProviderList(names=["native"]), session=self.one.hello.session)
+        with Client(tcp) as stranger:
+            self.assertEqual(stranger.call(pb.Request(set_priority=mine))[0].status, PERMISSION_DENIED)
+        mine.scope = pb.SCOPE_SERVER
+        self.assertEqual(other.call(pb.Request(set_priority=mine))[0].status, INVALID_ARGUMENT)
+        self.assertEqual(ran(), before)
 
     def test_who_brings_a_large_graph_pays_for_reading_it(self):
         nodes = 20000
@@ -463,8 +502,8 @@ class Quotas(DaemonCase):
         self.assertEqual(upload(self.one, 65).status, OK)
         self.opctl("session", number, "set", "quota", "device_time=1ms")
         self.assertEqual(self.quota(pb.QUOTA_DEVICE_TIME, self.one)[1], 1000000)
-        for wrong, pattern in (("sessions=1", "the quota is 'sessions=1', expected in_flight, queued"), ("memory=1 parsec", "expected a whole number with a unit, such as 64MiB"),
-                               ("in_flight", "the quota is 'in_flight'"), ("device_time=5", "such as 64ms"), ("queued=-1", "the quota is '-1', expected a whole number")):
+        for wrong, pattern in (("sessions=1", "the quota is 'sessions=1', expected in_flight, queued"), ("memory=1 parsec", "expected a whole number of 64 bits with a unit, such as 64MiB"),
+                               ("in_flight", "the quota is 'in_flight'"), ("in_flight=18446744073709551616", "expected a whole number of 64 bits"), ("memory=18446744073709551616", "64 bits"), ("memory=16777216TiB", "64 bits"), ("device_time=5", "such as 64ms"), ("queued=-1", "the quota is '-1', expected a whole number")):
             self.assertRegex(self.opctl("session", number, "set", "quota", wrong, code=2), pattern)
         reply, _ = self.one.call(pb.Request(set_session=pb.SetSession(session=int(number), quotas=[pb.Quota(kind=pb.QUOTA_SESSIONS, limit=1)])))
         self.assertEqual((reply.status, reply.message), (INVALID_ARGUMENT, "quota sessions is a tenant's: the configuration has it"))
