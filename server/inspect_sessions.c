@@ -287,11 +287,46 @@ static opd_status find_device(const struct snapshot *snapshot, struct msg_text n
 	return *number_out != 0 ? OPD_OK : opd_fail(error, OPD_FAILED_PRECONDITION, "device %s: there is none to pin (a device, such as cuda:1, or any)", name.data);
 }
 
+static opd_status check_class(const struct session *session, uint32_t service_class, opd_error *error)
+{
+	const struct tenant *tenant = session->tenant;
+	if (service_class == 0 || service_class - 1 >= (uint32_t)tenant->policy.class_max)
+		return OPD_OK;
+	return opd_fail(error, OPD_FAILED_PRECONDITION, "class %s: tenant %s may have %s at most (class_max)", sched_class_name((sched_class)(service_class - 1)), tenant->name,
+	                sched_class_name(tenant->policy.class_max));
+}
+
+static opd_status check_quota(const struct msg_quota *quota, opd_error *error)
+{
+	if (quota->kind == QUOTA_SESSIONS)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "quota sessions is a tenant's: the configuration has it");
+	return quota_check((quota_kind)quota->kind, quota->limit, error);
+}
+
+/* All of it, before any of it is done. */
+static opd_status check_set(const struct request *request, const struct session *session, uint32_t *device_out, opd_error *error)
+{
+	const struct msg_set_session *set = &request->message.set_session;
+	if (set->weight > SCHED_WEIGHT_MAX)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "weight %" PRIu32 ", expected 1 to %u (0: as it is)", set->weight, SCHED_WEIGHT_MAX);
+	opd_status status = check_class(session, set->service_class, error);
+	if (status == OPD_OK && set->device.bytes != 0)
+		status = find_device(request->snapshot, set->device, device_out, error);
+	for (uint32_t i = 0; status == OPD_OK && i < set->quota_count; i++)
+		status = check_quota(&set->quotas[i], error);
+	return status;
+}
+
+static void set_quota(struct session *session, const struct msg_quota *quota)
+{
+	const uint64_t configured = session->tenant->policy.session_quota[quota->kind];
+	session_set_quota(session, (quota_kind)quota->kind, quota->limit != 0 ? quota->limit : configured);
+}
+
 void admin_set_session(struct request *request)
 {
 	const struct msg_set_session *set = &request->message.set_session;
-	struct server *server = request->context->server;
-	struct session *session = set->session == 0 ? request->session : find_session(server, set->session);
+	struct session *session = set->session == 0 ? request->session : find_session(request->context->server, set->session);
 	uint32_t device = 0;
 	if (!may_set(request, session)) {
 		request_fail(request);
@@ -299,20 +334,19 @@ void admin_set_session(struct request *request)
 	}
 	if (session == NULL)
 		(void)opd_fail(&request->error, OPD_NOT_FOUND, "session %" PRIu64 ": there is none", set->session);
-	else if (set->weight > SCHED_WEIGHT_MAX)
-		(void)opd_fail(&request->error, OPD_INVALID_ARGUMENT, "weight %" PRIu32 ", expected 1 to %u (0: as it is)", set->weight, SCHED_WEIGHT_MAX);
-	else if (set->device.bytes != 0)
-		(void)!find_device(request->snapshot, set->device, &device, &request->error);
-	for (uint32_t i = 0; request->error.status == OPD_OK && i < set->quota_count; i++)
-		if (set->quotas[i].kind == QUOTA_SESSIONS)
-			(void)opd_fail(&request->error, OPD_INVALID_ARGUMENT, "quota sessions is a tenant's: the configuration has it");
-	if (request->error.status == OPD_OK && set->weight != 0)
+	else
+		(void)!check_set(request, session, &device, &request->error);
+	if (request->error.status != OPD_OK) {
+		request_fail(request);
+		return;
+	}
+	if (set->weight != 0)
 		session_set_weight(session, set->weight);
-	if (request->error.status == OPD_OK && set->service_class != 0)
+	if (set->service_class != 0)
 		session->class = (sched_class)(set->service_class - 1);
-	if (request->error.status == OPD_OK && set->device.bytes != 0)
+	if (set->device.bytes != 0)
 		atomic_store_explicit(&session->pinned_device, device, memory_order_relaxed);
-	for (uint32_t i = 0; request->error.status == OPD_OK && i < set->quota_count; i++)
-		session_set_quota(session, (quota_kind)set->quotas[i].kind, set->quotas[i].limit);
+	for (uint32_t i = 0; i < set->quota_count; i++)
+		set_quota(session, &set->quotas[i]);
 	request_reply_empty(request);
 }

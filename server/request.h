@@ -189,13 +189,13 @@ bool request_send(struct request *request, struct msg_tensor *tensor, const void
 uint64_t request_now_ns(void);
 
 OPD_MUST_USE opd_status run_accept(struct request *request);   /* run.c */
-void run_start(struct request *request);
+void run_start(struct request *request); /* goes on when payload and all results of others are there */
 void run_release(struct request *request); /* gives back what run_accept and later steps took */
 void run_refused(struct request *request); /* it was never begun: whoever names its results is told that it failed, not that there never was such a result */
 void run_failed(struct request *request);  /* the request ends with an error: whoever waits for its results learns of it */
 /* It can't go on. True: it ends later, when what it waits for is there. */
 bool run_abandoned(struct request *request);
-void run_stop_waiting(struct request *request); /* for results of others; it is about to end */
+void run_stop_waiting(struct request *request); /* run_operands.c: for results of others; it is about to end */
 void run_explain(struct request *request); /* explain.c: puts the record into the reply */
 void execute_graph(struct request *request); /* execute.c: graph_run_execute on a lane; then execute_done */
 void execute_run(struct request *request);  /* execute.c: the chosen implementation, on the loop, a lane or a device; then execute_done */
@@ -204,13 +204,17 @@ opd_status execute_refused(struct request *request, const char *what, const stru
 void execute_device_done(struct request *request); /* execute.c: a device has run it; then execute_done */
 void execute_place(struct request *request); /* execute.c: sets run.device for the chosen implementation */
 void execute_plan(struct request *request); /* execute.c: makes the plan that a dry run asks about; then execute_done */
-bool run_keeps(const struct request *request, uint32_t output); /* run.c: the result stays in the session */
+bool run_keeps(const struct request *request, uint32_t output); /* run_results.c: the result stays in the session */
 void execute_done(struct request *request); /* run.c: on the context's thread */
 /* A request that ends before it is run, or late; its status and error are written then. On a lane or the loop. */
 bool execute_unwanted(struct request *request, const struct lane_exec *lane);
 /* Whether this much kernel time fits into the loop's turn; counted if so. */
 bool execute_fits_loop(struct request *request, uint64_t cost_ns);
-/* run.c's, for graphs */
+/* run_operands.c: all that is kept is taken at once, and what isn't there yet is waited for; then where one lies */
+OPD_MUST_USE opd_status run_take_operands(struct request *request);
+OPD_MUST_USE opd_status run_place_operand(struct request *request, uint32_t index);
+opd_status run_out_of_memory(struct request *request);
+/* run.c's and run_results.c's, for graphs too */
 OPD_MUST_USE opd_status run_take(struct request *request); /* payload, kept operands, room for kept results, deadline: run.op and run.bound are there */
 OPD_MUST_USE opd_status run_check_inline(struct request *request); /* results that are wanted inline fit */
 void run_reply_results(struct request *request);

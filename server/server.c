@@ -179,8 +179,18 @@ static void drop_caches(struct server *server)
 	server->caches_are_dropped = filled;
 }
 
+static void tick_workers(struct server *server)
+{
+	struct snapshot *snapshot = registry_snapshot(server->registry);
+	for (uint32_t i = 0; i < snapshot->provider_count; i++)
+		if (snapshot->providers[i]->isolated)
+			isolated_tick(snapshot->providers[i]->module->isolated);
+	snapshot_unref(snapshot);
+}
+
 void server_on_tick(struct server *server, uint64_t now_ns)
 {
+	tick_workers(server);
 	containment_tick(server->containment, now_ns);
 	drop_caches(server);
 	scrape_tick(server, now_ns / 1000);
@@ -279,7 +289,7 @@ static opd_status open_providers(struct server *server, opd_error *error)
 		.free = module_free,
 		.context = server,
 		.derived = server->derived,
-		.isolated = {server->config->worker, server->account, service_budget_ns, service_failed, server},
+		.isolated = {server->config->worker, server->account, server->derived, service_budget_ns, service_failed, server},
 	};
 	opd_status status = registry_create(server->log, &services, &server->registry, error);
 	for (size_t i = 0; status == OPD_OK && builtin_modules[i] != NULL; i++)

@@ -15,7 +15,7 @@ import unittest
 
 import opd
 
-from harness import (CANCEL, CANCELLED, CHUNKED, DATA, DEADLINE_EXCEEDED, INVALID_ARGUMENT, OK, OPD, PERMISSION_DENIED, REQUEST, RESOURCE_EXHAUSTED, Client, DaemonCase, Failed, f32, frame, inline, pb, run,
+from harness import (CANCEL, CANCELLED, CHUNKED, DATA, DEADLINE_EXCEEDED, INVALID_ARGUMENT, NOT_FOUND, OK, OPD, PERMISSION_DENIED, REQUEST, RESOURCE_EXHAUSTED, Client, DaemonCase, Failed, f32, frame, inline, pb, run,
                      tensor, wait_until)
 
 REALTIME, INTERACTIVE, BATCH = pb.REALTIME, pb.INTERACTIVE, pb.BATCH
@@ -507,6 +507,37 @@ class Quotas(DaemonCase):
             self.assertRegex(self.opctl("session", number, "set", "quota", wrong, code=2), pattern)
         reply, _ = self.one.call(pb.Request(set_session=pb.SetSession(session=int(number), quotas=[pb.Quota(kind=pb.QUOTA_SESSIONS, limit=1)])))
         self.assertEqual((reply.status, reply.message), (INVALID_ARGUMENT, "quota sessions is a tenant's: the configuration has it"))
+
+    def set_quota(self, kind, limit):
+        return self.two.call(pb.Request(set_session=pb.SetSession(session=self.one.hello.session, quotas=[pb.Quota(kind=kind, limit=limit)])))[0]
+
+    def test_a_limit_that_is_none_is_a_typed_error_and_changes_nothing(self):
+        most = (1 << 64) - 1
+        for kind, wrong in ((pb.QUOTA_IN_FLIGHT, (1000001, 1 << 32, most)), (pb.QUOTA_QUEUED, (1000001, 1 << 32, most)), (pb.QUOTA_DEVICE_TIME, (1, 999999, 1024000000001, most)),
+                            (pb.QUOTA_SESSIONS, (0, 1))):
+            name = pb.QuotaKind.Name(kind)[len("QUOTA_"):].lower()
+            before = [quota for state in self.sessions().sessions for quota in state.quotas if quota.kind == kind]
+            for limit in wrong:
+                reply = self.set_quota(kind, limit)
+                self.assertEqual(reply.status, INVALID_ARGUMENT)
+                self.assertIn("quota " + name, reply.message)
+            self.assertEqual([quota for state in self.sessions().sessions for quota in state.quotas if quota.kind == kind], before)
+        both = [pb.Quota(kind=pb.QUOTA_IN_FLIGHT, limit=3), pb.Quota(kind=pb.QUOTA_QUEUED, limit=1 << 32)]
+        self.assertEqual(self.two.call(pb.Request(set_session=pb.SetSession(session=self.one.hello.session, weight=7, quotas=both)))[0].status, INVALID_ARGUMENT)
+        self.assertEqual(self.quota(pb.QUOTA_IN_FLIGHT, self.one)[1], 6)
+        self.assertEqual([state.weight for state in self.sessions().sessions if state.session == self.one.hello.session], [100])
+        self.assertEqual(self.two.call(pb.Request(set_session=pb.SetSession(session=1 << 63, weight=7)))[0].status, NOT_FOUND)
+
+    def test_the_largest_limits_are_taken_and_0_is_what_the_configuration_has(self):
+        most = (1 << 64) - 1
+        for kind, limit, configured in ((pb.QUOTA_IN_FLIGHT, 1000000, 6), (pb.QUOTA_QUEUED, 1000000, 4), (pb.QUOTA_MEMORY, most, 768 << 10), (pb.QUOTA_DEVICE_MEMORY, most, 0),
+                                        (pb.QUOTA_BYTES_IN, most, 0), (pb.QUOTA_BYTES_OUT, most, 0), (pb.QUOTA_DEVICE_TIME, 1024000000000, 0)):
+            self.assertEqual(self.set_quota(kind, limit).status, OK)
+            self.assertEqual(self.quota(kind, self.one)[1], limit)
+            self.one.ask(product(2, 2), f32(1))
+            self.assertEqual(self.set_quota(kind, 0).status, OK)
+            mine, = [state for state in self.sessions().sessions if state.session == self.one.hello.session]
+            self.assertEqual([quota.limit for quota in mine.quotas if quota.kind == kind and quota.limit != 0], [configured] if configured else [])
 
     def test_a_session_that_has_used_its_device_time_waits_and_others_go_on(self):
         self.one.ask(product(256, 256), f32(1))
