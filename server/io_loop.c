@@ -5,6 +5,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
 #include <sys/timerfd.h>
 #include <unistd.h>
 
@@ -18,7 +20,15 @@
 
 void io_loop_wake(struct io_loop *io)
 {
-	(void)uv_async_send(&io->wake);
+	const uint64_t one = 1;
+	if (!atomic_exchange_explicit(&io->woken, true, memory_order_acq_rel))
+		(void)!write(io->wake_fd, &one, sizeof one);
+}
+
+bool io_loop_by_edges(struct io_loop *io, int fd)
+{
+	struct epoll_event edges = {.events = EPOLLIN | EPOLLET, .data.fd = fd}; /* libuv knows its descriptors by that */
+	return epoll_ctl(uv_backend_fd(&io->loop), EPOLL_CTL_MOD, fd, &edges) == 0;
 }
 
 struct io_loop *io_loop_expect(struct io_loop *io)
@@ -112,9 +122,17 @@ void io_loop_finish(struct io_loop *io)
 	run_posts(io);
 }
 
-static void on_wake(uv_async_t *wake)
+static void on_wake(uv_poll_t *wake, int status, int events)
 {
 	struct io_loop *io = wake->data;
+	uint64_t count;
+	(void)status;
+	(void)events;
+	if (!io->wake_by_edges) {
+		io->wake_by_edges = io_loop_by_edges(io, io->wake_fd);
+		(void)!read(io->wake_fd, &count, sizeof count);
+	}
+	(void)atomic_exchange_explicit(&io->woken, false, memory_order_acq_rel); /* before it looks: who comes after that wakes again */
 	standstill_wait(io->server);
 	io_loop_finish(io);
 	if (io->number == 0)
@@ -204,11 +222,18 @@ static int open_tick(struct io_loop *io)
 	return uv_poll_init(&io->loop, &io->tick, io->tick_fd);
 }
 
+/* The same. */
+static int open_wake(struct io_loop *io)
+{
+	io->wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+	return io->wake_fd < 0 ? uv_translate_sys_error(errno) : uv_poll_init(&io->loop, &io->wake, io->wake_fd);
+}
+
 static opd_status open_events(struct io_loop *io, opd_error *error)
 {
 	if (uv_loop_init(&io->loop) != 0)
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: no event loop");
-	int failed = uv_async_init(&io->loop, &io->wake, on_wake);
+	int failed = open_wake(io);
 	if (failed == 0)
 		failed = uv_check_init(&io->loop, &io->flush);
 	if (failed == 0)
@@ -224,6 +249,8 @@ static opd_status open_events(struct io_loop *io, opd_error *error)
 		failed = uv_check_start(&io->flush, on_flush);
 	if (failed == 0)
 		failed = uv_poll_start(&io->tick, UV_READABLE, on_tick);
+	if (failed == 0)
+		failed = uv_poll_start(&io->wake, UV_READABLE, on_wake);
 	io->running = failed == 0;
 	return failed == 0 ? OPD_OK : opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: event loop: %s", uv_strerror(failed));
 }
@@ -231,7 +258,7 @@ static opd_status open_events(struct io_loop *io, opd_error *error)
 opd_status io_loop_open(struct io_loop *io, opd_error *error)
 {
 	const bool tls = io->server->config->tls_context != NULL;
-	io->tick_fd = -1;
+	io->tick_fd = io->wake_fd = -1;
 	(void)pthread_mutex_init(&io->mutex, NULL); /* of glibc, it can't fail */
 	io->turn_us = request_now_ns() / 1000;
 	io->metrics = metrics_create(false);
@@ -314,6 +341,8 @@ void io_loop_fini(struct io_loop *io)
 	metrics_destroy(io->metrics);
 	if (io->tick_fd >= 0)
 		(void)close(io->tick_fd);
+	if (io->wake_fd >= 0)
+		(void)close(io->wake_fd);
 	deadlines_close(&io->deadlines);
 	watches_close(&io->watches);
 	free(io->stage);

@@ -37,7 +37,10 @@ struct io_loop {
 	bool running;         /* the event loop is there */
 
 	uv_loop_t loop;
-	uv_async_t wake;      /* lanes, posts, a standstill; of loop 0 also a drain */
+	uv_poll_t wake;       /* lanes, posts, a standstill; of loop 0 also a drain. No uv_async: when who wakes is interrupted by the loop that it wakes, libuv's spins for some 10 us and then yields */
+	int wake_fd;          /* its eventfd */
+	bool wake_by_edges;   /* io_loop_by_edges */
+	_Atomic bool woken;   /* wake_fd was written to, and the loop hasn't looked since */
 	uv_check_t flush;     /* after polling: replies of the turn leave together */
 	uv_idle_t again;      /* active while a connection has more to do than one turn allows */
 	uv_poll_t tick;       /* once a second: handshakes, stalls, the drain's end */
@@ -105,6 +108,9 @@ void io_loop_forget(struct io_loop *io);
 uint64_t io_loop_cpu_ns(const struct io_loop *io);
 /* Any thread: the loop looks soon at what others have left for it. */
 void io_loop_wake(struct io_loop *io);
+/* In the first event of a descriptor that libuv polls: from now on its epoll tells of each write, whatever there is to read, so that an eventfd needn't be read back: a system call
+ * less for each wake-up. libuv leaves that as long as what is polled for doesn't change. False: it goes on as before. */
+bool io_loop_by_edges(struct io_loop *io, int fd);
 /* The next poll doesn't sleep, so that what is dirty now leaves. */
 void io_loop_flush_soon(struct io_loop *io);
 

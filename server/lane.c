@@ -1,8 +1,10 @@
 #include "server/lane.h"
 
 #include <assert.h>
+#include <errno.h>
 #include <pthread.h>
 #include <sched.h>
+#include <semaphore.h>
 #include <signal.h>
 #include <stddef.h>
 #include <stdio.h>
@@ -27,7 +29,8 @@ struct worker {
 	uint32_t number;
 	bool parked; /* on the lane's stack of sleeping workers */
 	struct worker *next_parked;
-	pthread_cond_t cond; /* unparked, or its loop's last helper has left, or it is no spare any more; of CLOCK_MONOTONIC */
+	bool asleep;  /* nobody has woken it yet */
+	sem_t woken;  /* unparked, or its loop's last helper has left, or it is no spare any more */
 	uint32_t crowded; /* spins to leave out: its core is wanted by others */
 	pthread_t thread;
 	/* Under the mutex. */
@@ -134,7 +137,28 @@ static uint64_t demand(const struct lane *lane)
 	return wanted;
 }
 
-/* Takes sleeping threads off the stack for work that no thread already on its way will do. Their conditions are signalled after the mutex is
+/* Sleeps until it is woken, or until then (NULL: whenever); under the mutex before and after. It may come back for nothing. False: it is time. No condition variable: a thread that
+ * one has woken takes the mutex as if others waited for it, and lets it go by a system call that wakes nobody, which every hand-over of a job paid for. */
+static bool doze(struct worker *worker, const struct timespec *until)
+{
+	worker->asleep = true;
+	(void)pthread_mutex_unlock(&worker->lane->mutex);
+	const int failed = until == NULL ? sem_wait(&worker->woken) : sem_clockwait(&worker->woken, CLOCK_MONOTONIC, until);
+	const bool late = failed != 0 && errno == ETIMEDOUT;
+	(void)pthread_mutex_lock(&worker->lane->mutex);
+	worker->asleep = false;
+	return !late;
+}
+
+/* Under the mutex. What the thread waits for is there. */
+static void rouse(struct worker *worker)
+{
+	if (worker->asleep)
+		(void)sem_post(&worker->woken);
+	worker->asleep = false;
+}
+
+/* Takes sleeping threads off the stack for work that no thread already on its way will do. They are woken after the mutex is
  * released, so that they don't run into it. */
 static uint32_t unpark(struct lane *lane, struct worker *woken[WAKE_MAX])
 {
@@ -147,6 +171,7 @@ static uint32_t unpark(struct lane *lane, struct worker *woken[WAKE_MAX])
 		struct worker *worker = lane->parked;
 		lane->parked = worker->next_parked;
 		worker->parked = false;
+		worker->asleep = false;
 		lane->waking++;
 		woken[count] = worker;
 	}
@@ -160,7 +185,7 @@ static void unlock_and_wake(struct lane *lane)
 	uint32_t count = unpark(lane, woken);
 	(void)pthread_mutex_unlock(&lane->mutex);
 	for (uint32_t i = 0; i < count; i++)
-		(void)pthread_cond_signal(&woken[i]->cond);
+		(void)sem_post(&woken[i]->woken);
 }
 
 /* Jobs wait for their tenants' rates: not longer than that. Comes back off the stack of sleeping threads, counted as one that was woken. */
@@ -168,9 +193,9 @@ static void wait_until_ready(struct worker *worker)
 {
 	struct lane *lane = worker->lane;
 	const struct timespec until = {(time_t)(lane->ready_ns / 1000000000u), (long)(lane->ready_ns % 1000000000u)};
-	int failed = 0;
-	while (worker->parked && failed == 0)
-		failed = pthread_cond_timedwait(&worker->cond, &lane->mutex, &until);
+	bool in_time = true;
+	while (worker->parked && in_time)
+		in_time = doze(worker, &until);
 	if (!worker->parked)
 		return;
 	struct worker **link = &lane->parked;
@@ -191,7 +216,7 @@ static void park(struct worker *worker)
 	if (lane->ready_ns != UINT64_MAX)
 		wait_until_ready(worker);
 	while (worker->parked)
-		(void)pthread_cond_wait(&worker->cond, &lane->mutex);
+		(void)doze(worker, NULL);
 	lane->waking--;
 }
 
@@ -275,7 +300,7 @@ static bool help(struct worker *worker)
 	/* The owner may return, and the loop be gone, as soon as it sees zero. */
 	struct worker *owner = loop->owner;
 	if (atomic_fetch_sub_explicit(&loop->helpers, 1, memory_order_release) == 1)
-		(void)pthread_cond_signal(&owner->cond);
+		rouse(owner);
 	return true;
 }
 
@@ -299,7 +324,7 @@ static void wait_for_helpers(struct lane *lane, struct loop *loop)
 			return;
 	(void)pthread_mutex_lock(&lane->mutex);
 	while (atomic_load_explicit(&loop->helpers, memory_order_acquire) != 0)
-		(void)pthread_cond_wait(&loop->owner->cond, &lane->mutex);
+		(void)doze(loop->owner, NULL);
 	(void)pthread_mutex_unlock(&lane->mutex);
 }
 
@@ -605,7 +630,7 @@ static void wait_as_spare(struct worker *worker)
 	worker->next_spare = lane->spares;
 	lane->spares = worker;
 	while (worker->spare && !lane->stopping)
-		(void)pthread_cond_wait(&worker->cond, &lane->mutex);
+		(void)doze(worker, NULL);
 	worker->replaced = false;
 }
 
@@ -689,24 +714,15 @@ struct lane_exec lane_exec_serial(struct lane_job *job)
 
 /* ---- Life -------------------------------------------------------------------------------------------------------------- */
 
-static void init_cond(pthread_cond_t *cond)
-{
-	pthread_condattr_t attributes;
-	(void)pthread_condattr_init(&attributes);
-	(void)pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
-	(void)pthread_cond_init(cond, &attributes);
-	(void)pthread_condattr_destroy(&attributes);
-}
-
 /* Of the lane's threads, the next that isn't started yet. */
 static bool start_worker(struct lane *lane, uint32_t number)
 {
 	struct worker *worker = &lane->workers[lane->started];
 	worker->lane = lane;
 	worker->number = number;
-	init_cond(&worker->cond);
+	(void)sem_init(&worker->woken, 0, 0);
 	if (pthread_create(&worker->thread, NULL, worker_main, worker) != 0) {
-		(void)pthread_cond_destroy(&worker->cond);
+		(void)sem_destroy(&worker->woken);
 		return false;
 	}
 	char name[16];
@@ -737,7 +753,7 @@ static bool replace(struct lane *lane, struct worker *stuck)
 		lane->spares = spare->next_spare;
 		spare->number = stuck->number;
 		spare->spare = false;
-		(void)pthread_cond_signal(&spare->cond);
+		rouse(spare);
 	} else {
 		sigset_t all, before;
 		(void)sigfillset(&all);
@@ -819,7 +835,7 @@ static void unpark_all(struct lane *lane)
 	for (; lane->parked != NULL; lane->parked = lane->parked->next_parked) {
 		lane->parked->parked = false;
 		lane->waking++;
-		(void)pthread_cond_signal(&lane->parked->cond);
+		rouse(lane->parked);
 	}
 }
 
@@ -832,12 +848,12 @@ void lane_stop(struct lane *lane)
 	scheduler_forget_rates(&lane->scheduler);
 	unpark_all(lane);
 	for (struct worker *spare = lane->spares; spare != NULL; spare = spare->next_spare)
-		(void)pthread_cond_signal(&spare->cond);
+		rouse(spare);
 	(void)pthread_mutex_unlock(&lane->mutex);
 	for (; lane->started > 0; lane->started--) {
 		struct worker *worker = &lane->workers[lane->started - 1];
 		(void)pthread_join(worker->thread, NULL);
-		(void)pthread_cond_destroy(&worker->cond);
+		(void)sem_destroy(&worker->woken);
 	}
 }
 
