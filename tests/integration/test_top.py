@@ -55,10 +55,18 @@ class Terminal:
         return self.until("\x1b\\[H(.*?)\x1b\\[J")[1].replace("\x1b[2K", "").split("\r\n")
 
     def ended(self):
-        """How it ended, and what it said after it had given the terminal back."""
-        code = self.process.wait(timeout=PATIENCE)
-        said = self.until(re.escape(LEAVE) + "(.*)$")[1] if LEAVE in self.text or select.select([self.master], [], [], PATIENCE)[0] else None
-        return code, said, termios.tcgetattr(self.slave) == self.before
+        """How it ended, what it said after it had given the terminal back, and whether the terminal is as it was. Reads meanwhile: a full terminal would hold it up."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            exited = self.process.poll() is not None
+            if select.select([self.master], [], [], 0 if exited else 0.05)[0]:
+                self.text += os.read(self.master, 65536).decode()
+            elif exited:
+                break
+            elif time.monotonic() > deadline:
+                raise AssertionError("it never ends: %r" % self.text[-3000:])
+        said = self.text.rpartition(LEAVE)[2] if LEAVE in self.text else None
+        return self.process.returncode, said, termios.tcgetattr(self.slave) == self.before
 
     def close(self):
         if self.process.poll() is None:

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "server/config_internal.h"
+#include "tests/lib/suite.h"
 
 static char folder[64];
 static char path[96];
@@ -721,9 +722,5 @@ int main(void)
 	add_file_tests(tests);
 	add_check_tests(tests);
 	suite_add_tcase(suite, tests);
-	SRunner *runner = srunner_create(suite);
-	srunner_run_all(runner, CK_ENV);
-	int failed = srunner_ntests_failed(runner);
-	srunner_free(runner);
-	return failed == 0 ? 0 : 1;
+	return suite_run(suite);
 }

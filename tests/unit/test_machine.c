@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "server/machine.h"
+#include "tests/lib/suite.h"
 
 static char root[64];
 
@@ -149,9 +150,5 @@ int main(void)
 	tcase_add_test(tests, processors_that_share_a_core_count_once);
 	tcase_add_test(tests, threads_are_no_more_than_this_process_may_use_at_once);
 	suite_add_tcase(suite, tests);
-	SRunner *runner = srunner_create(suite);
-	srunner_run_all(runner, CK_ENV);
-	const int failed = srunner_ntests_failed(runner);
-	srunner_free(runner);
-	return failed == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+	return suite_run(suite);
 }

@@ -3,6 +3,7 @@
 #include <stdlib.h>
 
 #include "server/placement.h"
+#include "tests/lib/suite.h"
 
 #define SECOND UINT64_C(1000000000)
 
@@ -95,9 +96,5 @@ int main(void)
 	tcase_add_test(tests, a_cost_follows_what_is_measured_and_one_run_does_not_make_it);
 	tcase_add_test(tests, what_was_not_confirmed_for_a_minute_is_tried_again);
 	suite_add_tcase(suite, tests);
-	SRunner *runner = srunner_create(suite);
-	srunner_run_all(runner, CK_ENV);
-	const int failed = srunner_ntests_failed(runner);
-	srunner_free(runner);
-	return failed == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+	return suite_run(suite);
 }

@@ -7,6 +7,7 @@
 
 #include "../lib/plain_same.h"
 #include "proto/bounds.h"
+#include "tests/lib/suite.h"
 
 #define ARENA_CAP (8u << 20)
 #define CHANGES 4000 /* of each golden frame */
@@ -514,9 +515,5 @@ int main(void)
 	tcase_add_test(same, a_refusal_leaves_the_arena_as_it_was);
 	tcase_add_test(same, neither_way_passes_the_arenas_cap);
 	suite_add_tcase(suite, same);
-	SRunner *runner = srunner_create(suite);
-	srunner_run_all(runner, CK_NORMAL);
-	int failed = srunner_ntests_failed(runner);
-	srunner_free(runner);
-	return failed == 0 ? 0 : 1;
+	return suite_run(suite);
 }

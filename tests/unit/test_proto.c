@@ -16,6 +16,7 @@
 #include "proto/message.h"
 #include "proto/tensor.h"
 #include "proto/text.h"
+#include "tests/lib/suite.h"
 
 #define ARENA_CAP (8u << 20)
 
@@ -807,9 +808,5 @@ int main(void)
 {
 	Suite *suite = suite_create("proto");
 	add_envelopes(suite);
-	SRunner *runner = srunner_create(suite);
-	srunner_run_all(runner, CK_NORMAL);
-	int failed = srunner_ntests_failed(runner);
-	srunner_free(runner);
-	return failed == 0 ? 0 : 1;
+	return suite_run(suite);
 }

@@ -9,6 +9,7 @@
 
 #include "proto/bounds.h"
 #include "proto/ring.h"
+#include "tests/lib/suite.h"
 
 #define RING_BYTES 4096u
 
@@ -190,9 +191,5 @@ int main(void)
 	tcase_add_test(all, who_waits_is_woken_once_and_for_what_it_waits);
 	tcase_add_test(all, no_wake_up_is_lost_between_two_that_sleep_whenever_they_can);
 	suite_add_tcase(suite, all);
-	SRunner *runner = srunner_create(suite);
-	srunner_run_all(runner, CK_ENV);
-	const int failed = srunner_ntests_failed(runner);
-	srunner_free(runner);
-	return failed == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+	return suite_run(suite);
 }

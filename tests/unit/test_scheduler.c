@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "tests/lib/simulator.h"
+#include "tests/lib/suite.h"
 
 #define US 1000.0
 #define MS 1000000.0
@@ -642,9 +643,5 @@ int main(void)
 	tcase_add_test(tests, one_session_is_served_in_the_order_of_its_requests);
 	tcase_add_test(tests, classes_have_names);
 	suite_add_tcase(suite, tests);
-	SRunner *runner = srunner_create(suite);
-	srunner_run_all(runner, CK_ENV);
-	int failed = srunner_ntests_failed(runner);
-	srunner_free(runner);
-	return failed == 0 ? 0 : 1;
+	return suite_run(suite);
 }
