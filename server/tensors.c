@@ -8,7 +8,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <time.h>
 
 #include "proto/tensor.h"
 #include "server/derived.h"
@@ -58,40 +57,11 @@ static uint64_t class_bytes_at(unsigned class)
 	return (1ull << shift) + (uint64_t)(class % 4) * (1ull << (shift - 2));
 }
 
-/* ---- The pool's lock ----
- *
- * Held for a few instructions, four times a request: a mutex took 55 each time, and a second locked one to let go. Who finds it taken tries for a moment (the holder is
- * at it on another core), then sleeps (the holder was interrupted, perhaps by a thread of a higher priority than its own: yielding would not let it run). */
-
-#define LOCK_TRIES 64
-#define LOCK_PAUSE_NS 20000
-
-static void pool_lock_slow(struct memory *memory)
-{
-	const struct timespec pause = {.tv_nsec = LOCK_PAUSE_NS};
-	for (unsigned tries = 1; atomic_exchange_explicit(&memory->locked, true, memory_order_acquire); tries++)
-		if (tries % LOCK_TRIES == 0)
-			(void)nanosleep(&pause, NULL);
-}
-
-static inline void pool_lock(struct memory *memory)
-{
-	if (atomic_exchange_explicit(&memory->locked, true, memory_order_acquire))
-		pool_lock_slow(memory);
-}
-
-static inline void pool_unlock(struct memory *memory)
-{
-	atomic_store_explicit(&memory->locked, false, memory_order_release);
-}
-
-/* ---- */
-
 /* Frees cached buffers, largest first, until live and cached memory together take at most `limit`. */
 static bool pool_shrink(struct memory *memory, uint64_t limit)
 {
 	struct buffer *victims = NULL;
-	pool_lock(memory);
+	latch_lock(&memory->latch);
 	for (unsigned class = MEMORY_CLASSES; class-- > 0;) {
 		while (memory->cached[class] != NULL &&
 		       atomic_load_explicit(&memory->used_bytes, memory_order_relaxed) + memory->cached_bytes > limit) {
@@ -102,7 +72,7 @@ static bool pool_shrink(struct memory *memory, uint64_t limit)
 			victims = buffer;
 		}
 	}
-	pool_unlock(memory);
+	latch_unlock(&memory->latch);
 	const bool any = victims != NULL;
 	while (victims != NULL) {
 		struct buffer *buffer = victims;
@@ -114,9 +84,9 @@ static bool pool_shrink(struct memory *memory, uint64_t limit)
 
 uint64_t memory_cached_bytes(struct memory *memory)
 {
-	pool_lock(memory);
+	latch_lock(&memory->latch);
 	const uint64_t bytes = memory->cached_bytes;
-	pool_unlock(memory);
+	latch_unlock(&memory->latch);
 	return bytes;
 }
 
@@ -124,7 +94,7 @@ uint64_t memory_cached_bytes(struct memory *memory)
 void memory_forget(struct memory *memory)
 {
 	struct buffer *gone = NULL;
-	pool_lock(memory);
+	latch_lock(&memory->latch);
 	(void)atomic_fetch_add_explicit(&memory->epoch, 1, memory_order_release);
 	for (unsigned class = 0; class < MEMORY_CLASSES; class ++) {
 		while (memory->cached[class] != NULL) {
@@ -135,7 +105,7 @@ void memory_forget(struct memory *memory)
 		}
 	}
 	memory->cached_bytes = 0;
-	pool_unlock(memory);
+	latch_unlock(&memory->latch);
 	while (gone != NULL) {
 		struct buffer *buffer = gone;
 		gone = buffer->next;
@@ -343,13 +313,13 @@ void account_release(struct account *account, uint64_t bytes)
 
 static struct buffer *pool_take(struct memory *memory, unsigned class, uint64_t class_bytes)
 {
-	pool_lock(memory);
+	latch_lock(&memory->latch);
 	struct buffer *buffer = memory->cached[class];
 	if (buffer != NULL) {
 		memory->cached[class] = buffer->next;
 		memory->cached_bytes -= class_bytes;
 	}
-	pool_unlock(memory);
+	latch_unlock(&memory->latch);
 	return buffer;
 }
 
@@ -359,7 +329,7 @@ static bool pool_give(struct memory *memory, struct buffer *buffer, uint64_t cla
 	bool kept = false;
 	/* The ceiling holds for what is resident: cached memory must not push live memory past it. */
 	uint64_t used = atomic_load_explicit(&memory->used_bytes, memory_order_relaxed);
-	pool_lock(memory);
+	latch_lock(&memory->latch);
 	const bool gone = buffer->epoch != atomic_load_explicit(&memory->epoch, memory_order_relaxed); /* with the device's reset */
 	/* A device's is freed by its lane alone, when room is made for another. */
 	const bool fits = memory->device != 0 ||
@@ -371,7 +341,7 @@ static bool pool_give(struct memory *memory, struct buffer *buffer, uint64_t cla
 		memory->cached_bytes += class_bytes;
 		kept = true;
 	}
-	pool_unlock(memory);
+	latch_unlock(&memory->latch);
 	if (gone)
 		free(buffer);
 	return kept || gone;

@@ -16,6 +16,7 @@
 #include <stdint.h>
 
 #include "opd/status.h"
+#include "proto/latch.h"
 
 /* Bytes behind a payload buffer that a read may run into (conn.c keeps the next frame's head there). */
 #define BUFFER_SLACK_BYTES 512u
@@ -39,7 +40,7 @@ struct memory {
 	_Atomic uint64_t used_bytes; /* the ledger: charged by all accounts */
 	_Atomic uint64_t limit_bytes;
 	uint64_t cache_limit_bytes;
-	_Atomic bool locked; /* what follows is in somebody's hands, for a few instructions */
+	struct latch latch; /* of what follows */
 	uint64_t cached_bytes;
 	struct buffer *cached[MEMORY_CLASSES];
 	struct buffer *mirrors_first; /* in this memory, unused for longest first; under the lock of all mirrors */
