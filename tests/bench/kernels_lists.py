@@ -1,7 +1,7 @@
 """From a table of measured times to the default lists of providers (providers/measured.tsv to providers/priorities.txt).
 
 A table has a line a figure: op, dtype, sizes, threads, provider, microseconds, with tabs between them, and lines that begin with # say what was measured and on
-what. An op gets a plain list, in the order of the geometric means of its providers' times over the best one's; a dtype, and within it a class of up to so many
+what. Such a line after figures begins another machine's: every machine's figures of a size count, so that the lists are the best compromise for all of them. An op gets a plain list, in the order of the geometric means of its providers' times over the best one's; a dtype, and within it a class of up to so many
 rows, gets a list of its own where that would begin otherwise."""
 import math
 
@@ -14,14 +14,16 @@ def rows_of(op, sizes):
 
 
 def read(lines):
-    """{op: [(dtype, sizes, {provider: microseconds})]} in the order of the lines."""
-    found = {}
+    """{op: [(dtype, sizes, {provider: microseconds})]} in the order of the lines; a size comes once for each machine that has figures of it."""
+    found, machine, heading = {}, 0, True
     for line in lines:
         if line.startswith("#") or not line.strip():
+            machine, heading = machine + (0 if heading else 1), True
             continue
+        heading = False
         op, dtype, sizes, _threads, provider, us = line.split()
-        found.setdefault(op, {}).setdefault((dtype, tuple(map(int, sizes.split(",")))), {})[provider] = float(us)
-    return {op: [(dtype, sizes, times) for (dtype, sizes), times in figures.items()] for op, figures in found.items()}
+        found.setdefault(op, {}).setdefault((machine, dtype, tuple(map(int, sizes.split(",")))), {})[provider] = float(us)
+    return {op: [(dtype, sizes, times) for (_, dtype, sizes), times in figures.items()] for op, figures in found.items()}
 
 
 def ordered(rows):

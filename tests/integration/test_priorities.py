@@ -52,6 +52,10 @@ class Table(unittest.TestCase):
         found = lists("matmul f32 8,4,8,8 1 a 10", "matmul f32 8,4,8,8 1 cpu 20", "matmul f32 8,64,8,8 1 a 30", "matmul f32 8,64,8,8 1 cpu 10")
         self.assertEqual(found["matmul/f32/rows<=32"], "a,cpu,native")
 
+    def test_every_machine_of_the_table_counts(self):
+        machines = table("linear f32 8,64,64 1 a 10", "linear f32 8,64,64 1 cpu 20") + table("linear f32 8,64,64 1 a 90", "linear f32 8,64,64 1 cpu 30")
+        self.assertEqual(kernels_lists.write(machines).splitlines()[-1], "linear=cpu,a,native")
+
     def test_the_committed_lists_are_those_of_the_committed_table(self):
         with open(TABLE, encoding="utf-8") as measured, open(LISTS, encoding="utf-8") as committed:
             self.assertEqual(committed.read(), kernels_lists.write(measured))
