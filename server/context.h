@@ -20,6 +20,7 @@ struct request;
 struct context {
 	struct server *server;
 	struct io_loop *io; /* NULL: a direct caller's */
+	uint32_t loop;      /* number of the loop that takes what lanes have done for it: its own, a direct caller's is 0 */
 	struct snapshot *snapshot;
 	struct effective *lists[CONTEXT_LISTS]; /* of requests' own lists */
 	char *list_keys[CONTEXT_LISTS];         /* the names they were cut from, each with its NUL */

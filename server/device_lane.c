@@ -377,11 +377,13 @@ static void finish_job(struct device_lane *lane, struct device_job *job)
 	const uint64_t device_ns = job->device_ns = device_time(lane, job);
 	(void)pthread_mutex_lock(&lane->mutex);
 	scheduler_complete(&lane->scheduler, job->item.flow, (sched_class)job->item.class, job->item.estimate_ns, device_ns);
-	*lane->done_end = job;
-	lane->done_end = &job->next;
+	struct io_loop *io = &lane->server->loops[job->loop];
+	struct device_done *done = &lane->done[job->loop];
+	*done->end = job;
+	done->end = &job->next;
 	(void)pthread_mutex_unlock(&lane->mutex);
-	atomic_store_explicit(&lane->server->device_done, true, memory_order_release);
-	server_wake(lane->server);
+	atomic_store_explicit(&io->device_done, true, memory_order_release);
+	io_loop_wake(io);
 }
 
 /* Ends the jobs that are complete; false: none was. */
@@ -525,7 +527,8 @@ static opd_status lane_start(struct server *server, const struct device *device,
 	lane->server = server;
 	lane->number = number;
 	bound_queues(lane);
-	lane->done_end = &lane->done;
+	for (uint32_t i = 0; i < CONFIG_LOOPS_MAX; i++)
+		lane->done[i].end = &lane->done[i].first;
 	lane->flight_end = &lane->flight;
 	const struct memory_source source = {source_alloc, source_free, lane};
 	memory_init_device(&lane->memory, number, device->name, UINT64_MAX, source);
@@ -657,12 +660,12 @@ bool device_lane_withdraw(struct device_lane *lane, struct device_job *job)
 	return queued;
 }
 
-void device_lane_finish_done(struct device_lane *lane)
+void device_lane_finish_done(struct device_lane *lane, uint32_t loop)
 {
 	(void)pthread_mutex_lock(&lane->mutex);
-	struct device_job *job = lane->done;
-	lane->done = NULL;
-	lane->done_end = &lane->done;
+	struct device_job *job = lane->done[loop].first;
+	lane->done[loop].first = NULL;
+	lane->done[loop].end = &lane->done[loop].first;
 	(void)pthread_mutex_unlock(&lane->mutex);
 	while (job != NULL) {
 		struct device_job *next = job->next;

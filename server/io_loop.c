@@ -1,7 +1,10 @@
 #include "server/io_loop.h"
 
 #include <errno.h>
+#include <signal.h>
+#include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/timerfd.h>
@@ -28,6 +31,97 @@ bool io_loop_by_edges(struct io_loop *io, int fd)
 	return epoll_ctl(uv_backend_fd(&io->loop), EPOLL_CTL_MOD, fd, &edges) == 0;
 }
 
+struct io_loop *io_loop_expect(struct io_loop *io)
+{
+	(void)atomic_fetch_add(&io->conn_count, 1);
+	return io;
+}
+
+/* A drain may wait for the last one. */
+void io_loop_forget(struct io_loop *io)
+{
+	(void)atomic_fetch_sub(&io->conn_count, 1);
+	server_wake(io->server);
+}
+
+uint64_t io_loop_cpu_ns(const struct io_loop *io)
+{
+	struct timespec used;
+	if (!atomic_load_explicit(&io->has_clock, memory_order_acquire) || clock_gettime(io->cpu_clock, &used) != 0)
+		return 0;
+	return (uint64_t)used.tv_sec * 1000000000u + (uint64_t)used.tv_nsec;
+}
+
+/* ---- What others leave for it ---- */
+
+/* A call that another thread wants made on the loop's. */
+struct post {
+	struct post *next;
+	void (*callback)(void *argument);
+	void *argument;
+};
+
+opd_status io_loop_post(struct io_loop *io, void (*callback)(void *argument), void *argument, opd_error *error)
+{
+	struct post *post = calloc(1, sizeof *post);
+	if (post == NULL)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: out of memory");
+	post->callback = callback;
+	post->argument = argument;
+	(void)pthread_mutex_lock(&io->mutex);
+	const bool ended = io->ended;
+	if (!ended) {
+		*(io->posts_last == NULL ? &io->posts : &io->posts_last->next) = post;
+		io->posts_last = post;
+	}
+	(void)pthread_mutex_unlock(&io->mutex);
+	if (ended) {
+		free(post);
+		return opd_fail(error, OPD_UNAVAILABLE, "server: it has ended");
+	}
+	io_loop_wake(io);
+	return OPD_OK;
+}
+
+static void run_posts(struct io_loop *io)
+{
+	(void)pthread_mutex_lock(&io->mutex);
+	struct post *post = io->posts;
+	io->posts = io->posts_last = NULL;
+	(void)pthread_mutex_unlock(&io->mutex);
+	while (post != NULL) {
+		struct post *next = post->next;
+		post->callback(post->argument);
+		free(post);
+		post = next;
+	}
+}
+
+void io_loop_end_posts(struct io_loop *io)
+{
+	(void)pthread_mutex_lock(&io->mutex);
+	io->ended = true; /* who posted before must not wait for ever */
+	(void)pthread_mutex_unlock(&io->mutex);
+	run_posts(io);
+}
+
+static void finish_devices(struct io_loop *io)
+{
+	for (uint32_t i = 0; i < REGISTRY_DEVICES_MAX; i++) {
+		struct device_lane *lane = device_lane_started(io->server, i);
+		if (lane != NULL)
+			device_lane_finish_done(lane, io->number);
+	}
+}
+
+void io_loop_finish(struct io_loop *io)
+{
+	lanes_finish_done(io);
+	if (atomic_exchange_explicit(&io->device_done, false, memory_order_acquire))
+		finish_devices(io);
+	run_posts(io);
+}
+
 static void on_wake(uv_poll_t *wake, int status, int events)
 {
 	struct io_loop *io = wake->data;
@@ -39,8 +133,15 @@ static void on_wake(uv_poll_t *wake, int status, int events)
 		(void)!read(io->wake_fd, &count, sizeof count);
 	}
 	(void)atomic_exchange_explicit(&io->woken, false, memory_order_acq_rel); /* before it looks: who comes after that wakes again */
-	server_on_wake(io->server);
+	standstill_wait(io->server);
+	io_loop_finish(io);
+	if (io->number == 0)
+		server_on_wake(io->server);
+	else if (atomic_load_explicit(&io->stopping, memory_order_relaxed))
+		uv_stop(&io->loop);
 }
+
+/* ---- Turns ---- */
 
 /* While it is active the loop doesn't sleep in its poll: there is nothing else to do. */
 static void on_again(uv_idle_t *again)
@@ -55,8 +156,6 @@ void io_loop_flush_soon(struct io_loop *io)
 	if (!uv_is_active((uv_handle_t *)&io->again))
 		(void)uv_idle_start(&io->again, on_again);
 }
-
-/* ---- Turns ---- */
 
 static void flush_dirty(struct io_loop *io)
 {
@@ -83,7 +182,8 @@ static void on_flush(uv_check_t *check)
 	io->turn_us = now_ns / 1000;
 	io->context.inline_ns = 0;
 	io->slice_end_ns = now_ns + RING_SLICE_NS;
-	listener_turn(io->server);
+	if (io->number == 0)
+		listener_turn(io->server);
 	do {
 		rings_serve(io);
 		flush_dirty(io);
@@ -106,7 +206,8 @@ static void on_tick(uv_poll_t *tick, int status, int events)
 		next = conn->next;
 		conn_tick(conn, now_ns / 1000);
 	}
-	server_on_tick(io->server, now_ns);
+	if (io->number == 0)
+		server_on_tick(io->server, now_ns);
 }
 
 /* ---- Life ---- */
@@ -158,10 +259,12 @@ opd_status io_loop_open(struct io_loop *io, opd_error *error)
 {
 	const bool tls = io->server->config->tls_context != NULL;
 	io->tick_fd = io->wake_fd = -1;
+	(void)pthread_mutex_init(&io->mutex, NULL); /* of glibc, it can't fail */
 	io->turn_us = request_now_ns() / 1000;
 	io->metrics = metrics_create(false);
 	context_init(&io->context, io->server);
 	io->context.io = io;
+	io->context.loop = io->number;
 	io->context.metrics = io->metrics;
 	io->stage = malloc(CONN_STAGE_BYTES);
 	if (tls) {
@@ -171,6 +274,49 @@ opd_status io_loop_open(struct io_loop *io, opd_error *error)
 	if (io->metrics == NULL || io->stage == NULL || (tls && (io->tls_stage == NULL || io->tls_sealed == NULL)))
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: out of memory");
 	return open_events(io, error);
+}
+
+/* ---- Threads ---- */
+
+void io_loop_run(struct io_loop *io)
+{
+	if (!io->has_clock && pthread_getcpuclockid(pthread_self(), &io->cpu_clock) == 0)
+		atomic_store_explicit(&io->has_clock, true, memory_order_release);
+	(void)uv_run(&io->loop, UV_RUN_DEFAULT);
+}
+
+static void *loop_main(void *argument)
+{
+	io_loop_run(argument);
+	return NULL;
+}
+
+/* Signals are the main thread's business. */
+opd_status io_loop_start(struct io_loop *io, opd_error *error)
+{
+	sigset_t all, before;
+	char name[16];
+	(void)sigfillset(&all);
+	(void)pthread_sigmask(SIG_SETMASK, &all, &before);
+	const int failed = pthread_create(&io->thread, NULL, loop_main, io);
+	(void)pthread_sigmask(SIG_SETMASK, &before, NULL);
+	if (failed != 0)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: no thread for an I/O loop: %s", strerror(failed));
+	io->started = true;
+	(void)snprintf(name, sizeof name, "opd-loop-%u", (unsigned)io->number % 1000);
+	(void)pthread_setname_np(io->thread, name);
+	return OPD_OK;
+}
+
+void io_loop_stop(struct io_loop *io)
+{
+	if (!io->started)
+		return;
+	atomic_store(&io->stopping, true);
+	io_loop_wake(io);
+	(void)pthread_join(io->thread, NULL);
+	io->started = false;
+	atomic_store(&io->has_clock, false);
 }
 
 static void close_handle(uv_handle_t *handle, void *argument)
@@ -191,6 +337,7 @@ void io_loop_close(struct io_loop *io)
 void io_loop_fini(struct io_loop *io)
 {
 	context_fini(&io->context);
+	closer_fini(&io->closer);
 	metrics_destroy(io->metrics);
 	if (io->tick_fd >= 0)
 		(void)close(io->tick_fd);
@@ -201,4 +348,5 @@ void io_loop_fini(struct io_loop *io)
 	free(io->stage);
 	free(io->tls_stage);
 	free(io->tls_sealed);
+	(void)pthread_mutex_destroy(&io->mutex);
 }

@@ -59,12 +59,18 @@ struct batch_list {
 	struct lane_job *head, **tail;
 };
 
+/* Jobs that have ended, newest first: one list an owner, each in a cache line of its own. */
+struct done_list {
+	_Atomic(struct lane_job *) newest;
+	char apart[64 - sizeof(struct lane_job *)];
+};
+
 struct lane {
 	char name[NAME_BYTES];
 	/* Written by every submission, read by spinning threads. */
 	_Atomic uint32_t load;   /* jobs queued or running */
 	_Atomic uint32_t hints;  /* jobs queued, and loops with a share left: what a spinning thread watches */
-	_Atomic(struct lane_job *) done; /* newest first */
+	struct done_list done[LANE_OWNERS_MAX];
 
 	pthread_mutex_t mutex;
 	struct scheduler scheduler; /* of queued jobs */
@@ -86,7 +92,8 @@ struct lane {
 	uint32_t threads; /* of options */
 	uint32_t started;
 	uint64_t spin_ns;
-	void (*wake)(void *argument);
+	uint32_t owners;
+	void (*wake)(void *argument, uint32_t owner);
 	void *wake_argument;
 	struct worker workers[]; /* [2 * threads]: as many again may take the place of stuck ones */
 };
@@ -439,7 +446,7 @@ static void complete(struct lane *lane, struct lane_job *leader, struct lane_job
 static bool enqueue(struct lane *lane, struct lane_job *job, uint64_t time_ns)
 {
 	struct sched_item *item = &job->item;
-	assert(!lane->stopping);
+	assert(!lane->stopping && job->owner < lane->owners);
 	if (item->flow == NULL) {
 		item->flow = &lane->own_flow;
 		item->class = CLASS_INTERACTIVE;
@@ -501,17 +508,19 @@ void lane_scheduler_unlock(struct lane *lane)
 static void job_finish(struct lane *lane, struct lane_job *job)
 {
 	(void)atomic_fetch_sub_explicit(&lane->load, 1, memory_order_relaxed);
-	struct lane_job *newest = atomic_load_explicit(&lane->done, memory_order_relaxed);
+	const uint32_t owner = job->owner;
+	_Atomic(struct lane_job *) *list = &lane->done[owner].newest;
+	struct lane_job *newest = atomic_load_explicit(list, memory_order_relaxed);
 	do
 		job->next = newest;
-	while (!atomic_compare_exchange_weak_explicit(&lane->done, &newest, job, memory_order_release, memory_order_relaxed));
+	while (!atomic_compare_exchange_weak_explicit(list, &newest, job, memory_order_release, memory_order_relaxed));
 	if (newest == NULL)
-		lane->wake(lane->wake_argument);
+		lane->wake(lane->wake_argument, owner);
 }
 
-struct lane_job *lane_take_done(struct lane *lane)
+struct lane_job *lane_take_done(struct lane *lane, uint32_t owner)
 {
-	struct lane_job *newest = atomic_exchange_explicit(&lane->done, NULL, memory_order_acquire);
+	struct lane_job *newest = atomic_exchange_explicit(&lane->done[owner].newest, NULL, memory_order_acquire);
 	struct lane_job *oldest = NULL;
 	while (newest != NULL) {
 		struct lane_job *next = newest->next;
@@ -522,10 +531,10 @@ struct lane_job *lane_take_done(struct lane *lane)
 	return oldest;
 }
 
-uint32_t lane_finish_done(struct lane *lane)
+uint32_t lane_finish_done(struct lane *lane, uint32_t owner)
 {
 	uint32_t count = 0;
-	for (struct lane_job *job = lane_take_done(lane), *next; job != NULL; job = next, count++) {
+	for (struct lane_job *job = lane_take_done(lane, owner), *next; job != NULL; job = next, count++) {
 		next = job->next; /* done may free or submit the job */
 		if (job->done != NULL)
 			job->done(job);
@@ -790,6 +799,8 @@ opd_status lane_create(const struct lane_options *options, struct lane **lane_ou
 	const uint32_t threads = options->threads;
 	if (threads == 0 || threads > THREADS_MAX)
 		return opd_fail(error, OPD_INVALID_ARGUMENT, "lane: %u threads, expected 1 to %u", threads, THREADS_MAX);
+	if (options->owners > LANE_OWNERS_MAX)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "lane: %u owners, expected at most %u", options->owners, LANE_OWNERS_MAX);
 	struct lane *lane = calloc(1, sizeof *lane + 2 * (size_t)threads * sizeof lane->workers[0]);
 	if (lane == NULL)
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "lane: out of memory");
@@ -806,6 +817,7 @@ opd_status lane_create(const struct lane_options *options, struct lane **lane_ou
 	lane->segment_ns = SEGMENT_NS_DEFAULT;
 	lane->threads = threads;
 	lane->spin_ns = options->spin_ns;
+	lane->owners = options->owners == 0 ? 1 : options->owners;
 	lane->wake = options->wake;
 	lane->wake_argument = options->wake_argument;
 	start_workers(lane);

@@ -267,6 +267,12 @@ void admin_load_module(struct request *request); /* admin.c */
 void admin_restore_provider(struct request *request);
 void admin_set_log_level(struct request *request);
 void inspect_sessions(struct request *request);
+/* request_priority.c */
+void priority_push(struct request *request);
+void priority_pop(struct request *request);
+void priority_set(struct request *request);
+void priority_get(struct request *request);
+/* inspect_sessions.c */
 void admin_set_session(struct request *request);
 OPD_MUST_USE opd_status admin_set_session_priority(struct request *request, const struct msg_set_priority *set);
 void admin_drain(struct request *request);
