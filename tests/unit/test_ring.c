@@ -1,13 +1,15 @@
-/* The rings' memory: bytes come out as they went in, at every size and place; indices that can't be are seen; no wake-up is lost between two threads that sleep whenever they can. */
+/* The rings' memory: bytes come out as they went in, at every size and place; indices that can't be are seen; no wake-up is lost between two threads that sleep whenever they can. And the other thing that threads share without a system call: the latch. */
 #include <check.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
 #include "proto/bounds.h"
+#include "proto/latch.h"
 #include "proto/ring.h"
 #include "tests/lib/suite.h"
 
@@ -179,6 +181,40 @@ START_TEST(no_wake_up_is_lost_between_two_that_sleep_whenever_they_can)
 }
 END_TEST
 
+struct counter {
+	struct latch latch;
+	uint64_t number; /* no atomic: the latch alone keeps it right */
+};
+
+#define LATCH_ROUNDS 20000u
+#define LATCH_THREADS 4
+
+static void *count_up(void *context)
+{
+	struct counter *counter = context;
+	for (unsigned i = 0; i < LATCH_ROUNDS; i++) {
+		latch_lock(&counter->latch);
+		const uint64_t seen = counter->number;
+		if (i % 1024 == 0)
+			(void)sched_yield(); /* the holder is interrupted: the others find it taken for long */
+		counter->number = seen + 1;
+		latch_unlock(&counter->latch);
+	}
+	return NULL;
+}
+
+START_TEST(a_latch_keeps_threads_apart_also_when_its_holder_is_interrupted)
+{
+	struct counter counter = {.number = 0};
+	pthread_t threads[LATCH_THREADS];
+	for (int i = 0; i < LATCH_THREADS; i++)
+		ck_assert_int_eq(pthread_create(&threads[i], NULL, count_up, &counter), 0);
+	for (int i = 0; i < LATCH_THREADS; i++)
+		(void)pthread_join(threads[i], NULL);
+	ck_assert_uint_eq(counter.number, LATCH_THREADS * LATCH_ROUNDS);
+}
+END_TEST
+
 int main(void)
 {
 	Suite *suite = suite_create("ring");
@@ -190,6 +226,7 @@ int main(void)
 	tcase_add_test(all, indices_that_cannot_be_are_seen);
 	tcase_add_test(all, who_waits_is_woken_once_and_for_what_it_waits);
 	tcase_add_test(all, no_wake_up_is_lost_between_two_that_sleep_whenever_they_can);
+	tcase_add_test(all, a_latch_keeps_threads_apart_also_when_its_holder_is_interrupted);
 	suite_add_tcase(suite, all);
 	return suite_run(suite);
 }
