@@ -247,7 +247,7 @@ class Watchdog(Faulty):
         os.unlink(self.gate)
 
     def watched(self, config=""):
-        return self.daemon("threads: 1\nproviders: {faulty: {budget: 20ms}}\n" + config, FAULTY_GATE=self.gate)
+        return self.daemon("threads: 1\nproviders: {faulty: {budget: 100ms}}\n" + config, FAULTY_GATE=self.gate)
 
     def test_a_request_is_answered_when_its_kernels_budget_is_over_and_the_lane_goes_on(self):
         """Hardening: providers-hangs"""
@@ -255,7 +255,7 @@ class Watchdog(Faulty):
         client = self.client(daemon)
         for turn in range(1, 3):  # the second time the thread that has come back is used again
             text = self.fails(client, HANG, harness.DEADLINE_EXCEEDED)
-            self.assertEqual(text, "faulty.relu has exceeded its budget of 20000 us and is still running")
+            self.assertEqual(text, "faulty.relu has exceeded its budget of 100000 us and is still running")
             self.works(client)  # on a lane of one thread
             self.assertEqual(client.info().stuck, 1)
             self.assertGreater(client.info().session_memory_bytes, 0)  # what the kernel may still write
@@ -334,7 +334,7 @@ class Watchdog(Faulty):
         daemon = self.watched("quarantine: {failures: 1}")
         client = self.client(daemon)
         reply = client.call(pb.Request(run_graph=pb.RunGraph(once=self.graph(), inputs=[pb.Argument(tensor=inline([2], f32(HANG, 1)))])))[0]
-        self.assertEqual((reply.status, reply.message), (harness.DEADLINE_EXCEEDED, "node 'r': faulty.relu has exceeded its budget of 20000 us and is still running"))
+        self.assertEqual((reply.status, reply.message), (harness.DEADLINE_EXCEEDED, "node 'r': faulty.relu has exceeded its budget of 100000 us and is still running"))
         self.works(client, "native")
         self.assertEqual(self.provider(daemon)["quarantined"], ["relu: 1 failure (hang 1)"])
         self.assertGreater(client.info().session_memory_bytes, 0)
