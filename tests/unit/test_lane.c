@@ -186,6 +186,53 @@ START_TEST(wake_is_called_only_when_the_list_was_empty)
 }
 END_TEST
 
+static _Atomic uint32_t woken[3]; /* by owner */
+
+static void on_wake_of(void *argument, uint32_t owner)
+{
+	expect(argument == &bench && owner < 3);
+	(void)atomic_fetch_add(&woken[owner], 1);
+}
+
+START_TEST(each_owner_is_woken_for_and_gets_its_own_jobs_alone)
+{
+	enum { COUNT = 3000 };
+	struct test_job *jobs = make_jobs(COUNT, run_count);
+	opd_error error;
+	start_with(1, 0); /* for stop */
+	lane_destroy(bench.lane);
+	const struct lane_options options = {.threads = 4, .owners = 3, .wake = on_wake_of, .wake_argument = &bench};
+	ck_assert_int_eq(lane_create(&options, &bench.lane, &error), OPD_OK);
+	for (size_t i = 0; i < COUNT; i++) {
+		jobs[i].job.owner = i % 3;
+		ck_assert(lane_submit(bench.lane, &jobs[i].job));
+	}
+	lane_stop(bench.lane);
+	for (uint32_t owner = 0; owner < 3; owner++) {
+		uint32_t count = 0;
+		for (struct lane_job *job = lane_take_done(bench.lane, owner); job != NULL; job = job->next, count++) {
+			ck_assert_uint_eq(job->owner, owner);
+			on_done(job);
+		}
+		ck_assert_uint_eq(count, COUNT / 3);
+		ck_assert_uint_eq(atomic_load(&woken[owner]), 1);
+	}
+	expect_once(jobs, COUNT);
+	stop();
+	free(jobs);
+}
+END_TEST
+
+START_TEST(too_many_owners_are_refused)
+{
+	opd_error error;
+	struct lane *lane = NULL;
+	const struct lane_options options = {.threads = 1, .owners = LANE_OWNERS_MAX + 1, .wake = on_wake};
+	ck_assert_int_eq(lane_create(&options, &lane, &error), OPD_INVALID_ARGUMENT);
+	ck_assert_str_eq(error.text, "lane: 33 owners, expected at most 32");
+}
+END_TEST
+
 struct submitter {
 	pthread_t thread;
 	struct test_job *jobs;
@@ -893,6 +940,8 @@ int main(void)
 	tcase_add_test(tests, one_thread_runs_jobs_in_the_order_of_submission);
 	tcase_add_test(tests, done_jobs_come_in_the_order_in_which_they_ended);
 	tcase_add_test(tests, wake_is_called_only_when_the_list_was_empty);
+	tcase_add_test(tests, each_owner_is_woken_for_and_gets_its_own_jobs_alone);
+	tcase_add_test(tests, too_many_owners_are_refused);
 	tcase_add_loop_test(tests, jobs_and_loops_of_several_submitters_are_all_done, 0, 12);
 	tcase_add_loop_test(tests, a_loop_covers_every_item_with_distinct_thread_numbers, 0, 4);
 	tcase_add_loop_test(tests, an_idle_thread_joins_a_loop, 0, 2);
