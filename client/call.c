@@ -190,30 +190,49 @@ opd_status opd_priority_pop(opd_client *client, opd_error *error)
 	return call_empty(client, &message, error);
 }
 
-opd_status opd_priority_set(opd_client *client, opd_scope scope, const opd_priority_entry *entry, opd_error *error)
+/* session 0: the client's own. */
+static opd_status set_list(opd_client *client, msg_scope scope, uint64_t session, const opd_priority_entry *entry, opd_error *error)
 {
 	struct msg_request message = {.kind = MSG_REQUEST_SET_PRIORITY};
 	struct msg_text *names;
 	opd_status status = list_of(entry, &names, &message.set.list, error);
 	if (status != OPD_OK)
 		return status;
-	message.set.scope = scope == OPD_SCOPE_SERVER ? MSG_SCOPE_SERVER : MSG_SCOPE_SESSION;
+	message.set.scope = scope;
+	message.set.session = session;
 	message.set.op = msg_text(entry->op);
 	status = call_empty(client, &message, error);
 	free(names);
 	return status;
 }
 
-opd_status opd_priority_clear(opd_client *client, opd_scope scope, const char *op, opd_error *error)
+static opd_status clear_list(opd_client *client, msg_scope scope, uint64_t session, const char *op, opd_error *error)
 {
 	opd_status status = check_name("priority: op", op, error);
 	if (status != OPD_OK)
 		return status;
-	const struct msg_request message = {
-	    .kind = MSG_REQUEST_SET_PRIORITY,
-	    .set = {.scope = scope == OPD_SCOPE_SERVER ? MSG_SCOPE_SERVER : MSG_SCOPE_SESSION, .op = msg_text(op)},
-	};
+	const struct msg_request message = {.kind = MSG_REQUEST_SET_PRIORITY, .set = {.scope = scope, .session = session, .op = msg_text(op)}};
 	return call_empty(client, &message, error);
+}
+
+opd_status opd_priority_set(opd_client *client, opd_scope scope, const opd_priority_entry *entry, opd_error *error)
+{
+	return set_list(client, scope == OPD_SCOPE_SERVER ? MSG_SCOPE_SERVER : MSG_SCOPE_SESSION, 0, entry, error);
+}
+
+opd_status opd_priority_clear(opd_client *client, opd_scope scope, const char *op, opd_error *error)
+{
+	return clear_list(client, scope == OPD_SCOPE_SERVER ? MSG_SCOPE_SERVER : MSG_SCOPE_SESSION, 0, op, error);
+}
+
+opd_status opd_set_session_priority(opd_client *client, uint64_t session, const opd_priority_entry *entry, opd_error *error)
+{
+	return set_list(client, MSG_SCOPE_SESSION, session, entry, error);
+}
+
+opd_status opd_clear_session_priority(opd_client *client, uint64_t session, const char *op, opd_error *error)
+{
+	return clear_list(client, MSG_SCOPE_SESSION, session, op, error);
 }
 
 /* ---- Inspecting ---- */

@@ -1,11 +1,11 @@
 #include "client/pool.h"
 
-#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 
 #include "client/result.h"
+#include "proto/latch.h"
 
 #define SMALL_SHIFT_MIN 8u  /* 256 bytes */
 #define SMALL_SHIFT_MAX 19u /* 512 KiB: larger blocks are mapped, so that giving one up returns its pages */
@@ -16,7 +16,7 @@
 #define RESULT_CACHE 256u
 
 struct pool {
-	pthread_mutex_t mutex;
+	struct latch latch;
 	size_t references;
 	struct block *small[SMALL_CLASSES];
 	size_t small_bytes;
@@ -32,10 +32,6 @@ struct pool *pool_create(void)
 	if (pool == NULL)
 		return NULL;
 	pool->references = 1;
-	if (pthread_mutex_init(&pool->mutex, NULL) != 0) {
-		free(pool);
-		return NULL;
-	}
 	return pool;
 }
 
@@ -67,7 +63,6 @@ static void pool_destroy(struct pool *pool)
 		free(pool->results);
 		pool->results = next;
 	}
-	(void)pthread_mutex_destroy(&pool->mutex);
 	free(pool);
 }
 
@@ -75,9 +70,9 @@ void pool_unref(struct pool *pool)
 {
 	if (pool == NULL)
 		return;
-	(void)pthread_mutex_lock(&pool->mutex);
+	latch_lock(&pool->latch);
 	const bool last = --pool->references == 0;
-	(void)pthread_mutex_unlock(&pool->mutex);
+	latch_unlock(&pool->latch);
 	if (last)
 		pool_destroy(pool);
 }
@@ -133,7 +128,7 @@ struct block *pool_take_block(struct pool *pool, uint64_t bytes)
 	const bool small = bytes <= (uint64_t)1 << SMALL_SHIFT_MAX;
 	const unsigned class = small ? small_class(bytes) : 0;
 	struct block *block;
-	(void)pthread_mutex_lock(&pool->mutex);
+	latch_lock(&pool->latch);
 	if (small) {
 		block = pool->small[class];
 		if (block != NULL) {
@@ -143,7 +138,7 @@ struct block *pool_take_block(struct pool *pool, uint64_t bytes)
 	} else {
 		block = large_find(pool, bytes);
 	}
-	(void)pthread_mutex_unlock(&pool->mutex);
+	latch_unlock(&pool->latch);
 	if (block == NULL)
 		block = small ? small_create(class) : large_create(bytes);
 	return block;
@@ -167,23 +162,23 @@ void pool_give_block(struct pool *pool, struct block *block)
 {
 	if (block == NULL)
 		return;
-	(void)pthread_mutex_lock(&pool->mutex);
+	latch_lock(&pool->latch);
 	const bool kept = pool_keep(pool, block);
-	(void)pthread_mutex_unlock(&pool->mutex);
+	latch_unlock(&pool->latch);
 	if (!kept)
 		block_free(block);
 }
 
 struct opd_result *pool_take_result(struct pool *pool)
 {
-	(void)pthread_mutex_lock(&pool->mutex);
+	latch_lock(&pool->latch);
 	struct opd_result *result = pool->results;
 	if (result != NULL) {
 		pool->results = result->next;
 		pool->result_count--;
 		pool->references++;
 	}
-	(void)pthread_mutex_unlock(&pool->mutex);
+	latch_unlock(&pool->latch);
 	if (result != NULL)
 		return result;
 	result = calloc(1, sizeof *result);
@@ -191,15 +186,15 @@ struct opd_result *pool_take_result(struct pool *pool)
 		return NULL;
 	arena_init(&result->arena, RESULT_ARENA_BYTES);
 	result->pool = pool;
-	(void)pthread_mutex_lock(&pool->mutex);
+	latch_lock(&pool->latch);
 	pool->references++;
-	(void)pthread_mutex_unlock(&pool->mutex);
+	latch_unlock(&pool->latch);
 	return result;
 }
 
 void pool_give_result(struct pool *pool, struct opd_result *result, struct block *block)
 {
-	(void)pthread_mutex_lock(&pool->mutex);
+	latch_lock(&pool->latch);
 	if (block != NULL && pool_keep(pool, block))
 		block = NULL;
 	if (pool->result_count < RESULT_CACHE) {
@@ -209,7 +204,7 @@ void pool_give_result(struct pool *pool, struct opd_result *result, struct block
 		result = NULL;
 	}
 	const bool last = --pool->references == 0;
-	(void)pthread_mutex_unlock(&pool->mutex);
+	latch_unlock(&pool->latch);
 	if (block != NULL)
 		block_free(block);
 	if (result != NULL) {

@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define ALIGNMENT 16u
+#define ALIGNMENT ARENA_ALIGNMENT
 #define FIRST_BLOCK_BYTES 4096u        /* an ordinary envelope and its messages fit */
 #define KEPT_BLOCK_BYTES (64u << 10)   /* reset keeps no larger one: an idle connection must stay small */
 #define GROWN_BLOCK_BYTES (256u << 10) /* blocks double up to this */
@@ -101,32 +101,11 @@ static void *add_block(struct arena *arena, size_t bytes)
 	return start;
 }
 
-void *arena_alloc(struct arena *arena, size_t bytes)
+void *arena_grow(struct arena *arena, size_t bytes)
 {
 	if (bytes > SIZE_MAX - ALIGNMENT)
 		return NULL;
-	size_t rounded = (bytes + ALIGNMENT - 1) & ~(size_t)(ALIGNMENT - 1);
-	if (arena->next == NULL || rounded > (size_t)(arena->end - arena->next))
-		return add_block(arena, rounded);
-	char *start = arena->next;
-	arena->next += rounded;
-	return start;
-}
-
-void *arena_zalloc(struct arena *arena, size_t bytes)
-{
-	void *start = arena_alloc(arena, bytes);
-	if (start != NULL)
-		memset(start, 0, bytes);
-	return start;
-}
-
-void *arena_array(struct arena *arena, size_t count, size_t element_bytes)
-{
-	size_t bytes;
-	if (__builtin_mul_overflow(count, element_bytes, &bytes))
-		return NULL;
-	return arena_zalloc(arena, bytes);
+	return add_block(arena, (bytes + ALIGNMENT - 1) & ~(size_t)(ALIGNMENT - 1));
 }
 
 char *arena_text(struct arena *arena, const char *text, size_t bytes)

@@ -97,6 +97,7 @@ static opd_status read_set(struct reader *reader, const Opd__V1__SetPriority *in
 	if ((int)in->scope < MSG_SCOPE_SESSION || (int)in->scope > MSG_SCOPE_SERVER)
 		return opd_fail(reader->error, OPD_INVALID_ARGUMENT, "scope: %d, expected 0 (session) or 1 (server)", (int)in->scope);
 	out->scope = (msg_scope)in->scope;
+	out->session = in->session;
 	opd_status status = read_text(reader, "op", in->op, BOUND_NAME_BYTES, &out->op);
 	return status != OPD_OK ? status : read_list(reader, in->list, &out->list);
 }
@@ -355,6 +356,7 @@ static Opd__V1__SetPriority *write_set(struct arena *arena, const struct msg_set
 		return NULL;
 	bool fits;
 	out->scope = (Opd__V1__Scope)in->scope;
+	out->session = in->session;
 	out->op = write_text(in->op);
 	out->list = write_list(arena, &in->list, &fits);
 	return fits ? out : NULL;

@@ -470,6 +470,7 @@ struct msg_set_priority {
 	msg_scope scope;
 	struct msg_text op;
 	struct msg_list list; /* not present: clear */
+	uint64_t session;     /* whose, by MSG_SCOPE_SESSION; 0: the sender's own */
 };
 
 struct msg_generate {

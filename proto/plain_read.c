@@ -1,28 +1,23 @@
-/* Run, RunGraph and their reply, from envelopes to messages. */
-#include "proto/plain.h"
-
+/* Run and RunGraph, from envelopes to messages, and the tensors that their reply has too. */
 #include <string.h>
 
 #include "proto/bounds.h"
+#include "proto/plain_internal.h"
 #include "proto/text.h"
-#include "proto/wire.h"
 
-/* How often each field of a message is there, by its number; RunReply has the most that repeat. */
-#define NUMBERS 16u
-
-static bool count_fields(struct wire in, uint32_t counts[NUMBERS])
+bool plain_count_fields(struct wire in, uint32_t counts[PLAIN_NUMBERS])
 {
-	memset(counts, 0, NUMBERS * sizeof counts[0]);
+	memset(counts, 0, PLAIN_NUMBERS * sizeof counts[0]);
 	while (in.at != in.end) {
 		struct wire_field field;
-		if (!wire_next(&in, &field) || field.tag >> 3 >= NUMBERS)
+		if (!wire_next(&in, &field) || field.tag >> 3 >= PLAIN_NUMBERS)
 			return false;
 		counts[field.tag >> 3]++;
 	}
 	return true;
 }
 
-static bool read_text(struct arena *arena, struct wire in, size_t bound, struct msg_text *out)
+bool plain_read_text(struct arena *arena, struct wire in, size_t bound, struct msg_text *out)
 {
 	const size_t bytes = (size_t)(in.end - in.at);
 	*out = (struct msg_text){"", 0};
@@ -37,7 +32,7 @@ static bool read_text(struct arena *arena, struct wire in, size_t bound, struct 
 /* ---- Messages of numbers ---- */
 
 /* Numbers 1, 2, … of a message that has only varints; those that aren't there are left. */
-static bool read_numbers(struct wire in, uint32_t count, uint64_t *const out[])
+bool plain_read_numbers(struct wire in, uint32_t count, uint64_t *const out[])
 {
 	while (in.at != in.end) {
 		struct wire_field field;
@@ -51,7 +46,7 @@ static bool read_numbers(struct wire in, uint32_t count, uint64_t *const out[])
 	return true;
 }
 
-static bool read_handle(struct wire in, struct msg_handle *out)
+bool plain_read_handle(struct wire in, struct msg_handle *out)
 {
 	while (in.at != in.end) {
 		struct wire_field field;
@@ -75,7 +70,7 @@ static bool read_shared(struct wire in, uint32_t *region, uint64_t *offset, uint
 {
 	uint64_t number = 0;
 	uint64_t *const numbers[] = {&number, offset, bytes};
-	if (!read_numbers(in, 3, numbers))
+	if (!plain_read_numbers(in, 3, numbers))
 		return false;
 	*region = (uint32_t)number;
 	return true;
@@ -85,7 +80,7 @@ static bool read_result_ref(struct wire in, struct msg_tensor *out)
 {
 	uint64_t output = 0;
 	uint64_t *const numbers[] = {&out->result.request, &output};
-	if (!read_numbers(in, 2, numbers))
+	if (!plain_read_numbers(in, 2, numbers))
 		return false;
 	out->result.output = (uint32_t)output;
 	return true;
@@ -94,14 +89,14 @@ static bool read_result_ref(struct wire in, struct msg_tensor *out)
 static bool read_range(struct wire in, struct msg_tensor *out)
 {
 	uint64_t *const numbers[] = {&out->payload.offset, &out->payload.bytes};
-	return read_numbers(in, 2, numbers);
+	return plain_read_numbers(in, 2, numbers);
 }
 
 static bool read_node_output(struct wire in, struct msg_tensor *out)
 {
 	uint64_t node = 0, output = 0;
 	uint64_t *const numbers[] = {&node, &output};
-	if (!read_numbers(in, 2, numbers))
+	if (!plain_read_numbers(in, 2, numbers))
 		return false;
 	out->node = (struct msg_node_output){(uint32_t)node, (uint32_t)output};
 	return true;
@@ -164,7 +159,7 @@ static bool read_source(struct arena *arena, const struct wire_field *field, str
 		return read_range(field->bytes, out);
 	case WIRE_BYTES(7u):
 		out->source = MSG_SOURCE_HANDLE;
-		return read_handle(field->bytes, &out->handle);
+		return plain_read_handle(field->bytes, &out->handle);
 	case WIRE_BYTES(8u):
 		out->source = MSG_SOURCE_RESULT;
 		return read_result_ref(field->bytes, out);
@@ -208,7 +203,7 @@ static bool read_tensor_field(struct arena *arena, const struct wire_field *fiel
 }
 
 /* `out` is zeroed. */
-static bool read_tensor(struct arena *arena, struct wire in, struct msg_tensor *out)
+bool plain_read_tensor(struct arena *arena, struct wire in, struct msg_tensor *out)
 {
 	uint32_t strides = 0;
 	while (in.at != in.end) {
@@ -248,7 +243,7 @@ static bool read_value(struct arena *arena, const struct wire_field *field, stru
 		out->kind = MSG_ARG_TENSOR;
 		out->count = 1;
 		out->tensor = arena_zalloc(arena, sizeof *out->tensor);
-		return out->tensor != NULL && read_tensor(arena, field->bytes, out->tensor);
+		return out->tensor != NULL && plain_read_tensor(arena, field->bytes, out->tensor);
 	case WIRE_VARINT(4u):
 		out->kind = MSG_ARG_INT;
 		out->i = (int64_t)field->value;
@@ -263,7 +258,7 @@ static bool read_value(struct arena *arena, const struct wire_field *field, stru
 		return true;
 	case WIRE_BYTES(7u):
 		out->kind = MSG_ARG_STR;
-		return read_text(arena, field->bytes, BOUND_STR_BYTES, &out->str);
+		return plain_read_text(arena, field->bytes, BOUND_STR_BYTES, &out->str);
 	case WIRE_BYTES(8u):
 		out->kind = MSG_ARG_INTS;
 		return read_ints(arena, field->bytes, out);
@@ -285,7 +280,7 @@ static bool read_arg(struct arena *arena, struct wire in, struct msg_arg *out)
 		if (!wire_next(&in, &field))
 			return false;
 		if (field.tag == WIRE_BYTES(1u)) {
-			if (!read_text(arena, field.bytes, BOUND_NAME_BYTES, &out->name))
+			if (!plain_read_text(arena, field.bytes, BOUND_NAME_BYTES, &out->name))
 				return false;
 		} else if (values++ != 0 || !read_value(arena, &field, out)) {
 			return false;
@@ -322,7 +317,7 @@ static bool read_option(struct wire in, struct msg_output_option *out)
 	return true;
 }
 
-static bool new_texts(struct arena *arena, uint32_t count, uint32_t count_bound, struct msg_text **out)
+bool plain_new_texts(struct arena *arena, uint32_t count, uint32_t count_bound, struct msg_text **out)
 {
 	*out = count > count_bound ? NULL : arena_array(arena, count, sizeof **out);
 	return *out != NULL;
@@ -330,16 +325,16 @@ static bool new_texts(struct arena *arena, uint32_t count, uint32_t count_bound,
 
 static bool read_list(struct arena *arena, struct wire in, struct msg_list *out)
 {
-	uint32_t counts[NUMBERS];
+	uint32_t counts[PLAIN_NUMBERS];
 	struct msg_text *names;
-	if (!count_fields(in, counts) || !new_texts(arena, counts[1], BOUND_PROVIDERS, &names))
+	if (!plain_count_fields(in, counts) || !plain_new_texts(arena, counts[1], BOUND_PROVIDERS, &names))
 		return false;
 	out->present = true;
 	out->names = names;
 	while (in.at != in.end) {
 		struct wire_field field;
 		if (!wire_next(&in, &field) || field.tag != WIRE_BYTES(1u) ||
-		    !read_text(arena, field.bytes, BOUND_NAME_BYTES, &names[out->count++]))
+		    !plain_read_text(arena, field.bytes, BOUND_NAME_BYTES, &names[out->count++]))
 			return false;
 	}
 	return true;
@@ -382,7 +377,7 @@ static bool read_run_field(struct arena *arena, const struct wire_field *field, 
 {
 	switch (field->tag) {
 	case WIRE_BYTES(1u):
-		return read_text(arena, field->bytes, BOUND_NAME_BYTES, &out->op);
+		return plain_read_text(arena, field->bytes, BOUND_NAME_BYTES, &out->op);
 	case WIRE_BYTES(2u):
 		return read_arg(arena, field->bytes, arrays->next_arg++);
 	case WIRE_BYTES(3u):
@@ -396,7 +391,7 @@ static bool read_run_field(struct arena *arena, const struct wire_field *field, 
 		out->explain = field->value != 0;
 		return true;
 	case WIRE_BYTES(7u):
-		return read_text(arena, field->bytes, BOUND_NAME_BYTES, &out->device);
+		return plain_read_text(arena, field->bytes, BOUND_NAME_BYTES, &out->device);
 	case WIRE_BYTES(8u):
 		return read_option(field->bytes, arrays->next_output++);
 	case WIRE_VARINT(9u):
@@ -423,9 +418,9 @@ static bool read_run_field(struct arena *arena, const struct wire_field *field, 
 
 static bool read_run(struct arena *arena, struct wire in, struct msg_run *out)
 {
-	uint32_t counts[NUMBERS];
+	uint32_t counts[PLAIN_NUMBERS];
 	struct run_arrays arrays;
-	if (!count_fields(in, counts) || counts[3] > 1 || !make_arrays(arena, counts[2], counts[8], out, &arrays))
+	if (!plain_count_fields(in, counts) || counts[3] > 1 || !make_arrays(arena, counts[2], counts[8], out, &arrays))
 		return false;
 	out->op = out->device = (struct msg_text){"", 0};
 	while (in.at != in.end) {
@@ -466,9 +461,9 @@ static bool read_run_graph_field(struct arena *arena, const struct wire_field *f
 
 static bool read_run_graph(struct arena *arena, struct wire in, struct msg_run *out)
 {
-	uint32_t counts[NUMBERS];
+	uint32_t counts[PLAIN_NUMBERS];
 	struct run_arrays arrays;
-	if (!count_fields(in, counts) || !make_arrays(arena, counts[3], counts[4], out, &arrays))
+	if (!plain_count_fields(in, counts) || !make_arrays(arena, counts[3], counts[4], out, &arrays))
 		return false;
 	while (in.at != in.end) {
 		struct wire_field field;
@@ -504,251 +499,5 @@ bool plain_read_request(struct arena *arena, const uint8_t *envelope, size_t byt
 		return false;
 	}
 	*out = request;
-	return true;
-}
-
-/* ---- RunReply ---- */
-
-static bool read_result(struct arena *arena, struct wire in, struct msg_result *out)
-{
-	bool tensor = false, kept = false;
-	while (in.at != in.end) {
-		struct wire_field field;
-		if (!wire_next(&in, &field))
-			return false;
-		bool taken = false;
-		if (field.tag == WIRE_BYTES(1u) && !tensor)
-			taken = tensor = read_tensor(arena, field.bytes, &out->tensor);
-		else if (field.tag == WIRE_BYTES(2u) && !kept)
-			taken = kept = read_handle(field.bytes, &out->kept);
-		if (!taken)
-			return false;
-	}
-	return true;
-}
-
-static bool read_skip(struct arena *arena, struct wire in, struct msg_skip *out)
-{
-	out->provider = out->reason = (struct msg_text){"", 0};
-	while (in.at != in.end) {
-		struct wire_field field;
-		if (!wire_next(&in, &field))
-			return false;
-		bool taken = false;
-		if (field.tag == WIRE_BYTES(1u)) {
-			taken = read_text(arena, field.bytes, BOUND_STR_BYTES, &out->provider);
-		} else if (field.tag == WIRE_VARINT(2u)) {
-			out->code = (opd_reason_code)(uint32_t)field.value;
-			taken = true;
-		} else if (field.tag == WIRE_BYTES(3u)) {
-			taken = read_text(arena, field.bytes, BOUND_STR_BYTES, &out->reason);
-		}
-		if (!taken)
-			return false;
-	}
-	return true;
-}
-
-static bool read_times(struct wire in, struct msg_times *out)
-{
-	uint64_t *const numbers[] = {&out->decode, &out->dispatch, &out->queue, &out->kernel, &out->moves, &out->pack, &out->receive};
-	return read_numbers(in, 7, numbers);
-}
-
-struct explain_arrays {
-	struct msg_skip *next_skip;
-	struct msg_text *next_name;
-};
-
-static bool read_explain_field(struct arena *arena, const struct wire_field *field, struct explain_arrays *arrays, struct msg_explain *out)
-{
-	switch (field->tag) {
-	case WIRE_BYTES(1u):
-		return read_skip(arena, field->bytes, arrays->next_skip++);
-	case WIRE_BYTES(2u):
-		return read_text(arena, field->bytes, BOUND_STR_BYTES, arrays->next_name++);
-	case WIRE_VARINT(3u):
-		out->level = (msg_level)(int32_t)field->value;
-		return true;
-	case WIRE_BYTES(4u):
-		return read_times(field->bytes, &out->times);
-	case WIRE_BYTES(6u):
-		return read_text(arena, field->bytes, BOUND_STR_BYTES, &out->device);
-	case WIRE_VARINT(7u):
-		out->on_loop = field->value != 0;
-		return true;
-	case WIRE_BYTES(8u):
-		return read_text(arena, field->bytes, BOUND_STR_BYTES, &out->narrowed);
-	default: /* moves and whom it waited behind among them: a copy between devices, or a wait, costs more than protobuf-c */
-		return false;
-	}
-}
-
-/* `out` is zeroed. */
-static bool read_explain(struct arena *arena, struct wire in, struct msg_explain *out)
-{
-	uint32_t counts[NUMBERS];
-	if (!count_fields(in, counts) || counts[1] > BOUND_LIST || counts[4] > 1)
-		return false;
-	struct explain_arrays arrays = {.next_skip = arena_array(arena, counts[1], sizeof *arrays.next_skip)};
-	if (arrays.next_skip == NULL || !new_texts(arena, counts[2], BOUND_LIST, &arrays.next_name))
-		return false;
-	out->device = out->narrowed = (struct msg_text){"", 0};
-	out->skip_count = counts[1];
-	out->skipped = arrays.next_skip;
-	out->effective_count = counts[2];
-	out->effective = arrays.next_name;
-	while (in.at != in.end) {
-		struct wire_field field;
-		if (!wire_next(&in, &field) || !read_explain_field(arena, &field, &arrays, out))
-			return false;
-	}
-	return true;
-}
-
-static bool read_node_explain(struct arena *arena, struct wire in, struct msg_node_explain *out)
-{
-	bool explained = false;
-	out->node = out->op = out->provider = (struct msg_text){"", 0};
-	while (in.at != in.end) {
-		struct wire_field field;
-		if (!wire_next(&in, &field))
-			return false;
-		bool taken = false;
-		if (field.tag == WIRE_BYTES(1u))
-			taken = read_text(arena, field.bytes, BOUND_NAME_BYTES, &out->node);
-		else if (field.tag == WIRE_BYTES(2u))
-			taken = read_text(arena, field.bytes, BOUND_NAME_BYTES, &out->op);
-		else if (field.tag == WIRE_BYTES(3u))
-			taken = read_text(arena, field.bytes, BOUND_NAME_BYTES, &out->provider);
-		else if (field.tag == WIRE_BYTES(4u) && !explained)
-			taken = explained = read_explain(arena, field.bytes, &out->explain);
-		if (!taken)
-			return false;
-	}
-	return true;
-}
-
-static bool read_graph_explain_field(struct arena *arena, const struct wire_field *field, struct msg_node_explain **next, struct msg_graph_explain *out)
-{
-	switch (field->tag) {
-	case WIRE_BYTES(1u):
-		return read_node_explain(arena, field->bytes, (*next)++);
-	case WIRE_VARINT(2u):
-		out->node_count = (uint32_t)field->value;
-		return true;
-	case WIRE_VARINT(3u):
-		out->dispatched = field->value != 0;
-		return true;
-	case WIRE_VARINT(4u):
-		out->arena_bytes = field->value;
-		return true;
-	case WIRE_VARINT(5u):
-		out->unshared_bytes = field->value;
-		return true;
-	case WIRE_VARINT(6u):
-		out->prepare_ns = field->value;
-		return true;
-	case WIRE_VARINT(7u):
-		out->width = (uint32_t)field->value;
-		return true;
-	default:
-		return false;
-	}
-}
-
-static bool read_graph_explain(struct arena *arena, struct wire in, const struct msg_graph_explain **out)
-{
-	uint32_t counts[NUMBERS];
-	struct msg_graph_explain *explain = arena_zalloc(arena, sizeof *explain);
-	if (explain == NULL || !count_fields(in, counts) || counts[1] > BOUND_GRAPH_EXPLAIN)
-		return false;
-	struct msg_node_explain *next = arena_array(arena, counts[1], sizeof *next);
-	if (next == NULL)
-		return false;
-	*out = explain;
-	explain->count = counts[1];
-	explain->nodes = next;
-	while (in.at != in.end) {
-		struct wire_field field;
-		if (!wire_next(&in, &field) || !read_graph_explain_field(arena, &field, &next, explain))
-			return false;
-	}
-	return true;
-}
-
-static bool read_new_explain(struct arena *arena, struct wire in, const struct msg_explain **out)
-{
-	struct msg_explain *explain = arena_zalloc(arena, sizeof *explain);
-	*out = explain;
-	return explain != NULL && read_explain(arena, in, explain);
-}
-
-struct reply_arrays {
-	struct msg_result *next_output;
-	struct msg_handle *next_state;
-};
-
-static bool read_run_reply_field(struct arena *arena, const struct wire_field *field, struct reply_arrays *arrays, struct msg_run_reply *out)
-{
-	switch (field->tag) {
-	case WIRE_BYTES(1u):
-		return read_text(arena, field->bytes, BOUND_STR_BYTES, &out->provider);
-	case WIRE_BYTES(2u):
-		return read_result(arena, field->bytes, arrays->next_output++);
-	case WIRE_BYTES(3u):
-		return read_new_explain(arena, field->bytes, &out->explain);
-	case WIRE_BYTES(4u):
-		return read_text(arena, field->bytes, BOUND_STR_BYTES, &out->uuid);
-	case WIRE_BYTES(6u):
-		return read_graph_explain(arena, field->bytes, &out->graph);
-	case WIRE_BYTES(7u):
-		return read_handle(field->bytes, arrays->next_state++);
-	default:
-		return false;
-	}
-}
-
-static bool read_run_reply(struct arena *arena, struct wire in, struct msg_run_reply *out)
-{
-	uint32_t counts[NUMBERS];
-	if (!count_fields(in, counts) || counts[2] > BOUND_OUTPUTS || counts[7] > BOUND_GRAPH_STATES || counts[3] > 1 || counts[6] > 1)
-		return false;
-	struct reply_arrays arrays = {arena_array(arena, counts[2], sizeof *arrays.next_output), arena_array(arena, counts[7], sizeof *arrays.next_state)};
-	if (arrays.next_output == NULL || arrays.next_state == NULL)
-		return false;
-	out->provider = out->uuid = (struct msg_text){"", 0};
-	out->output_count = counts[2];
-	out->outputs = arrays.next_output;
-	out->state_count = counts[7];
-	out->states = arrays.next_state;
-	while (in.at != in.end) {
-		struct wire_field field;
-		if (!wire_next(&in, &field) || !read_run_reply_field(arena, &field, &arrays, out))
-			return false;
-	}
-	return true;
-}
-
-/* Of a success; a failure's reply is read once. */
-static bool read_reply(struct arena *arena, struct wire in, struct msg_reply *out)
-{
-	struct wire_field field;
-	out->message = (struct msg_text){"", 0};
-	if (in.at == in.end || !wire_next(&in, &field) || in.at != in.end || field.tag != WIRE_BYTES(3u))
-		return false;
-	out->kind = MSG_REPLY_RUN;
-	return read_run_reply(arena, field.bytes, &out->run);
-}
-
-bool plain_read_reply(struct arena *arena, const uint8_t *envelope, size_t bytes, struct msg_reply *out)
-{
-	const struct arena_mark mark = arena_mark(arena);
-	struct msg_reply reply = {0};
-	if (bytes == 0 || !read_reply(arena, (struct wire){envelope, envelope + bytes}, &reply)) {
-		arena_rewind(arena, mark);
-		return false;
-	}
-	*out = reply;
 	return true;
 }

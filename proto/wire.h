@@ -83,8 +83,9 @@ static inline bool wire_bytes(struct wire *in, struct wire *out)
 	return true;
 }
 
-/* The next field; `in` isn't at its end. False also for groups and 32-bit fields, which no message of ours has. */
-static inline bool wire_next(struct wire *in, struct wire_field *out)
+/* The next field; `in` isn't at its end. False also for groups and 32-bit fields, which no message of ours has. Always inlined: a dozen fields make a request, and a call
+ * for each was a twentieth of its instructions. */
+static inline __attribute__((always_inline)) bool wire_next(struct wire *in, struct wire_field *out)
 {
 	*out = (struct wire_field){0}; /* compilers don't see that a tag tells which of them are there */
 	if (!wire_tag(in, &out->tag))
@@ -125,7 +126,8 @@ static inline uint8_t *pen_take(struct pen *pen, size_t bytes)
 	return pen->at;
 }
 
-static inline void pen_varint(struct pen *pen, uint64_t value)
+/* The rest of pen_varint, for more than one byte. */
+static inline void pen_long_varint(struct pen *pen, uint64_t value)
 {
 	size_t bytes = 1;
 	for (uint64_t rest = value >> 7; rest != 0; rest >>= 7)
@@ -136,6 +138,14 @@ static inline void pen_varint(struct pen *pen, uint64_t value)
 	for (; value >= 0x80; value >>= 7)
 		*to++ = (uint8_t)(value | 0x80);
 	*to = (uint8_t)value;
+}
+
+static inline void pen_varint(struct pen *pen, uint64_t value)
+{
+	if (value >= 0x80 || pen->at == pen->start)
+		pen_long_varint(pen, value);
+	else
+		*--pen->at = (uint8_t)value;
 }
 
 static inline void pen_fixed64(struct pen *pen, uint32_t number, uint64_t value)

@@ -104,7 +104,7 @@ static bool joins(const struct lane_job *leader, const struct lane_job *job)
 	const struct request *a = request_of((struct lane_job *)(uintptr_t)leader);
 	const struct request *b = request_of((struct lane_job *)(uintptr_t)job);
 	const opd_call *call = &a->run.bound.call;
-	if (a->run.dispatch.impl != b->run.dispatch.impl || a->run.op->def != b->run.op->def || call->flags != b->run.bound.call.flags || call->arg_count != b->run.bound.call.arg_count)
+	if (a->context->loop != b->context->loop || a->run.dispatch.impl != b->run.dispatch.impl || a->run.op->def != b->run.op->def || call->flags != b->run.bound.call.flags || call->arg_count != b->run.bound.call.arg_count)
 		return false;
 	for (uint32_t i = 0; i < call->arg_count; i++)
 		if (!same_arg(&call->args[i], &b->run.bound.call.args[i], is_rows(a->run.op, i)))

@@ -6,6 +6,7 @@
  * where what they share lies in no cache (`batching.shared`), since it is read once instead of many times: eight products of a row with a weight of 4096 x 4096 f32 take 2.3 times as long alone, with one of
  * 1024 x 1024 1.2 times, and eight norms 0.4 times (tests/bench/README.md). Nobody waits for others to come: a batch is made of what waits when a thread begins the first of them.
  * Each is charged the device time of its rows, answered by itself, and may be cancelled or late by itself. What fails together runs again alone.
+ * Not batched: implementations with a plan (oneDNN and OpenBLAS take another kernel for a row alone, so that its bits would change with who else is there), and nodes of graphs.
  * Not here: who is next (server/scheduler.h), and how a lane takes several jobs (server/lane.h). */
 #ifndef OPD_SERVER_BATCH_H
 #define OPD_SERVER_BATCH_H

@@ -185,15 +185,12 @@ static const char *show_shape(uint32_t rank, const int64_t *shape, char *out, si
 	return out;
 }
 
-static opd_status check_shape(const struct op *op, const struct operand *operand, opd_error *error)
+static opd_status bad_shape(const struct op *op, const struct operand *operand, opd_error *error)
 {
 	const struct msg_tensor *source = operand->source;
 	char shape[200];
-	uint64_t bytes;
 	if (!opd_dtype_valid(source->dtype))
 		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: %s has no dtype", op->schema->name, operand->param);
-	if (tensor_bytes(source->dtype, source->rank, source->shape, &bytes))
-		return OPD_OK;
 	show_shape(source->rank, source->shape, shape, sizeof shape);
 	for (uint32_t i = 0; i < source->rank; i++)
 		if (source->shape[i] < 0)
@@ -226,14 +223,16 @@ static opd_status bad_layout(const struct op *op, const struct operand *operand,
 opd_status bind_place(const struct op *op, struct operand *operand, void *data, uint64_t bytes, bool exact, opd_error *error)
 {
 	struct msg_tensor *source = operand->source;
-	opd_status status = check_shape(op, operand, error);
-	if (status != OPD_OK)
-		return status;
 	uint64_t end;
-	if (!tensor_extent(source->dtype, source->rank, source->shape, source->strided ? source->strides : NULL, source->byte_offset, &end) ||
-	    end > bytes)
+	if (!tensor_bytes(source->dtype, source->rank, source->shape, &end))
+		return bad_shape(op, operand, error);
+	const bool laid_out = source->strided || source->byte_offset != 0; /* else its bytes are its extent */
+	if (laid_out &&
+	    !tensor_extent(source->dtype, source->rank, source->shape, source->strided ? source->strides : NULL, source->byte_offset, &end))
 		return bad_layout(op, operand, bytes, error);
-	if (exact && !source->strided && source->byte_offset == 0 && end != bytes) {
+	if (end > bytes)
+		return bad_layout(op, operand, bytes, error);
+	if (exact && !laid_out && end != bytes) {
 		char shape[200];
 		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s: %s of %s, shape %s has %" PRIu64 " bytes, but %" PRIu64 " were sent",
 		                op->schema->name, operand->param, opd_dtype_name(source->dtype),

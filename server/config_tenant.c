@@ -8,9 +8,6 @@
 #include "server/config_internal.h"
 #include "server/tenant.h"
 
-#define SECOND_NS 1000000000u
-#define RATE_MAX_NS (1024ull * SECOND_NS) /* as many threads as a lane may have */
-
 static const struct tenant_policy default_policy = {
 	.weight = SCHED_WEIGHT_DEFAULT,
 	.class = CLASS_INTERACTIVE,
@@ -86,7 +83,6 @@ static opd_status set_class(sched_class *field, const char *value, opd_error *er
 	return OPD_OK;
 }
 
-#define QUOTA_COUNT_MAX 1000000u
 #define SESSION_PREFIX "session_"
 
 static opd_status set_rate(uint64_t *field, const char *value, opd_error *error)
@@ -95,7 +91,7 @@ static opd_status set_rate(uint64_t *field, const char *value, opd_error *error)
 	opd_status status = config_parse_duration(value, &ns, error);
 	if (status != OPD_OK)
 		return status;
-	if (ns != 0 && (ns < 1000000 || ns > RATE_MAX_NS))
+	if (ns != 0 && (ns < QUOTA_RATE_MIN_NS || ns > QUOTA_RATE_MAX_NS))
 		return opd_fail(error, OPD_INVALID_ARGUMENT, "\"%.64s\", expected 1ms to 1024s (of device time, each second), or 0 for any", value);
 	*field = ns;
 	return OPD_OK;
@@ -113,7 +109,7 @@ static opd_status set_bytes(uint64_t *field, const char *value, opd_error *error
 static opd_status set_wide_number(uint64_t *field, const char *value, opd_error *error)
 {
 	uint32_t number;
-	opd_status status = set_number(&number, 0, QUOTA_COUNT_MAX, value, error);
+	opd_status status = set_number(&number, 0, QUOTA_NUMBER_MAX, value, error);
 	if (status == OPD_OK)
 		*field = number;
 	return status;

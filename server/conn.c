@@ -17,7 +17,7 @@
 
 /* ---- Life ---- */
 
-struct conn *conn_create(struct io_loop *io, struct access *access)
+static struct conn *make(struct io_loop *io, struct access *access)
 {
 	struct server *server = io->server;
 	struct conn *conn = calloc(1, sizeof *conn);
@@ -28,7 +28,7 @@ struct conn *conn_create(struct io_loop *io, struct access *access)
 	const struct config_limits *limits = &server->config->limits;
 	conn->io = io;
 	conn->server = server;
-	conn->session = session_create(server, &server->memory, ++server->next_session, access, limits->session_bytes, limits->kept);
+	conn->session = session_create(server, &server->memory, atomic_fetch_add_explicit(&server->last_session, 1, memory_order_relaxed) + 1, access, limits->session_bytes, limits->kept);
 	if (conn->session == NULL) {
 		free(conn);
 		return NULL;
@@ -42,7 +42,14 @@ struct conn *conn_create(struct io_loop *io, struct access *access)
 	if (conn->next != NULL)
 		conn->next->previous = conn;
 	io->conns = conn;
-	io->conn_count++;
+	return conn;
+}
+
+struct conn *conn_create(struct io_loop *io, struct access *access)
+{
+	struct conn *conn = make(io, access);
+	if (conn == NULL)
+		io_loop_forget(io);
 	return conn;
 }
 
@@ -52,7 +59,6 @@ static void unlink_conn(struct conn *conn)
 	*(conn->previous == NULL ? &io->conns : &conn->previous->next) = conn->next;
 	if (conn->next != NULL)
 		conn->next->previous = conn->previous;
-	io->conn_count--;
 	for (struct conn **link = &io->dirty; *link != NULL; link = &(*link)->next_dirty) {
 		if (*link == conn) {
 			*link = conn->next_dirty;
@@ -80,8 +86,8 @@ void conn_closed(struct conn *conn)
 	conn_drop_descriptors(conn);
 	free(conn->partial);
 	free(conn->held_data);
+	io_loop_forget(conn->io);
 	free(conn);
-	server_wake(server); /* a drain may wait for the last one */
 }
 
 static void on_closed(uv_handle_t *handle)

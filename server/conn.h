@@ -73,7 +73,7 @@ struct conn {
 	bool broken;      /* the client broke the framing: nothing of it is read any more */
 	bool last_words;  /* close once everything is written */
 	bool held;        /* an envelope is decoded on a lane: what comes behind it waits in held_bytes */
-	uint8_t *held_data;
+	uint8_t *held_data; /* what was read and isn't looked at yet, also of a throttled one */
 	size_t held_bytes;
 	uint64_t held_payload_bytes; /* of the request's header */
 	bool held_chunked;
@@ -109,7 +109,7 @@ struct conn {
 	uint64_t wrote_bytes; /* of the uv_write under way */
 };
 
-/* On the thread of the loop where it is to live. Takes `access`, also when it fails (NULL: it fails). NULL: out of memory. */
+/* On the thread of the loop where it is to live, which expects it (io_loop_expect), and doesn't any more when this fails. Takes `access`, also then (NULL: it fails). NULL: out of memory. */
 struct conn *conn_create(struct io_loop *io, struct access *access);
 /* Starts reading; the handle has been initialised and connected. refuse: greet with this error and close (NULL: serve). */
 void conn_start(struct conn *conn, const opd_error *refuse);

@@ -5,7 +5,6 @@
 #include <string.h>
 #include <sys/socket.h>
 
-#include "server/closer.h"
 #include "server/conn_internal.h"
 #include "server/daemon.h"
 #include "server/ring.h"
@@ -14,7 +13,7 @@
 
 void conn_let_go(const struct conn *conn, int fd)
 {
-	closer_close(&conn->server->closer, fd);
+	closer_close(&conn->io->closer, fd);
 }
 
 static void collect(struct conn *conn, const struct cmsghdr *header)

@@ -138,6 +138,12 @@ static unsigned char *payload_at(const struct conn *conn)
 	return conn->reading->payload->data + conn->reading->payload_received;
 }
 
+/* Nothing that was read is looked at now: an envelope is decoded elsewhere, or the session has as much in flight as it may, which what came in one read must not pass either. */
+static bool waits(const struct conn *conn)
+{
+	return conn->held || conn->throttled;
+}
+
 /* What was read already; nothing more is. */
 static void keep_held(struct conn *conn, const uint8_t *data, size_t bytes)
 {
@@ -172,9 +178,10 @@ static size_t consume_one(struct conn *conn, const uint8_t *data, size_t bytes)
 void conn_consume(struct conn *conn, const uint8_t *data, size_t bytes)
 {
 	size_t taken = 0;
-	while (taken < bytes && !conn->closing && !conn->broken && !conn->held)
+	conn->io->context.read_ns = request_now_ns();
+	while (taken < bytes && !conn->closing && !conn->broken && !waits(conn))
 		taken += consume_one(conn, data + taken, bytes - taken);
-	if (taken < bytes && conn->held)
+	if (taken < bytes && waits(conn))
 		keep_held(conn, data + taken, bytes - taken);
 }
 
@@ -182,11 +189,12 @@ void conn_consume(struct conn *conn, const uint8_t *data, size_t bytes)
 static void consume_socket(struct conn *conn, const uint8_t *data, size_t bytes)
 {
 	size_t taken = 0;
-	while (taken < bytes && conn->ring == NULL && !conn->closing && !conn->broken && !conn->held)
+	conn->io->context.read_ns = request_now_ns();
+	while (taken < bytes && conn->ring == NULL && !conn->closing && !conn->broken && !waits(conn))
 		taken += consume_one(conn, data + taken, bytes - taken);
 	if (taken < bytes && conn->ring != NULL)
 		ring_socket_bytes(conn, data + taken, bytes - taken);
-	else if (taken < bytes && conn->held)
+	else if (taken < bytes && waits(conn))
 		keep_held(conn, data + taken, bytes - taken);
 }
 
@@ -250,7 +258,7 @@ static void read_in_place(struct conn *conn, const uint8_t *base, size_t bytes)
 /* No frame is under way that they could belong to. */
 static void drop_unclaimed_descriptors(struct conn *conn)
 {
-	if (conn->descriptor_count != 0 && conn->partial_bytes == 0 && conn->ring == NULL && !conn->held)
+	if (conn->descriptor_count != 0 && conn->partial_bytes == 0 && conn->ring == NULL && !waits(conn))
 		conn_drop_descriptors(conn);
 }
 

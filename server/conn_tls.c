@@ -270,7 +270,7 @@ static void on_computed(uv_work_t *work, int status)
 static void start_jobs(struct io_loop *io)
 {
 	struct tls_jobs *jobs = &io->tls_jobs;
-	while (jobs->first != NULL && jobs->running < TLS_THREADS) {
+	while (jobs->first != NULL && jobs->running < (io->server->loop_count == 1 ? TLS_THREADS : 1)) {
 		struct conn_tls *own = jobs->first;
 		jobs->first = own->next;
 		if (jobs->first == NULL)

@@ -1,6 +1,6 @@
 /* TLS on a connection: ciphertext of its socket to frames, what the outbox gives to ciphertext.
  *
- * Layer: server, internal. Threads: the loop's; a handshake's arithmetic (signatures, key exchange, certificates) is done by at most TLS_THREADS threads of libuv's pool, one job a
+ * Layer: server, internal. Threads: the loop's; a handshake's arithmetic (signatures, key exchange, certificates) is done by at most TLS_THREADS threads of libuv's pool (of several loops: one each), one job a
  * connection, so that a storm of handshakes delays no request by more than a read and a hand-off.
  * Life: conn_tls_create with the connection → nothing but its own few bytes until the first ciphertext → handshake → records → conn_tls_destroy in the connection's close callback,
  * or when the thread that still has it is done.

@@ -114,6 +114,10 @@ static void unthrottle(struct conn *conn)
 	if (!conn->throttled || too_much_in_flight(conn))
 		return;
 	conn->throttled = false;
+	if (conn->held_bytes != 0 && !conn->held) {
+		conn_go_on(conn);
+		return;
+	}
 	conn->read_us = conn->io->turn_us; /* it was not the client that stalled */
 	conn_start_reading(conn);
 }
@@ -193,6 +197,8 @@ void conn_flush(struct conn *conn)
 	if (conn->closing)
 		return;
 	unthrottle(conn);
+	if (conn->closing)
+		return;
 	if (outbox_empty(&conn->outbox)) {
 		if (conn->last_words && !conn->writing && conn->session->in_flight == 0)
 			conn_close(conn, LOG_INFO, "done");

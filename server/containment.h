@@ -1,6 +1,6 @@
 /* Containment: what operators have said of a provider, failures of its kernels counted, and the quarantine of those that fail too often.
  *
- * Layer: server, above the registry. Threads: containment_failed and containment_policy from any; the others from the loop's. One short lock, never held across the registry's.
+ * Layer: server, above the registry. Threads: containment_failed and containment_policy from any; the others from loops'. One short lock, never held across the registry's.
  * Life: containment_create → containment_configure (with each configuration, and after a module was loaded) → containment_failed…, containment_tick once a second → containment_destroy.
  * An implementation with `failures` of them within `window`, or all of a provider's with `provider_failures` of its together, is taken out of the registry's snapshot: lists pass it over
  * (SEMANTICS 27), requests dispatched before go on. After the cool-down it is back on trial: the first failure within a window takes it out again, for twice as long (at most 64 times

@@ -20,6 +20,7 @@ struct request;
 struct context {
 	struct server *server;
 	struct io_loop *io; /* NULL: a direct caller's */
+	uint32_t loop;      /* number of the loop that takes what lanes have done for it: its own, a direct caller's is 0 */
 	struct snapshot *snapshot;
 	struct effective *lists[CONTEXT_LISTS]; /* of requests' own lists */
 	char *list_keys[CONTEXT_LISTS];         /* the names they were cut from, each with its NUL */
@@ -27,6 +28,7 @@ struct context {
 	struct request *free_requests;
 	uint32_t free_count;
 	struct metrics *metrics; /* its loop's, or that of all direct callers */
+	uint64_t read_ns; /* of a loop: when the bytes that are being taken were read, by request_now_ns */
 	uint64_t inline_ns; /* estimated kernel time spent on this thread in this turn */
 	uint32_t inline_runs; /* of single ops on the loop: one of so many is measured */
 };

@@ -10,7 +10,6 @@
 #include <stdint.h>
 #include <uv.h>
 
-#include "server/closer.h"
 #include "server/config.h"
 #include "server/device_lane.h"
 #include "server/io_loop.h"
@@ -19,6 +18,7 @@
 #include "server/plans.h"
 #include "server/registry.h"
 #include "server/server.h"
+#include "server/standstill.h"
 #include "server/tensors.h"
 
 struct allocation;
@@ -29,22 +29,21 @@ struct listener;
 struct conn;
 struct metrics;
 struct placement;
-struct post;
 struct scrape;
 
-/* A lane of the CPU, as loop 0 sees it. */
+/* A lane of the CPU, as loop 0 sees it once a second; read by all. */
 struct cpu_lane {
 	struct lane *lane;
-	uint64_t done;        /* jobs that have ended */
-	uint64_t done_before; /* at the last tick */
-	uint64_t progress_us; /* when it last got on, or had nothing that waits */
-	uint32_t waiting;     /* at the last tick */
+	uint64_t done_before; /* jobs that had ended at the last tick */
+	_Atomic uint64_t progress_us; /* when it last got on, or had nothing that waits */
+	_Atomic uint32_t waiting;     /* at the last tick */
 };
 
 struct server {
 	struct log *log;
-	struct config *config;         /* the loop's alone: a reload frees it */
+	struct config *config;         /* the loops' alone: a reload changes it at a standstill, and frees the one before */
 	struct io_loop *loops;         /* the first has the daemon's life */
+	struct standstill standstill;  /* of the loops */
 	uint32_t loop_count;
 	struct metrics *direct_metrics; /* of all direct callers together; each loop has its own */
 	_Atomic bool checked;          /* what lanes and direct callers need of it: some provider's outputs have canaries */
@@ -71,13 +70,12 @@ struct server {
 	_Atomic(struct device_lane *) device_lanes[REGISTRY_DEVICES_MAX]; /* by device number; started on first use, under the mutex */
 	uint64_t started_us;
 
-	struct closer closer;   /* of descriptors that clients passed */
 	uint32_t direct_count;  /* sessions that are handed over to a direct caller */
 	struct listener *listeners;
 	struct scrape *scrapes; /* connections of the metrics endpoint */
 	uint32_t scrape_count;
-	uint64_t next_session;
-	bool draining;
+	_Atomic uint64_t last_session; /* its number */
+	bool draining;          /* the loops' alone: changed at a standstill */
 	bool drain_failed;
 	bool ending;            /* the lanes are stopped: nothing may be submitted to one any more */
 	uint64_t drain_until_us;
@@ -89,28 +87,24 @@ struct server {
 	struct log_limit list_warnings; /* of fallbacks that requests' own lists allow */
 	_Atomic uint64_t requests; /* accepted since the start */
 	_Atomic uint64_t uploads_refused;  /* for daemon memory */
-	uint64_t sessions_refused;         /* for daemon memory */
-	uint64_t caches_dropped;           /* for daemon memory: how often */
-	uint64_t slow_readers;             /* cut off */
-	uint64_t tls_handshakes;           /* that were finished */
-	uint64_t tls_resumed;              /* of them, by a ticket */
-	uint64_t sessions_opened;
-	uint64_t hellos_refused;
+	_Atomic uint64_t sessions_refused;         /* for daemon memory */
+	_Atomic uint64_t caches_dropped;   /* for daemon memory: how often */
+	_Atomic uint64_t slow_readers;             /* cut off */
+	_Atomic uint64_t tls_handshakes;           /* that were finished */
+	_Atomic uint64_t tls_resumed;              /* of them, by a ticket */
+	_Atomic uint64_t sessions_opened;
+	_Atomic uint64_t hellos_refused;
 	bool caches_are_dropped;           /* memory has not come below the mark since */
 	_Atomic uint64_t graph_runs;       /* begun since the start */
 	_Atomic uint64_t graph_dispatches; /* of them, those that had to prepare anew */
-	_Atomic bool device_done;  /* a device lane has finished jobs */
 
 	pthread_mutex_t mutex; /* of what other threads ask for: */
-	struct post *posts;
-	struct post *posts_last;
-	bool ended; /* under mutex: server_run has returned or is about to, nobody runs posts any more */
 	struct allocation *allocations; /* host memory that modules hold */
 	_Atomic int drain_asked;         /* how often */
 	_Atomic uint64_t drain_timeout_us;
 };
 
-/* Any thread: loop 0 looks at lanes, posts and drain soon. */
+/* Any thread: wakes loop 0. */
 void server_wake(struct server *server);
 
 /* Makes the configuration's lists the registry's, all or none; an error says where in the file. */
@@ -124,13 +118,13 @@ void server_bound_queues(struct server *server);
 /* At least so many percent of limits.memory hold what can't be given up; written as the reason, which begins with `what`. 100: never. */
 bool server_memory_filled(const struct server *server, uint32_t percent, const char *what, opd_error *error);
 
-/* Connections of all loops. */
+/* Connections of all loops, and those on their way to one. */
 uint32_t server_sessions(const struct server *server);
 /* What threads record into: direct callers together, and each loop. */
 uint32_t server_metrics_count(const struct server *server);
 struct metrics *server_metrics(const struct server *server, uint32_t index);
 
-/* The loop's: somebody has left something for it; a second has passed. */
+/* Loop 0's: it was woken, perhaps because a drain was asked for or can end; a second has passed. */
 void server_on_wake(struct server *server);
 void server_on_tick(struct server *server, uint64_t now_ns);
 

@@ -39,6 +39,7 @@ struct derived_copy {
 	uint64_t used;  /* when it was found, or asked for, last */
 	uint64_t bytes; /* of the copy; 0 unless making or kept */
 	struct buffer *buffer;
+	struct derived_own *own; /* instead of a buffer */
 	uint32_t subject_bytes;
 	_Alignas(8) unsigned char subject[];
 };
@@ -192,14 +193,36 @@ static void forget_locked(struct derived *derived, struct derived_copy *copy, st
 	*victims = copy;
 }
 
-static void copies_free(struct derived_copy *victims)
+/* What a copy lay in. */
+struct place {
+	struct buffer *buffer;
+	struct derived_own *own;
+	uint64_t bytes;
+};
+
+static void place_free(const struct derived *derived, const struct place *place)
+{
+	buffer_unref(place->buffer);
+	if (place->own == NULL)
+		return;
+	account_release(derived->account, place->bytes);
+	place->own->release(place->own);
+}
+
+static void copies_free(const struct derived *derived, struct derived_copy *victims)
 {
 	while (victims != NULL) {
 		struct derived_copy *copy = victims;
 		victims = copy->next;
-		buffer_unref(copy->buffer);
+		place_free(derived, &(struct place){copy->buffer, copy->own, copy->bytes});
 		free(copy);
 	}
+}
+
+/* As its maker and its finders have it. */
+static void *data_of(const struct derived_copy *copy)
+{
+	return copy->own != NULL ? (void *)copy->own : copy->buffer->data;
 }
 
 void derived_destroy(struct derived *derived)
@@ -211,7 +234,7 @@ void derived_destroy(struct derived *derived)
 		forget_locked(derived, derived->kept.oldest, &victims);
 	while (derived->asked.oldest != NULL)
 		forget_locked(derived, derived->asked.oldest, &victims);
-	copies_free(victims);
+	copies_free(derived, victims);
 	assert(derived->bytes == 0);
 	derived->memory->derived = NULL;
 	account_unref(derived->account);
@@ -242,7 +265,7 @@ const void *derived_find(struct derived *derived, struct derived_run *run, const
 		copy->used = ++derived->clock;
 		set_state(derived, copy, COPY_KEPT); /* the newest */
 		derived->found++;
-		data = copy->buffer->data;
+		data = data_of(copy);
 	}
 	(void)pthread_mutex_unlock(&derived->mutex);
 	return data;
@@ -306,18 +329,19 @@ static struct derived_copy *reserve_locked(struct derived *derived, struct deriv
 	return copy;
 }
 
-/* It didn't become a copy: remembered as asked for, as before. *buffer_out: the caller frees it. */
-static void give_up_locked(struct derived *derived, struct derived_copy *copy, struct buffer **buffer_out)
+/* It didn't become a copy: remembered as asked for, as before. *place_out: the caller frees it. */
+static void give_up_locked(struct derived *derived, struct derived_copy *copy, struct place *place_out)
 {
+	*place_out = (struct place){copy->buffer, copy->own, copy->bytes};
 	derived->bytes -= copy->bytes;
 	copy->bytes = 0;
-	*buffer_out = copy->buffer;
 	copy->buffer = NULL;
+	copy->own = NULL;
 	set_state(derived, copy, COPY_ASKED);
 }
 
 /* A run lets go of it. */
-static void let_go_locked(struct derived *derived, struct derived_copy *copy, struct derived_copy **victims, struct buffer **buffer_out)
+static void let_go_locked(struct derived *derived, struct derived_copy *copy, struct derived_copy **victims, struct place *place_out)
 {
 	copy->runs--;
 	if (copy->forgotten && copy->runs == 0) {
@@ -325,23 +349,24 @@ static void let_go_locked(struct derived *derived, struct derived_copy *copy, st
 		copy->next = *victims;
 		*victims = copy;
 	} else if (!copy->forgotten && copy->state == COPY_MAKING) {
-		give_up_locked(derived, copy, buffer_out);
+		give_up_locked(derived, copy, place_out);
 	}
 }
 
 static void let_go(struct derived *derived, struct derived_copy *copy)
 {
 	struct derived_copy *victims = NULL;
-	struct buffer *buffer = NULL;
+	struct place place = {.buffer = NULL};
 	(void)pthread_mutex_lock(&derived->mutex);
-	let_go_locked(derived, copy, &victims, &buffer);
+	let_go_locked(derived, copy, &victims, &place);
 	(void)pthread_mutex_unlock(&derived->mutex);
-	buffer_unref(buffer);
-	copies_free(victims);
+	place_free(derived, &place);
+	copies_free(derived, victims);
 }
 
-void *derived_make(struct derived *derived, struct derived_run *run, const void *owner, const opd_tensor *tensor, const void *key, uint32_t key_bytes,
-                   uint64_t bytes)
+/* A copy of so many bytes that has no place yet; NULL: not now. */
+static struct derived_copy *reserve(struct derived *derived, struct derived_run *run, const void *owner, const opd_tensor *tensor, const void *key, uint32_t key_bytes,
+                                    uint64_t bytes)
 {
 	struct subject_text text;
 	if (derived == NULL || run == NULL || bytes == 0 || !subject_fill(&text, owner, tensor, key, key_bytes))
@@ -350,17 +375,43 @@ void *derived_make(struct derived *derived, struct derived_run *run, const void 
 	(void)pthread_mutex_lock(&derived->mutex);
 	struct derived_copy *copy = bytes > derived->limit_bytes ? NULL : reserve_locked(derived, run, &text, bytes, &victims);
 	(void)pthread_mutex_unlock(&derived->mutex);
-	copies_free(victims);
+	copies_free(derived, victims);
+	return copy;
+}
+
+/* There was no memory for the copy that this run has reserved last. */
+static void unreserve(struct derived *derived, struct derived_run *run, struct derived_copy *copy)
+{
+	run->count--;
+	let_go(derived, copy);
+}
+
+void *derived_make(struct derived *derived, struct derived_run *run, const void *owner, const opd_tensor *tensor, const void *key, uint32_t key_bytes,
+                   uint64_t bytes)
+{
+	struct derived_copy *copy = reserve(derived, run, owner, tensor, key, key_bytes, bytes);
 	if (copy == NULL)
 		return NULL;
 	struct buffer *buffer = NULL;
 	if (buffer_alloc(derived->account, bytes, 0, &buffer, NULL) != OPD_OK) {
-		run->count--;
-		let_go(derived, copy);
+		unreserve(derived, run, copy);
 		return NULL;
 	}
 	copy->buffer = buffer; /* this run's alone while it is being made */
 	return buffer->data;
+}
+
+bool derived_make_own(struct derived *derived, struct derived_run *run, const void *owner, const opd_tensor *tensor, uint64_t bytes, struct derived_own *own)
+{
+	struct derived_copy *copy = reserve(derived, run, owner, tensor, NULL, 0, bytes);
+	if (copy == NULL)
+		return false;
+	if (account_charge(derived->account, bytes, NULL) != OPD_OK) {
+		unreserve(derived, run, copy);
+		return false;
+	}
+	copy->own = own;
+	return true;
 }
 
 void derived_keep(struct derived *derived, const struct derived_run *run, const void *memory)
@@ -370,7 +421,7 @@ void derived_keep(struct derived *derived, const struct derived_run *run, const 
 	(void)pthread_mutex_lock(&derived->mutex);
 	for (uint32_t i = 0; i < run->count; i++) {
 		struct derived_copy *copy = run->copies[i];
-		if (copy->state != COPY_MAKING || copy->forgotten || copy->buffer->data != memory)
+		if (copy->state != COPY_MAKING || copy->forgotten || data_of(copy) != memory)
 			continue;
 		set_state(derived, copy, COPY_KEPT);
 		derived->made++;
@@ -401,7 +452,7 @@ void derived_forget(struct derived *derived, uint64_t id, uint64_t version)
 		copy = next;
 	}
 	(void)pthread_mutex_unlock(&derived->mutex);
-	copies_free(victims);
+	copies_free(derived, victims);
 }
 
 /* Until at least `bytes` are free; *freed_out: how many are. */
@@ -426,7 +477,7 @@ uint64_t derived_reclaim(struct derived *derived, uint64_t bytes)
 	(void)pthread_mutex_lock(&derived->mutex);
 	struct derived_copy *victims = evict_locked(derived, bytes, &freed);
 	(void)pthread_mutex_unlock(&derived->mutex);
-	copies_free(victims);
+	copies_free(derived, victims);
 	return freed;
 }
 
@@ -437,7 +488,7 @@ void derived_set_limit(struct derived *derived, uint64_t limit_bytes)
 	derived->limit_bytes = limit_bytes;
 	struct derived_copy *victims = evict_locked(derived, derived->bytes > limit_bytes ? derived->bytes - limit_bytes : 0, &freed);
 	(void)pthread_mutex_unlock(&derived->mutex);
-	copies_free(victims);
+	copies_free(derived, victims);
 }
 
 void derived_count(struct derived *derived, struct derived_statistics *out)

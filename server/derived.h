@@ -45,6 +45,13 @@ const void *derived_find(struct derived *derived, struct derived_run *run, const
 /* Memory for one, 64-byte aligned, until derived_end; NULL: not now. Nobody finds it before derived_keep. */
 void *derived_make(struct derived *derived, struct derived_run *run, const void *owner, const opd_tensor *tensor, const void *key, uint32_t key_bytes,
                    uint64_t bytes);
+/* A copy that lies elsewhere, in memory of its maker's: charged and dropped like others, and then `release`d, from any thread. derived_find and derived_keep have it for the copy's memory. */
+struct derived_own {
+	void (*release)(struct derived_own *own);
+};
+
+/* False: not now, and `own` is still the caller's. Else it is released with the copy, or at the run's end unless it was kept. */
+OPD_MUST_USE bool derived_make_own(struct derived *derived, struct derived_run *run, const void *owner, const opd_tensor *tensor, uint64_t bytes, struct derived_own *own);
 /* `memory`, which derived_make gave to this run, is filled in. */
 void derived_keep(struct derived *derived, const struct derived_run *run, const void *memory);
 /* The kernel has returned. run NULL is allowed, as in the others. */

@@ -486,21 +486,35 @@ static void account_jobs(struct device_lane *lane, const struct device_job *jobs
 		scheduler_complete(&lane->scheduler, job->item.flow, (sched_class)job->item.class, job->item.estimate_ns, job->device_ns);
 }
 
+/* To the loops that wait for them. From the end of this on the jobs may be gone. */
+static void hand_over(struct device_lane *lane, struct device_job *ended)
+{
+	bool told[CONFIG_LOOPS_MAX] = {false};
+	(void)pthread_mutex_lock(&lane->mutex);
+	account_jobs(lane, ended);
+	for (struct device_job *job = ended, *next; job != NULL; job = next) {
+		struct device_done *done = &lane->done[job->loop];
+		next = job->next;
+		job->next = NULL;
+		*done->end = job;
+		done->end = &job->next;
+		told[job->loop] = true;
+	}
+	(void)pthread_mutex_unlock(&lane->mutex);
+	for (uint32_t i = 0; i < CONFIG_LOOPS_MAX; i++)
+		if (told[i]) {
+			atomic_store_explicit(&lane->server->loops[i].device_done, true, memory_order_release);
+			io_loop_wake(&lane->server->loops[i]);
+		}
+}
+
 /* Ends the jobs that are complete; false: none was. */
 static bool poll_flight(struct device_lane *lane)
 {
 	struct device_job *ended = take_complete(lane);
-	if (ended == NULL)
-		return false;
-	(void)pthread_mutex_lock(&lane->mutex);
-	account_jobs(lane, ended);
-	*lane->done_end = ended;
-	while (*lane->done_end != NULL)
-		lane->done_end = &(*lane->done_end)->next;
-	(void)pthread_mutex_unlock(&lane->mutex);
-	atomic_store_explicit(&lane->server->device_done, true, memory_order_release);
-	server_wake(lane->server);
-	return true;
+	if (ended != NULL)
+		hand_over(lane, ended);
+	return ended != NULL;
 }
 
 /* What is on the stream can't be overtaken: one job, or as many as take no longer than a segment. */
@@ -664,13 +678,11 @@ static opd_status lane_start(struct server *server, const struct device *device,
 	lane->number = number;
 	bound_queues(lane);
 	memory_map_small(&server->memory);
-	lane->done_end = &lane->done;
+	for (uint32_t i = 0; i < CONFIG_LOOPS_MAX; i++)
+		lane->done[i].end = &lane->done[i].first;
 	lane->flight_end = &lane->flight;
 	const struct memory_source source = {source_alloc, source_free, lane};
-	if (memory_init_device(&lane->memory, number, device->name, UINT64_MAX, source, error) != OPD_OK) {
-		free(lane);
-		return OPD_RESOURCE_EXHAUSTED;
-	}
+	memory_init_device(&lane->memory, number, device->name, UINT64_MAX, source);
 	(void)pthread_mutex_init(&lane->mutex, NULL);
 	init_cond(&lane->wake);
 	sigset_t all, before;
@@ -799,12 +811,12 @@ bool device_lane_withdraw(struct device_lane *lane, struct device_job *job)
 	return queued;
 }
 
-void device_lane_finish_done(struct device_lane *lane)
+void device_lane_finish_done(struct device_lane *lane, uint32_t loop)
 {
 	(void)pthread_mutex_lock(&lane->mutex);
-	struct device_job *job = lane->done;
-	lane->done = NULL;
-	lane->done_end = &lane->done;
+	struct device_job *job = lane->done[loop].first;
+	lane->done[loop].first = NULL;
+	lane->done[loop].end = &lane->done[loop].first;
 	(void)pthread_mutex_unlock(&lane->mutex);
 	while (job != NULL) {
 		struct device_job *next = job->next;

@@ -1,6 +1,6 @@
 /* The lane of one device: its thread enqueues copies and kernels on a stream and learns of their completion from events.
  *
- * Layer: server. Threads: device_lane_get, _submit on a context's thread; enqueue and complete on the lane's own; `done` on the loop's.
+ * Layer: server. Threads: device_lane_get, _submit on a context's thread; enqueue and complete on the lane's own; `done` on the job's loop's.
  * Life: device_lane_get (made on first use) → device_lane_submit… → device_lane_drain (finishes what is queued, joins) → device_lane_stop (when nobody has a tensor there any more).
  * While work is in flight the thread polls; otherwise it sleeps. Several jobs are in flight at once: the next one's copies overlap the last one's kernel as far as the device's
  * stream lets them. Which comes next is a scheduler's to say, as on the CPU lane; what is on the stream can't be overtaken, so that no more is put there than `segment` of the configuration
@@ -33,6 +33,7 @@ struct device_landing;
 struct device_job {
 	struct device_job *next;
 	struct sched_item item;   /* flow, class and estimate are the owner's */
+	uint32_t loop;            /* on which `done` is called */
 	struct lane_refusal refusal; /* by a device_lane_submit that was false */
 	const char *name;         /* for texts: an op's, or of another kind of request */
 	struct account *account;  /* the session's: pays for what the job takes on the device */
@@ -99,8 +100,8 @@ struct device_lane_use {
 /* Loop: how much of the device is in use; zeros where nothing has run there yet. */
 void device_lane_use(struct server *server, uint32_t number, struct device_lane_use *use_out);
 
-/* On the loop: calls `done` of every job that has ended since. */
-void device_lane_finish_done(struct device_lane *lane);
+/* On that loop: calls `done` of every job of its that has ended since. */
+void device_lane_finish_done(struct device_lane *lane, uint32_t loop);
 /* Waits until all that was submitted has ended; nothing may be submitted after it. */
 void device_lane_drain(struct device_lane *lane);
 void device_lane_stop(struct device_lane *lane);

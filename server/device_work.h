@@ -7,6 +7,7 @@
 
 #include <pthread.h>
 
+#include "server/config.h"
 #include "server/device_lane.h"
 
 /* Events that are kept for the next jobs. */
@@ -31,8 +32,9 @@ struct device_lane {
 	bool taken; /* somebody works with the device: the lane's thread, or one that runs a lone job itself. What is "the thread's own" below is whose this is */
 	struct scheduler scheduler;
 	struct histogram waits[CLASS_COUNT]; /* written under the mutex */
-	struct device_job *done;
-	struct device_job **done_end;
+	struct device_done {
+		struct device_job *first, **end;
+	} done[CONFIG_LOOPS_MAX]; /* by loop */
 	/* the thread's own */
 	bool measured; /* the memory's limit is known */
 	bool lost;     /* the backend said so: nothing more is begun until it was reset */

@@ -1,6 +1,6 @@
 /* Differential checking: a sample of requests is run by a second provider as well, off the reply's path, and the results are compared.
  *
- * Layer: server, above containment. Threads: differential_sample on the loop's; the check on a thread of the session's CPU lane; the others as containment.h says.
+ * Layer: server, above containment. Threads: differential_sample on the request's loop's; the check on a thread of the session's CPU lane; the others as containment.h says.
  * Life: differential_create → differential_configure → differential_sample… → differential_destroy (no check is under way: the lanes are stopped).
  * Which ones: every `compare_every`-th successful run of an implementation for the CPU whose provider has `compare`. Operands and results are kept by reference until the check is done: payloads and
  * inline operands don't change, a kept tensor that somebody holds is copied when it is donated. Left out, and counted as such: runs that donate (their operands are written in place), operands and

@@ -21,7 +21,7 @@ static void adopt_on_loop(void *argument)
 {
 	struct handshake *shake = argument;
 	struct server *server = shake->server;
-	struct conn *conn = server->draining ? NULL : conn_create(&server->loops[0], access_create("embedded", "embedded", ACCESS_ALL));
+	struct conn *conn = server->draining ? NULL : conn_create(io_loop_expect(&server->loops[0]), access_create("embedded", "embedded", ACCESS_ALL));
 	int failed = conn == NULL ? UV_ENOMEM : uv_pipe_init(&conn->io->loop, &conn->pipe, 0);
 	if (failed == 0) {
 		conn->handle.data = conn;

@@ -399,6 +399,7 @@ static void lane_start(struct request *request, void (*run)(struct lane_job *, s
 	request->job = (struct lane_job){
 		.run = run,
 		.done = request->direct ? job_done_direct : job_done,
+		.owner = request->context->loop,
 		.item = {.flow = &session->flow, .class = (uint8_t)request->run.class, .estimate_ns = request->run.cost_ns},
 		.charge_ns = session->inline_ns,
 	};

@@ -15,6 +15,15 @@
 
 /* ---- Lanes ---- */
 
+/* Jobs that have ended, and whose loops know it. */
+static uint64_t done_of(const struct server *server, uint32_t lane)
+{
+	uint64_t done = 0;
+	for (uint32_t i = 0; i < server->loop_count; i++)
+		done += tally_get(&server->loops[i].lanes_done[lane]);
+	return done;
+}
+
 /* Stuck: all its threads are in kernels, more work waits, and for long nothing has ended. What waits for a tenant's rate while threads are free is no such thing. */
 void health_tick(struct server *server, uint64_t now_us)
 {
@@ -24,9 +33,10 @@ void health_tick(struct server *server, uint64_t now_us)
 		const bool waits = scheduler->queued > 0 && scheduler->running >= lane_threads(mine->lane);
 		mine->waiting = scheduler->queued;
 		lane_scheduler_unlock(mine->lane);
-		if (!waits || mine->done != mine->done_before)
+		const uint64_t done = done_of(server, i);
+		if (!waits || done != mine->done_before)
 			mine->progress_us = now_us;
-		mine->done_before = mine->done;
+		mine->done_before = done;
 	}
 }
 

@@ -168,9 +168,9 @@ opd_status identity_settle(struct conn *conn, struct msg_text token, opd_error *
 	return status;
 }
 
-void identity_recheck(struct server *server)
+static void recheck(struct server *server, struct io_loop *io)
 {
-	for (struct conn *conn = server->loops[0].conns; conn != NULL; conn = conn->next) {
+	for (struct conn *conn = io->conns; conn != NULL; conn = conn->next) {
 		opd_error error;
 		if (!conn->greeted || conn->closing)
 			continue;
@@ -184,4 +184,10 @@ void identity_recheck(struct server *server)
 		}
 		access_unref(now);
 	}
+}
+
+void identity_recheck(struct server *server)
+{
+	for (uint32_t i = 0; i < server->loop_count; i++)
+		recheck(server, &server->loops[i]);
 }

@@ -1,6 +1,6 @@
 /* Who a peer is: by a token, a certificate, or what the kernel says of a Unix socket; and what the configuration lets it do.
  *
- * Layer: server. Threads: identities_… are made with the configuration by one thread, then constant; identity_… are the loop's.
+ * Layer: server. Threads: identities_… are made with the configuration by one thread, then constant; identity_… are the connection's loop's, identity_recheck loop 0's at a standstill.
  * Life: config_begin_identity, config_set_identity (config_identity.c) → config_load_tokens → identity_find for each session → config_destroy.
  * A token goes before a certificate, a certificate before the socket's peer; none of them is `anonymous`. Tokens are kept as SHA-256: they have 256 bits of chance, so that nothing is gained
  * by a slow hash, which would be a lever for who sends wrong ones. All are compared, in constant time.

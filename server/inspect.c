@@ -266,7 +266,7 @@ void inspect_info(struct request *request)
 		.uptime_us = request_now_ns() / 1000 - server->started_us,
 		.listener_count = listener_count,
 		.listeners = listeners,
-		.loops = 1,
+		.loops = server->loop_count,
 		.threads = lanes_threads(server),
 		.device_count = snapshot->device_count,
 		.devices = devices,

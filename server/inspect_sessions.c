@@ -1,6 +1,7 @@
 /* Who shares the lanes, and what each has had: sessions, tenants, lanes; and an administrator's hand on a session. */
 #include <assert.h>
 #include <inttypes.h>
+#include <stdlib.h>
 
 #include "proto/bounds.h"
 #include "server/conn.h"
@@ -107,37 +108,49 @@ static void fill_session(struct arena *arena, const struct session *session, con
 	out->quotas = fill_quotas(arena, &session->quota, session->account, 0, out->queued, out->usage.device_ns, &out->quota_count);
 }
 
-/* The server's sessions that this one sees, oldest first, from `first` on. */
-static uint32_t count_sessions(const struct server *server, const struct session *who, uint64_t first)
+/* Each session that this one sees, from `first` on. At a standstill. */
+static uint32_t walk_sessions(const struct server *server, const struct session *who, uint64_t first, const struct session **out)
 {
 	uint32_t count = 0;
-	for (const struct conn *conn = server->loops[0].conns; conn != NULL; conn = conn->next)
-		count += conn->session->id >= first && sees(who, conn->session);
+	for (uint32_t i = 0; i < server->loop_count; i++) {
+		for (const struct conn *conn = server->loops[i].conns; conn != NULL; conn = conn->next) {
+			if (conn->session->id < first || !sees(who, conn->session))
+				continue;
+			if (out != NULL)
+				out[count] = conn->session;
+			count++;
+		}
+	}
 	return count;
 }
 
+static int by_id(const void *a, const void *b)
+{
+	const uint64_t one = (*(const struct session *const *)a)->id;
+	const uint64_t other = (*(const struct session *const *)b)->id;
+	return one < other ? -1 : one > other;
+}
+
+/* Oldest first, as many as a reply may have. */
 static bool fill_sessions(struct request *request, struct msg_sessions *out)
 {
 	const struct server *server = request->context->server;
 	const uint64_t first = request->message.first_session;
-	const uint32_t all = count_sessions(server, request->session, first);
+	const uint32_t all = walk_sessions(server, request->session, first, NULL);
 	const uint32_t count = all < BOUND_LIST ? all : BOUND_LIST;
+	const struct session **found = calloc((size_t)all + 1, sizeof found[0]);
 	out->sessions = arena_array(&request->arena, count, sizeof out->sessions[0]);
-	if (out->sessions == NULL)
-		return false;
-	/* Connections are linked newest first; ids rise. */
-	uint32_t at = all;
-	for (const struct conn *conn = server->loops[0].conns; conn != NULL; conn = conn->next) {
-		if (conn->session->id < first || !sees(request->session, conn->session))
-			continue;
-		at--;
-		if (at < count)
-			fill_session(&request->arena, conn->session, request->snapshot, &out->sessions[at]);
-		else if (at == count)
-			out->next = conn->session->id;
+	if (found != NULL && out->sessions != NULL) {
+		(void)walk_sessions(server, request->session, first, found);
+		qsort(found, all, sizeof found[0], by_id);
+		for (uint32_t i = 0; i < count; i++)
+			fill_session(&request->arena, found[i], request->snapshot, &out->sessions[i]);
+		out->session_count = count;
+		out->next = count < all ? found[count]->id : 0;
 	}
-	out->session_count = count;
-	return true;
+	const bool filled = found != NULL && out->sessions != NULL;
+	free(found);
+	return filled;
 }
 
 struct tenant_list {
@@ -232,7 +245,8 @@ static bool fill_lanes(struct request *request, struct msg_sessions *out)
 	return true;
 }
 
-void inspect_sessions(struct request *request)
+/* At a standstill: the reply has texts of other loops' sessions until it is encoded. */
+static void list_sessions(struct request *request)
 {
 	const struct server *server = request->context->server;
 	struct msg_sessions *out = &request->reply.sessions;
@@ -245,12 +259,44 @@ void inspect_sessions(struct request *request)
 	request_fail(request);
 }
 
+void inspect_sessions(struct request *request)
+{
+	struct context *context = request->context; /* the request may be gone then */
+	standstill_begin(context->server, context->io);
+	list_sessions(request);
+	standstill_end(context->server);
+}
+
+/* At a standstill. */
 static struct session *find_session(const struct server *server, uint64_t id)
 {
-	for (const struct conn *conn = server->loops[0].conns; conn != NULL; conn = conn->next)
-		if (conn->session->id == id)
-			return conn->session;
+	for (uint32_t i = 0; i < server->loop_count; i++)
+		for (const struct conn *conn = server->loops[i].conns; conn != NULL; conn = conn->next)
+			if (conn->session->id == id)
+				return conn->session;
 	return NULL;
+}
+
+/* At a standstill: it may be another loop's. */
+static opd_status set_priority(struct request *request, const struct msg_set_priority *set)
+{
+	struct session *session = find_session(request->context->server, set->session);
+	if (session == NULL)
+		return opd_fail(&request->error, OPD_NOT_FOUND, "session %" PRIu64 ": there is none", set->session);
+	return session_set_base_priority(session, request->snapshot, set->op, &set->list, &request->error);
+}
+
+/* Below what the session has pushed for itself: that goes before. */
+opd_status admin_set_session_priority(struct request *request, const struct msg_set_priority *set)
+{
+	struct server *server = request->context->server;
+	opd_status status = access_check_right(request->session->access, RIGHT_SESSIONS, "set_priority (of a session)", server->log, &request->error);
+	if (status != OPD_OK)
+		return status;
+	standstill_begin(server, request->context->io);
+	status = set_priority(request, set);
+	standstill_end(server);
+	return status;
 }
 
 /* Where somebody's work runs is its own business, as it is in each request; how much it gets isn't. */
@@ -274,32 +320,71 @@ static opd_status find_device(const struct snapshot *snapshot, struct msg_text n
 	return *number_out != 0 ? OPD_OK : opd_fail(error, OPD_FAILED_PRECONDITION, "device %s: there is none to pin (a device, such as cuda:1, or any)", name.data);
 }
 
-void admin_set_session(struct request *request)
+static opd_status check_class(const struct session *session, uint32_t service_class, opd_error *error)
+{
+	const struct tenant *tenant = session->tenant;
+	if (service_class == 0 || service_class - 1 >= (uint32_t)tenant->policy.class_max)
+		return OPD_OK;
+	return opd_fail(error, OPD_FAILED_PRECONDITION, "class %s: tenant %s may have %s at most (class_max)", sched_class_name((sched_class)(service_class - 1)), tenant->name,
+	                sched_class_name(tenant->policy.class_max));
+}
+
+static opd_status check_quota(const struct msg_quota *quota, opd_error *error)
+{
+	if (quota->kind == QUOTA_SESSIONS)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "quota sessions is a tenant's: the configuration has it");
+	return quota_check((quota_kind)quota->kind, quota->limit, error);
+}
+
+/* All of it, before any of it is done. */
+static opd_status check_set(const struct request *request, const struct session *session, uint32_t *device_out, opd_error *error)
 {
 	const struct msg_set_session *set = &request->message.set_session;
-	struct server *server = request->context->server;
-	struct session *session = set->session == 0 ? request->session : find_session(server, set->session);
+	if (set->weight > SCHED_WEIGHT_MAX)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "weight %" PRIu32 ", expected 1 to %u (0: as it is)", set->weight, SCHED_WEIGHT_MAX);
+	opd_status status = check_class(session, set->service_class, error);
+	if (status == OPD_OK && set->device.bytes != 0)
+		status = find_device(request->snapshot, set->device, device_out, error);
+	for (uint32_t i = 0; status == OPD_OK && i < set->quota_count; i++)
+		status = check_quota(&set->quotas[i], error);
+	return status;
+}
+
+static void set_quota(struct session *session, const struct msg_quota *quota)
+{
+	const uint64_t configured = session->tenant->policy.session_quota[quota->kind];
+	session_set_quota(session, (quota_kind)quota->kind, quota->limit != 0 ? quota->limit : configured);
+}
+
+/* At a standstill: it may be another loop's. */
+static void set_session(struct request *request)
+{
+	const struct msg_set_session *set = &request->message.set_session;
+	struct session *session = set->session == 0 ? request->session : find_session(request->context->server, set->session);
 	uint32_t device = 0;
-	if (!may_set(request, session)) {
-		request_fail(request);
+	if (!may_set(request, session))
 		return;
-	}
 	if (session == NULL)
 		(void)opd_fail(&request->error, OPD_NOT_FOUND, "session %" PRIu64 ": there is none", set->session);
-	else if (set->weight > SCHED_WEIGHT_MAX)
-		(void)opd_fail(&request->error, OPD_INVALID_ARGUMENT, "weight %" PRIu32 ", expected 1 to %u (0: as it is)", set->weight, SCHED_WEIGHT_MAX);
-	else if (set->device.bytes != 0)
-		(void)!find_device(request->snapshot, set->device, &device, &request->error);
-	for (uint32_t i = 0; request->error.status == OPD_OK && i < set->quota_count; i++)
-		if (set->quotas[i].kind == QUOTA_SESSIONS)
-			(void)opd_fail(&request->error, OPD_INVALID_ARGUMENT, "quota sessions is a tenant's: the configuration has it");
-	if (request->error.status == OPD_OK && set->weight != 0)
+	else
+		(void)!check_set(request, session, &device, &request->error);
+	if (request->error.status != OPD_OK)
+		return;
+	if (set->weight != 0)
 		session_set_weight(session, set->weight);
-	if (request->error.status == OPD_OK && set->service_class != 0)
+	if (set->service_class != 0)
 		session->class = (sched_class)(set->service_class - 1);
-	if (request->error.status == OPD_OK && set->device.bytes != 0)
+	if (set->device.bytes != 0)
 		atomic_store_explicit(&session->pinned_device, device, memory_order_relaxed);
-	for (uint32_t i = 0; request->error.status == OPD_OK && i < set->quota_count; i++)
-		session_set_quota(session, (quota_kind)set->quotas[i].kind, set->quotas[i].limit);
+	for (uint32_t i = 0; i < set->quota_count; i++)
+		set_quota(session, &set->quotas[i]);
+}
+
+void admin_set_session(struct request *request)
+{
+	struct server *server = request->context->server;
+	standstill_begin(server, request->context->io);
+	set_session(request);
+	standstill_end(server);
 	request_reply_empty(request);
 }

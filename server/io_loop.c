@@ -1,7 +1,12 @@
 #include "server/io_loop.h"
 
 #include <errno.h>
+#include <signal.h>
+#include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
 #include <sys/timerfd.h>
 #include <unistd.h>
 
@@ -15,14 +20,128 @@
 
 void io_loop_wake(struct io_loop *io)
 {
-	(void)uv_async_send(&io->wake);
+	const uint64_t one = 1;
+	if (!atomic_exchange_explicit(&io->woken, true, memory_order_acq_rel))
+		(void)!write(io->wake_fd, &one, sizeof one);
 }
 
-static void on_wake(uv_async_t *wake)
+bool io_loop_by_edges(struct io_loop *io, int fd)
+{
+	struct epoll_event edges = {.events = EPOLLIN | EPOLLET, .data.fd = fd}; /* libuv knows its descriptors by that */
+	return epoll_ctl(uv_backend_fd(&io->loop), EPOLL_CTL_MOD, fd, &edges) == 0;
+}
+
+struct io_loop *io_loop_expect(struct io_loop *io)
+{
+	(void)atomic_fetch_add(&io->conn_count, 1);
+	return io;
+}
+
+/* A drain may wait for the last one. */
+void io_loop_forget(struct io_loop *io)
+{
+	(void)atomic_fetch_sub(&io->conn_count, 1);
+	server_wake(io->server);
+}
+
+uint64_t io_loop_cpu_ns(const struct io_loop *io)
+{
+	struct timespec used;
+	if (!atomic_load_explicit(&io->has_clock, memory_order_acquire) || clock_gettime(io->cpu_clock, &used) != 0)
+		return 0;
+	return (uint64_t)used.tv_sec * 1000000000u + (uint64_t)used.tv_nsec;
+}
+
+/* ---- What others leave for it ---- */
+
+/* A call that another thread wants made on the loop's. */
+struct post {
+	struct post *next;
+	void (*callback)(void *argument);
+	void *argument;
+};
+
+opd_status io_loop_post(struct io_loop *io, void (*callback)(void *argument), void *argument, opd_error *error)
+{
+	struct post *post = calloc(1, sizeof *post);
+	if (post == NULL)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: out of memory");
+	post->callback = callback;
+	post->argument = argument;
+	(void)pthread_mutex_lock(&io->mutex);
+	const bool ended = io->ended;
+	if (!ended) {
+		*(io->posts_last == NULL ? &io->posts : &io->posts_last->next) = post;
+		io->posts_last = post;
+	}
+	(void)pthread_mutex_unlock(&io->mutex);
+	if (ended) {
+		free(post);
+		return opd_fail(error, OPD_UNAVAILABLE, "server: it has ended");
+	}
+	io_loop_wake(io);
+	return OPD_OK;
+}
+
+static void run_posts(struct io_loop *io)
+{
+	(void)pthread_mutex_lock(&io->mutex);
+	struct post *post = io->posts;
+	io->posts = io->posts_last = NULL;
+	(void)pthread_mutex_unlock(&io->mutex);
+	while (post != NULL) {
+		struct post *next = post->next;
+		post->callback(post->argument);
+		free(post);
+		post = next;
+	}
+}
+
+void io_loop_end_posts(struct io_loop *io)
+{
+	(void)pthread_mutex_lock(&io->mutex);
+	io->ended = true; /* who posted before must not wait for ever */
+	(void)pthread_mutex_unlock(&io->mutex);
+	run_posts(io);
+}
+
+static void finish_devices(struct io_loop *io)
+{
+	for (uint32_t i = 0; i < REGISTRY_DEVICES_MAX; i++) {
+		struct device_lane *lane = device_lane_started(io->server, i);
+		if (lane != NULL)
+			device_lane_finish_done(lane, io->number);
+	}
+}
+
+void io_loop_finish(struct io_loop *io)
+{
+	lanes_finish_done(io);
+	if (atomic_exchange_explicit(&io->device_done, false, memory_order_acquire))
+		finish_devices(io);
+	run_posts(io);
+}
+
+static void on_wake(uv_poll_t *wake, int status, int events)
 {
 	struct io_loop *io = wake->data;
-	server_on_wake(io->server);
+	uint64_t count;
+	(void)status;
+	(void)events;
+	if (!io->wake_by_edges) {
+		io->wake_by_edges = io_loop_by_edges(io, io->wake_fd);
+		(void)!read(io->wake_fd, &count, sizeof count);
+	}
+	(void)atomic_exchange_explicit(&io->woken, false, memory_order_acq_rel); /* before it looks: who comes after that wakes again */
+	standstill_wait(io->server);
+	io_loop_finish(io);
+	if (io->number == 0)
+		server_on_wake(io->server);
+	else if (atomic_load_explicit(&io->stopping, memory_order_relaxed))
+		uv_stop(&io->loop);
 }
+
+/* ---- Turns ---- */
 
 /* While it is active the loop doesn't sleep in its poll: there is nothing else to do. */
 static void on_again(uv_idle_t *again)
@@ -37,8 +156,6 @@ void io_loop_flush_soon(struct io_loop *io)
 	if (!uv_is_active((uv_handle_t *)&io->again))
 		(void)uv_idle_start(&io->again, on_again);
 }
-
-/* ---- Turns ---- */
 
 static void flush_dirty(struct io_loop *io)
 {
@@ -65,7 +182,8 @@ static void on_flush(uv_check_t *check)
 	io->turn_us = now_ns / 1000;
 	io->context.inline_ns = 0;
 	io->slice_end_ns = now_ns + RING_SLICE_NS;
-	listener_turn(io->server);
+	if (io->number == 0)
+		listener_turn(io->server);
 	do {
 		rings_serve(io);
 		flush_dirty(io);
@@ -88,7 +206,8 @@ static void on_tick(uv_poll_t *tick, int status, int events)
 		next = conn->next;
 		conn_tick(conn, now_ns / 1000);
 	}
-	server_on_tick(io->server, now_ns);
+	if (io->number == 0)
+		server_on_tick(io->server, now_ns);
 }
 
 /* ---- Life ---- */
@@ -103,11 +222,18 @@ static int open_tick(struct io_loop *io)
 	return uv_poll_init(&io->loop, &io->tick, io->tick_fd);
 }
 
+/* The same. */
+static int open_wake(struct io_loop *io)
+{
+	io->wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+	return io->wake_fd < 0 ? uv_translate_sys_error(errno) : uv_poll_init(&io->loop, &io->wake, io->wake_fd);
+}
+
 static opd_status open_events(struct io_loop *io, opd_error *error)
 {
 	if (uv_loop_init(&io->loop) != 0)
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: no event loop");
-	int failed = uv_async_init(&io->loop, &io->wake, on_wake);
+	int failed = open_wake(io);
 	if (failed == 0)
 		failed = uv_check_init(&io->loop, &io->flush);
 	if (failed == 0)
@@ -123,6 +249,8 @@ static opd_status open_events(struct io_loop *io, opd_error *error)
 		failed = uv_check_start(&io->flush, on_flush);
 	if (failed == 0)
 		failed = uv_poll_start(&io->tick, UV_READABLE, on_tick);
+	if (failed == 0)
+		failed = uv_poll_start(&io->wake, UV_READABLE, on_wake);
 	io->running = failed == 0;
 	return failed == 0 ? OPD_OK : opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: event loop: %s", uv_strerror(failed));
 }
@@ -130,11 +258,13 @@ static opd_status open_events(struct io_loop *io, opd_error *error)
 opd_status io_loop_open(struct io_loop *io, opd_error *error)
 {
 	const bool tls = io->server->config->tls_context != NULL;
-	io->tick_fd = -1;
+	io->tick_fd = io->wake_fd = -1;
+	(void)pthread_mutex_init(&io->mutex, NULL); /* of glibc, it can't fail */
 	io->turn_us = request_now_ns() / 1000;
 	io->metrics = metrics_create(false);
 	context_init(&io->context, io->server);
 	io->context.io = io;
+	io->context.loop = io->number;
 	io->context.metrics = io->metrics;
 	io->stage = malloc(CONN_STAGE_BYTES);
 	if (tls) {
@@ -144,6 +274,49 @@ opd_status io_loop_open(struct io_loop *io, opd_error *error)
 	if (io->metrics == NULL || io->stage == NULL || (tls && (io->tls_stage == NULL || io->tls_sealed == NULL)))
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: out of memory");
 	return open_events(io, error);
+}
+
+/* ---- Threads ---- */
+
+void io_loop_run(struct io_loop *io)
+{
+	if (!io->has_clock && pthread_getcpuclockid(pthread_self(), &io->cpu_clock) == 0)
+		atomic_store_explicit(&io->has_clock, true, memory_order_release);
+	(void)uv_run(&io->loop, UV_RUN_DEFAULT);
+}
+
+static void *loop_main(void *argument)
+{
+	io_loop_run(argument);
+	return NULL;
+}
+
+/* Signals are the main thread's business. */
+opd_status io_loop_start(struct io_loop *io, opd_error *error)
+{
+	sigset_t all, before;
+	char name[16];
+	(void)sigfillset(&all);
+	(void)pthread_sigmask(SIG_SETMASK, &all, &before);
+	const int failed = pthread_create(&io->thread, NULL, loop_main, io);
+	(void)pthread_sigmask(SIG_SETMASK, &before, NULL);
+	if (failed != 0)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: no thread for an I/O loop: %s", strerror(failed));
+	io->started = true;
+	(void)snprintf(name, sizeof name, "opd-loop-%u", (unsigned)io->number % 1000);
+	(void)pthread_setname_np(io->thread, name);
+	return OPD_OK;
+}
+
+void io_loop_stop(struct io_loop *io)
+{
+	if (!io->started)
+		return;
+	atomic_store(&io->stopping, true);
+	io_loop_wake(io);
+	(void)pthread_join(io->thread, NULL);
+	io->started = false;
+	atomic_store(&io->has_clock, false);
 }
 
 static void close_handle(uv_handle_t *handle, void *argument)
@@ -164,12 +337,16 @@ void io_loop_close(struct io_loop *io)
 void io_loop_fini(struct io_loop *io)
 {
 	context_fini(&io->context);
+	closer_fini(&io->closer);
 	metrics_destroy(io->metrics);
 	if (io->tick_fd >= 0)
 		(void)close(io->tick_fd);
+	if (io->wake_fd >= 0)
+		(void)close(io->wake_fd);
 	deadlines_close(&io->deadlines);
 	watches_close(&io->watches);
 	free(io->stage);
 	free(io->tls_stage);
 	free(io->tls_sealed);
+	(void)pthread_mutex_destroy(&io->mutex);
 }

@@ -45,6 +45,7 @@ struct isolated {
 	uint32_t proxy_count;
 	struct proxy *proxies;
 	_Atomic uint64_t plans; /* numbers given out */
+	struct constants constants;
 	pthread_mutex_t mutex;  /* of what follows */
 	struct process *idle;
 	uint64_t deaths;
@@ -229,11 +230,20 @@ static opd_status acquire(struct isolated *isolated, struct process **process_ou
 static void release(struct isolated *isolated, struct process *process)
 {
 	process_trim(process);
+	process_forget(process, &isolated->constants);
 	(void)pthread_mutex_lock(&isolated->mutex);
 	isolated->deaths_in_row = 0;
 	isolated->not_before_ns = 0;
 	process->next = isolated->idle;
 	isolated->idle = process;
+	(void)pthread_mutex_unlock(&isolated->mutex);
+}
+
+void isolated_tick(struct isolated *isolated)
+{
+	(void)pthread_mutex_lock(&isolated->mutex);
+	for (struct process *process = isolated->idle; process != NULL; process = process->next)
+		process_forget(process, &isolated->constants);
 	(void)pthread_mutex_unlock(&isolated->mutex);
 }
 
@@ -288,6 +298,8 @@ static opd_status exchange(const struct proxy *proxy, struct packing *packing, i
 		release(isolated, process);
 		return status;
 	}
+	for (uint32_t i = 0; i < packing->constant_count; i++)
+		packing->constants[i].slot = process_keep(process, packing->constants[i].constant);
 	packing_write(packing, process->memory);
 	const uint64_t budget_ns = isolated->provider == NULL ? 0 : isolated->services.budget_ns(isolated->services.context, isolated->provider);
 	const struct isolated_message call = {.kind = kind};
@@ -388,6 +400,36 @@ static opd_status take_results(const struct proxy *proxy, const struct packing *
 	return OPD_OK;
 }
 
+static void find_constant(struct isolated *isolated, struct packing *packing, struct derived_run *run, const opd_tensor *tensor)
+{
+	if (packing->constant_count == PACKED_CONSTANTS || opd_tensor_empty(tensor))
+		return;
+	struct constant *constant = constant_get(&isolated->constants, isolated->services.derived, run, tensor, packed_operand_bytes(tensor));
+	for (uint32_t i = 0; constant != NULL && i < packing->constant_count; i++) {
+		const struct constant *other = packing->constants[i].constant;
+		if (other == constant || other->number % PACKED_SLOTS != constant->number % PACKED_SLOTS)
+			continue;
+		constant_unref(constant); /* they want the same slot: this one is copied */
+		constant = NULL;
+	}
+	if (constant != NULL)
+		packing->constants[packing->constant_count++] = (struct packed_constant){.tensor = tensor, .constant = constant};
+}
+
+/* Operands that workers keep. */
+static void find_constants(struct isolated *isolated, struct packing *packing, const opd_exec *exec)
+{
+	const struct lane_exec *lane = exec->lane;
+	const opd_call *call = packing->call;
+	for (uint32_t i = 0; lane != NULL && lane->derived != NULL && i < call->arg_count; i++) {
+		const opd_arg *arg = &call->args[i];
+		if (arg->kind == OPD_ARG_TENSOR)
+			find_constant(isolated, packing, lane->derived, arg->tensor);
+		for (uint32_t k = 0; arg->kind == OPD_ARG_TENSORS && k < arg->count; k++)
+			find_constant(isolated, packing, lane->derived, arg->tensors[k]);
+	}
+}
+
 static opd_status proxy_run(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error)
 {
 	const struct proxy *proxy = impl->user;
@@ -401,7 +443,10 @@ static opd_status proxy_run(const opd_impl *impl, void *state, const opd_call *c
 	};
 	struct process *process;
 	(void)state;
+	find_constants(proxy->owner, &packing, exec);
 	opd_status status = exchange(proxy, &packing, ISOLATED_RUN, exec, &process, error);
+	for (uint32_t i = 0; i < packing.constant_count; i++) /* the worker has its own reference */
+		constant_unref(packing.constants[i].constant);
 	if (status != OPD_OK)
 		return status;
 	const struct isolated_message *message = &process->message;

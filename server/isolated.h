@@ -6,7 +6,7 @@
  * worker too, as part of `plan`, whose refusals are cached by shapes; its cost estimates aren't asked for. A worker runs one call at a time; there are as many as lane threads have
  * wanted at once, and an idle one is used again.
  * Operands are copied into the memory that a worker shares, results out of it, after their canaries were looked at: a worker sees nothing but what it is given, and can't change a result that was given
- * out. The memory is charged to the daemon.
+ * out. Large operands whose contents stay (weights) are kept by the workers that have had them, read-only (server/isolated_constant.h). All that memory is charged to the daemon.
  * A worker that dies is one failure of what it ran (INTERNAL, with the signal or exit code); one that exceeds the provider's budget is killed (DEADLINE_EXCEEDED), and so is one whose result nobody has wanted for
  * CANCEL_GRACE. The next request starts another; if they die one after the other, not at once (UNAVAILABLE until then).
  * What isolated modules can't have: ops of their own, device backends and implementations for devices, set_shape, derived copies, more than one thread, in-place results. */
@@ -21,6 +21,7 @@
 #include "server/log.h"
 
 struct account;
+struct derived;
 struct isolated;
 struct provider;
 
@@ -28,6 +29,7 @@ struct provider;
 struct isolated_services {
 	const char *program; /* that is a worker when it is started with --worker; NULL: there is none, and isolated modules are refused */
 	struct account *account;
+	struct derived *derived; /* that says which operands workers keep; NULL: none */
 	uint64_t (*budget_ns)(void *context, const struct provider *provider); /* of one kernel; 0: any */
 	/* tenant: whose call it was; NULL: nobody's in particular. */
 	void (*failed)(void *context, const struct provider *provider, const opd_impl *impl, failure_kind kind, const char *tenant);
@@ -40,6 +42,8 @@ OPD_MUST_USE opd_status isolated_create(const char *path, bool confined, const s
                                         opd_error *error);
 void isolated_destroy(struct isolated *isolated);
 const opd_module *isolated_module(const struct isolated *isolated);
+/* Once a second: idle workers let go of what was dropped. */
+void isolated_tick(struct isolated *isolated);
 /* Once it is a provider: who is told of when its kernels fail. */
 void isolated_set_provider(struct isolated *isolated, const struct provider *provider);
 /* What of its workers' confinement this kernel doesn't give them ("seccomp filter: Invalid argument"); "": nothing. */

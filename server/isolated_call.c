@@ -17,6 +17,7 @@ struct packed_tensor {
 	uint64_t data_at; /* of element 0; 0: no contents */
 	uint64_t id;
 	uint64_t version;
+	uint64_t slot; /* where the contents are, from 1; 0: in the call's memory */
 	int64_t shape[OPD_RANK_MAX];
 	int64_t strides[OPD_RANK_MAX];
 };
@@ -62,8 +63,7 @@ static uint64_t put(struct packer *packer, const void *data, uint64_t bytes)
 	return at;
 }
 
-/* From element 0 on. */
-static uint64_t operand_bytes(const opd_tensor *tensor)
+uint64_t packed_operand_bytes(const opd_tensor *tensor)
 {
 	uint64_t end = 0;
 	if (opd_tensor_empty(tensor) || !tensor_extent(tensor->dtype, tensor->rank, tensor->shape, tensor->strides, 0, &end))
@@ -76,7 +76,16 @@ static uint64_t result_bytes(const opd_tensor *tensor)
 	return tensor->elements * opd_dtype_bytes(tensor->dtype); /* checked by bind_outputs */
 }
 
-static void pack_tensor(struct packed_tensor *packed, const opd_tensor *tensor, uint64_t data_at)
+/* From 1; 0: it is copied. */
+static uint64_t slot_of(const struct packing *packing, const opd_tensor *tensor)
+{
+	for (uint32_t i = 0; i < packing->constant_count; i++)
+		if (packing->constants[i].tensor == tensor)
+			return (uint64_t)packing->constants[i].slot + 1;
+	return 0;
+}
+
+static void pack_tensor(struct packed_tensor *packed, const opd_tensor *tensor, uint64_t data_at, uint64_t slot)
 {
 	*packed = (struct packed_tensor){
 		.dtype = (int32_t)tensor->dtype,
@@ -87,6 +96,7 @@ static void pack_tensor(struct packed_tensor *packed, const opd_tensor *tensor, 
 		.data_at = data_at,
 		.id = tensor->id,
 		.version = tensor->version,
+		.slot = slot,
 	};
 	memcpy(packed->shape, tensor->shape, tensor->rank * sizeof tensor->shape[0]);
 	memcpy(packed->strides, tensor->strides, tensor->rank * sizeof tensor->strides[0]);
@@ -97,10 +107,11 @@ static uint64_t put_tensors(struct packer *packer, const opd_tensor *const *tens
 {
 	const uint64_t at = take(packer, count * sizeof(struct packed_tensor));
 	for (uint32_t i = 0; i < count; i++) {
-		const bool contents = packer->packing->contents;
-		const uint64_t data_at = contents ? put(packer, tensors[i]->data == NULL ? NULL : opd_tensor_data(tensors[i]), operand_bytes(tensors[i])) : 0;
+		const uint64_t slot = slot_of(packer->packing, tensors[i]);
+		const bool contents = packer->packing->contents && slot == 0;
+		const uint64_t data_at = contents ? put(packer, tensors[i]->data == NULL ? NULL : opd_tensor_data(tensors[i]), packed_operand_bytes(tensors[i])) : 0;
 		if (packer->base != NULL)
-			pack_tensor((struct packed_tensor *)(void *)(packer->base + at) + i, tensors[i], data_at);
+			pack_tensor((struct packed_tensor *)(void *)(packer->base + at) + i, tensors[i], data_at, slot);
 	}
 	return at;
 }
@@ -152,7 +163,7 @@ static void pack_outputs(struct packer *packer, uint64_t outputs_at)
 		if (packer->packing->contents && !packer->full)
 			put_canary(packer, at + bytes);
 		if (packer->base != NULL)
-			pack_tensor((struct packed_tensor *)(void *)(packer->base + outputs_at) + i, call->outputs[i], at);
+			pack_tensor((struct packed_tensor *)(void *)(packer->base + outputs_at) + i, call->outputs[i], at, 0);
 	}
 }
 
@@ -212,7 +223,20 @@ uint64_t packing_result(const struct packing *packing, uint32_t index, uint64_t 
 
 /* ---- The worker's side ---- */
 
-static void read_tensor(const struct packed_tensor *packed, unsigned char *base, opd_tensor *tensor)
+struct unpacker {
+	unsigned char *base;
+	unsigned char *const *slots;
+	struct arena *arena;
+};
+
+static void *data_of(const struct unpacker *unpacker, const struct packed_tensor *packed)
+{
+	if (packed->slot != 0)
+		return unpacker->slots[packed->slot - 1];
+	return packed->data_at == 0 ? NULL : unpacker->base + packed->data_at;
+}
+
+static void read_tensor(const struct unpacker *unpacker, const struct packed_tensor *packed, opd_tensor *tensor)
 {
 	*tensor = (opd_tensor){
 		.struct_bytes = sizeof *tensor,
@@ -220,7 +244,7 @@ static void read_tensor(const struct packed_tensor *packed, unsigned char *base,
 		.rank = packed->rank,
 		.shape = packed->shape,
 		.strides = packed->strides,
-		.data = packed->data_at == 0 ? NULL : base + packed->data_at,
+		.data = data_of(unpacker, packed),
 		.elements = packed->elements,
 		.alignment = packed->alignment,
 		.flags = packed->flags,
@@ -230,37 +254,37 @@ static void read_tensor(const struct packed_tensor *packed, unsigned char *base,
 }
 
 /* NULL: out of memory. */
-static const opd_tensor *const *read_tensors(unsigned char *base, uint64_t at, uint32_t count, struct arena *arena)
+static const opd_tensor *const *read_tensors(const struct unpacker *unpacker, uint64_t at, uint32_t count)
 {
-	const struct packed_tensor *packed = (const struct packed_tensor *)(const void *)(base + at);
-	opd_tensor *tensors = arena_array(arena, count, sizeof tensors[0]);
-	const opd_tensor **list = arena_array(arena, count, sizeof list[0]);
+	const struct packed_tensor *packed = (const struct packed_tensor *)(const void *)(unpacker->base + at);
+	opd_tensor *tensors = arena_array(unpacker->arena, count, sizeof tensors[0]);
+	const opd_tensor **list = arena_array(unpacker->arena, count, sizeof list[0]);
 	if (tensors == NULL || list == NULL)
 		return NULL;
 	for (uint32_t i = 0; i < count; i++) {
-		read_tensor(&packed[i], base, &tensors[i]);
+		read_tensor(unpacker, &packed[i], &tensors[i]);
 		list[i] = &tensors[i];
 	}
 	return list;
 }
 
-static bool read_arg(const struct packed_arg *packed, unsigned char *base, struct arena *arena, opd_arg *arg)
+static bool read_arg(const struct unpacker *unpacker, const struct packed_arg *packed, opd_arg *arg)
 {
 	*arg = (opd_arg){.kind = packed->kind, .count = packed->count};
 	switch ((opd_arg_kind)packed->kind) {
 	case OPD_ARG_TENSOR: {
-		const opd_tensor *const *list = read_tensors(base, packed->at, 1, arena);
+		const opd_tensor *const *list = read_tensors(unpacker, packed->at, 1);
 		arg->tensor = list == NULL ? NULL : list[0];
 		return list != NULL;
 	}
 	case OPD_ARG_TENSORS:
-		arg->tensors = read_tensors(base, packed->at, packed->count, arena);
+		arg->tensors = read_tensors(unpacker, packed->at, packed->count);
 		return arg->tensors != NULL;
 	case OPD_ARG_INTS:
-		arg->ints = (const int64_t *)(const void *)(base + packed->at);
+		arg->ints = (const int64_t *)(const void *)(unpacker->base + packed->at);
 		break;
 	case OPD_ARG_STR:
-		arg->str = (const char *)base + packed->at;
+		arg->str = (const char *)unpacker->base + packed->at;
 		break;
 	case OPD_ARG_FLOAT:
 		arg->f = packed->f;
@@ -277,15 +301,16 @@ static bool read_arg(const struct packed_arg *packed, unsigned char *base, struc
 	return true;
 }
 
-const opd_call *packed_read(const struct packed_call *packed, unsigned char *base, struct arena *arena)
+const opd_call *packed_read(const struct packed_call *packed, unsigned char *base, unsigned char *const slots[PACKED_SLOTS], struct arena *arena)
 {
+	const struct unpacker unpacker = {base, slots, arena};
 	const struct packed_arg *from = (const struct packed_arg *)(const void *)(base + packed->args_at);
 	opd_call *call = arena_zalloc(arena, sizeof *call);
 	opd_arg *args = arena_array(arena, packed->arg_count, sizeof args[0]);
-	const opd_tensor *const *outputs = read_tensors(base, packed->outputs_at, packed->output_count, arena);
+	const opd_tensor *const *outputs = read_tensors(&unpacker, packed->outputs_at, packed->output_count);
 	bool made = call != NULL && args != NULL && outputs != NULL;
 	for (uint32_t i = 0; made && i < packed->arg_count; i++)
-		made = read_arg(&from[i], base, arena, &args[i]);
+		made = read_arg(&unpacker, &from[i], &args[i]);
 	if (!made)
 		return NULL;
 	*call = (opd_call){

@@ -1,6 +1,7 @@
 /* A call as it lies in the memory that the daemon shares with a worker process, and the messages between them.
  *
  * Layer: server; both sides of server/isolated.h. Threads: the one that has the worker.
+ * Operands whose contents stay may lie elsewhere: in a mapping that the worker has of a constant (server/isolated_constant.h), in a slot that KEEP has filled.
  * The memory is one memfd, sealed against shrinking. The daemon writes a call there (struct packed_call at its start, then arguments, operands' bytes, scratch, room for results), and sends PLAN or RUN;
  * the worker answers DONE. Of that memory the daemon reads results alone, from places that it has computed itself: the worker may have written anywhere.
  * Messages are packets of a socket pair: a fixed head and up to four texts. */
@@ -13,6 +14,8 @@
 
 #include "proto/arena.h"
 #include "providers/provider.h"
+
+struct constant;
 
 /* ---- Calls ---- */
 
@@ -33,6 +36,16 @@ struct packed_call {
 	uint64_t scratch_bytes;
 };
 
+#define PACKED_CONSTANTS 8u     /* of one call */
+#define PACKED_SLOTS 1024u
+
+/* An operand that isn't copied. */
+struct packed_constant {
+	const opd_tensor *tensor;
+	struct constant *constant;
+	uint32_t slot; /* once there is a worker */
+};
+
 /* How to lay a call out. */
 struct packing {
 	const opd_call *call;
@@ -40,6 +53,8 @@ struct packing {
 	uint64_t plan;
 	bool contents;          /* operands' bytes, scratch and results have room; else the call is described */
 	uint64_t scratch_bytes;
+	uint32_t constant_count;
+	struct packed_constant constants[PACKED_CONSTANTS];
 	/* out */
 	uint64_t bytes;         /* of all */
 	uint64_t scratch_at;
@@ -50,11 +65,13 @@ struct packing {
 OPD_MUST_USE bool packing_measure(struct packing *packing);
 /* Writes it to `base`, 64-byte aligned, packing->bytes long, and canaries behind scratch and results. */
 void packing_write(struct packing *packing, unsigned char *base);
+/* Bytes of an operand from its element 0 on; 0: none, or more than can be said. */
+uint64_t packed_operand_bytes(const opd_tensor *tensor);
 /* Offset and bytes of a result. */
 uint64_t packing_result(const struct packing *packing, uint32_t index, uint64_t *bytes_out);
 
-/* The worker's side: the call as kernels see it, in the arena, its data in the memory. NULL: out of memory. */
-const opd_call *packed_read(const struct packed_call *packed, unsigned char *base, struct arena *arena);
+/* The worker's side: the call as kernels see it, in the arena, its data in the memory and in the slots. NULL: out of memory. */
+const opd_call *packed_read(const struct packed_call *packed, unsigned char *base, unsigned char *const slots[PACKED_SLOTS], struct arena *arena);
 
 /* ---- Messages ---- */
 
@@ -65,6 +82,7 @@ typedef enum isolated_kind {
 	ISOLATED_LOG,        /* number: level; text */
 	ISOLATED_DONE,       /* status, number: reason's code, bytes: scratch; error's text, reason's detail */
 	ISOLATED_MAP,        /* to the worker: bytes, with the descriptor; 0: lets the memory go */
+	ISOLATED_KEEP,       /* to the worker: number: slot, bytes, with the descriptor of what it is to map there; 0: lets go of what is there */
 	ISOLATED_PLAN,
 	ISOLATED_RUN,
 	ISOLATED_END,

@@ -161,6 +161,40 @@ void process_trim(struct process *process)
 	(void)!isolated_send(process->socket, &map, -1);
 }
 
+/* ---- Constants ---- */
+
+uint32_t process_keep(struct process *process, struct constant *constant)
+{
+	const uint32_t slot = (uint32_t)(constant->number % PACKED_SLOTS);
+	const struct isolated_message keep = {.kind = ISOLATED_KEEP, .number = slot, .bytes = constant->bytes};
+	if (process->slots[slot] == constant)
+		return slot;
+	constant_unref(process->slots[slot]);
+	(void)atomic_fetch_add_explicit(&constant->refs, 1, memory_order_relaxed);
+	process->slots[slot] = constant;
+	(void)!isolated_send(process->socket, &keep, constant->fd); /* a worker that is gone is noticed by who waits for its answer */
+	return slot;
+}
+
+static void let_go(struct process *process, uint32_t slot)
+{
+	const struct isolated_message keep = {.kind = ISOLATED_KEEP, .number = slot};
+	constant_unref(process->slots[slot]);
+	process->slots[slot] = NULL;
+	(void)!isolated_send(process->socket, &keep, -1);
+}
+
+void process_forget(struct process *process, const struct constants *constants)
+{
+	const uint64_t dropped = atomic_load_explicit(&constants->dropped, memory_order_acquire);
+	if (process->dropped == dropped)
+		return;
+	process->dropped = dropped;
+	for (uint32_t slot = 0; slot < PACKED_SLOTS; slot++)
+		if (process->slots[slot] != NULL && constant_is_dropped(process->slots[slot]))
+			let_go(process, slot);
+}
+
 /* ---- Waiting ---- */
 
 /* False: nothing came within `ns`. */
@@ -245,6 +279,8 @@ void process_end(struct process *process, bool ask, char *text, size_t text_byte
 		describe_end(status, text, text_bytes);
 	(void)close(process->socket);
 	memory_drop(process);
+	for (uint32_t slot = 0; slot < PACKED_SLOTS; slot++)
+		constant_unref(process->slots[slot]);
 	account_unref(process->account);
 	free(process);
 }

@@ -8,6 +8,7 @@
 #include <sys/types.h>
 
 #include "server/isolated_call.h"
+#include "server/isolated_constant.h"
 #include "server/log.h"
 #include "server/tensors.h"
 
@@ -20,6 +21,8 @@ struct process {
 	const char *provider;    /* for log lines; borrowed */
 	unsigned char *memory;   /* NULL: none yet */
 	uint64_t memory_bytes;
+	struct constant *slots[PACKED_SLOTS]; /* what it has mapped, referenced */
+	uint64_t dropped; /* of them, as far as it was looked: constants.dropped */
 	struct isolated_message message; /* the last one that came */
 };
 
@@ -28,6 +31,10 @@ OPD_MUST_USE opd_status process_start(const char *program, const char *path, boo
                                       struct process **process_out, opd_error *error);
 /* At least so much memory; what was there is forgotten. RESOURCE_EXHAUSTED. */
 OPD_MUST_USE opd_status process_reserve(struct process *process, uint64_t bytes, opd_error *error);
+/* It has the constant mapped from here on, in the slot that is returned. */
+uint32_t process_keep(struct process *process, struct constant *constant);
+/* Lets go of those that were dropped. */
+void process_forget(struct process *process, const struct constants *constants);
 /* Memory that was large is given back. */
 void process_trim(struct process *process);
 

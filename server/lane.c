@@ -1,8 +1,10 @@
 #include "server/lane.h"
 
 #include <assert.h>
+#include <errno.h>
 #include <pthread.h>
 #include <sched.h>
+#include <semaphore.h>
 #include <signal.h>
 #include <stddef.h>
 #include <stdio.h>
@@ -27,7 +29,8 @@ struct worker {
 	uint32_t number;
 	bool parked; /* on the lane's stack of sleeping workers */
 	struct worker *next_parked;
-	pthread_cond_t cond; /* unparked, or its loop's last helper has left, or it is no spare any more; of CLOCK_MONOTONIC */
+	bool asleep;  /* nobody has woken it yet */
+	sem_t woken;  /* unparked, or its loop's last helper has left, or it is no spare any more */
 	uint32_t crowded; /* spins to leave out: its core is wanted by others */
 	pthread_t thread;
 	/* Under the mutex. */
@@ -56,12 +59,18 @@ struct batch_list {
 	struct lane_job *head, **tail;
 };
 
+/* Jobs that have ended, newest first: one list an owner, each in a cache line of its own. */
+struct done_list {
+	_Atomic(struct lane_job *) newest;
+	char apart[64 - sizeof(struct lane_job *)];
+};
+
 struct lane {
 	char name[NAME_BYTES];
 	/* Written by every submission, read by spinning threads. */
 	_Atomic uint32_t load;   /* jobs queued or running */
 	_Atomic uint32_t hints;  /* jobs queued, and loops with a share left: what a spinning thread watches */
-	_Atomic(struct lane_job *) done; /* newest first */
+	struct done_list done[LANE_OWNERS_MAX];
 
 	pthread_mutex_t mutex;
 	struct scheduler scheduler; /* of queued jobs */
@@ -83,7 +92,8 @@ struct lane {
 	uint32_t threads; /* of options */
 	uint32_t started;
 	uint64_t spin_ns;
-	void (*wake)(void *argument);
+	uint32_t owners;
+	void (*wake)(void *argument, uint32_t owner);
 	void *wake_argument;
 	struct worker workers[]; /* [2 * threads]: as many again may take the place of stuck ones */
 };
@@ -127,7 +137,28 @@ static uint64_t demand(const struct lane *lane)
 	return wanted;
 }
 
-/* Takes sleeping threads off the stack for work that no thread already on its way will do. Their conditions are signalled after the mutex is
+/* Sleeps until it is woken, or until then (NULL: whenever); under the mutex before and after. It may come back for nothing. False: it is time. No condition variable: a thread that
+ * one has woken takes the mutex as if others waited for it, and lets it go by a system call that wakes nobody, which every hand-over of a job paid for. */
+static bool doze(struct worker *worker, const struct timespec *until)
+{
+	worker->asleep = true;
+	(void)pthread_mutex_unlock(&worker->lane->mutex);
+	const int failed = until == NULL ? sem_wait(&worker->woken) : sem_clockwait(&worker->woken, CLOCK_MONOTONIC, until);
+	const bool late = failed != 0 && errno == ETIMEDOUT;
+	(void)pthread_mutex_lock(&worker->lane->mutex);
+	worker->asleep = false;
+	return !late;
+}
+
+/* Under the mutex. What the thread waits for is there. */
+static void rouse(struct worker *worker)
+{
+	if (worker->asleep)
+		(void)sem_post(&worker->woken);
+	worker->asleep = false;
+}
+
+/* Takes sleeping threads off the stack for work that no thread already on its way will do. They are woken after the mutex is
  * released, so that they don't run into it. */
 static uint32_t unpark(struct lane *lane, struct worker *woken[WAKE_MAX])
 {
@@ -140,6 +171,7 @@ static uint32_t unpark(struct lane *lane, struct worker *woken[WAKE_MAX])
 		struct worker *worker = lane->parked;
 		lane->parked = worker->next_parked;
 		worker->parked = false;
+		worker->asleep = false;
 		lane->waking++;
 		woken[count] = worker;
 	}
@@ -153,7 +185,7 @@ static void unlock_and_wake(struct lane *lane)
 	uint32_t count = unpark(lane, woken);
 	(void)pthread_mutex_unlock(&lane->mutex);
 	for (uint32_t i = 0; i < count; i++)
-		(void)pthread_cond_signal(&woken[i]->cond);
+		(void)sem_post(&woken[i]->woken);
 }
 
 /* Jobs wait for their tenants' rates: not longer than that. Comes back off the stack of sleeping threads, counted as one that was woken. */
@@ -161,9 +193,9 @@ static void wait_until_ready(struct worker *worker)
 {
 	struct lane *lane = worker->lane;
 	const struct timespec until = {(time_t)(lane->ready_ns / 1000000000u), (long)(lane->ready_ns % 1000000000u)};
-	int failed = 0;
-	while (worker->parked && failed == 0)
-		failed = pthread_cond_timedwait(&worker->cond, &lane->mutex, &until);
+	bool in_time = true;
+	while (worker->parked && in_time)
+		in_time = doze(worker, &until);
 	if (!worker->parked)
 		return;
 	struct worker **link = &lane->parked;
@@ -184,7 +216,7 @@ static void park(struct worker *worker)
 	if (lane->ready_ns != UINT64_MAX)
 		wait_until_ready(worker);
 	while (worker->parked)
-		(void)pthread_cond_wait(&worker->cond, &lane->mutex);
+		(void)doze(worker, NULL);
 	lane->waking--;
 }
 
@@ -268,7 +300,7 @@ static bool help(struct worker *worker)
 	/* The owner may return, and the loop be gone, as soon as it sees zero. */
 	struct worker *owner = loop->owner;
 	if (atomic_fetch_sub_explicit(&loop->helpers, 1, memory_order_release) == 1)
-		(void)pthread_cond_signal(&owner->cond);
+		rouse(owner);
 	return true;
 }
 
@@ -292,7 +324,7 @@ static void wait_for_helpers(struct lane *lane, struct loop *loop)
 			return;
 	(void)pthread_mutex_lock(&lane->mutex);
 	while (atomic_load_explicit(&loop->helpers, memory_order_acquire) != 0)
-		(void)pthread_cond_wait(&loop->owner->cond, &lane->mutex);
+		(void)doze(loop->owner, NULL);
 	(void)pthread_mutex_unlock(&lane->mutex);
 }
 
@@ -414,7 +446,7 @@ static void complete(struct lane *lane, struct lane_job *leader, struct lane_job
 static bool enqueue(struct lane *lane, struct lane_job *job, uint64_t time_ns)
 {
 	struct sched_item *item = &job->item;
-	assert(!lane->stopping);
+	assert(!lane->stopping && job->owner < lane->owners);
 	if (item->flow == NULL) {
 		item->flow = &lane->own_flow;
 		item->class = CLASS_INTERACTIVE;
@@ -476,17 +508,19 @@ void lane_scheduler_unlock(struct lane *lane)
 static void job_finish(struct lane *lane, struct lane_job *job)
 {
 	(void)atomic_fetch_sub_explicit(&lane->load, 1, memory_order_relaxed);
-	struct lane_job *newest = atomic_load_explicit(&lane->done, memory_order_relaxed);
+	const uint32_t owner = job->owner;
+	_Atomic(struct lane_job *) *list = &lane->done[owner].newest;
+	struct lane_job *newest = atomic_load_explicit(list, memory_order_relaxed);
 	do
 		job->next = newest;
-	while (!atomic_compare_exchange_weak_explicit(&lane->done, &newest, job, memory_order_release, memory_order_relaxed));
+	while (!atomic_compare_exchange_weak_explicit(list, &newest, job, memory_order_release, memory_order_relaxed));
 	if (newest == NULL)
-		lane->wake(lane->wake_argument);
+		lane->wake(lane->wake_argument, owner);
 }
 
-struct lane_job *lane_take_done(struct lane *lane)
+struct lane_job *lane_take_done(struct lane *lane, uint32_t owner)
 {
-	struct lane_job *newest = atomic_exchange_explicit(&lane->done, NULL, memory_order_acquire);
+	struct lane_job *newest = atomic_exchange_explicit(&lane->done[owner].newest, NULL, memory_order_acquire);
 	struct lane_job *oldest = NULL;
 	while (newest != NULL) {
 		struct lane_job *next = newest->next;
@@ -497,10 +531,10 @@ struct lane_job *lane_take_done(struct lane *lane)
 	return oldest;
 }
 
-uint32_t lane_finish_done(struct lane *lane)
+uint32_t lane_finish_done(struct lane *lane, uint32_t owner)
 {
 	uint32_t count = 0;
-	for (struct lane_job *job = lane_take_done(lane), *next; job != NULL; job = next, count++) {
+	for (struct lane_job *job = lane_take_done(lane, owner), *next; job != NULL; job = next, count++) {
 		next = job->next; /* done may free or submit the job */
 		if (job->done != NULL)
 			job->done(job);
@@ -596,7 +630,7 @@ static void wait_as_spare(struct worker *worker)
 	worker->next_spare = lane->spares;
 	lane->spares = worker;
 	while (worker->spare && !lane->stopping)
-		(void)pthread_cond_wait(&worker->cond, &lane->mutex);
+		(void)doze(worker, NULL);
 	worker->replaced = false;
 }
 
@@ -680,24 +714,15 @@ struct lane_exec lane_exec_serial(struct lane_job *job)
 
 /* ---- Life -------------------------------------------------------------------------------------------------------------- */
 
-static void init_cond(pthread_cond_t *cond)
-{
-	pthread_condattr_t attributes;
-	(void)pthread_condattr_init(&attributes);
-	(void)pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
-	(void)pthread_cond_init(cond, &attributes);
-	(void)pthread_condattr_destroy(&attributes);
-}
-
 /* Of the lane's threads, the next that isn't started yet. */
 static bool start_worker(struct lane *lane, uint32_t number)
 {
 	struct worker *worker = &lane->workers[lane->started];
 	worker->lane = lane;
 	worker->number = number;
-	init_cond(&worker->cond);
+	(void)sem_init(&worker->woken, 0, 0);
 	if (pthread_create(&worker->thread, NULL, worker_main, worker) != 0) {
-		(void)pthread_cond_destroy(&worker->cond);
+		(void)sem_destroy(&worker->woken);
 		return false;
 	}
 	char name[16];
@@ -728,7 +753,7 @@ static bool replace(struct lane *lane, struct worker *stuck)
 		lane->spares = spare->next_spare;
 		spare->number = stuck->number;
 		spare->spare = false;
-		(void)pthread_cond_signal(&spare->cond);
+		rouse(spare);
 	} else {
 		sigset_t all, before;
 		(void)sigfillset(&all);
@@ -774,6 +799,8 @@ opd_status lane_create(const struct lane_options *options, struct lane **lane_ou
 	const uint32_t threads = options->threads;
 	if (threads == 0 || threads > THREADS_MAX)
 		return opd_fail(error, OPD_INVALID_ARGUMENT, "lane: %u threads, expected 1 to %u", threads, THREADS_MAX);
+	if (options->owners > LANE_OWNERS_MAX)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "lane: %u owners, expected at most %u", options->owners, LANE_OWNERS_MAX);
 	struct lane *lane = calloc(1, sizeof *lane + 2 * (size_t)threads * sizeof lane->workers[0]);
 	if (lane == NULL)
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "lane: out of memory");
@@ -790,6 +817,7 @@ opd_status lane_create(const struct lane_options *options, struct lane **lane_ou
 	lane->segment_ns = SEGMENT_NS_DEFAULT;
 	lane->threads = threads;
 	lane->spin_ns = options->spin_ns;
+	lane->owners = options->owners == 0 ? 1 : options->owners;
 	lane->wake = options->wake;
 	lane->wake_argument = options->wake_argument;
 	start_workers(lane);
@@ -807,7 +835,7 @@ static void unpark_all(struct lane *lane)
 	for (; lane->parked != NULL; lane->parked = lane->parked->next_parked) {
 		lane->parked->parked = false;
 		lane->waking++;
-		(void)pthread_cond_signal(&lane->parked->cond);
+		rouse(lane->parked);
 	}
 }
 
@@ -820,12 +848,12 @@ void lane_stop(struct lane *lane)
 	scheduler_forget_rates(&lane->scheduler);
 	unpark_all(lane);
 	for (struct worker *spare = lane->spares; spare != NULL; spare = spare->next_spare)
-		(void)pthread_cond_signal(&spare->cond);
+		rouse(spare);
 	(void)pthread_mutex_unlock(&lane->mutex);
 	for (; lane->started > 0; lane->started--) {
 		struct worker *worker = &lane->workers[lane->started - 1];
 		(void)pthread_join(worker->thread, NULL);
-		(void)pthread_cond_destroy(&worker->cond);
+		(void)sem_destroy(&worker->woken);
 	}
 }
 

@@ -1,7 +1,7 @@
 /* A CPU lane: a pool of threads that runs jobs in the order that a scheduler gives them, and helps with the parallel loops of those that run.
  *
  * Layer: server, bottom (knows nothing of requests). Threads: lane_create, lane_stop, lane_destroy by one; everything else any.
- * Life: lane_create → lane_submit… and lane_take_done whenever `wake` was called → lane_stop (runs what is queued, joins) → lane_take_done once
+ * Life: lane_create → lane_submit… and lane_take_done of an owner whenever `wake` was called for it → lane_stop (runs what is queued, joins) → lane_take_done once
  * more → lane_destroy.
  * Promises: no lock is held while a job or a share runs; `run` is called exactly once for a submitted job (and again as often as it has yielded), and the job then comes out of
  * lane_take_done exactly once, cancelled or not, unless lane_withdraw took it back before. A job is its owner's memory: the lane doesn't
@@ -40,6 +40,7 @@ struct lane_job {
 	struct lane_job *next; /* the lane's; of a list to submit or to take: the next one */
 	struct sched_item item; /* flow, class and estimate are the owner's. No flow: the lane's own work, which is never refused, as `interactive` */
 	struct sched_flow *pays; /* of the lane's own work: whom its device time is charged to; NULL: nobody */
+	uint32_t owner;         /* below lane_options.owners: who takes it when it is done */
 	uint64_t charge_ns;     /* device time of the flow's that went by the lane: charged with the submission */
 	void (*run)(struct lane_job *job, struct lane_exec *exec); /* on a lane thread */
 	void (*done)(struct lane_job *job);                        /* for whoever takes the done jobs: the lane doesn't call it itself */
@@ -75,12 +76,15 @@ struct lane_exec {
  * needs no system call), too short to keep an idle machine busy. Where a yield shows that others want its core it sleeps at once, and so the next times. */
 #define LANE_SPIN_NS_DEFAULT 4000u
 
+#define LANE_OWNERS_MAX 32u
+
 struct lane_options {
 	const char *name; /* copied; at most 31 bytes. NULL: "cpu" */
 	uint32_t threads; /* 1 to 1024 */
 	uint64_t spin_ns;
-	/* The list of done jobs is no longer empty: take it soon. On a lane thread, without a lock; not called again before lane_take_done. */
-	void (*wake)(void *argument);
+	uint32_t owners;  /* that take done jobs, each its own: at most LANE_OWNERS_MAX; 0: one */
+	/* The list of this owner's done jobs is no longer empty: take it soon. On a lane thread, without a lock; not called again before lane_take_done of it. */
+	void (*wake)(void *argument, uint32_t owner);
 	void *wake_argument;
 };
 
@@ -107,10 +111,10 @@ void lane_set_batch(struct lane *lane, uint32_t rows);
 /* How long a segment is; 2 ms at first. */
 void lane_set_segment(struct lane *lane, uint64_t segment_ns);
 
-/* All jobs done since the last call, in the order in which they ended, linked by next; NULL: none. Lock-free. */
-struct lane_job *lane_take_done(struct lane *lane);
+/* All of an owner's jobs done since the last call, in the order in which they ended, linked by next; NULL: none. Lock-free. */
+struct lane_job *lane_take_done(struct lane *lane, uint32_t owner);
 /* The same, and calls done of each (NULL: skipped). Returns how many. */
-uint32_t lane_finish_done(struct lane *lane);
+uint32_t lane_finish_done(struct lane *lane, uint32_t owner);
 
 /* Something is queued or running: a small kernel should then not run on the I/O loop ahead of it. One relaxed load. */
 bool lane_busy(const struct lane *lane);

@@ -4,9 +4,10 @@
 #include "server/log.h"
 #include "server/machine.h"
 
-static void wake(void *argument)
+static void wake(void *argument, uint32_t loop)
 {
-	server_wake(argument);
+	struct server *server = argument;
+	io_loop_wake(&server->loops[loop]);
 }
 
 /* Everybody's where nobody says: what the others leave of the machine. */
@@ -14,7 +15,7 @@ static uint32_t main_threads(const struct server *server)
 {
 	const struct config *config = server->config;
 	struct machine machine;
-	uint32_t kept = 0;
+	uint32_t kept = config->loops - 1; /* loops behind the first need cores as lanes do */
 	if (config->threads != 0)
 		return config->threads;
 	machine_read(&machine);
@@ -28,7 +29,7 @@ static uint32_t main_threads(const struct server *server)
 opd_status lanes_start(struct server *server, opd_error *error)
 {
 	const struct config *config = server->config;
-	struct lane_options options = {.threads = main_threads(server), .spin_ns = LANE_SPIN_NS_DEFAULT, .wake = wake, .wake_argument = server};
+	struct lane_options options = {.threads = main_threads(server), .spin_ns = LANE_SPIN_NS_DEFAULT, .owners = server->loop_count, .wake = wake, .wake_argument = server};
 	opd_status status = lane_create(&options, &server->lane, error);
 	if (status != OPD_OK)
 		return status;
@@ -58,10 +59,10 @@ void lanes_bound(struct server *server)
 	}
 }
 
-void lanes_finish_done(struct server *server)
+void lanes_finish_done(struct io_loop *io)
 {
-	for (uint32_t i = 0; i < server->lane_count; i++)
-		server->lanes[i].done += lane_finish_done(server->lanes[i].lane);
+	for (uint32_t i = 0; i < io->server->lane_count; i++)
+		tally_add(&io->lanes_done[i], lane_finish_done(io->server->lanes[i].lane, io->number), false);
 }
 
 bool lanes_busy(const struct server *server)

@@ -94,20 +94,32 @@ static void widen(struct conn *conn)
 		(void)setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof bytes);
 }
 
-static int open_handle(struct listener *listener, struct conn *conn)
+/* A connection that was accepted, on its way to its loop. */
+struct arrival {
+	struct io_loop *io;
+	listen_kind kind;
+	bool remote;
+	int fd; /* of one for another loop */
+	opd_error refused;
+};
+
+/* The handle, in its loop; and what TLS needs. 0 or libuv's error. */
+static int open_handle(const struct arrival *arrival, struct conn *conn)
 {
 	conn->handle.data = conn;
-	return listener->kind == LISTEN_UNIX ? uv_pipe_init(&conn->io->loop, &conn->pipe, 0)
-	                                     : uv_tcp_init(&conn->io->loop, &conn->tcp);
+	const int failed = arrival->kind == LISTEN_UNIX ? uv_pipe_init(&conn->io->loop, &conn->pipe, 0) : uv_tcp_init(&conn->io->loop, &conn->tcp);
+	if (failed == 0 && arrival->kind == LISTEN_TLS && (conn->tls = conn_tls_create(conn)) == NULL)
+		return UV_ENOMEM;
+	return failed;
 }
 
-static void log_accept_error(struct listener *listener, int failed)
+static void log_accept_error(struct server *server, const char *listener, int failed)
 {
 	static struct log_limit limit;
 	uint32_t suppressed;
 	if (log_limit_take(&limit, 5, &suppressed))
-		LOG(listener->server->log, LOG_WARN, "connection not accepted", LOG_STR("listener", listener->address),
-		    LOG_STR("reason", uv_strerror(failed)), LOG_UINT("suppressed", suppressed));
+		LOG(server->log, LOG_WARN, "connection not accepted", LOG_STR("listener", listener), LOG_STR("reason", uv_strerror(failed)),
+		    LOG_UINT("suppressed", suppressed));
 }
 
 /* The session counts already. */
@@ -196,12 +208,146 @@ void listener_turn(struct server *server)
 	}
 }
 
+/* The socket is the connection's, or that has failed. */
+static void begin(struct conn *conn, struct arrival *arrival, int failed)
+{
+	if (failed != 0) {
+		conn_close(conn, LOG_WARN, uv_strerror(failed));
+		return;
+	}
+	if (arrival->kind == LISTEN_UNIX) {
+		conn->local = true;
+		identify_unix(conn, &arrival->refused);
+		widen(conn);
+	} else {
+		conn->remote = arrival->remote && arrival->kind == LISTEN_TLS;
+		stranger_add(conn);
+		describe_peer(conn);
+		(void)uv_tcp_nodelay(&conn->tcp, 1);
+		(void)uv_tcp_keepalive(&conn->tcp, 1, 60);
+	}
+	if (conn->local) /* who another is, is known at Hello */
+		listener_check(conn, &arrival->refused);
+	conn_start(conn, arrival->refused.status == OPD_OK ? NULL : &arrival->refused);
+}
+
+static struct conn *make_conn(const struct arrival *arrival)
+{
+	return conn_create(arrival->io, access_create("anonymous", "anonymous", ACCESS_USER));
+}
+
+static void accept_here(struct listener *listener, struct arrival *arrival)
+{
+	struct conn *conn = make_conn(arrival);
+	if (conn == NULL) {
+		log_accept_error(listener->server, listener->address, UV_ENOMEM);
+		turn_away(listener);
+		return;
+	}
+	int failed = open_handle(arrival, conn);
+	if (failed == 0)
+		failed = uv_accept(&listener->stream, &conn->stream);
+	begin(conn, arrival, failed);
+}
+
+/* ---- For another loop ---- */
+
+/* On its thread. */
+static void arrive(void *argument)
+{
+	struct arrival *arrival = argument;
+	struct server *server = arrival->io->server;
+	struct conn *conn = NULL;
+	if (server->draining)
+		io_loop_forget(arrival->io);
+	else if ((conn = make_conn(arrival)) == NULL)
+		log_accept_error(server, "", UV_ENOMEM);
+	int failed = conn == NULL ? UV_ECANCELED : open_handle(arrival, conn);
+	if (failed == 0)
+		failed = arrival->kind == LISTEN_UNIX ? uv_pipe_open(&conn->pipe, arrival->fd) : uv_tcp_open(&conn->tcp, arrival->fd);
+	if (failed != 0)
+		(void)close(arrival->fd);
+	if (conn != NULL)
+		begin(conn, arrival, failed);
+	free(arrival);
+}
+
+/* What libuv accepts into: a handle of this loop, which another loop can't have. */
+struct transit {
+	union {
+		uv_handle_t handle;
+		uv_stream_t stream;
+		uv_pipe_t pipe;
+		uv_tcp_t tcp;
+	};
+};
+
+static void on_transit_closed(uv_handle_t *handle)
+{
+	free(handle->data);
+}
+
+/* The next socket's descriptor, the caller's; libuv's error. */
+static int accept_descriptor(struct listener *listener)
+{
+	struct transit *transit = calloc(1, sizeof *transit);
+	uv_os_fd_t fd;
+	if (transit == NULL)
+		return UV_ENOMEM;
+	int failed = listener->kind == LISTEN_UNIX ? uv_pipe_init(&listener->server->loops[0].loop, &transit->pipe, 0)
+	                                           : uv_tcp_init(&listener->server->loops[0].loop, &transit->tcp);
+	if (failed != 0) {
+		free(transit);
+		return failed;
+	}
+	transit->handle.data = transit;
+	failed = uv_accept(&listener->stream, &transit->stream);
+	if (failed == 0)
+		failed = uv_fileno(&transit->handle, &fd);
+	const int own = failed == 0 ? fcntl(fd, F_DUPFD_CLOEXEC, 3) : failed;
+	const int result = failed == 0 && own < 0 ? uv_translate_sys_error(errno) : own;
+	uv_close(&transit->handle, on_transit_closed);
+	return result;
+}
+
+static void hand_over(struct listener *listener, const struct arrival *arrival)
+{
+	opd_error error;
+	struct arrival *copy = malloc(sizeof *copy);
+	if (copy == NULL) {
+		log_accept_error(listener->server, listener->address, UV_ENOMEM);
+		turn_away(listener);
+		io_loop_forget(arrival->io);
+		return;
+	}
+	*copy = *arrival;
+	copy->fd = accept_descriptor(listener);
+	if (copy->fd >= 0 && io_loop_post(arrival->io, arrive, copy, &error) == OPD_OK)
+		return;
+	if (copy->fd >= 0)
+		(void)close(copy->fd);
+	else
+		log_accept_error(listener->server, listener->address, copy->fd);
+	free(copy);
+	io_loop_forget(arrival->io);
+}
+
+/* The one with the fewest connections. */
+static struct io_loop *choose_loop(struct server *server)
+{
+	struct io_loop *best = &server->loops[0];
+	for (uint32_t i = 1; i < server->loop_count; i++)
+		if (atomic_load(&server->loops[i].conn_count) < atomic_load(&best->conn_count))
+			best = &server->loops[i];
+	return best;
+}
+
 static void on_connection(uv_stream_t *stream, int status)
 {
 	struct listener *listener = stream->data;
 	struct server *server = listener->server;
 	if (status < 0) {
-		log_accept_error(listener, status);
+		log_accept_error(server, listener->address, status);
 		return;
 	}
 	if (!may_accept(listener))
@@ -211,39 +357,15 @@ static void on_connection(uv_stream_t *stream, int status)
 			turn_away(listener);
 		return;
 	}
-	opd_error refused = {0};
+	struct arrival arrival = {.io = choose_loop(server), .kind = listener->kind, .remote = listener->remote};
 	const uint32_t open = server_sessions(server);
 	if (open >= server->config->limits.sessions)
-		(void)opd_fail(&refused, OPD_RESOURCE_EXHAUSTED, "%u sessions are open, no more may be", (unsigned)open);
-	struct conn *conn = conn_create(&server->loops[0], access_create("anonymous", "anonymous", ACCESS_USER));
-	if (conn == NULL) {
-		log_accept_error(listener, UV_ENOMEM);
-		turn_away(listener);
-		return;
-	}
-	int failed = open_handle(listener, conn);
-	if (failed == 0 && listener->kind == LISTEN_TLS && (conn->tls = conn_tls_create(conn)) == NULL)
-		failed = UV_ENOMEM;
-	if (failed == 0)
-		failed = uv_accept(stream, &conn->stream);
-	if (failed != 0) {
-		conn_close(conn, LOG_WARN, uv_strerror(failed));
-		return;
-	}
-	if (listener->kind == LISTEN_UNIX) {
-		conn->local = true;
-		identify_unix(conn, &refused);
-		widen(conn);
-	} else {
-		conn->remote = listener->remote && listener->kind == LISTEN_TLS;
-		stranger_add(conn);
-		describe_peer(conn);
-		(void)uv_tcp_nodelay(&conn->tcp, 1);
-		(void)uv_tcp_keepalive(&conn->tcp, 1, 60);
-	}
-	if (conn->local) /* who another is, is known at Hello */
-		listener_check(conn, &refused);
-	conn_start(conn, refused.status == OPD_OK ? NULL : &refused);
+		(void)opd_fail(&arrival.refused, OPD_RESOURCE_EXHAUSTED, "%u sessions are open, no more may be", (unsigned)open);
+	(void)io_loop_expect(arrival.io);
+	if (arrival.io->number == 0)
+		accept_here(listener, &arrival);
+	else
+		hand_over(listener, &arrival);
 }
 
 /* ---- Opening ---- */

@@ -1,5 +1,6 @@
 #include "server/quota.h"
 
+#include <inttypes.h>
 #include <stddef.h>
 #include <string.h>
 
@@ -24,6 +25,16 @@ quota_kind quota_parse(const char *name)
 void quota_count_refusal(struct quota *quota, quota_kind kind)
 {
 	(void)atomic_fetch_add_explicit(&quota->refused[kind], 1, memory_order_relaxed);
+}
+
+opd_status quota_check(quota_kind kind, uint64_t limit, opd_error *error)
+{
+	const bool number = kind == QUOTA_SESSIONS || kind == QUOTA_IN_FLIGHT || kind == QUOTA_QUEUED;
+	if (number && limit > QUOTA_NUMBER_MAX)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "quota %s: limit %" PRIu64 ", expected 0 to %u", names[kind], limit, QUOTA_NUMBER_MAX);
+	if (kind == QUOTA_DEVICE_TIME && limit != 0 && (limit < QUOTA_RATE_MIN_NS || limit > QUOTA_RATE_MAX_NS))
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "quota %s: limit %" PRIu64 " ns, expected 1ms to 1024s (of device time, each second), or 0 for any", names[kind], limit);
+	return OPD_OK;
 }
 
 static bool refuse(struct quota *quota, bool of_tenant, quota_kind kind, uint64_t used, uint64_t wait_ns, struct quota_refusal *refusal_out)

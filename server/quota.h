@@ -12,7 +12,13 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "opd/status.h"
 #include "server/histogram.h"
+
+/* What limits may be, wherever they come from: numbers up to, device time a second from and to (0 is any). Bytes: 64 bits. */
+#define QUOTA_NUMBER_MAX 1000000u
+#define QUOTA_RATE_MIN_NS 1000000u
+#define QUOTA_RATE_MAX_NS 1024000000000u /* as many threads as a lane may have */
 
 typedef enum quota_kind {
 	QUOTA_SESSIONS = 0,      /* open at once, of a tenant */
@@ -49,6 +55,9 @@ struct quota_refusal {
 const char *quota_name(uint32_t kind);
 /* QUOTA_COUNT: no such name. */
 quota_kind quota_parse(const char *name);
+
+/* INVALID_ARGUMENT names the quota, the limit, and what it may be. */
+OPD_MUST_USE opd_status quota_check(quota_kind kind, uint64_t limit, opd_error *error);
 
 static inline uint64_t quota_limit(const struct quota *quota, quota_kind kind)
 {

@@ -55,12 +55,15 @@ static opd_status check_room(const struct regions *regions, const struct config_
 	return OPD_OK;
 }
 
-opd_status regions_attach(struct regions *regions, const struct config_limits *limits, int fd, uint64_t bytes, uint32_t *id_out, opd_error *error)
+opd_status regions_attach(struct regions *regions, struct account *account, const struct config_limits *limits, int fd, uint64_t bytes, uint32_t *id_out,
+                          opd_error *error)
 {
 	struct stat file;
 	opd_status status = region_check_file(fd, bytes, "attach_memory", &file, error);
 	if (status == OPD_OK)
 		status = check_room(regions, limits, bytes, error);
+	if (status == OPD_OK && (status = account_charge(account, bytes, error)) != OPD_OK)
+		(void)opd_error_prefix(error, status, "attach_memory");
 	if (status != OPD_OK)
 		return status;
 	struct region *region = calloc(1, sizeof *region);
@@ -68,6 +71,7 @@ opd_status regions_attach(struct regions *regions, const struct config_limits *l
 	if (map == MAP_FAILED) {
 		status = opd_fail(error, OPD_RESOURCE_EXHAUSTED, "attach_memory: %" PRIu64 " bytes can't be mapped: %s", bytes, strerror(region == NULL ? ENOMEM : errno));
 		free(region);
+		account_release(account, bytes);
 		return status;
 	}
 	(void)madvise(map, bytes, MADV_DONTDUMP);
@@ -78,6 +82,7 @@ opd_status regions_attach(struct regions *regions, const struct config_limits *l
 	region->data = map;
 	region->device = file.st_dev;
 	region->inode = file.st_ino;
+	region->account = account_ref(account);
 	region->next = regions->first;
 	regions->first = region;
 	regions->count++;
@@ -124,6 +129,8 @@ void region_unref(struct region *region)
 		return;
 	pins_remove(region->data);
 	(void)munmap(region->data, region->bytes);
+	account_release(region->account, region->bytes);
+	account_unref(region->account);
 	free(region);
 }
 

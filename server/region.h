@@ -3,6 +3,7 @@
  * Layer: server. Threads: a table is its session's thread's; a region's references are atomic.
  * Life: regions_attach → regions_find (a reference for each request that uses it) → regions_detach; the mapping goes with the last reference. regions_fini ends a table.
  * A region's contents may change at any time, under a kernel too: what must not change between a check and its use is copied (server/shared.h).
+ * Its bytes are charged to the session, and so to its tenant and the daemon, from before it is mapped until it is no more: the daemon may have to keep the pages alone.
  * It can't shrink: its file is sealed against that, else its owner could end the daemon by SIGBUS. */
 #ifndef OPD_SERVER_REGION_H
 #define OPD_SERVER_REGION_H
@@ -13,6 +14,7 @@
 
 #include "opd/status.h"
 #include "server/config.h"
+#include "server/tensors.h"
 
 struct region {
 	_Atomic uint32_t refs;
@@ -21,6 +23,7 @@ struct region {
 	unsigned char *data;
 	dev_t device; /* of the file: two regions may be the same memory */
 	ino_t inode;
+	struct account *account; /* pays for the bytes: referenced */
 	struct region *next; /* in its table */
 };
 
@@ -38,8 +41,9 @@ OPD_MUST_USE opd_status region_check_file(int fd, uint64_t bytes, const char *wh
 
 void regions_fini(struct regions *regions);
 
-/* Maps the first `bytes` of a memfd, which stays the caller's to close. INVALID_ARGUMENT: it is none, isn't sealed, or is too short; RESOURCE_EXHAUSTED: the limits. */
-OPD_MUST_USE opd_status regions_attach(struct regions *regions, const struct config_limits *limits, int fd, uint64_t bytes, uint32_t *id_out, opd_error *error);
+/* Maps the first `bytes` of a memfd, which stays the caller's to close, at the account's cost. INVALID_ARGUMENT: it is none, isn't sealed, or is too short; RESOURCE_EXHAUSTED: the limits. */
+OPD_MUST_USE opd_status regions_attach(struct regions *regions, struct account *account, const struct config_limits *limits, int fd, uint64_t bytes, uint32_t *id_out,
+                                       opd_error *error);
 /* NOT_FOUND: there is none. */
 OPD_MUST_USE opd_status regions_detach(struct regions *regions, uint32_t id, opd_error *error);
 

@@ -1,4 +1,4 @@
-/* The registry's own memory, for the files that make it up: registry.c (opening modules, life, defaults), register.c (what modules register), snapshot.c.
+/* The registry's own memory, for the files that make it up: registry.c (changes, life, defaults), registry_open.c (opening modules), register.c (what modules register), snapshot.c.
  *
  * Layer: server, internal. Threads: under registry->mutex unless said otherwise. */
 #ifndef OPD_SERVER_REGISTRY_INTERNAL_H
@@ -7,7 +7,6 @@
 #include "server/module.h"
 #include "server/priority.h"
 #include "server/registry.h"
-
 
 /* An op as registered; snapshots copy it. */
 struct entry {
@@ -58,6 +57,17 @@ struct entry *registry_find(struct registry *registry, const char *name);
 OPD_MUST_USE opd_status registry_publish(struct registry *registry, opd_error *error);
 /* The newest snapshot; NULL: out of memory. */
 struct snapshot *snapshot_create(struct registry *registry);
+/* What a failed open, or a change that is cancelled, takes back. */
+struct registry_mark {
+	uint32_t ops;
+	uint32_t impls;
+	uint32_t devices;
+};
+
+struct registry_mark registry_mark(const struct registry *registry);
+void registry_roll_back(struct registry *registry, const struct registry_mark *mark);
+/* And those that it replaced. NULL is allowed. */
+void registry_provider_destroy(struct provider *provider);
 /* Gives the module its table of host services. */
 void register_fill_host(struct module *module, const struct registry *registry);
 /* Drops the devices from number `count` on. */

@@ -88,6 +88,9 @@ static opd_status check_fixed(const struct config *before, const struct config *
 	if (before->threads != config->threads)
 		return opd_fail(error, OPD_FAILED_PRECONDITION, "threads can't change while running (%u to %u): restart the daemon",
 		                (unsigned)before->threads, (unsigned)config->threads);
+	if (before->loops != config->loops)
+		return opd_fail(error, OPD_FAILED_PRECONDITION, "loops can't change while running (%u to %u): restart the daemon", (unsigned)before->loops,
+		                (unsigned)config->loops);
 	if (!config_same_lanes(before, config))
 		return opd_fail(error, OPD_FAILED_PRECONDITION, "lanes can't change while running: restart the daemon");
 	if (!same_text(before->metrics.address, config->metrics.address))
@@ -190,11 +193,14 @@ opd_status server_reload(struct server *server, struct config *config, opd_error
 		status = change_registry(server, config, error);
 	if (status != OPD_OK)
 		return opd_error_prefix(error, status, "reload");
+	/* Nobody is in the middle of something that the old one says. */
+	standstill_begin(server, &server->loops[0]);
 	take(server, config);
+	identity_recheck(server);
+	standstill_end(server);
 	log_changes(server, before, config);
 	warn_of_modules_that_stay(server, before, config);
 	config_destroy(before);
 	tls_context_log(config->tls_context, server->log);
-	identity_recheck(server);
 	return OPD_OK;
 }

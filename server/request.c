@@ -31,116 +31,6 @@ uint64_t request_now_ns(void)
 	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
-/* ---- Priorities ---- */
-
-/* A list that a client gives names nothing that its identity may not use. */
-static opd_status check_list(struct request *request, const struct msg_list *list)
-{
-	return access_check_providers(request->session->access, list->names, list->count, request->context->server->log, &request->error);
-}
-
-static void priority_push(struct request *request)
-{
-	opd_status status = OPD_OK;
-	for (uint32_t i = 0; status == OPD_OK && i < request->message.push.count; i++)
-		status = check_list(request, &request->message.push.entries[i].list);
-	if (status == OPD_OK)
-		status = session_push_priority(request->session, request->snapshot, &request->message.push, &request->error);
-	request->error.status = (int32_t)status;
-	request_reply_empty(request);
-}
-
-static void priority_pop(struct request *request)
-{
-	request->error.status = (int32_t)session_pop_priority(request->session, &request->error);
-	request_reply_empty(request);
-}
-
-static opd_status set_server_priority(struct request *request, const struct msg_set_priority *set)
-{
-	struct registry *registry = request->context->server->registry;
-	const char *names[64];
-	for (uint32_t i = 0; i < set->list.count && i < 64; i++)
-		names[i] = set->list.names[i].data;
-	opd_status status = access_check_right(request->session->access, RIGHT_DEFAULTS, "set_priority (server)", request->context->server->log, &request->error);
-	if (status != OPD_OK)
-		return status;
-	/* Without an op it is no op's, and not everyone's either. */
-	return registry_set_priority(registry, MSG_LEVEL_SERVER, set->op.data == NULL ? "" : set->op.data, set->list.present ? names : NULL, set->list.count, &request->error);
-}
-
-static void priority_set(struct request *request)
-{
-	const struct msg_set_priority *set = &request->message.set;
-	opd_status status = check_list(request, &set->list);
-	if (status == OPD_OK)
-		status = set->scope == MSG_SCOPE_SERVER
-	                        ? set_server_priority(request, set)
-	                        : session_set_priority(request->session, request->snapshot, set->op, &set->list, &request->error);
-	request->error.status = (int32_t)status;
-	request_reply_empty(request);
-}
-
-/* Copied: a pop or a reload may drop the list before the reply is encoded for a direct caller. False: no room. */
-static bool copy_stored(struct request *request, const struct plist *list, const struct msg_text **stored_out, uint32_t *count_out)
-{
-	struct msg_text *stored = arena_array(&request->arena, list->count, sizeof stored[0]);
-	for (uint32_t i = 0; stored != NULL && i < list->count; i++)
-		stored[i] = (struct msg_text){arena_text(&request->arena, list->names[i].data, list->names[i].bytes), list->names[i].bytes};
-	*stored_out = stored;
-	*count_out = list->count;
-	return stored != NULL;
-}
-
-/* The lists that narrow this one. False: no room. */
-static bool fill_cases(struct request *request, const struct effective *effective, struct msg_priority_reply *reply)
-{
-	struct msg_priority_case *cases = arena_array(&request->arena, effective->case_count, sizeof cases[0]);
-	for (uint32_t i = 0; cases != NULL && i < effective->case_count; i++) {
-		const struct effective *narrow = effective->cases[i].effective;
-		cases[i].key = msg_text(arena_text(&request->arena, narrow->narrowed, strlen(narrow->narrowed)));
-		cases[i].effective = effective_list_names(narrow, narrow->count, &request->arena);
-		cases[i].effective_count = narrow->count;
-		if (cases[i].key.data == NULL || cases[i].effective == NULL ||
-		    !copy_stored(request, narrow->list, &cases[i].stored, &cases[i].stored_count))
-			return false;
-	}
-	reply->cases = cases;
-	reply->case_count = effective->case_count;
-	return cases != NULL;
-}
-
-static void priority_get(struct request *request)
-{
-	const struct op *op = snapshot_find_op(request->snapshot, request->message.op, &request->error);
-	if (op == NULL) {
-		request_fail(request);
-		return;
-	}
-	struct plist *list = session_priority(request->session, op->index);
-	struct effective *effective = list != NULL ? effective_get(request->snapshot, op, list) : effective_ref(op->fallback);
-	struct msg_priority_reply *reply = &request->reply.priority;
-	*reply = (struct msg_priority_reply){0};
-	if (list == NULL && effective->level != MSG_LEVEL_NONE)
-		list = effective->list;
-	reply->effective = effective == NULL ? NULL : effective_list_names(effective, effective->count, &request->arena);
-	bool made = reply->effective != NULL;
-	if (made && list != NULL)
-		made = copy_stored(request, list, &reply->stored, &reply->stored_count);
-	made = made && fill_cases(request, effective, reply);
-	if (made) {
-		reply->effective_count = effective->count;
-		reply->level = effective->level;
-	}
-	effective_unref(effective);
-	if (made) {
-		request_reply(request, MSG_REPLY_PRIORITY);
-		return;
-	}
-	(void)opd_fail(&request->error, OPD_RESOURCE_EXHAUSTED, "get_priority: out of memory");
-	request_fail(request);
-}
-
 /* ---- The step table ---- */
 
 static const struct step {
@@ -227,6 +117,17 @@ void request_destroy(struct request *request)
 	free(request);
 }
 
+/* Everything but the arena, and what is written before it is read, starts from zero. */
+static void clear(struct request *request)
+{
+	struct arena arena = request->arena;
+	arena_reset(&arena);
+	arena.cap_bytes = ARENA_CAP_BYTES;
+	memset(request, 0, offsetof(struct request, error));
+	memset((char *)request + offsetof(struct request, run), 0, sizeof *request - offsetof(struct request, run));
+	request->arena = arena;
+}
+
 void request_release(struct request *request)
 {
 	if (request->overdue) { /* request_returned will do it */
@@ -248,13 +149,7 @@ void request_release(struct request *request)
 		quota_leave(&request->session->quota, &request->session->tenant->quota);
 	session_unref(request->session);
 	struct context *context = request->context;
-	struct arena arena = request->arena;
-	arena_reset(&arena);
-	arena.cap_bytes = ARENA_CAP_BYTES;
-	/* Everything but the arena starts from zero; error texts are written before they are read. */
-	memset(request, 0, offsetof(struct request, error));
-	memset((char *)request + offsetof(struct request, run), 0, sizeof *request - offsetof(struct request, run));
-	request->arena = arena;
+	clear(request);
 	if (context->free_count == FREE_REQUESTS_MAX) {
 		request_destroy(request);
 		return;
@@ -398,7 +293,7 @@ opd_status request_accept_decoded(struct request *request, uint64_t payload_byte
 
 opd_status request_accept(struct request *request, const uint8_t *envelope, size_t bytes, uint64_t payload_bytes)
 {
-	request->clock.received = request_now_ns();
+	request->clock.received = request->session->explains ? request_now_ns() : request->context->read_ns;
 	request->envelope_bytes = bytes;
 	opd_status status = codec_decode_request(&request->arena, envelope, bytes, &request->message, &request->error);
 	return accept_decoded(request, status, payload_bytes);
@@ -627,7 +522,7 @@ void request_task(struct request *request, request_task_fn task, request_task_fn
 		done(request);
 		return;
 	}
-	request->job = (struct lane_job){.run = task_run, .done = task_done, .pays = &request->session->flow};
+	request->job = (struct lane_job){.run = task_run, .done = task_done, .owner = request->context->loop, .pays = &request->session->flow};
 	const bool queued = lane_submit(request->session->lane, &request->job); /* as the lane's own: it waits for nobody's turn, but its session pays */
 	assert(queued);
 	(void)queued;

@@ -30,7 +30,7 @@ struct segment {
 
 /* Nanosecond marks, 0 where nobody asked. */
 struct request_clock {
-	uint64_t received; /* the envelope is there */
+	uint64_t received; /* the envelope is there: when it was read, or looked at, if its session asks for times */
 	uint64_t accepted; /* decoded, arguments bound */
 	uint64_t ready;    /* the payload, and all that it waited for, are there too */
 	uint64_t bound;
@@ -44,7 +44,8 @@ struct request_clock {
 struct request_run {
 	const struct op *op;
 	struct bound bound;
-	struct effective *effective;
+	struct effective *effective;     /* the list that holds, borrowed: of the snapshot, or list_made */
+	struct effective *list_made;     /* the session's list or its own, cut; referenced. NULL: neither has one */
 	struct dispatch dispatch;
 	uint32_t waiting; /* operands that are results still to come */
 	struct run_waiter *waiters; /* for those, newest first; in the arena */
@@ -103,7 +104,8 @@ struct request {
 	bool overdue;   /* answered while its kernel runs on: what that may touch is kept until it returns */
 	bool released;  /* … and nothing else is: request_release was called */
 	opd_status status; /* of what a lane ran */
-	opd_error error;
+	opd_error error;              /* this and device_job are written before they are read: what is used again doesn't clear them */
+	struct device_job device_job;
 	struct request_run run;
 	struct request_clock clock;
 	struct kept_tensor *tensor; /* that a write or a fetch is about: referenced */
@@ -116,8 +118,7 @@ struct request {
 	const uint8_t *envelope;
 	size_t envelope_bytes; /* counted by bytes_in too */
 	struct lane_job job;
-	struct device_job device_job;
-	struct device_lane *device_lane; /* that device_job was submitted to */
+	struct device_lane *device_lane; /* that device_job was submitted to; NULL: it means nothing */
 	request_task_fn device_done;     /* of that job, on the context's thread */
 	struct device_move move;         /* what it copies, unless it runs an op */
 	request_task_fn move_done;
@@ -188,13 +189,13 @@ bool request_send(struct request *request, struct msg_tensor *tensor, const void
 uint64_t request_now_ns(void);
 
 OPD_MUST_USE opd_status run_accept(struct request *request);   /* run.c */
-void run_start(struct request *request);
+void run_start(struct request *request); /* goes on when payload and all results of others are there */
 void run_release(struct request *request); /* gives back what run_accept and later steps took */
 void run_refused(struct request *request); /* it was never begun: whoever names its results is told that it failed, not that there never was such a result */
 void run_failed(struct request *request);  /* the request ends with an error: whoever waits for its results learns of it */
 /* It can't go on. True: it ends later, when what it waits for is there. */
 bool run_abandoned(struct request *request);
-void run_stop_waiting(struct request *request); /* for results of others; it is about to end */
+void run_stop_waiting(struct request *request); /* run_operands.c: for results of others; it is about to end */
 void run_explain(struct request *request); /* explain.c: puts the record into the reply */
 void execute_graph(struct request *request); /* execute.c: graph_run_execute on a lane; then execute_done */
 void execute_run(struct request *request);  /* execute.c: the chosen implementation, on the loop, a lane or a device; then execute_done */
@@ -203,13 +204,17 @@ opd_status execute_refused(struct request *request, const char *what, const stru
 void execute_device_done(struct request *request); /* execute.c: a device has run it; then execute_done */
 void execute_place(struct request *request); /* execute.c: sets run.device for the chosen implementation */
 void execute_plan(struct request *request); /* execute.c: makes the plan that a dry run asks about; then execute_done */
-bool run_keeps(const struct request *request, uint32_t output); /* run.c: the result stays in the session */
+bool run_keeps(const struct request *request, uint32_t output); /* run_results.c: the result stays in the session */
 void execute_done(struct request *request); /* run.c: on the context's thread */
 /* A request that ends before it is run, or late; its status and error are written then. On a lane or the loop. */
 bool execute_unwanted(struct request *request, const struct lane_exec *lane);
 /* Whether this much kernel time fits into the loop's turn; counted if so. */
 bool execute_fits_loop(struct request *request, uint64_t cost_ns);
-/* run.c's, for graphs */
+/* run_operands.c: all that is kept is taken at once, and what isn't there yet is waited for; then where one lies */
+OPD_MUST_USE opd_status run_take_operands(struct request *request);
+OPD_MUST_USE opd_status run_place_operand(struct request *request, uint32_t index);
+opd_status run_out_of_memory(struct request *request);
+/* run.c's and run_results.c's, for graphs too */
 OPD_MUST_USE opd_status run_take(struct request *request); /* payload, kept operands, room for kept results, deadline: run.op and run.bound are there */
 OPD_MUST_USE opd_status run_check_inline(struct request *request); /* results that are wanted inline fit */
 void run_reply_results(struct request *request);
@@ -262,7 +267,14 @@ void admin_load_module(struct request *request); /* admin.c */
 void admin_restore_provider(struct request *request);
 void admin_set_log_level(struct request *request);
 void inspect_sessions(struct request *request);
+/* request_priority.c */
+void priority_push(struct request *request);
+void priority_pop(struct request *request);
+void priority_set(struct request *request);
+void priority_get(struct request *request);
+/* inspect_sessions.c */
 void admin_set_session(struct request *request);
+OPD_MUST_USE opd_status admin_set_session_priority(struct request *request, const struct msg_set_priority *set);
 void admin_drain(struct request *request);
 
 #endif

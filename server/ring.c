@@ -31,6 +31,7 @@ struct ring {
 	uv_poll_t poll;
 	bool polled;   /* `poll` is initialised */
 	int server_fd; /* eventfd that the client writes to */
+	bool by_edges; /* io_loop_by_edges */
 	int client_fd; /* eventfd that the daemon writes to; the client has it only inside watch_fd, so its flags are the daemon's own */
 	int watch_fd;  /* epoll that reports client_fd; goes to the client. -1: gone */
 	void *map;
@@ -86,18 +87,26 @@ static void unlink_awake(struct ring *ring)
 	ring->awake = false;
 }
 
-/* Level-triggered: the count goes back to 0, unless the client has read it away or let reads of it block; neither is waited for. */
+/* Where edges aren't to be had the count goes back to 0 each time, unless the client has read it away or let reads of it block; neither is waited for. */
+static void take_event(struct ring *ring)
+{
+	uint64_t count;
+	const struct iovec to = {&count, sizeof count};
+	if (ring->by_edges)
+		return;
+	ring->by_edges = io_loop_by_edges(ring->io, ring->server_fd);
+	(void)!preadv2(ring->server_fd, &to, 1, -1, RWF_NOWAIT);
+}
+
 static void on_event(uv_poll_t *poll, int status, int events)
 {
 	struct ring *ring = poll->data;
-	uint64_t count;
-	const struct iovec to = {&count, sizeof count};
 	(void)events;
 	if (status < 0) {
 		conn_close(ring->conn, LOG_WARN, "rings: the eventfd has failed");
 		return;
 	}
-	(void)!preadv2(ring->server_fd, &to, 1, -1, RWF_NOWAIT);
+	take_event(ring);
 	wake(ring);
 }
 

@@ -26,13 +26,6 @@
 #define PLAN_ENTRIES 1024u
 #define PLAN_BYTES (256ull << 20)
 
-/* A call that another thread wants made on the loop's. */
-struct post {
-	struct post *next;
-	void (*callback)(void *argument);
-	void *argument;
-};
-
 /* ---- Other threads ---- */
 
 void server_wake(struct server *server)
@@ -42,24 +35,7 @@ void server_wake(struct server *server)
 
 opd_status server_post(struct server *server, void (*callback)(void *argument), void *argument, opd_error *error)
 {
-	struct post *post = calloc(1, sizeof *post);
-	if (post == NULL)
-		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: out of memory");
-	post->callback = callback;
-	post->argument = argument;
-	(void)pthread_mutex_lock(&server->mutex);
-	const bool ended = server->ended;
-	if (!ended) {
-		*(server->posts_last == NULL ? &server->posts : &server->posts_last->next) = post;
-		server->posts_last = post;
-	}
-	(void)pthread_mutex_unlock(&server->mutex);
-	if (ended) {
-		free(post);
-		return opd_fail(error, OPD_UNAVAILABLE, "server: it has ended");
-	}
-	server_wake(server);
-	return OPD_OK;
+	return io_loop_post(&server->loops[0], callback, argument, error);
 }
 
 void server_drain(struct server *server, uint64_t timeout_us)
@@ -67,20 +43,6 @@ void server_drain(struct server *server, uint64_t timeout_us)
 	atomic_store(&server->drain_timeout_us, timeout_us);
 	(void)atomic_fetch_add(&server->drain_asked, 1);
 	server_wake(server);
-}
-
-static void run_posts(struct server *server)
-{
-	(void)pthread_mutex_lock(&server->mutex);
-	struct post *post = server->posts;
-	server->posts = server->posts_last = NULL;
-	(void)pthread_mutex_unlock(&server->mutex);
-	while (post != NULL) {
-		struct post *next = post->next;
-		post->callback(post->argument);
-		free(post);
-		post = next;
-	}
 }
 
 uint64_t server_memory_bytes(const struct server *server)
@@ -92,7 +54,7 @@ uint32_t server_sessions(const struct server *server)
 {
 	uint32_t count = 0;
 	for (uint32_t i = 0; i < server->loop_count; i++)
-		count += server->loops[i].conn_count;
+		count += atomic_load(&server->loops[i].conn_count);
 	return count;
 }
 
@@ -111,20 +73,33 @@ struct metrics *server_metrics(const struct server *server, uint32_t index)
 static void drain_begin(struct server *server)
 {
 	uint64_t timeout_us = atomic_load(&server->drain_timeout_us);
-	server->draining = true;
 	server->drain_until_us = request_now_ns() / 1000 + (timeout_us != 0 ? timeout_us : server->config->limits.drain_us);
 	LOG(server->log, LOG_INFO, "draining", LOG_UINT("sessions", server_sessions(server)));
+	standstill_begin(server, &server->loops[0]);
+	server->draining = true;
 	listener_close_all(server);
-	for (struct conn *conn = server->loops[0].conns; conn != NULL; conn = conn->next)
-		conn_goaway(conn, "the server is draining");
+	for (uint32_t i = 0; i < server->loop_count; i++)
+		for (struct conn *conn = server->loops[i].conns; conn != NULL; conn = conn->next)
+			conn_goaway(conn, "the server is draining");
+	standstill_end(server);
 }
 
 static void drain_cut_off(struct server *server, const char *why)
 {
-	for (struct conn *conn = server->loops[0].conns; conn != NULL; conn = conn->next) {
-		server->drain_failed = server->drain_failed || !conn_idle(conn);
-		conn_close(conn, conn_idle(conn) ? LOG_INFO : LOG_WARN, why);
+	standstill_begin(server, &server->loops[0]);
+	for (uint32_t i = 0; i < server->loop_count; i++) {
+		for (struct conn *conn = server->loops[i].conns; conn != NULL; conn = conn->next) {
+			server->drain_failed = server->drain_failed || !conn_idle(conn);
+			conn_close(conn, conn_idle(conn) ? LOG_INFO : LOG_WARN, why);
+		}
 	}
+	standstill_end(server);
+}
+
+/* Nobody is there any more, or on the way. */
+static bool is_empty(const struct server *server)
+{
+	return server_sessions(server) == 0 && server->direct_count == 0;
 }
 
 static void drain_check(struct server *server)
@@ -134,32 +109,19 @@ static void drain_check(struct server *server)
 		drain_begin(server);
 	if (!server->draining)
 		return;
-	if (asked > 1)
+	const bool empty = is_empty(server);
+	if (asked > 1 && !empty)
 		drain_cut_off(server, "asked to end at once");
-	else if (request_now_ns() / 1000 >= server->drain_until_us)
+	else if (!empty && request_now_ns() / 1000 >= server->drain_until_us)
 		drain_cut_off(server, "the drain's time is over");
-	if (server->loops[0].conns == NULL && server->direct_count == 0)
+	if (empty)
 		uv_stop(&server->loops[0].loop);
 }
 
 /* ---- The loop ---- */
 
-static void finish_lanes(struct server *server)
-{
-	lanes_finish_done(server);
-	if (!atomic_exchange_explicit(&server->device_done, false, memory_order_acquire))
-		return;
-	for (uint32_t i = 0; i < REGISTRY_DEVICES_MAX; i++) {
-		struct device_lane *lane = atomic_load_explicit(&server->device_lanes[i], memory_order_acquire);
-		if (lane != NULL)
-			device_lane_finish_done(lane);
-	}
-}
-
 void server_on_wake(struct server *server)
 {
-	finish_lanes(server);
-	run_posts(server);
 	drain_check(server);
 }
 
@@ -179,8 +141,18 @@ static void drop_caches(struct server *server)
 	server->caches_are_dropped = filled;
 }
 
+static void tick_workers(struct server *server)
+{
+	struct snapshot *snapshot = registry_snapshot(server->registry);
+	for (uint32_t i = 0; i < snapshot->provider_count; i++)
+		if (snapshot->providers[i]->isolated)
+			isolated_tick(snapshot->providers[i]->module->isolated);
+	snapshot_unref(snapshot);
+}
+
 void server_on_tick(struct server *server, uint64_t now_ns)
 {
+	tick_workers(server);
 	containment_tick(server->containment, now_ns);
 	drop_caches(server);
 	scrape_tick(server, now_ns / 1000);
@@ -279,7 +251,7 @@ static opd_status open_providers(struct server *server, opd_error *error)
 		.free = module_free,
 		.context = server,
 		.derived = server->derived,
-		.isolated = {server->config->worker, server->account, service_budget_ns, service_failed, server},
+		.isolated = {server->config->worker, server->account, server->derived, service_budget_ns, service_failed, server},
 	};
 	opd_status status = registry_create(server->log, &services, &server->registry, error);
 	for (size_t i = 0; status == OPD_OK && builtin_modules[i] != NULL; i++)
@@ -326,7 +298,7 @@ static void log_start(struct server *server)
 	}
 	snapshot_unref(snapshot);
 	LOG(server->log, LOG_INFO, "opd started", LOG_STR("version", OPD_VERSION), LOG_UINT("pid", getpid()), LOG_STR("listening", listeners),
-	    LOG_STR("providers", there), LOG_STR("not_available", missing), LOG_UINT("threads", lanes_threads(server)),
+	    LOG_STR("providers", there), LOG_STR("not_available", missing), LOG_UINT("threads", lanes_threads(server)), LOG_UINT("loops", server->loop_count),
 	    LOG_UINT("memory_bytes", atomic_load(&server->memory.limit_bytes)));
 }
 
@@ -349,15 +321,14 @@ static opd_status make_loops(struct server *server, uint32_t count, opd_error *e
 static opd_status start(struct server *server, opd_error *error)
 {
 	struct config *config = server->config;
-	opd_status status = memory_init(&server->memory, config->limits.memory_bytes, config->limits.cache_bytes, error);
-	if (status == OPD_OK) {
-		server->account = account_create(&server->memory, config->limits.memory_bytes);
-		server->tenants = tenants_create(&server->memory);
-		server->publications = publications_create(&server->memory, server->tenants);
-		server->placement = placement_create();
-		if (server->account == NULL || server->placement == NULL || server->tenants == NULL || server->publications == NULL)
-			status = opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: out of memory");
-	}
+	opd_status status = OPD_OK;
+	memory_init(&server->memory, config->limits.memory_bytes, config->limits.cache_bytes);
+	server->account = account_create(&server->memory, config->limits.memory_bytes);
+	server->tenants = tenants_create(&server->memory);
+	server->publications = publications_create(&server->memory, server->tenants);
+	server->placement = placement_create();
+	if (server->account == NULL || server->placement == NULL || server->tenants == NULL || server->publications == NULL)
+		status = opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: out of memory");
 	if (status == OPD_OK)
 		status = derived_create(&server->memory, config->limits.derived_bytes, &server->derived, error);
 	if (status == OPD_OK)
@@ -380,6 +351,8 @@ static opd_status start(struct server *server, opd_error *error)
 		status = listener_open(server, &config->listeners[i], error);
 	if (status == OPD_OK && config->metrics.address != NULL)
 		status = listener_open_metrics(server, &config->metrics, error);
+	for (uint32_t i = 1; status == OPD_OK && i < server->loop_count; i++)
+		status = io_loop_start(&server->loops[i], error);
 	return status;
 }
 
@@ -422,10 +395,11 @@ opd_status server_create(struct config *config, struct log *log, struct server *
 		free(server);
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: out of memory");
 	}
+	standstill_init(&server->standstill);
 	server->log = log;
 	server_take_config(server, config);
 	server->started_us = request_now_ns() / 1000;
-	opd_status status = make_loops(server, 1, error);
+	opd_status status = make_loops(server, config->loops, error);
 	if (status == OPD_OK)
 		status = start(server, error);
 	if (status != OPD_OK) {
@@ -441,14 +415,14 @@ opd_status server_create(struct config *config, struct log *log, struct server *
 
 opd_status server_run(struct server *server)
 {
-	while (!server->draining || server->loops[0].conns != NULL || server->direct_count != 0) {
-		(void)uv_run(&server->loops[0].loop, UV_RUN_DEFAULT);
+	while (!server->draining || !is_empty(server)) {
+		io_loop_run(&server->loops[0]);
 		drain_check(server);
 	}
-	(void)pthread_mutex_lock(&server->mutex);
-	server->ended = true; /* from here on server_post refuses; who posted before must not wait for ever */
-	(void)pthread_mutex_unlock(&server->mutex);
-	run_posts(server);
+	for (uint32_t i = 1; i < server->loop_count; i++)
+		io_loop_stop(&server->loops[i]);
+	for (uint32_t i = 0; i < server->loop_count; i++)
+		io_loop_end_posts(&server->loops[i]);
 	const uint32_t stuck = lanes_stuck(server);
 	if (stuck != 0)
 		LOG(server->log, LOG_ERROR, "kernels that exceed their budget still run", LOG_UINT("stuck", stuck));
@@ -459,41 +433,47 @@ opd_status server_run(struct server *server)
 
 /* ---- Ending ---- */
 
-static void close_loop(struct server *server)
+static void close_conns(struct io_loop *io)
 {
+	for (struct conn *conn = io->conns; conn != NULL; conn = conn->next)
+		conn_close(conn, LOG_INFO, "the server ends");
+	(void)uv_run(&io->loop, UV_RUN_NOWAIT);
+}
+
+/* All on this thread; loop 0 last, which the others wake. */
+static void close_loops(struct server *server)
+{
+	for (uint32_t i = 1; i < server->loop_count; i++)
+		io_loop_stop(&server->loops[i]);
 	listener_close_all(server);
 	scrape_close_all(server);
-	for (struct conn *conn = server->loops[0].conns; conn != NULL; conn = conn->next)
-		conn_close(conn, LOG_INFO, "the server ends");
-	(void)uv_run(&server->loops[0].loop, UV_RUN_NOWAIT);
+	for (uint32_t i = server->loop_count; i-- > 0;)
+		if (server->loops[i].running)
+			close_conns(&server->loops[i]);
 	/* Jobs of closed connections end without a reader, and nothing follows them: not the next provider, nor a request that waited for a result. */
 	server->ending = true;
 	lanes_stop(server);
-	for (uint32_t i = 0; i < REGISTRY_DEVICES_MAX; i++) {
-		struct device_lane *lane = server->device_lanes[i];
-		if (lane != NULL) {
-			device_lane_drain(lane);
-			device_lane_finish_done(lane);
-		}
-	}
-	lanes_finish_done(server);
-	run_posts(server);
-	io_loop_close(&server->loops[0]);
+	for (uint32_t i = 0; i < REGISTRY_DEVICES_MAX; i++)
+		if (server->device_lanes[i] != NULL)
+			device_lane_drain(server->device_lanes[i]);
+	for (uint32_t i = 0; i < server->loop_count; i++)
+		io_loop_finish(&server->loops[i]);
+	for (uint32_t i = server->loop_count; i-- > 0;)
+		if (server->loops[i].running)
+			io_loop_close(&server->loops[i]);
 }
 
 void server_destroy(struct server *server)
 {
 	if (server == NULL)
 		return;
-	if (server->loop_count != 0 && server->loops[0].running)
-		close_loop(server);
+	close_loops(server);
 	for (uint32_t i = 0; i < server->loop_count; i++)
 		io_loop_fini(&server->loops[i]);
 	publications_destroy(server->publications); /* before the devices on which some of them lie */
 	for (uint32_t i = 0; i < REGISTRY_DEVICES_MAX; i++)
 		device_lane_stop(server->device_lanes[i]);
 	lanes_destroy(server);
-	closer_fini(&server->closer);
 	metrics_destroy(server->direct_metrics);
 	free(server->loops);
 	placement_destroy(server->placement);
@@ -509,6 +489,7 @@ void server_destroy(struct server *server)
 		memory_fini(&server->memory);
 	}
 	config_destroy(server->config);
+	standstill_fini(&server->standstill);
 	(void)pthread_mutex_destroy(&server->mutex);
 	free(server);
 }

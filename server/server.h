@@ -1,6 +1,6 @@
 /* The daemon as a library: what opd's main, the embedded client and the tests start.
  *
- * Layer: server, top. Threads: server_create, server_run and server_destroy on one thread, which becomes the I/O loop while in server_run; the functions marked
+ * Layer: server, top. Threads: server_create, server_run and server_destroy on one thread, which becomes I/O loop 0 while in server_run; others have threads of their own; the functions marked
  * "any thread" wake that loop.
  * Life: server_create (opens providers, binds listeners) → server_run (until drained) → server_destroy.
  * Not here: flags, signals, exit codes (server/main.c). */
@@ -25,11 +25,11 @@ void server_destroy(struct server *server);
 /* Any thread, also a signal handler's: stop accepting, tell clients, finish, then server_run returns. 0: the configuration's limit. A second call ends at once. */
 void server_drain(struct server *server, uint64_t timeout_us);
 
-/* The loop's thread or any other: takes over `config` as far as that is possible while running (priorities, log level, limits, modules that are new; a change of listeners or
- * threads is refused and named), all or nothing. On failure the old one stays, and the caller destroys the new one. */
+/* On loop 0's thread, or before server_run: takes over `config` as far as that is possible while running (priorities, log level, limits, modules that are new; a change of listeners or
+ * threads or loops is refused and named), all or nothing. On failure the old one stays, and the caller destroys the new one. */
 OPD_MUST_USE opd_status server_reload(struct server *server, struct config *config, opd_error *error);
 
-/* Any thread: calls `callback(argument)` once on the loop's thread soon (how main handles SIGHUP and SIGUSR1). */
+/* Any thread: calls `callback(argument)` once on loop 0's thread soon (how main handles SIGHUP and SIGUSR1). */
 OPD_MUST_USE opd_status server_post(struct server *server, void (*callback)(void *argument), void *argument, opd_error *error);
 
 /* Any thread: serves a connected stream socket as if accepted on a Unix listener, with administrator's rights. Takes fd on success. *session_out (borrowed) names the session for

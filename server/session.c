@@ -338,6 +338,15 @@ opd_status session_set_priority(struct session *session, const struct snapshot *
 	return put_entry(session->maps, snapshot, op, list, error);
 }
 
+opd_status session_set_base_priority(struct session *session, const struct snapshot *snapshot, struct msg_text op, const struct msg_list *list, opd_error *error)
+{
+	struct priority_map *base = session->maps;
+	while (!base->base)
+		base = base->below;
+	session->priority_epoch++;
+	return put_entry(base, snapshot, op, list, error);
+}
+
 struct plist *session_priority(const struct session *session, uint32_t op_index)
 {
 	for (const struct priority_map *map = session->maps; map != NULL; map = map->below) {

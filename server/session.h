@@ -49,6 +49,7 @@ struct session {
 	struct graphs *graphs;   /* registered ones and their runs; NULL: none yet */
 	uint64_t last_request; /* highest id seen */
 	uint32_t in_flight;    /* accepted, reply not yet written */
+	bool explains;         /* it has asked for times: each request of its reads the clock when it comes, else one does for all that came together */
 	_Atomic bool gone;     /* its connection has ended: lanes start nothing more of it */
 };
 
@@ -75,6 +76,8 @@ OPD_MUST_USE opd_status session_pop_priority(struct session *session, opd_error 
 OPD_MUST_USE opd_status session_set_priority(struct session *session, const struct snapshot *snapshot, struct msg_text op,
                                              const struct msg_list *list, opd_error *error);
 /* The session's list for an op, borrowed; NULL: it has none. */
+/* The same in the map below all that are pushed: an administrator's word, which a pop doesn't end. */
+OPD_MUST_USE opd_status session_set_base_priority(struct session *session, const struct snapshot *snapshot, struct msg_text op, const struct msg_list *list, opd_error *error);
 struct plist *session_priority(const struct session *session, uint32_t op_index);
 
 #endif

@@ -254,7 +254,7 @@ void region_attach_start(struct request *request)
 	const int fd = conn_take_descriptor(session->conn);
 	uint32_t id = 0;
 	opd_status status = fd < 0 ? opd_fail(&request->error, OPD_INVALID_ARGUMENT, "attach_memory: no descriptor came with the request's first byte")
-	                           : regions_attach(&session->regions, &request->context->server->config->limits, fd, request->message.memory_bytes, &id, &request->error);
+	                           : regions_attach(&session->regions, session->account, &request->context->server->config->limits, fd, request->message.memory_bytes, &id, &request->error);
 	if (fd >= 0)
 		conn_let_go(session->conn, fd);
 	if (status != OPD_OK) {

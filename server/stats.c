@@ -38,6 +38,22 @@ static void labelled(struct stats_sink *sink, const char *label, const char *tex
 
 /* ---- The daemon ---- */
 
+/* Of each loop. */
+static void tell_loops(const struct server *server, struct stats_sink *sink)
+{
+	char name[16];
+	family(sink, STATS_GAUGE, "opd_loop_sessions", "open now, by the I/O loop that they live on");
+	for (uint32_t i = 0; i < server->loop_count; i++) {
+		(void)snprintf(name, sizeof name, "%u", (unsigned)i);
+		labelled(sink, "loop", name, atomic_load(&server->loops[i].conn_count));
+	}
+	family(sink, STATS_COUNTER, "opd_loop_cpu_seconds_total", "CPU time of the loop's thread");
+	for (uint32_t i = 0; i < server->loop_count; i++) {
+		(void)snprintf(name, sizeof name, "%u", (unsigned)i);
+		labelled(sink, "loop", name, (double)io_loop_cpu_ns(&server->loops[i]) / 1e9);
+	}
+}
+
 static void tell_daemon(const struct walk *walk)
 {
 	struct server *server = walk->server;
@@ -49,6 +65,7 @@ static void tell_daemon(const struct walk *walk)
 	single(sink, STATS_GAUGE, "opd_memory_limit_bytes", "limits.memory", (double)atomic_load_explicit(&server->memory.limit_bytes, memory_order_relaxed));
 	single(sink, STATS_GAUGE, "opd_derived_bytes", "of them, copies that providers made of kept tensors", (double)derived.bytes);
 	single(sink, STATS_GAUGE, "opd_sessions", "open now", server_sessions(server));
+	tell_loops(server, sink);
 	single(sink, STATS_COUNTER, "opd_sessions_opened_total", "sessions that were greeted", (double)server->sessions_opened);
 	single(sink, STATS_COUNTER, "opd_sessions_refused_total", "Hellos answered with an error", (double)server->hellos_refused);
 	single(sink, STATS_COUNTER, "opd_tls_handshakes_total", "TLS handshakes finished", (double)server->tls_handshakes);

@@ -22,7 +22,8 @@ void stranger_add(struct conn *conn)
 	*(all->newest == NULL ? &all->oldest : &all->newest->stranger.next) = conn;
 	all->newest = conn;
 	all->count++;
-	if (all->count <= conn->server->config->limits.handshakes || all->oldest == conn)
+	const uint32_t limit = conn->server->config->limits.handshakes / conn->server->loop_count;
+	if (all->count <= limit || all->oldest == conn)
 		return;
 	struct conn *oldest = all->oldest;
 	stranger_remove(oldest);

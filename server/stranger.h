@@ -1,6 +1,6 @@
 /* Connections over a network that have not said who they are: at most limits.handshakes of them, the oldest goes when a newer one needs its place.
  *
- * Layer: server. Threads: the loop's. An honest client is a stranger for milliseconds; whoever opens connections and says nothing pushes out its own.
+ * Layer: server. Threads: the loop's. Of several loops each has its part of the places, as it has of the connections. An honest client is a stranger for milliseconds; whoever opens connections and says nothing pushes out its own.
  * Not here: how long a stranger may stay (conn_tick). */
 #ifndef OPD_SERVER_STRANGER_H
 #define OPD_SERVER_STRANGER_H

@@ -28,7 +28,7 @@ struct tenant {
 	uint32_t publications;     /* under the publications' lock */
 	struct account *total;     /* all that it and its sessions have */
 	struct account *account;   /* pays for what no session pays */
-	struct tenant_policy policy; /* the loop's */
+	struct tenant_policy policy; /* the loops': a reload changes it at a standstill */
 	uint32_t lane;             /* number of its CPU lane; for as long as it is there, whatever a reload says */
 	struct quota quota;        /* of its sessions together */
 	struct sched_group *groups[REGISTRY_DEVICES_MAX]; /* by device number, 0: the CPU lane. Made on first use, under the table's lock; in use under the lane's */

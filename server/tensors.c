@@ -2,6 +2,7 @@
 
 #include <assert.h>
 #include <inttypes.h>
+#include <pthread.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -28,22 +29,17 @@ static unsigned class_of(uint64_t bytes, uint64_t *class_bytes_out)
 	return (shift - CLASS_MIN_SHIFT) * 4 + (unsigned)steps;
 }
 
-opd_status memory_init(struct memory *memory, uint64_t limit_bytes, uint64_t cache_limit_bytes, opd_error *error)
+void memory_init(struct memory *memory, uint64_t limit_bytes, uint64_t cache_limit_bytes)
 {
 	*memory = (struct memory){.name = "daemon", .limit_bytes = limit_bytes, .cache_limit_bytes = cache_limit_bytes, .mapped_from = MAPPED_BYTES};
-	if (pthread_mutex_init(&memory->mutex, NULL) != 0)
-		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "tensor memory: no mutex");
-	return OPD_OK;
 }
 
-opd_status memory_init_device(struct memory *memory, uint32_t device, const char *name, uint64_t limit_bytes, struct memory_source source,
-                              opd_error *error)
+void memory_init_device(struct memory *memory, uint32_t device, const char *name, uint64_t limit_bytes, struct memory_source source)
 {
-	opd_status status = memory_init(memory, limit_bytes, UINT64_MAX, error);
+	memory_init(memory, limit_bytes, UINT64_MAX);
 	memory->device = device;
 	memory->name = name;
 	memory->source = source;
-	return status;
 }
 
 void memory_map_small(struct memory *memory)
@@ -78,7 +74,7 @@ static uint64_t class_bytes_at(unsigned class)
 static bool pool_shrink(struct memory *memory, uint64_t limit)
 {
 	struct buffer *victims = NULL;
-	(void)pthread_mutex_lock(&memory->mutex);
+	latch_lock(&memory->latch);
 	for (unsigned class = MEMORY_CLASSES; class-- > 0;) {
 		while (memory->cached[class] != NULL &&
 		       atomic_load_explicit(&memory->used_bytes, memory_order_relaxed) + memory->cached_bytes > limit) {
@@ -89,7 +85,7 @@ static bool pool_shrink(struct memory *memory, uint64_t limit)
 			victims = buffer;
 		}
 	}
-	(void)pthread_mutex_unlock(&memory->mutex);
+	latch_unlock(&memory->latch);
 	const bool any = victims != NULL;
 	while (victims != NULL) {
 		struct buffer *buffer = victims;
@@ -101,9 +97,9 @@ static bool pool_shrink(struct memory *memory, uint64_t limit)
 
 uint64_t memory_cached_bytes(struct memory *memory)
 {
-	(void)pthread_mutex_lock(&memory->mutex);
+	latch_lock(&memory->latch);
 	const uint64_t bytes = memory->cached_bytes;
-	(void)pthread_mutex_unlock(&memory->mutex);
+	latch_unlock(&memory->latch);
 	return bytes;
 }
 
@@ -111,7 +107,7 @@ uint64_t memory_cached_bytes(struct memory *memory)
 void memory_forget(struct memory *memory)
 {
 	struct buffer *gone = NULL;
-	(void)pthread_mutex_lock(&memory->mutex);
+	latch_lock(&memory->latch);
 	(void)atomic_fetch_add_explicit(&memory->epoch, 1, memory_order_release);
 	for (unsigned class = 0; class < MEMORY_CLASSES; class ++) {
 		while (memory->cached[class] != NULL) {
@@ -122,7 +118,7 @@ void memory_forget(struct memory *memory)
 		}
 	}
 	memory->cached_bytes = 0;
-	(void)pthread_mutex_unlock(&memory->mutex);
+	latch_unlock(&memory->latch);
 	while (gone != NULL) {
 		struct buffer *buffer = gone;
 		gone = buffer->next;
@@ -139,7 +135,6 @@ void memory_fini(struct memory *memory)
 {
 	assert(atomic_load(&memory->used_bytes) == 0);
 	(void)memory_trim(memory);
-	(void)pthread_mutex_destroy(&memory->mutex);
 }
 
 struct account *account_create(struct memory *memory, uint64_t limit_bytes)
@@ -331,13 +326,13 @@ void account_release(struct account *account, uint64_t bytes)
 
 static struct buffer *pool_take(struct memory *memory, unsigned class, uint64_t class_bytes)
 {
-	(void)pthread_mutex_lock(&memory->mutex);
+	latch_lock(&memory->latch);
 	struct buffer *buffer = memory->cached[class];
 	if (buffer != NULL) {
 		memory->cached[class] = buffer->next;
 		memory->cached_bytes -= class_bytes;
 	}
-	(void)pthread_mutex_unlock(&memory->mutex);
+	latch_unlock(&memory->latch);
 	return buffer;
 }
 
@@ -347,7 +342,7 @@ static bool pool_give(struct memory *memory, struct buffer *buffer, uint64_t cla
 	bool kept = false;
 	/* The ceiling holds for what is resident: cached memory must not push live memory past it. */
 	uint64_t used = atomic_load_explicit(&memory->used_bytes, memory_order_relaxed);
-	(void)pthread_mutex_lock(&memory->mutex);
+	latch_lock(&memory->latch);
 	const bool gone = buffer->epoch != atomic_load_explicit(&memory->epoch, memory_order_relaxed); /* with the device's reset */
 	/* A device's is freed by its lane alone, when room is made for another. */
 	const bool fits = memory->device != 0 ||
@@ -359,7 +354,7 @@ static bool pool_give(struct memory *memory, struct buffer *buffer, uint64_t cla
 		memory->cached_bytes += class_bytes;
 		kept = true;
 	}
-	(void)pthread_mutex_unlock(&memory->mutex);
+	latch_unlock(&memory->latch);
 	if (gone)
 		free(buffer);
 	return kept || gone;
@@ -564,6 +559,12 @@ void buffer_recharge(struct buffer *buffer, struct account *account)
 	(void)pthread_mutex_unlock(&mirrors_mutex);
 }
 
+/* Whoever has the only reference has nobody to race with: most buffers end without a locked instruction. */
+static inline bool reference_ends(_Atomic uint32_t *refs)
+{
+	return atomic_load_explicit(refs, memory_order_acquire) == 1 || atomic_fetch_sub_explicit(refs, 1, memory_order_acq_rel) == 1;
+}
+
 struct buffer *buffer_ref(struct buffer *buffer)
 {
 	(void)atomic_fetch_add_explicit(&buffer->refs, 1, memory_order_relaxed);
@@ -572,7 +573,7 @@ struct buffer *buffer_ref(struct buffer *buffer)
 
 void buffer_unref(struct buffer *buffer)
 {
-	if (buffer == NULL || atomic_fetch_sub_explicit(&buffer->refs, 1, memory_order_acq_rel) != 1)
+	if (buffer == NULL || !reference_ends(&buffer->refs))
 		return;
 	struct account *account = buffer->account;
 	struct memory *memory = account->memory;

@@ -11,12 +11,12 @@
 #ifndef OPD_SERVER_TENSORS_H
 #define OPD_SERVER_TENSORS_H
 
-#include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 
 #include "opd/status.h"
+#include "proto/latch.h"
 
 /* Bytes behind a payload buffer that a read may run into (conn.c keeps the next frame's head there). */
 #define BUFFER_SLACK_BYTES 512u
@@ -41,7 +41,7 @@ struct memory {
 	_Atomic uint64_t limit_bytes;
 	uint64_t cache_limit_bytes;
 	_Atomic uint64_t mapped_from; /* bytes: from here on a buffer has pages of its own */
-	pthread_mutex_t mutex; /* of what follows */
+	struct latch latch; /* of what follows */
 	uint64_t cached_bytes;
 	struct buffer *cached[MEMORY_CLASSES];
 	struct buffer *mirrors_first; /* in this memory, unused for longest first; under the lock of all mirrors */
@@ -84,10 +84,9 @@ struct buffer {
 	struct buffer *older, *newer; /* in memory.mirrors_first… */
 };
 
-OPD_MUST_USE opd_status memory_init(struct memory *memory, uint64_t limit_bytes, uint64_t cache_limit_bytes, opd_error *error);
+void memory_init(struct memory *memory, uint64_t limit_bytes, uint64_t cache_limit_bytes);
 /* A device's memory, of at most limit_bytes; `name` is borrowed. */
-OPD_MUST_USE opd_status memory_init_device(struct memory *memory, uint32_t device, const char *name, uint64_t limit_bytes, struct memory_source source,
-                                           opd_error *error);
+void memory_init_device(struct memory *memory, uint32_t device, const char *name, uint64_t limit_bytes, struct memory_source source);
 void memory_fini(struct memory *memory);
 /* There are devices: smaller buffers too get pages of their own from now on, which a driver can lock (server/pins.h). */
 void memory_map_small(struct memory *memory);

@@ -34,6 +34,8 @@ struct worker {
 	uint32_t impl_count;
 	const opd_impl *impls[IMPLS_MAX];
 	struct kept_plan plans[PLANS_KEPT]; /* by number: the oldest goes */
+	unsigned char *slots[PACKED_SLOTS]; /* operands that are kept, to read; NULL: none there */
+	uint64_t slot_bytes[PACKED_SLOTS];
 	struct arena arena;
 	char unconfined[160]; /* what the kernel doesn't give it, "": nothing */
 	struct isolated_message out;
@@ -249,7 +251,7 @@ static void serve_call(struct worker *worker, isolated_kind kind)
 	struct packed_call *packed = (struct packed_call *)(void *)worker->memory;
 	opd_error error = {0};
 	opd_reason reason = {0};
-	const opd_call *call = packed == NULL || packed->impl >= worker->impl_count ? NULL : packed_read(packed, worker->memory, &worker->arena);
+	const opd_call *call = packed == NULL || packed->impl >= worker->impl_count ? NULL : packed_read(packed, worker->memory, worker->slots, &worker->arena);
 	say(worker, ISOLATED_DONE, OPD_OK, "");
 	uint64_t scratch_bytes = 0;
 	opd_status status;
@@ -286,6 +288,21 @@ static void map(struct worker *worker, uint64_t bytes, int fd)
 	worker->memory_bytes = bytes;
 }
 
+static void keep(struct worker *worker, uint32_t slot, uint64_t bytes, int fd)
+{
+	if (worker->slots[slot] != NULL)
+		(void)munmap(worker->slots[slot], worker->slot_bytes[slot]);
+	worker->slots[slot] = NULL;
+	if (fd < 0)
+		return;
+	void *memory = mmap(NULL, bytes, PROT_READ, MAP_SHARED, fd, 0);
+	(void)close(fd);
+	if (memory == MAP_FAILED)
+		_exit(1);
+	worker->slots[slot] = memory;
+	worker->slot_bytes[slot] = bytes;
+}
+
 static void serve(struct worker *worker)
 {
 	struct isolated_message message;
@@ -293,6 +310,8 @@ static void serve(struct worker *worker)
 	while (isolated_receive(WORKER_SOCKET, &message, &fd) && message.kind != ISOLATED_END) {
 		if (message.kind == ISOLATED_MAP)
 			map(worker, message.bytes, fd);
+		else if (message.kind == ISOLATED_KEEP)
+			keep(worker, message.number % PACKED_SLOTS, message.bytes, fd);
 		else if (message.kind == ISOLATED_PLAN || message.kind == ISOLATED_RUN)
 			serve_call(worker, (isolated_kind)message.kind);
 	}

@@ -1,26 +1,10 @@
-/* sessions, session, top: who shares the daemon. */
+/* sessions, session: who shares the daemon. */
+#include <errno.h>
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
-#include <unistd.h>
 
 #include "client/opctl/print.h"
-
-#define TOP_LINES 20
-
-const struct option_use top_options[] = {
-    {OPTION_COUNT, "pictures, then it ends (default: until Ctrl-C)"},
-    {OPTION_DURATION, "seconds between two (default 1)"},
-    {OPTION_END, NULL},
-};
-
-static const char *const class_names[] = {"normal", "realtime", "interactive", "batch"};
-
-static const char *class_name(opd_class service_class)
-{
-	return (unsigned)service_class < sizeof class_names / sizeof class_names[0] ? class_names[service_class] : "?";
-}
 
 static int begin(struct opctl *ctl, bool right, const char *usage)
 {
@@ -66,7 +50,7 @@ static void add_session(cJSON *list, const opd_session_state *session)
 	cJSON_AddStringToObject(item, "tenant", session->tenant);
 	cJSON_AddStringToObject(item, "peer", session->peer);
 	cJSON_AddItemToObject(item, "age_us", json_u64(session->age_us));
-	cJSON_AddStringToObject(item, "class", class_name(session->service_class));
+	cJSON_AddStringToObject(item, "class", class_text(session->service_class));
 	cJSON_AddItemToObject(item, "weight", json_u64(session->weight));
 	cJSON_AddItemToObject(item, "in_flight", json_u64(session->in_flight));
 	cJSON_AddItemToObject(item, "queued", json_u64(session->queued));
@@ -85,8 +69,8 @@ static void add_tenant(cJSON *list, const opd_tenant_state *tenant)
 	cJSON_AddItemToArray(list, item);
 	cJSON_AddStringToObject(item, "tenant", tenant->name);
 	cJSON_AddItemToObject(item, "weight", json_u64(tenant->weight));
-	cJSON_AddStringToObject(item, "class", class_name(tenant->service_class));
-	cJSON_AddStringToObject(item, "class_max", class_name(tenant->class_max));
+	cJSON_AddStringToObject(item, "class", class_text(tenant->service_class));
+	cJSON_AddStringToObject(item, "class_max", class_text(tenant->class_max));
 	cJSON_AddItemToObject(item, "device_rate_ns", json_u64(tenant->device_rate_ns));
 	cJSON_AddItemToObject(item, "sessions", json_u64(tenant->sessions));
 	cJSON_AddItemToObject(item, "queued", json_u64(tenant->queued));
@@ -124,9 +108,11 @@ static void print_session(const opd_session_state *session)
 	const opd_usage *usage = &session->usage;
 	const double jobs = usage->jobs == 0 ? 1 : (double)usage->jobs;
 	(void)printf("%7" PRIu64 "  %-14s %-11s %7u %6u %6u %9" PRIu64 " %10s %10s %10s  %s\n", session->session, shown(session->tenant),
-	             class_name(session->service_class), session->weight, session->queued, session->running, usage->jobs,
+	             class_text(session->service_class), session->weight, session->queued, session->running, usage->jobs,
 	             duration_text((double)usage->device_ns), duration_text((double)usage->wait_ns / jobs), bytes_text(session->memory_bytes),
 	             shown(session->peer));
+	if (session->device[0] != '\0')
+		(void)printf("pinned               session %" PRIu64 " to %s\n", session->session, shown(session->device));
 	char whose[40];
 	(void)snprintf(whose, sizeof whose, "session %" PRIu64, session->session);
 	print_quotas(whose, session->quota_count, session->quotas);
@@ -135,7 +121,7 @@ static void print_session(const opd_session_state *session)
 static void print_tenant(const opd_tenant_state *tenant)
 {
 	(void)printf("tenant %-14s weight %u, class %s (at most %s), %u sessions, %u queued, %u running, %" PRIu64 " jobs, %s of device time\n",
-	             shown(tenant->name), tenant->weight, class_name(tenant->service_class), class_name(tenant->class_max), tenant->sessions, tenant->queued,
+	             shown(tenant->name), tenant->weight, class_text(tenant->service_class), class_text(tenant->class_max), tenant->sessions, tenant->queued,
 	             tenant->running, tenant->usage.jobs, duration_text((double)tenant->usage.device_ns));
 	char whose[600];
 	(void)snprintf(whose, sizeof whose, "tenant %s", shown(tenant->name));
@@ -189,7 +175,7 @@ int cmd_sessions(struct opctl *ctl)
 	return ctl->json ? print_json(document) : EXIT_DONE;
 }
 
-/* ---- session ID set weight|class|quota VALUE ---- */
+/* ---- session ID set weight|class|priority|quota|device VALUE, session ID clear priority OP ---- */
 
 struct change {
 	uint64_t session;
@@ -199,6 +185,10 @@ struct change {
 	opd_quota_kind kind;
 	uint64_t limit;
 	const char *device; /* NULL: something else is changed */
+	bool clear;         /* the list of op */
+	const char *op;     /* whose list is changed; NULL: none is */
+	struct name_list list;
+	char op_text[128];
 };
 
 struct unit {
@@ -209,18 +199,29 @@ struct unit {
 static const struct unit byte_units[] = {{"", 1}, {"KiB", 1ull << 10}, {"MiB", 1ull << 20}, {"GiB", 1ull << 30}, {"TiB", 1ull << 40}, {NULL, 0}};
 static const struct unit time_units[] = {{"ns", 1}, {"us", 1000}, {"ms", 1000000}, {"s", 1000000000}, {NULL, 0}};
 
+/* The digits that a text begins with; NULL: there are none, or more than 64 bits hold. */
+static const char *parse_digits(const char *text, uint64_t *out)
+{
+	char *end;
+	if (text[0] < '0' || text[0] > '9')
+		return NULL;
+	errno = 0;
+	*out = strtoull(text, &end, 10);
+	return errno == 0 ? end : NULL;
+}
+
 /* A whole number and one of the units; 0 needs none. */
 static opd_status parse_scaled(const char *what, const char *text, const struct unit *units, uint64_t *out, opd_error *error)
 {
-	char *end = NULL;
-	const uint64_t number = text[0] >= '0' && text[0] <= '9' ? strtoull(text, &end, 10) : 0;
+	uint64_t number = 0;
+	const char *end = parse_digits(text, &number);
 	const struct unit *unit = units;
 	while (end != NULL && *end == ' ')
 		end++;
 	while (end != NULL && unit->name != NULL && strcmp(unit->name, end) != 0)
 		unit++;
 	if (end == NULL || (unit->name == NULL && (number != 0 || *end != '\0')) || (unit->name != NULL && __builtin_mul_overflow(number, unit->factor, out)))
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s is '%s', expected a whole number with a unit, such as 64%s", what, shown(text), units[2].name);
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s is '%s', expected a whole number of 64 bits with a unit, such as 64%s", what, shown(text), units[2].name);
 	if (unit->name == NULL)
 		*out = 0;
 	return OPD_OK;
@@ -228,11 +229,8 @@ static opd_status parse_scaled(const char *what, const char *text, const struct 
 
 static opd_status parse_number(const char *what, const char *text, uint64_t *out, opd_error *error)
 {
-	char *end;
-	*out = text[0] >= '0' && text[0] <= '9' ? strtoull(text, &end, 10) : 0;
-	if (text[0] < '0' || text[0] > '9' || *end != '\0')
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s is '%s', expected a whole number", what, shown(text));
-	return OPD_OK;
+	const char *end = parse_digits(text, out);
+	return end != NULL && *end == '\0' ? OPD_OK : opd_fail(error, OPD_INVALID_ARGUMENT, "%s is '%s', expected a whole number of 64 bits", what, shown(text));
 }
 
 /* "bytes_in=64MiB", "device_time=500ms", "in_flight=32"; 0: as the daemon's configuration has it. */
@@ -267,36 +265,83 @@ static opd_status parse_weight(const char *text, uint32_t *weight_out, opd_error
 
 static opd_status parse_class(const char *text, opd_class *class_out, opd_error *error)
 {
-	for (unsigned i = 1; i < sizeof class_names / sizeof class_names[0]; i++)
-		if (strcmp(text, class_names[i]) == 0)
-			*class_out = (opd_class)i;
+	for (opd_class class = OPD_CLASS_REALTIME; class <= OPD_CLASS_BATCH; class++)
+		if (strcmp(text, class_text(class)) == 0)
+			*class_out = class;
 	if (*class_out == OPD_CLASS_NORMAL)
 		return opd_fail(error, OPD_INVALID_ARGUMENT, "the class is '%s', expected realtime, interactive or batch", shown(text));
 	return OPD_OK;
 }
 
+/* "linear=onednn,cpu", "*=cpu"; "linear=": an empty list, which differs from none. */
+static opd_status parse_list(const char *text, struct change *change, opd_error *error)
+{
+	const char *equals = strchr(text, '=');
+	if (equals == NULL || equals == text || (size_t)(equals - text) >= sizeof change->op_text)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "the priority is '%s', expected OP=LIST, such as linear=onednn,cpu or '*=cpu'", shown(text));
+	(void)snprintf(change->op_text, sizeof change->op_text, "%.*s", (int)(equals - text), text);
+	change->op = change->op_text;
+	return name_list_parse("the list", equals + 1, &change->list, error);
+}
+
+/* 0 is the protocol's word for the session that asks: opctl's own, which ends with the command. */
+static opd_status parse_session(const char *text, uint64_t *session_out, opd_error *error)
+{
+	const opd_status status = parse_number("the session", text, session_out, error);
+	if (status == OPD_OK && *session_out == 0)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "the session is '%s', expected the number of one that opctl sessions lists", shown(text));
+	return status;
+}
+
 static opd_status parse_change(const struct options *options, struct change *change, opd_error *error)
 {
-	const char *const *words = (const char *const *)options->positional;
-	opd_status status = parse_number("the session", words[1], &change->session, error);
-	if (strcmp(words[3], "weight") == 0)
-		return parse_weight(words[4], &change->weight, error);
-	if (status == OPD_OK && strcmp(words[3], "quota") == 0)
-		return parse_quota(words[4], change, error);
-	if (status == OPD_OK && strcmp(words[3], "device") == 0) {
-		change->device = words[4];
+	const char *what = options->positional[3], *value = options->positional[4];
+	const opd_status status = parse_session(options->positional[1], &change->session, error);
+	if (status != OPD_OK)
+		return status;
+	if (strcmp(options->positional[2], "clear") == 0) {
+		change->clear = true;
+		change->op = value;
 		return OPD_OK;
 	}
-	return status == OPD_OK ? parse_class(words[4], &change->service_class, error) : status;
+	if (strcmp(what, "weight") == 0)
+		return parse_weight(value, &change->weight, error);
+	if (strcmp(what, "quota") == 0)
+		return parse_quota(value, change, error);
+	if (strcmp(what, "class") == 0)
+		return parse_class(value, &change->service_class, error);
+	if (strcmp(what, "priority") == 0)
+		return parse_list(value, change, error);
+	change->device = value;
+	return OPD_OK;
 }
 
 static bool is_settable(const char *what)
 {
-	return strcmp(what, "weight") == 0 || strcmp(what, "class") == 0 || strcmp(what, "quota") == 0 || strcmp(what, "device") == 0;
+	static const char *const names[] = {"weight", "class", "priority", "quota", "device"};
+	for (size_t i = 0; i < sizeof names / sizeof names[0]; i++)
+		if (strcmp(what, names[i]) == 0)
+			return true;
+	return false;
+}
+
+/* `session ID set WHAT VALUE`, or `session ID clear priority OP`. */
+static bool is_change(const struct options *options)
+{
+	const char *const *words = (const char *const *)options->positional;
+	if (options->count != 5)
+		return false;
+	return strcmp(words[2], "set") == 0 ? is_settable(words[3]) : strcmp(words[2], "clear") == 0 && strcmp(words[3], "priority") == 0;
 }
 
 static opd_status send_change(opd_client *client, const struct change *change, opd_error *error)
 {
+	if (change->clear)
+		return opd_clear_session_priority(client, change->session, change->op, error);
+	if (change->op != NULL) {
+		const opd_priority_entry entry = {.op = change->op, .providers = change->list.names, .count = change->list.count};
+		return opd_set_session_priority(client, change->session, &entry, error);
+	}
 	if (change->device != NULL)
 		return opd_set_session_device(client, change->session, change->device, error);
 	if (change->quota)
@@ -304,122 +349,29 @@ static opd_status send_change(opd_client *client, const struct change *change, o
 	return opd_set_session(client, change->session, change->weight, change->service_class, error);
 }
 
-int cmd_session(struct opctl *ctl)
+static int print_change(const struct opctl *ctl, const struct change *change)
 {
-	const struct options *options = &ctl->options;
-	const bool right = options->count == 5 && strcmp(options->positional[2], "set") == 0 && is_settable(options->positional[3]);
-	struct change change = {0};
-	opd_error error;
-	if (right && parse_change(options, &change, &error) != OPD_OK)
-		return report_usage(ctl, &error);
-	const int code = begin(ctl, right, "session ID set weight|class|quota|device VALUE");
-	if (code != EXIT_DONE)
-		return code;
-	const opd_status status = send_change(ctl->client, &change, &error);
-	if (status != OPD_OK)
-		return report_failure(ctl, status, &error);
 	if (ctl->json) {
 		cJSON *document = cJSON_CreateObject();
 		cJSON_AddBoolToObject(document, "done", true);
 		return print_json(document);
 	}
-	(void)printf("session %" PRIu64 ": %s %s\n", change.session, options->positional[3], shown(options->positional[4]));
+	(void)printf("session %" PRIu64 ": %s %s%s\n", change->session, ctl->options.positional[3], shown(ctl->options.positional[4]), change->clear ? " cleared" : "");
 	return EXIT_DONE;
 }
 
-/* ---- top ---- */
-
-struct line {
-	const opd_session_state *now;
-	uint64_t device_ns; /* since the picture before */
-	uint64_t jobs;
-	uint64_t wait_ns;
-};
-
-static int by_use(const void *a, const void *b)
+int cmd_session(struct opctl *ctl)
 {
-	const struct line *one = a, *other = b;
-	if (one->device_ns != other->device_ns)
-		return one->device_ns < other->device_ns ? 1 : -1;
-	return one->now->session < other->now->session ? -1 : one->now->session > other->now->session;
-}
-
-/* Both lists rise by session. */
-static void fill_lines(const opd_sharing *before, const opd_sharing *now, struct line *lines)
-{
-	uint32_t k = 0;
-	for (uint32_t i = 0; i < now->session_count; i++) {
-		const opd_session_state *session = &now->sessions[i];
-		while (k < before->session_count && before->sessions[k].session < session->session)
-			k++;
-		static const opd_usage none;
-		const bool known = k < before->session_count && before->sessions[k].session == session->session;
-		const opd_usage *was = known ? &before->sessions[k].usage : &none;
-		lines[i] = (struct line){session, session->usage.device_ns - was->device_ns, session->usage.jobs - was->jobs, session->usage.wait_ns - was->wait_ns};
-	}
-}
-
-static void print_picture(const opd_sharing *before, const opd_sharing *now, struct line *lines)
-{
-	const double span_ns = (double)(now->uptime_us - before->uptime_us) * 1e3;
-	uint64_t used_ns = 0;
-	fill_lines(before, now, lines);
-	qsort(lines, now->session_count, sizeof lines[0], by_use);
-	if (isatty(STDOUT_FILENO))
-		(void)fputs("\x1b[H\x1b[2J", stdout);
-	for (uint32_t i = 0; i < now->lane_count && i < before->lane_count; i++) {
-		used_ns = now->lanes[i].device_ns - before->lanes[i].device_ns;
-		(void)printf("lane %s: %5.1f %% of %u threads, %u queued, %u running\n", shown(now->lanes[i].name),
-		             span_ns > 0 ? 100 * (double)used_ns / span_ns / (now->lanes[i].threads == 0 ? 1 : now->lanes[i].threads) : 0, now->lanes[i].threads,
-		             now->lanes[i].queued, now->lanes[i].running);
-	}
-	(void)puts("session  tenant         class        weight  share queued    run    jobs/s  mean wait     memory");
-	for (uint32_t i = 0; i < now->session_count && i < TOP_LINES; i++) {
-		const opd_session_state *session = lines[i].now;
-		(void)printf("%7" PRIu64 "  %-14s %-11s %7u %5.1f%% %6u %6u %9.0f %10s %10s\n", session->session, shown(session->tenant),
-		             class_name(session->service_class), session->weight, used_ns == 0 ? 0 : 100 * (double)lines[i].device_ns / (double)used_ns,
-		             session->queued, session->running, span_ns > 0 ? (double)lines[i].jobs / span_ns * 1e9 : 0,
-		             duration_text((double)lines[i].wait_ns / (lines[i].jobs == 0 ? 1 : (double)lines[i].jobs)), bytes_text(session->memory_bytes));
-	}
-	(void)fflush(stdout);
-}
-
-static opd_status picture(struct opctl *ctl, const opd_sharing **before, opd_error *error)
-{
-	const opd_sharing *now;
-	opd_status status = opd_sessions(ctl->client, 0, &now, error);
-	if (status != OPD_OK)
-		return status;
-	struct line *lines = calloc(now->session_count + 1, sizeof *lines);
-	if (lines == NULL) {
-		opd_document_free(now);
-		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "out of memory");
-	}
-	print_picture(*before, now, lines);
-	free(lines);
-	opd_document_free(*before);
-	*before = now;
-	return OPD_OK;
-}
-
-int cmd_top(struct opctl *ctl)
-{
+	const bool right = is_change(&ctl->options);
+	struct change change = {0};
 	opd_error error;
-	int64_t count;
-	uint64_t interval_us;
-	if (options_int(&ctl->options, OPTION_COUNT, 0, INT64_MAX, 0, &count, &error) != OPD_OK ||
-	    options_seconds(&ctl->options, OPTION_DURATION, 1000000, &interval_us, &error) != OPD_OK)
+	if (right && parse_change(&ctl->options, &change, &error) != OPD_OK)
 		return report_usage(ctl, &error);
-	const int code = begin(ctl, ctl->options.count == 1, "top [-c N] [--duration SECONDS]");
-	if (code != EXIT_DONE)
-		return code;
-	const opd_sharing *before = NULL;
-	opd_status status = opd_sessions(ctl->client, 0, &before, &error);
-	for (int64_t i = 0; status == OPD_OK && (count == 0 || i < count); i++) {
-		const struct timespec interval = {(time_t)(interval_us / 1000000), (long)(interval_us % 1000000) * 1000};
-		(void)nanosleep(&interval, NULL);
-		status = picture(ctl, &before, &error);
+	int code = begin(ctl, right, "session ID set weight|class|priority|quota|device VALUE, or session ID clear priority OP");
+	if (code == EXIT_DONE) {
+		const opd_status status = send_change(ctl->client, &change, &error);
+		code = status == OPD_OK ? print_change(ctl, &change) : report_failure(ctl, status, &error);
 	}
-	opd_document_free(before);
-	return status == OPD_OK ? EXIT_DONE : report_failure(ctl, status, &error);
+	name_list_fini(&change.list);
+	return code;
 }

@@ -1,4 +1,5 @@
 /* opctl: the command line of opd. README.md has every command with an example. */
+#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -65,12 +66,14 @@ const struct command opctl_commands[] = {
     {"info", "", "the daemon: version, listeners, memory, devices", NULL, no_options, cmd_info},
     {"health", "", "whether the daemon should get work: exit code 0, or 1 and what is wrong, or 3 when nobody answers", NULL, health_options, cmd_health},
     {"sessions", "", "who is connected: sessions, tenants, and what each has had of the lanes", NULL, no_options, cmd_sessions},
-    {"session", "ID set weight|class|quota|device VALUE", "another weight, class, quota or pinned device for a session (administrators)",
+    {"session", "ID set weight|class|priority|quota|device VALUE | ID clear priority OP", "another weight, class, list, quota or pinned device for a session (administrators)",
      "weight: 1 to 1000000, among its tenant's sessions. class: realtime, interactive or batch, of its requests that name none.\n"
+     "priority: OP=LIST, from its next request on, unless a map that it has pushed itself has another; OP= is an empty list. clear priority OP ends it.\n"
      "quota: NAME=LIMIT of in_flight, queued, bytes_in, bytes_out (a second), memory, device_memory, device_time (a second): in_flight=32, bytes_in=64MiB,\n"
      "device_time=500ms; 0: as the daemon's configuration has it.\n", no_options, cmd_session},
     {"stats", "[PREFIX]", "what the daemon has counted: the numbers of its metrics endpoint, or those whose names begin so", NULL, no_options, cmd_stats},
-    {"top", "", "the lanes' use, live: sessions by the device time that they take", "Ends with Ctrl-C, or after -c N pictures.\n", top_options, cmd_top},
+    {"top", "", "the lanes' use, live: sessions by the device time that they take", "On a terminal: q or Ctrl-C ends it, s j w u m i sort by share, jobs, mean wait, queued, memory, number, r reverses, arrows and page keys scroll, space looks now.\n"
+     "Elsewhere a picture follows the other; with --json each is one line. Ends after -c N pictures.\n", top_options, cmd_top},
     {"module", "load PATH", "load a provider module into the daemon (administrators)", "PATH is the daemon's, not yours.\n",
      no_options, cmd_module},
     {"log-level", "LEVEL", "set the daemon's log level: error, warn, info, debug (administrators)", NULL, no_options,
@@ -178,9 +181,10 @@ int main(int argc, char **argv)
 	}
 	opd_close(ctl.client);
 	options_fini(&ctl.options);
-	/* A full disk or a closed pipe under stdout is a failure too. */
+	/* A full disk or a closed pipe under stdout is a failure too; who closed the pipe wants to hear no more. */
 	if (fflush(stdout) != 0 && code == EXIT_DONE) {
-		perror("opctl: stdout");
+		if (errno != EPIPE)
+			perror("opctl: stdout");
 		code = EXIT_REQUEST;
 	}
 	return code;

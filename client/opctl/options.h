@@ -50,6 +50,7 @@
 	X(RESIDENT, "resident", 0, NULL)                                                                                             \
 	X(COUNT, "count", 'c', "N")                                                                                                  \
 	X(SHM, "shm", 0, NULL)                                                                                                       \
+	X(SORT, "sort", 0, "KEY")                                                                                                    \
 	X(MODULE, "module", 0, "PATH")
 
 typedef enum option_id {

@@ -153,6 +153,12 @@ void print_list(const char *label, const char *const *texts, size_t count)
 	(void)puts(count == 0 ? "(empty)" : "");
 }
 
+const char *class_text(opd_class service_class)
+{
+	static const char *const names[] = {"normal", "realtime", "interactive", "batch"};
+	return (unsigned)service_class < sizeof names / sizeof names[0] ? names[service_class] : "?";
+}
+
 static char *ring_text(void)
 {
 	static char ring[RING][32];

@@ -35,6 +35,8 @@ cJSON *json_texts(const char *const *texts, size_t count);
 /* "a, b" for people, shown; "(empty)" where there is none. Printed, with a line's end. */
 void print_list(const char *label, const char *const *texts, size_t count);
 
+/* "realtime"; "?" for one that opctl doesn't know. */
+const char *class_text(opd_class service_class);
 /* Nanoseconds as "812 ns", "1.23 us", "4.56 ms", "7.89 s". Valid until the eighth call after it. */
 const char *duration_text(double ns);
 /* "3.2 MiB"; as above. */

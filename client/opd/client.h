@@ -657,6 +657,9 @@ OPD_API OPD_MUST_USE opd_status opd_priority_push(opd_client *client, const opd_
 OPD_API OPD_MUST_USE opd_status opd_priority_pop(opd_client *client, opd_error *error);
 OPD_API OPD_MUST_USE opd_status opd_priority_set(opd_client *client, opd_scope scope, const opd_priority_entry *entry, opd_error *error);
 OPD_API OPD_MUST_USE opd_status opd_priority_clear(opd_client *client, opd_scope scope, const char *op, opd_error *error);
+/* Administrators: the session's list of an op, or of "*", from its next request on, unless a map that it has pushed itself has another. OPD_NOT_FOUND. */
+OPD_API OPD_MUST_USE opd_status opd_set_session_priority(opd_client *client, uint64_t session, const opd_priority_entry *entry, opd_error *error);
+OPD_API OPD_MUST_USE opd_status opd_clear_session_priority(opd_client *client, uint64_t session, const char *op, opd_error *error);
 
 /* Every document below is freed as a whole, with opd_document_free (NULL is allowed). It may outlive its client. Texts in it come from the server. */
 OPD_API void opd_document_free(const void *document);

@@ -281,25 +281,34 @@ static inline float attend_exp(float x)
 	return vec_exp(vec_splat(x))[0];
 }
 
+/* Scores [at, at + VEC_LANES) times scale; −inf past `count`. */
+VEC_INLINE vec_f32 attend_scaled(const float *scores, size_t at, size_t count, float scale)
+{
+	if (at + VEC_LANES <= count)
+		return vec_load(OPD_f32, scores, at) * vec_splat(scale);
+	vec_f32 v = vec_splat(-INFINITY);
+	if (at < count)
+		v = vec_load_part(OPD_f32, scores, at, count - at, 0.0f) * vec_splat(scale);
+	for (size_t i = count > at ? count - at : 0; i < VEC_LANES; i++)
+		v[i] = -INFINITY;
+	return v;
+}
+
 static float attend_weigh(float *scores, size_t count, float scale, float *maximum, float *sum)
 {
+	vec_f32 scaled[CPU_ATTEND_KEYS / VEC_LANES];
 	vec_f32 highest = vec_splat(*maximum);
 	vec_f32 total = vec_splat(0.0f);
 	float before = *maximum;
-	for (size_t i = 0; i < CPU_ATTEND_KEYS; i += VEC_LANES) {
-		vec_f32 v = i + VEC_LANES <= count ? vec_load(OPD_f32, scores, i) * vec_splat(scale)
-		            : i < count            ? vec_load_part(OPD_f32, scores, i, count - i, 0.0f) * vec_splat(scale)
-		                                   : vec_splat(-INFINITY);
-		vec_store(OPD_f32, scores, i, v);
-		for (size_t j = i < count ? count - i : 0; j < VEC_LANES; j++)
-			scores[i + j] = -INFINITY;
-		highest = vec_max(vec_load(OPD_f32, scores, i), highest);
+	for (size_t i = 0; i < CPU_ATTEND_KEYS / VEC_LANES; i++) {
+		scaled[i] = attend_scaled(scores, i * VEC_LANES, count, scale);
+		highest = vec_max(scaled[i], highest);
 	}
 	*maximum = vec_highest(highest);
 	float shift = attend_shift(*maximum);
-	for (size_t i = 0; i < CPU_ATTEND_KEYS; i += VEC_LANES) {
-		vec_f32 e = vec_exp(vec_load(OPD_f32, scores, i) - vec_splat(shift));
-		vec_store(OPD_f32, scores, i, e);
+	for (size_t i = 0; i < CPU_ATTEND_KEYS / VEC_LANES; i++) {
+		vec_f32 e = vec_exp(scaled[i] - vec_splat(shift));
+		vec_store(OPD_f32, scores, i * VEC_LANES, e);
 		total = total + e;
 	}
 	float shrink = before == *maximum && before - before == 0.0f ? 1.0f : attend_exp(before - shift);
@@ -309,25 +318,34 @@ static float attend_weigh(float *scores, size_t count, float scale, float *maxim
 
 /* ---- Values ------------------------------------------------------------------------------------------------------------- */
 
-/* Rows r < rows, `vectors` vectors of their values from element `at` on; both are constants of the caller. */
+/* Two vectors' worth of values lie in a result as vec_load_pair hands them over: of bf16 the even ones, then the odd ones. So no value is put back to its place before attend_finish;
+ * what remains of a head after whole pairs lies as it is. */
+
+/* Rows r < rows, `vectors` vectors (a constant of the caller, as rows is: 1, or even) of their values from element `at` on. shrinks: NULL for none. */
 VEC_INLINE void attend_mix_block(opd_dtype dtype, const float *weights, const float *shrinks, size_t rows, size_t vectors, size_t padded,
                                  const struct cpu_attend_run *run, size_t at, bool ahead, float *mixed)
 {
 	vec_f32 sums[ROWS * VECTORS];
 	for (size_t r = 0; r < rows; r++)
 		for (size_t v = 0; v < vectors; v++)
-			sums[r * vectors + v] = vec_load(OPD_f32, mixed + r * padded, at + v * VEC_LANES) * vec_splat(shrinks[r]);
+			sums[r * vectors + v] = vec_load(OPD_f32, mixed + r * padded, at + v * VEC_LANES);
+	for (size_t r = 0; shrinks != NULL && r < rows; r++)
+		for (size_t v = 0; v < vectors; v++)
+			sums[r * vectors + v] = sums[r * vectors + v] * vec_splat(shrinks[r]);
 	for (size_t j = 0; j < run->count; j++) {
 		vec_f32 w[ROWS];
 		for (size_t r = 0; r < rows; r++)
 			w[r] = vec_splat(weights[r * CPU_ATTEND_KEYS + j]);
-		const unsigned char *later = attend_later(run, j);
-		for (size_t v = 0; v < vectors; v++) {
-			vec_f32 x = vec_load(dtype, run->base + run->places[j], at + v * VEC_LANES);
-			if (ahead)
-				attend_prefetch(later, (at + v * VEC_LANES) * opd_dtype_bytes(dtype));
-			for (size_t r = 0; r < rows; r++)
-				sums[r * vectors + v] = vec_fma(w[r], x, sums[r * vectors + v]);
+		const unsigned char *row = run->base + run->places[j], *later = attend_later(run, j);
+		for (size_t v = 0; v < vectors; v += 2) {
+			const size_t d = at + v * VEC_LANES, size = opd_dtype_bytes(dtype);
+			struct vec_pair x = vectors == 1 ? (struct vec_pair){{vec_load(dtype, row, d)}} : vec_load_pair(dtype, row, d);
+			for (size_t p = 0; p < 2 && v + p < vectors; p++) {
+				if (ahead)
+					attend_prefetch(later, (d + p * VEC_LANES) * size);
+				for (size_t r = 0; r < rows; r++)
+					sums[r * vectors + v + p] = vec_fma(w[r], x.v[p], sums[r * vectors + v + p]);
+			}
 		}
 	}
 	for (size_t r = 0; r < rows; r++)
@@ -335,53 +353,14 @@ VEC_INLINE void attend_mix_block(opd_dtype dtype, const float *weights, const fl
 			vec_store(OPD_f32, mixed + r * padded, at + v * VEC_LANES, sums[r * vectors + v]);
 }
 
-#if defined(VEC_AVX512)
-/* Neighbouring vectors of even and odd elements. */
-VEC_INLINE struct vec_pair attend_near(struct vec_pair apart)
-{
-	const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-	const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-	return (struct vec_pair){{_mm512_permutex2var_ps(apart.v[0], low, apart.v[1]), _mm512_permutex2var_ps(apart.v[0], high, apart.v[1])}};
-}
-
-/* attend_mix_block of one row of bf16, 2·VECTORS vectors, with half of the work of telling neighbours apart: an element's sum is the same. */
-VEC_INLINE void attend_mix_pairs(const float *weights, float shrink, const struct cpu_attend_run *run, size_t at, bool ahead, float *mixed)
-{
-	struct vec_pair sums[VECTORS];
-	for (size_t v = 0; v < VECTORS; v++) {
-		const size_t d = at + 2 * v * VEC_LANES;
-		sums[v] = vec_apart((struct vec_pair){{vec_load(OPD_f32, mixed, d), vec_load(OPD_f32, mixed, d + VEC_LANES)}});
-		for (size_t p = 0; p < 2; p++)
-			sums[v].v[p] = sums[v].v[p] * vec_splat(shrink);
-	}
-	for (size_t j = 0; j < run->count; j++) {
-		const unsigned char *row = run->base + run->places[j], *later = attend_later(run, j);
-		for (size_t v = 0; v < VECTORS; v++) {
-			struct vec_pair x = vec_load_pair(OPD_bf16, row, at + 2 * v * VEC_LANES);
-			if (ahead)
-				attend_prefetch(later, (at + 2 * v * VEC_LANES) * sizeof(uint16_t));
-			for (size_t p = 0; p < 2; p++)
-				sums[v].v[p] = vec_fma(vec_splat(weights[j]), x.v[p], sums[v].v[p]);
-		}
-	}
-	for (size_t v = 0; v < VECTORS; v++) {
-		struct vec_pair near = attend_near(sums[v]);
-		vec_store(OPD_f32, mixed, at + 2 * v * VEC_LANES, near.v[0]);
-		vec_store(OPD_f32, mixed, at + (2 * v + 1) * VEC_LANES, near.v[1]);
-	}
-}
-#endif
-
 VEC_INLINE void attend_mix_rows(opd_dtype dtype, const float *weights, const float *shrinks, size_t rows, size_t vectors, size_t padded,
                                 const struct cpu_attend_run *run, bool ahead, float *mixed)
 {
 	size_t at = 0;
-#if defined(VEC_AVX512)
-	for (; rows == 1 && dtype == OPD_bf16 && at + 2 * VECTORS * VEC_LANES <= padded; at += 2 * VECTORS * VEC_LANES)
-		attend_mix_pairs(weights, shrinks[0], run, at, ahead, mixed);
-#endif
 	for (; at + vectors * VEC_LANES <= padded; at += vectors * VEC_LANES)
 		attend_mix_block(dtype, weights, shrinks, rows, vectors, padded, run, at, ahead, mixed);
+	for (; vectors > 2 && at + 2 * VEC_LANES <= padded; at += 2 * VEC_LANES)
+		attend_mix_block(dtype, weights, shrinks, rows, 2, padded, run, at, ahead, mixed);
 	for (; at < padded; at += VEC_LANES)
 		attend_mix_block(dtype, weights, shrinks, rows, 1, padded, run, at, ahead, mixed);
 }
@@ -391,22 +370,19 @@ VEC_INLINE void attend_mix(opd_dtype dtype, const float *weights, const float *s
 {
 	size_t r = 0;
 	for (; r + ROWS <= rows; r += ROWS)
-		attend_mix_rows(dtype, weights + r * CPU_ATTEND_KEYS, shrinks + r, ROWS, VECTORS, padded, run, ahead, mixed + r * padded);
+		attend_mix_rows(dtype, weights + r * CPU_ATTEND_KEYS, shrinks == NULL ? NULL : shrinks + r, ROWS, VECTORS, padded, run, ahead, mixed + r * padded);
 	for (; r < rows; r++)
-		attend_mix_rows(dtype, weights + r * CPU_ATTEND_KEYS, shrinks + r, 1, 2 * VECTORS, padded, run, ahead, mixed + r * padded);
+		attend_mix_rows(dtype, weights + r * CPU_ATTEND_KEYS, shrinks == NULL ? NULL : shrinks + r, 1, 2 * VECTORS, padded, run, ahead, mixed + r * padded);
 }
 
 VEC_INLINE void attend_mix_joined(opd_dtype dtype, const float *weights, const float *shrinks, size_t heads, size_t rows, size_t padded,
                                   const struct cpu_attend_run *run, uint64_t head_bytes, float *mixed)
 {
-	float ones[CPU_ATTEND_ROWS];
-	for (size_t r = 0; r < rows; r++)
-		ones[r] = 1.0f;
 	const size_t joined = attend_together(dtype, rows);
 	for (size_t j = 0; j < run->count; j += joined) {
 		for (size_t h = 0; h < heads; h++) {
 			struct cpu_attend_run values = attend_joined(run, j, joined, run->base + h * head_bytes);
-			attend_mix(dtype, weights + h * rows * CPU_ATTEND_KEYS + j, j == 0 ? shrinks + h * rows : ones, rows, padded, &values,
+			attend_mix(dtype, weights + h * rows * CPU_ATTEND_KEYS + j, j == 0 ? shrinks + h * rows : NULL, rows, padded, &values,
 			           attend_asks(dtype, rows), mixed + h * rows * padded);
 		}
 	}
@@ -451,11 +427,19 @@ VEC_INLINE void attend_pack(opd_dtype dtype, const struct cpu_attend_run *run, s
 	}
 }
 
-VEC_INLINE void attend_finish(opd_dtype dtype, const float *mixed, float sum, void *y, size_t head_size)
+VEC_INLINE vec_f32 attend_mean(const float *mixed, size_t d, float sum)
 {
-	for (size_t d = 0; d < head_size; d += VEC_LANES) {
+	return vec_one_nan(vec_load(OPD_f32, mixed, d) / vec_splat(sum));
+}
+
+VEC_INLINE void attend_finish(opd_dtype dtype, const float *mixed, float sum, bool pairs, void *y, size_t head_size)
+{
+	size_t d = 0;
+	for (; pairs && d + 2 * VEC_LANES <= head_size; d += 2 * VEC_LANES)
+		vec_store_pair(dtype, y, d, (struct vec_pair){{attend_mean(mixed, d, sum), attend_mean(mixed, d + VEC_LANES, sum)}});
+	for (; d < head_size; d += VEC_LANES) {
 		size_t here = head_size - d < VEC_LANES ? head_size - d : VEC_LANES;
-		vec_store_part(dtype, y, d, here, vec_one_nan(vec_load(OPD_f32, mixed, d) / vec_splat(sum)));
+		vec_store_part(dtype, y, d, here, attend_mean(mixed, d, sum));
 	}
 }
 
@@ -484,9 +468,9 @@ VEC_INLINE void attend_finish(opd_dtype dtype, const float *mixed, float sum, vo
 	{                                                                                                                          \
 		attend_mix_heads(OPD_##name, weights, shrinks, heads, rows, padded, run, head_bytes, mixed);                           \
 	}                                                                                                                          \
-	static void attend_finish_##name(const float *mixed, float sum, void *y, size_t head_size)                                 \
+	static void attend_finish_##name(const float *mixed, float sum, bool pairs, void *y, size_t head_size)                     \
 	{                                                                                                                          \
-		attend_finish(OPD_##name, mixed, sum, y, head_size);                                                                   \
+		attend_finish(OPD_##name, mixed, sum, pairs, y, head_size);                                                            \
 	}
 X(f32)
 X(bf16)

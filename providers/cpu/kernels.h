@@ -248,15 +248,15 @@ struct cpu_attend_kernels {
 	                     uint64_t head_bytes, float *scores);
 	/* One row's scores, times scale, to weights e^(score − maximum); maximum and sum go on. Returns what older weights shrink by. */
 	float (*weigh)(float *scores, size_t count, float scale, float *maximum, float *sum);
-	/* mixed[r] = mixed[r] · shrinks[r] + Σ weights[r][j] · value j. */
+	/* mixed[r] = mixed[r] · shrinks[r] + Σ weights[r][j] · value j. Of values of bf16, mixed has each whole 2·lanes elements as pairs: the even ones, then the odd ones. */
 	void (*mix[CPU_DTYPES])(const float *weights, const float *shrinks, size_t rows, size_t padded, const struct cpu_attend_run *run,
 	                        float *mixed);
 	void (*mix_heads[CPU_DTYPES])(const float *weights, const float *shrinks, size_t heads, size_t rows, size_t padded,
 	                              const struct cpu_attend_run *run, uint64_t head_bytes, float *mixed);
 	/* Joins a part's softmax and mixed values to a row's. */
 	void (*merge)(struct cpu_attend_row *row, float *mixed, const struct cpu_attend_row *part, const float *part_mixed, size_t padded);
-	/* y = mixed / sum, rounded. */
-	void (*finish[CPU_DTYPES])(const float *mixed, float sum, void *y, size_t head_size);
+	/* y = mixed / sum, rounded. pairs: mixed lies as mix leaves it for values of bf16. */
+	void (*finish[CPU_DTYPES])(const float *mixed, float sum, bool pairs, void *y, size_t head_size);
 };
 
 /* Thousandths of a nanosecond an element of the work's longer operand, and nanoseconds a call, on one thread. */

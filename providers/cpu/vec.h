@@ -114,10 +114,17 @@ VEC_INLINE float vec_sum(vec_f32 v)
 /* NaN lanes may or may not show: callers must meet them elsewhere. */
 VEC_INLINE float vec_highest(vec_f32 v)
 {
-	float highest = v[0];
-	for (size_t i = 1; i < VEC_LANES; i++)
-		highest = v[i] > highest ? v[i] : highest;
-	return highest;
+#if defined(VEC_AVX512)
+	__m256 half = _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+	__m128 quarter = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+#elif defined(VEC_AVX2)
+	__m128 quarter = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+#else
+	vec_f32 quarter = v;
+#endif
+	float even = quarter[0] > quarter[2] ? quarter[0] : quarter[2];
+	float odd = quarter[1] > quarter[3] ? quarter[1] : quarter[3];
+	return even > odd ? even : odd;
 }
 
 /* p·2^n for whole n of [-152, 128]; `biased` is n + 254. */

@@ -285,7 +285,11 @@ VEC_INLINE void vec_stream_pair(opd_dtype dtype, void *memory, size_t at, struct
 /* One NaN for all: which of two NaNs a sum hands on is the compiler's choice of operand order. */
 VEC_INLINE vec_f32 vec_one_nan(vec_f32 v)
 {
+#if defined(VEC_AVX512) /* gcc 12 makes six operations of vec_select here */
+	return _mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_castsi512_ps(_mm512_set1_epi32(0x7fc00000)));
+#else
 	return (vec_f32)vec_select((vec_u32)(v != v), vec_splat_u32(0x7fc00000), (vec_u32)v);
+#endif
 }
 
 /* `v` as it would read after a store as `dtype`. */

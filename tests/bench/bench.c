@@ -20,7 +20,7 @@ static const struct {
     {"latency", bench_latency},         {"rate", bench_rate},     {"bulk", bench_bulk},
     {"connections", bench_connections}, {"counts", bench_counts}, {"graph", bench_graph},
     {"memory", bench_memory},           {"product", bench_product},
-    {"rings", bench_rings},
+    {"rings", bench_rings},             {"loops", bench_loops},
 };
 #define BENCHMARKS (sizeof benchmarks / sizeof benchmarks[0])
 

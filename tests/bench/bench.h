@@ -28,6 +28,7 @@ struct bench {
 /* Each starts a daemon of its own and prints one section. */
 void bench_latency(struct bench *bench);
 void bench_rate(struct bench *bench);
+void bench_loops(struct bench *bench);
 void bench_bulk(struct bench *bench);
 void bench_connections(struct bench *bench);
 void bench_counts(struct bench *bench);

@@ -195,21 +195,79 @@ static double rate_shared(const struct bench *bench, const struct daemon *daemon
 	return sum;
 }
 
+/* One of the echo's clients. */
+struct echo {
+	pthread_t thread;
+	pthread_barrier_t *barrier;
+	const struct floor_shape *shape;
+	uint64_t calls;
+	int fd;
+	void *memory;
+};
+
+static void *echo_main(void *argument)
+{
+	struct echo *echo = argument;
+	(void)pthread_barrier_wait(echo->barrier);
+	(void)floor_pipeline(echo->fd, echo->shape, echo->calls, echo->memory);
+	return NULL;
+}
+
+/* The same of the echo: what many clients cost without any work. Each makes as many calls, so that the last one's end counts. */
+static double echo_shared(const struct bench *bench, struct floor_shape shape, unsigned count, uint64_t calls)
+{
+	struct echo echoes[CLIENTS];
+	pthread_barrier_t barrier;
+	shape.window = IN_FLIGHT / count;
+	(void)pthread_barrier_init(&barrier, NULL, count + 1);
+	for (unsigned i = 0; i < count; i++) {
+		echoes[i] = (struct echo){.barrier = &barrier, .shape = &shape, .calls = calls / count, .fd = floor_connect(&bench->floor, false, &shape)};
+		echoes[i].memory = floor_memory(floor_pipeline_bytes(&shape));
+		if (pthread_create(&echoes[i].thread, NULL, echo_main, &echoes[i]) != 0)
+			bench_fail("can't start a thread");
+	}
+	(void)pthread_barrier_wait(&barrier);
+	const uint64_t begin = clock_ns();
+	for (unsigned i = 0; i < count; i++)
+		(void)pthread_join(echoes[i].thread, NULL);
+	const uint64_t ns = clock_ns() - begin;
+	for (unsigned i = 0; i < count; i++) {
+		(void)close(echoes[i].fd);
+		floor_memory_free(echoes[i].memory, floor_pipeline_bytes(&shape));
+	}
+	(void)pthread_barrier_destroy(&barrier);
+	return per_second(calls, ns);
+}
+
 static void rate_clients(struct bench *bench, const struct daemon *daemon, const struct placement *placement, call_build_fn build,
-                         const char *name)
+                         const char *name, uint64_t echo_calls)
 {
 	unsigned rounds = bench->quick ? 3 : 5;
 	struct rates rates;
-	double uneven[ROUNDS_MAX], alone;
-	char what[96], note[64];
+	double uneven[ROUNDS_MAX], echo_one[ROUNDS_MAX], echo_all[ROUNDS_MAX], echo_ratio[ROUNDS_MAX], of_echo[ROUNDS_MAX], alone;
+	char what[96], note[96];
+	const struct floor_shape shape = call_shape(daemon, build, IN_FLIGHT);
 	placement_apply(placement, bench, daemon);
 	for (unsigned i = 0; i < rounds; i++) {
+		echo_one[i] = echo_shared(bench, shape, 1, echo_calls);
+		echo_all[i] = echo_shared(bench, shape, CLIENTS, echo_calls);
+		echo_ratio[i] = echo_all[i] / echo_one[i];
 		rates.floor[i] = rate_shared(bench, daemon, build, 1, &alone);
 		rates.opd[i] = rate_shared(bench, daemon, build, CLIENTS, &uneven[i]);
 		rates.ratio[i] = rates.opd[i] / rates.floor[i];
+		of_echo[i] = rates.ratio[i] / echo_ratio[i];
 	}
+	(void)snprintf(what, sizeof what, "echo of the same bytes, Unix, %s, 8 clients (floor: 1)", placement->name);
+	report_row(&(struct report_row){.what = what,
+	                                .unit = "ops/s",
+	                                .floor = report_median(echo_one, rounds),
+	                                .value = report_median(echo_all, rounds),
+	                                .kernel = REPORT_NONE,
+	                                .ratio = report_median(echo_ratio, rounds),
+	                                .bound = REPORT_NO_TARGET,
+	                                .note = "what many clients cost without any work"});
 	(void)snprintf(what, sizeof what, "%s, Unix, %s, 8 clients (floor: 1)", name, placement->name);
-	(void)snprintf(note, sizeof note, "a client is at most %.1f %% off the mean (target 10)",
+	(void)snprintf(note, sizeof note, "%.2f of the echo's ratio; a client at most %.1f %% off the mean (target 10)", report_median(of_echo, rounds),
 	               100 * report_median(uneven, rounds));
 	report_row(&(struct report_row){.what = what,
 	                                .unit = "ops/s",
@@ -233,7 +291,45 @@ void bench_rate(struct bench *bench)
 	rate_single(bench, &daemon, &placement_two, false, &tiny_case, 200000, 600000);
 	rate_single(bench, &daemon, &placement_two, true, &tiny_case, 200000, 0);
 	rate_single(bench, &daemon, &placement_same, false, &tiny_case, 100000, 0);
-	rate_clients(bench, &daemon, &placement_two, call_norm, "rms_norm 1x4096 f32");
-	rate_clients(bench, &daemon, &placement_two, call_tiny, "relu 16 f32 (64 bytes)");
+	rate_clients(bench, &daemon, &placement_two, call_norm, "rms_norm 1x4096 f32", 20000);
+	rate_clients(bench, &daemon, &placement_two, call_tiny, "relu 16 f32 (64 bytes)", 100000);
 	daemon_stop(&daemon);
+}
+
+/* ---- I/O loops ---- */
+
+/* Nobody is pinned: what a second loop brings is what the machine has free beside the clients. The two daemons take turns. */
+static void rate_loops(const struct bench *bench, const struct daemon *one, const struct daemon *two, call_build_fn build, const char *name)
+{
+	const unsigned rounds = bench->quick ? 3 : 5;
+	struct rates rates;
+	double uneven_one[ROUNDS_MAX], uneven_two[ROUNDS_MAX];
+	char what[96], note[96];
+	for (unsigned i = 0; i < rounds; i++) {
+		rates.floor[i] = rate_shared(bench, one, build, CLIENTS, &uneven_one[i]);
+		rates.opd[i] = rate_shared(bench, two, build, CLIENTS, &uneven_two[i]);
+		rates.ratio[i] = rates.opd[i] / rates.floor[i];
+	}
+	(void)snprintf(what, sizeof what, "%s, Unix, 8 clients, 2 loops (floor: 1)", name);
+	(void)snprintf(note, sizeof note, "a client is at most %.1f %% off the mean (1 loop: %.1f)", 100 * report_median(uneven_two, rounds),
+	               100 * report_median(uneven_one, rounds));
+	report_row(&(struct report_row){.what = what,
+	                                .unit = "ops/s",
+	                                .floor = report_median(rates.floor, rounds),
+	                                .value = report_median(rates.opd, rounds),
+	                                .kernel = REPORT_NONE,
+	                                .ratio = report_median(rates.ratio, rounds),
+	                                .note = note});
+}
+
+void bench_loops(struct bench *bench)
+{
+	struct daemon one, two;
+	daemon_start(&one, bench->binary, bench->directory, NULL);
+	daemon_start_with(&two, bench->binary, bench->directory, NULL, (const char *const[]){"--loops", "2", NULL});
+	report_section("64 in flight of 8 clients, nobody pinned: two I/O loops against one");
+	rate_loops(bench, &one, &two, call_norm, "rms_norm 1x4096 f32");
+	rate_loops(bench, &one, &two, call_tiny, "relu 16 f32 (64 bytes)");
+	daemon_stop(&two);
+	daemon_stop(&one);
 }

@@ -296,7 +296,7 @@ uint64_t peer_request(struct peer *peer, const struct msg_request *message, uint
 /* As if it came by a listener that trusts everybody. */
 static void accept_one(int fd)
 {
-	struct conn *conn = conn_create(&server->loops[0], access_create("fuzz", "fuzz", ACCESS_ALL));
+	struct conn *conn = conn_create(io_loop_expect(&server->loops[0]), access_create("fuzz", "fuzz", ACCESS_ALL));
 	if (conn == NULL || uv_pipe_init(&conn->io->loop, &conn->pipe, 0) != 0)
 		fuzz_fail("no connection");
 	conn->handle.data = conn;

@@ -372,7 +372,7 @@ static void step_other(struct arena *arena, struct peer *peer, struct fuzz_input
 		request.push = (struct msg_priority_map){byte % 2, entry};
 		break;
 	case MSG_REQUEST_SET_PRIORITY:
-		request.set = (struct msg_set_priority){byte % 5 == 0 ? MSG_SCOPE_SERVER : MSG_SCOPE_SESSION, op, entry->list};
+		request.set = (struct msg_set_priority){byte % 5 == 0 ? MSG_SCOPE_SERVER : MSG_SCOPE_SESSION, op, entry->list, byte % 7 == 0 ? byte % 3 : 0};
 		break;
 	case MSG_REQUEST_GET_PRIORITY:
 	case MSG_REQUEST_DESCRIBE:

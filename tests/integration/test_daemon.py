@@ -441,13 +441,18 @@ class Signals(WithFolder):
         daemon = self.start(config="limits: {drain: 10min}\n")  # a sanitizer on a busy machine is slow
         client = self.client(daemon.address)
         request, payload = slow_request()
-        ids = [client.submit(request, payload) for _ in range(4)]
-        client.ping()  # they have been accepted
-        daemon.signal(signal.SIGTERM)
-        for request_id in ids:
-            _, reply, data = client.read_reply()
+        ids = {client.submit(request, payload) for _ in range(4)}
+        pong = client.submit(pb.Request(ping=pb.Empty()))
+        signalled = False
+        while ids or not signalled:
+            request_id, reply, data = client.read_reply()
             self.assertEqual(reply.status, OK, reply.message)
-            self.assertEqual(len(data), len(payload))
+            if request_id == pong:  # those before it have been accepted
+                daemon.signal(signal.SIGTERM)
+                signalled = True
+            else:
+                ids.remove(request_id)
+                self.assertEqual(len(data), len(payload))
         said = client.goaway or client.expect_end()
         self.assertIsNotNone(said)
         self.assertEqual(daemon.wait(), 0)

@@ -5,6 +5,7 @@ After every test a new client pings, runs an op and gets the right numbers, and 
 """
 import os
 import random
+import signal
 import socket
 import struct
 import time
@@ -727,6 +728,34 @@ class Sessions(Hardening):
             for client in storm:
                 client.close()
         wait_until(lambda: self.daemon.descriptors() <= before + 2)
+
+    def stop(self):
+        """The daemon's process stands still; the function lets it go on."""
+        self.daemon.signal(signal.SIGSTOP)
+        self.addCleanup(self.daemon.signal, signal.SIGCONT)
+
+        def state():
+            with open("/proc/%d/stat" % self.daemon.process.pid) as file:
+                return file.read().rpartition(")")[2].split()[0]
+
+        wait_until(lambda: state() == "T", "the process stands still")
+        return lambda: self.daemon.signal(signal.SIGCONT)
+
+    def test_of_many_who_connect_at_once_a_turn_accepts_a_few_and_serves_who_is_there(self):
+        """Hardening: sessions-storm"""
+        inside = self.client()
+        before = inside.info().sessions
+        go_on = self.stop()
+        storm = [Client(self.address, hello=False) for _ in range(64)]
+        number = inside.submit(pb.Request(info=pb.Empty()))
+        go_on()
+        there = inside.read_reply(number)[1].info.sessions
+        self.assertLessEqual(there, before + 2 * 8)  # all 64 of them, if a turn accepted whoever waits
+        for client in storm:
+            client.send(frame(HELLO, envelope=hello_envelope()))
+        for client in storm:
+            self.assertEqual(client.read_frame()[0], HELLO_REPLY)
+            client.close()
 
     def test_more_requests_in_flight_than_allowed_are_answered_all_the_same(self):
         """Hardening: promise-one-reply"""

@@ -127,6 +127,67 @@ class Calls(Isolated):
         self.assertEqual(client.call(relu(SHAPE))[0].status, harness.OK)  # it has changed its own copy
 
 
+class Kept(Isolated):
+    """Large operands whose contents stay are mapped by a worker once, read-only, and let go of when they end."""
+
+    COUNT = 1 << 17
+
+    def setUp(self):
+        self.server = self.daemon(QUARANTINE_OFF)
+        self.user = self.client(self.server)
+
+    def upload(self, value):
+        return self.user.ask(pb.Request(upload=pb.Upload(tensor=tensor([self.COUNT]))), f32(*[float(value)] * self.COUNT))[0].run.outputs[0].kept
+
+    def relu(self, handle, wanted):
+        _, got = self.user.ask(run("relu", pb.Tensor(handle=handle), run_priority=["faulty"], run_strict=True))
+        self.assertEqual(got, f32(*[float(wanted)] * self.COUNT))
+
+    def mapped(self):
+        """The permissions of what the workers have mapped of constants."""
+        lines = []
+        for pid in workers(self.server):
+            with open("/proc/%d/maps" % pid) as file:
+                lines += [line.split()[1] for line in file if "opd-constant" in line]
+        return lines
+
+    def test_it_is_mapped_when_it_comes_again_and_once(self):
+        handle = self.upload(3)
+        self.relu(handle, 3)
+        self.assertEqual(self.mapped(), [])  # what comes once isn't worth it
+        for _ in range(4):
+            self.relu(handle, 3)
+        self.assertEqual(self.mapped(), ["r--s"])
+        info = self.user.info()
+        self.assertEqual((info.derived_copies, info.derived_bytes, info.derived_made, info.derived_found), (1, 4 * self.COUNT, 1, 3))
+
+    def test_it_ends_with_the_tensor(self):
+        handle = self.upload(3)
+        for _ in range(3):
+            self.relu(handle, 3)
+        self.user.ask(pb.Request(free=pb.Free(tensors=[pb.Tensor(handle=handle)])))
+        self.assertEqual(self.user.info().derived_copies, 0)
+        harness.wait_until(lambda: self.mapped() == [], "the worker lets go of it")
+
+    def test_a_new_worker_has_it_again(self):
+        handle = self.upload(3)
+        for _ in range(3):
+            self.relu(handle, 3)
+        before = workers(self.server)
+        self.fails(self.user, KILL)
+        self.relu(handle, 3)
+        self.assertNotEqual(workers(self.server), before)
+        self.assertEqual(self.mapped(), ["r--s"])
+
+    def test_a_session_that_ends_leaves_none(self):
+        handle = self.upload(3)
+        for _ in range(3):
+            self.relu(handle, 3)
+        self.user.close()
+        other = self.client(self.server)
+        harness.wait_until(lambda: other.info().derived_copies == 0 and self.mapped() == [], "nothing is left of it")
+
+
 class Crashes(Isolated):
     """Hardening: providers-crashes"""
 
@@ -142,7 +203,7 @@ class Crashes(Isolated):
             self.assertEqual(self.provider(daemon)["deaths"], turn)
         self.assertRegex(text, r"died of signal 9 \(Killed\)")
         self.assertEqual(daemon.log_text().count("worker died"), 4)
-        self.assertEqual((daemon.descriptors(), len(workers(daemon))), (descriptors, 1))
+        harness.wait_until(lambda: (daemon.descriptors(), len(workers(daemon))) == (descriptors, 1), "what opctl's connections and the dead had is closed")
         harness.wait_until(lambda: client.info().session_memory_bytes == 0, "its memory is given back")
 
     def test_a_crash_in_a_predicate_or_a_plan_is_too(self):

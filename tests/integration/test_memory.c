@@ -62,6 +62,11 @@ static void open_narrow(void)
 	open_with((const char *const[]){"limits.regions", "2", "limits.shared", "2 MiB", NULL});
 }
 
+static void open_scarce(void)
+{
+	open_with((const char *const[]){"limits.session", "1536 KiB", NULL});
+}
+
 static void open_single(void)
 {
 	open_with((const char *const[]){"limits.in_flight", "1", NULL});
@@ -275,6 +280,39 @@ START_TEST(memory_outlives_its_client)
 	opd_memory_destroy(memory);
 	client = sharing_client();
 	OK(opd_memory_create(client, MEMORY_BYTES, &memory, &error));
+}
+END_TEST
+
+/* The daemon may have to keep the pages when their client is gone. */
+START_TEST(mapped_bytes_are_charged_until_nobody_needs_them)
+{
+	opd_memory *second = NULL;
+	house_await_bytes(&house, MEMORY_BYTES);
+	OK(opd_memory_create(client, 8192, &second, &error));
+	house_await_bytes(&house, MEMORY_BYTES + 8192);
+	const opd_sharing *sharing = NULL;
+	OK(opd_sessions(client, 0, &sharing, &error));
+	ck_assert_uint_eq(sharing->sessions[0].memory_bytes, MEMORY_BYTES + 8192);
+	opd_document_free(sharing);
+	opd_memory_destroy(second);
+	house_await_bytes(&house, MEMORY_BYTES);
+	opd_close(client);
+	house_await_bytes(&house, 0);
+	opd_memory_destroy(memory);
+	client = sharing_client();
+	OK(opd_memory_create(client, MEMORY_BYTES, &memory, &error));
+}
+END_TEST
+
+START_TEST(mapped_bytes_are_held_to_the_session_s_memory)
+{
+	opd_memory *second = NULL;
+	fails(opd_memory_create(client, MEMORY_BYTES / 2 + 4096, &second, &error), OPD_RESOURCE_EXHAUSTED, "attach_memory: session memory: 528384 bytes wanted, 1048576 of at most 1572864");
+	house_await_bytes(&house, MEMORY_BYTES);
+	OK(opd_memory_create(client, MEMORY_BYTES / 2, &second, &error));
+	opd_request *request = relu_of(at(0), 4);
+	refuses(request, OPD_RESOURCE_EXHAUSTED, "session memory: 16 bytes wanted, 1572864 of at most 1572864");
+	opd_memory_destroy(second);
 }
 END_TEST
 
@@ -864,6 +902,7 @@ static Suite *suite(void)
 	tcase_add_test(wide, results_of_a_graph_lie_in_shared_memory_too);
 	tcase_add_test(wide, ranges_of_a_graph_s_results_are_held_to_the_same_rules);
 	tcase_add_test(wide, memory_outlives_its_client);
+	tcase_add_test(wide, mapped_bytes_are_charged_until_nobody_needs_them);
 	tcase_add_test(wide, results_overlap_neither_operands_nor_each_other);
 	tcase_add_test(wide, a_range_that_is_too_small_for_the_result_is_refused_before_the_kernel);
 	tcase_add_test(wide, a_client_that_did_not_ask_has_no_shared_memory);
@@ -878,6 +917,10 @@ static Suite *suite(void)
 	tcase_add_checked_fixture(checked, open_checked, close_house);
 	suite_add_tcase(made, checked);
 	tcase_add_test(checked, results_of_a_graph_are_copied_there_in_checked_mode);
+	TCase *scarce = tcase_create("scarce");
+	tcase_add_checked_fixture(scarce, open_scarce, close_house);
+	tcase_add_test(scarce, mapped_bytes_are_held_to_the_session_s_memory);
+	suite_add_tcase(made, scarce);
 	TCase *single = tcase_create("single");
 	tcase_set_timeout(single, 60);
 	tcase_add_checked_fixture(single, open_single, close_house);

@@ -430,10 +430,10 @@ START_TEST(a_request_that_could_not_start_in_time_fails_by_its_deadline)
 	opd_ticket third = submit(patient);
 	opd_result *none = NULL;
 	ck_assert_int_eq(opd_wait(client, third, 5000, &none, &error), OPD_DEADLINE_EXCEEDED); /* of the wait, not the request */
-	lab_gate(true);
-	finish(first, OPD_OK);
 	finish(second, OPD_DEADLINE_EXCEEDED);
 	says("not started within its timeout of 1000 us");
+	lab_gate(true);
+	finish(first, OPD_OK);
 	finish(third, OPD_OK);
 	opd_request_destroy(gate);
 	opd_request_destroy(late);

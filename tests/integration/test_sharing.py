@@ -15,7 +15,7 @@ import unittest
 
 import opd
 
-from harness import (CANCEL, CANCELLED, CHUNKED, DATA, DEADLINE_EXCEEDED, INVALID_ARGUMENT, OK, OPD, PERMISSION_DENIED, REQUEST, RESOURCE_EXHAUSTED, Client, DaemonCase, Failed, f32, frame, inline, pb, run,
+from harness import (CANCEL, CANCELLED, CHUNKED, DATA, DEADLINE_EXCEEDED, INVALID_ARGUMENT, NOT_FOUND, OK, OPD, PERMISSION_DENIED, REQUEST, RESOURCE_EXHAUSTED, Client, DaemonCase, Failed, f32, frame, inline, pb, run,
                      tensor, wait_until)
 
 REALTIME, INTERACTIVE, BATCH = pb.REALTIME, pb.INTERACTIVE, pb.BATCH
@@ -114,13 +114,52 @@ class Sharing(DaemonCase):
         self.assertEqual([other.read_reply()[0] for _ in range(2)], [fast, tail])
         self.assertEqual(self.one.read_reply()[0], slow)
         for wrong, pattern, code in ((["999999", "set", "weight", "1"], "session 999999: there is none", 1), ([str(number), "set", "weight", "0"], "expected 1 to 1000000", 2),
-                                     ([str(number), "set", "class", "urgent"], "'urgent', expected realtime, interactive or batch", 2), ([str(number)], "expected session ID set", 2)):
+                                     ([str(number), "set", "class", "urgent"], "'urgent', expected realtime, interactive or batch", 2), ([str(number)], "expected session ID set", 2),
+                                     (["first", "set", "weight", "7"], "the session is 'first', expected a whole number", 2), (["0", "set", "weight", "7"], "expected the number of one that opctl sessions lists", 2),
+                                     (["18446744073709551616", "set", "weight", "7"], "the session is '18446744073709551616', expected a whole number of 64 bits", 2)):
             done = subprocess.run(opctl + ["session"] + wrong, capture_output=True, text=True)
             self.assertRegex(done.stderr, pattern)
             self.assertEqual(done.returncode, code)
         top = subprocess.run(opctl + ["top", "-c", "2", "--duration", "0.01"], check=True, capture_output=True, text=True).stdout
         self.assertEqual(top.count("lane cpu:"), 2)
         self.assertRegex(top, r"(?m)^ +%d +uid" % number)
+
+    def test_an_administrator_sets_a_sessions_list_below_what_it_has_pushed_itself(self):
+        number, tcp = str(self.one.hello.session), self.daemon.tcp_addresses()[0]
+        opctl = [os.path.join(os.path.dirname(OPD), "opctl"), "--connect", self.address, "session"]
+
+        def ran():
+            reply = self.one.ask(run("gelu", inline([2], f32(1, 2)), run_explain=True))[0]
+            return reply.run.provider, reply.run.explain.level
+
+        before, other = ran(), self.client()
+        self.assertNotEqual(before[0], "native")
+        subprocess.run(opctl + [number, "set", "priority", "gelu=native"], check=True, capture_output=True)
+        self.assertEqual(ran(), ("native", pb.SESSION))
+        self.assertEqual(other.ask(run("gelu", inline([2], f32(1, 2))))[0].run.provider, before[0])
+        pushed = pb.Request(push_priority=pb.PriorityMap(entries=[pb.PriorityEntry(op="gelu", list=pb.ProviderList(names=["cpu"]))]))
+        self.one.ask(pushed)
+        self.assertEqual(ran(), ("cpu", pb.SESSION))
+        subprocess.run(opctl + [number, "set", "priority", "*=native"], check=True, capture_output=True)
+        self.assertEqual(ran(), ("cpu", pb.SESSION))
+        self.one.ask(pb.Request(pop_priority=pb.Empty()))
+        self.assertEqual(ran(), ("native", pb.SESSION))  # a pop ends what was pushed and nothing else
+        for op in ("gelu", "*"):
+            self.assertEqual(ran()[0], "native")
+            subprocess.run(opctl + [number, "clear", "priority", op], check=True, capture_output=True)
+        self.assertEqual(ran(), before)
+        for words, pattern, code in ((["999999", "set", "priority", "gelu=cpu"], "session 999999: there is none", 1), ([number, "set", "priority", "gelu"], "the priority is 'gelu', expected OP=LIST", 2),
+                                     ([number, "set", "priority", "=cpu"], "expected OP=LIST", 2), ([number, "set", "priority", "gelu=nobody"], "nobody", 1),
+                                     ([number, "set", "priority", "no_such_op=cpu"], "no_such_op", 1), ([number, "clear", "weight", "1"], "expected session ID set", 2)):
+            done = subprocess.run(opctl + words, capture_output=True, text=True)
+            self.assertRegex(done.stderr, pattern)
+            self.assertEqual(done.returncode, code)
+        mine = pb.SetPriority(op="gelu", list=pb.ProviderList(names=["native"]), session=self.one.hello.session)
+        with Client(tcp) as stranger:
+            self.assertEqual(stranger.call(pb.Request(set_priority=mine))[0].status, PERMISSION_DENIED)
+        mine.scope = pb.SCOPE_SERVER
+        self.assertEqual(other.call(pb.Request(set_priority=mine))[0].status, INVALID_ARGUMENT)
+        self.assertEqual(ran(), before)
 
     def test_who_brings_a_large_graph_pays_for_reading_it(self):
         nodes = 20000
@@ -463,11 +502,42 @@ class Quotas(DaemonCase):
         self.assertEqual(upload(self.one, 65).status, OK)
         self.opctl("session", number, "set", "quota", "device_time=1ms")
         self.assertEqual(self.quota(pb.QUOTA_DEVICE_TIME, self.one)[1], 1000000)
-        for wrong, pattern in (("sessions=1", "the quota is 'sessions=1', expected in_flight, queued"), ("memory=1 parsec", "expected a whole number with a unit, such as 64MiB"),
-                               ("in_flight", "the quota is 'in_flight'"), ("device_time=5", "such as 64ms"), ("queued=-1", "the quota is '-1', expected a whole number")):
+        for wrong, pattern in (("sessions=1", "the quota is 'sessions=1', expected in_flight, queued"), ("memory=1 parsec", "expected a whole number of 64 bits with a unit, such as 64MiB"),
+                               ("in_flight", "the quota is 'in_flight'"), ("in_flight=18446744073709551616", "expected a whole number of 64 bits"), ("memory=18446744073709551616", "64 bits"), ("memory=16777216TiB", "64 bits"), ("device_time=5", "such as 64ms"), ("queued=-1", "the quota is '-1', expected a whole number")):
             self.assertRegex(self.opctl("session", number, "set", "quota", wrong, code=2), pattern)
         reply, _ = self.one.call(pb.Request(set_session=pb.SetSession(session=int(number), quotas=[pb.Quota(kind=pb.QUOTA_SESSIONS, limit=1)])))
         self.assertEqual((reply.status, reply.message), (INVALID_ARGUMENT, "quota sessions is a tenant's: the configuration has it"))
+
+    def set_quota(self, kind, limit):
+        return self.two.call(pb.Request(set_session=pb.SetSession(session=self.one.hello.session, quotas=[pb.Quota(kind=kind, limit=limit)])))[0]
+
+    def test_a_limit_that_is_none_is_a_typed_error_and_changes_nothing(self):
+        most = (1 << 64) - 1
+        for kind, wrong in ((pb.QUOTA_IN_FLIGHT, (1000001, 1 << 32, most)), (pb.QUOTA_QUEUED, (1000001, 1 << 32, most)), (pb.QUOTA_DEVICE_TIME, (1, 999999, 1024000000001, most)),
+                            (pb.QUOTA_SESSIONS, (0, 1))):
+            name = pb.QuotaKind.Name(kind)[len("QUOTA_"):].lower()
+            before = [quota for state in self.sessions().sessions for quota in state.quotas if quota.kind == kind]
+            for limit in wrong:
+                reply = self.set_quota(kind, limit)
+                self.assertEqual(reply.status, INVALID_ARGUMENT)
+                self.assertIn("quota " + name, reply.message)
+            self.assertEqual([quota for state in self.sessions().sessions for quota in state.quotas if quota.kind == kind], before)
+        both = [pb.Quota(kind=pb.QUOTA_IN_FLIGHT, limit=3), pb.Quota(kind=pb.QUOTA_QUEUED, limit=1 << 32)]
+        self.assertEqual(self.two.call(pb.Request(set_session=pb.SetSession(session=self.one.hello.session, weight=7, quotas=both)))[0].status, INVALID_ARGUMENT)
+        self.assertEqual(self.quota(pb.QUOTA_IN_FLIGHT, self.one)[1], 6)
+        self.assertEqual([state.weight for state in self.sessions().sessions if state.session == self.one.hello.session], [100])
+        self.assertEqual(self.two.call(pb.Request(set_session=pb.SetSession(session=1 << 63, weight=7)))[0].status, NOT_FOUND)
+
+    def test_the_largest_limits_are_taken_and_0_is_what_the_configuration_has(self):
+        most = (1 << 64) - 1
+        for kind, limit, configured in ((pb.QUOTA_IN_FLIGHT, 1000000, 6), (pb.QUOTA_QUEUED, 1000000, 4), (pb.QUOTA_MEMORY, most, 768 << 10), (pb.QUOTA_DEVICE_MEMORY, most, 0),
+                                        (pb.QUOTA_BYTES_IN, most, 0), (pb.QUOTA_BYTES_OUT, most, 0), (pb.QUOTA_DEVICE_TIME, 1024000000000, 0)):
+            self.assertEqual(self.set_quota(kind, limit).status, OK)
+            self.assertEqual(self.quota(kind, self.one)[1], limit)
+            self.one.ask(product(2, 2), f32(1))
+            self.assertEqual(self.set_quota(kind, 0).status, OK)
+            mine, = [state for state in self.sessions().sessions if state.session == self.one.hello.session]
+            self.assertEqual([quota.limit for quota in mine.quotas if quota.kind == kind and quota.limit != 0], [configured] if configured else [])
 
     def test_a_session_that_has_used_its_device_time_waits_and_others_go_on(self):
         self.one.ask(product(256, 256), f32(1))

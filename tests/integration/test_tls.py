@@ -201,6 +201,92 @@ class Traffic(Case):
         self.assertEqual(client.expect_end()[0], harness.INVALID_ARGUMENT)  # an SSLEOFError if there were no close_notify
 
 
+class InFlight(Case):
+    """What a session may have in flight is what it has, however much came in one read: on every transport."""
+
+    config = "threads: 1\ninline: 0\nlimits: {in_flight: 4}\n"
+    flags = ("--listen", "tcp://127.0.0.1:0")
+
+    def setUp(self):
+        self.watch = Client(self.daemon.address)
+        self.addCleanup(self.watch.close)
+
+    def states(self):
+        listed = self.watch.ask(pb.Request(list_sessions=pb.ListSessions()))[0].sessions
+        return {state.session: state for state in listed.sessions}, listed.lanes[0]
+
+    def occupy(self):
+        """The lane's thread is in a kernel that ends when it is cancelled."""
+        holder = Client(self.daemon.address, features=["cancel"])
+        self.addCleanup(holder.close)
+        left, right = (harness.tensor(shape, size=4, strides=[0, 0]) for shape in ([4096, 1 << 16], [1 << 16, 4096]))
+        request = harness.run("matmul", left, right, run_priority=["native"])
+        request.run.outputs.add(no_copy=True)
+        number = holder.submit(request, harness.f32(1))
+        wait_until(lambda: self.states()[1].running == 1, "the thread has the kernel")
+        return lambda: holder.send(frame(harness.CANCEL, number))
+
+    def check_exact(self, flood):
+        release = self.occupy()
+        relu = harness.run("relu", harness.inline([2], harness.f32(-1, 2)), run_priority=["native"], run_inline_results=True).SerializeToString()
+        before = self.watch.info().requests
+        flood.send(b"".join(frame(harness.REQUEST, 100 + i, relu) for i in range(150)))
+        wait_until(lambda: self.states()[0][flood.hello.session].in_flight >= 4, "as many as may be are in flight")
+        state = self.states()[0][flood.hello.session]
+        self.assertEqual((state.in_flight, state.queued), (4, 4))
+        release()
+        for i in range(150):
+            request_id, reply, _ = flood.read_reply(100 + i)
+            self.assertEqual((request_id, unpack_f32(reply.run.outputs[0].tensor.inline)), (100 + i, (0, 2)))
+        self.assertGreater(self.watch.info().requests, before + 150)
+        flood.next_id = 300
+        self.check_served(flood)
+
+    def test_over_tls(self):
+        self.check_exact(self.client())
+
+    def test_over_tcp(self):
+        with Client(self.daemon.tcp_addresses()[0]) as flood:
+            self.check_exact(flood)
+
+    def test_over_a_unix_socket(self):
+        with Client(self.daemon.address) as flood:
+            self.check_exact(flood)
+
+    def test_a_client_that_leaves_with_more_than_it_may_have_takes_nothing_along(self):
+        release = self.occupy()
+        relu = harness.run("relu", harness.inline([2], harness.f32(-1, 2)), run_priority=["native"]).SerializeToString()
+        flood = self.client()
+        flood.send(b"".join(frame(harness.REQUEST, 100 + i, relu) for i in range(50)))
+        wait_until(lambda: self.states()[0][flood.hello.session].in_flight == 4, "as many as may be are in flight")
+        flood.sock.close()
+        release()
+        wait_until(lambda: self.watch.info().memory_bytes == 0 and len(self.states()[0]) == 2, "nothing is left of it")
+
+
+class Counted(Case):
+    def counts(self):
+        items = self.client().ask(pb.Request(get_stats=pb.GetStats()))[0].stats.items
+        found = {item.name: int(item.value) for item in items}
+        return found["opd_tls_handshakes_total"], found["opd_tls_resumed_total"]
+
+    def test_handshakes_are_counted_and_those_of_them_that_a_ticket_has_shortened(self):
+        done, resumed = self.counts()  # its own is one of them
+        made = context()
+        first = self.client(tls=made)
+        first.ping()  # behind the ticket
+        self.assertEqual(self.counts(), (done + 2, resumed))
+        with socket.create_connection(first.sock.getpeername()) as plain, made.wrap_socket(plain, server_hostname="localhost", session=first.sock.session) as again:
+            self.assertTrue(again.session_reused)
+            wait_until(lambda: self.counts()[1] == resumed + 1, "the handshake that was resumed")
+        with self.raw() as other:  # none of these is a handshake that was finished
+            other.sendall(client_hello())
+        with self.raw() as other:
+            other.sendall(b"x" * 100)
+        before = self.counts()
+        self.assertEqual(self.counts(), (before[0] + 1, resumed + 1))
+
+
 class FrontDoor(Case):
     """Each ends the connection with a reason in the log, and the next client is served (tearDown)."""
 
@@ -364,7 +450,7 @@ class SlowReader(Case):
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
             cls.address = "tls://127.0.0.1:%d" % listening.getsockname()[1]
             flags = ("--listen", cls.address, *server_flags()[2:])
-            cls.daemon = Daemon(*flags, config="limits: {stall: 1s, in_flight: 4}\n", wrapper=wrapper(listening), pass_fds=[listening.fileno()])
+            cls.daemon = Daemon(*flags, config="limits: {stall: 1s, in_flight: 256}\n", wrapper=wrapper(listening), pass_fds=[listening.fileno()])
 
     def test_a_client_that_reads_small_replies_a_few_at_a_time_is_cut_off(self):
         """Every few of its bytes let a batch of replies leave, and yet they aren't 64 KiB within the time."""

@@ -30,7 +30,7 @@ struct house {
 void house_start(struct house *house, const char *const *settings);
 void house_stop(struct house *house);
 
-/* A client over the socket, or as the environment's OPD_HOUSE_WAY says ("?rings", "tls"): how whole suites run over another transport. */
+/* A client over the socket, or as the environment's OPD_HOUSE_WAY says ("?rings", "tls"): how whole suites run over another transport. OPD_HOUSE_LOOPS: so many I/O loops. */
 opd_client *house_client(const struct house *house);
 /* A client that may call the dispatcher directly: a socket pair, and the scheme that libopd-embedded has too. */
 opd_client *house_direct_client(struct house *house);

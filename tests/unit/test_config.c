@@ -485,6 +485,46 @@ START_TEST(lanes_that_are_not_are_named)
 }
 END_TEST
 
+/* Whether the file `tenants: {a: {<key>: <value>}}` is good; a bad one is an error that names the key. */
+static bool quota_is_good(const char *key, const char *value)
+{
+	char text[200], name[100];
+	(void)snprintf(text, sizeof text, "tenants: {a: {%s: \"%s\"}}\n", key, value);
+	(void)snprintf(name, sizeof name, ":1: tenants.a.%s: ", key);
+	config_destroy(config);
+	config = config_create();
+	const opd_status status = load(text);
+	if (status == OPD_OK)
+		return true;
+	ck_assert_int_eq(status, OPD_INVALID_ARGUMENT);
+	ck_assert_msg(strncmp(error.text + strlen(path), name, strlen(name)) == 0 && strstr(error.text, "expected") != NULL, "%s", error.text);
+	return false;
+}
+
+START_TEST(every_quota_takes_what_it_can_be_and_names_what_it_cant)
+{
+	static const char *const numbers[] = {"sessions", "in_flight", "queued", "session_in_flight", "session_queued"};
+	static const char *const sizes[] = {"bytes_in", "bytes_out", "memory", "device_memory", "session_bytes_in", "session_bytes_out", "session_memory", "session_device_memory"};
+	static const char *const times[] = {"device_time", "session_device_time"};
+	static const struct {
+		const char *const *keys;
+		size_t count;
+		const char *good[4], *bad[8];
+	} kinds[] = {
+		{numbers, sizeof numbers / sizeof numbers[0], {"0", "1", "1000000"}, {"-1", "1.5", "1000001", "4294967296", "18446744073709551616", "many", " 1", ""}},
+		{sizes, sizeof sizes / sizeof sizes[0], {"0", "1", "64 KiB", "18446744073709551615"}, {"-1", "1.5 GiB", "18446744073709551616", "16777216 TiB", "1 parsec", "KiB", "0x10", ""}},
+		{times, sizeof times / sizeof times[0], {"0", "1ms", "1024s"}, {"-1s", "5", "999999ns", "1025s", "18446744073709551616s", "18446744073709551615s", "1 day", ""}},
+	};
+	for (size_t i = 0; i < sizeof kinds / sizeof kinds[0]; i++)
+		for (size_t k = 0; k < kinds[i].count; k++) {
+			for (size_t n = 0; n < sizeof kinds[i].good / sizeof kinds[i].good[0] && kinds[i].good[n] != NULL; n++)
+				ck_assert_msg(quota_is_good(kinds[i].keys[k], kinds[i].good[n]), "%s", error.text);
+			for (size_t n = 0; n < sizeof kinds[i].bad / sizeof kinds[i].bad[0]; n++)
+				ck_assert_msg(!quota_is_good(kinds[i].keys[k], kinds[i].bad[n]), "%s: %s", kinds[i].keys[k], kinds[i].bad[n]);
+		}
+}
+END_TEST
+
 START_TEST(a_tenants_lane_must_be_there)
 {
 	load_ok("tenants:\n  alice: {lane: fast}\n");
@@ -660,6 +700,7 @@ static void add_check_tests(TCase *tests)
 	tcase_add_test(tests, tls_may_be_reached_from_anywhere);
 	tcase_add_test(tests, lanes_are_named_and_tenants_name_them);
 	tcase_add_loop_test(tests, lanes_that_are_not_are_named, 0, 5);
+	tcase_add_test(tests, every_quota_takes_what_it_can_be_and_names_what_it_cant);
 	tcase_add_test(tests, a_tenants_lane_must_be_there);
 	tcase_add_test(tests, tls_has_its_keys);
 	tcase_add_test(tests, a_socket_path_that_does_not_fit_is_refused);

@@ -18,7 +18,7 @@ static const char owner[2]; /* two modules' addresses */
 static void begin(void)
 {
 	opd_error error;
-	ck_assert_int_eq(memory_init(&memory, 64 * MIB, 16 * MIB, &error), OPD_OK);
+	memory_init(&memory, 64 * MIB, 16 * MIB);
 	ck_assert_int_eq(derived_create(&memory, LIMIT, &derived, &error), OPD_OK);
 }
 
@@ -313,6 +313,70 @@ START_TEST(copies_give_way_when_the_ledger_is_full)
 }
 END_TEST
 
+struct elsewhere {
+	struct derived_own own; /* first */
+	int released;
+};
+
+static void on_release(struct derived_own *own)
+{
+	((struct elsewhere *)own)->released++;
+}
+
+/* As use: 'm' where the copy that lies there was made, and kept if so. */
+static char use_elsewhere(const opd_tensor *tensor, struct elsewhere *place, bool keep)
+{
+	struct derived_run run = {.count = 0};
+	const bool found = derived_find(derived, &run, &owner[0], tensor, NULL, 0) == place;
+	const bool made = !found && derived_make_own(derived, &run, &owner[0], tensor, 1000, &place->own);
+	if (made && keep)
+		derived_keep(derived, &run, place);
+	derived_end(derived, &run);
+	return found ? 'f' : made ? 'm' : '-';
+}
+
+START_TEST(a_copy_that_lies_elsewhere_is_charged_found_and_released_once)
+{
+	struct operand operand;
+	struct elsewhere place = {.own = {on_release}};
+	begin();
+	const opd_tensor *tensor = describe(&operand, 7, 1, 8, 0);
+	ck_assert_int_eq(use_elsewhere(tensor, &place, true), '-');
+	ck_assert_int_eq(use_elsewhere(tensor, &place, false), 'm');
+	ck_assert_int_eq(place.released, 1); /* not kept, it went with its run */
+	ck_assert_uint_eq(atomic_load(&memory.used_bytes), 0);
+	ck_assert_int_eq(use_elsewhere(tensor, &place, true), 'm');
+	ck_assert_int_eq(use_elsewhere(tensor, &place, true), 'f');
+	ck_assert_uint_eq(atomic_load(&memory.used_bytes), 1000);
+	derived_forget(derived, 7, 1);
+	ck_assert_int_eq(place.released, 2);
+	ck_assert_uint_eq(atomic_load(&memory.used_bytes), 0);
+	end();
+}
+END_TEST
+
+START_TEST(a_copy_that_lies_elsewhere_gives_way_and_needs_room_like_others)
+{
+	struct operand operand;
+	struct elsewhere place = {.own = {on_release}};
+	begin();
+	const opd_tensor *tensor = describe(&operand, 7, 1, 8, 0);
+	derived_set_limit(derived, 999);
+	for (int i = 0; i < 3; i++)
+		ck_assert_int_eq(use_elsewhere(tensor, &place, true), '-');
+	ck_assert_int_eq(place.released, 0); /* still its maker's */
+	derived_set_limit(derived, LIMIT);
+	ck_assert_int_eq(use_elsewhere(tensor, &place, true), '-'); /* no limit that is too small has remembered it */
+	ck_assert_int_eq(use_elsewhere(tensor, &place, true), 'm');
+	ck_assert_uint_eq(derived_reclaim(derived, UINT64_MAX), 1000);
+	ck_assert_int_eq(place.released, 1);
+	ck_assert_int_eq(use_elsewhere(tensor, &place, true), '-');
+	ck_assert_int_eq(use_elsewhere(tensor, &place, true), 'm'); /* what is left at the end is released as well */
+	end();
+	ck_assert_int_eq(place.released, 2);
+}
+END_TEST
+
 START_TEST(a_lower_limit_takes_effect_at_once)
 {
 	begin();
@@ -393,6 +457,8 @@ int main(void)
 	tcase_add_test(tests, a_working_set_that_does_not_fit_is_packed_in_part_and_stays_so);
 	tcase_add_test(tests, copies_that_nobody_uses_make_room_for_others);
 	tcase_add_test(tests, copies_give_way_when_the_ledger_is_full);
+	tcase_add_test(tests, a_copy_that_lies_elsewhere_is_charged_found_and_released_once);
+	tcase_add_test(tests, a_copy_that_lies_elsewhere_gives_way_and_needs_room_like_others);
 	tcase_add_test(tests, a_lower_limit_takes_effect_at_once);
 	tcase_add_test(tests, what_came_once_is_remembered_in_bounded_memory);
 	tcase_add_test(tests, threads_never_see_a_copy_of_other_contents);

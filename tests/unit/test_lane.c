@@ -38,8 +38,9 @@ static void expect(bool kept)
 		atomic_fetch_add(&broken, 1);
 }
 
-static void on_wake(void *argument)
+static void on_wake(void *argument, uint32_t owner)
 {
+	(void)owner;
 	struct bench *self = argument;
 	uint64_t one = 1;
 	atomic_fetch_add(&self->wakes, 1);
@@ -72,7 +73,7 @@ static void take_until(uint32_t count)
 	while (bench.taken < count) {
 		uint64_t events;
 		ck_assert_int_eq(read(bench.event, &events, sizeof events), sizeof events);
-		bench.taken += lane_finish_done(bench.lane);
+		bench.taken += lane_finish_done(bench.lane, 0);
 	}
 	ck_assert_uint_eq(bench.taken, count);
 }
@@ -159,11 +160,11 @@ START_TEST(done_jobs_come_in_the_order_in_which_they_ended)
 	for (size_t i = 0; i < COUNT; i++)
 		ck_assert(lane_submit(bench.lane, &jobs[i].job));
 	lane_stop(bench.lane);
-	struct lane_job *job = lane_take_done(bench.lane);
+	struct lane_job *job = lane_take_done(bench.lane, 0);
 	for (size_t i = 0; i < COUNT; i++, job = job->next)
 		ck_assert_ptr_eq(job, &jobs[i].job);
 	ck_assert_ptr_null(job);
-	ck_assert_ptr_null(lane_take_done(bench.lane));
+	ck_assert_ptr_null(lane_take_done(bench.lane, 0));
 	stop();
 	free(jobs);
 }
@@ -178,7 +179,7 @@ START_TEST(wake_is_called_only_when_the_list_was_empty)
 		ck_assert(lane_submit(bench.lane, &jobs[i].job));
 	lane_stop(bench.lane); /* nobody took one */
 	ck_assert_uint_eq(atomic_load(&bench.wakes), 1);
-	ck_assert_uint_eq(lane_finish_done(bench.lane), COUNT);
+	ck_assert_uint_eq(lane_finish_done(bench.lane, 0), COUNT);
 	expect_once(jobs, COUNT);
 	stop();
 	free(jobs);
@@ -553,7 +554,7 @@ START_TEST(stopping_runs_what_is_queued)
 	}
 	lane_stop(bench.lane);
 	ck_assert(!lane_busy(bench.lane));
-	ck_assert_uint_eq(lane_finish_done(bench.lane), COUNT);
+	ck_assert_uint_eq(lane_finish_done(bench.lane, 0), COUNT);
 	expect_once(jobs, COUNT);
 	for (size_t i = 0; i < COUNT * ITEMS; i++)
 		expect(atomic_load(&hits[i]) == 1);
@@ -820,7 +821,7 @@ START_TEST(stopping_does_not_wait_for_a_rate)
 		ck_assert(lane_submit(bench.lane, &jobs[i].job));
 	}
 	lane_stop(bench.lane);
-	ck_assert_uint_eq(lane_finish_done(bench.lane), 4);
+	ck_assert_uint_eq(lane_finish_done(bench.lane, 0), 4);
 	expect_once(jobs, 4);
 	stop();
 	free(jobs);

@@ -389,6 +389,32 @@ START_TEST(a_rate_bounds_device_time_and_leaves_the_rest_to_others)
 }
 END_TEST
 
+/* An hour of a tenant, a session and both on several threads: neither loses nor gains a job beyond the bucket that was full at the start and what was running when it became empty. */
+START_TEST(a_rate_is_exact_over_a_long_time)
+{
+	static const struct {
+		uint32_t servers;
+		uint64_t tenant_ns, session_ns; /* a second; 0: any */
+		sim_costs costs;
+	} cases[] = {{1, SECOND / 4, 0, SIM_FIXED}, {1, 0, SECOND / 3, SIM_EXPONENTIAL}, {4, 1500 * (uint64_t)MS, 0, SIM_PARETO}, {4, SECOND, SECOND / 7, SIM_EXPONENTIAL}, {2, MS, 0, SIM_FIXED}};
+	const uint64_t hour_s = 3600;
+	for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+		start(cases[i].servers, 40 + i);
+		struct sched_group *tenant = simulator_tenant(&sim, 100);
+		struct sim_client *client = simulator_client(&sim, tenant, 100, saturating(CLASS_INTERACTIVE, cases[i].costs, 5 * MS));
+		if (cases[i].tenant_ns != 0)
+			sched_group_set_rate(&sim.scheduler, tenant, cases[i].tenant_ns, 0);
+		if (cases[i].session_ns != 0)
+			sched_flow_set_rate(&sim.scheduler, &client->flow, cases[i].session_ns, 0);
+		simulator_run(&sim, hour_s * SECOND);
+		const uint64_t rate_ns = cases[i].session_ns != 0 ? cases[i].session_ns : cases[i].tenant_ns;
+		const double due = (double)rate_ns * (double)(hour_s + 1), most = 5e6 * (cases[i].costs == SIM_FIXED ? 1 : cases[i].costs == SIM_EXPONENTIAL ? 40 : 1000);
+		ck_assert_msg((double)client->device_ns > due - most - 2000 && (double)client->device_ns < due + cases[i].servers * most, "case %zu: %.6f s of %.6f", i, (double)client->device_ns / 1e9, due / 1e9);
+		stop();
+	}
+}
+END_TEST
+
 START_TEST(a_lone_bounded_tenant_is_served_again_when_its_bucket_fills)
 {
 	start(1, 13);
@@ -606,6 +632,7 @@ int main(void)
 	tcase_add_test(tests, small_sessions_hardly_notice_a_large_one);
 	tcase_add_test(tests, queues_are_bounded_and_others_go_on);
 	tcase_add_test(tests, a_rate_bounds_device_time_and_leaves_the_rest_to_others);
+	tcase_add_test(tests, a_rate_is_exact_over_a_long_time);
 	tcase_add_test(tests, a_lone_bounded_tenant_is_served_again_when_its_bucket_fills);
 	tcase_add_test(tests, a_bounded_session_leaves_its_tenants_time_to_the_others);
 	tcase_add_test(tests, who_waits_for_a_rate_and_leaves_leaves_nothing);

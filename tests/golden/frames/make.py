@@ -141,7 +141,7 @@ def requests():
             ("push-priority", "A pushed map.", pb.Request(push_priority=pb.PriorityMap(entries=lists))),
             ("pop-priority", "And back.", empty("pop_priority")),
             ("set-priority", "Every field of SetPriority.", pb.Request(set_priority=pb.SetPriority(
-                scope=pb.SCOPE_SERVER, op="relu", list=pb.ProviderList(names=["cpu", "native"])))),
+                scope=pb.SCOPE_SERVER, op="relu", list=pb.ProviderList(names=["cpu", "native"]), session=7))),
             ("clear-priority", "SetPriority without a list.", pb.Request(set_priority=pb.SetPriority(op="relu"))),
             ("get-priority", "GetPriority.", pb.Request(get_priority=pb.GetPriority(op="relu"))),
             ("list-ops", "ListOps.", empty("list_ops")),
