@@ -230,6 +230,7 @@ enum {
 	OPD_IMPL_BATCH_INVARIANT = 1u << 3,  /* a row's bits don't depend on how many other rows there are */
 	OPD_IMPL_CHECKS_INDICES = 1u << 4,   /* on a device: its kernels check index contents themselves, see opd_index_fault */
 	OPD_IMPL_NO_CAPTURE = 1u << 5,       /* on a device: what run enqueues can't be captured, see opd_backend.capture_begin */
+	OPD_IMPL_MAPPED = 1u << 7,           /* on a device: reads operands as large as its largest, and writes results, about once, so that they may lie in host memory that it reaches over the link */
 	OPD_IMPL_BF16_DENORMALS_ZERO = 1u << 6, /* bf16: denormal operands count as zero, as instructions for bf16 products have it (x86's do) */
 };
 
@@ -387,7 +388,17 @@ typedef struct opd_backend {
 
 	/* After OPD_DATA_LOSS: makes the device usable again, with nothing on it: memory that wasn't freed is gone, and isn't freed later. NULL: it stays lost. */
 	opd_status (*device_reset)(void *state, uint32_t ordinal, opd_error *error);
+
+	/* Where kernels of the device reach host memory that host_register has taken, like host_alloc's *device_out. NULL, the function or its answer: nowhere. */
+	void *(*host_mapped)(void *state, uint32_t ordinal, void *host);
+	uint32_t flags; /* OPD_BACKEND_* */
+	uint32_t reserved;
 } opd_backend;
+
+enum {
+	/* No work on a stream fails alone: what fails once it is enqueued loses the device. The host then lets one event tell of several requests' end. */
+	OPD_BACKEND_FAILS_WHOLE = 1u << 0,
+};
 
 /* ---- The host ---------------------------------------------------------------------------------------------------------- */
 

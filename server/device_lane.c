@@ -6,21 +6,25 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <time.h>
 
 #include "server/daemon.h"
 #include "server/device_work.h"
 #include "server/module.h"
+#include "server/pins.h"
 #include "server/request.h"
 
 /* Jobs enqueued on the stream and not yet complete. */
-#define IN_FLIGHT_MAX 16u
+#define IN_FLIGHT_MAX 32u
 /* How the thread waits for the device: it looks again at once while a kernel may be a short one, then lets others have the core, then sleeps, so
- * that a kernel of many milliseconds costs no core and is noticed at most 5 % late. */
+ * that a kernel of many milliseconds costs no core and is noticed at most 5 % late, or on time where it is known how long it takes. */
 #define POLL_SPIN_NS 20000u
 #define POLL_YIELD_NS 1000000u
 #define POLL_SLEEP_NS 50000
 #define JOB_ARENA_BYTES (16u << 20)
+/* Where events are shared: so that the oldest of many doesn't wait long for its own end to be told. */
+#define JOBS_AN_EVENT 8u
 
 struct device_held {
 	struct device_held *next;
@@ -35,14 +39,23 @@ struct device_mirror {
 };
 
 static bool poll_flight(struct device_lane *lane);
+static void mark_end(struct device_lane *lane);
 
 /* ---- Waiting ---- */
+
+/* Whether there is time for a sleep before the oldest job should have ended: one of a kind that was seen before isn't noticed late. */
+static bool far_from_end(const struct device_lane *lane, uint64_t now_ns)
+{
+	const uint64_t estimate_ns = lane->flight == NULL ? 0 : lane->flight->item.estimate_ns;
+	const uint64_t since_ns = now_ns - (lane->flight != NULL && lane->flight->started_ns > lane->busy_until_ns ? lane->flight->started_ns : lane->busy_until_ns);
+	return estimate_ns == 0 || since_ns > 2 * estimate_ns || since_ns + 2 * POLL_SLEEP_NS + estimate_ns / 16 < estimate_ns;
+}
 
 static void pause_polling(const struct device_lane *lane)
 {
 	const struct timespec sleep = {.tv_nsec = POLL_SLEEP_NS};
-	uint64_t waited = request_now_ns() - lane->progress_ns;
-	if (waited > POLL_YIELD_NS)
+	const uint64_t now_ns = request_now_ns(), waited = now_ns - lane->progress_ns;
+	if (waited > POLL_YIELD_NS && far_from_end(lane, now_ns))
 		(void)nanosleep(&sleep, NULL);
 	else if (waited > POLL_SPIN_NS)
 		(void)sched_yield();
@@ -52,6 +65,7 @@ bool device_wait(struct device_lane *lane)
 {
 	if (lane->flight == NULL)
 		return false;
+	mark_end(lane);
 	while (!poll_flight(lane))
 		pause_polling(lane);
 	return true;
@@ -139,10 +153,14 @@ static void give_event(struct device_lane *lane, void *event)
 		lane->device.backend->event_destroy(lane->device.state, event);
 }
 
+/* The event is there before anything is enqueued: without one nobody would learn of the end. */
 opd_status device_begin(struct device_lane *lane, struct device_job *job)
 {
 	opd_status status = need_stream(lane, job);
-	return status == OPD_OK ? need_event(lane, job) : status;
+	if (status == OPD_OK)
+		status = need_event(lane, job);
+	job->enqueued = status == OPD_OK;
+	return status;
 }
 
 opd_status device_hold(struct device_job *job, struct buffer *buffer)
@@ -179,9 +197,10 @@ opd_status device_alloc(struct device_lane *lane, struct device_job *job, uint64
 
 opd_status device_copy_in(struct device_lane *lane, struct device_job *job, const struct buffer *to, uint64_t offset, const void *from, uint64_t bytes)
 {
+	void *mapped;
 	if (bytes == 0)
 		return OPD_OK;
-	unsigned char *piece = device_ring_take(lane, job, bytes);
+	unsigned char *piece = pins_use(&lane->device, from, bytes, &mapped) ? NULL : device_ring_take(lane, job, bytes, NULL);
 	if (piece != NULL)
 		from = memcpy(piece, from, bytes);
 	opd_status status = lane->device.backend->copy_in(lane->device.state, lane->stream, to->data, offset, from, bytes, &job->error);
@@ -190,9 +209,10 @@ opd_status device_copy_in(struct device_lane *lane, struct device_job *job, cons
 
 opd_status device_copy_out(struct device_lane *lane, struct device_job *job, void *to, const struct buffer *from, uint64_t offset, uint64_t bytes)
 {
+	void *mapped;
 	if (bytes == 0)
 		return OPD_OK;
-	unsigned char *piece = device_ring_take(lane, job, bytes);
+	unsigned char *piece = pins_use(&lane->device, to, bytes, &mapped) ? NULL : device_ring_take(lane, job, bytes, NULL);
 	if (piece != NULL && device_ring_land(job, to, piece, bytes))
 		to = piece;
 	opd_status status = lane->device.backend->copy_out(lane->device.state, lane->stream, to, from->data, offset, bytes, &job->error);
@@ -316,6 +336,49 @@ static void record_end(struct device_lane *lane, struct device_job *job)
 	}
 }
 
+/* One event may tell of several jobs' end where no work on the device fails alone. */
+static bool shares_events(const struct device_lane *lane)
+{
+	return (lane->device.backend->flags & OPD_BACKEND_FAILS_WHOLE) != 0;
+}
+
+/* The jobs since the last event get theirs. */
+static void mark_end(struct device_lane *lane)
+{
+	if (lane->newest != NULL)
+		record_end(lane, lane->newest);
+	lane->newest = NULL;
+	lane->unmarked = 0;
+}
+
+static void flight_add(struct device_lane *lane, struct device_job *job)
+{
+	job->next = NULL;
+	*lane->flight_end = job;
+	lane->flight_end = &job->next;
+	lane->in_flight++;
+	lane->flight_ns += job->item.estimate_ns;
+	lane->progress_ns = job->started_ns;
+	if (!job->enqueued)
+		return;
+	if (lane->newest != NULL) { /* this one's event will tell of it too */
+		give_event(lane, lane->newest->event);
+		lane->newest->event = NULL;
+	}
+	lane->newest = job;
+	lane->unmarked++;
+	if (!shares_events(lane) || lane->unmarked == JOBS_AN_EVENT)
+		mark_end(lane);
+}
+
+/* It is on the stream, behind what is there. */
+static void expect(struct device_lane *lane, const struct device_job *job)
+{
+	const uint64_t until_ns = atomic_load_explicit(&lane->stream_until_ns, memory_order_relaxed);
+	const uint64_t from_ns = lane->in_flight != 0 && until_ns > job->started_ns ? until_ns : job->started_ns;
+	atomic_store_explicit(&lane->stream_until_ns, from_ns + job->item.estimate_ns, memory_order_relaxed);
+}
+
 static void job_enqueue(struct device_lane *lane, struct device_job *job)
 {
 	job->started_ns = request_now_ns();
@@ -323,11 +386,23 @@ static void job_enqueue(struct device_lane *lane, struct device_job *job)
 	job->status = check_before(lane, job);
 	if (job->status == OPD_OK)
 		job->enqueue(lane, job);
-	if (job->event != NULL)
-		record_end(lane, job);
+	expect(lane, job);
+	flight_add(lane, job);
+	watch_oldest(lane);
 }
 
-/* Whether the device is done with the job. */
+/* The job whose event tells of the oldest one's end; NULL: none was recorded yet. */
+static struct device_job *marked(const struct device_lane *lane)
+{
+	struct device_job *job = lane->flight;
+	if (job != NULL && !job->enqueued)
+		return job;
+	while (job != NULL && job->event == NULL)
+		job = job->next;
+	return job == lane->newest ? NULL : job;
+}
+
+/* Whether the device is done with the jobs up to this one. */
 static bool job_complete(struct device_lane *lane, struct device_job *job)
 {
 	if (!job->recorded)
@@ -337,9 +412,13 @@ static bool job_complete(struct device_lane *lane, struct device_job *job)
 	if (status == OPD_UNAVAILABLE)
 		return false;
 	device_note(lane, status, &error);
-	if (status != OPD_OK && job->status == OPD_OK) {
-		job->error = error;
-		job->status = device_failed(lane, job, status, "the work");
+	for (struct device_job *told = lane->flight; status != OPD_OK; told = told->next) {
+		if (told->status == OPD_OK) {
+			told->error = error;
+			told->status = device_failed(lane, told, status, "the work");
+		}
+		if (told == job)
+			break;
 	}
 	return true;
 }
@@ -356,54 +435,86 @@ static void job_release(struct device_lane *lane, struct device_job *job)
 
 /* ---- The thread ---- */
 
-/* Jobs on a stream run one after the other: the device worked on this one since the one before had ended, or since it came. */
-static uint64_t device_time(struct device_lane *lane, const struct device_job *job)
+/* Jobs on a stream run one after the other: the device worked on these since the one before had ended, or since the first of them came. */
+static uint64_t device_time(struct device_lane *lane, const struct device_job *first, uint64_t ended_ns)
 {
-	const uint64_t from_ns = job->started_ns > lane->busy_until_ns ? job->started_ns : lane->busy_until_ns;
-	lane->busy_until_ns = job->ended_ns;
-	return job->ended_ns > from_ns ? job->ended_ns - from_ns : 0;
+	const uint64_t from_ns = first->started_ns > lane->busy_until_ns ? first->started_ns : lane->busy_until_ns;
+	lane->busy_until_ns = ended_ns;
+	return ended_ns > from_ns ? ended_ns - from_ns : 0;
 }
 
-static void finish_job(struct device_lane *lane, struct device_job *job)
+static void end_job(struct device_lane *lane, struct device_job *job, uint64_t ended_ns, uint64_t device_ns)
 {
-	job->ended_ns = lane->progress_ns = request_now_ns();
+	job->ended_ns = lane->progress_ns = ended_ns;
+	job->device_ns = device_ns;
+	lane->in_flight--;
+	lane->flight_ns -= job->item.estimate_ns;
 	(void)device_watch_end(lane, job);
 	mirrors_settle(job);
 	device_ring_settle(lane, job);
 	if (job->complete != NULL)
 		job->complete(lane, job);
 	job_release(lane, job);
-	job->next = NULL;
-	const uint64_t device_ns = job->device_ns = device_time(lane, job);
+}
+
+/* Takes the jobs that are complete out of the flight, oldest first, with their share of the device's time; NULL: none was. */
+static struct device_job *take_complete(struct device_lane *lane)
+{
+	struct device_job *ended = lane->flight, *last = marked(lane);
+	if (last == NULL || !job_complete(lane, last))
+		return NULL;
+	const uint64_t ended_ns = request_now_ns();
+	uint64_t count = 1;
+	for (const struct device_job *job = ended; job != last; job = job->next)
+		count++;
+	const uint64_t device_ns = device_time(lane, ended, ended_ns) / count;
+	lane->flight = last->next;
+	if (lane->flight == NULL)
+		lane->flight_end = &lane->flight;
+	last->next = NULL;
+	for (struct device_job *job = ended; job != NULL; job = job->next)
+		end_job(lane, job, ended_ns, device_ns);
+	atomic_store_explicit(&lane->stream_until_ns, ended_ns + lane->flight_ns, memory_order_relaxed);
+	watch_oldest(lane);
+	return ended;
+}
+
+/* Under the mutex. */
+static void account_jobs(struct device_lane *lane, const struct device_job *jobs)
+{
+	for (const struct device_job *job = jobs; job != NULL; job = job->next)
+		scheduler_complete(&lane->scheduler, job->item.flow, (sched_class)job->item.class, job->item.estimate_ns, job->device_ns);
+}
+
+/* To the loops that wait for them. From the end of this on the jobs may be gone. */
+static void hand_over(struct device_lane *lane, struct device_job *ended)
+{
+	bool told[CONFIG_LOOPS_MAX] = {false};
 	(void)pthread_mutex_lock(&lane->mutex);
-	scheduler_complete(&lane->scheduler, job->item.flow, (sched_class)job->item.class, job->item.estimate_ns, device_ns);
-	struct io_loop *io = &lane->server->loops[job->loop];
-	struct device_done *done = &lane->done[job->loop];
-	*done->end = job;
-	done->end = &job->next;
+	account_jobs(lane, ended);
+	for (struct device_job *job = ended, *next; job != NULL; job = next) {
+		struct device_done *done = &lane->done[job->loop];
+		next = job->next;
+		job->next = NULL;
+		*done->end = job;
+		done->end = &job->next;
+		told[job->loop] = true;
+	}
 	(void)pthread_mutex_unlock(&lane->mutex);
-	atomic_store_explicit(&io->device_done, true, memory_order_release);
-	io_loop_wake(io);
+	for (uint32_t i = 0; i < CONFIG_LOOPS_MAX; i++)
+		if (told[i]) {
+			atomic_store_explicit(&lane->server->loops[i].device_done, true, memory_order_release);
+			io_loop_wake(&lane->server->loops[i]);
+		}
 }
 
 /* Ends the jobs that are complete; false: none was. */
 static bool poll_flight(struct device_lane *lane)
 {
-	bool any = false;
-	while (lane->flight != NULL && job_complete(lane, lane->flight)) {
-		struct device_job *job = lane->flight;
-		lane->flight = job->next;
-		if (lane->flight == NULL)
-			lane->flight_end = &lane->flight;
-		lane->in_flight--;
-		lane->flight_ns -= job->item.estimate_ns;
-		atomic_store_explicit(&lane->stream_until_ns, request_now_ns() + lane->flight_ns, memory_order_relaxed);
-		finish_job(lane, job);
-		any = true;
-	}
-	if (any)
-		watch_oldest(lane);
-	return any;
+	struct device_job *ended = take_complete(lane);
+	if (ended != NULL)
+		hand_over(lane, ended);
+	return ended != NULL;
 }
 
 /* What is on the stream can't be overtaken: one job, or as many as take no longer than a segment. */
@@ -439,49 +550,88 @@ static void sleep_until(struct device_lane *lane, uint64_t ready_ns)
 /* The next job, waiting for one only when nothing is in flight; NULL: none now. *stop_out: stopping, and nothing is left. */
 static struct device_job *next_job(struct device_lane *lane, bool *stop_out)
 {
-	uint64_t ready_ns;
+	uint64_t ready_ns = UINT64_MAX;
+	struct device_job *job = NULL;
 	(void)pthread_mutex_lock(&lane->mutex);
-	struct device_job *job = pick(lane, &ready_ns);
-	while (job == NULL && lane->in_flight == 0 && !(lane->stopping && lane->scheduler.queued == 0)) {
-		sleep_until(lane, ready_ns);
+	lane->taken = lane->taken && lane->in_flight != 0;
+	if (lane->taken)
 		job = pick(lane, &ready_ns);
+	while (!lane->taken) {
+		job = pick(lane, &ready_ns);
+		if (job != NULL || lane->in_flight != 0 || (lane->lost && !lane->given_back) || (lane->stopping && lane->scheduler.queued == 0)) {
+			lane->taken = true;
+			break;
+		}
+		sleep_until(lane, ready_ns);
+		while (lane->taken) /* by another thread, for a lone job */
+			(void)pthread_cond_wait(&lane->wake, &lane->mutex);
 	}
-	if (job != NULL)
-		job->next = NULL;
 	*stop_out = lane->stopping && job == NULL && lane->scheduler.queued == 0 && lane->in_flight == 0;
 	(void)pthread_mutex_unlock(&lane->mutex);
 	return job;
 }
 
-/* It is on the stream, behind what is there. */
-static void expect(struct device_lane *lane, const struct device_job *job)
-{
-	const uint64_t until_ns = atomic_load_explicit(&lane->stream_until_ns, memory_order_relaxed);
-	const uint64_t from_ns = lane->in_flight != 0 && until_ns > job->started_ns ? until_ns : job->started_ns;
-	atomic_store_explicit(&lane->stream_until_ns, from_ns + job->item.estimate_ns, memory_order_relaxed);
-}
-
 static void *lane_main(void *argument)
 {
 	struct device_lane *lane = argument;
+	(void)prctl(PR_SET_TIMERSLACK, 1ul); /* else each sleep takes 50 us more */
 	for (bool stop = false; !stop;) {
 		struct device_job *job = next_job(lane, &stop);
-		if (job != NULL) {
+		if (job != NULL)
 			job_enqueue(lane, job);
-			expect(lane, job);
-			*lane->flight_end = job;
-			lane->flight_end = &job->next;
-			lane->in_flight++;
-			lane->flight_ns += job->item.estimate_ns;
-			lane->progress_ns = job->started_ns;
-			watch_oldest(lane);
-		}
-		if (!poll_flight(lane) && job == NULL && !stop)
+		else
+			mark_end(lane);
+		/* While jobs come that one event will tell of, the device isn't asked for each of them. */
+		if ((job == NULL || lane->newest == NULL) && !poll_flight(lane) && job == NULL && !stop)
 			pause_polling(lane);
 		if (lane->lost && !lane->given_back && lane->flight == NULL)
 			device_give_up(lane);
 	}
 	return NULL;
+}
+
+/* ---- On a caller's thread ---- */
+
+/* The lane is the caller's, with this job as its only one. False: somebody has it, or it hasn't run anything yet, or may run nothing. */
+static bool take_lane(struct device_lane *lane, struct device_job *job)
+{
+	uint64_t ready_ns;
+	(void)pthread_mutex_lock(&lane->mutex);
+	bool taken = !lane->taken && !lane->stopping && !lane->lost && lane->stream != NULL && lane->in_flight == 0 && lane->scheduler.queued == 0;
+	if (taken && !scheduler_submit(&lane->scheduler, &job->item, job->queued_ns))
+		taken = false;
+	if (taken && pick(lane, &ready_ns) == NULL) {
+		(void)scheduler_withdraw(&lane->scheduler, &job->item); /* a rate doesn't let it run now */
+		taken = false;
+	}
+	lane->taken = lane->taken || taken;
+	(void)pthread_mutex_unlock(&lane->mutex);
+	return taken;
+}
+
+static void give_lane(struct device_lane *lane, const struct device_job *ended)
+{
+	(void)pthread_mutex_lock(&lane->mutex);
+	account_jobs(lane, ended);
+	lane->taken = false;
+	if (lane->in_flight != 0 || lane->scheduler.queued != 0 || lane->stopping || lane->lost)
+		(void)pthread_cond_signal(&lane->wake);
+	(void)pthread_mutex_unlock(&lane->mutex);
+}
+
+enum device_ran device_lane_run(struct device_lane *lane, struct device_job *job)
+{
+	job->next = NULL;
+	job->queued_ns = request_now_ns();
+	if (!take_lane(lane, job))
+		return DEVICE_BUSY;
+	job_enqueue(lane, job);
+	mark_end(lane);
+	struct device_job *ended = take_complete(lane);
+	while (ended == NULL && request_now_ns() - job->started_ns < job->here_ns)
+		ended = take_complete(lane);
+	give_lane(lane, ended);
+	return ended != NULL ? DEVICE_ENDED : DEVICE_LEFT;
 }
 
 /* ---- Life ---- */
@@ -527,6 +677,7 @@ static opd_status lane_start(struct server *server, const struct device *device,
 	lane->server = server;
 	lane->number = number;
 	bound_queues(lane);
+	memory_map_small(&server->memory);
 	for (uint32_t i = 0; i < CONFIG_LOOPS_MAX; i++)
 		lane->done[i].end = &lane->done[i].first;
 	lane->flight_end = &lane->flight;
@@ -696,6 +847,7 @@ void device_lane_stop(struct device_lane *lane)
 	while (lane->event_count != 0)
 		lane->device.backend->event_destroy(lane->device.state, lane->events[--lane->event_count]);
 	device_ring_drop(lane);
+	pins_forget(lane->device.state);
 	memory_fini(&lane->memory);
 	(void)pthread_cond_destroy(&lane->wake);
 	(void)pthread_mutex_destroy(&lane->mutex);

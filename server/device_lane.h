@@ -4,7 +4,10 @@
  * Life: device_lane_get (made on first use) → device_lane_submit… → device_lane_drain (finishes what is queued, joins) → device_lane_stop (when nobody has a tensor there any more).
  * While work is in flight the thread polls; otherwise it sleeps. Several jobs are in flight at once: the next one's copies overlap the last one's kernel as far as the device's
  * stream lets them. Which comes next is a scheduler's to say, as on the CPU lane; what is on the stream can't be overtaken, so that no more is put there than `segment` of the configuration
- * (by estimates), but for one job. A job's device time is what the device worked on it alone: from the end of the one before, or its own beginning.
+ * (by estimates), but for one job. A job's device time is what the device worked on it alone: from the end of the one before, or its own beginning; of jobs whose end one event tells
+ * (opd_backend.flags), an equal part.
+ * A lone short job needs no other thread: while the lane is idle, device_lane_run does the same work on its caller's, which looks for the job's end for as long as the job may take, and
+ * leaves it to the lane's thread after that. One thread at a time works with the device.
  * The stream is made on the lane's thread by its first job: a device's context may take long to make, and a loop must not wait for it.
  * Not here: what a job does on the device (device_run.c: an op, device_move.c: a copy), and what those share (server/device_work.h). */
 #ifndef OPD_SERVER_DEVICE_LANE_H
@@ -35,6 +38,7 @@ struct device_job {
 	const char *name;         /* for texts: an op's, or of another kind of request */
 	struct account *account;  /* the session's: pays for what the job takes on the device */
 	uint64_t deadline_ns;
+	uint64_t here_ns; /* so long a caller of device_lane_run looks for its end */
 	const _Atomic bool *unwanted; /* true: nobody wants the result any more, it isn't started. NULL: that can't happen */
 	/* On the lane's thread: enqueues. Writes status and error. */
 	void (*enqueue)(struct device_lane *lane, struct device_job *job);
@@ -49,7 +53,8 @@ struct device_job {
 	uint64_t moves_ns; /* host time spent enqueueing copies */
 	uint64_t device_ns; /* once it is done: what the device worked on it alone */
 	/* the lane's */
-	void *event;
+	void *event;   /* NULL: a later job's tells of its end, or nothing was enqueued */
+	bool enqueued;
 	bool recorded;
 	struct watch watch; /* of its kernel */
 	struct device_held *held; /* device memory that it uses */
@@ -63,6 +68,9 @@ OPD_MUST_USE opd_status device_lane_get(struct server *server, const struct devi
                                         opd_error *error);
 /* False: a queue is full (job->refusal); the job is still its owner's. */
 OPD_MUST_USE bool device_lane_submit(struct device_lane *lane, struct device_job *job);
+/* Runs a lone job on the calling thread if the lane is idle. DEVICE_BUSY: it isn't, and nothing has happened. DEVICE_ENDED: the job has, `done` isn't called. DEVICE_LEFT: as after device_lane_submit. */
+enum device_ran { DEVICE_BUSY, DEVICE_ENDED, DEVICE_LEFT };
+enum device_ran device_lane_run(struct device_lane *lane, struct device_job *job);
 /* The lane's scheduler, to read it or to change weights and bounds: for a few instructions. */
 struct scheduler *device_lane_scheduler_lock(struct device_lane *lane);
 void device_lane_scheduler_unlock(struct device_lane *lane);

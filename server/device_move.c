@@ -26,8 +26,8 @@ static void job_done_direct(struct device_job *job)
 	(void)sem_post(request_of(job)->owner);
 }
 
-/* To the lane, in the session's place there. From success on the job is the lane's until it is done. */
-static opd_status submit(struct request *request, struct device_lane *lane)
+/* To the lane, in the session's place there. From success on the job is the lane's until it is done, or *ended_out. */
+static opd_status submit(struct request *request, struct device_lane *lane, bool *ended_out)
 {
 	struct device_job *job = &request->device_job;
 	job->item.flow = session_flow(request->session, lane->number);
@@ -35,7 +35,9 @@ static opd_status submit(struct request *request, struct device_lane *lane)
 		return device_no_memory(job);
 	if (device_lane_is_stuck(lane))
 		return opd_fail(&job->error, OPD_UNAVAILABLE, "%s: a kernel on %s has exceeded its budget and still runs", job->name, device_lane_name(lane));
-	if (device_lane_submit(lane, job))
+	const enum device_ran ran = job->here_ns == 0 ? DEVICE_BUSY : device_lane_run(lane, job);
+	*ended_out = ran == DEVICE_ENDED;
+	if (ran != DEVICE_BUSY || device_lane_submit(lane, job))
 		return OPD_OK;
 	return execute_refused(request, job->name, &job->refusal, device_lane_name(lane), &job->error);
 }
@@ -43,18 +45,19 @@ static opd_status submit(struct request *request, struct device_lane *lane)
 void device_submit(struct request *request, struct device_lane *lane, void (*done)(struct request *request))
 {
 	const bool direct = request->direct;
+	bool ended = false;
 	request->device_lane = lane;
 	request->device_done = done;
 	request->device_job.loop = request->context->loop;
 	request->device_job.done = direct ? job_done_direct : job_done;
-	const opd_status status = submit(request, lane);
+	const opd_status status = submit(request, lane, &ended);
 	if (status != OPD_OK) {
 		request->device_lane = NULL;
 		request->device_job.status = status;
-	} else if (!direct) {
+	} else if (!direct && !ended) {
 		return;
 	}
-	while (status == OPD_OK && sem_wait(request->owner) != 0)
+	while (status == OPD_OK && !ended && sem_wait(request->owner) != 0)
 		;
 	done(request);
 }

@@ -21,13 +21,16 @@ static bool ring_there(struct device_lane *lane)
 		return lane->ring != NULL;
 	if (backend->host_alloc(lane->device.state, lane->device.ordinal, DEVICE_RING_BYTES, &host, &mapped, &error) == OPD_OK)
 		lane->ring = host;
+	lane->ring_mapped = lane->ring == NULL ? NULL : mapped;
 	lane->ring_refused = lane->ring == NULL;
 	return lane->ring != NULL;
 }
 
-unsigned char *device_ring_take(struct device_lane *lane, struct device_job *job, uint64_t bytes)
+unsigned char *device_ring_take(struct device_lane *lane, struct device_job *job, uint64_t bytes, void **mapped_out)
 {
 	uint64_t aligned;
+	if (mapped_out != NULL)
+		*mapped_out = NULL;
 	if (bytes == 0 || bytes > DEVICE_RING_PIECE_BYTES || !size_align(bytes, &aligned) || !ring_there(lane))
 		return NULL;
 	const uint64_t at = lane->ring_head % DEVICE_RING_BYTES;
@@ -35,6 +38,8 @@ unsigned char *device_ring_take(struct device_lane *lane, struct device_job *job
 	if (lane->ring_head + skipped + aligned - lane->ring_tail > DEVICE_RING_BYTES)
 		return NULL;
 	unsigned char *piece = lane->ring + (lane->ring_head + skipped) % DEVICE_RING_BYTES;
+	if (mapped_out != NULL && lane->ring_mapped != NULL)
+		*mapped_out = lane->ring_mapped + (piece - lane->ring);
 	lane->ring_head += skipped + aligned;
 	job->ring_end = lane->ring_head;
 	return piece;
@@ -64,7 +69,7 @@ void device_ring_drop(struct device_lane *lane)
 {
 	if (lane->ring != NULL)
 		lane->device.backend->host_free(lane->device.state, lane->device.ordinal, lane->ring);
-	lane->ring = NULL;
+	lane->ring = lane->ring_mapped = NULL;
 	lane->ring_refused = false;
 	lane->ring_head = lane->ring_tail = 0;
 }

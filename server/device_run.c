@@ -10,6 +10,7 @@
 #include "server/device_work.h"
 #include "server/metrics.h"
 #include "server/module.h"
+#include "server/pins.h"
 #include "server/placement.h"
 #include "server/request.h"
 
@@ -20,6 +21,7 @@ struct device_run {
 	const opd_tensor **output_list;
 	struct buffer **results; /* [output_count] borrowed from the job */
 	opd_call call;
+	uint64_t largest; /* elements of the largest operand or result: what has as many is read or written about once */
 	struct buffer *fault; /* NULL: index contents were checked in host memory */
 	opd_index_fault found;
 };
@@ -28,8 +30,6 @@ static struct request *request_of(struct device_job *job)
 {
 	return (struct request *)((char *)job - offsetof(struct request, device_job));
 }
-
-/* ---- Operands ---- */
 
 /* Where the bytes that the tensor touches end, from the start of its memory. */
 static uint64_t touched_bytes(const opd_tensor *tensor)
@@ -61,6 +61,68 @@ static opd_status copy_touched(struct device_lane *lane, struct request *request
 	note_move(request, what, 0, lane->number, bytes);
 	return bytes == 0 ? OPD_OK : device_copy_in(lane, &request->device_job, buffer, 0, (const unsigned char *)host->data + skip, bytes);
 }
+
+/* ---- Over the link ---- */
+
+/* A kernel that touches each element about once may do so over the link: a copy before or behind it costs more than the wait. From some MiB on copies are as fast, and leave the kernel's
+ * multiprocessors to others. */
+#define MAPPED_BYTES (4u << 20)
+/* Where memory isn't locked: what the ring's copy costs on the lane. */
+#define MAPPED_RING_BYTES (64u << 10)
+
+static uint64_t largest_of(const struct request *request)
+{
+	const struct bound *bound = &request->run.bound;
+	uint64_t largest = 0;
+	for (uint32_t i = 0; i < bound->operand_count; i++)
+		largest = bound->operands[i].tensor.elements > largest ? bound->operands[i].tensor.elements : largest;
+	for (uint32_t i = 0; i < bound->call.output_count; i++)
+		largest = bound->outputs[i].elements > largest ? bound->outputs[i].elements : largest;
+	return largest;
+}
+
+static bool may_be_mapped(const struct request *request, const struct device_run *mine, const opd_tensor *host)
+{
+	return (request->run.dispatch.impl->def->flags & OPD_IMPL_MAPPED) != 0 && !opd_tensor_empty(host) && opd_tensor_contiguous(host) && host->elements >= mine->largest / 2 &&
+	       host->elements * opd_dtype_bytes(host->dtype) <= MAPPED_BYTES;
+}
+
+/* Its row-major elements where kernels reach them; false: nowhere. */
+static bool map_operand(struct device_lane *lane, struct request *request, const struct device_run *mine, const opd_tensor *host, opd_tensor *tensor)
+{
+	const uint64_t bytes = host->elements * opd_dtype_bytes(host->dtype);
+	const unsigned char *data = (const unsigned char *)host->data + host->byte_offset;
+	void *mapped = NULL;
+	if (!may_be_mapped(request, mine, host))
+		return false;
+	if (!pins_use(&lane->device, data, bytes, &mapped) && bytes <= MAPPED_RING_BYTES) {
+		unsigned char *piece = device_ring_take(lane, &request->device_job, bytes, &mapped);
+		if (piece != NULL && mapped != NULL)
+			memcpy(piece, data, bytes);
+	}
+	tensor->data = mapped;
+	tensor->byte_offset = 0;
+	return mapped != NULL;
+}
+
+/* The kernel writes a result that only the reply brings where that lies, or into the ring, from where it goes there. */
+static bool map_result(struct device_lane *lane, struct request *request, const struct device_run *mine, uint32_t index, opd_tensor *output)
+{
+	const opd_tensor *host = &request->run.bound.outputs[index];
+	const uint64_t bytes = host->elements * opd_dtype_bytes(host->dtype);
+	void *mapped = NULL;
+	if (host->data == NULL || run_keeps(request, index) || !may_be_mapped(request, mine, host))
+		return false;
+	if (!pins_use(&lane->device, host->data, bytes, &mapped) && bytes <= MAPPED_RING_BYTES) {
+		const unsigned char *piece = device_ring_take(lane, &request->device_job, bytes, &mapped);
+		if (piece == NULL || mapped == NULL || !device_ring_land(&request->device_job, host->data, piece, bytes))
+			return false;
+	}
+	output->data = mapped;
+	return mapped != NULL;
+}
+
+/* ---- Operands ---- */
 
 /* A kept tensor comes over whole and stays, for the next that reads it; a view of a small part of a large one comes alone. */
 static opd_status place_kept(struct device_lane *lane, struct request *request, uint32_t index, opd_tensor *tensor)
@@ -126,6 +188,12 @@ static opd_status place_operand(struct device_lane *lane, struct request *reques
 	tensor->device = lane->number;
 	*tensor_out = tensor;
 	opd_status status = OPD_OK;
+	if (request->run.kept[index] == NULL && map_operand(lane, request, mine, host, tensor)) {
+		note_move(request, operand->param, 0, lane->number, host->elements * opd_dtype_bytes(host->dtype));
+		return OPD_OK;
+	}
+	*tensor = *host;
+	tensor->device = lane->number;
 	if (request->run.kept[index] == NULL)
 		return copy_touched(lane, request, operand->param, host, tensor);
 	if (place_donated(lane, request, mine, index, tensor, &status))
@@ -156,6 +224,11 @@ static opd_status place_result(struct device_lane *lane, struct request *request
 	*output = request->run.bound.outputs[index];
 	output->device = lane->number;
 	mine->output_list[index] = output;
+	if (mine->results[index] == NULL && map_result(lane, request, mine, index, output)) {
+		note_move(request, "result", lane->number, 0, touched_bytes(output));
+		return OPD_OK;
+	}
+	output->data = NULL;
 	opd_status status = mine->results[index] != NULL
 	                        ? OPD_OK
 	                        : device_alloc(lane, &request->device_job, touched_bytes(output), &mine->results[index]);
@@ -309,7 +382,7 @@ static opd_status copy_results(struct device_lane *lane, struct request *request
 	for (uint32_t i = 0; status == OPD_OK && i < mine->call.output_count; i++) {
 		const opd_tensor *host = &request->run.bound.outputs[i];
 		const uint64_t bytes = touched_bytes(host);
-		if (host->data == NULL)
+		if (host->data == NULL || mine->results[i] == NULL) /* the kernel writes it there */
 			continue;
 		status = device_copy_out(lane, job, host->data, mine->results[i], 0, bytes);
 		note_move(request, "result", lane->number, 0, bytes);
@@ -330,6 +403,7 @@ static struct device_run *device_run_create(struct request *request)
 	mine->outputs = arena_array(arena, call->output_count, sizeof mine->outputs[0]);
 	mine->output_list = arena_array(arena, call->output_count, sizeof mine->output_list[0]);
 	mine->results = arena_array(arena, call->output_count, sizeof mine->results[0]);
+	mine->largest = largest_of(request);
 	return mine->args == NULL || mine->outputs == NULL || mine->output_list == NULL || mine->results == NULL ? NULL : mine;
 }
 
@@ -379,7 +453,7 @@ static void run_complete(struct device_lane *lane, struct device_job *job)
 	if (job->status != OPD_OK || mine == NULL)
 		return;
 	for (uint32_t i = 0; i < mine->call.output_count; i++)
-		if (run_keeps(request, i))
+		if (run_keeps(request, i)) /* then it has a place there */
 			run->resident[i] = buffer_ref(mine->results[i]);
 }
 
@@ -462,12 +536,57 @@ static opd_status prepare(struct request *request, struct device_lane **lane_out
 	return device_lane_get(request->context->server, &request->snapshot->devices[run->device], run->device, lane_out, &request->error);
 }
 
+/* 0: not lately. */
+static uint64_t measured_ns(const struct request *request)
+{
+	const struct request_run *run = &request->run;
+	return placement_cost_ns(request->context->server->placement, run->dispatch.impl, run->device, work_bytes(request), request_now_ns());
+}
+
 /* As it was measured there, else as the implementation estimates. 0: nobody says; the session's mean is taken then. */
 static uint64_t device_cost_ns(const struct request *request)
 {
-	const struct request_run *run = &request->run;
-	const uint64_t measured_ns = placement_cost_ns(request->context->server->placement, run->dispatch.impl, run->device, work_bytes(request), request_now_ns());
-	return measured_ns != 0 ? measured_ns : estimated_ns(request);
+	const uint64_t ns = measured_ns(request);
+	return ns != 0 ? ns : estimated_ns(request);
+}
+
+/* A lone job that is over sooner than another thread would have begun it is run by whoever waits for it, and a longer one is enqueued by them. Only what has been measured, so that nothing is
+ * made for the first time. */
+#define HERE_NS 40000u
+#define HERE_ENQUEUE_NS 10000u
+#define HERE_TURN_NS 60000u
+#define HERE_BYTES (256u << 10) /* that come from or go to host memory */
+
+static uint64_t wire_bytes(const struct request *request)
+{
+	const struct bound *bound = &request->run.bound;
+	uint64_t bytes = 0;
+	for (uint32_t i = 0; i < bound->operand_count; i++)
+		if (bound->operands[i].tensor.data != NULL)
+			bytes += bound->operands[i].tensor.elements * opd_dtype_bytes(bound->operands[i].tensor.dtype);
+	for (uint32_t i = 0; i < bound->call.output_count; i++)
+		if (bound->outputs[i].data != NULL)
+			bytes += bound->outputs[i].elements * opd_dtype_bytes(bound->outputs[i].dtype);
+	return bytes;
+}
+
+uint64_t device_here_ns(struct request *request, uint64_t cost_ns)
+{
+	struct context *context = request->context;
+	const bool short_one = cost_ns <= HERE_NS;
+	const uint64_t spent_ns = short_one ? cost_ns : HERE_ENQUEUE_NS;
+	if (cost_ns == 0 || wire_bytes(request) > HERE_BYTES)
+		return 0;
+	const bool lone = request->session->in_flight == 1 || request->graph_run != NULL; /* runs of a graph follow each other, however many are there */
+	if (!request->direct && (!lone || context->inline_ns + spent_ns > HERE_TURN_NS))
+		return 0;
+	context->inline_ns += request->direct ? 0 : spent_ns;
+	return short_one ? 2 * cost_ns : 1; /* the rest is left to the lane's thread, which wakes meanwhile */
+}
+
+static uint64_t run_here_ns(struct request *request)
+{
+	return request->run.dispatch.plan_missing ? 0 : device_here_ns(request, measured_ns(request));
 }
 
 void device_run_start(struct request *request)
@@ -484,6 +603,7 @@ void device_run_start(struct request *request)
 		.account = request->session->account,
 		.deadline_ns = run->deadline_ns,
 		.item = {.class = (uint8_t)run->class, .estimate_ns = device_cost_ns(request)},
+		.here_ns = run_here_ns(request),
 		.unwanted = &request->session->gone,
 		.enqueue = run_enqueue,
 		.complete = run_complete,

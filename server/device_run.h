@@ -23,6 +23,9 @@ uint32_t device_choose(const struct request *request);
 /* The chosen implementation on run.device; its operands are on that device or in host memory. Then execute_device_done. */
 void device_run_start(struct request *request);
 
+/* How long a caller may look for the end of a job of its own request that costs so much (device_job.here_ns); 0: it isn't the caller's to enqueue. Charges the loop's turn. */
+uint64_t device_here_ns(struct request *request, uint64_t cost_ns);
+
 /* The op's check reads the operand's contents. */
 bool device_is_index(const opd_op *def, const struct operand *operand);
 /* What a kernel found, in words. */

@@ -26,9 +26,10 @@ struct device_lane {
 	_Atomic uint64_t stream_until_ns; /* when what is on the stream should have ended, by its estimates */
 	pthread_t thread;
 	bool joined;
-	pthread_mutex_t mutex; /* of scheduler, done and stopping */
+	pthread_mutex_t mutex; /* of scheduler, done, stopping and taken */
 	pthread_cond_t wake;   /* of CLOCK_MONOTONIC */
 	bool stopping;
+	bool taken; /* somebody works with the device: the lane's thread, or one that runs a lone job itself. What is "the thread's own" below is whose this is */
 	struct scheduler scheduler;
 	struct histogram waits[CLASS_COUNT]; /* written under the mutex */
 	struct device_done {
@@ -44,9 +45,12 @@ struct device_lane {
 	struct device_job *flight; /* oldest first */
 	struct device_job **flight_end;
 	uint32_t in_flight;
+	struct device_job *newest;  /* of the flight, where no event follows it yet; NULL: one does */
+	uint32_t unmarked;          /* jobs since the last event */
 	uint64_t flight_ns;     /* what they were estimated to take */
 	uint64_t busy_until_ns; /* when the last one ended */
 	unsigned char *ring; /* host memory that is fast to copy from and to; NULL: not taken yet, or there is none */
+	unsigned char *ring_mapped; /* where kernels reach it; NULL: nowhere */
 	bool ring_refused;
 	uint64_t ring_head; /* bytes handed out since it was taken; jobs end in the order in which they began, and so do its pieces */
 	uint64_t ring_tail;
@@ -67,7 +71,7 @@ opd_status device_no_memory(struct device_job *job);
 /* Any status of the backend's or of an implementation's on the device: OPD_DATA_LOSS means that the device is lost. */
 void device_note(struct device_lane *lane, opd_status status, const opd_error *error);
 /* device_ring.c. A piece of the ring for the job, until it has ended; NULL: too large, or none is free, or the backend has no such memory. */
-unsigned char *device_ring_take(struct device_lane *lane, struct device_job *job, uint64_t bytes);
+unsigned char *device_ring_take(struct device_lane *lane, struct device_job *job, uint64_t bytes, void **mapped_out); /* mapped_out: where kernels reach it (NULL: nowhere); may be NULL */
 /* The piece's bytes go to `to` when the job has succeeded. False: out of memory. */
 OPD_MUST_USE bool device_ring_land(struct device_job *job, void *to, const unsigned char *piece, uint64_t bytes);
 void device_ring_settle(struct device_lane *lane, struct device_job *job); /* it has ended */

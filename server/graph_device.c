@@ -23,6 +23,7 @@ struct graph_device {
 	bool checks; /* some node's kernels check indices */
 	bool plain;  /* can't be captured */
 	opd_index_fault found;
+	uint64_t last_ns; /* that the device took for the last captured run; 0: there was none */
 };
 
 static struct request *request_of(struct device_job *job)
@@ -405,8 +406,10 @@ static void graph_complete(struct device_lane *lane, struct device_job *job)
 {
 	struct graph_run *run = request_of(job)->graph_run;
 	const struct prepared *prepared = run->prepared;
-	const struct graph_device *mine = prepared->on_device;
+	struct graph_device *mine = prepared->on_device;
 	(void)lane;
+	if (mine != NULL && mine->captured != NULL)
+		mine->last_ns = job->device_ns;
 	if (job->status != OPD_OK || mine == NULL || mine->found.state == 0)
 		return;
 	const struct step *step = &prepared->steps[mine->found.node < prepared->step_count ? mine->found.node : 0];
@@ -449,6 +452,15 @@ static opd_status alloc_results(struct graph_run *run)
 	return OPD_OK;
 }
 
+/* A captured one is enqueued in one launch: by whoever waits for it, who also looks for its end if that is near. */
+static uint64_t graph_here_ns(const struct graph_run *run)
+{
+	const struct graph_device *mine = run->prepared->on_device;
+	if (mine == NULL || mine->captured == NULL || mine->last_ns == 0)
+		return 0;
+	return device_here_ns(run->request, mine->last_ns);
+}
+
 void graph_device_start(struct graph_run *run)
 {
 	struct request *request = run->request;
@@ -466,7 +478,8 @@ void graph_device_start(struct graph_run *run)
 		.name = run->graph->name.data,
 		.account = request->session->account,
 		.deadline_ns = request->run.deadline_ns,
-		.item = {.class = (uint8_t)request->run.class},
+		.item = {.class = (uint8_t)request->run.class, .estimate_ns = run->prepared->on_device == NULL ? 0 : run->prepared->on_device->last_ns},
+		.here_ns = graph_here_ns(run),
 		.unwanted = &request->session->gone,
 		.enqueue = graph_enqueue,
 		.complete = graph_complete,

@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "proto/text.h"
+#include "server/pins.h"
 
 /* What a descriptor is, as the system calls it: "pipe:[4711]", "/etc". */
 static const char *describe(int fd, char *out, size_t out_bytes)
@@ -74,6 +75,7 @@ opd_status regions_attach(struct regions *regions, struct account *account, cons
 		return status;
 	}
 	(void)madvise(map, bytes, MADV_DONTDUMP);
+	pins_add(map, bytes);
 	region->refs = 1;
 	region->id = ++regions->last_id;
 	region->bytes = bytes;
@@ -125,6 +127,7 @@ void region_unref(struct region *region)
 {
 	if (region == NULL || atomic_fetch_sub_explicit(&region->refs, 1, memory_order_acq_rel) != 1)
 		return;
+	pins_remove(region->data);
 	(void)munmap(region->data, region->bytes);
 	account_release(region->account, region->bytes);
 	account_unref(region->account);

@@ -11,8 +11,10 @@
 
 #include "proto/tensor.h"
 #include "server/derived.h"
+#include "server/pins.h"
 
 #define MAPPED_BYTES (1ull << 20) /* from here on by mmap */
+#define MAPPED_SMALL_BYTES (64ull << 10) /* the same where devices copy from it */
 #define CLASS_MIN_SHIFT 8         /* the smallest class: 256 bytes */
 
 /* Four classes a power of two: 256, 320, 384, 448, 512, 640, … so that at most a quarter is wasted, and powers of two fit exactly. */
@@ -29,7 +31,7 @@ static unsigned class_of(uint64_t bytes, uint64_t *class_bytes_out)
 
 void memory_init(struct memory *memory, uint64_t limit_bytes, uint64_t cache_limit_bytes)
 {
-	*memory = (struct memory){.name = "daemon", .limit_bytes = limit_bytes, .cache_limit_bytes = cache_limit_bytes};
+	*memory = (struct memory){.name = "daemon", .limit_bytes = limit_bytes, .cache_limit_bytes = cache_limit_bytes, .mapped_from = MAPPED_BYTES};
 }
 
 void memory_init_device(struct memory *memory, uint32_t device, const char *name, uint64_t limit_bytes, struct memory_source source)
@@ -40,12 +42,23 @@ void memory_init_device(struct memory *memory, uint32_t device, const char *name
 	memory->source = source;
 }
 
+void memory_map_small(struct memory *memory)
+{
+	atomic_store_explicit(&memory->mapped_from, MAPPED_SMALL_BYTES, memory_order_relaxed);
+}
+
+static void unmap(void *data, uint64_t class_bytes)
+{
+	pins_remove(data);
+	(void)munmap(data, class_bytes);
+}
+
 static void buffer_destroy(struct memory *memory, struct buffer *buffer, uint64_t class_bytes)
 {
 	if (memory->device != 0)
 		memory->source.free(memory->source.context, buffer->data);
-	else if (class_bytes >= MAPPED_BYTES)
-		(void)munmap(buffer->data, class_bytes);
+	else if (buffer->mapped)
+		unmap(buffer->data, class_bytes);
 	else
 		free(buffer->data);
 	free(buffer);
@@ -347,16 +360,15 @@ static bool pool_give(struct memory *memory, struct buffer *buffer, uint64_t cla
 	return kept || gone;
 }
 
-static void *system_alloc(uint64_t class_bytes)
+static void *system_map(uint64_t class_bytes)
 {
-	if (class_bytes < MAPPED_BYTES)
-		return aligned_alloc(OPD_TENSOR_ALIGNMENT, class_bytes);
 	void *map = mmap(NULL, class_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (map == MAP_FAILED)
 		return NULL;
 	if (class_bytes >= 2 * MAPPED_BYTES)
 		(void)madvise(map, class_bytes, MADV_HUGEPAGE); /* only a wish */
 	(void)madvise(map, class_bytes, MADV_DONTDUMP); /* users' data has no place in a core */
+	pins_add(map, class_bytes);
 	return map;
 }
 
@@ -365,11 +377,12 @@ static opd_status buffer_create(struct memory *memory, unsigned class, uint64_t 
 {
 	(void)pool_shrink(memory, atomic_load_explicit(&memory->limit_bytes, memory_order_relaxed));
 	struct buffer *buffer = calloc(1, sizeof *buffer);
+	const bool mapped = memory->device == 0 && class_bytes >= atomic_load_explicit(&memory->mapped_from, memory_order_relaxed);
 	void *data = NULL;
 	opd_status status = buffer == NULL ? opd_fail(error, OPD_RESOURCE_EXHAUSTED, "tensor memory: out of memory") : OPD_OK;
 	if (status == OPD_OK && memory->device != 0) {
 		status = memory->source.alloc(memory->source.context, class_bytes, &data, error);
-	} else if (status == OPD_OK && (data = system_alloc(class_bytes)) == NULL) {
+	} else if (status == OPD_OK && (data = mapped ? system_map(class_bytes) : aligned_alloc(OPD_TENSOR_ALIGNMENT, class_bytes)) == NULL) {
 		status = opd_fail(error, OPD_RESOURCE_EXHAUSTED, "tensor memory: the system has no %" PRIu64 " bytes", class_bytes);
 	}
 	if (status != OPD_OK) {
@@ -377,6 +390,7 @@ static opd_status buffer_create(struct memory *memory, unsigned class, uint64_t 
 		return status;
 	}
 	buffer->data = data;
+	buffer->mapped = mapped;
 	buffer->class = (uint16_t)class;
 	buffer->device = memory->device;
 	*buffer_out = buffer;

@@ -40,6 +40,7 @@ struct memory {
 	_Atomic uint64_t used_bytes; /* the ledger: charged by all accounts */
 	_Atomic uint64_t limit_bytes;
 	uint64_t cache_limit_bytes;
+	_Atomic uint64_t mapped_from; /* bytes: from here on a buffer has pages of its own */
 	struct latch latch; /* of what follows */
 	uint64_t cached_bytes;
 	struct buffer *cached[MEMORY_CLASSES];
@@ -69,6 +70,7 @@ struct buffer {
 	uint16_t class;
 	uint32_t device; /* 0: host memory */
 	uint32_t epoch;  /* the memory's, when it was allocated */
+	bool mapped;     /* alone in its pages, known to server/pins.h */
 	struct memory *memory; /* where it lies, whoever pays */
 	uint64_t bytes; /* usable */
 	uint64_t charged_bytes;
@@ -86,6 +88,8 @@ void memory_init(struct memory *memory, uint64_t limit_bytes, uint64_t cache_lim
 /* A device's memory, of at most limit_bytes; `name` is borrowed. */
 void memory_init_device(struct memory *memory, uint32_t device, const char *name, uint64_t limit_bytes, struct memory_source source);
 void memory_fini(struct memory *memory);
+/* There are devices: smaller buffers too get pages of their own from now on, which a driver can lock (server/pins.h). */
+void memory_map_small(struct memory *memory);
 /* Bytes that are free and kept for whoever comes next. */
 uint64_t memory_cached_bytes(struct memory *memory);
 /* Gives back what is only cached; false: nothing was. */

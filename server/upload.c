@@ -62,7 +62,8 @@ opd_status upload_accept(struct request *request)
 	opd_status status = check_upload(request, message, &bytes);
 	if (status == OPD_OK && (status = device_wanted(request, message->device, &request->move.device)) != OPD_OK)
 		(void)opd_error_prefix(&request->error, status, "upload");
-	if (status == OPD_OK && request->payload_bytes == 0 && (request->move.device == 0 || !message->parts))
+	const bool elsewhere = request->move.device != 0 && (message->parts || message->tensor->source == MSG_SOURCE_SHARED);
+	if (status == OPD_OK && request->payload_bytes == 0 && !elsewhere)
 		status = buffer_alloc(request->session->account, bytes, 0, &request->payload, &request->error);
 	if (status != OPD_OK)
 		return status;
@@ -128,6 +129,13 @@ static void upload_moved(struct request *request)
 	buffer_unref(buffer);
 }
 
+/* What goes to a device is read where it lies, also in shared memory: the copy there is the one that its client can't reach. */
+static void *upload_source(const struct request *request)
+{
+	const struct msg_tensor *tensor = request->message.upload.tensor;
+	return tensor->source == MSG_SOURCE_SHARED ? shared_range(request, tensor->shared.offset) : request->payload->data;
+}
+
 /* The payload's buffer is the tensor's: nothing is copied, but to a device. */
 static void upload_go(struct request *request)
 {
@@ -136,7 +144,7 @@ static void upload_go(struct request *request)
 		upload_settle(request, request->payload);
 		return;
 	}
-	request->move = (struct device_move){.device = request->move.device, .bytes = upload_bytes(request), .host = parts ? NULL : request->payload->data};
+	request->move = (struct device_move){.device = request->move.device, .bytes = upload_bytes(request), .host = parts ? NULL : upload_source(request)};
 	device_move_start(request, "upload", upload_moved);
 }
 
@@ -150,6 +158,10 @@ static void upload_copy(struct request *request)
 void upload_start(struct request *request)
 {
 	const struct msg_tensor *tensor = request->message.upload.tensor;
+	if (tensor->source == MSG_SOURCE_SHARED && request->move.device != 0) {
+		upload_go(request);
+		return;
+	}
 	if (tensor->source == MSG_SOURCE_SHARED && tensor->shared.bytes > COPY_ON_LOOP_BYTES) {
 		request_task(request, upload_copy, upload_go);
 		return;

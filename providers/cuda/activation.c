@@ -93,7 +93,7 @@ static const struct form forms[] = {
 #define ACTIVATION(name, schema_text, form)                                                                                  \
 	static const opd_impl name = {                                                                                           \
 		CUDA_IMPL(#name, schema_text, OPD_UUID_cuda_activation, activation_predicate, activation_run),                       \
-		.flags = OPD_IMPL_THREAD_INVARIANT | OPD_IMPL_BATCH_INVARIANT,                                                       \
+		.flags = OPD_IMPL_THREAD_INVARIANT | OPD_IMPL_BATCH_INVARIANT | OPD_IMPL_MAPPED,                                                       \
 		.user = &forms[form],                                                                                                \
 	}
 ACTIVATION(silu, "silu(Tensor x) -> Tensor", 0);

@@ -102,7 +102,7 @@ static void memory_host_free(void *state, uint32_t ordinal, void *host)
 static opd_status memory_host_register(void *state, void *memory, uint64_t bytes, opd_error *error)
 {
 	(void)state;
-	return cudart_status("cudaHostRegister", (int)cudaHostRegister(memory, bytes, cudaHostRegisterPortable), error);
+	return cudart_status("cudaHostRegister", (int)cudaHostRegister(memory, bytes, cudaHostRegisterPortable | cudaHostRegisterMapped), error);
 }
 
 static void memory_host_unregister(void *state, void *memory)
@@ -110,6 +110,16 @@ static void memory_host_unregister(void *state, void *memory)
 	(void)state;
 	(void)cudaHostUnregister(memory);
 	(void)cudaGetLastError();
+}
+
+static void *memory_host_mapped(void *state, uint32_t ordinal, void *host)
+{
+	(void)state, (void)ordinal; /* one address space: it is the same for all devices */
+	void *mapped;
+	if (cudaHostGetDevicePointer(&mapped, host, 0) == cudaSuccess)
+		return mapped;
+	(void)cudaGetLastError();
+	return NULL;
 }
 
 /* ---- Streams, copies ------------------------------------------------------------------------------------------------------ */
@@ -279,5 +289,7 @@ void cuda_backend_init(opd_backend *backend, uint32_t device_count)
 		.capture_end = capture_end,
 		.graph_launch = graph_launch,
 		.graph_destroy = graph_destroy,
+		.host_mapped = memory_host_mapped,
+		.flags = OPD_BACKEND_FAILS_WHOLE, /* an error of the work is sticky */
 	};
 }

@@ -81,7 +81,7 @@ static const enum cuda_arithmetic arithmetics[] = {CUDA_ADD, CUDA_SUB, CUDA_MUL}
 #define ARITHMETIC(name, number)                                                                                              \
 	static const opd_impl name = {                                                                                            \
 		CUDA_IMPL(#name, #name "(Tensor a, Tensor b) -> Tensor", OPD_UUID_cuda_elementwise, NULL, arithmetic_run),            \
-		.flags = OPD_IMPL_THREAD_INVARIANT | OPD_IMPL_BATCH_INVARIANT,                                                        \
+		.flags = OPD_IMPL_THREAD_INVARIANT | OPD_IMPL_BATCH_INVARIANT | OPD_IMPL_MAPPED,                                                        \
 		.user = &arithmetics[number],                                                                                         \
 	}
 ARITHMETIC(add, 0);
@@ -89,6 +89,6 @@ ARITHMETIC(sub, 1);
 ARITHMETIC(mul, 2);
 static const opd_impl cast = {
 	CUDA_IMPL("cast", "cast(Tensor x, str dtype) -> Tensor", OPD_UUID_cuda_elementwise, NULL, cast_run),
-	.flags = OPD_IMPL_THREAD_INVARIANT | OPD_IMPL_BATCH_INVARIANT,
+	.flags = OPD_IMPL_THREAD_INVARIANT | OPD_IMPL_BATCH_INVARIANT | OPD_IMPL_MAPPED,
 };
 const opd_impl *const cuda_impls_elementwise[] = {&add, &sub, &mul, &cast, NULL};

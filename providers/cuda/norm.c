@@ -118,16 +118,16 @@ static opd_status layer_run(const opd_impl *impl, void *state, const opd_call *c
 
 static const opd_impl rms_norm = {
 	CUDA_IMPL("rms_norm", "rms_norm(Tensor x, Tensor? weight, float epsilon, int? variance_size=None) -> Tensor", OPD_UUID_cuda_norm, rms_predicate, rms_run),
-	.flags = OPD_IMPL_THREAD_INVARIANT | OPD_IMPL_BATCH_INVARIANT,
+	.flags = OPD_IMPL_THREAD_INVARIANT | OPD_IMPL_BATCH_INVARIANT | OPD_IMPL_MAPPED,
 };
 static const opd_impl fused_add_rms_norm = {
 	CUDA_IMPL("fused_add_rms_norm",
               "fused_add_rms_norm(Tensor x, Tensor x_residual, Tensor? weight, float epsilon, int? variance_size=None) -> (Tensor, Tensor)",
               OPD_UUID_cuda_norm, fused_predicate, fused_run),
-	.flags = OPD_IMPL_THREAD_INVARIANT | OPD_IMPL_BATCH_INVARIANT | OPD_IMPL_IN_PLACE,
+	.flags = OPD_IMPL_THREAD_INVARIANT | OPD_IMPL_BATCH_INVARIANT | OPD_IMPL_MAPPED | OPD_IMPL_IN_PLACE,
 };
 static const opd_impl layer_norm = {
 	CUDA_IMPL("layer_norm", "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float epsilon) -> Tensor", OPD_UUID_cuda_norm, layer_predicate, layer_run),
-	.flags = OPD_IMPL_THREAD_INVARIANT | OPD_IMPL_BATCH_INVARIANT,
+	.flags = OPD_IMPL_THREAD_INVARIANT | OPD_IMPL_BATCH_INVARIANT | OPD_IMPL_MAPPED,
 };
 const opd_impl *const cuda_impls_norm[] = {&rms_norm, &fused_add_rms_norm, &layer_norm, NULL};

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import select
 import shutil
 import signal
@@ -1029,6 +1030,19 @@ class Resident(unittest.TestCase):
             with self.assertRaises(Failed) as caught:
                 self.upload(client, [1], device=device)
             self.assertEqual(caught.exception.status, status)
+
+    def test_host_memory_that_comes_again_is_locked_and_given_back(self):
+        daemon = DeviceDaemon()
+        client = Client(daemon.address)
+        rows = f32(*[float(i % 97) for i in range(32768)])  # 128 KiB: pages of its own
+        self.upload(client, [1.0, -1.0], device="test")
+        for _ in range(4):
+            reply, data = client.ask(run("relu", harness.tensor([32768], 0, len(rows)), run_priority=["testdev"]), rows)
+            self.assertEqual((reply.run.provider, data), ("testdev", rows))
+        client.close()
+        daemon.stop()
+        locked = re.search(r"host memory: locked (\d+) times", daemon.said)
+        self.assertGreaterEqual(int(locked[1]), 1)
 
     def test_an_upload_in_parts_is_written_on_the_device(self):
         client = self.client()

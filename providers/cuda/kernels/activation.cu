@@ -34,6 +34,7 @@ enum { UNROLL = 4 };
 template <class T, int N, int FUNCTION, bool GATED> static __global__ void activation_rows(const __grid_constant__ cuda_activation_call call)
 {
 	const int64_t row = (int64_t)blockIdx.y + (int64_t)blockIdx.z * gridDim.y;
+	behind_wait();
 	if (row >= call.rows)
 		return;
 	const T *x = (const T *)call.x + row * call.x_stride, *other = (const T *)call.other + row * call.x_stride;
@@ -70,9 +71,9 @@ template <class T, int N, int FUNCTION> static void rows_launch(const cuda_activ
 	const int64_t across = (vectors + threads * UNROLL - 1) / (threads * UNROLL), high = call->rows > 32768 ? 32768 : call->rows;
 	dim3 grid((unsigned)across, (unsigned)high, (unsigned)((call->rows + high - 1) / high));
 	if (call->other != NULL)
-		activation_rows<T, N, FUNCTION, true><<<grid, threads, 0, stream>>>(*call);
+		launch_behind(activation_rows<T, N, FUNCTION, true>, grid, threads, stream, *call);
 	else
-		activation_rows<T, N, FUNCTION, false><<<grid, threads, 0, stream>>>(*call);
+		launch_behind(activation_rows<T, N, FUNCTION, false>, grid, threads, stream, *call);
 }
 
 template <class T, int FUNCTION> static void function_launch(const cuda_activation_call *call, cudaStream_t stream)

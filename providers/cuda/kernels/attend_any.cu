@@ -13,6 +13,7 @@ template <class T> static __global__ void __launch_bounds__(WARPS * 32) attend_a
 	const unsigned stretch = blockIdx.z, stretches = gridDim.z;
 	const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, size = call.head_size;
 	attend_sequence sequence;
+	behind_wait();
 	if (!attend_find(call, token, token == 0 && head == 0 && stretch == 0, sequence))
 		return;
 	const int64_t begin = (int64_t)stretch * ATTEND_STRETCH;
@@ -81,6 +82,7 @@ template <class T> static __global__ void attend_merge(const __grid_constant__ c
 	const int64_t token = blockIdx.x, head = blockIdx.y;
 	const int size = call.head_size;
 	attend_sequence sequence;
+	behind_wait();
 	if (!attend_find(call, token, false, sequence))
 		return;
 	const unsigned used = (unsigned)((sequence.visible + ATTEND_STRETCH - 1) / ATTEND_STRETCH);
@@ -107,7 +109,7 @@ template <class T> static __global__ void attend_merge(const __grid_constant__ c
 int attend_any_launch(const struct cuda_attention_call *call, unsigned stretches, cudaStream_t stream)
 {
 	const dim3 grid((unsigned)call->tokens, (unsigned)call->heads, stretches);
-	CUDA_BY_DTYPE(call->dtype, T, attend_any<T><<<grid, WARPS * 32, 0, stream>>>(*call));
+	CUDA_BY_DTYPE(call->dtype, T, launch_behind(attend_any<T>, grid, WARPS * 32, stream, *call));
 	return launched();
 }
 
@@ -152,6 +154,6 @@ int cuda_attention_launch(const struct cuda_attention_call *call, cudaStream_t s
 	if (failed != 0 || stretches == 1)
 		return failed;
 	const dim3 grid((unsigned)call->tokens, (unsigned)call->heads);
-	CUDA_BY_DTYPE(call->dtype, T, attend_merge<T><<<grid, 128, 0, stream>>>(*call, stretches));
+	CUDA_BY_DTYPE(call->dtype, T, launch_behind(attend_merge<T>, grid, 128, stream, *call, stretches));
 	return launched();
 }

@@ -108,6 +108,7 @@ template <class T, int D> static __global__ void __launch_bounds__(WARPS * 32, 2
 	const int kv_head = blockIdx.y / groups, head = kv_head * group + blockIdx.y % groups * GROUP;
 	const int heads = min(GROUP, (kv_head + 1) * group - head);
 	attend_sequence sequence;
+	behind_wait();
 	if (!attend_find(call, token, token == 0 && blockIdx.y == 0 && stretch == 0, sequence))
 		return;
 	const int64_t begin = (int64_t)stretch * ATTEND_STRETCH;
@@ -195,9 +196,9 @@ template <class T> static void decode_launch(const struct cuda_attention_call *c
 	const int group = call->heads / call->kv_heads;
 	const dim3 grid((unsigned)call->tokens, (unsigned)(call->kv_heads * ((group + GROUP - 1) / GROUP)), stretches);
 	if (call->head_size == 64)
-		attend_decode<T, 64><<<grid, WARPS * 32, 0, stream>>>(*call);
+		launch_behind(attend_decode<T, 64>, grid, WARPS * 32, stream, *call);
 	else
-		attend_decode<T, 128><<<grid, WARPS * 32, 0, stream>>>(*call);
+		launch_behind(attend_decode<T, 128>, grid, WARPS * 32, stream, *call);
 }
 
 int attend_decode_launch(const struct cuda_attention_call *call, unsigned stretches, cudaStream_t stream)

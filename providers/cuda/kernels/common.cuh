@@ -170,19 +170,26 @@ template <class Op> static __device__ __forceinline__ float row_reduce(float val
 	return warp_reduce<Op>(lane < warps ? parts[turn][lane] : Op::identity);
 }
 
-/* Two sums by one barrier. */
-static __device__ __forceinline__ float2 row_sums(float2 value)
+template <class V> static __device__ __forceinline__ V warp_sum(V value)
 {
-	value = make_float2(warp_reduce<sum_of>(value.x), warp_reduce<sum_of>(value.y));
+#pragma unroll
+	for (int step = 16; step > 0; step /= 2)
+		value += __shfl_xor_sync(0xffffffffu, value, step);
+	return value;
+}
+
+/* A sum of floats or doubles, as row_reduce. */
+template <class V> static __device__ __forceinline__ V row_sum(V value, int turn)
+{
+	value = warp_sum(value);
 	if (blockDim.x == 32)
 		return value;
-	__shared__ float2 parts[32];
+	__shared__ V parts[TURNS][32];
 	const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
 	if (lane == 0)
-		parts[warp] = value;
+		parts[turn][warp] = value;
 	__syncthreads();
-	value = lane < warps ? parts[lane] : make_float2(0, 0);
-	return make_float2(warp_reduce<sum_of>(value.x), warp_reduce<sum_of>(value.y));
+	return warp_sum(lane < warps ? parts[turn][lane] : (V)0);
 }
 
 /* How rows are spread: `vectors` accesses a row. */
@@ -245,6 +252,57 @@ static __device__ __forceinline__ int64_t index_at(const struct cuda_index &inde
 }
 
 /* ---- Launching --------------------------------------------------------------------------------------------------------------- */
+
+/* A kernel that is launched by launch_behind may be on the device while the one before it on the stream still runs: it calls behind_wait before it reads or writes anything that another
+ * kernel may write or read, and all of its threads that do more than return call it. Then what came before is done and seen. It lets the next one come as soon as all its own blocks are there.
+ * In a chain of short kernels that hides what a launch costs: 1.1 us a node of a graph, on an H100, and the time until memory is busy. */
+static __device__ __forceinline__ void behind_wait()
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+	asm volatile("griddepcontrol.launch_dependents;");
+	asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+/* Asks for memory that will be read soon; it isn't looked at, so that this may stand before behind_wait. 16-byte aligned, a multiple of 16. */
+static __device__ __forceinline__ void ask_ahead(const void *from, uint32_t bytes)
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+	asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
+/* Whether the current device can. Only Hopper runs the code that waits: later ones compile what was made for 8.0. */
+static inline bool launches_behind()
+{
+	enum { DEVICES = 64, UNKNOWN = 0, NO = 1, YES = 2 };
+	static int known[DEVICES];
+	int device = 0, major = 0;
+	if (cudaGetDevice(&device) != cudaSuccess || device < 0 || device >= DEVICES)
+		return false;
+	int answer = __atomic_load_n(&known[device], __ATOMIC_RELAXED);
+	if (answer == UNKNOWN) {
+		answer = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major == 9 ? YES : NO;
+		__atomic_store_n(&known[device], answer, __ATOMIC_RELAXED);
+	}
+	return answer == YES;
+}
+
+/* Of a kernel that calls behind_wait; what fails is the runtime's last error. */
+template <class Call, class... More>
+static void launch_behind(void (*kernel)(Call, More...), dim3 grid, dim3 block, cudaStream_t stream, const Call &call, More... more)
+{
+	cudaLaunchAttribute behind;
+	behind.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+	behind.val.programmaticStreamSerializationAllowed = 1;
+	cudaLaunchConfig_t config = {};
+	config.gridDim = grid;
+	config.blockDim = block;
+	config.stream = stream;
+	config.attrs = &behind;
+	config.numAttrs = launches_behind() ? 1 : 0;
+	(void)cudaLaunchKernelEx(&config, kernel, call, more...);
+}
 
 /* Calls `function<T>(…)` for the dtype. */
 #define CUDA_BY_DTYPE(dtype, T, ...)             \

@@ -34,6 +34,14 @@ template <class T> static __device__ __forceinline__ void products(float (&c)[4]
 	mma<T>(c, second, x.z, x.w);
 }
 
+/* What the first turns of the block's warps read of its weights: on their way from memory while the kernel before this one makes x. Blocks that come later have nothing to wait for. */
+template <class T> static __device__ __forceinline__ void ask_weights(const cuda_linear_call &call, int64_t column)
+{
+	enum { DEPTH = WARPS * STEP * TURNS_AT_ONCE, AT_ONCE = 2 * 132 };
+	if (blockIdx.x < AT_ONCE && threadIdx.x < COLUMNS && column + threadIdx.x < call.columns)
+		ask_ahead((const T *)call.weight + (column + threadIdx.x) * call.weight_stride, (uint32_t)(call.depth < DEPTH ? call.depth : DEPTH) * (uint32_t)sizeof(T));
+}
+
 template <class T> static __global__ void __launch_bounds__(WARPS * 32, 2) linear_matrix(const __grid_constant__ cuda_linear_call call)
 {
 	__shared__ float parts[WARPS][COLUMNS][CUDA_LINEAR_ROWS + 1];
@@ -43,6 +51,8 @@ template <class T> static __global__ void __launch_bounds__(WARPS * 32, 2) linea
 	const T *low = (const T *)call.weight + low_column * call.weight_stride, *high = (const T *)call.weight + high_column * call.weight_stride;
 	const T *x = (const T *)call.x + (g < call.rows ? g : 0) * call.x_stride;
 	float c[4] = {0, 0, 0, 0};
+	ask_weights<T>(call, column);
+	behind_wait();
 	for (int64_t from = (int64_t)warp * STEP; from < call.depth; from += WARPS * STEP * TURNS_AT_ONCE) {
 		uint4 a[TURNS_AT_ONCE][2][2], b[TURNS_AT_ONCE][2];
 #pragma unroll
@@ -83,6 +93,7 @@ template <class T, int N, int PER_WARP, int UNROLL, int ROWS> static __global__ 
 	const int lane = threadIdx.x % 32;
 	const int64_t column = ((int64_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) * PER_WARP;
 	float sums[PER_WARP][ROWS] = {};
+	behind_wait();
 	if (column >= call.columns)
 		return;
 	for (int64_t from = (int64_t)lane * N; from < call.depth; from += 32 * N * UNROLL) {
@@ -136,17 +147,17 @@ template <class T, int N, int PER_WARP, int UNROLL> static void lanes_launch(con
 {
 	const unsigned grid = (unsigned)((call->columns + 8 * PER_WARP - 1) / (8 * PER_WARP));
 	if (call->rows == 1)
-		linear_lanes<T, N, PER_WARP, UNROLL, 1><<<grid, 256, 0, stream>>>(*call);
+		launch_behind(linear_lanes<T, N, PER_WARP, UNROLL, 1>, grid, 256, stream, *call);
 	else if (call->rows <= 4)
-		linear_lanes<T, N, PER_WARP, UNROLL, 4><<<grid, 256, 0, stream>>>(*call);
+		launch_behind(linear_lanes<T, N, PER_WARP, UNROLL, 4>, grid, 256, stream, *call);
 	else
-		linear_lanes<T, N, PER_WARP, UNROLL, CUDA_LINEAR_ROWS><<<grid, 256, 0, stream>>>(*call);
+		launch_behind(linear_lanes<T, N, PER_WARP, UNROLL, CUDA_LINEAR_ROWS>, grid, 256, stream, *call);
 }
 
 template <class T> static void matrix_launch(const cuda_linear_call *call, cudaStream_t stream)
 {
 	if (takes_vectors<T>(call))
-		linear_matrix<T><<<(unsigned)((call->columns + COLUMNS - 1) / COLUMNS), WARPS * 32, 0, stream>>>(*call);
+		launch_behind(linear_matrix<T>, (unsigned)((call->columns + COLUMNS - 1) / COLUMNS), WARPS * 32, stream, *call);
 	else
 		lanes_launch<T, 1, 1, 4>(call, stream);
 }

@@ -103,6 +103,7 @@ template <class T, int PER_THREAD, bool FUSED, bool EARLY> static __global__ voi
 	const int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
 	factor<T, N> weights[PER_THREAD];
 	float v[PER_THREAD][N], sum = 0;
+	behind_wait();
 	if (row >= call.rows || faulted(call.fault))
 		return;
 #pragma unroll
@@ -145,6 +146,7 @@ template <class T, int N, bool FUSED> static __global__ void rms_passes(const __
 	const int step = (int)blockDim.x * N;
 	factor<T, N> weight;
 	float v[N], sum = 0;
+	behind_wait();
 	if (faulted(call.fault))
 		return;
 	for (int at = (int)threadIdx.x * N; at < call.variance_size; at += step) {
@@ -161,94 +163,127 @@ template <class T, int N, bool FUSED> static __global__ void rms_passes(const __
 	}
 }
 
-/* A row's mean in two parts, and 1/deviation. The first part is a sum of shares, which doesn't overflow where the mean itself doesn't; the second is the mean of what is left, so that
- * a row of nearly equal elements keeps its digits. */
+/* A row's mean in two parts, and 1/deviation. */
 struct layer_statistics {
 	float mean;
 	float rest;
 	float scale;
 };
 
-static __device__ __forceinline__ layer_statistics layer_finish(const cuda_norm_call &call, float mean, float2 sums)
+static __device__ __forceinline__ layer_statistics layer_statistics_of(const cuda_norm_call &call, float mean, float rest, float variance)
 {
-	const float rest = sums.x - sums.x == 0 ? sums.x : 0; /* a difference that overflows is its own element's */
-	const float variance = fmaxf(sums.y - rest * rest, 0.0f);
-	return {mean, rest, rsqrtf((sums.y - sums.y != 0 ? sums.y : variance) + call.epsilon)}; /* NaN and infinities stay what they are */
+	return {mean, rest, rsqrtf(variance + call.epsilon)}; /* NaN and infinities stay what they are */
 }
 
-/* The means of d and of d², by shares too, of differences from the mean's first part. 16-bit elements have no digits that the second part would keep. */
-template <class T, int N> static __device__ __forceinline__ void layer_add(const float (&v)[N], float mean, float share, float2 &sums)
+/* The mean of f32 elements is summed in double and kept as an f32 and what is left: near FLT_MAX elements may cancel to a mean that f32 sums don't have a digit of. */
+static __device__ __forceinline__ void layer_split(double mean, float &high, float &low)
 {
-#pragma unroll
-	for (int j = 0; j < N; j++) {
-		const float d = v[j] - mean;
-		if (sizeof(T) > 2)
-			sums.x += d * share;
-		sums.y += d * (d * share);
-	}
+	high = (float)mean;
+	low = high - high == 0 ? (float)(mean - (double)high) : 0; /* an infinite mean has no rest */
 }
 
+template <class T> static __device__ __forceinline__ float layer_difference(float v, float mean, float rest)
+{
+	return sizeof(T) > 2 ? (v - mean) - rest : v - mean; /* 16-bit elements have no digits that a rest would keep */
+}
+
+/* The factor may be infinite where the difference is 0 or past f32: it is multiplied once. A product alone may be past what f32 holds where the sum with the bias isn't. */
 template <class T, int N>
 static __device__ __forceinline__ void layer_store(const cuda_norm_call &call, int64_t row, int at, float (&v)[N], const layer_statistics &statistics)
 {
-	float f[N];
-#pragma unroll
-	for (int j = 0; j < N; j++) /* ((v − mean) − rest)·scale */
-		v[j] = fmaf(v[j] - statistics.mean, statistics.scale, -statistics.rest * statistics.scale);
+	float weights[N], biases[N];
 	if (call.weight != NULL) {
 		factor<T, N> weight;
 		factor_ask<T, N>(weight, call.weight, call.weight_f32, at);
-		factor_get<T, N>(weight, call.weight, call.weight_f32, at, f);
-#pragma unroll
-		for (int j = 0; j < N; j++)
-			v[j] *= f[j];
+		factor_get<T, N>(weight, call.weight, call.weight_f32, at, weights);
 	}
 	if (call.bias != NULL) {
 		factor<T, N> bias;
 		factor_ask<T, N>(bias, call.bias, call.bias_f32, at);
-		factor_get<T, N>(bias, call.bias, call.bias_f32, at, f);
+		factor_get<T, N>(bias, call.bias, call.bias_f32, at, biases);
+	}
 #pragma unroll
-		for (int j = 0; j < N; j++)
-			v[j] += f[j];
+	for (int j = 0; j < N; j++) {
+		v[j] = layer_difference<T>(v[j], statistics.mean, statistics.rest) * statistics.scale;
+		if (call.weight != NULL && call.bias != NULL)
+			v[j] = fmaf(v[j], weights[j], biases[j]);
+		else if (call.weight != NULL)
+			v[j] *= weights[j];
+		else if (call.bias != NULL)
+			v[j] += biases[j];
 	}
 	store_f32<N>((T *)call.y + row * call.hidden + at, v);
+}
+
+/* Calls f for each access that the thread has in a row. */
+template <int PER_THREAD, int N, class F> static __device__ __forceinline__ void layer_each(const cuda_norm_call &call, F f)
+{
+#pragma unroll
+	for (int i = 0; i < PER_THREAD; i++) {
+		const int at = (int)(threadIdx.x + i * blockDim.x) * N;
+		if (at < call.hidden)
+			f(i, at);
+	}
+}
+
+/* The mean square of the differences from the mean, by shares: those don't overflow where the mean square itself doesn't. */
+template <class T, int N, int PER_THREAD>
+static __device__ __forceinline__ layer_statistics layer_squares(const cuda_norm_call &call, const float (&v)[PER_THREAD][N], float mean, float rest)
+{
+	const float share = 1.0f / (float)call.hidden;
+	float sum = 0;
+	layer_each<PER_THREAD, N>(call, [&](int i, int) {
+#pragma unroll
+		for (int j = 0; j < N; j++) {
+			const float d = layer_difference<T>(v[i][j], mean, rest);
+			sum += d * (d * share);
+		}
+	});
+	return layer_statistics_of(call, mean, rest, row_sum(sum, 1));
+}
+
+template <int N, int PER_THREAD> static __device__ __forceinline__ layer_statistics layer_exact(const cuda_norm_call &call, const float (&v)[PER_THREAD][N])
+{
+	double sum = 0;
+	float mean, rest;
+	layer_each<PER_THREAD, N>(call, [&](int i, int) {
+#pragma unroll
+		for (int j = 0; j < N; j++)
+			sum += (double)v[i][j];
+	});
+	layer_split(row_sum(sum, 0) / (double)call.hidden, mean, rest);
+	return layer_squares<float, N, PER_THREAD>(call, v, mean, rest);
+}
+
+/* 16-bit elements: a sum of shares, which doesn't overflow where the mean itself doesn't. */
+template <class T, int N, int PER_THREAD> static __device__ __forceinline__ layer_statistics layer_short(const cuda_norm_call &call, const float (&v)[PER_THREAD][N])
+{
+	const float share = 1.0f / (float)call.hidden;
+	float mean = 0;
+	layer_each<PER_THREAD, N>(call, [&](int i, int) {
+#pragma unroll
+		for (int j = 0; j < N; j++)
+			mean += v[i][j] * share;
+	});
+	return layer_squares<T, N, PER_THREAD>(call, v, row_sum(mean, 0), 0);
 }
 
 template <class T, int PER_THREAD> static __global__ void layer_registers(const __grid_constant__ cuda_norm_call call)
 {
 	constexpr int N = vec_of<T>;
 	const int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
-	const float share = 1.0f / (float)call.hidden;
-	float v[PER_THREAD][N], mean = 0;
-	float2 sums = make_float2(0, 0);
+	float v[PER_THREAD][N];
+	layer_statistics statistics;
+	behind_wait();
 	if (row >= call.rows || faulted(call.fault))
 		return;
-#pragma unroll
-	for (int i = 0; i < PER_THREAD; i++) {
-		int at = (int)(threadIdx.x + i * blockDim.x) * N;
-		if (at < call.hidden)
-			load_f32<N>((const T *)call.x + row * call.x_stride + at, v[i]);
-	}
-#pragma unroll
-	for (int i = 0; i < PER_THREAD; i++) {
-		if ((int)(threadIdx.x + i * blockDim.x) * N >= call.hidden)
-			continue;
-#pragma unroll
-		for (int j = 0; j < N; j++)
-			mean += v[i][j] * share;
-	}
-	mean = row_reduce<sum_of>(mean);
-#pragma unroll
-	for (int i = 0; i < PER_THREAD; i++)
-		if ((int)(threadIdx.x + i * blockDim.x) * N < call.hidden)
-			layer_add<T, N>(v[i], mean, share, sums);
-	const layer_statistics statistics = layer_finish(call, mean, row_sums(sums));
-#pragma unroll
-	for (int i = 0; i < PER_THREAD; i++) {
-		int at = (int)(threadIdx.x + i * blockDim.x) * N;
-		if (at < call.hidden)
-			layer_store<T, N>(call, row, at, v[i], statistics);
-	}
+	const T *x = (const T *)call.x + row * call.x_stride;
+	layer_each<PER_THREAD, N>(call, [&](int i, int at) { load_f32<N>(x + at, v[i]); });
+	if (sizeof(T) == 2)
+		statistics = layer_short<T, N, PER_THREAD>(call, v);
+	else
+		statistics = layer_exact<N, PER_THREAD>(call, v);
+	layer_each<PER_THREAD, N>(call, [&](int i, int at) { layer_store<T, N>(call, row, at, v[i], statistics); });
 }
 
 template <class T, int N> static __global__ void layer_passes(const __grid_constant__ cuda_norm_call call)
@@ -257,21 +292,25 @@ template <class T, int N> static __global__ void layer_passes(const __grid_const
 	const T *x = (const T *)call.x + row * call.x_stride;
 	const int step = (int)blockDim.x * N;
 	const float share = 1.0f / (float)call.hidden;
-	float v[N], mean = 0;
-	float2 sums = make_float2(0, 0);
+	float v[N], square = 0, mean, rest;
+	double sum = 0;
+	behind_wait();
 	if (faulted(call.fault))
 		return;
 	for (int at = (int)threadIdx.x * N; at < call.hidden; at += step) {
 		load_f32<N>(x + at, v);
 		for (int j = 0; j < N; j++)
-			mean += v[j] * share;
+			sum += (double)v[j];
 	}
-	mean = row_reduce<sum_of>(mean);
+	layer_split(row_sum(sum, 0) / (double)call.hidden, mean, rest);
 	for (int at = (int)threadIdx.x * N; at < call.hidden; at += step) {
 		load_f32<N>(x + at, v);
-		layer_add<T, N>(v, mean, share, sums);
+		for (int j = 0; j < N; j++) {
+			const float d = layer_difference<T>(v[j], mean, rest);
+			square += d * (d * share);
+		}
 	}
-	const layer_statistics statistics = layer_finish(call, mean, row_sums(sums));
+	const layer_statistics statistics = layer_statistics_of(call, mean, rest, row_sum(square, 1));
 	for (int at = (int)threadIdx.x * N; at < call.hidden; at += step) {
 		load_f32<N>(x + at, v);
 		layer_store<T, N>(call, row, at, v, statistics);
@@ -293,17 +332,17 @@ template <class T, bool FUSED> static void rms_launch(const cuda_norm_call *call
 	struct row_grid grid = row_grid_of(call->rows, call->hidden / N);
 	unsigned threads = call->hidden >= 1024 ? 256 : 32;
 	if (!takes_vectors<T>(call))
-		rms_passes<T, 1, FUSED><<<(unsigned)call->rows, threads, 0, stream>>>(*call);
+		launch_behind(rms_passes<T, 1, FUSED>, (unsigned)call->rows, threads, stream, *call);
 	else if (grid.per_thread == 1)
-		rms_registers<T, 1, FUSED, true><<<grid.grid, grid.block, 0, stream>>>(*call);
+		launch_behind(rms_registers<T, 1, FUSED, true>, grid.grid, grid.block, stream, *call);
 	else if (grid.per_thread == 2 && (FUSED || grid.grid <= FEW_BLOCKS))
-		rms_registers<T, 2, FUSED, true><<<grid.grid, grid.block, 0, stream>>>(*call);
+		launch_behind(rms_registers<T, 2, FUSED, true>, grid.grid, grid.block, stream, *call);
 	else if (grid.per_thread == 2)
-		rms_registers<T, 2, FUSED, FUSED><<<grid.grid, grid.block, 0, stream>>>(*call);
+		launch_behind(rms_registers<T, 2, FUSED, FUSED>, grid.grid, grid.block, stream, *call);
 	else if (grid.per_thread == 4)
-		rms_registers<T, 4, FUSED, FUSED><<<grid.grid, grid.block, 0, stream>>>(*call);
+		launch_behind(rms_registers<T, 4, FUSED, FUSED>, grid.grid, grid.block, stream, *call);
 	else
-		rms_passes<T, N, FUSED><<<(unsigned)call->rows, 1024, 0, stream>>>(*call);
+		launch_behind(rms_passes<T, N, FUSED>, (unsigned)call->rows, 1024, stream, *call);
 }
 
 template <class T> static void layer_launch(const cuda_norm_call *call, cudaStream_t stream)
@@ -312,15 +351,15 @@ template <class T> static void layer_launch(const cuda_norm_call *call, cudaStre
 	struct row_grid grid = row_grid_of(call->rows, call->hidden / N);
 	unsigned threads = call->hidden >= 1024 ? 256 : 32;
 	if (!takes_vectors<T>(call))
-		layer_passes<T, 1><<<(unsigned)call->rows, threads, 0, stream>>>(*call);
+		launch_behind(layer_passes<T, 1>, (unsigned)call->rows, threads, stream, *call);
 	else if (grid.per_thread == 1)
-		layer_registers<T, 1><<<grid.grid, grid.block, 0, stream>>>(*call);
+		launch_behind(layer_registers<T, 1>, grid.grid, grid.block, stream, *call);
 	else if (grid.per_thread == 2)
-		layer_registers<T, 2><<<grid.grid, grid.block, 0, stream>>>(*call);
+		launch_behind(layer_registers<T, 2>, grid.grid, grid.block, stream, *call);
 	else if (grid.per_thread == 4)
-		layer_registers<T, 4><<<grid.grid, grid.block, 0, stream>>>(*call);
+		launch_behind(layer_registers<T, 4>, grid.grid, grid.block, stream, *call);
 	else
-		layer_passes<T, N><<<(unsigned)call->rows, 1024, 0, stream>>>(*call);
+		launch_behind(layer_passes<T, N>, (unsigned)call->rows, 1024, stream, *call);
 }
 
 int cuda_norm_launch(const struct cuda_norm_call *call, cudaStream_t stream)

@@ -10,6 +10,7 @@ enum { EMBEDDING_IDS = 0 };
 template <class Word> static __global__ void embedding_rows(const __grid_constant__ cuda_embedding_call call)
 {
 	const int64_t token = blockIdx.x;
+	behind_wait();
 	if (faulted(call.fault))
 		return;
 	const int64_t id = index_at(call.ids, token);
@@ -37,11 +38,11 @@ int cuda_embedding_launch(const struct cuda_embedding_call *call, cudaStream_t s
 	const unsigned grid = (unsigned)call->tokens;
 	const std::initializer_list<uint64_t> values = {(uint64_t)call->row_bytes, (uint64_t)call->table_stride_bytes, (uint64_t)call->table, (uint64_t)call->y};
 	if (all_multiples(16, values))
-		embedding_rows<uint4><<<grid, call->row_bytes >= 4096 ? 256 : 64, 0, stream>>>(*call);
+		launch_behind(embedding_rows<uint4>, grid, call->row_bytes >= 4096 ? 256 : 64, stream, *call);
 	else if (all_multiples(4, values))
-		embedding_rows<uint32_t><<<grid, 128, 0, stream>>>(*call);
+		launch_behind(embedding_rows<uint32_t>, grid, 128, stream, *call);
 	else
-		embedding_rows<uint8_t><<<grid, 128, 0, stream>>>(*call);
+		launch_behind(embedding_rows<uint8_t>, grid, 128, stream, *call);
 	return launched();
 }
 
@@ -97,6 +98,7 @@ template <class T, class C, int N, bool NEOX> static __global__ void rotary_turn
 	const int half = call.rot / 2, pair = (int)threadIdx.x * N, heads = call.heads[0] + call.heads[1];
 	const int low = NEOX ? pair : 2 * pair, high = NEOX ? half + pair : 2 * pair + N;
 	const int first = (int)(blockIdx.x * HEADS * blockDim.y + threadIdx.y);
+	behind_wait();
 	if (token >= call.tokens || faulted(call.fault))
 		return;
 	const int64_t position = index_at(call.positions, token);
@@ -136,6 +138,7 @@ template <class T> static __global__ void rotary_rest(const __grid_constant__ cu
 {
 	const int64_t token = blockIdx.x;
 	const int rest = call.head_size - call.rot, items = (call.heads[0] + call.heads[1]) * rest;
+	behind_wait();
 	if (faulted(call.fault))
 		return;
 	const int64_t position = index_at(call.positions, token);
@@ -164,9 +167,9 @@ template <class T, class C, int N> static void turn_launch(const cuda_rotary_cal
 	const dim3 block((unsigned)parts, (unsigned)beside);
 	const dim3 grid((unsigned)((turns + beside - 1) / beside), (unsigned)high, (unsigned)((call->tokens + high - 1) / high));
 	if (call->neox)
-		rotary_turn<T, C, N, true><<<grid, block, 0, stream>>>(*call);
+		launch_behind(rotary_turn<T, C, N, true>, grid, block, stream, *call);
 	else
-		rotary_turn<T, C, N, false><<<grid, block, 0, stream>>>(*call);
+		launch_behind(rotary_turn<T, C, N, false>, grid, block, stream, *call);
 }
 
 template <class T, class C> static void rotary_launch(const cuda_rotary_call *call, cudaStream_t stream)
@@ -181,7 +184,7 @@ template <class T, class C> static void rotary_launch(const cuda_rotary_call *ca
 	else if (call->rot >= 2)
 		turn_launch<T, C, 1>(call, stream);
 	if (call->rot < call->head_size)
-		rotary_rest<T><<<(unsigned)call->tokens, 256, 0, stream>>>(*call);
+		launch_behind(rotary_rest<T>, (unsigned)call->tokens, 256, stream, *call);
 }
 
 int cuda_rotary_launch(const struct cuda_rotary_call *call, cudaStream_t stream)
@@ -199,6 +202,7 @@ template <class Word> static __global__ void cache_rows(const __grid_constant__ 
 {
 	const int64_t token = blockIdx.x;
 	const int which = blockIdx.y;
+	behind_wait();
 	if (faulted(call.fault))
 		return;
 	const int64_t slot = index_at(call.slots, token);
@@ -236,10 +240,10 @@ int cuda_cache_launch(const struct cuda_cache_call *call, cudaStream_t stream)
 	                                                (uint64_t)call->tokens_from[0], (uint64_t)call->tokens_from[1],        (uint64_t)call->cache_to[0],
 	                                                (uint64_t)call->cache_to[1]};
 	if (all_multiples(16, values))
-		cache_rows<uint4><<<grid, 128, 0, stream>>>(*call);
+		launch_behind(cache_rows<uint4>, grid, 128, stream, *call);
 	else if (all_multiples(4, values))
-		cache_rows<uint32_t><<<grid, 128, 0, stream>>>(*call);
+		launch_behind(cache_rows<uint32_t>, grid, 128, stream, *call);
 	else
-		cache_rows<uint8_t><<<grid, 128, 0, stream>>>(*call);
+		launch_behind(cache_rows<uint8_t>, grid, 128, stream, *call);
 	return launched();
 }

@@ -252,37 +252,95 @@ static __device__ __forceinline__ uint64_t block_largest(uint64_t key)
 	return warp_largest(threadIdx.x % 32 < blockDim.x / 32 ? parts[threadIdx.x % 32] : 0);
 }
 
-/* The largest key of a row below `limit`. No key is 0 or all ones. */
+/* The largest key below `limit` of N elements and what is there already. No key is 0 or all ones. */
+template <class T, int N> static __device__ __forceinline__ uint64_t largest_of(const T *x, int64_t at, uint64_t limit, uint64_t largest)
+{
+	float v[N];
+	load_f32<N>(x + at, v);
+#pragma unroll
+	for (int j = 0; j < N; j++) {
+		uint64_t key = key_of(v[j], (uint32_t)(at + j));
+		largest = key > largest && key < limit ? key : largest;
+	}
+	return largest;
+}
+
+/* Of a row. */
 template <class T, int N> static __device__ __forceinline__ uint64_t row_largest(const T *x, int64_t size, uint64_t limit)
 {
 	uint64_t largest = 0;
-	for (int64_t at = threadIdx.x * N; at < size; at += (int64_t)blockDim.x * N) {
-		float v[N];
-		load_f32<N>(x + at, v);
-#pragma unroll
-		for (int j = 0; j < N; j++) {
-			uint64_t key = key_of(v[j], (uint32_t)(at + j));
-			largest = key > largest && key < limit ? key : largest;
-		}
-	}
+	for (int64_t at = threadIdx.x * N; at < size; at += (int64_t)blockDim.x * N)
+		largest = largest_of<T, N>(x, at, limit, largest);
 	return block_largest(largest);
 }
 
 template <class T, int N> static __global__ void argmax_rows(const __grid_constant__ cuda_top_call call)
 {
+	behind_wait();
 	uint64_t key = row_largest<T, N>((const T *)call.x + (int64_t)blockIdx.x * call.x_stride, call.size, ~(uint64_t)0);
 	if (threadIdx.x == 0)
 		call.indices[blockIdx.x] = index_of(key);
+}
+
+/* A long row by a cluster of blocks: one multiprocessor alone waits for memory. */
+enum { ARGMAX_CLUSTER = 8, ARGMAX_THREADS = 512, ARGMAX_LONG = 32768, ARGMAX_ROWS = 64 };
+
+template <class T> static __global__ void __launch_bounds__(ARGMAX_THREADS) argmax_cluster(const __grid_constant__ cuda_top_call call)
+{
+#if __CUDA_ARCH__ >= 900
+	namespace groups = cooperative_groups;
+	constexpr int N = vec_of<T>;
+	groups::cluster_group cluster = groups::this_cluster();
+	__shared__ uint64_t found;
+	const int64_t row = blockIdx.x / ARGMAX_CLUSTER, step = (int64_t)ARGMAX_CLUSTER * ARGMAX_THREADS * N;
+	const T *x = (const T *)call.x + row * call.x_stride;
+	uint64_t largest = 0;
+	behind_wait();
+	for (int64_t at = ((int64_t)cluster.block_rank() * ARGMAX_THREADS + threadIdx.x) * N; at < call.size; at += step)
+		largest = largest_of<T, N>(x, at, ~(uint64_t)0, largest);
+	largest = block_largest(largest);
+	if (threadIdx.x == 0)
+		found = largest;
+	cluster.sync();
+	if (cluster.block_rank() == 0 && threadIdx.x == 0) {
+		for (int i = 1; i < ARGMAX_CLUSTER; i++) {
+			const uint64_t other = *cluster.map_shared_rank(&found, i);
+			largest = other > largest ? other : largest;
+		}
+		call.indices[row] = index_of(largest);
+	}
+	cluster.sync(); /* nobody leaves while its shared memory is read */
+#endif
+}
+
+template <class T> static void argmax_cluster_launch(const cuda_top_call *call, cudaStream_t stream)
+{
+	cudaLaunchAttribute attributes[2] = {};
+	attributes[0].id = cudaLaunchAttributeClusterDimension;
+	attributes[0].val.clusterDim.x = ARGMAX_CLUSTER;
+	attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+	attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+	attributes[1].val.programmaticStreamSerializationAllowed = 1;
+	cudaLaunchConfig_t config = {};
+	config.gridDim = dim3((unsigned)(call->rows * ARGMAX_CLUSTER));
+	config.blockDim = dim3(ARGMAX_THREADS);
+	config.stream = stream;
+	config.attrs = attributes;
+	config.numAttrs = 2;
+	(void)cudaLaunchKernelEx(&config, argmax_cluster<T>, *call);
 }
 
 template <class T> static void argmax_launch(const cuda_top_call *call, cudaStream_t stream)
 {
 	constexpr int N = vec_of<T>;
 	const unsigned threads = call->size >= 8192 ? 1024 : call->size >= 1024 ? 256 : 32;
-	if (call->size % N == 0 && rows_aligned(call->x, call->x_stride, sizeof(T)))
-		argmax_rows<T, N><<<(unsigned)call->rows, threads, 0, stream>>>(*call);
+	const bool vectors = call->size % N == 0 && rows_aligned(call->x, call->x_stride, sizeof(T));
+	if (vectors && call->size >= ARGMAX_LONG && call->rows <= ARGMAX_ROWS && has_clusters())
+		argmax_cluster_launch<T>(call, stream);
+	else if (vectors)
+		launch_behind(argmax_rows<T, N>, (unsigned)call->rows, threads, stream, *call);
 	else
-		argmax_rows<T, 1><<<(unsigned)call->rows, threads, 0, stream>>>(*call);
+		launch_behind(argmax_rows<T, 1>, (unsigned)call->rows, threads, stream, *call);
 }
 
 int cuda_argmax_launch(const struct cuda_top_call *call, cudaStream_t stream)

@@ -33,18 +33,19 @@ bool device_faulty(struct device *device, enum device_fault point)
 	return device->fault_first[point] != 0 && seen >= device->fault_first[point] && seen <= device->fault_last[point];
 }
 
-opd_status device_check_thread(struct device *device, uint32_t ordinal, const char *what, opd_error *error)
+opd_status device_enter(struct device *device, uint32_t ordinal, const char *what, opd_error *error)
 {
-	(void)pthread_mutex_lock(&device->mutex);
-	if (!device->lane_known[ordinal])
-		device->lane[ordinal] = pthread_self();
-	device->lane_known[ordinal] = true;
-	bool same = pthread_equal(device->lane[ordinal], pthread_self()) != 0;
-	(void)pthread_mutex_unlock(&device->mutex);
-	if (same && device_check_lost(device, ordinal, error) != OPD_OK)
-		return OPD_DATA_LOSS;
-	return same ? OPD_OK
-	            : opd_fail(error, OPD_INTERNAL, "test:%u: %s by another thread than its lane's", (unsigned)ordinal, what);
+	if (atomic_exchange(&device->inside[ordinal], true))
+		return opd_fail(error, OPD_INTERNAL, "test:%u: %s while another thread works with it", (unsigned)ordinal, what);
+	if (device_check_lost(device, ordinal, error) == OPD_OK)
+		return OPD_OK;
+	device_leave(device, ordinal);
+	return OPD_DATA_LOSS;
+}
+
+void device_leave(struct device *device, uint32_t ordinal)
+{
+	atomic_store(&device->inside[ordinal], false);
 }
 
 opd_status device_check_lost(struct device *device, uint32_t ordinal, opd_error *error)
@@ -131,9 +132,11 @@ void device_close(struct device *device)
 		device_free(device, UINT32_MAX, oldest);
 		allocations++;
 	}
-	bool clean = allocations + device->streams + device->events + device->plans + device->graphs + device->hosts == 0;
+	bool clean = allocations + device->streams + device->events + device->plans + device->graphs + device->hosts + device->locked == 0;
 	(void)snprintf(text, sizeof text, "graphs: %u captured, %u launches, %u left", (unsigned)device->captures, (unsigned)device->launches,
 	               (unsigned)device->graphs);
+	device->host->log(device->host, OPD_LOG_INFO, text);
+	(void)snprintf(text, sizeof text, "host memory: locked %u times", (unsigned)device->locks);
 	device->host->log(device->host, OPD_LOG_INFO, text);
 	(void)snprintf(text, sizeof text, "%s: %u allocations, %u streams, %u events, %u plans were left",
 	               clean ? "closed clean" : "closed with leaks", (unsigned)allocations, (unsigned)device->streams,
@@ -174,6 +177,8 @@ const opd_backend device_backend = {
     .graph_destroy = device_graph_destroy,
     .host_alloc = device_host_alloc,
     .host_free = device_host_free,
+    .host_register = device_host_register,
+    .host_unregister = device_host_unregister,
     .device_reset = device_reset,
 };
 

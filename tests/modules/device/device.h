@@ -2,11 +2,11 @@
  * where it is told to.
  *
  * Layer: tests, a provider module (opd/provider.h alone). Two devices of kind `test`.
- * Threads: memory and streams from the lane of a device; each stream has a thread of its own that does what was enqueued, in
+ * Threads: memory and streams from one thread at a time a device; each stream has a thread of its own that does what was enqueued, in
  * order. Life: device_open (in the module's open) → device_close, which says through the log whether everything was given back.
  * What it catches: a device's address is one where nothing may be read or written, so that a host that touches device memory
- * dies; a kernel that is handed a host address, or one past an allocation's end, fails with INTERNAL; so does whoever calls from
- * another thread than the contract allows.
+ * dies; a kernel that is handed a host address, or one past an allocation's end, fails with INTERNAL; so does whoever calls while
+ * another thread does.
  *
  * The environment, read once:
  *     OPD_TEST_DEVICE_MEMORY=BYTES       of each device (64 MiB)
@@ -55,14 +55,15 @@ struct device {
 	bool opened;
 	struct device_allocation *allocations;
 	uint64_t used_bytes[DEVICE_COUNT];
-	bool lane_known[DEVICE_COUNT];
-	pthread_t lane[DEVICE_COUNT];
 
 	_Atomic uint32_t streams;
 	_Atomic uint32_t events;
 	_Atomic uint32_t plans;
+	_Atomic bool inside[DEVICE_COUNT]; /* a thread is between device_enter and device_leave */
 	_Atomic bool lost[DEVICE_COUNT]; /* until it is reset */
-	_Atomic uint32_t hosts; /* pieces of locked host memory */
+	_Atomic uint32_t hosts; /* pieces of host memory that it gave */
+	_Atomic uint32_t locked; /* and of the host's that it was told of, now */
+	_Atomic uint32_t locks;  /* since the start */
 	_Atomic uint32_t graphs; /* that exist */
 	_Atomic uint32_t captures; /* since the start */
 	_Atomic uint32_t launches;
@@ -90,13 +91,16 @@ void device_sleep_us(uint64_t us);
 /* Until the file that this variable of the environment names is there; at once where there is none. */
 void device_await_gate(const char *name);
 uint64_t device_now_ns(void);
-/* INTERNAL when a lane's call doesn't come from its device's one thread. */
-OPD_MUST_USE opd_status device_check_thread(struct device *device, uint32_t ordinal, const char *what, opd_error *error);
+/* INTERNAL when another thread is working with the device, DATA_LOSS when it is lost; from OK to device_leave the caller is. */
+OPD_MUST_USE opd_status device_enter(struct device *device, uint32_t ordinal, const char *what, opd_error *error);
+void device_leave(struct device *device, uint32_t ordinal);
 
 /* ---- memory.c ---- */
 
 opd_status device_alloc(void *state, uint32_t ordinal, uint64_t bytes, void **memory_out, opd_error *error);
 void device_free(void *state, uint32_t ordinal, void *memory);
+opd_status device_host_register(void *state, void *memory, uint64_t bytes, opd_error *error);
+void device_host_unregister(void *state, void *memory);
 /* Where `bytes` at `offset` of device memory are really kept; NULL (and the text says what `name` is instead) where they aren't
  * all the device's. */
 unsigned char *device_contents(struct device *device, uint32_t ordinal, const void *memory, uint64_t offset, uint64_t bytes,

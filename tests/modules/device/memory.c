@@ -53,11 +53,13 @@ static struct device_allocation *allocation_create(uint32_t ordinal, uint64_t by
 opd_status device_alloc(void *state, uint32_t ordinal, uint64_t bytes, void **memory_out, opd_error *error)
 {
 	struct device *device = state;
-	opd_status status = device_check_thread(device, ordinal, "alloc", error);
+	opd_status status = device_enter(device, ordinal, "alloc", error);
 	if (status != OPD_OK)
 		return status;
-	if (device_faulty(device, DEVICE_FAULT_ALLOC))
+	if (device_faulty(device, DEVICE_FAULT_ALLOC)) {
+		device_leave(device, ordinal);
 		return opd_fail(error, OPD_INTERNAL, "alloc: injected failure");
+	}
 	(void)pthread_mutex_lock(&device->mutex);
 	status = charge(device, ordinal, bytes, error);
 	struct device_allocation *allocation = status == OPD_OK ? allocation_create(ordinal, bytes) : NULL;
@@ -70,6 +72,7 @@ opd_status device_alloc(void *state, uint32_t ordinal, uint64_t bytes, void **me
 		status = opd_fail(error, OPD_RESOURCE_EXHAUSTED, "the system has no %" PRIu64 " bytes", bytes);
 	}
 	(void)pthread_mutex_unlock(&device->mutex);
+	device_leave(device, ordinal);
 	return status;
 }
 
@@ -113,6 +116,24 @@ void device_host_free(void *state, uint32_t ordinal, void *host)
 	(void)ordinal;
 	free(host);
 	(void)atomic_fetch_sub(&device->hosts, 1);
+}
+
+opd_status device_host_register(void *state, void *memory, uint64_t bytes, opd_error *error)
+{
+	struct device *device = state;
+	if ((uintptr_t)memory % 4096 != 0 || bytes == 0)
+		return opd_fail(error, OPD_INTERNAL, "host_register: memory that isn't whole pages");
+	(void)atomic_fetch_add(&device->locks, 1);
+	(void)atomic_fetch_add(&device->locked, 1);
+	return OPD_OK;
+}
+
+void device_host_unregister(void *state, void *memory)
+{
+	struct device *device = state;
+	if (atomic_fetch_sub(&device->locked, 1) == 0)
+		abort();
+	(void)*(volatile unsigned char *)memory; /* it is still mapped, or this is a crash */
 }
 
 /* What was allocated there is gone; who frees it afterwards aborts. */

@@ -161,14 +161,11 @@ void device_stream_destroy(void *state, void *stream_of)
 	(void)atomic_fetch_sub(&device->streams, 1);
 }
 
-static opd_status enqueue(struct stream *stream, const struct command *command, opd_error *error)
+static opd_status append(struct stream *stream, const struct command *command, opd_error *error)
 {
-	opd_status status = device_check_thread(stream->device, stream->ordinal, "enqueue", error);
-	struct command *copy = status == OPD_OK ? malloc(sizeof *copy) : NULL;
-	if (status == OPD_OK && copy == NULL)
-		status = opd_fail(error, OPD_RESOURCE_EXHAUSTED, "enqueue: out of memory");
-	if (status != OPD_OK)
-		return status;
+	struct command *copy = malloc(sizeof *copy);
+	if (copy == NULL)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "enqueue: out of memory");
 	*copy = *command;
 	copy->next = NULL;
 	if (stream->capturing != NULL) {
@@ -182,6 +179,16 @@ static opd_status enqueue(struct stream *stream, const struct command *command, 
 	(void)pthread_cond_signal(&stream->wake);
 	(void)pthread_mutex_unlock(&stream->mutex);
 	return OPD_OK;
+}
+
+static opd_status enqueue(struct stream *stream, const struct command *command, opd_error *error)
+{
+	opd_status status = device_enter(stream->device, stream->ordinal, "enqueue", error);
+	if (status != OPD_OK)
+		return status;
+	status = append(stream, command, error);
+	device_leave(stream->device, stream->ordinal);
+	return status;
 }
 
 /* ---- Capture: what may be captured is kept in a list, and launched as copies of it ---- */
