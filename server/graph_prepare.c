@@ -183,7 +183,7 @@ static opd_status prepare_device(struct preparing *p, const struct step *step, c
 	const bool same = impl->on_host ? p->device == 0
 	                                : p->device != 0 && (node->run.device.bytes == 0 ? strcmp(devices[p->device].kind, impl->def->device) == 0 : wanted == p->device);
 	if (!same)
-		return opd_fail(p->error, OPD_UNIMPLEMENTED, "%s: %s would run on %s, the nodes before it on %s: a graph's nodes run on one device so far", impl->def->op,
+		return opd_fail(p->error, OPD_UNIMPLEMENTED, "%s: %s would run on %s, the nodes before it on %s: a graph's nodes run on one device so far (its list needs a provider of that device which takes this call)", impl->def->op,
 		                impl->provider->name, devices[wanted].name, devices[p->device].name);
 	if (!impl->on_host && step->bound.op->def->check != NULL && (impl->def->flags & OPD_IMPL_CHECKS_INDICES) == 0)
 		return opd_fail(p->error, OPD_UNIMPLEMENTED, "%s: %s doesn't check indices on %s, as a graph's nodes there must", impl->def->op, impl->provider->name,
