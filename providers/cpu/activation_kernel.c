@@ -112,12 +112,13 @@ VEC_INLINE vec_f32 gelu_tanh_of(opd_dtype dtype, vec_f32 x)
 		for (; i + 2 * VEC_LANES <= count; i += 2 * VEC_LANES) {                                                               \
 			struct vec_pair pair = vec_load_pair(OPD_##name, x, i);                                                            \
 			for (size_t p = 0; p < 2; p++)                                                                                     \
-				pair.v[p] = function##_of(OPD_##name, pair.v[p]);                                                              \
+				pair.v[p] = vec_result(OPD_##name, function##_of(OPD_##name, pair.v[p]));                                      \
 			vec_store_pair(OPD_##name, y, i, pair);                                                                            \
 		}                                                                                                                      \
 		for (size_t here; i < count; i += here) {                                                                              \
 			here = count - i < VEC_LANES ? count - i : VEC_LANES;                                                              \
-			vec_store_part(OPD_##name, y, i, here, function##_of(OPD_##name, vec_load_part(OPD_##name, x, i, here, 0.0f)));    \
+			vec_f32 tail = function##_of(OPD_##name, vec_load_part(OPD_##name, x, i, here, 0.0f));                             \
+			vec_store_part(OPD_##name, y, i, here, vec_result(OPD_##name, tail));                                              \
 		}                                                                                                                      \
 	}                                                                                                                          \
 	static void function##_mul_##name(const void *x, const void *other, void *y, size_t count)                                 \
@@ -126,13 +127,14 @@ VEC_INLINE vec_f32 gelu_tanh_of(opd_dtype dtype, vec_f32 x)
 		for (; i + 2 * VEC_LANES <= count; i += 2 * VEC_LANES) {                                                               \
 			struct vec_pair pair = vec_load_pair(OPD_##name, x, i), factor = vec_load_pair(OPD_##name, other, i);              \
 			for (size_t p = 0; p < 2; p++)                                                                                     \
-				pair.v[p] = function##_of(OPD_##name, pair.v[p]) * factor.v[p];                                                \
+				pair.v[p] = vec_result(OPD_##name, function##_of(OPD_##name, pair.v[p]) * factor.v[p]);                        \
 			vec_store_pair(OPD_##name, y, i, pair);                                                                            \
 		}                                                                                                                      \
 		for (size_t here; i < count; i += here) {                                                                              \
 			here = count - i < VEC_LANES ? count - i : VEC_LANES;                                                              \
 			vec_f32 tail = function##_of(OPD_##name, vec_load_part(OPD_##name, x, i, here, 0.0f));                             \
-			vec_store_part(OPD_##name, y, i, here, tail * vec_load_part(OPD_##name, other, i, here, 0.0f));                    \
+			tail = vec_result(OPD_##name, tail * vec_load_part(OPD_##name, other, i, here, 0.0f));                             \
+			vec_store_part(OPD_##name, y, i, here, tail);                                                                      \
 		}                                                                                                                      \
 	}
 #define X(function) ROW(function, f32) ROW(function, bf16) ROW(function, f16)

@@ -11,8 +11,7 @@
 /* Of two NaNs the compiler's order of operands would decide which one shows. */
 VEC_INLINE vec_f32 arithmetic_of(opd_dtype dtype, unsigned op, vec_f32 a, vec_f32 b)
 {
-	vec_f32 v = op == CPU_ADD ? a + b : op == CPU_SUB ? a - b : a * b;
-	return dtype == OPD_bf16 ? v : vec_one_nan(v); /* bf16's rounding has one anyway */
+	return vec_result(dtype, op == CPU_ADD ? a + b : op == CPU_SUB ? a - b : a * b);
 }
 
 static inline double arithmetic_one_nan(double value)

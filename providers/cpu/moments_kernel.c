@@ -170,7 +170,7 @@ VEC_INLINE vec_f32 layer_norm_of(opd_dtype dtype, const struct cpu_layer_norm *n
 		v = v * weight;
 	else if (norm->bias != NULL)
 		v = v + bias;
-	return dtype == OPD_bf16 ? v : vec_one_nan(v); /* bf16's rounding has one anyway */
+	return vec_result(dtype, v);
 }
 
 /* Weights or biases [at, at + 2·VEC_LANES) in the order in which x's pairs have them; of none, anything. */

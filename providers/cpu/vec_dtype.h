@@ -292,6 +292,12 @@ VEC_INLINE vec_f32 vec_one_nan(vec_f32 v)
 #endif
 }
 
+/* What is stored as `dtype`: bf16's rounding has one NaN anyway. */
+VEC_INLINE vec_f32 vec_result(opd_dtype dtype, vec_f32 v)
+{
+	return dtype == OPD_bf16 ? v : vec_one_nan(v);
+}
+
 /* `v` as it would read after a store as `dtype`. */
 VEC_INLINE vec_f32 vec_rounded(opd_dtype dtype, vec_f32 v)
 {
