@@ -543,13 +543,6 @@ static uint64_t measured_ns(const struct request *request)
 	return placement_cost_ns(request->context->server->placement, run->dispatch.impl, run->device, work_bytes(request), request_now_ns());
 }
 
-/* As it was measured there, else as the implementation estimates. 0: nobody says; the session's mean is taken then. */
-static uint64_t device_cost_ns(const struct request *request)
-{
-	const uint64_t ns = measured_ns(request);
-	return ns != 0 ? ns : estimated_ns(request);
-}
-
 /* A lone job that is over sooner than another thread would have begun it is run by whoever waits for it, and a longer one is enqueued by them. Only what has been measured, so that nothing is
  * made for the first time. */
 #define HERE_NS 40000u
@@ -584,9 +577,9 @@ uint64_t device_here_ns(struct request *request, uint64_t cost_ns)
 	return short_one ? 2 * cost_ns : 1; /* the rest is left to the lane's thread, which wakes meanwhile */
 }
 
-static uint64_t run_here_ns(struct request *request)
+static uint64_t run_here_ns(struct request *request, uint64_t cost_ns)
 {
-	return request->run.dispatch.plan_missing ? 0 : device_here_ns(request, measured_ns(request));
+	return request->run.dispatch.plan_missing ? 0 : device_here_ns(request, cost_ns);
 }
 
 void device_run_start(struct request *request)
@@ -598,12 +591,14 @@ void device_run_start(struct request *request)
 		execute_done(request);
 		return;
 	}
+	/* As it was measured there, else as the implementation estimates; when nobody says, the session's mean is taken. */
+	const uint64_t cost_ns = measured_ns(request);
 	request->device_job = (struct device_job){
 		.name = run->op->schema->name,
 		.account = request->session->account,
 		.deadline_ns = run->deadline_ns,
-		.item = {.class = (uint8_t)run->class, .estimate_ns = device_cost_ns(request)},
-		.here_ns = run_here_ns(request),
+		.item = {.class = (uint8_t)run->class, .estimate_ns = cost_ns != 0 ? cost_ns : estimated_ns(request)},
+		.here_ns = run_here_ns(request, cost_ns),
 		.unwanted = &request->session->gone,
 		.enqueue = run_enqueue,
 		.complete = run_complete,

@@ -10,7 +10,6 @@
 #include <sys/timerfd.h>
 #include <unistd.h>
 
-#include "proto/ring.h"
 #include "server/conn.h"
 #include "server/daemon.h"
 #include "server/listener.h"

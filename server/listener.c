@@ -94,6 +94,12 @@ static void widen(struct conn *conn)
 		(void)setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof bytes);
 }
 
+/* A stream's handle in the loop, of the one type or the other; nothing is open in it yet. 0 or libuv's error. */
+static int init_stream(uv_loop_t *loop, listen_kind kind, uv_pipe_t *pipe, uv_tcp_t *tcp)
+{
+	return kind == LISTEN_UNIX ? uv_pipe_init(loop, pipe, 0) : uv_tcp_init(loop, tcp);
+}
+
 /* A connection that was accepted, on its way to its loop. */
 struct arrival {
 	struct io_loop *io;
@@ -107,7 +113,7 @@ struct arrival {
 static int open_handle(const struct arrival *arrival, struct conn *conn)
 {
 	conn->handle.data = conn;
-	const int failed = arrival->kind == LISTEN_UNIX ? uv_pipe_init(&conn->io->loop, &conn->pipe, 0) : uv_tcp_init(&conn->io->loop, &conn->tcp);
+	const int failed = init_stream(&conn->io->loop, arrival->kind, &conn->pipe, &conn->tcp);
 	if (failed == 0 && arrival->kind == LISTEN_TLS && (conn->tls = conn_tls_create(conn)) == NULL)
 		return UV_ENOMEM;
 	return failed;
@@ -174,8 +180,7 @@ static void turn_away(struct listener *listener)
 		return;
 	}
 	listener->turned_away.handle.data = listener;
-	int failed = listener->kind == LISTEN_UNIX ? uv_pipe_init(&listener->server->loops[0].loop, &listener->turned_away.pipe, 0)
-	                                           : uv_tcp_init(&listener->server->loops[0].loop, &listener->turned_away.tcp);
+	int failed = init_stream(&listener->server->loops[0].loop, listener->kind, &listener->turned_away.pipe, &listener->turned_away.tcp);
 	if (failed != 0)
 		return;
 	(void)uv_accept(&listener->stream, &listener->turned_away.stream);
@@ -261,7 +266,7 @@ static void arrive(void *argument)
 	if (server->draining)
 		io_loop_forget(arrival->io);
 	else if ((conn = make_conn(arrival)) == NULL)
-		log_accept_error(server, "", UV_ENOMEM);
+		log_accept_error(server, "(for another loop)", UV_ENOMEM);
 	int failed = conn == NULL ? UV_ECANCELED : open_handle(arrival, conn);
 	if (failed == 0)
 		failed = arrival->kind == LISTEN_UNIX ? uv_pipe_open(&conn->pipe, arrival->fd) : uv_tcp_open(&conn->tcp, arrival->fd);
@@ -294,8 +299,7 @@ static int accept_descriptor(struct listener *listener)
 	uv_os_fd_t fd;
 	if (transit == NULL)
 		return UV_ENOMEM;
-	int failed = listener->kind == LISTEN_UNIX ? uv_pipe_init(&listener->server->loops[0].loop, &transit->pipe, 0)
-	                                           : uv_tcp_init(&listener->server->loops[0].loop, &transit->tcp);
+	int failed = init_stream(&listener->server->loops[0].loop, listener->kind, &transit->pipe, &transit->tcp);
 	if (failed != 0) {
 		free(transit);
 		return failed;
@@ -487,7 +491,7 @@ static opd_status open_listener(struct server *server, const struct config_liste
 	listener->kind = config->kind;
 	listener->remote = config->kind != LISTEN_UNIX && !config->loopback;
 	listener->metrics = metrics;
-	int failed = config->kind == LISTEN_UNIX ? uv_pipe_init(&server->loops[0].loop, &listener->pipe, 0) : uv_tcp_init(&server->loops[0].loop, &listener->tcp);
+	int failed = init_stream(&server->loops[0].loop, config->kind, &listener->pipe, &listener->tcp);
 	if (failed != 0) {
 		free(listener);
 		return cannot_listen(config, uv_strerror(failed), error);
