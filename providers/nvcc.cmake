@@ -1,7 +1,11 @@
 # CUDA: looked for once. OPD_CUDA is true where nvcc (in PATH or under /usr/local/cuda), the runtime's headers and libcudart_static are there; else a message says what is missing, and
 # modules that need them are left out. Nothing of CUDA is needed to run the daemon: the runtime is linked into each module, and opens the driver when the module is opened.
-find_program(OPD_NVCC nvcc HINTS /usr/local/cuda/bin)
 set(OPD_CUDA FALSE)
+if(NOT OPD_WITH_CUDA)
+  message(STATUS "opd: the providers on CUDA aren't built: OPD_WITH_CUDA is off")
+  return()
+endif()
+find_program(OPD_NVCC nvcc HINTS /usr/local/cuda/bin)
 # Not in builds for AddressSanitizer, ThreadSanitizer or coverage: nvcc instruments nothing, the driver can't live beside shadow memory, and compiling these kernels took a third of such a build. What the
 # daemon does with devices is tested there by tests/modules/device; the kernels have compute-sanitizer (cuda/README.md).
 if(OPD_SANITIZE OR OPD_COVERAGE)

@@ -285,6 +285,8 @@ static struct buffer *mirror_of(const struct device_job *job, const struct buffe
 /* A job in flight makes it: whether its copy is good is known when that has ended, and a failure must not become others'. */
 static bool mirror_pending(const struct device_lane *lane, const struct buffer *buffer)
 {
+	if (lane->making == 0)
+		return false;
 	for (const struct device_job *job = lane->flight; job != NULL; job = job->next)
 		if (mirror_of(job, buffer) != NULL)
 			return true;
@@ -306,6 +308,7 @@ static opd_status mirror_make(struct device_lane *lane, struct device_job *job, 
 	if (status != OPD_OK || made == NULL)
 		return status != OPD_OK ? status : device_no_memory(job);
 	*made = (struct device_mirror){job->mirrors, buffer, *mirror_out};
+	lane->making += job->mirrors == NULL;
 	job->mirrors = made;
 	return OPD_OK;
 }
@@ -325,8 +328,9 @@ opd_status device_bring(struct device_lane *lane, struct device_job *job, struct
 	return mirror_make(lane, job, buffer, bytes, here_out);
 }
 
-static void mirrors_settle(struct device_job *job)
+static void mirrors_settle(struct device_lane *lane, struct device_job *job)
 {
+	lane->making -= job->mirrors != NULL;
 	for (struct device_mirror *mirror = job->mirrors; mirror != NULL && job->status == OPD_OK; mirror = mirror->next)
 		buffer_add_mirror(mirror->of, mirror->mirror);
 	job->mirrors = NULL;
@@ -356,8 +360,9 @@ bool device_watch_end(struct device_lane *lane, struct device_job *job)
 /* The oldest on the stream is what the device works on. */
 static void watch_oldest(struct device_lane *lane)
 {
-	if (lane->flight != NULL)
+	if (lane->flight != NULL && lane->flight != lane->watched)
 		watch_resume(&lane->flight->watch);
+	lane->watched = lane->flight;
 }
 
 /* ---- One job ---- */
@@ -475,7 +480,7 @@ void device_lane_ask(struct device_lane *lane, struct device_job *job)
 
 static void job_enqueue(struct device_lane *lane, struct device_job *job)
 {
-	job->started_ns = request_now_ns();
+	job->started_ns = lane->picked_ns; /* just now */
 	arena_init(&job->arena, JOB_ARENA_BYTES);
 	job->status = check_before(lane, job);
 	if (job->status == OPD_OK)
@@ -548,7 +553,7 @@ static void end_job(struct device_lane *lane, struct device_job *job, uint64_t e
 	lane->flight_ns -= job->item.estimate_ns;
 	const bool overdue = device_watch_end(lane, job); /* then it was answered as failed */
 	inherit_failure(job);
-	mirrors_settle(job);
+	mirrors_settle(lane, job);
 	device_ring_settle(lane, job);
 	if (job->complete != NULL)
 		job->complete(lane, job);
@@ -572,6 +577,7 @@ static struct device_job *take_complete(struct device_lane *lane)
 	if (lane->flight == NULL)
 		lane->flight_end = &lane->flight;
 	last->next = NULL;
+	lane->watched = NULL; /* it may be another's place by the time the next one is */
 	for (struct device_job *job = ended; job != NULL; job = job->next)
 		end_job(lane, job, ended_ns, device_ns);
 	atomic_store_explicit(&lane->stream_until_ns, ended_ns + lane->flight_ns, memory_order_relaxed);
@@ -633,6 +639,7 @@ static struct device_job *pick(struct device_lane *lane, uint64_t *ready_ns_out)
 	if (lane->scheduler.queued == 0 || !has_room(lane))
 		return NULL;
 	const uint64_t now_ns = request_now_ns();
+	lane->picked_ns = now_ns;
 	struct sched_item *item = scheduler_pick(&lane->scheduler, now_ns, ready_ns_out);
 	if (item == NULL)
 		return NULL;
@@ -753,6 +760,16 @@ static void source_free(void *context, void *memory)
 	lane->device.backend->free(lane->device.state, lane->device.ordinal, memory);
 }
 
+/* It is held for a few instructions, by a loop that submits and the thread that picks, for each of many small jobs: whoever finds it taken looks again for a while before it sleeps. */
+static void init_mutex(pthread_mutex_t *mutex)
+{
+	pthread_mutexattr_t attributes;
+	(void)pthread_mutexattr_init(&attributes);
+	(void)pthread_mutexattr_settype(&attributes, PTHREAD_MUTEX_ADAPTIVE_NP);
+	(void)pthread_mutex_init(mutex, &attributes);
+	(void)pthread_mutexattr_destroy(&attributes);
+}
+
 static void init_cond(pthread_cond_t *cond)
 {
 	pthread_condattr_t attributes;
@@ -788,7 +805,7 @@ static opd_status lane_start(struct server *server, const struct device *device,
 	lane->flight_end = &lane->flight;
 	const struct memory_source source = {source_alloc, source_free, lane};
 	memory_init_device(&lane->memory, number, device->name, UINT64_MAX, source);
-	(void)pthread_mutex_init(&lane->mutex, NULL);
+	init_mutex(&lane->mutex);
 	init_cond(&lane->wake);
 	sigset_t all, before;
 	(void)sigfillset(&all);

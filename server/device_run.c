@@ -410,11 +410,12 @@ static struct device_run *device_run_create(struct request *request)
 static opd_status enqueue_all(struct device_lane *lane, struct request *request, struct device_run *mine, bool there)
 {
 	struct device_job *job = &request->device_job;
-	const uint64_t moves_from = request_now_ns();
+	const bool told = request->run.moves != NULL; /* else nobody asks for the time */
+	const uint64_t moves_from = told ? request_now_ns() : 0;
 	opd_status status = place_all(lane, request, mine);
 	if (status == OPD_OK && there)
 		status = fault_make(lane, job, mine);
-	job->moves_ns = request_now_ns() - moves_from;
+	job->moves_ns = told ? request_now_ns() - moves_from : 0;
 	if (status == OPD_OK)
 		status = enqueue_kernel(lane, request, mine);
 	return status == OPD_OK ? copy_results(lane, request, mine) : status;

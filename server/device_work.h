@@ -46,6 +46,9 @@ struct device_lane {
 	struct device_job *flight; /* oldest first */
 	struct device_job **flight_end;
 	uint32_t in_flight;
+	const struct device_job *watched; /* the oldest of the flight, when its time counts */
+	uint64_t picked_ns; /* when the last job was */
+	uint32_t making; /* jobs that make mirrors: in flight, or being enqueued */
 	struct device_job *newest;  /* of the flight, where no event follows it yet; NULL: one does */
 	uint32_t unmarked;          /* jobs since the last event */
 	uint64_t flight_ns;     /* what they were estimated to take */

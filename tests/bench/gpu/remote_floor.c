@@ -218,18 +218,45 @@ static double launch_rate(const struct norm_call *made, cudaStream_t stream)
 	return LAUNCHES * 1e9 / (double)(clock_ns() - begin);
 }
 
-static double median_chain_us(const struct norm_call *made, cudaStream_t stream)
+static cudaGraphExec_t chain_make(const struct norm_call *made, cudaStream_t stream)
 {
-	enum { TURNS = 50 };
 	cudaGraph_t graph;
 	cudaGraphExec_t exec;
-	cudaEvent_t begin, end;
-	double us[TURNS];
 	must(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed), "capture");
 	for (int i = 0; i < REMOTE_CHAIN; i++)
 		norm_launch(made, stream);
 	must(cudaStreamEndCapture(stream, &graph), "capture");
 	must(cudaGraphInstantiate(&exec, graph, 0), "cudaGraphInstantiate");
+	(void)cudaGraphDestroy(graph);
+	return exec;
+}
+
+static void serve_step(int fd, const struct remote_ask *ask, cudaStream_t stream)
+{
+	const uint64_t bytes = (uint64_t)BARE_ROWS * REMOTE_HIDDEN * sizeof(uint16_t);
+	void *x = device_memory(bytes), *y = device_memory(bytes);
+	struct norm_call made;
+	norm_make(&made, BARE_ROWS, x, y);
+	cudaGraphExec_t exec = chain_make(&made, stream);
+	char *envelope = calloc(1, ask->request_bytes > ask->reply_bytes ? ask->request_bytes : ask->reply_bytes);
+	while (envelope != NULL && receive_all(fd, envelope, ask->request_bytes)) {
+		must(cudaGraphLaunch(exec, stream), "cudaGraphLaunch");
+		must(cudaStreamSynchronize(stream), "the graph");
+		if (!send_all(fd, envelope, ask->reply_bytes))
+			break;
+	}
+	free(envelope);
+	(void)cudaGraphExecDestroy(exec);
+	(void)cudaFree(x);
+	(void)cudaFree(y);
+}
+
+static double median_chain_us(const struct norm_call *made, cudaStream_t stream)
+{
+	enum { TURNS = 50 };
+	cudaGraphExec_t exec = chain_make(made, stream);
+	cudaEvent_t begin, end;
+	double us[TURNS];
 	must(cudaEventCreate(&begin), "cudaEventCreate");
 	must(cudaEventCreate(&end), "cudaEventCreate");
 	for (int i = 0; i < TURNS; i++) {
@@ -242,7 +269,6 @@ static double median_chain_us(const struct norm_call *made, cudaStream_t stream)
 		us[i] = (double)ms * 1e3;
 	}
 	(void)cudaGraphExecDestroy(exec);
-	(void)cudaGraphDestroy(graph);
 	(void)cudaEventDestroy(begin);
 	(void)cudaEventDestroy(end);
 	return report_median(us, TURNS);
@@ -301,6 +327,8 @@ static void *serve(void *argument)
 			serve_norm(fd, &ask, stream);
 		else if (ask.mode == REMOTE_STORE)
 			serve_store(fd, &ask, stream);
+		else if (ask.mode == REMOTE_STEP)
+			serve_step(fd, &ask, stream);
 		else
 			serve_bare(fd, stream);
 	}

@@ -19,6 +19,7 @@ enum remote_mode {
 	REMOTE_PINNED, /* rms_norm of bf16 rows: received into pinned memory, copied in, the kernel, copied out, synchronised, sent */
 	REMOTE_MAPPED, /* the same, and the kernel reads and writes the pinned memory itself */
 	REMOTE_STORE,  /* an upload: received into two pinned pieces in turn, each copied in while the other is received; then a byte */
+	REMOTE_STEP,   /* REMOTE_CHAIN kernels over 16 rows that lie there, captured: launched and synchronised between request and reply */
 	REMOTE_BARE,   /* a byte in, a struct remote_bare out */
 };
 
