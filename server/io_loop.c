@@ -161,7 +161,7 @@ static void flush_dirty(struct io_loop *io)
 	struct conn *conn = io->dirty;
 	io->dirty = NULL;
 	if (conn != NULL)
-		io->flush_ns = request_now_ns(); /* once for all replies of the turn: they go out together */
+		io->now_ns = request_now_ns(); /* once for all replies: they go out together */
 	while (conn != NULL) {
 		struct conn *next = conn->next_dirty;
 		conn->dirty = false;
@@ -177,10 +177,10 @@ static void on_flush(uv_check_t *check)
 	io->turn++;
 	io->crowded = io->turn_conns > 1;
 	io->turn_conns = 0;
-	const uint64_t now_ns = request_now_ns();
-	io->turn_us = now_ns / 1000;
+	io->now_ns = request_now_ns();
+	io->turn_us = io->now_ns / 1000;
 	io->context.inline_ns = 0;
-	io->slice_end_ns = now_ns + RING_SLICE_NS;
+	io->slice_end_ns = io->now_ns + RING_SLICE_NS;
 	if (io->number == 0)
 		listener_turn(io->server);
 	do {

@@ -54,7 +54,7 @@ struct io_loop {
 	uint64_t turn_us;       /* monotonic time of its start */
 	uint32_t turn_conns;    /* connections that did something in it */
 	bool crowded;           /* in the one before, more than one did */
-	uint64_t flush_ns;      /* when this turn's replies went out */
+	uint64_t now_ns;        /* the clock, as this turn last read it: when it began, and each time that replies went out */
 	char *stage;            /* what connections read into before they know where it belongs */
 	uint8_t *tls_stage;     /* ciphertext that connections read; NULL: no listener speaks TLS */
 	uint8_t *tls_sealed;    /* … that they write */
@@ -67,7 +67,7 @@ struct io_loop {
 	struct conn *dirty;     /* have replies to write in this turn */
 	struct ring *rings;     /* those awake: looked at in every turn */
 	uint64_t slice_end_ns;  /* until when this turn may look at rings that poll */
-	uint64_t polled_ns;     /* in looks that brought nothing, since the tick */
+	uint64_t polled_ns;     /* in looks that brought nothing, since the tick; without what others took of the core meanwhile */
 
 	tally lanes_done[1 + CONFIG_LANES_MAX]; /* jobs of its, by CPU lane; written here, read by loop 0 */
 	_Atomic bool device_done; /* a device lane has finished jobs of its */
