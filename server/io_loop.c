@@ -121,6 +121,26 @@ void io_loop_finish(struct io_loop *io)
 	run_posts(io);
 }
 
+void io_loop_attend(struct io_loop *io, uint64_t until_ns)
+{
+	atomic_store_explicit(&io->attend_until_ns, until_ns, memory_order_relaxed);
+	io_loop_wake(io);
+}
+
+/* Whether it stays awake for a device; what that has done meanwhile is taken. */
+static bool attend(struct io_loop *io, uint64_t now_ns)
+{
+	const uint64_t until_ns = atomic_load_explicit(&io->attend_until_ns, memory_order_relaxed);
+	if (until_ns == 0)
+		return false;
+	const bool done = atomic_exchange_explicit(&io->device_done, false, memory_order_acquire);
+	if (done)
+		finish_devices(io);
+	if (done || now_ns >= until_ns)
+		atomic_store_explicit(&io->attend_until_ns, 0, memory_order_relaxed);
+	return !done && now_ns < until_ns;
+}
+
 static void on_wake(uv_poll_t *wake, int status, int events)
 {
 	struct io_loop *io = wake->data;
@@ -183,11 +203,14 @@ static void on_flush(uv_check_t *check)
 	io->slice_end_ns = io->now_ns + RING_SLICE_NS;
 	if (io->number == 0)
 		listener_turn(io->server);
+	const bool attends = attend(io, now_ns);
+	if (attends)
+		io_loop_flush_soon(io);
 	do {
 		rings_serve(io);
 		flush_dirty(io);
 	} while (io->rings != NULL && rings_look(io));
-	if (io->dirty == NULL && io->rings == NULL)
+	if (io->dirty == NULL && io->rings == NULL && !attends)
 		(void)uv_idle_stop(&io->again);
 }
 
