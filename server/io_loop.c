@@ -203,7 +203,7 @@ static void on_flush(uv_check_t *check)
 	io->slice_end_ns = io->now_ns + RING_SLICE_NS;
 	if (io->number == 0)
 		listener_turn(io->server);
-	const bool attends = attend(io, now_ns);
+	const bool attends = attend(io, io->now_ns);
 	if (attends)
 		io_loop_flush_soon(io);
 	do {
