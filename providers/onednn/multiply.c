@@ -23,12 +23,18 @@ static bool describe(const struct dnn *dnn, dnnl_memory_desc_t *desc, int64_t ro
 	return dnn->memory_desc_init_by_strides(desc, 2, dims, type, strides) == dnnl_success;
 }
 
+bool multiply_apart(const struct product *product)
+{
+	opd_dtype dtype = product->left_tensor->dtype;
+	return dtype == OPD_i8 || (dtype == OPD_bf16 && product->columns > product_block_columns(product));
+}
+
 static bool describe_all(const struct dnn *dnn, struct multiply *made, const struct product *product, int64_t rows, int64_t columns)
 {
 	opd_dtype dtype = product->left_tensor->dtype;
 	bool sums = dtype == OPD_i8;
 	dnnl_data_type_t from = type_of(dtype), to = sums ? dnnl_s32 : from;
-	struct product_matrix y = {.lead = sums ? columns : product->columns};
+	struct product_matrix y = {.lead = rows == 1 || multiply_apart(product) ? columns : product->columns};
 	return describe(dnn, &made->left, rows, product->depth, from, product->left) &&
 	       describe(dnn, &made->right, product->depth, columns, from, product->right) && describe(dnn, &made->y, rows, columns, to, y) &&
 	       (product->bias == NULL || describe(dnn, &made->bias, 1, columns, from, (struct product_matrix){.lead = columns}));
@@ -137,8 +143,8 @@ static opd_status plan_plain(struct multiply_plan *plan, const struct product *p
 		                "no oneDNN primitive for a product of %lld x %lld x %lld: its status is %d", (long long)rows, (long long)product->depth,
 		                (long long)columns, (int)status);
 	need_scratchpad(plan, &made->scratchpad);
-	if (product->left_tensor->dtype == OPD_i8) {
-		uint64_t bytes = round_up((uint64_t)rows * (uint64_t)columns * sizeof(int32_t));
+	if (multiply_apart(product)) {
+		uint64_t bytes = round_up(plan->dnn->memory_desc_get_size(&made->y));
 		plan->sums_bytes = bytes > plan->sums_bytes ? bytes : plan->sums_bytes;
 	}
 	return OPD_OK;

@@ -35,11 +35,15 @@ struct packing {
 struct multiply_plan {
 	const struct dnn *dnn;
 	uint64_t scratchpad_bytes; /* of a thread */
-	uint64_t sums_bytes;       /* of a thread, behind its scratchpad: i8's sums of one block */
+	uint64_t sums_bytes;       /* of a thread, behind its scratchpad: what multiply_apart says goes there, of one block */
 	struct multiply plain[SHAPES];
 	struct multiply packed[SHAPES]; /* where packing.bytes isn't 0 */
 	struct packing packing;
 };
+
+/* Whether a block's results are made side by side in scratch, from where they are to be taken: i8's sums, and bf16 of several blocks of columns. The library takes up to twice as long to write a block's rows of bf16 at the
+ * distance that those of the whole product have (providers/onednn/README.md). A block of a single row has no distance, and needs no scratch in bf16. */
+bool multiply_apart(const struct product *product);
 
 /* RESOURCE_EXHAUSTED, or INTERNAL: the library has no primitive for it. */
 OPD_MUST_USE opd_status multiply_plan_create(const struct dnn *dnn, const struct product *product, struct multiply_plan **plan_out, opd_error *error);
