@@ -26,7 +26,7 @@ static bool describe(const struct dnn *dnn, dnnl_memory_desc_t *desc, int64_t ro
 bool multiply_apart(const struct product *product)
 {
 	opd_dtype dtype = product->left_tensor->dtype;
-	return dtype == OPD_i8 || (dtype == OPD_bf16 && product->columns > product_block_columns(product));
+	return dtype == OPD_i8 || (dtype == OPD_bf16 && product->columns > PRODUCT_BLOCK_COLUMNS);
 }
 
 static bool describe_all(const struct dnn *dnn, struct multiply *made, const struct product *product, int64_t rows, int64_t columns)
@@ -119,14 +119,14 @@ void multiply_plan_destroy(void *data)
 /* Sizes of the blocks with this index; 0: there are none. */
 static void block_extents(const struct product *product, unsigned shape, int64_t *rows_out, int64_t *columns_out)
 {
-	int64_t block = product_block_columns(product);
+	const int64_t block = PRODUCT_BLOCK_COLUMNS;
 	*rows_out = (shape & EDGE_ROWS) != 0 ? product->rows % PRODUCT_BLOCK_ROWS : product->rows >= PRODUCT_BLOCK_ROWS ? PRODUCT_BLOCK_ROWS : 0;
 	*columns_out = (shape & EDGE_COLUMNS) != 0 ? product->columns % block : product->columns >= block ? block : 0;
 }
 
-unsigned multiply_shape(const struct product *product, const struct product_block *block)
+unsigned multiply_shape(const struct product_block *block)
 {
-	return (block->rows < PRODUCT_BLOCK_ROWS ? EDGE_ROWS : 0u) | (block->columns < product_block_columns(product) ? EDGE_COLUMNS : 0u);
+	return (block->rows < PRODUCT_BLOCK_ROWS ? EDGE_ROWS : 0u) | (block->columns < PRODUCT_BLOCK_COLUMNS ? EDGE_COLUMNS : 0u);
 }
 
 static opd_status plan_plain(struct multiply_plan *plan, const struct product *product, unsigned shape, opd_error *error)
@@ -190,7 +190,7 @@ static dnnl_status_t plan_reorder(struct multiply_plan *plan, unsigned edge)
 static void plan_packing(struct multiply_plan *plan, const struct product *product)
 {
 	struct packing *packing = &plan->packing;
-	const int64_t block = product_block_columns(product);
+	const int64_t block = PRODUCT_BLOCK_COLUMNS;
 	dnnl_status_t status = dnnl_success;
 	for (unsigned i = 0; i < SHAPES && status == dnnl_success; i++)
 		status = plan_packed(plan, product, i);
@@ -278,16 +278,16 @@ dnnl_status_t multiply_execute(const struct dnn *dnn, const struct multiply *mul
 	return execute(dnn, multiply->primitive, stream, operands, count);
 }
 
-const unsigned char *packing_at(const struct multiply_plan *plan, const struct product *product, const struct product_block *block, const unsigned char *packed)
+const unsigned char *packing_at(const struct multiply_plan *plan, const struct product_block *block, const unsigned char *packed)
 {
-	return packed + (uint64_t)(block->column / product_block_columns(product)) * plan->packing.block_bytes;
+	return packed + (uint64_t)(block->column / PRODUCT_BLOCK_COLUMNS) * plan->packing.block_bytes;
 }
 
 dnnl_status_t packing_fill(const struct multiply_plan *plan, const struct product *product, uint64_t index, dnnl_stream_t stream, void *scratch,
                            unsigned char *packed)
 {
 	const struct packing *packing = &plan->packing;
-	const int64_t columns = product_block_columns(product), column = (int64_t)index * columns;
+	const int64_t columns = PRODUCT_BLOCK_COLUMNS, column = (int64_t)index * columns;
 	const unsigned edge = product->columns - column < columns ? EDGE_COLUMNS : 0;
 	const unsigned shape = plan->plain[edge].primitive != NULL ? edge : edge | EDGE_ROWS;
 	const struct product_matrix *right = &product->right;

@@ -50,13 +50,13 @@ OPD_MUST_USE opd_status multiply_plan_create(const struct dnn *dnn, const struct
 void multiply_plan_destroy(void *plan);
 
 /* Which of a plan's primitives a block takes. */
-unsigned multiply_shape(const struct product *product, const struct product_block *block);
+unsigned multiply_shape(const struct product_block *block);
 /* y: the block's first result, or its sums. right: of the layout that the primitive has. */
 dnnl_status_t multiply_execute(const struct dnn *dnn, const struct multiply *multiply, dnnl_stream_t stream, const struct product *product,
                                const struct product_block *block, const void *right, void *scratch, void *y);
 
 /* Where a block's right factor lies in a packed copy. */
-const unsigned char *packing_at(const struct multiply_plan *plan, const struct product *product, const struct product_block *block, const unsigned char *packed);
+const unsigned char *packing_at(const struct multiply_plan *plan, const struct product_block *block, const unsigned char *packed);
 /* Packs the right factor's column block number `index`. */
 dnnl_status_t packing_fill(const struct multiply_plan *plan, const struct product *product, uint64_t index, dnnl_stream_t stream, void *scratch,
                            unsigned char *packed);

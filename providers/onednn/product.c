@@ -181,9 +181,9 @@ static dnnl_status_t run_block(const struct work *work, const struct product_blo
 	const struct product *product = &work->product;
 	const struct multiply_plan *plan = work->plan;
 	const bool scaled = product->left_tensor->dtype == OPD_i8, apart = multiply_apart(product) && (scaled || block->rows > 1);
-	const unsigned shape = multiply_shape(product, block);
+	const unsigned shape = multiply_shape(block);
 	const struct multiply *multiply = work->packed != NULL ? &plan->packed[shape] : &plan->plain[shape];
-	const unsigned char *right = work->packed != NULL ? packing_at(plan, product, block, work->packed) : block->right;
+	const unsigned char *right = work->packed != NULL ? packing_at(plan, block, work->packed) : block->right;
 	void *sums = scratch + plan->scratchpad_bytes;
 	dnnl_status_t status = dnnl_success;
 	if (product->depth > 0)
