@@ -3,7 +3,7 @@
  * Layer: server. Threads: a run belongs to its session's thread but while it is in a lane; a prepared graph to the one run of its
  * graph that has begun. A run in order: graph_run_accept (operands taken, lists resolved, states donated, its place in the
  * session's order) → run_ready (its operands are there) → its turn (no earlier run of the same graph or of a state that it has is
- * left) → graph_execute on a lane or the loop → graph_run_done. Runs of other graphs pass it. One that is answered while a kernel of it exceeds its budget leaves the order then (abandoned): states that it
+ * left, but for one that is on a device's stream: graph_run_begun has handed on what it writes) → graph_execute on a lane or the loop, or graph_device_start → graph_run_done. Runs of other graphs pass it. One that is answered while a kernel of it exceeds its budget leaves the order then (abandoned): states that it
  * has begun to write are lost, and later runs are prepared anew; what it uses goes when the kernel has returned. A prepared graph holds for its
  * shapes, the nodes' lists and the registry's snapshot: one flat array of steps, each with its implementation, plan and bound
  * call; a run sets the addresses that have changed since the last one and calls kernel after kernel: nothing is inferred,
