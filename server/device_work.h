@@ -1,6 +1,6 @@
 /* What jobs do on a device lane's thread: take device memory, enqueue copies, say what failed.
  *
- * Layer: server, private to device_lane.c, device_run.c, device_move.c. Threads: the lane's own.
+ * Layer: server, private to device_*.c and graph_device.c. Threads: the lane's own.
  * Order: a job's enqueue calls device_begin, then the others; what it took is its own until the device is done with it. */
 #ifndef OPD_SERVER_DEVICE_WORK_H
 #define OPD_SERVER_DEVICE_WORK_H
@@ -37,6 +37,7 @@ struct device_lane {
 	struct histogram waits[CLASS_COUNT]; /* written under the mutex */
 	struct device_done {
 		struct device_job *first, **end;
+		struct device_job *begun; /* asked for, and on the stream */
 	} done[CONFIG_LOOPS_MAX]; /* by loop */
 	/* the thread's own */
 	bool measured; /* the memory's limit is known */
@@ -60,6 +61,8 @@ struct device_lane {
 	uint64_t ring_tail;
 	uint32_t event_count;
 	void *events[DEVICE_EVENTS_KEPT];
+	uint32_t gathered_count; /* copies of the job that is being enqueued */
+	opd_copy gathered[OPD_COPIES_MAX];
 };
 
 /* A kernel of the job is enqueued now: its time counts from here on. device_watched: it is, and on the stream its turn comes when what is before it has ended. */
@@ -82,6 +85,14 @@ unsigned char *device_ring_take(struct device_lane *lane, struct device_job *job
 OPD_MUST_USE bool device_ring_land(struct device_job *job, void *to, const unsigned char *piece, uint64_t bytes);
 void device_ring_settle(struct device_lane *lane, struct device_job *job); /* it has ended */
 void device_ring_drop(struct device_lane *lane);                           /* nothing is in flight */
+/* device_gather.c. The job's small copies, which are enqueued together by device_gather_end, or each at once where the backend can't: to and from the start of a buffer, none to where another
+ * reads or writes. */
+OPD_MUST_USE opd_status device_gather_in(struct device_lane *lane, struct device_job *job, const struct buffer *to, const void *from, uint64_t bytes);
+OPD_MUST_USE opd_status device_gather_out(struct device_lane *lane, struct device_job *job, void *to, const struct buffer *from, uint64_t bytes);
+OPD_MUST_USE opd_status device_gather(struct device_lane *lane, struct device_job *job, const struct buffer *to, const struct buffer *from, uint64_t from_offset,
+                                      uint64_t bytes); /* on the device */
+OPD_MUST_USE opd_status device_gather_zeros(struct device_lane *lane, struct device_job *job, const struct buffer *to, const void *zeros, uint64_t bytes); /* `zeros`: constant ones of the host's */
+OPD_MUST_USE opd_status device_gather_end(struct device_lane *lane, struct device_job *job);
 /* device_lost.c. The device has just been lost: new requests pass it over from here on, then the log says so. */
 void device_tell_loss(struct device_lane *lane);
 /* Nothing is in flight on a lost device: all is given back, the device reset if the backend can. */
@@ -93,6 +104,8 @@ void device_drop_stream(struct device_lane *lane);
 OPD_MUST_USE opd_status device_alloc(struct device_lane *lane, struct device_job *job, uint64_t bytes, struct buffer **buffer_out);
 /* The job uses it until it is complete; takes the reference, also when it fails (RESOURCE_EXHAUSTED). */
 OPD_MUST_USE opd_status device_hold(struct device_job *job, struct buffer *buffer);
+/* The job holds it, and its kernels write it: others may be told so before it has ended. If it fails after job->writes was set, whoever has come to hold the buffer fails with it. */
+void device_writes(struct device_job *job, const struct buffer *buffer);
 /* Waits until the oldest job in flight has ended; false: there is none. */
 bool device_wait(struct device_lane *lane);
 /* The buffer's bytes on this device, for the job to read: where they lie already, or a mirror that is made now from a copy in host memory (there must be one). *moved_out: whether it was. */

@@ -121,6 +121,26 @@ void io_loop_finish(struct io_loop *io)
 	run_posts(io);
 }
 
+void io_loop_attend(struct io_loop *io, uint64_t until_ns)
+{
+	atomic_store_explicit(&io->attend_until_ns, until_ns, memory_order_relaxed);
+	io_loop_wake(io);
+}
+
+/* Whether it stays awake for a device; what that has done meanwhile is taken. */
+static bool attend(struct io_loop *io, uint64_t now_ns)
+{
+	const uint64_t until_ns = atomic_load_explicit(&io->attend_until_ns, memory_order_relaxed);
+	if (until_ns == 0)
+		return false;
+	const bool done = atomic_exchange_explicit(&io->device_done, false, memory_order_acquire);
+	if (done)
+		finish_devices(io);
+	if (done || now_ns >= until_ns)
+		atomic_store_explicit(&io->attend_until_ns, 0, memory_order_relaxed);
+	return !done && now_ns < until_ns;
+}
+
 static void on_wake(uv_poll_t *wake, int status, int events)
 {
 	struct io_loop *io = wake->data;
@@ -161,7 +181,7 @@ static void flush_dirty(struct io_loop *io)
 	struct conn *conn = io->dirty;
 	io->dirty = NULL;
 	if (conn != NULL)
-		io->flush_ns = request_now_ns(); /* once for all replies of the turn: they go out together */
+		io->now_ns = request_now_ns(); /* once for all replies: they go out together */
 	while (conn != NULL) {
 		struct conn *next = conn->next_dirty;
 		conn->dirty = false;
@@ -177,17 +197,20 @@ static void on_flush(uv_check_t *check)
 	io->turn++;
 	io->crowded = io->turn_conns > 1;
 	io->turn_conns = 0;
-	const uint64_t now_ns = request_now_ns();
-	io->turn_us = now_ns / 1000;
+	io->now_ns = request_now_ns();
+	io->turn_us = io->now_ns / 1000;
 	io->context.inline_ns = 0;
-	io->slice_end_ns = now_ns + RING_SLICE_NS;
+	io->slice_end_ns = io->now_ns + RING_SLICE_NS;
 	if (io->number == 0)
 		listener_turn(io->server);
+	const bool attends = attend(io, io->now_ns);
+	if (attends)
+		io_loop_flush_soon(io);
 	do {
 		rings_serve(io);
 		flush_dirty(io);
 	} while (io->rings != NULL && rings_look(io));
-	if (io->dirty == NULL && io->rings == NULL)
+	if (io->dirty == NULL && io->rings == NULL && !attends)
 		(void)uv_idle_stop(&io->again);
 }
 

@@ -54,7 +54,7 @@ struct io_loop {
 	uint64_t turn_us;       /* monotonic time of its start */
 	uint32_t turn_conns;    /* connections that did something in it */
 	bool crowded;           /* in the one before, more than one did */
-	uint64_t flush_ns;      /* when this turn's replies went out */
+	uint64_t now_ns;        /* the clock, as this turn last read it: when it began, and each time that replies went out */
 	char *stage;            /* what connections read into before they know where it belongs */
 	uint8_t *tls_stage;     /* ciphertext that connections read; NULL: no listener speaks TLS */
 	uint8_t *tls_sealed;    /* … that they write */
@@ -67,10 +67,11 @@ struct io_loop {
 	struct conn *dirty;     /* have replies to write in this turn */
 	struct ring *rings;     /* those awake: looked at in every turn */
 	uint64_t slice_end_ns;  /* until when this turn may look at rings that poll */
-	uint64_t polled_ns;     /* in looks that brought nothing, since the tick */
+	uint64_t polled_ns;     /* in looks that brought nothing, since the tick; without what others took of the core meanwhile */
 
 	tally lanes_done[1 + CONFIG_LANES_MAX]; /* jobs of its, by CPU lane; written here, read by loop 0 */
 	_Atomic bool device_done; /* a device lane has finished jobs of its */
+	_Atomic uint64_t attend_until_ns; /* it doesn't sleep until then, or until device_done: a lone job's end is near. 0: none is */
 	pthread_mutex_t mutex;    /* of what other threads ask for: */
 	struct post *posts;
 	struct post *posts_last;
@@ -111,6 +112,8 @@ void io_loop_wake(struct io_loop *io);
 /* In the first event of a descriptor that libuv polls: from now on its epoll tells of each write, whatever there is to read, so that an eventfd needn't be read back: a system call
  * less for each wake-up. libuv leaves that as long as what is polled for doesn't change. False: it goes on as before. */
 bool io_loop_by_edges(struct io_loop *io, int fd);
+/* Any thread: a lane expects to be done with a lone job before long, whose answer shouldn't wait for the loop to be woken (15 us). It serves others as ever, but doesn't sleep meanwhile. */
+void io_loop_attend(struct io_loop *io, uint64_t until_ns);
 /* The next poll doesn't sleep, so that what is dirty now leaves. */
 void io_loop_flush_soon(struct io_loop *io);
 
