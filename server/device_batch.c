@@ -13,6 +13,7 @@ struct device_batch {
 	struct device_job job;
 	uint64_t rows;
 	uint32_t count;
+	bool spans_loops;
 	uint64_t largest; /* elements of the largest operand or result */
 	struct batch_call *call; /* in the job's arena */
 };
@@ -198,7 +199,7 @@ static opd_status enqueue_kernel(struct device_lane *lane, struct device_batch *
 		return opd_fail(&job->error, OPD_UNIMPLEMENTED, "%s: refused together", job->name); /* each runs alone then */
 	for (struct device_job *member = job->members; member != NULL; member = member->next)
 		request_of(member)->run.written = true;
-	device_watch(job, &subject, watch_budget_ns(lane->server, impl->provider));
+	device_watch(job, &subject, batch->spans_loops ? 0 : watch_budget_ns(lane->server, impl->provider)); /* there was none when a batch of several loops was made */
 	opd_status status = impl->def->run(impl->def, impl->state, &batch->call->call, &exec, &job->error);
 	device_watched(lane, job);
 	if (status == OPD_OK)
@@ -276,6 +277,7 @@ struct device_job *device_batch_create(struct device_lane *lane, struct device_j
 	batch->job.members = members;
 	for (const struct device_job *member = members; member != NULL; member = member->next) {
 		batch->job.item.estimate_ns += member->item.estimate_ns;
+		batch->spans_loops = batch->spans_loops || member->loop != members->loop;
 		batch->rows += member->batch.rows;
 		batch->count++;
 	}

@@ -17,6 +17,8 @@
 #include "server/request.h"
 #include "server/ring.h"
 
+#define BUSY_US 1000000u
+
 void io_loop_wake(struct io_loop *io)
 {
 	const uint64_t one = 1;
@@ -33,14 +35,32 @@ bool io_loop_by_edges(struct io_loop *io, int fd)
 struct io_loop *io_loop_expect(struct io_loop *io)
 {
 	(void)atomic_fetch_add(&io->conn_count, 1);
+	(void)atomic_fetch_add(&io->busy_count, 1);
 	return io;
 }
 
 /* A drain may wait for the last one. */
-void io_loop_forget(struct io_loop *io)
+void io_loop_forget(struct io_loop *io, bool busy)
 {
+	(void)atomic_fetch_sub(&io->busy_count, busy);
 	(void)atomic_fetch_sub(&io->conn_count, 1);
 	server_wake(io->server);
+}
+
+/* Busy ones first: a hundred that are only open cost a loop nothing, and two that are busy on one loop have half of it each. */
+static bool has_less(const struct io_loop *io, const struct io_loop *other)
+{
+	const uint32_t busy = atomic_load(&io->busy_count), others = atomic_load(&other->busy_count);
+	return busy != others ? busy < others : atomic_load(&io->conn_count) < atomic_load(&other->conn_count);
+}
+
+struct io_loop *io_loop_choose(struct server *server)
+{
+	struct io_loop *best = &server->loops[0];
+	for (uint32_t i = 1; i < server->loop_count; i++)
+		if (has_less(&server->loops[i], best))
+			best = &server->loops[i];
+	return best;
 }
 
 uint64_t io_loop_cpu_ns(const struct io_loop *io)
@@ -214,6 +234,17 @@ static void on_flush(uv_check_t *check)
 		(void)uv_idle_stop(&io->again);
 }
 
+/* What it sent in the last second counts. */
+static void count_busy(struct io_loop *io, struct conn *conn, uint64_t now_us)
+{
+	const bool busy = now_us < conn->read_us + BUSY_US;
+	if (busy && !conn->busy)
+		(void)atomic_fetch_add(&io->busy_count, 1);
+	else if (!busy && conn->busy)
+		(void)atomic_fetch_sub(&io->busy_count, 1);
+	conn->busy = busy;
+}
+
 static void on_tick(uv_poll_t *tick, int status, int events)
 {
 	(void)status;
@@ -226,6 +257,7 @@ static void on_tick(uv_poll_t *tick, int status, int events)
 	io->polled_ns = 0;
 	for (struct conn *conn = io->conns, *next; conn != NULL; conn = next) {
 		next = conn->next;
+		count_busy(io, conn, now_ns / 1000);
 		conn_tick(conn, now_ns / 1000);
 	}
 	if (io->number == 0)

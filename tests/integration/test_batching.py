@@ -81,7 +81,7 @@ class Case(DaemonCase):
 
 
 class Bits(Case):
-    config = "threads: 1\ninline: 0\nbatching: {shared: 0}\n"
+    config = "loops: 2\nthreads: 1\ninline: 0\nbatching: {shared: 0}\n"
 
     def check(self, op, provider, chance):
         clients = self.sessions(5)
@@ -198,6 +198,7 @@ class Hanging(Case):
 
     gate = tempfile.mktemp(prefix="opd-gate-")
     environment = {"FAULTY_GATE": gate}
+    flags = ("--loops", "1")  # with a budget, requests of different loops are no batch
     config = "threads: 1\ninline: 0\nbatching: {shared: 0}\nproviders: {faulty: {budget: 100ms}}\nmodules: [{name: faulty, path: %s}]\n" % FAULTY
 
     def test_all_of_a_batch_are_answered_when_its_budget_is_over(self):
@@ -278,6 +279,8 @@ class TestDevice(OnDevice):
 
 
 class Together(TestDevice):
+    config = "loops: 2\n" + TestDevice.config
+
     def test_results_are_those_of_each_alone_and_each_is_charged_its_rows(self):
         clients, rows, weights = self.operands(4)
         calls = [self.submit(*each) for each in zip(clients, rows, weights)]
@@ -369,6 +372,7 @@ class InFlight(TestDevice):
 
 
 class Overdue(TestDevice):
+    flags = ("--loops", "1")  # with a budget, requests of different loops are no batch
     gate = tempfile.mktemp(prefix="opd-gate-")
     environment = dict(TestDevice.environment, OPD_TEST_DEVICE_FAULT="stall:2", OPD_TEST_DEVICE_GATE=gate)
     config = TestDevice.config + "providers: {testdev: {budget: 500ms}}\n"

@@ -286,6 +286,7 @@ class Crashes(Isolated):
         """Hardening: providers-crashes, promise-containment"""
         daemon = self.daemon(QUARANTINE_OFF)
         client, other = self.client(daemon), self.client(daemon)
+        harness.wait_until(lambda: client.info().sessions == 2, "the one that saw it start has gone")
         self.works(other)
         descriptors = daemon.descriptors()
         for turn, fault in enumerate((SEGV, ABORT, EXIT, KILL), 1):
