@@ -326,7 +326,7 @@ static void lane_run(struct lane_job *job, struct lane_exec *exec)
 	run_alone(request, exec);
 	for (struct lane_job *other = exec->others; other != NULL; other = other->next) {
 		exec->job = other;
-		if (other->batch_rows != 0) /* else it has its answer */
+		if (other->batch.rows != 0) /* else it has its answer */
 			run_alone((struct request *)((char *)other - offsetof(struct request, job)), exec);
 	}
 	exec->job = job;
