@@ -165,6 +165,7 @@ struct config {
 	struct config_priority *priorities;
 	size_t module_count;
 	struct config_module *modules;
+	bool all_modules; /* also those that come with opd and are named nowhere (server/installed.h) */
 	size_t tenant_count;
 	struct config_tenant *tenants;
 	size_t lane_count;

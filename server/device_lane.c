@@ -23,12 +23,15 @@
 #define POLL_YIELD_NS 1000000u
 #define POLL_SLEEP_NS 50000
 #define JOB_ARENA_BYTES (16u << 20)
+/* So long before the stream should be empty the next job comes to it, however long that one is. */
+#define NEXT_AHEAD_NS 300000u
 /* Where events are shared: so that the oldest of many doesn't wait long for its own end to be told. */
 #define JOBS_AN_EVENT 8u
 
 struct device_held {
 	struct device_held *next;
 	struct buffer *buffer;
+	bool written; /* by the job */
 };
 
 /* A copy on its way to the device. */
@@ -163,17 +166,50 @@ opd_status device_begin(struct device_lane *lane, struct device_job *job)
 	return status;
 }
 
+/* One thread at a time has the device: nobody else writes it. */
+static void count_in_jobs(struct buffer *buffer, uint32_t more)
+{
+	if (buffer->device != 0)
+		atomic_store_explicit(&buffer->in_jobs, atomic_load_explicit(&buffer->in_jobs, memory_order_relaxed) + more, memory_order_release);
+}
+
 opd_status device_hold(struct device_job *job, struct buffer *buffer)
 {
 	struct device_held *held = arena_alloc(&job->arena, sizeof *held);
 	if (held == NULL || buffer_lost(buffer)) {
-		opd_status status = held == NULL ? device_no_memory(job) : opd_fail(&job->error, OPD_DATA_LOSS, "%s: a tensor is lost: its device was", job->name);
+		opd_status status = held == NULL ? device_no_memory(job)
+		                                 : opd_fail(&job->error, OPD_DATA_LOSS, "%s: a tensor is lost: it lay on a device, %s", job->name, buffer_lost_why(buffer));
 		buffer_unref(buffer);
 		return status;
 	}
-	*held = (struct device_held){job->held, buffer};
+	*held = (struct device_held){.next = job->held, .buffer = buffer};
 	job->held = held;
+	count_in_jobs(buffer, 1);
 	return OPD_OK;
+}
+
+void device_writes(struct device_job *job, const struct buffer *buffer)
+{
+	struct device_held *held = job->held;
+	while (held != NULL && held->buffer != buffer) /* it has just been held: it is the first */
+		held = held->next;
+	if (held != NULL)
+		held->written = true;
+}
+
+/* A job before it has failed, after this one had begun to count on it. */
+static void inherit_failure(struct device_job *job)
+{
+	for (const struct device_held *held = job->held; held != NULL && job->status == OPD_OK; held = held->next)
+		if (atomic_load_explicit(&held->buffer->failed, memory_order_acquire))
+			job->status = opd_fail(&job->error, OPD_ABORTED, "%s: what it reads was to be written by a run before it, which failed", job->name);
+}
+
+static void bequeath_failure(const struct device_job *job)
+{
+	for (const struct device_held *held = job->held; held != NULL && job->writes; held = held->next)
+		if (held->written)
+			atomic_store_explicit(&held->buffer->failed, true, memory_order_release);
 }
 
 static bool make_room(struct device_lane *lane)
@@ -379,6 +415,47 @@ static void expect(struct device_lane *lane, const struct device_job *job)
 	atomic_store_explicit(&lane->stream_until_ns, from_ns + job->item.estimate_ns, memory_order_relaxed);
 }
 
+static void wake_loop(struct device_lane *lane, uint32_t loop)
+{
+	atomic_store_explicit(&lane->server->loops[loop].device_done, true, memory_order_release);
+	io_loop_wake(&lane->server->loops[loop]);
+}
+
+/* Under the mutex: whoever has asked is told. */
+static void add_begun(struct device_lane *lane, struct device_job *job)
+{
+	struct device_done *done = &lane->done[job->loop];
+	job->next_begun = done->begun;
+	done->begun = job;
+}
+
+/* Its enqueueing is over. */
+static void tell_begun(struct device_lane *lane, struct device_job *job)
+{
+	if (job->begun == NULL || job->status != OPD_OK)
+		return;
+	(void)pthread_mutex_lock(&lane->mutex);
+	const bool asked = job->asked;
+	job->on_stream = true;
+	if (asked)
+		add_begun(lane, job);
+	(void)pthread_mutex_unlock(&lane->mutex);
+	if (asked)
+		wake_loop(lane, job->loop);
+}
+
+void device_lane_ask(struct device_lane *lane, struct device_job *job)
+{
+	(void)pthread_mutex_lock(&lane->mutex);
+	const bool there = !job->asked && job->on_stream;
+	job->asked = true;
+	if (there)
+		add_begun(lane, job);
+	(void)pthread_mutex_unlock(&lane->mutex);
+	if (there)
+		wake_loop(lane, job->loop);
+}
+
 static void job_enqueue(struct device_lane *lane, struct device_job *job)
 {
 	job->started_ns = request_now_ns();
@@ -389,6 +466,7 @@ static void job_enqueue(struct device_lane *lane, struct device_job *job)
 	expect(lane, job);
 	flight_add(lane, job);
 	watch_oldest(lane);
+	tell_begun(lane, job);
 }
 
 /* The job whose event tells of the oldest one's end; NULL: none was recorded yet. */
@@ -425,8 +503,10 @@ static bool job_complete(struct device_lane *lane, struct device_job *job)
 
 static void job_release(struct device_lane *lane, struct device_job *job)
 {
-	for (struct device_held *held = job->held; held != NULL; held = held->next)
+	for (struct device_held *held = job->held; held != NULL; held = held->next) {
+		count_in_jobs(held->buffer, UINT32_MAX);
 		buffer_unref(held->buffer);
+	}
 	give_event(lane, job->event);
 	job->event = NULL;
 	job->held = NULL;
@@ -449,11 +529,14 @@ static void end_job(struct device_lane *lane, struct device_job *job, uint64_t e
 	job->device_ns = device_ns;
 	lane->in_flight--;
 	lane->flight_ns -= job->item.estimate_ns;
-	(void)device_watch_end(lane, job);
+	const bool overdue = device_watch_end(lane, job); /* then it was answered as failed */
+	inherit_failure(job);
 	mirrors_settle(job);
 	device_ring_settle(lane, job);
 	if (job->complete != NULL)
 		job->complete(lane, job);
+	if (job->status != OPD_OK || overdue)
+		bequeath_failure(job);
 	job_release(lane, job);
 }
 
@@ -496,16 +579,15 @@ static void hand_over(struct device_lane *lane, struct device_job *ended)
 		struct device_done *done = &lane->done[job->loop];
 		next = job->next;
 		job->next = NULL;
+		job->on_stream = false;
 		*done->end = job;
 		done->end = &job->next;
 		told[job->loop] = true;
 	}
 	(void)pthread_mutex_unlock(&lane->mutex);
 	for (uint32_t i = 0; i < CONFIG_LOOPS_MAX; i++)
-		if (told[i]) {
-			atomic_store_explicit(&lane->server->loops[i].device_done, true, memory_order_release);
-			io_loop_wake(&lane->server->loops[i]);
-		}
+		if (told[i])
+			wake_loop(lane, i);
 }
 
 /* Ends the jobs that are complete; false: none was. */
@@ -517,11 +599,14 @@ static bool poll_flight(struct device_lane *lane)
 	return ended != NULL;
 }
 
-/* What is on the stream can't be overtaken: one job, or as many as take no longer than a segment. */
+/* What is on the stream can't be overtaken: one job, or as many as take no longer than a segment; and the next after a long one shortly before that should have ended, so that the device
+ * doesn't wait for it. */
 static bool has_room(const struct device_lane *lane)
 {
 	const uint64_t segment_ns = atomic_load_explicit(&lane->server->segment_ns, memory_order_relaxed);
-	return lane->in_flight == 0 || (lane->in_flight < IN_FLIGHT_MAX && lane->flight_ns < segment_ns);
+	if (lane->in_flight == 0 || (lane->in_flight < IN_FLIGHT_MAX && lane->flight_ns < segment_ns))
+		return true;
+	return lane->in_flight == 1 && atomic_load_explicit(&lane->stream_until_ns, memory_order_relaxed) < request_now_ns() + NEXT_AHEAD_NS;
 }
 
 /* Under the mutex; NULL: none may run now, and *ready_ns_out says when to ask again. */
@@ -813,11 +898,16 @@ bool device_lane_withdraw(struct device_lane *lane, struct device_job *job)
 
 void device_lane_finish_done(struct device_lane *lane, uint32_t loop)
 {
+	struct device_done *done = &lane->done[loop];
 	(void)pthread_mutex_lock(&lane->mutex);
-	struct device_job *job = lane->done[loop].first;
-	lane->done[loop].first = NULL;
-	lane->done[loop].end = &lane->done[loop].first;
+	struct device_job *job = done->first, *begun = done->begun;
+	done->first = done->begun = NULL;
+	done->end = &done->first;
 	(void)pthread_mutex_unlock(&lane->mutex);
+	for (struct device_job *next; begun != NULL; begun = next) { /* before their ends, which may be here too */
+		next = begun->next_begun;
+		begun->begun(begun);
+	}
 	while (job != NULL) {
 		struct device_job *next = job->next;
 		job->done(job);

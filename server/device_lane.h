@@ -44,6 +44,8 @@ struct device_job {
 	void (*enqueue)(struct device_lane *lane, struct device_job *job);
 	/* On the lane's thread, when the device is done with it and `status` says how it went, or nothing was enqueued; before its memory goes. NULL: nothing to do. */
 	void (*complete)(struct device_lane *lane, struct device_job *job);
+	/* On its loop, between its beginning on the stream and `done`, once somebody has asked (device_lane_ask): all that comes to the lane from now on finds what the job writes. NULL: nobody asks. */
+	void (*begun)(struct device_job *job);
 	void (*done)(struct device_job *job);
 	opd_status status;
 	opd_error error;
@@ -58,6 +60,10 @@ struct device_job {
 	bool recorded;
 	struct watch watch; /* of its kernel */
 	struct device_held *held; /* device memory that it uses */
+	struct device_job *next_begun;
+	bool asked;     /* under the lane's mutex: for `begun` */
+	bool on_stream; /* … enqueued, and not handed over yet */
+	bool writes;    /* its kernels are about to write what it holds for that (device_writes) */
 	struct device_mirror *mirrors; /* that it makes: they count once it has succeeded */
 	struct device_landing *landings; /* what came back into the ring and belongs elsewhere */
 	uint64_t ring_end;        /* of the ring, up to here, is free when it has ended; 0: it uses nothing of it */
@@ -77,6 +83,8 @@ void device_lane_scheduler_unlock(struct device_lane *lane);
 /* How long its jobs have waited, by class. */
 const struct histogram *device_lane_waits(const struct device_lane *lane, sched_class class);
 const char *device_lane_name(const struct device_lane *lane);
+/* Somebody waits for what the job writes: its `begun` is called soon, unless it ends before. Once a job; on its loop, between device_submit and `done`. */
+void device_lane_ask(struct device_lane *lane, struct device_job *job);
 /* It is in a kernel that has exceeded its budget: nothing is submitted to it. Set on the loop, taken back by its thread. */
 void device_lane_set_stuck(struct device_lane *lane, bool stuck);
 bool device_lane_is_stuck(const struct device_lane *lane);

@@ -34,6 +34,7 @@ struct device_lane {
 	struct histogram waits[CLASS_COUNT]; /* written under the mutex */
 	struct device_done {
 		struct device_job *first, **end;
+		struct device_job *begun; /* asked for, and on the stream */
 	} done[CONFIG_LOOPS_MAX]; /* by loop */
 	/* the thread's own */
 	bool measured; /* the memory's limit is known */
@@ -87,6 +88,8 @@ void device_drop_stream(struct device_lane *lane);
 OPD_MUST_USE opd_status device_alloc(struct device_lane *lane, struct device_job *job, uint64_t bytes, struct buffer **buffer_out);
 /* The job uses it until it is complete; takes the reference, also when it fails (RESOURCE_EXHAUSTED). */
 OPD_MUST_USE opd_status device_hold(struct device_job *job, struct buffer *buffer);
+/* The job holds it, and its kernels write it: others may be told so before it has ended. If it fails after job->writes was set, whoever has come to hold the buffer fails with it. */
+void device_writes(struct device_job *job, const struct buffer *buffer);
 /* Waits until the oldest job in flight has ended; false: there is none. */
 bool device_wait(struct device_lane *lane);
 /* The buffer's bytes on this device, for the job to read: where they lie already, or a mirror that is made now from a copy in host memory (there must be one). *moved_out: whether it was. */

@@ -22,8 +22,7 @@ struct graph_device {
 	uint32_t runs;
 	bool checks; /* some node's kernels check indices */
 	bool plain;  /* can't be captured */
-	opd_index_fault found;
-	uint64_t last_ns; /* that the device took for the last captured run; 0: there was none */
+	_Atomic uint64_t last_ns; /* that the device took for the last captured run; 0: there was none */
 };
 
 static struct request *request_of(struct device_job *job)
@@ -155,9 +154,11 @@ static opd_status bring_donated(struct device_lane *lane, struct device_job *job
 	if (tensor->buffer->device == lane->number && !state->shared) {
 		buffer_drop_mirrors(tensor->buffer, NULL);
 		opd_status held = device_hold(job, buffer_ref(tensor->buffer));
-		if (held == OPD_OK)
-			set_base(run->prepared, 1 + index, tensor->buffer);
-		return held;
+		if (held != OPD_OK)
+			return held;
+		device_writes(job, tensor->buffer);
+		set_base(run->prepared, 1 + index, tensor->buffer);
+		return OPD_OK;
 	}
 	struct buffer *here = buffer_on(tensor->buffer, lane->number);
 	struct buffer *from = here != NULL ? here : buffer_on(tensor->buffer, 0);
@@ -166,6 +167,8 @@ static opd_status bring_donated(struct device_lane *lane, struct device_job *job
 	opd_status status = device_hold(job, from);
 	if (status == OPD_OK)
 		status = device_alloc(lane, job, tensor->bytes, &place);
+	if (status == OPD_OK)
+		device_writes(job, place);
 	if (status == OPD_OK)
 		status = here != NULL ? copy_device(lane, job, place, from, 0, tensor->bytes) : device_copy_in(lane, job, place, 0, from->data, tensor->bytes);
 	if (status != OPD_OK)
@@ -301,8 +304,9 @@ static void capture(struct device_lane *lane, struct device_job *job, struct gra
 		    LOG_STR("error", error.text));
 }
 
-static void mark_written(struct graph_run *run)
+static void mark_written(struct device_job *job, struct graph_run *run)
 {
+	job->writes = true;
 	for (uint32_t i = 0; i < run->graph->state_count; i++)
 		run->states[i].written = run->states[i].donated;
 }
@@ -344,7 +348,7 @@ static opd_status enqueue_nodes(struct device_lane *lane, struct device_job *job
 	struct graph_device *mine = run->prepared->on_device;
 	capture(lane, job, run);
 	mine->runs++;
-	mark_written(run);
+	mark_written(job, run);
 	watch_nodes(lane, job, run);
 	opd_status status = mine->captured == NULL ? enqueue_steps(lane, job, run, 0) : launch(lane, job, run);
 	device_watched(lane, job);
@@ -367,6 +371,8 @@ static opd_status take_results(struct device_lane *lane, struct device_job *job,
 		if (run_keeps(request, i))
 			status = device_alloc(lane, job, bytes, &kept);
 		if (status == OPD_OK && kept != NULL)
+			device_writes(job, kept);
+		if (status == OPD_OK && kept != NULL)
 			status = copy_device(lane, job, kept, from, 0, bytes);
 		if (status == OPD_OK && kept != NULL)
 			request->run.resident[i] = buffer_ref(kept);
@@ -374,7 +380,7 @@ static opd_status take_results(struct device_lane *lane, struct device_job *job,
 			status = device_copy_out(lane, job, request->run.bound.outputs[i].data, from, 0, bytes);
 	}
 	if (status == OPD_OK && mine->fault != NULL)
-		status = device_copy_out(lane, job, &mine->found, mine->fault, 0, sizeof mine->found);
+		status = device_copy_out(lane, job, &run->found, mine->fault, 0, sizeof run->found);
 	return status;
 }
 
@@ -388,7 +394,7 @@ static void graph_enqueue(struct device_lane *lane, struct device_job *job)
 		job->status = device_no_memory(job);
 	if (job->status != OPD_OK)
 		return;
-	run->prepared->on_device->found = (opd_index_fault){0};
+	run->found = (opd_index_fault){0};
 	job->status = make_room(lane, job, run);
 	const uint64_t moves_from = request_now_ns();
 	if (job->status == OPD_OK)
@@ -409,16 +415,17 @@ static void graph_complete(struct device_lane *lane, struct device_job *job)
 	struct graph_device *mine = prepared->on_device;
 	(void)lane;
 	if (mine != NULL && mine->captured != NULL)
-		mine->last_ns = job->device_ns;
-	if (job->status != OPD_OK || mine == NULL || mine->found.state == 0)
+		atomic_store_explicit(&mine->last_ns, job->device_ns, memory_order_relaxed);
+	if (job->status != OPD_OK || run->found.state == 0)
 		return;
-	const struct step *step = &prepared->steps[mine->found.node < prepared->step_count ? mine->found.node : 0];
-	job->status = graph_node_error(run->graph, step->node, device_fault_error(step->bound.op, &mine->found, &job->error), &job->error);
+	const struct step *step = &prepared->steps[run->found.node < prepared->step_count ? run->found.node : 0];
+	job->status = graph_node_error(run->graph, step->node, device_fault_error(step->bound.op, &run->found, &job->error), &job->error);
 }
 
 static void graph_done(struct request *request)
 {
 	const struct device_job *job = &request->device_job;
+	request->graph_run->lending = false;
 	request->status = job->status;
 	if (job->status != OPD_OK)
 		request->error = job->error;
@@ -453,12 +460,20 @@ static opd_status alloc_results(struct graph_run *run)
 }
 
 /* A captured one is enqueued in one launch: by whoever waits for it, who also looks for its end if that is near. */
-static uint64_t graph_here_ns(const struct graph_run *run)
+static uint64_t graph_here_ns(const struct graph_run *run, uint64_t last_ns)
 {
 	const struct graph_device *mine = run->prepared->on_device;
-	if (mine == NULL || mine->captured == NULL || mine->last_ns == 0)
-		return 0;
-	return device_here_ns(run->request, mine->last_ns);
+	return mine == NULL || mine->captured == NULL || last_ns == 0 ? 0 : device_here_ns(run->request, last_ns);
+}
+
+static void graph_begun(struct device_job *job)
+{
+	graph_run_begun(request_of(job)->graph_run);
+}
+
+void graph_device_ask(struct graph_run *run)
+{
+	device_lane_ask(run->request->device_lane, &run->request->device_job);
 }
 
 void graph_device_start(struct graph_run *run)
@@ -474,17 +489,23 @@ void graph_device_start(struct graph_run *run)
 		execute_done(request);
 		return;
 	}
+	const struct graph_device *mine = run->prepared->on_device;
+	const uint64_t last_ns = mine == NULL ? 0 : atomic_load_explicit(&mine->last_ns, memory_order_relaxed);
+	run->held = prepared_ref(run->prepared);
 	request->device_job = (struct device_job){
 		.name = run->graph->name.data,
 		.account = request->session->account,
 		.deadline_ns = request->run.deadline_ns,
-		.item = {.class = (uint8_t)request->run.class, .estimate_ns = run->prepared->on_device == NULL ? 0 : run->prepared->on_device->last_ns},
-		.here_ns = graph_here_ns(run),
+		.item = {.class = (uint8_t)request->run.class, .estimate_ns = last_ns},
+		.here_ns = graph_here_ns(run, last_ns),
 		.unwanted = &request->session->gone,
 		.enqueue = graph_enqueue,
 		.complete = graph_complete,
+		.begun = request->direct ? NULL : graph_begun,
+		.asked = run->next != NULL,
 	};
 	if (request->message.run.explain)
 		request->clock.queued = request_now_ns();
+	run->lending = !request->direct;
 	device_submit(request, lane, graph_done);
 }

@@ -52,7 +52,7 @@ static const struct flag flags[] = {
 	{"allow-anonymous", FLAG_ANONYMOUS, NULL, NULL, "tls:// listeners that other machines reach serve also clients that don't say who they are"},
 	{"Dispatch", 0, NULL, NULL, NULL},
 	{"priority", FLAG_PRIORITY, NULL, "OP=LIST", "providers in the order of preference, as rms_norm=cuda,cpu or '*=cpu' (repeatable)"},
-	{"module", FLAG_MODULE, NULL, "[NAME=]PATH", "load a provider (repeatable)"},
+	{"module", FLAG_MODULE, NULL, "[NAME=]PATH", "load a provider; one that comes with opd by its name alone, as onednn, or all of those (repeatable)"},
 	{"isolated", FLAG_ISOLATED, NULL, "[NAME=]PATH", "load a provider into worker processes: a crash of its is one request's error (repeatable)"},
 	{"threads", FLAG_SET, "threads", "N", "of everybody's CPU lane; 0: those of the machine that other lanes leave"},
 	{"loops", FLAG_SET, "loops", "N", "I/O loops, 1 to 32: threads that read and write sockets; connections are spread over them"},

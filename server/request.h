@@ -217,6 +217,8 @@ opd_status run_out_of_memory(struct request *request);
 /* run.c's and run_results.c's, for graphs too */
 OPD_MUST_USE opd_status run_take(struct request *request); /* payload, kept operands, room for kept results, deadline: run.op and run.bound are there */
 OPD_MUST_USE opd_status run_check_inline(struct request *request); /* results that are wanted inline fit */
+/* What it keeps goes into the session's table, if it hasn't yet. False: out of memory. */
+OPD_MUST_USE bool run_keep(struct request *request);
 void run_reply_results(struct request *request);
 void run_reply_fake(struct request *request);
 /* graph.c, graph_run.c */

@@ -38,6 +38,38 @@ opd_status server_post(struct server *server, void (*callback)(void *argument), 
 	return io_loop_post(&server->loops[0], callback, argument, error);
 }
 
+/* On its way from loop to loop. */
+struct round {
+	struct server *server;
+	uint32_t next;
+	void (*callback)(void *argument, bool all);
+	void *argument;
+};
+
+static void go_round(void *argument)
+{
+	struct round *round = argument;
+	struct server *server = round->server;
+	opd_error error;
+	const bool all = round->next == server->loop_count;
+	if (!all && io_loop_post(&server->loops[round->next++], go_round, round, &error) == OPD_OK)
+		return;
+	round->callback(round->argument, all);
+	free(round);
+}
+
+opd_status server_round(struct server *server, void (*callback)(void *argument, bool all), void *argument, opd_error *error)
+{
+	struct round *round = malloc(sizeof *round);
+	if (round == NULL)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: out of memory");
+	*round = (struct round){server, 1, callback, argument};
+	opd_status status = server_post(server, go_round, round, error);
+	if (status != OPD_OK)
+		free(round);
+	return status;
+}
+
 void server_drain(struct server *server, uint64_t timeout_us)
 {
 	atomic_store(&server->drain_timeout_us, timeout_us);

@@ -18,7 +18,8 @@
  * launch (run fails), kernel (its event does), mute (launch without code or text that make sense), capture (capture_begin), lost (a
  * kernel after which the device is lost), hang (a kernel waits for the gate), stall (launch does)
  *     OPD_TEST_DEVICE_GATE=PATH          a file: what hangs or stalls waits until it is there
- *     OPD_TEST_DEVICE_RESET=1            a lost device can be reset */
+ *     OPD_TEST_DEVICE_RESET=1            a lost device can be reset
+ *     OPD_TEST_DEVICE_TELL=1             each launch of a graph is logged once it is enqueued */
 #ifndef OPD_TESTS_DEVICE_H
 #define OPD_TESTS_DEVICE_H
 
@@ -76,6 +77,7 @@ struct device {
 	uint64_t slow_us;
 	uint64_t event_us;
 	uint64_t reset;
+	uint64_t tell;
 };
 
 extern const opd_backend device_backend;

@@ -234,6 +234,8 @@ opd_status device_graph_launch(void *state, void *graph, void *stream_of, opd_er
 	for (const struct command *command = ((struct captured *)graph)->first; command != NULL && status == OPD_OK; command = command->next)
 		status = enqueue(stream_of, command, error);
 	(void)atomic_fetch_add(&device->launches, 1);
+	if (device->tell != 0)
+		device->host->log(device->host, OPD_LOG_INFO, "a graph is enqueued");
 	return status;
 }
 
