@@ -98,13 +98,15 @@ static bool same_arg(const opd_arg *a, const opd_arg *b, bool rows)
 	}
 }
 
-/* Under the lane's mutex. */
+/* Under the lane's mutex. A kernel that exceeds its budget is answered for on its leader's loop, where requests of other loops can't be: of those with a budget each loop makes batches of its own. */
 static bool joins(const struct lane_job *leader, const struct lane_job *job)
 {
 	const struct request *a = request_of((struct lane_job *)(uintptr_t)leader);
 	const struct request *b = request_of((struct lane_job *)(uintptr_t)job);
 	const opd_call *call = &a->run.bound.call;
-	if (a->context->loop != b->context->loop || a->run.dispatch.impl != b->run.dispatch.impl || a->run.op->def != b->run.op->def || call->flags != b->run.bound.call.flags || call->arg_count != b->run.bound.call.arg_count)
+	if (a->context->loop != b->context->loop && watch_budget_ns(a->context->server, a->run.dispatch.impl->provider) != 0)
+		return false;
+	if (a->run.dispatch.impl != b->run.dispatch.impl || a->run.op->def != b->run.op->def || call->flags != b->run.bound.call.flags || call->arg_count != b->run.bound.call.arg_count)
 		return false;
 	for (uint32_t i = 0; i < call->arg_count; i++)
 		if (!same_arg(&call->args[i], &b->run.bound.call.args[i], is_rows(a->run.op, i)))
@@ -202,6 +204,7 @@ struct batch {
 	struct lane_exec *exec;
 	uint32_t count;
 	uint64_t rows;
+	bool spans_loops;
 	opd_arg args[ARGS_MAX];
 	opd_call call;
 	struct joined *operands; /* [row operands] */
@@ -317,14 +320,15 @@ static bool run_kernel(struct batch *batch)
 	const struct impl *impl = leader->run.dispatch.impl;
 	const opd_exec exec = {.struct_bytes = sizeof exec, .threads = batch->exec->threads, .host = &impl->provider->module->host, .lane = batch->exec};
 	struct derived_run derived = {.count = 0};
-	struct watch watch;
+	struct watch watch = {.budget_ns = 0};
 	opd_error error;
 	if (impl->def->predicate != NULL && !impl->def->predicate(impl->def, impl->state, &batch->call, NULL))
 		return false;
 	batch->exec->derived = &derived;
 	batch->exec->together = true;
 	batch->exec->tenant = NULL; /* a failure is nobody's in particular: each runs again alone then */
-	watch_begin_kernel(&watch, impl, NULL, leader, batch->exec);
+	if (!batch->spans_loops) /* else there was no budget when it was made */
+		watch_begin_kernel(&watch, impl, NULL, leader, batch->exec);
 	const opd_status status = impl->def->run(impl->def, impl->state, &batch->call, &exec, &error);
 	(void)watch_end(&watch);
 	batch->exec->together = false;
@@ -344,6 +348,7 @@ static void leave_out(struct batch *batch)
 	batch->count = 0;
 	for (const struct request *each = batch->leader; each != NULL; each = next_of(batch, each)) {
 		batch->count++;
+		batch->spans_loops = batch->spans_loops || each->context->loop != batch->leader->context->loop;
 		batch->rows += each->job.batch_rows;
 	}
 }

@@ -76,7 +76,7 @@ struct config *config_create(void)
 	};
 	config->quarantine = (struct config_quarantine){.failures = 5, .provider_failures = 20, .window_us = 60 * 1000000, .cooldown_us = 60 * 1000000};
 	config->differential_bytes = 256u << 20;
-	config->loops = 1;
+	config->loops = 0;
 	config->inline_ns = 5000;
 	config->segment_ns = 2000000;
 	config->batch_rows = 16;

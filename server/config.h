@@ -184,8 +184,8 @@ struct config {
 	uint64_t differential_bytes; /* that comparisons may hold; default 256 MiB */
 	char *differential_folder;   /* for case files of divergences, with contents; NULL: none */
 	struct config_limits limits;
-	uint32_t loops;   /* that read and write sockets, each on a thread of its own; default 1 */
-	uint32_t threads; /* of everybody's lane; 0: what of the machine (server/machine.h) the other lanes, and loops behind the first, leave, at least one */
+	uint32_t loops;   /* that read and write sockets, each on a thread of its own; 0: by the machine (machine_loops) */
+	uint32_t threads; /* of everybody's lane; 0: what of the machine (server/machine.h) the other lanes, and configured loops behind the first, leave, at least one */
 	bool checked;     /* canaries behind every output, verified after each kernel */
 	uint64_t inline_ns; /* a kernel estimated under this runs on the loop; default 5000, 0: never */
 	uint64_t segment_ns; /* of work may be handed to a device before the scheduler is asked again; default 2 ms */

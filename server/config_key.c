@@ -269,7 +269,7 @@ static const struct config_key keys[] = {
 	{"differential.memory", set_bytes, AT(differential_bytes), 0, MEMORY_MAX, 0},
 	{"differential.folder", set_folder, AT(differential_folder), 0, 0, 0},
 	{"threads", set_count, AT(threads), 0, 1024, 0},
-	{"loops", set_count, AT(loops), 1, CONFIG_LOOPS_MAX, 0},
+	{"loops", set_count, AT(loops), 0, CONFIG_LOOPS_MAX, 0},
 	{"checked", set_bool, AT(checked), 0, 0, 0},
 	{"inline", set_ns, AT(inline_ns), 0, 1000000, 0},
 	{"segment", set_ns, AT(segment_ns), 1000, 1000000000, 0},

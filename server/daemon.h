@@ -15,6 +15,7 @@
 #include "server/io_loop.h"
 #include "server/lane.h"
 #include "server/lanes.h"
+#include "server/machine.h"
 #include "server/plans.h"
 #include "server/registry.h"
 #include "server/server.h"
@@ -42,6 +43,7 @@ struct cpu_lane {
 struct server {
 	struct log *log;
 	struct config *config;         /* the loops' alone: a reload changes it at a standstill, and frees the one before */
+	struct machine machine;        /* as it was at the start */
 	struct io_loop *loops;         /* the first has the daemon's life */
 	struct standstill standstill;  /* of the loops */
 	uint32_t loop_count;

@@ -23,6 +23,9 @@
 #define POLL_YIELD_NS 1000000u
 #define POLL_SLEEP_NS 50000
 #define JOB_ARENA_BYTES (16u << 20)
+/* So long before the end of a lone job its loop is woken, and so long after it the loop may sleep again; the loop doesn't go to sleep for a job shorter than the other. */
+#define ATTEND_NS 100000u
+#define ATTEND_WHOLE_NS 400000u
 /* So long before the stream should be empty the next job comes to it, however long that one is. */
 #define NEXT_AHEAD_NS 300000u
 /* Where events are shared: so that the oldest of many doesn't wait long for its own end to be told. */
@@ -62,6 +65,19 @@ static void pause_polling(const struct device_lane *lane)
 		(void)nanosleep(&sleep, NULL);
 	else if (waited > POLL_SPIN_NS)
 		(void)sched_yield();
+}
+
+/* A lone job of some length, which its loop has begun itself: if it should end within so long, the loop stays awake, or wakes, until then. */
+static void let_attend(struct device_lane *lane, uint64_t ahead_ns)
+{
+	struct device_job *job = lane->flight;
+	if (lane->in_flight != 1 || job->here_ns == 0 || job->attended || job->item.estimate_ns == 0)
+		return;
+	const uint64_t now_ns = request_now_ns(), end_ns = job->started_ns + job->item.estimate_ns;
+	if (end_ns > now_ns + ahead_ns || now_ns > end_ns + ATTEND_NS)
+		return;
+	job->attended = true;
+	io_loop_attend(&lane->server->loops[job->loop], (end_ns > now_ns ? end_ns : now_ns) + ATTEND_NS);
 }
 
 bool device_wait(struct device_lane *lane)
@@ -160,6 +176,7 @@ static void give_event(struct device_lane *lane, void *event)
 opd_status device_begin(struct device_lane *lane, struct device_job *job)
 {
 	opd_status status = need_stream(lane, job);
+	lane->gathered_count = 0; /* of a job that has failed */
 	if (status == OPD_OK)
 		status = need_event(lane, job);
 	job->enqueued = status == OPD_OK;
@@ -667,8 +684,10 @@ static void *lane_main(void *argument)
 		else
 			mark_end(lane);
 		/* While jobs come that one event will tell of, the device isn't asked for each of them. */
-		if ((job == NULL || lane->newest == NULL) && !poll_flight(lane) && job == NULL && !stop)
+		if ((job == NULL || lane->newest == NULL) && !poll_flight(lane) && job == NULL && !stop) {
+			let_attend(lane, ATTEND_NS);
 			pause_polling(lane);
+		}
 		if (lane->lost && !lane->given_back && lane->flight == NULL)
 			device_give_up(lane);
 	}
@@ -715,6 +734,7 @@ enum device_ran device_lane_run(struct device_lane *lane, struct device_job *job
 	struct device_job *ended = take_complete(lane);
 	while (ended == NULL && request_now_ns() - job->started_ns < job->here_ns)
 		ended = take_complete(lane);
+	let_attend(lane, ATTEND_WHOLE_NS);
 	give_lane(lane, ended);
 	return ended != NULL ? DEVICE_ENDED : DEVICE_LEFT;
 }

@@ -63,6 +63,7 @@ struct device_job {
 	struct device_job *next_begun;
 	bool asked;     /* under the lane's mutex: for `begun` */
 	bool on_stream; /* … enqueued, and not handed over yet */
+	bool attended;  /* its loop was told that its end is near */
 	bool writes;    /* its kernels are about to write what it holds for that (device_writes) */
 	struct device_mirror *mirrors; /* that it makes: they count once it has succeeded */
 	struct device_landing *landings; /* what came back into the ring and belongs elsewhere */

@@ -1,6 +1,6 @@
 /* What jobs do on a device lane's thread: take device memory, enqueue copies, say what failed.
  *
- * Layer: server, private to device_lane.c, device_run.c, device_move.c. Threads: the lane's own.
+ * Layer: server, private to device_*.c and graph_device.c. Threads: the lane's own.
  * Order: a job's enqueue calls device_begin, then the others; what it took is its own until the device is done with it. */
 #ifndef OPD_SERVER_DEVICE_WORK_H
 #define OPD_SERVER_DEVICE_WORK_H
@@ -57,6 +57,8 @@ struct device_lane {
 	uint64_t ring_tail;
 	uint32_t event_count;
 	void *events[DEVICE_EVENTS_KEPT];
+	uint32_t gathered_count; /* copies of the job that is being enqueued */
+	opd_copy gathered[OPD_COPIES_MAX];
 };
 
 /* A kernel of the job is enqueued now: its time counts from here on. device_watched: it is, and on the stream its turn comes when what is before it has ended. */
@@ -77,6 +79,14 @@ unsigned char *device_ring_take(struct device_lane *lane, struct device_job *job
 OPD_MUST_USE bool device_ring_land(struct device_job *job, void *to, const unsigned char *piece, uint64_t bytes);
 void device_ring_settle(struct device_lane *lane, struct device_job *job); /* it has ended */
 void device_ring_drop(struct device_lane *lane);                           /* nothing is in flight */
+/* device_gather.c. The job's small copies, which are enqueued together by device_gather_end, or each at once where the backend can't: to and from the start of a buffer, none to where another
+ * reads or writes. */
+OPD_MUST_USE opd_status device_gather_in(struct device_lane *lane, struct device_job *job, const struct buffer *to, const void *from, uint64_t bytes);
+OPD_MUST_USE opd_status device_gather_out(struct device_lane *lane, struct device_job *job, void *to, const struct buffer *from, uint64_t bytes);
+OPD_MUST_USE opd_status device_gather(struct device_lane *lane, struct device_job *job, const struct buffer *to, const struct buffer *from, uint64_t from_offset,
+                                      uint64_t bytes); /* on the device */
+OPD_MUST_USE opd_status device_gather_zeros(struct device_lane *lane, struct device_job *job, const struct buffer *to, const void *zeros, uint64_t bytes); /* `zeros`: constant ones of the host's */
+OPD_MUST_USE opd_status device_gather_end(struct device_lane *lane, struct device_job *job);
 /* device_lost.c. The device has just been lost: new requests pass it over from here on, then the log says so. */
 void device_tell_loss(struct device_lane *lane);
 /* Nothing is in flight on a lost device: all is given back, the device reset if the backend can. */

@@ -118,14 +118,6 @@ static uint64_t extent_of(const opd_tensor *tensor)
 	return tensor_extent(tensor->dtype, tensor->rank, tensor->shape, tensor->strides, 0, &end) ? end : 0;
 }
 
-static opd_status copy_device(struct device_lane *lane, struct device_job *job, const struct buffer *to, const struct buffer *from, uint64_t offset, uint64_t bytes)
-{
-	if (bytes == 0)
-		return OPD_OK;
-	opd_status status = lane->device.backend->copy_device(lane->device.state, lane->stream, to->data, 0, from->data, offset, bytes, &job->error);
-	return status == OPD_OK ? OPD_OK : device_failed(lane, job, status, "copy_device");
-}
-
 /* What a run brings goes to its place. */
 static opd_status bring_operand(struct device_lane *lane, struct device_job *job, struct graph_run *run, uint32_t index)
 {
@@ -141,9 +133,9 @@ static opd_status bring_operand(struct device_lane *lane, struct device_job *job
 	const struct buffer *place = prepared->on_device->bases[1 + index];
 	struct buffer *here = kept == NULL ? NULL : buffer_on(kept->buffer, lane->number);
 	if (here == NULL)
-		return device_copy_in(lane, job, place, 0, opd_tensor_data(tensor), bytes);
+		return device_gather_in(lane, job, place, opd_tensor_data(tensor), bytes);
 	status = device_hold(job, here);
-	return status == OPD_OK ? copy_device(lane, job, place, here, tensor->byte_offset, bytes) : status;
+	return status == OPD_OK ? device_gather(lane, job, place, here, tensor->byte_offset, bytes) : status;
 }
 
 /* The value that a donating node writes: where it lies if this run alone has it there, else a copy that takes its place when the run has succeeded. */
@@ -170,7 +162,7 @@ static opd_status bring_donated(struct device_lane *lane, struct device_job *job
 	if (status == OPD_OK)
 		device_writes(job, place);
 	if (status == OPD_OK)
-		status = here != NULL ? copy_device(lane, job, place, from, 0, tensor->bytes) : device_copy_in(lane, job, place, 0, from->data, tensor->bytes);
+		status = here != NULL ? device_gather(lane, job, place, from, 0, tensor->bytes) : device_copy_in(lane, job, place, 0, from->data, tensor->bytes);
 	if (status != OPD_OK)
 		return status;
 	state->fresh = kept_tensor_create(tensor->dtype, tensor->rank, tensor->shape, tensor->bytes, place);
@@ -226,7 +218,7 @@ static opd_status make_room(struct device_lane *lane, struct device_job *job, st
 static opd_status clear_fault(struct device_lane *lane, struct device_job *job, const struct graph_device *mine)
 {
 	static const opd_index_fault none;
-	return mine->fault == NULL ? OPD_OK : device_copy_in(lane, job, mine->fault, 0, &none, sizeof none);
+	return mine->fault == NULL ? OPD_OK : device_gather_zeros(lane, job, mine->fault, &none, sizeof none);
 }
 
 static opd_status enqueue_copies(struct device_lane *lane, struct device_job *job, const struct prepared *prepared, uint32_t first, uint32_t count)
@@ -373,15 +365,15 @@ static opd_status take_results(struct device_lane *lane, struct device_job *job,
 		if (status == OPD_OK && kept != NULL)
 			device_writes(job, kept);
 		if (status == OPD_OK && kept != NULL)
-			status = copy_device(lane, job, kept, from, 0, bytes);
+			status = device_gather(lane, job, kept, from, 0, bytes);
 		if (status == OPD_OK && kept != NULL)
 			request->run.resident[i] = buffer_ref(kept);
 		if (status == OPD_OK && request->run.bound.outputs[i].data != NULL)
-			status = device_copy_out(lane, job, request->run.bound.outputs[i].data, from, 0, bytes);
+			status = device_gather_out(lane, job, request->run.bound.outputs[i].data, from, bytes);
 	}
 	if (status == OPD_OK && mine->fault != NULL)
-		status = device_copy_out(lane, job, &run->found, mine->fault, 0, sizeof run->found);
-	return status;
+		status = device_gather_out(lane, job, &run->found, mine->fault, sizeof run->found);
+	return status == OPD_OK ? device_gather_end(lane, job) : status;
 }
 
 /* ---- The job ---- */
@@ -401,6 +393,8 @@ static void graph_enqueue(struct device_lane *lane, struct device_job *job)
 		job->status = bring_inputs(lane, job, run);
 	if (job->status == OPD_OK)
 		job->status = clear_fault(lane, job, run->prepared->on_device);
+	if (job->status == OPD_OK)
+		job->status = device_gather_end(lane, job);
 	job->moves_ns = request_now_ns() - moves_from;
 	if (job->status == OPD_OK)
 		job->status = enqueue_nodes(lane, job, run);

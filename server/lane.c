@@ -12,10 +12,10 @@
 #include <string.h>
 #include <time.h>
 
+#include "server/shares.h"
+
 /* Threads that one submission wakes itself; the woken wake the others, so that the I/O loop doesn't pay for all of them. */
 #define WAKE_MAX 4u
-/* Shares a thread of a loop: a helper that comes late, or a core that is slower, then costs a quarter of a share at most. */
-#define SHARES_PER_THREAD 4u
 #define THREADS_MAX 1024u
 #define SEGMENT_NS_DEFAULT 2000000u
 #define NAME_BYTES 32u
@@ -260,13 +260,6 @@ static void spin(struct worker *worker)
 
 /* ---- Parallel loops ---------------------------------------------------------------------------------------------------- */
 
-static uint64_t share_begin(const struct loop *loop, uint32_t share)
-{
-	uint64_t each = loop->items / loop->shares;
-	uint64_t more = loop->items % loop->shares; /* so many of the first have one item more */
-	return each * share + (share < more ? share : more);
-}
-
 /* Runs shares until none is left. */
 static void run_shares(struct lane *lane, struct loop *loop, uint32_t number)
 {
@@ -276,7 +269,7 @@ static void run_shares(struct lane *lane, struct loop *loop, uint32_t number)
 			return;
 		if (share == loop->shares - 1)
 			(void)atomic_fetch_sub_explicit(&lane->hints, 1, memory_order_relaxed);
-		loop->range(loop->argument, share_begin(loop, share), share_begin(loop, share + 1), number);
+		loop->range(loop->argument, shares_begin(loop->items, loop->shares, share), shares_begin(loop->items, loop->shares, share + 1), number);
 	}
 }
 
@@ -340,16 +333,9 @@ static void loop_close(struct lane *lane, struct loop *loop)
 		wait_for_helpers(lane, loop);
 }
 
-static uint32_t count_shares(uint64_t items, uint64_t grain, uint32_t threads)
-{
-	uint64_t shares = items / (grain == 0 ? 1 : grain);
-	uint64_t most = (uint64_t)threads * SHARES_PER_THREAD;
-	return (uint32_t)(shares < most ? shares : most);
-}
-
 void lane_parallel_for(struct lane_exec *exec, uint64_t items, uint64_t grain, opd_range_fn range, void *argument)
 {
-	uint32_t shares = count_shares(items, grain, exec->threads);
+	uint32_t shares = shares_count(items, grain, exec->threads);
 	if (items == 0)
 		return;
 	if (exec->lane == NULL || exec->threads == 1 || shares <= 1 || exec->in_loop) {

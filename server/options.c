@@ -55,7 +55,7 @@ static const struct flag flags[] = {
 	{"module", FLAG_MODULE, NULL, "[NAME=]PATH", "load a provider; one that comes with opd by its name alone, as onednn, or all of those (repeatable)"},
 	{"isolated", FLAG_ISOLATED, NULL, "[NAME=]PATH", "load a provider into worker processes: a crash of its is one request's error (repeatable)"},
 	{"threads", FLAG_SET, "threads", "N", "of everybody's CPU lane; 0: those of the machine that other lanes leave"},
-	{"loops", FLAG_SET, "loops", "N", "I/O loops, 1 to 32: threads that read and write sockets; connections are spread over them"},
+	{"loops", FLAG_SET, "loops", "N", "I/O loops, to 32: threads that read and write sockets; connections are spread over them (0: by the machine)"},
 	{"inline", FLAG_INLINE, "inline", "NS", "run kernels estimated under this on the I/O loop; 0: never"},
 	{"checked", FLAG_CHECKED, NULL, NULL, "put canaries behind outputs and verify them after each kernel"},
 	{"Memory", 0, NULL, NULL, NULL},

@@ -431,7 +431,8 @@ opd_status server_create(struct config *config, struct log *log, struct server *
 	server->log = log;
 	server_take_config(server, config);
 	server->started_us = request_now_ns() / 1000;
-	opd_status status = make_loops(server, config->loops, error);
+	machine_read(&server->machine);
+	opd_status status = make_loops(server, config->loops != 0 ? config->loops : machine_loops(&server->machine), error);
 	if (status == OPD_OK)
 		status = start(server, error);
 	if (status != OPD_OK) {

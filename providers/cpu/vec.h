@@ -201,17 +201,6 @@ VEC_INLINE vec_f32 vec_exp_16(vec_f32 x)
 	return vec_exp_16_near(vec_exp_bounded(x));
 }
 
-/* 1/v to about an ulp for v of [2^-100, 2^100]: without the divider, which takes as long as eight multiplications, where the machine has an estimate that is good enough. */
-VEC_INLINE vec_f32 vec_reciprocal(vec_f32 v)
-{
-#if defined(VEC_AVX512)
-	vec_f32 near = _mm512_rcp14_ps(v);
-	return _mm512_fmadd_ps(near, _mm512_fnmadd_ps(v, near, _mm512_set1_ps(1.0f)), near);
-#else
-	return vec_splat(1.0f) / v;
-#endif
-}
-
 /* a/b for results of 16 bits, b at least 1: a relative error of 2^-14. */
 VEC_INLINE vec_f32 vec_quotient_16(vec_f32 a, vec_f32 b)
 {

@@ -309,7 +309,7 @@ class Daemon:
             command += ["--listen", address]
         if log:
             command += ["--log-file", self.log_path]
-        if "OPD_TEST_LOOPS" in os.environ:
+        if "OPD_TEST_LOOPS" in os.environ and "loops:" not in (config or ""):
             command += ["--loops", os.environ["OPD_TEST_LOOPS"]]
         self.command = command + list(flags)
         with open(self.err_path, "ab") as err:

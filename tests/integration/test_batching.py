@@ -78,7 +78,7 @@ class Case(DaemonCase):
 
 
 class Bits(Case):
-    config = "threads: 1\ninline: 0\nbatching: {shared: 0}\n"
+    config = "loops: 2\nthreads: 1\ninline: 0\nbatching: {shared: 0}\n"
 
     def check(self, op, provider, chance):
         clients = self.sessions(5)
@@ -195,6 +195,7 @@ class Hanging(Case):
 
     gate = tempfile.mktemp(prefix="opd-gate-")
     environment = {"FAULTY_GATE": gate}
+    flags = ("--loops", "1")  # with a budget, requests of different loops are no batch
     config = "threads: 1\ninline: 0\nbatching: {shared: 0}\nproviders: {faulty: {budget: 100ms}}\nmodules: [{name: faulty, path: %s}]\n" % FAULTY
 
     def test_all_of_a_batch_are_answered_when_its_budget_is_over(self):

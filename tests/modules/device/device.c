@@ -180,6 +180,7 @@ const opd_backend device_backend = {
     .host_register = device_host_register,
     .host_unregister = device_host_unregister,
     .device_reset = device_reset,
+    .copy_many = device_copy_many,
 };
 
 /* ---- The module ---- */

@@ -30,6 +30,9 @@
 
 enum { DEVICE_COUNT = 2, DEVICE_RANK = 8, DEVICE_INPUTS = 2 };
 
+/* Where the device reaches host memory that it gave: no address of the host's. */
+#define DEVICE_MAPPED ((uintptr_t)1 << 62)
+
 enum device_fault {
 	DEVICE_FAULT_ALLOC,
 	DEVICE_FAULT_STREAM,
@@ -157,6 +160,7 @@ opd_status device_copy_out(void *state, void *stream, void *host_to, const void 
                            opd_error *error);
 opd_status device_copy_device(void *state, void *stream, void *to, uint64_t to_offset, const void *from, uint64_t from_offset,
                               uint64_t bytes, opd_error *error);
+opd_status device_copy_many(void *state, void *stream, const opd_copy *copies, uint32_t count, opd_error *error);
 opd_status device_event_create(void *state, uint32_t ordinal, void **event_out, opd_error *error);
 void device_event_destroy(void *state, void *event);
 opd_status device_event_record(void *state, void *event, void *stream, opd_error *error);
