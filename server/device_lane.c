@@ -857,10 +857,23 @@ static bool take_lane(struct device_lane *lane, struct device_job *job)
 	return taken;
 }
 
-static void give_lane(struct device_lane *lane, const struct device_job *ended)
+/* Under the mutex. One that has ended here is told of by that alone: its owner may give it back at once. */
+static void forget_begun(struct device_lane *lane, struct device_job *job)
+{
+	struct device_job **link = &lane->done[job->loop].begun;
+	while (*link != NULL && *link != job)
+		link = &(*link)->next_begun;
+	if (*link != NULL)
+		*link = job->next_begun;
+	job->on_stream = false;
+}
+
+static void give_lane(struct device_lane *lane, struct device_job *ended)
 {
 	(void)pthread_mutex_lock(&lane->mutex);
 	account_jobs(lane, ended);
+	for (struct device_job *job = ended; job != NULL; job = job->next)
+		forget_begun(lane, job);
 	lane->taken = false;
 	if (lane->in_flight != 0 || lane->scheduler.queued != 0 || lane->stopping || lane->lost)
 		(void)pthread_cond_signal(&lane->wake);

@@ -1508,6 +1508,20 @@ class DeviceGraphs(unittest.TestCase):
         after = self.replies(client, [self.chained(client, number, first)])[0]
         self.assertEqual((after.status, "is lost" in after.message), (harness.DATA_LOSS, True))
 
+    def test_runs_that_end_where_they_are_begun_are_not_told_of_twice(self):
+        client = self.client()
+        number = self.register(client, self.graph(self.upload(client, [1], device="test:0")))
+        for value in range(2):
+            self.values(self.run_graph(client, number, [value]))
+        for _ in range(20):  # short ones, which the loop runs itself while others wait behind them
+            request = pb.Request(run_graph=pb.RunGraph(graph=number, inline_results=True))
+            request.run_graph.inputs.add().tensor.CopyFrom(inline([1], f32(0)))
+            request.run_graph.outputs.add(keep=True)
+            numbers = [client.submit(request)]
+            for _ in range(7):
+                numbers.append(self.chained(client, number, numbers[-1]))
+            self.assertEqual([self.values(reply)[0] for reply in self.replies(client, numbers)], [[i + 1] for i in range(8)])
+
     def test_other_shapes_and_a_graph_that_is_freed_leave_what_is_on_the_device_alone(self):
         client = self.client(delay_us=2000)
         number = self.register(client, self.graph(self.upload(client, [1], device="test:0")))
