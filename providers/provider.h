@@ -332,6 +332,17 @@ typedef struct opd_device_info {
  * and memory that no tensor has (free, stream_destroy and event_destroy must still work), and uses it again only after device_reset has returned OPD_OK, which frees what was still allocated.
  * Implementations of its kind count as unsupported while none of the kind is left (`cuda:0 is lost: …`). Any other failure is that one call's.
  * No function may be NULL but those that say so. */
+#define OPD_COPIES_MAX 32u
+
+/* One of several copies. Either side is device memory, or host memory that kernels reach (its device's base). */
+typedef struct opd_copy {
+	void *to;
+	uint64_t to_offset;
+	const void *from; /* NULL: zeros */
+	uint64_t from_offset;
+	uint64_t bytes;
+} opd_copy;
+
 typedef struct opd_backend {
 	uint32_t struct_bytes;
 	uint32_t device_count;
@@ -393,6 +404,8 @@ typedef struct opd_backend {
 	void *(*host_mapped)(void *state, uint32_t ordinal, void *host);
 	uint32_t flags; /* OPD_BACKEND_* */
 	uint32_t reserved;
+	/* Enqueue: up to OPD_COPIES_MAX small copies that don't overlap each other, in one piece of work. Not while the stream captures. NULL: the host enqueues one after the other. */
+	opd_status (*copy_many)(void *state, void *stream, const opd_copy *copies, uint32_t count, opd_error *error);
 } opd_backend;
 
 enum {

@@ -1,16 +1,17 @@
 /* Administrative requests: the step table has checked the right. */
 #include "server/containment.h"
 #include "server/daemon.h"
+#include "server/installed.h"
 #include "server/request.h"
 
 static void load_task(struct request *request)
 {
 	struct registry *registry = request->context->server->registry;
-	struct msg_text path = request->message.path;
-	request->status = path.bytes == 0 || path.data[0] != '/'
-	                      ? opd_fail(&request->error, OPD_INVALID_ARGUMENT, "load_module: path \"%.200s\": expected an absolute path",
-	                                 path.data == NULL ? "" : path.data)
-	                      : registry_load(registry, path.data, NULL, false, &request->error);
+	struct msg_text text = request->message.path;
+	char path[PATH_MAX];
+	request->status = installed_resolve(text.data == NULL ? "" : text.data, "load_module: path", path, &request->error);
+	if (request->status == OPD_OK)
+		request->status = registry_load(registry, path, NULL, false, &request->error);
 }
 
 static void load_done(struct request *request)

@@ -84,8 +84,8 @@ void bring_to_host(struct request *request, struct buffer *buffer, uint64_t offs
 	request->staged = buffer->device == 0 ? buffer_ref(buffer) : NULL;
 	request->status = OPD_OK;
 	if (buffer_lost(buffer))
-		request->status = opd_fail(&request->error, OPD_DATA_LOSS, "%s: the tensor is lost: it lay on %s, which was lost", name,
-		                           request->snapshot->devices[buffer->device].name);
+		request->status = opd_fail(&request->error, OPD_DATA_LOSS, "%s: the tensor is lost: it lay on %s, %s", name,
+		                           request->snapshot->devices[buffer->device].name, buffer_lost_why(buffer));
 	else if (request->staged == NULL)
 		request->status = buffer_alloc(request->session->account, bytes, 0, &request->staged, &request->error);
 	if (request->status != OPD_OK || buffer->device == 0) {

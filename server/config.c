@@ -12,6 +12,7 @@
 #include "proto/bounds.h"
 #include "proto/text.h"
 #include "server/config_internal.h"
+#include "server/installed.h"
 #include "server/priority_key.h"
 #include "server/tls_context.h"
 
@@ -75,11 +76,12 @@ struct config *config_create(void)
 	};
 	config->quarantine = (struct config_quarantine){.failures = 5, .provider_failures = 20, .window_us = 60 * 1000000, .cooldown_us = 60 * 1000000};
 	config->differential_bytes = 256u << 20;
-	config->loops = 1;
+	config->loops = 0;
 	config->inline_ns = 5000;
 	config->segment_ns = 2000000;
 	config->batch_rows = 16;
 	config->batch_shared_bytes = 32u << 20;
+	config->batch_devices = true;
 	config->polling_window_us = 50;
 	config->polling_budget_us = 500000;
 	config->level = LOG_INFO;
@@ -435,25 +437,37 @@ opd_status config_add_priority(struct config *config, const char *text, opd_erro
 
 /* ---- Modules ----------------------------------------------------------------------------------------------------------- */
 
-static opd_status check_module(const struct config *config, const char *name, const char *path, opd_error *error)
+static opd_status check_module(const struct config *config, const char *name, opd_error *error)
 {
 	opd_status status = name == NULL ? OPD_OK : check_name("module", name, error);
 	if (status != OPD_OK)
 		return status;
 	if (name != NULL && (strcmp(name, "native") == 0 || strcmp(name, "unfused") == 0))
 		return opd_fail(error, OPD_INVALID_ARGUMENT, "module \"%s\": the name is reserved", name);
-	/* A bare name would be looked for in the library path: which file runs must not depend on the environment. */
-	if (path[0] != '/')
-		return opd_fail(error, OPD_INVALID_ARGUMENT, "module \"%.200s\": expected an absolute path", path);
 	for (size_t i = 0; name != NULL && i < config->module_count; i++)
 		if (config->modules[i].name != NULL && strcmp(config->modules[i].name, name) == 0)
 			return opd_fail(error, OPD_INVALID_ARGUMENT, "module \"%s\" is named twice", name);
 	return OPD_OK;
 }
 
-opd_status config_append_module(struct config *config, const char *name, const char *path, bool isolated, unsigned line, opd_error *error)
+static opd_status want_all_modules(struct config *config, const char *name, bool isolated, opd_error *error)
 {
-	opd_status status = check_module(config, name, path, error);
+	if (name != NULL || isolated)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "module \"" INSTALLED_ALL "\": expected no name, and not isolated: name those one by one");
+	config->all_modules = true;
+	return OPD_OK;
+}
+
+opd_status config_append_module(struct config *config, const char *name, const char *text, bool isolated, unsigned line, opd_error *error)
+{
+	char path[PATH_MAX];
+	if (strcmp(text, INSTALLED_ALL) == 0)
+		return want_all_modules(config, name, isolated, error);
+	if (name == NULL && installed_is(text))
+		name = text;
+	opd_status status = installed_resolve(text, "module", path, error);
+	if (status == OPD_OK)
+		status = check_module(config, name, error);
 	if (status != OPD_OK)
 		return status;
 	struct config_module *grown = reallocarray(config->modules, config->module_count + 1, sizeof *grown);
@@ -516,12 +530,34 @@ static opd_status add_default_listener(struct config *config, opd_error *error)
 	return status == OPD_OK ? OPD_OK : opd_error_prefix(error, status, "default socket");
 }
 
+static bool has_module(const struct config *config, const char *name, const char *path)
+{
+	for (size_t i = 0; i < config->module_count; i++)
+		if ((config->modules[i].name != NULL && strcmp(config->modules[i].name, name) == 0) || strcmp(config->modules[i].path, path) == 0)
+			return true;
+	return false;
+}
+
+static opd_status add_installed_modules(struct config *config, opd_error *error)
+{
+	opd_status status = OPD_OK;
+	for (size_t i = 0; config->all_modules && status == OPD_OK && installed_modules[i] != NULL; i++) {
+		const char *name = installed_modules[i];
+		char path[PATH_MAX];
+		if (installed_path(name, path) && !has_module(config, name, path))
+			status = config_append_module(config, name, path, false, 0, error);
+	}
+	return status;
+}
+
 opd_status config_check(struct config *config, bool insecure_plain_tcp, opd_error *error)
 {
 	config_derive_limits(config);
 	opd_status status = config_check_limits(config, error);
 	if (status == OPD_OK)
 		status = config_resolve_lanes(config, error);
+	if (status == OPD_OK)
+		status = add_installed_modules(config, error);
 	for (size_t i = 0; status == OPD_OK && i < config->listener_count; i++)
 		status = check_listener(config, i, insecure_plain_tcp, error);
 	if (status == OPD_OK && config->listener_count == 0)

@@ -165,6 +165,7 @@ struct config {
 	struct config_priority *priorities;
 	size_t module_count;
 	struct config_module *modules;
+	bool all_modules; /* also those that come with opd and are named nowhere (server/installed.h) */
 	size_t tenant_count;
 	struct config_tenant *tenants;
 	size_t lane_count;
@@ -183,12 +184,13 @@ struct config {
 	uint64_t differential_bytes; /* that comparisons may hold; default 256 MiB */
 	char *differential_folder;   /* for case files of divergences, with contents; NULL: none */
 	struct config_limits limits;
-	uint32_t loops;   /* that read and write sockets, each on a thread of its own; default 1 */
-	uint32_t threads; /* of everybody's lane; 0: what of the machine (server/machine.h) the other lanes, and loops behind the first, leave, at least one */
+	uint32_t loops;   /* that read and write sockets, each on a thread of its own; 0: by the machine (machine_loops) */
+	uint32_t threads; /* of everybody's lane; 0: what of the machine (server/machine.h) the other lanes, and configured loops behind the first, leave, at least one */
 	bool checked;     /* canaries behind every output, verified after each kernel */
 	uint64_t inline_ns; /* a kernel estimated under this runs on the loop; default 5000, 0: never */
 	uint64_t segment_ns; /* of work may be handed to a device before the scheduler is asked again; default 2 ms */
 	uint32_t batch_rows;    /* of requests that run as one kernel, together; default 16, 0: each alone */
+	bool batch_devices;          /* on devices too, whatever they share; default true */
 	uint64_t batch_shared_bytes; /* … if the operands that they share have at least so many; default 32 MiB, 0: whatever they have */
 	uint64_t polling_window_us; /* the loop goes on looking at a polling client's ring for at most so long; default 50, 0: never */
 	uint64_t polling_budget_us; /* … and spends at most so much of a second in looks that bring nothing; default 500000 */

@@ -109,7 +109,7 @@ void config_print(const struct config *config)
 	print_providers(config);
 	print_modules(config);
 	print_limits(&config->limits);
-	(void)printf("loops: %" PRIu32 ", threads: %" PRIu32 "%s, inline: %" PRIu64 " ns, checked: %s\n", config->loops, config->threads,
+	(void)printf("loops: %" PRIu32 "%s, threads: %" PRIu32 "%s, inline: %" PRIu64 " ns, checked: %s\n", config->loops, config->loops == 0 ? " (by the machine)" : "", config->threads,
 	             config->threads == 0 ? " (those of the machine)" : "", config->inline_ns, config->checked ? "true" : "false");
 	(void)printf("quarantine: %" PRIu32 " failures, %" PRIu32 " of a provider, in %" PRIu64 " ms, for %" PRIu64 " ms\n", config->quarantine.failures,
 	             config->quarantine.provider_failures, config->quarantine.window_us / 1000, config->quarantine.cooldown_us / 1000);

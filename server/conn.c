@@ -27,6 +27,7 @@ static struct conn *make(struct io_loop *io, struct access *access)
 	}
 	const struct config_limits *limits = &server->config->limits;
 	conn->io = io;
+	conn->busy = true;
 	conn->server = server;
 	conn->session = session_create(server, &server->memory, atomic_fetch_add_explicit(&server->last_session, 1, memory_order_relaxed) + 1, access, limits->session_bytes, limits->kept);
 	if (conn->session == NULL) {
@@ -49,7 +50,7 @@ struct conn *conn_create(struct io_loop *io, struct access *access)
 {
 	struct conn *conn = make(io, access);
 	if (conn == NULL)
-		io_loop_forget(io);
+		io_loop_forget(io, true);
 	return conn;
 }
 
@@ -86,7 +87,7 @@ void conn_closed(struct conn *conn)
 	conn_drop_descriptors(conn);
 	free(conn->partial);
 	free(conn->held_data);
-	io_loop_forget(conn->io);
+	io_loop_forget(conn->io, conn->busy);
 	free(conn);
 }
 

@@ -69,6 +69,7 @@ struct conn {
 	bool reading_on;  /* uv_read_start is in force */
 	bool writing;     /* a uv_write is under way, or replies wait for room in the ring */
 	bool dirty;       /* in the loop's list */
+	bool busy;        /* counted in its busy_count */
 	bool throttled;   /* too much in flight: until something is written */
 	bool broken;      /* the client broke the framing: nothing of it is read any more */
 	bool last_words;  /* close once everything is written */

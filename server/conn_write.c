@@ -217,7 +217,7 @@ bool conn_idle(const struct conn *conn)
 static void on_reply_written(struct out *out)
 {
 	struct request *request = (struct request *)((char *)out - offsetof(struct request, out));
-	const uint64_t sent_ns = request->context->io->flush_ns;
+	const uint64_t sent_ns = request->context->io->now_ns;
 	request->session->in_flight--;
 	metrics_written(request->context->metrics, sent_ns > request->clock.received ? sent_ns - request->clock.received : 0);
 	request_release(request);

@@ -15,6 +15,7 @@
 #include "server/io_loop.h"
 #include "server/lane.h"
 #include "server/lanes.h"
+#include "server/machine.h"
 #include "server/plans.h"
 #include "server/registry.h"
 #include "server/server.h"
@@ -42,6 +43,7 @@ struct cpu_lane {
 struct server {
 	struct log *log;
 	struct config *config;         /* the loops' alone: a reload changes it at a standstill, and frees the one before */
+	struct machine machine;        /* as it was at the start */
 	struct io_loop *loops;         /* the first has the daemon's life */
 	struct standstill standstill;  /* of the loops */
 	uint32_t loop_count;
@@ -52,6 +54,7 @@ struct server {
 	_Atomic uint64_t segment_ns;
 	_Atomic uint32_t batch_rows;    /* of a batch, at most */
 	_Atomic uint64_t batch_shared_bytes; /* of the operands that its requests share, at least */
+	_Atomic bool batch_devices;     /* so on devices, too */
 	_Atomic uint64_t batches;       /* kernels that ran for more than one request */
 	_Atomic uint64_t batched;       /* those requests */
 	struct registry *registry;

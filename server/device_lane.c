@@ -9,6 +9,7 @@
 #include <sys/prctl.h>
 #include <time.h>
 
+#include "server/batch.h"
 #include "server/daemon.h"
 #include "server/device_work.h"
 #include "server/module.h"
@@ -23,12 +24,18 @@
 #define POLL_YIELD_NS 1000000u
 #define POLL_SLEEP_NS 50000
 #define JOB_ARENA_BYTES (16u << 20)
+/* So long before the end of a lone job its loop is woken, and so long after it the loop may sleep again; the loop doesn't go to sleep for a job shorter than the other. */
+#define ATTEND_NS 100000u
+#define ATTEND_WHOLE_NS 400000u
+/* So long before the stream should be empty the next job comes to it, however long that one is. */
+#define NEXT_AHEAD_NS 300000u
 /* Where events are shared: so that the oldest of many doesn't wait long for its own end to be told. */
 #define JOBS_AN_EVENT 8u
 
 struct device_held {
 	struct device_held *next;
 	struct buffer *buffer;
+	bool written; /* by the job */
 };
 
 /* A copy on its way to the device. */
@@ -59,6 +66,19 @@ static void pause_polling(const struct device_lane *lane)
 		(void)nanosleep(&sleep, NULL);
 	else if (waited > POLL_SPIN_NS)
 		(void)sched_yield();
+}
+
+/* A lone job of some length, which its loop has begun itself: if it should end within so long, the loop stays awake, or wakes, until then. */
+static void let_attend(struct device_lane *lane, uint64_t ahead_ns)
+{
+	struct device_job *job = lane->flight;
+	if (lane->in_flight != 1 || job->here_ns == 0 || job->attended || job->item.estimate_ns == 0)
+		return;
+	const uint64_t now_ns = request_now_ns(), end_ns = job->started_ns + job->item.estimate_ns;
+	if (end_ns > now_ns + ahead_ns || now_ns > end_ns + ATTEND_NS)
+		return;
+	job->attended = true;
+	io_loop_attend(&lane->server->loops[job->loop], (end_ns > now_ns ? end_ns : now_ns) + ATTEND_NS);
 }
 
 bool device_wait(struct device_lane *lane)
@@ -157,23 +177,57 @@ static void give_event(struct device_lane *lane, void *event)
 opd_status device_begin(struct device_lane *lane, struct device_job *job)
 {
 	opd_status status = need_stream(lane, job);
+	lane->gathered_count = 0; /* of a job that has failed */
 	if (status == OPD_OK)
 		status = need_event(lane, job);
 	job->enqueued = status == OPD_OK;
 	return status;
 }
 
+/* One thread at a time has the device: nobody else writes it. */
+static void count_in_jobs(struct buffer *buffer, uint32_t more)
+{
+	if (buffer->device != 0)
+		atomic_store_explicit(&buffer->in_jobs, atomic_load_explicit(&buffer->in_jobs, memory_order_relaxed) + more, memory_order_release);
+}
+
 opd_status device_hold(struct device_job *job, struct buffer *buffer)
 {
 	struct device_held *held = arena_alloc(&job->arena, sizeof *held);
 	if (held == NULL || buffer_lost(buffer)) {
-		opd_status status = held == NULL ? device_no_memory(job) : opd_fail(&job->error, OPD_DATA_LOSS, "%s: a tensor is lost: its device was", job->name);
+		opd_status status = held == NULL ? device_no_memory(job)
+		                                 : opd_fail(&job->error, OPD_DATA_LOSS, "%s: a tensor is lost: it lay on a device, %s", job->name, buffer_lost_why(buffer));
 		buffer_unref(buffer);
 		return status;
 	}
-	*held = (struct device_held){job->held, buffer};
+	*held = (struct device_held){.next = job->held, .buffer = buffer};
 	job->held = held;
+	count_in_jobs(buffer, 1);
 	return OPD_OK;
+}
+
+void device_writes(struct device_job *job, const struct buffer *buffer)
+{
+	struct device_held *held = job->held;
+	while (held != NULL && held->buffer != buffer) /* it has just been held: it is the first */
+		held = held->next;
+	if (held != NULL)
+		held->written = true;
+}
+
+/* A job before it has failed, after this one had begun to count on it. */
+static void inherit_failure(struct device_job *job)
+{
+	for (const struct device_held *held = job->held; held != NULL && job->status == OPD_OK; held = held->next)
+		if (atomic_load_explicit(&held->buffer->failed, memory_order_acquire))
+			job->status = opd_fail(&job->error, OPD_ABORTED, "%s: what it reads was to be written by a run before it, which failed", job->name);
+}
+
+static void bequeath_failure(const struct device_job *job)
+{
+	for (const struct device_held *held = job->held; held != NULL && job->writes; held = held->next)
+		if (held->written)
+			atomic_store_explicit(&held->buffer->failed, true, memory_order_release);
 }
 
 static bool make_room(struct device_lane *lane)
@@ -379,6 +433,47 @@ static void expect(struct device_lane *lane, const struct device_job *job)
 	atomic_store_explicit(&lane->stream_until_ns, from_ns + job->item.estimate_ns, memory_order_relaxed);
 }
 
+static void wake_loop(struct device_lane *lane, uint32_t loop)
+{
+	atomic_store_explicit(&lane->server->loops[loop].device_done, true, memory_order_release);
+	io_loop_wake(&lane->server->loops[loop]);
+}
+
+/* Under the mutex: whoever has asked is told. */
+static void add_begun(struct device_lane *lane, struct device_job *job)
+{
+	struct device_done *done = &lane->done[job->loop];
+	job->next_begun = done->begun;
+	done->begun = job;
+}
+
+/* Its enqueueing is over. */
+static void tell_begun(struct device_lane *lane, struct device_job *job)
+{
+	if (job->begun == NULL || job->status != OPD_OK)
+		return;
+	(void)pthread_mutex_lock(&lane->mutex);
+	const bool asked = job->asked;
+	job->on_stream = true;
+	if (asked)
+		add_begun(lane, job);
+	(void)pthread_mutex_unlock(&lane->mutex);
+	if (asked)
+		wake_loop(lane, job->loop);
+}
+
+void device_lane_ask(struct device_lane *lane, struct device_job *job)
+{
+	(void)pthread_mutex_lock(&lane->mutex);
+	const bool there = !job->asked && job->on_stream;
+	job->asked = true;
+	if (there)
+		add_begun(lane, job);
+	(void)pthread_mutex_unlock(&lane->mutex);
+	if (there)
+		wake_loop(lane, job->loop);
+}
+
 static void job_enqueue(struct device_lane *lane, struct device_job *job)
 {
 	job->started_ns = request_now_ns();
@@ -389,6 +484,45 @@ static void job_enqueue(struct device_lane *lane, struct device_job *job)
 	expect(lane, job);
 	flight_add(lane, job);
 	watch_oldest(lane);
+	tell_begun(lane, job);
+}
+
+/* Nobody waits for the rest of it any more: it is begun, and ends so. */
+static bool begin_unwanted(struct device_lane *lane, struct device_job *job)
+{
+	if (check_before(lane, job) == OPD_OK)
+		return false;
+	job_enqueue(lane, job);
+	return true;
+}
+
+/* The job and those that it has taken along: as one, else one after the other. */
+static void enqueue_picked(struct device_lane *lane, struct device_job *job)
+{
+	struct device_job *wanted = NULL, **end = &wanted;
+	if (job->others == NULL) {
+		job_enqueue(lane, job);
+		return;
+	}
+	job->next = job->others;
+	job->others = NULL;
+	for (struct device_job *next; job != NULL; job = next) {
+		next = job->next;
+		if (begin_unwanted(lane, job))
+			continue;
+		job->next = NULL;
+		*end = job;
+		end = &job->next;
+	}
+	struct device_job *all = wanted == NULL || wanted->next == NULL ? NULL : device_batch_create(lane, wanted);
+	if (all != NULL) {
+		job_enqueue(lane, all);
+		return;
+	}
+	for (struct device_job *next; wanted != NULL; wanted = next) {
+		next = wanted->next;
+		job_enqueue(lane, wanted);
+	}
 }
 
 /* The job whose event tells of the oldest one's end; NULL: none was recorded yet. */
@@ -425,8 +559,10 @@ static bool job_complete(struct device_lane *lane, struct device_job *job)
 
 static void job_release(struct device_lane *lane, struct device_job *job)
 {
-	for (struct device_held *held = job->held; held != NULL; held = held->next)
+	for (struct device_held *held = job->held; held != NULL; held = held->next) {
+		count_in_jobs(held->buffer, UINT32_MAX);
 		buffer_unref(held->buffer);
+	}
 	give_event(lane, job->event);
 	job->event = NULL;
 	job->held = NULL;
@@ -443,40 +579,93 @@ static uint64_t device_time(struct device_lane *lane, const struct device_job *f
 	return ended_ns > from_ns ? ended_ns - from_ns : 0;
 }
 
-static void end_job(struct device_lane *lane, struct device_job *job, uint64_t ended_ns, uint64_t device_ns)
+/* True: too late, its request is answered. */
+static bool end_job(struct device_lane *lane, struct device_job *job, uint64_t ended_ns, uint64_t device_ns)
 {
 	job->ended_ns = lane->progress_ns = ended_ns;
-	job->device_ns = device_ns;
+	job->device_ns += device_ns; /* it may have failed together with others before */
 	lane->in_flight--;
 	lane->flight_ns -= job->item.estimate_ns;
-	(void)device_watch_end(lane, job);
+	const bool overdue = device_watch_end(lane, job); /* then it was answered as failed */
+	inherit_failure(job);
 	mirrors_settle(job);
 	device_ring_settle(lane, job);
 	if (job->complete != NULL)
 		job->complete(lane, job);
+	if (job->status != OPD_OK || overdue)
+		bequeath_failure(job);
 	job_release(lane, job);
+	return overdue;
 }
 
-/* Takes the jobs that are complete out of the flight, oldest first, with their share of the device's time; NULL: none was. */
-static struct device_job *take_complete(struct device_lane *lane)
+/* In what time they ended together, by their rows. */
+static void end_members(struct device_job *all)
 {
-	struct device_job *ended = lane->flight, *last = marked(lane);
+	uint64_t rows = 0;
+	for (const struct device_job *job = all->members; job != NULL; job = job->next)
+		rows += job->batch.rows;
+	for (struct device_job *job = all->members; job != NULL; job = job->next) {
+		job->started_ns = all->started_ns;
+		job->ended_ns = all->ended_ns;
+		job->moves_ns = all->moves_ns;
+		job->device_ns += (uint64_t)((double)all->device_ns * job->batch.rows / (double)rows);
+		job->status = all->status;
+		if (all->status != OPD_OK)
+			job->error = all->error;
+	}
+}
+
+/* Whoever's fault it was: each runs alone, unless they have their answer, or the device is lost with what was on it. */
+static bool members_again(struct device_lane *lane, struct device_job *all, bool overdue)
+{
+	if (all->status == OPD_OK || all->status == OPD_DATA_LOSS || overdue)
+		return false;
+	*lane->again_end = all->members;
+	for (struct device_job *job = all->members; job != NULL; job = job->next)
+		lane->again_end = &job->next;
+	return true;
+}
+
+/* The jobs that are their owners' again: this one, or its members. */
+static struct device_job *end_of(struct device_lane *lane, struct device_job *job, uint64_t ended_ns, uint64_t device_ns)
+{
+	const bool overdue = end_job(lane, job, ended_ns, device_ns);
+	struct device_job *members = job->members;
+	if (members == NULL)
+		return job;
+	end_members(job);
+	if (members_again(lane, job, overdue))
+		members = NULL;
+	free(job);
+	return members;
+}
+
+/* Takes the jobs that are complete out of the flight, oldest first, with their share of the device's time; false: none was. *ended_out: those that go back to their owners. */
+static bool take_complete(struct device_lane *lane, struct device_job **ended_out)
+{
+	struct device_job *first = lane->flight, *last = marked(lane);
+	*ended_out = NULL;
 	if (last == NULL || !job_complete(lane, last))
-		return NULL;
+		return false;
 	const uint64_t ended_ns = request_now_ns();
 	uint64_t count = 1;
-	for (const struct device_job *job = ended; job != last; job = job->next)
+	for (const struct device_job *job = first; job != last; job = job->next)
 		count++;
-	const uint64_t device_ns = device_time(lane, ended, ended_ns) / count;
+	const uint64_t device_ns = device_time(lane, first, ended_ns) / count;
 	lane->flight = last->next;
 	if (lane->flight == NULL)
 		lane->flight_end = &lane->flight;
 	last->next = NULL;
-	for (struct device_job *job = ended; job != NULL; job = job->next)
-		end_job(lane, job, ended_ns, device_ns);
+	for (struct device_job *job = first, *next; job != NULL; job = next) {
+		next = job->next;
+		job->next = NULL;
+		*ended_out = end_of(lane, job, ended_ns, device_ns);
+		while (*ended_out != NULL)
+			ended_out = &(*ended_out)->next;
+	}
 	atomic_store_explicit(&lane->stream_until_ns, ended_ns + lane->flight_ns, memory_order_relaxed);
 	watch_oldest(lane);
-	return ended;
+	return true;
 }
 
 /* Under the mutex. */
@@ -496,32 +685,66 @@ static void hand_over(struct device_lane *lane, struct device_job *ended)
 		struct device_done *done = &lane->done[job->loop];
 		next = job->next;
 		job->next = NULL;
+		job->on_stream = false;
 		*done->end = job;
 		done->end = &job->next;
 		told[job->loop] = true;
 	}
 	(void)pthread_mutex_unlock(&lane->mutex);
 	for (uint32_t i = 0; i < CONFIG_LOOPS_MAX; i++)
-		if (told[i]) {
-			atomic_store_explicit(&lane->server->loops[i].device_done, true, memory_order_release);
-			io_loop_wake(&lane->server->loops[i]);
-		}
+		if (told[i])
+			wake_loop(lane, i);
 }
 
 /* Ends the jobs that are complete; false: none was. */
 static bool poll_flight(struct device_lane *lane)
 {
-	struct device_job *ended = take_complete(lane);
+	struct device_job *ended;
+	if (!take_complete(lane, &ended))
+		return false;
 	if (ended != NULL)
 		hand_over(lane, ended);
-	return ended != NULL;
+	return true;
 }
 
-/* What is on the stream can't be overtaken: one job, or as many as take no longer than a segment. */
+/* What is on the stream can't be overtaken: one job, or as many as take no longer than a segment; and the next after a long one shortly before that should have ended, so that the device
+ * doesn't wait for it. */
 static bool has_room(const struct device_lane *lane)
 {
 	const uint64_t segment_ns = atomic_load_explicit(&lane->server->segment_ns, memory_order_relaxed);
-	return lane->in_flight == 0 || (lane->in_flight < IN_FLIGHT_MAX && lane->flight_ns < segment_ns);
+	if (lane->in_flight == 0 || (lane->in_flight < IN_FLIGHT_MAX && lane->flight_ns < segment_ns))
+		return true;
+	return lane->in_flight == 1 && atomic_load_explicit(&lane->stream_until_ns, memory_order_relaxed) < request_now_ns() + NEXT_AHEAD_NS;
+}
+
+static struct device_job *job_of_item(struct sched_item *item)
+{
+	return (struct device_job *)(void *)((char *)item - offsetof(struct device_job, item));
+}
+
+/* Under the mutex. */
+static void note_begun(struct device_lane *lane, const struct device_job *job, uint64_t now_ns)
+{
+	const uint64_t queued_ns = job->item.queued_ns;
+	histogram_add(&lane->waits[job->item.class], now_ns > queued_ns ? now_ns - queued_ns : 0, false);
+}
+
+/* Under the mutex: those that wait and may run with a job that was picked. */
+static void take_along(struct device_lane *lane, struct device_job *job, uint64_t now_ns)
+{
+	struct device_job **end = &job->others;
+	job->others = NULL;
+	if (job->batch.link == NULL)
+		return;
+	batch_queue_remove(&lane->batches, &job->batch);
+	struct batch_item *taken = batch_queue_take(&lane->batches, &lane->scheduler, &job->batch, atomic_load_explicit(&lane->server->batch_rows, memory_order_relaxed), now_ns);
+	for (; taken != NULL; taken = taken->next) {
+		struct device_job *other = job_of_item(taken->item);
+		note_begun(lane, other, now_ns);
+		other->next = NULL;
+		*end = other;
+		end = &other->next;
+	}
 }
 
 /* Under the mutex; NULL: none may run now, and *ready_ns_out says when to ask again. */
@@ -534,8 +757,10 @@ static struct device_job *pick(struct device_lane *lane, uint64_t *ready_ns_out)
 	struct sched_item *item = scheduler_pick(&lane->scheduler, now_ns, ready_ns_out);
 	if (item == NULL)
 		return NULL;
-	histogram_add(&lane->waits[item->class], now_ns > item->queued_ns ? now_ns - item->queued_ns : 0, false);
-	return (struct device_job *)(void *)((char *)item - offsetof(struct device_job, item));
+	struct device_job *job = job_of_item(item);
+	note_begun(lane, job, now_ns);
+	take_along(lane, job, now_ns);
+	return job;
 }
 
 static void sleep_until(struct device_lane *lane, uint64_t ready_ns)
@@ -547,11 +772,26 @@ static void sleep_until(struct device_lane *lane, uint64_t ready_ns)
 		(void)pthread_cond_timedwait(&lane->wake, &lane->mutex, &until);
 }
 
+/* One that has failed with others; NULL: none, or there is no room. */
+static struct device_job *next_again(struct device_lane *lane)
+{
+	struct device_job *job = has_room(lane) ? lane->again : NULL;
+	if (job == NULL)
+		return NULL;
+	lane->again = job->next;
+	if (lane->again == NULL)
+		lane->again_end = &lane->again;
+	return job;
+}
+
 /* The next job, waiting for one only when nothing is in flight; NULL: none now. *stop_out: stopping, and nothing is left. */
 static struct device_job *next_job(struct device_lane *lane, bool *stop_out)
 {
 	uint64_t ready_ns = UINT64_MAX;
-	struct device_job *job = NULL;
+	struct device_job *job = next_again(lane);
+	*stop_out = false;
+	if (job != NULL)
+		return job;
 	(void)pthread_mutex_lock(&lane->mutex);
 	lane->taken = lane->taken && lane->in_flight != 0;
 	if (lane->taken)
@@ -578,12 +818,14 @@ static void *lane_main(void *argument)
 	for (bool stop = false; !stop;) {
 		struct device_job *job = next_job(lane, &stop);
 		if (job != NULL)
-			job_enqueue(lane, job);
+			enqueue_picked(lane, job);
 		else
 			mark_end(lane);
 		/* While jobs come that one event will tell of, the device isn't asked for each of them. */
-		if ((job == NULL || lane->newest == NULL) && !poll_flight(lane) && job == NULL && !stop)
+		if ((job == NULL || lane->newest == NULL) && !poll_flight(lane) && job == NULL && !stop) {
+			let_attend(lane, ATTEND_NS);
 			pause_polling(lane);
+		}
 		if (lane->lost && !lane->given_back && lane->flight == NULL)
 			device_give_up(lane);
 	}
@@ -627,11 +869,13 @@ enum device_ran device_lane_run(struct device_lane *lane, struct device_job *job
 		return DEVICE_BUSY;
 	job_enqueue(lane, job);
 	mark_end(lane);
-	struct device_job *ended = take_complete(lane);
-	while (ended == NULL && request_now_ns() - job->started_ns < job->here_ns)
-		ended = take_complete(lane);
+	struct device_job *ended;
+	bool over = take_complete(lane, &ended);
+	while (!over && request_now_ns() - job->started_ns < job->here_ns)
+		over = take_complete(lane, &ended);
+	let_attend(lane, ATTEND_WHOLE_NS);
 	give_lane(lane, ended);
-	return ended != NULL ? DEVICE_ENDED : DEVICE_LEFT;
+	return over ? DEVICE_ENDED : DEVICE_LEFT;
 }
 
 /* ---- Life ---- */
@@ -681,6 +925,8 @@ static opd_status lane_start(struct server *server, const struct device *device,
 	for (uint32_t i = 0; i < CONFIG_LOOPS_MAX; i++)
 		lane->done[i].end = &lane->done[i].first;
 	lane->flight_end = &lane->flight;
+	lane->again_end = &lane->again;
+	batch_queue_init(&lane->batches);
 	const struct memory_source source = {source_alloc, source_free, lane};
 	memory_init_device(&lane->memory, number, device->name, UINT64_MAX, source);
 	(void)pthread_mutex_init(&lane->mutex, NULL);
@@ -794,6 +1040,8 @@ bool device_lane_submit(struct device_lane *lane, struct device_job *job)
 	job->queued_ns = request_now_ns();
 	(void)pthread_mutex_lock(&lane->mutex);
 	const bool queued = scheduler_submit(&lane->scheduler, &job->item, job->queued_ns);
+	if (queued && job->batch.number != 0)
+		batch_queue_add(&lane->batches, &job->batch, &job->item);
 	if (!queued) {
 		job->refusal.full = scheduler_full(&lane->scheduler, job->item.flow, &job->refusal.queued, &job->refusal.limit);
 		job->refusal.wait_ns = scheduler_wait_ns(&lane->scheduler, job->item.flow, (sched_class)job->item.class);
@@ -807,17 +1055,24 @@ bool device_lane_withdraw(struct device_lane *lane, struct device_job *job)
 {
 	(void)pthread_mutex_lock(&lane->mutex);
 	const bool queued = scheduler_withdraw(&lane->scheduler, &job->item);
+	if (queued)
+		batch_queue_remove(&lane->batches, &job->batch);
 	(void)pthread_mutex_unlock(&lane->mutex);
 	return queued;
 }
 
 void device_lane_finish_done(struct device_lane *lane, uint32_t loop)
 {
+	struct device_done *done = &lane->done[loop];
 	(void)pthread_mutex_lock(&lane->mutex);
-	struct device_job *job = lane->done[loop].first;
-	lane->done[loop].first = NULL;
-	lane->done[loop].end = &lane->done[loop].first;
+	struct device_job *job = done->first, *begun = done->begun;
+	done->first = done->begun = NULL;
+	done->end = &done->first;
 	(void)pthread_mutex_unlock(&lane->mutex);
+	for (struct device_job *next; begun != NULL; begun = next) { /* before their ends, which may be here too */
+		next = begun->next_begun;
+		begun->begun(begun);
+	}
 	while (job != NULL) {
 		struct device_job *next = job->next;
 		job->done(job);

@@ -6,6 +6,7 @@
  * stream lets them. Which comes next is a scheduler's to say, as on the CPU lane; what is on the stream can't be overtaken, so that no more is put there than `segment` of the configuration
  * (by estimates), but for one job. A job's device time is what the device worked on it alone: from the end of the one before, or its own beginning; of jobs whose end one event tells
  * (opd_backend.flags), an equal part.
+ * Jobs that wait and may run together (server/batch_queue.h) are one job on the stream: the lane's own, whose members they are. When it fails each of them is begun again alone.
  * A lone short job needs no other thread: while the lane is idle, device_lane_run does the same work on its caller's, which looks for the job's end for as long as the job may take, and
  * leaves it to the lane's thread after that. One thread at a time works with the device.
  * The stream is made on the lane's thread by its first job: a device's context may take long to make, and a loop must not wait for it.
@@ -18,6 +19,7 @@
 #include <stdint.h>
 
 #include "proto/arena.h"
+#include "server/batch_queue.h"
 #include "server/lane.h"
 #include "server/registry.h"
 #include "server/tensors.h"
@@ -33,6 +35,7 @@ struct device_landing;
 struct device_job {
 	struct device_job *next;
 	struct sched_item item;   /* flow, class and estimate are the owner's */
+	struct batch_item batch;  /* whom it may take along, and who it: at most `batching.rows` of the configuration */
 	uint32_t loop;            /* on which `done` is called */
 	struct lane_refusal refusal; /* by a device_lane_submit that was false */
 	const char *name;         /* for texts: an op's, or of another kind of request */
@@ -44,6 +47,8 @@ struct device_job {
 	void (*enqueue)(struct device_lane *lane, struct device_job *job);
 	/* On the lane's thread, when the device is done with it and `status` says how it went, or nothing was enqueued; before its memory goes. NULL: nothing to do. */
 	void (*complete)(struct device_lane *lane, struct device_job *job);
+	/* On its loop, between its beginning on the stream and `done`, once somebody has asked (device_lane_ask): all that comes to the lane from now on finds what the job writes. NULL: nobody asks. */
+	void (*begun)(struct device_job *job);
 	void (*done)(struct device_job *job);
 	opd_status status;
 	opd_error error;
@@ -51,13 +56,20 @@ struct device_job {
 	uint64_t started_ns;
 	uint64_t ended_ns;
 	uint64_t moves_ns; /* host time spent enqueueing copies */
-	uint64_t device_ns; /* once it is done: what the device worked on it alone */
+	uint64_t device_ns; /* once it is done: what the device worked on it alone, or on its rows of what it ran together with */
 	/* the lane's */
+	struct device_job *members; /* that this one, which is nobody's, is all of; linked by next. NULL: it is its owner's */
+	struct device_job *others;  /* taken along when it was picked, linked by next */
 	void *event;   /* NULL: a later job's tells of its end, or nothing was enqueued */
 	bool enqueued;
 	bool recorded;
 	struct watch watch; /* of its kernel */
 	struct device_held *held; /* device memory that it uses */
+	struct device_job *next_begun;
+	bool asked;     /* under the lane's mutex: for `begun` */
+	bool on_stream; /* … enqueued, and not handed over yet */
+	bool attended;  /* its loop was told that its end is near */
+	bool writes;    /* its kernels are about to write what it holds for that (device_writes) */
 	struct device_mirror *mirrors; /* that it makes: they count once it has succeeded */
 	struct device_landing *landings; /* what came back into the ring and belongs elsewhere */
 	uint64_t ring_end;        /* of the ring, up to here, is free when it has ended; 0: it uses nothing of it */
@@ -77,6 +89,8 @@ void device_lane_scheduler_unlock(struct device_lane *lane);
 /* How long its jobs have waited, by class. */
 const struct histogram *device_lane_waits(const struct device_lane *lane, sched_class class);
 const char *device_lane_name(const struct device_lane *lane);
+/* Somebody waits for what the job writes: its `begun` is called soon, unless it ends before. Once a job; on its loop, between device_submit and `done`. */
+void device_lane_ask(struct device_lane *lane, struct device_job *job);
 /* It is in a kernel that has exceeded its budget: nothing is submitted to it. Set on the loop, taken back by its thread. */
 void device_lane_set_stuck(struct device_lane *lane, bool stuck);
 bool device_lane_is_stuck(const struct device_lane *lane);

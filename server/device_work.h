@@ -1,6 +1,6 @@
 /* What jobs do on a device lane's thread: take device memory, enqueue copies, say what failed.
  *
- * Layer: server, private to device_lane.c, device_run.c, device_move.c. Threads: the lane's own.
+ * Layer: server, private to device_*.c and graph_device.c. Threads: the lane's own.
  * Order: a job's enqueue calls device_begin, then the others; what it took is its own until the device is done with it. */
 #ifndef OPD_SERVER_DEVICE_WORK_H
 #define OPD_SERVER_DEVICE_WORK_H
@@ -16,6 +16,8 @@
 #define DEVICE_RING_BYTES (8u << 20)
 /* Larger copies go from and to where the bytes lie: what a driver does for them costs less then than a second copy. */
 #define DEVICE_RING_PIECE_BYTES (256u << 10)
+/* So much of it kernels read and write over the link, instead of a copy: what the ring's own copy costs on the lane. */
+#define DEVICE_MAPPED_RING_BYTES (64u << 10)
 
 struct device_lane {
 	struct server *server;
@@ -31,9 +33,11 @@ struct device_lane {
 	bool stopping;
 	bool taken; /* somebody works with the device: the lane's thread, or one that runs a lone job itself. What is "the thread's own" below is whose this is */
 	struct scheduler scheduler;
+	struct batch_queue batches; /* queued jobs that others may take along */
 	struct histogram waits[CLASS_COUNT]; /* written under the mutex */
 	struct device_done {
 		struct device_job *first, **end;
+		struct device_job *begun; /* asked for, and on the stream */
 	} done[CONFIG_LOOPS_MAX]; /* by loop */
 	/* the thread's own */
 	bool measured; /* the memory's limit is known */
@@ -45,6 +49,7 @@ struct device_lane {
 	struct device_job *flight; /* oldest first */
 	struct device_job **flight_end;
 	uint32_t in_flight;
+	struct device_job *again, **again_end; /* that have failed together with others: each is begun alone */
 	struct device_job *newest;  /* of the flight, where no event follows it yet; NULL: one does */
 	uint32_t unmarked;          /* jobs since the last event */
 	uint64_t flight_ns;     /* what they were estimated to take */
@@ -56,6 +61,8 @@ struct device_lane {
 	uint64_t ring_tail;
 	uint32_t event_count;
 	void *events[DEVICE_EVENTS_KEPT];
+	uint32_t gathered_count; /* copies of the job that is being enqueued */
+	opd_copy gathered[OPD_COPIES_MAX];
 };
 
 /* A kernel of the job is enqueued now: its time counts from here on. device_watched: it is, and on the stream its turn comes when what is before it has ended. */
@@ -70,12 +77,22 @@ opd_status device_failed(struct device_lane *lane, struct device_job *job, opd_s
 opd_status device_no_memory(struct device_job *job);
 /* Any status of the backend's or of an implementation's on the device: OPD_DATA_LOSS means that the device is lost. */
 void device_note(struct device_lane *lane, opd_status status, const opd_error *error);
+/* device_run.c. For the request's explain, if it wants one. */
+void device_note_move(struct request *request, const char *what, uint32_t from, uint32_t to, uint64_t bytes);
 /* device_ring.c. A piece of the ring for the job, until it has ended; NULL: too large, or none is free, or the backend has no such memory. */
 unsigned char *device_ring_take(struct device_lane *lane, struct device_job *job, uint64_t bytes, void **mapped_out); /* mapped_out: where kernels reach it (NULL: nowhere); may be NULL */
 /* The piece's bytes go to `to` when the job has succeeded. False: out of memory. */
 OPD_MUST_USE bool device_ring_land(struct device_job *job, void *to, const unsigned char *piece, uint64_t bytes);
 void device_ring_settle(struct device_lane *lane, struct device_job *job); /* it has ended */
 void device_ring_drop(struct device_lane *lane);                           /* nothing is in flight */
+/* device_gather.c. The job's small copies, which are enqueued together by device_gather_end, or each at once where the backend can't: to and from the start of a buffer, none to where another
+ * reads or writes. */
+OPD_MUST_USE opd_status device_gather_in(struct device_lane *lane, struct device_job *job, const struct buffer *to, const void *from, uint64_t bytes);
+OPD_MUST_USE opd_status device_gather_out(struct device_lane *lane, struct device_job *job, void *to, const struct buffer *from, uint64_t bytes);
+OPD_MUST_USE opd_status device_gather(struct device_lane *lane, struct device_job *job, const struct buffer *to, const struct buffer *from, uint64_t from_offset,
+                                      uint64_t bytes); /* on the device */
+OPD_MUST_USE opd_status device_gather_zeros(struct device_lane *lane, struct device_job *job, const struct buffer *to, const void *zeros, uint64_t bytes); /* `zeros`: constant ones of the host's */
+OPD_MUST_USE opd_status device_gather_end(struct device_lane *lane, struct device_job *job);
 /* device_lost.c. The device has just been lost: new requests pass it over from here on, then the log says so. */
 void device_tell_loss(struct device_lane *lane);
 /* Nothing is in flight on a lost device: all is given back, the device reset if the backend can. */
@@ -87,6 +104,8 @@ void device_drop_stream(struct device_lane *lane);
 OPD_MUST_USE opd_status device_alloc(struct device_lane *lane, struct device_job *job, uint64_t bytes, struct buffer **buffer_out);
 /* The job uses it until it is complete; takes the reference, also when it fails (RESOURCE_EXHAUSTED). */
 OPD_MUST_USE opd_status device_hold(struct device_job *job, struct buffer *buffer);
+/* The job holds it, and its kernels write it: others may be told so before it has ended. If it fails after job->writes was set, whoever has come to hold the buffer fails with it. */
+void device_writes(struct device_job *job, const struct buffer *buffer);
 /* Waits until the oldest job in flight has ended; false: there is none. */
 bool device_wait(struct device_lane *lane);
 /* The buffer's bytes on this device, for the job to read: where they lie already, or a mirror that is made now from a copy in host memory (there must be one). *moved_out: whether it was. */

@@ -1,6 +1,7 @@
 #include "server/dispatch.h"
 
 #include <inttypes.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -184,16 +185,39 @@ const struct msg_skip *dispatch_skips(const struct dispatch *dispatch, const str
 	return skips;
 }
 
+/* Appends to `text`, which has at + 1 bytes already; returns the new length, at most text_bytes - 1. */
+OPD_PRINTF(4, 5)
+static size_t append(char *text, size_t text_bytes, size_t at, const char *format, ...)
+{
+	va_list arguments;
+	va_start(arguments, format);
+	const int wrote = vsnprintf(text + at, text_bytes - at, format, arguments);
+	va_end(arguments);
+	const size_t end = at + (wrote > 0 ? (size_t)wrote : 0);
+	return end < text_bytes ? end : text_bytes - 1;
+}
+
+static bool was_skipped(const struct msg_skip *skips, uint32_t count, const char *provider)
+{
+	for (uint32_t i = 0; i < count; i++)
+		if (strcmp(skips[i].provider.data, provider) == 0)
+			return true;
+	return false;
+}
+
 opd_status dispatch_refused(const struct op *op, const struct msg_skip *skips, uint32_t count, opd_error *error)
 {
-	char reasons[OPD_ERROR_TEXT_BYTES];
-	size_t at = 0;
-	reasons[0] = '\0';
-	for (uint32_t i = 0; skips != NULL && i < count && at < sizeof reasons; i++) {
-		int wrote = snprintf(reasons + at, sizeof reasons - at, "%s%s (%s)", i == 0 ? "" : ", ", skips[i].provider.data,
-		                     skips[i].reason.data == NULL ? "" : skips[i].reason.data);
-		at += wrote > 0 ? (size_t)wrote : 0;
-	}
-	return opd_fail(error, OPD_FAILED_PRECONDITION, "%s: no provider of the list takes this call: %s", op->schema->name,
-	                count == 0 ? "the list is empty" : reasons);
+	char reasons[OPD_ERROR_TEXT_BYTES] = "the list is empty";
+	size_t at = count == 0 ? strlen(reasons) : 0;
+	count = skips == NULL ? 0 : count;
+	for (uint32_t i = 0; i < count; i++)
+		at = append(reasons, sizeof reasons, at, "%s%s (%s)", i == 0 ? "" : ", ", skips[i].provider.data, skips[i].reason.data == NULL ? "" : skips[i].reason.data);
+	/* Who else has the op: the way out is another list, by whoever asked. */
+	const char *between = "; not on it: ";
+	for (uint32_t i = 0; i < op->impl_count; i++)
+		if (op->impls[i]->supported && !was_skipped(skips, count, op->impls[i]->provider->name)) {
+			at = append(reasons, sizeof reasons, at, "%s%s", between, op->impls[i]->provider->name);
+			between = ", ";
+		}
+	return opd_fail(error, OPD_FAILED_PRECONDITION, "%s: no provider of the list takes this call: %s", op->schema->name, reasons);
 }

@@ -22,8 +22,7 @@ struct graph_device {
 	uint32_t runs;
 	bool checks; /* some node's kernels check indices */
 	bool plain;  /* can't be captured */
-	opd_index_fault found;
-	uint64_t last_ns; /* that the device took for the last captured run; 0: there was none */
+	_Atomic uint64_t last_ns; /* that the device took for the last captured run; 0: there was none */
 };
 
 static struct request *request_of(struct device_job *job)
@@ -119,14 +118,6 @@ static uint64_t extent_of(const opd_tensor *tensor)
 	return tensor_extent(tensor->dtype, tensor->rank, tensor->shape, tensor->strides, 0, &end) ? end : 0;
 }
 
-static opd_status copy_device(struct device_lane *lane, struct device_job *job, const struct buffer *to, const struct buffer *from, uint64_t offset, uint64_t bytes)
-{
-	if (bytes == 0)
-		return OPD_OK;
-	opd_status status = lane->device.backend->copy_device(lane->device.state, lane->stream, to->data, 0, from->data, offset, bytes, &job->error);
-	return status == OPD_OK ? OPD_OK : device_failed(lane, job, status, "copy_device");
-}
-
 /* What a run brings goes to its place. */
 static opd_status bring_operand(struct device_lane *lane, struct device_job *job, struct graph_run *run, uint32_t index)
 {
@@ -142,9 +133,9 @@ static opd_status bring_operand(struct device_lane *lane, struct device_job *job
 	const struct buffer *place = prepared->on_device->bases[1 + index];
 	struct buffer *here = kept == NULL ? NULL : buffer_on(kept->buffer, lane->number);
 	if (here == NULL)
-		return device_copy_in(lane, job, place, 0, opd_tensor_data(tensor), bytes);
+		return device_gather_in(lane, job, place, opd_tensor_data(tensor), bytes);
 	status = device_hold(job, here);
-	return status == OPD_OK ? copy_device(lane, job, place, here, tensor->byte_offset, bytes) : status;
+	return status == OPD_OK ? device_gather(lane, job, place, here, tensor->byte_offset, bytes) : status;
 }
 
 /* The value that a donating node writes: where it lies if this run alone has it there, else a copy that takes its place when the run has succeeded. */
@@ -155,9 +146,11 @@ static opd_status bring_donated(struct device_lane *lane, struct device_job *job
 	if (tensor->buffer->device == lane->number && !state->shared) {
 		buffer_drop_mirrors(tensor->buffer, NULL);
 		opd_status held = device_hold(job, buffer_ref(tensor->buffer));
-		if (held == OPD_OK)
-			set_base(run->prepared, 1 + index, tensor->buffer);
-		return held;
+		if (held != OPD_OK)
+			return held;
+		device_writes(job, tensor->buffer);
+		set_base(run->prepared, 1 + index, tensor->buffer);
+		return OPD_OK;
 	}
 	struct buffer *here = buffer_on(tensor->buffer, lane->number);
 	struct buffer *from = here != NULL ? here : buffer_on(tensor->buffer, 0);
@@ -167,7 +160,9 @@ static opd_status bring_donated(struct device_lane *lane, struct device_job *job
 	if (status == OPD_OK)
 		status = device_alloc(lane, job, tensor->bytes, &place);
 	if (status == OPD_OK)
-		status = here != NULL ? copy_device(lane, job, place, from, 0, tensor->bytes) : device_copy_in(lane, job, place, 0, from->data, tensor->bytes);
+		device_writes(job, place);
+	if (status == OPD_OK)
+		status = here != NULL ? device_gather(lane, job, place, from, 0, tensor->bytes) : device_copy_in(lane, job, place, 0, from->data, tensor->bytes);
 	if (status != OPD_OK)
 		return status;
 	state->fresh = kept_tensor_create(tensor->dtype, tensor->rank, tensor->shape, tensor->bytes, place);
@@ -223,7 +218,7 @@ static opd_status make_room(struct device_lane *lane, struct device_job *job, st
 static opd_status clear_fault(struct device_lane *lane, struct device_job *job, const struct graph_device *mine)
 {
 	static const opd_index_fault none;
-	return mine->fault == NULL ? OPD_OK : device_copy_in(lane, job, mine->fault, 0, &none, sizeof none);
+	return mine->fault == NULL ? OPD_OK : device_gather_zeros(lane, job, mine->fault, &none, sizeof none);
 }
 
 static opd_status enqueue_copies(struct device_lane *lane, struct device_job *job, const struct prepared *prepared, uint32_t first, uint32_t count)
@@ -301,8 +296,9 @@ static void capture(struct device_lane *lane, struct device_job *job, struct gra
 		    LOG_STR("error", error.text));
 }
 
-static void mark_written(struct graph_run *run)
+static void mark_written(struct device_job *job, struct graph_run *run)
 {
+	job->writes = true;
 	for (uint32_t i = 0; i < run->graph->state_count; i++)
 		run->states[i].written = run->states[i].donated;
 }
@@ -344,7 +340,7 @@ static opd_status enqueue_nodes(struct device_lane *lane, struct device_job *job
 	struct graph_device *mine = run->prepared->on_device;
 	capture(lane, job, run);
 	mine->runs++;
-	mark_written(run);
+	mark_written(job, run);
 	watch_nodes(lane, job, run);
 	opd_status status = mine->captured == NULL ? enqueue_steps(lane, job, run, 0) : launch(lane, job, run);
 	device_watched(lane, job);
@@ -367,15 +363,17 @@ static opd_status take_results(struct device_lane *lane, struct device_job *job,
 		if (run_keeps(request, i))
 			status = device_alloc(lane, job, bytes, &kept);
 		if (status == OPD_OK && kept != NULL)
-			status = copy_device(lane, job, kept, from, 0, bytes);
+			device_writes(job, kept);
+		if (status == OPD_OK && kept != NULL)
+			status = device_gather(lane, job, kept, from, 0, bytes);
 		if (status == OPD_OK && kept != NULL)
 			request->run.resident[i] = buffer_ref(kept);
 		if (status == OPD_OK && request->run.bound.outputs[i].data != NULL)
-			status = device_copy_out(lane, job, request->run.bound.outputs[i].data, from, 0, bytes);
+			status = device_gather_out(lane, job, request->run.bound.outputs[i].data, from, bytes);
 	}
 	if (status == OPD_OK && mine->fault != NULL)
-		status = device_copy_out(lane, job, &mine->found, mine->fault, 0, sizeof mine->found);
-	return status;
+		status = device_gather_out(lane, job, &run->found, mine->fault, sizeof run->found);
+	return status == OPD_OK ? device_gather_end(lane, job) : status;
 }
 
 /* ---- The job ---- */
@@ -388,13 +386,15 @@ static void graph_enqueue(struct device_lane *lane, struct device_job *job)
 		job->status = device_no_memory(job);
 	if (job->status != OPD_OK)
 		return;
-	run->prepared->on_device->found = (opd_index_fault){0};
+	run->found = (opd_index_fault){0};
 	job->status = make_room(lane, job, run);
 	const uint64_t moves_from = request_now_ns();
 	if (job->status == OPD_OK)
 		job->status = bring_inputs(lane, job, run);
 	if (job->status == OPD_OK)
 		job->status = clear_fault(lane, job, run->prepared->on_device);
+	if (job->status == OPD_OK)
+		job->status = device_gather_end(lane, job);
 	job->moves_ns = request_now_ns() - moves_from;
 	if (job->status == OPD_OK)
 		job->status = enqueue_nodes(lane, job, run);
@@ -409,16 +409,17 @@ static void graph_complete(struct device_lane *lane, struct device_job *job)
 	struct graph_device *mine = prepared->on_device;
 	(void)lane;
 	if (mine != NULL && mine->captured != NULL)
-		mine->last_ns = job->device_ns;
-	if (job->status != OPD_OK || mine == NULL || mine->found.state == 0)
+		atomic_store_explicit(&mine->last_ns, job->device_ns, memory_order_relaxed);
+	if (job->status != OPD_OK || run->found.state == 0)
 		return;
-	const struct step *step = &prepared->steps[mine->found.node < prepared->step_count ? mine->found.node : 0];
-	job->status = graph_node_error(run->graph, step->node, device_fault_error(step->bound.op, &mine->found, &job->error), &job->error);
+	const struct step *step = &prepared->steps[run->found.node < prepared->step_count ? run->found.node : 0];
+	job->status = graph_node_error(run->graph, step->node, device_fault_error(step->bound.op, &run->found, &job->error), &job->error);
 }
 
 static void graph_done(struct request *request)
 {
 	const struct device_job *job = &request->device_job;
+	request->graph_run->lending = false;
 	request->status = job->status;
 	if (job->status != OPD_OK)
 		request->error = job->error;
@@ -453,12 +454,20 @@ static opd_status alloc_results(struct graph_run *run)
 }
 
 /* A captured one is enqueued in one launch: by whoever waits for it, who also looks for its end if that is near. */
-static uint64_t graph_here_ns(const struct graph_run *run)
+static uint64_t graph_here_ns(const struct graph_run *run, uint64_t last_ns)
 {
 	const struct graph_device *mine = run->prepared->on_device;
-	if (mine == NULL || mine->captured == NULL || mine->last_ns == 0)
-		return 0;
-	return device_here_ns(run->request, mine->last_ns);
+	return mine == NULL || mine->captured == NULL || last_ns == 0 ? 0 : device_here_ns(run->request, last_ns);
+}
+
+static void graph_begun(struct device_job *job)
+{
+	graph_run_begun(request_of(job)->graph_run);
+}
+
+void graph_device_ask(struct graph_run *run)
+{
+	device_lane_ask(run->request->device_lane, &run->request->device_job);
 }
 
 void graph_device_start(struct graph_run *run)
@@ -474,17 +483,23 @@ void graph_device_start(struct graph_run *run)
 		execute_done(request);
 		return;
 	}
+	const struct graph_device *mine = run->prepared->on_device;
+	const uint64_t last_ns = mine == NULL ? 0 : atomic_load_explicit(&mine->last_ns, memory_order_relaxed);
+	run->held = prepared_ref(run->prepared);
 	request->device_job = (struct device_job){
 		.name = run->graph->name.data,
 		.account = request->session->account,
 		.deadline_ns = request->run.deadline_ns,
-		.item = {.class = (uint8_t)request->run.class, .estimate_ns = run->prepared->on_device == NULL ? 0 : run->prepared->on_device->last_ns},
-		.here_ns = graph_here_ns(run),
+		.item = {.class = (uint8_t)request->run.class, .estimate_ns = last_ns},
+		.here_ns = graph_here_ns(run, last_ns),
 		.unwanted = &request->session->gone,
 		.enqueue = graph_enqueue,
 		.complete = graph_complete,
+		.begun = request->direct ? NULL : graph_begun,
+		.asked = run->next != NULL,
 	};
 	if (request->message.run.explain)
 		request->clock.queued = request_now_ns();
+	run->lending = !request->direct;
 	device_submit(request, lane, graph_done);
 }

@@ -30,18 +30,29 @@ static void prepared_destroy(struct prepared *prepared)
 	free(prepared);
 }
 
+struct prepared *prepared_ref(struct prepared *prepared)
+{
+	(void)atomic_fetch_add_explicit(&prepared->refs, 1, memory_order_relaxed);
+	return prepared;
+}
+
+void prepared_unref(struct prepared *prepared)
+{
+	if (prepared != NULL && atomic_fetch_sub_explicit(&prepared->refs, 1, memory_order_acq_rel) == 1)
+		prepared_destroy(prepared);
+}
+
+/* A run on the CPU has the list's reference from here on, until graph_run_returned; one on a device has its own. */
 void prepared_take(struct graph_run *run)
 {
 	struct prepared **link = &run->graph->prepared;
-	while (*link != run->prepared)
+	while (*link != NULL && *link != run->prepared)
 		link = &(*link)->next;
+	if (*link == NULL)
+		return;
 	*link = run->prepared->next;
-}
-
-void prepared_drop(struct graph_run *run)
-{
-	prepared_destroy(run->prepared);
-	run->prepared = NULL;
+	if (run->held != NULL)
+		prepared_unref(run->prepared);
 }
 
 void prepared_drop_all(struct graph *graph)
@@ -49,7 +60,7 @@ void prepared_drop_all(struct graph *graph)
 	while (graph->prepared != NULL) {
 		struct prepared *prepared = graph->prepared;
 		graph->prepared = prepared->next;
-		prepared_destroy(prepared);
+		prepared_unref(prepared);
 	}
 }
 
@@ -105,7 +116,7 @@ static void drop_stale(struct graph_run *run)
 			continue;
 		}
 		*link = prepared->next;
-		prepared_destroy(prepared);
+		prepared_unref(prepared);
 	}
 }
 
@@ -226,6 +237,8 @@ static opd_status choose(struct preparing *p, struct step *step, const struct op
 	step->cost_ns = step->impl->def->cost_ns == NULL ? 0 : step->impl->def->cost_ns(step->impl->def, &step->bound.call);
 	p->prepared->can_be_inline = p->prepared->can_be_inline && step->cost_ns != 0 && step->impl->provider->module->library == NULL;
 	p->prepared->cost_ns += step->cost_ns;
+	if (step->cost_ns > p->prepared->step_ns)
+		p->prepared->step_ns = step->cost_ns;
 	return OPD_OK;
 }
 
@@ -351,6 +364,7 @@ static struct prepared *create(struct graph_run *run)
 	if (prepared == NULL)
 		return NULL;
 	arena_init(&prepared->arena, PREPARED_ARENA_BYTES);
+	atomic_store_explicit(&prepared->refs, 1, memory_order_relaxed);
 	prepared->account = account_ref(request->session->account);
 	prepared->snapshot = snapshot_ref(request->snapshot);
 	prepared->lists = run->lists;

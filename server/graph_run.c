@@ -106,11 +106,20 @@ static bool conflict(const struct graph_run *a, const struct graph_run *b)
 	return a->graph == b->graph || share_a_state(a->graph, b->graph);
 }
 
+/* A run that is on a device is asked to let it go on behind it. */
+static void wait_for(struct graph_run *run, struct graph_run *other)
+{
+	run->blockers++;
+	if (other->lending)
+		graph_device_ask(other);
+}
+
 static void enqueue(struct graph_run *run)
 {
 	struct graphs *graphs = run->request->session->graphs;
-	for (const struct graph_run *other = graphs->first; other != NULL; other = other->next)
-		run->blockers += conflict(other, run);
+	for (struct graph_run *other = graphs->first; other != NULL; other = other->next)
+		if (conflict(other, run))
+			wait_for(run, other);
 	run->previous = graphs->last;
 	*(graphs->last == NULL ? &graphs->first : &graphs->last->next) = run;
 	graphs->last = run;
@@ -160,8 +169,7 @@ static opd_status take_states(struct graph_run *run)
 		struct kept_tensor *tensor = kept_follow(kept, input->slot, input->lineage, &handle, error);
 		if (tensor == NULL)
 			return state_error(graph, i, (opd_status)error->status, error);
-		state->shared = atomic_load_explicit(&tensor->refs, memory_order_acquire) > 1 ||
-		                atomic_load_explicit(&tensor->buffer->refs, memory_order_acquire) > 1;
+		state->shared = atomic_load_explicit(&tensor->refs, memory_order_acquire) > 1 || buffer_shared(tensor->buffer);
 		state->tensor = kept_tensor_ref(tensor);
 	}
 	return OPD_OK;
@@ -177,7 +185,7 @@ static void begin_here(struct graph_run *run)
 		return;
 	}
 	request->run.cost_ns = prepared == NULL ? 0 : prepared->cost_ns;
-	if (prepared == NULL || !prepared->can_be_inline || !execute_fits_loop(request, prepared->cost_ns)) {
+	if (prepared == NULL || !prepared->can_be_inline || !execute_fits_loop(request, prepared->cost_ns, prepared->width > 1 ? UINT64_MAX : prepared->step_ns)) {
 		execute_graph(request);
 		return;
 	}
@@ -280,7 +288,11 @@ static void settle_states(struct graph_run *run, bool succeeded)
 			continue;
 		state->donated = false;
 		kept_returned(kept, input->slot, input->lineage);
-		if (succeeded && state->fresh != NULL)
+		if (run->passed && succeeded)
+			continue;
+		if (run->passed)
+			kept_lose(kept, input->slot, input->lineage, run->request->id);
+		else if (succeeded && state->fresh != NULL)
 			kept_replace(kept, input->slot, input->lineage, kept_tensor_ref(state->fresh));
 		else if (succeeded)
 			kept_tensor_changed(state->tensor);
@@ -288,6 +300,19 @@ static void settle_states(struct graph_run *run, bool succeeded)
 			kept_take_back(kept, state->handle);
 		else
 			kept_lose(kept, input->slot, input->lineage, run->request->id);
+	}
+}
+
+/* The tensors as the runs behind it find them; until it has ended nobody else does. */
+static void hand_states(struct graph_run *run)
+{
+	for (uint32_t i = 0; i < run->graph->state_count; i++) {
+		const struct graph_input *input = &run->graph->inputs[run->graph->states[i]];
+		struct state_use *state = &run->states[i];
+		if (state->donated && state->fresh != NULL)
+			kept_replace(&run->request->session->kept, input->slot, input->lineage, kept_tensor_ref(state->fresh));
+		else if (state->donated)
+			kept_tensor_changed(state->tensor);
 	}
 }
 
@@ -319,9 +344,24 @@ static void leave_order(struct graph_run *run)
 		schedule(run->request->session);
 }
 
+/* Results that others were told of. */
+static void lose_results(struct graph_run *run)
+{
+	struct request *request = run->request;
+	struct kept *kept = &request->session->kept;
+	opd_error freed; /* by now */
+	for (uint32_t i = 0; run->passed && request->run.handles != NULL && i < run->graph->output_count; i++) {
+		const struct msg_handle handle = request->run.handles[i];
+		const uint64_t lineage = handle.generation == 0 ? 0 : kept_lineage(kept, handle, &freed);
+		if (lineage != 0)
+			kept_lose(kept, handle.index, lineage, request->id);
+	}
+}
+
 static void end_failed(struct graph_run *run)
 {
 	settle_states(run, false);
+	lose_results(run);
 	drop_states(run);
 	leave_order(run);
 }
@@ -340,11 +380,12 @@ static void abandon(struct graph_run *run)
 		if (!state->donated)
 			continue;
 		kept_returned(kept, input->slot, input->lineage);
-		if (state->fresh != NULL || !(state->written || others))
+		if (!run->passed && (state->fresh != NULL || !(state->written || others)))
 			kept_take_back(kept, state->handle);
 		else
 			kept_lose(kept, input->slot, input->lineage, run->request->id);
 	}
+	lose_results(run);
 	prepared_take(run);
 	leave_order(run);
 }
@@ -365,10 +406,33 @@ void graph_run_returned(struct request *request)
 	struct graph_run *run = request->graph_run;
 	if (run->abandoned) {
 		drop_states(run);
-		prepared_drop(run);
+		if (run->held == NULL)
+			prepared_unref(run->prepared);
+		run->prepared = NULL;
 	} else {
 		end_failed(run);
 	}
+}
+
+/* The runs behind it may begin: their work comes to the same stream, and what they read through host memory is copied from there. Only a run that can't fail any more but on the device is passed. */
+void graph_run_begun(struct graph_run *run)
+{
+	struct request *request = run->request;
+	struct session *session = request->session;
+	const opd_error before = request->error;
+	const bool fits = run_check_inline(request) == OPD_OK;
+	request->error = before;
+	if (!run->queued || request->replied || !fits)
+		return;
+	(void)session_ref(session);
+	if (run_keep(request)) {
+		run->passed = true;
+		hand_states(run);
+		drop_states(run);
+		dequeue(run);
+		schedule(session);
+	}
+	session_unref(session);
 }
 
 /* The order of things: what is told of the prepared graph is told before the next run may use it; the states are settled before
@@ -415,6 +479,7 @@ void graph_run_release(struct request *request)
 	if (run->graph != NULL)
 		graph_bring_release(run);
 	graph_lists_unref(run->lists);
+	prepared_unref(run->held);
 	if (run->graph != NULL)
 		graph_unref(run->graph);
 	request->graph_run = NULL;

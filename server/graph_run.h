@@ -60,6 +60,7 @@ struct prepared_input {
 
 struct prepared {
 	struct prepared *next;
+	_Atomic uint32_t refs; /* the graph's list, and runs on a device, of which several may be on its stream */
 	struct account *account; /* referenced */
 	uint64_t charged_bytes;
 	struct snapshot *snapshot; /* referenced */
@@ -67,6 +68,7 @@ struct prepared {
 	bool checked;              /* results have canaries */
 	bool can_be_inline;        /* every node has a cost and comes from a provider that is linked in */
 	uint64_t cost_ns;
+	uint64_t step_ns;          /* of the costliest step */
 	uint32_t device;           /* that all nodes run on; 0: the CPU */
 	uint64_t scratch_bytes;    /* on a device: of the node that wants most */
 	struct graph_device *on_device; /* what stays there between runs (graph_device.c); NULL: nothing yet */
@@ -122,8 +124,12 @@ struct graph_run {
 	bool queued;       /* in that order */
 	bool ready;        /* its operands are there */
 	bool started;
+	bool lending;   /* its job is on a device's lane */
+	bool passed;    /* what it writes was handed to the runs behind it while it is on the device's stream: it has left the order, and only its answer is to come */
 	bool abandoned; /* answered while a kernel of it runs on: others pass it, and what it was prepared with is its own */
+	struct prepared *held; /* a device's run: `prepared`, referenced; NULL: it is no such run */
 	/* A lane's while it runs. Not beside the flags above: the loop reads those together, of every run in the order. */
+	opd_index_fault found; /* by the run's end on a device: what a node's kernel found in its indices */
 	uint64_t prepare_ns;
 	uint64_t *node_ns; /* [node_count], by step; NULL: nobody asked */
 	bool dispatched;   /* it prepared what it ran */
@@ -138,10 +144,10 @@ struct prepared *prepared_find(struct graph_run *run);
 /* Infers, dispatches, plans. On a lane: plans may take long. */
 OPD_MUST_USE opd_status prepared_make(struct graph_run *run, opd_error *error);
 void prepared_drop_all(struct graph *graph);
-/* The prepared graph is the run's alone from here on: no other run finds it. */
+/* No other run finds the prepared graph from here on. On a device, where several runs may have it, another may have done so before. */
 void prepared_take(struct graph_run *run);
-/* One that was taken. */
-void prepared_drop(struct graph_run *run);
+struct prepared *prepared_ref(struct prepared *prepared);
+void prepared_unref(struct prepared *prepared);
 /* A run's operand that is the graph's input. */
 static inline const opd_tensor *graph_run_operand(const struct bound *bound, const struct graph_input *input)
 {
@@ -150,6 +156,10 @@ static inline const opd_tensor *graph_run_operand(const struct bound *bound, con
 
 /* graph_device.c. All nodes on prepared->device; its inputs are there or in host memory. Then graph_run_done. */
 void graph_device_start(struct graph_run *run);
+/* Somebody waits behind the run: graph_run_begun is called as soon as it is on the device's stream. */
+void graph_device_ask(struct graph_run *run);
+/* graph_run.c. Its kernels are on the device's stream: what comes there behind them finds its results and states as it leaves them. */
+void graph_run_begun(struct graph_run *run);
 void graph_device_release(struct prepared *prepared);
 
 /* graph_bring.c. On the session's thread: inputs that lie on another device than this (0: on any) come to host memory, then `ready`, with request->status. */

@@ -17,6 +17,8 @@
 #include "server/request.h"
 #include "server/ring.h"
 
+#define BUSY_US 1000000u
+
 void io_loop_wake(struct io_loop *io)
 {
 	const uint64_t one = 1;
@@ -33,14 +35,32 @@ bool io_loop_by_edges(struct io_loop *io, int fd)
 struct io_loop *io_loop_expect(struct io_loop *io)
 {
 	(void)atomic_fetch_add(&io->conn_count, 1);
+	(void)atomic_fetch_add(&io->busy_count, 1);
 	return io;
 }
 
 /* A drain may wait for the last one. */
-void io_loop_forget(struct io_loop *io)
+void io_loop_forget(struct io_loop *io, bool busy)
 {
+	(void)atomic_fetch_sub(&io->busy_count, busy);
 	(void)atomic_fetch_sub(&io->conn_count, 1);
 	server_wake(io->server);
+}
+
+/* Busy ones first: a hundred that are only open cost a loop nothing, and two that are busy on one loop have half of it each. */
+static bool has_less(const struct io_loop *io, const struct io_loop *other)
+{
+	const uint32_t busy = atomic_load(&io->busy_count), others = atomic_load(&other->busy_count);
+	return busy != others ? busy < others : atomic_load(&io->conn_count) < atomic_load(&other->conn_count);
+}
+
+struct io_loop *io_loop_choose(struct server *server)
+{
+	struct io_loop *best = &server->loops[0];
+	for (uint32_t i = 1; i < server->loop_count; i++)
+		if (has_less(&server->loops[i], best))
+			best = &server->loops[i];
+	return best;
 }
 
 uint64_t io_loop_cpu_ns(const struct io_loop *io)
@@ -121,6 +141,26 @@ void io_loop_finish(struct io_loop *io)
 	run_posts(io);
 }
 
+void io_loop_attend(struct io_loop *io, uint64_t until_ns)
+{
+	atomic_store_explicit(&io->attend_until_ns, until_ns, memory_order_relaxed);
+	io_loop_wake(io);
+}
+
+/* Whether it stays awake for a device; what that has done meanwhile is taken. */
+static bool attend(struct io_loop *io, uint64_t now_ns)
+{
+	const uint64_t until_ns = atomic_load_explicit(&io->attend_until_ns, memory_order_relaxed);
+	if (until_ns == 0)
+		return false;
+	const bool done = atomic_exchange_explicit(&io->device_done, false, memory_order_acquire);
+	if (done)
+		finish_devices(io);
+	if (done || now_ns >= until_ns)
+		atomic_store_explicit(&io->attend_until_ns, 0, memory_order_relaxed);
+	return !done && now_ns < until_ns;
+}
+
 static void on_wake(uv_poll_t *wake, int status, int events)
 {
 	struct io_loop *io = wake->data;
@@ -161,7 +201,7 @@ static void flush_dirty(struct io_loop *io)
 	struct conn *conn = io->dirty;
 	io->dirty = NULL;
 	if (conn != NULL)
-		io->flush_ns = request_now_ns(); /* once for all replies of the turn: they go out together */
+		io->now_ns = request_now_ns(); /* once for all replies: they go out together */
 	while (conn != NULL) {
 		struct conn *next = conn->next_dirty;
 		conn->dirty = false;
@@ -177,18 +217,32 @@ static void on_flush(uv_check_t *check)
 	io->turn++;
 	io->crowded = io->turn_conns > 1;
 	io->turn_conns = 0;
-	const uint64_t now_ns = request_now_ns();
-	io->turn_us = now_ns / 1000;
+	io->now_ns = request_now_ns();
+	io->turn_us = io->now_ns / 1000;
 	io->context.inline_ns = 0;
-	io->slice_end_ns = now_ns + RING_SLICE_NS;
+	io->slice_end_ns = io->now_ns + RING_SLICE_NS;
 	if (io->number == 0)
 		listener_turn(io->server);
+	const bool attends = attend(io, io->now_ns);
+	if (attends)
+		io_loop_flush_soon(io);
 	do {
 		rings_serve(io);
 		flush_dirty(io);
 	} while (io->rings != NULL && rings_look(io));
-	if (io->dirty == NULL && io->rings == NULL)
+	if (io->dirty == NULL && io->rings == NULL && !attends)
 		(void)uv_idle_stop(&io->again);
+}
+
+/* What it sent in the last second counts. */
+static void count_busy(struct io_loop *io, struct conn *conn, uint64_t now_us)
+{
+	const bool busy = now_us < conn->read_us + BUSY_US;
+	if (busy && !conn->busy)
+		(void)atomic_fetch_add(&io->busy_count, 1);
+	else if (!busy && conn->busy)
+		(void)atomic_fetch_sub(&io->busy_count, 1);
+	conn->busy = busy;
 }
 
 static void on_tick(uv_poll_t *tick, int status, int events)
@@ -203,6 +257,7 @@ static void on_tick(uv_poll_t *tick, int status, int events)
 	io->polled_ns = 0;
 	for (struct conn *conn = io->conns, *next; conn != NULL; conn = next) {
 		next = conn->next;
+		count_busy(io, conn, now_ns / 1000);
 		conn_tick(conn, now_ns / 1000);
 	}
 	if (io->number == 0)

@@ -3,7 +3,7 @@
  * Layer: server, internal. Threads: the loop's own thread, but for what says otherwise; open, start, stop, close and fini by loop 0's.
  * Life: zeroed and numbered → io_loop_open → io_loop_start (of loop 0: io_loop_run) → io_loop_stop → io_loop_close (its connections are gone) → io_loop_fini, also after a failure to open.
  * A connection is accepted into one loop and stays there: nothing of it is read or written elsewhere, so that a request's path takes no lock here. Loop 0 accepts, and hands the
- * socket to the loop with the fewest connections. What a loop must know or change of another's it does at a standstill (server/standstill.h), or asks it to (io_loop_post).
+ * socket to the loop of which the fewest connections have anything to do. What a loop must know or change of another's it does at a standstill (server/standstill.h), or asks it to (io_loop_post).
  * Not here: the daemon's life, listeners, administration, which are loop 0's (server/server.c). */
 #ifndef OPD_SERVER_IO_LOOP_H
 #define OPD_SERVER_IO_LOOP_H
@@ -54,7 +54,7 @@ struct io_loop {
 	uint64_t turn_us;       /* monotonic time of its start */
 	uint32_t turn_conns;    /* connections that did something in it */
 	bool crowded;           /* in the one before, more than one did */
-	uint64_t flush_ns;      /* when this turn's replies went out */
+	uint64_t now_ns;        /* the clock, as this turn last read it: when it began, and each time that replies went out */
 	char *stage;            /* what connections read into before they know where it belongs */
 	uint8_t *tls_stage;     /* ciphertext that connections read; NULL: no listener speaks TLS */
 	uint8_t *tls_sealed;    /* … that they write */
@@ -62,15 +62,17 @@ struct io_loop {
 
 	struct conn *conns;     /* all, newest first */
 	_Atomic uint32_t conn_count; /* they, and those that are on their way here */
+	_Atomic uint32_t busy_count; /* of them, those that sent something in the last second, or came in it (conn.busy) */
 	struct closer closer;   /* of descriptors that clients passed */
 	struct strangers strangers;
 	struct conn *dirty;     /* have replies to write in this turn */
 	struct ring *rings;     /* those awake: looked at in every turn */
 	uint64_t slice_end_ns;  /* until when this turn may look at rings that poll */
-	uint64_t polled_ns;     /* in looks that brought nothing, since the tick */
+	uint64_t polled_ns;     /* in looks that brought nothing, since the tick; without what others took of the core meanwhile */
 
 	tally lanes_done[1 + CONFIG_LANES_MAX]; /* jobs of its, by CPU lane; written here, read by loop 0 */
 	_Atomic bool device_done; /* a device lane has finished jobs of its */
+	_Atomic uint64_t attend_until_ns; /* it doesn't sleep until then, or until device_done: a lone job's end is near. 0: none is */
 	pthread_mutex_t mutex;    /* of what other threads ask for: */
 	struct post *posts;
 	struct post *posts_last;
@@ -101,9 +103,11 @@ void io_loop_fini(struct io_loop *io);
 
 /* Any thread: calls `callback(argument)` once on the loop's thread soon. */
 OPD_MUST_USE opd_status io_loop_post(struct io_loop *io, void (*callback)(void *argument), void *argument, opd_error *error);
-/* Any thread: a connection is on its way to it (returns io), and counts from now on; it has ended, or doesn't come. */
+/* Any thread: a connection is on its way to it (returns io), and counts from now on, as a busy one; it has ended, or doesn't come. */
 struct io_loop *io_loop_expect(struct io_loop *io);
-void io_loop_forget(struct io_loop *io);
+void io_loop_forget(struct io_loop *io, bool busy);
+/* Loop 0's: the one that gets the next connection. */
+struct io_loop *io_loop_choose(struct server *server);
 /* Any thread: CPU time that its thread has had, in nanoseconds; 0: it doesn't run. */
 uint64_t io_loop_cpu_ns(const struct io_loop *io);
 /* Any thread: the loop looks soon at what others have left for it. */
@@ -111,6 +115,8 @@ void io_loop_wake(struct io_loop *io);
 /* In the first event of a descriptor that libuv polls: from now on its epoll tells of each write, whatever there is to read, so that an eventfd needn't be read back: a system call
  * less for each wake-up. libuv leaves that as long as what is polled for doesn't change. False: it goes on as before. */
 bool io_loop_by_edges(struct io_loop *io, int fd);
+/* Any thread: a lane expects to be done with a lone job before long, whose answer shouldn't wait for the loop to be woken (15 us). It serves others as ever, but doesn't sleep meanwhile. */
+void io_loop_attend(struct io_loop *io, uint64_t until_ns);
 /* The next poll doesn't sleep, so that what is dirty now leaves. */
 void io_loop_flush_soon(struct io_loop *io);
 

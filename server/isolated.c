@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "server/isolated_process.h"
+#include "server/isolated_help.h"
 #include "server/lane.h"
 #include "server/module.h"
 
@@ -277,11 +277,6 @@ static opd_status lose(const struct proxy *proxy, struct process *process, proce
 	return opd_fail(error, OPD_INTERNAL, "%s.%s: its worker process %s", isolated->name, proxy->op, end);
 }
 
-static bool lane_exec_cancelled(const opd_exec *exec)
-{
-	return exec->lane != NULL && lane_cancelled(exec->lane);
-}
-
 /* Sends the call to a worker and waits for its end. OPD_OK: *process_out has the answer, and its memory the results; the caller releases it. */
 static opd_status exchange(const struct proxy *proxy, struct packing *packing, isolated_kind kind, const opd_exec *exec, struct process **process_out,
                            opd_error *error)
@@ -301,11 +296,15 @@ static opd_status exchange(const struct proxy *proxy, struct packing *packing, i
 	for (uint32_t i = 0; i < packing->constant_count; i++)
 		packing->constants[i].slot = process_keep(process, packing->constants[i].constant);
 	packing_write(packing, process->memory);
+	const uint32_t threads = exec == NULL ? 1 : exec->threads;
+	if (threads > 1)
+		process_offer_help(process);
+	process_begin(process);
 	const uint64_t budget_ns = isolated->provider == NULL ? 0 : isolated->services.budget_ns(isolated->services.context, isolated->provider);
-	const struct isolated_message call = {.kind = kind};
+	const struct isolated_message call = {.kind = kind, .number = threads};
 	process_event event = PROCESS_DIED;
 	if (isolated_send(process->socket, &call, -1))
-		event = process_wait(process, budget_ns == 0 ? 0 : process_now_ns() + budget_ns, exec, lane_exec_cancelled);
+		event = help_wait(process, budget_ns == 0 ? 0 : process_now_ns() + budget_ns, exec);
 	if (event != PROCESS_MESSAGE)
 		return lose(proxy, process, event, exec, error);
 	if (process->message.kind == ISOLATED_DONE) {

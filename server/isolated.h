@@ -7,9 +7,10 @@
  * wanted at once, and an idle one is used again.
  * Operands are copied into the memory that a worker shares, results out of it, after their canaries were looked at: a worker sees nothing but what it is given, and can't change a result that was given
  * out. Large operands whose contents stay (weights) are kept by the workers that have had them, read-only (server/isolated_constant.h). All that memory is charged to the daemon.
+ * A kernel has as many threads there as here, and lane threads without work help with its loops (server/isolated_help.h).
  * A worker that dies is one failure of what it ran (INTERNAL, with the signal or exit code); one that exceeds the provider's budget is killed (DEADLINE_EXCEEDED), and so is one whose result nobody has wanted for
  * CANCEL_GRACE. The next request starts another; if they die one after the other, not at once (UNAVAILABLE until then).
- * What isolated modules can't have: ops of their own, device backends and implementations for devices, set_shape, derived copies, more than one thread, in-place results. */
+ * What isolated modules can't have: ops of their own, device backends and implementations for devices, set_shape, derived copies, in-place results. */
 #ifndef OPD_SERVER_ISOLATED_H
 #define OPD_SERVER_ISOLATED_H
 

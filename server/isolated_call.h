@@ -83,8 +83,10 @@ typedef enum isolated_kind {
 	ISOLATED_DONE,       /* status, number: reason's code, bytes: scratch; error's text, reason's detail */
 	ISOLATED_MAP,        /* to the worker: bytes, with the descriptor; 0: lets the memory go */
 	ISOLATED_KEEP,       /* to the worker: number: slot, bytes, with the descriptor of what it is to map there; 0: lets go of what is there */
+	ISOLATED_HELPERS, /* to the worker: with the descriptor of the socket over which its loops get help */
 	ISOLATED_PLAN,
-	ISOLATED_RUN,
+	ISOLATED_RUN,     /* number: threads that the kernel's loops may have */
+	ISOLATED_SPLIT,   /* to the daemon: a loop is open, and worth help */
 	ISOLATED_END,
 } isolated_kind;
 

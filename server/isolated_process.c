@@ -85,6 +85,7 @@ opd_status process_start(const char *program, const char *path, bool confined, s
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "worker: can't be started: %s", strerror(failed));
 	}
 	process->socket = sockets[0];
+	process->helpers = -1;
 	process->account = account_ref(account);
 	process->log = log;
 	process->provider = provider;
@@ -195,6 +196,19 @@ void process_forget(struct process *process, const struct constants *constants)
 			let_go(process, slot);
 }
 
+/* ---- Help ---- */
+
+void process_offer_help(struct process *process)
+{
+	const struct isolated_message message = {.kind = ISOLATED_HELPERS};
+	int sockets[2];
+	if (process->helpers >= 0 || socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, sockets) != 0)
+		return;
+	process->helpers = sockets[0];
+	(void)!isolated_send(process->socket, &message, sockets[1]); /* a worker that is gone is noticed by who waits for its answer */
+	(void)close(sockets[1]);
+}
+
 /* ---- Waiting ---- */
 
 /* False: nothing came within `ns`. */
@@ -213,34 +227,38 @@ static void log_message(const struct process *process)
 	    LOG_UINT("worker", process->pid));
 }
 
-static bool is_unwanted(struct process *process, const opd_exec *exec, bool (*cancelled)(const opd_exec *exec), uint64_t now_ns, uint64_t *since_ns)
+void process_begin(struct process *process)
+{
+	process->unwanted_ns = 0;
+}
+
+static bool is_unwanted(struct process *process, const opd_exec *exec, bool (*cancelled)(const opd_exec *exec), uint64_t now_ns)
 {
 	if (exec == NULL || !cancelled(exec))
 		return false;
-	if (*since_ns == 0) {
-		*since_ns = now_ns;
+	if (process->unwanted_ns == 0) {
+		process->unwanted_ns = now_ns;
 		struct packed_call *packed = (struct packed_call *)(void *)process->memory;
 		atomic_store_explicit(&packed->cancelled, 1, memory_order_relaxed);
 	}
-	return now_ns - *since_ns > CANCEL_GRACE_NS;
+	return now_ns - process->unwanted_ns > CANCEL_GRACE_NS;
 }
 
 process_event process_wait(struct process *process, uint64_t limit_ns, const opd_exec *exec, bool (*cancelled)(const opd_exec *exec))
 {
-	uint64_t unwanted_ns = 0;
 	for (uint64_t now_ns = process_now_ns();; now_ns = process_now_ns()) {
 		if (limit_ns != 0 && now_ns >= limit_ns)
 			return PROCESS_OVERDUE;
-		const uint64_t left_ns = limit_ns == 0 ? LOOK_NS : limit_ns - now_ns;
-		if (wait_readable(process, left_ns < LOOK_NS ? left_ns : LOOK_NS)) {
-			if (!isolated_receive(process->socket, &process->message, NULL))
-				return PROCESS_DIED;
-			if (process->message.kind != ISOLATED_LOG)
-				return PROCESS_MESSAGE;
-			log_message(process);
-		} else if (is_unwanted(process, exec, cancelled, now_ns, &unwanted_ns)) {
+		if (is_unwanted(process, exec, cancelled, now_ns)) /* also of one that never stops talking */
 			return PROCESS_UNWANTED;
-		}
+		const uint64_t left_ns = limit_ns == 0 ? LOOK_NS : limit_ns - now_ns;
+		if (!wait_readable(process, left_ns < LOOK_NS ? left_ns : LOOK_NS))
+			continue;
+		if (!isolated_receive(process->socket, &process->message, NULL))
+			return PROCESS_DIED;
+		if (process->message.kind != ISOLATED_LOG)
+			return PROCESS_MESSAGE;
+		log_message(process);
 	}
 }
 
@@ -265,19 +283,26 @@ static void wait_for_end(struct process *process)
 		;
 }
 
+void process_kill(const struct process *process)
+{
+	(void)kill(process->pid, SIGKILL); /* one that has ended by itself keeps its own status */
+}
+
 void process_end(struct process *process, bool ask, char *text, size_t text_bytes)
 {
 	int status = 0;
 	pid_t ended;
 	if (ask)
 		wait_for_end(process);
-	(void)kill(process->pid, SIGKILL); /* one that has ended by itself keeps its own status */
+	process_kill(process);
 	do
 		ended = waitpid(process->pid, &status, 0);
 	while (ended < 0 && errno == EINTR);
 	if (text != NULL)
 		describe_end(status, text, text_bytes);
 	(void)close(process->socket);
+	if (process->helpers >= 0)
+		(void)close(process->helpers);
 	memory_drop(process);
 	for (uint32_t slot = 0; slot < PACKED_SLOTS; slot++)
 		constant_unref(process->slots[slot]);

@@ -16,6 +16,8 @@ struct process {
 	struct process *next; /* of idle ones */
 	pid_t pid;
 	int socket;
+	int helpers;             /* over which lane threads wake threads of the worker; -1: none yet */
+	uint64_t unwanted_ns;    /* since when nobody has wanted what it runs; 0: it is wanted */
 	struct account *account; /* referenced: pays for the memory */
 	struct log *log;
 	const char *provider;    /* for log lines; borrowed */
@@ -33,6 +35,8 @@ OPD_MUST_USE opd_status process_start(const char *program, const char *path, boo
 OPD_MUST_USE opd_status process_reserve(struct process *process, uint64_t bytes, opd_error *error);
 /* It has the constant mapped from here on, in the slot that is returned. */
 uint32_t process_keep(struct process *process, struct constant *constant);
+/* The worker's loops can be helped from here on, if the system has a socket pair for it. */
+void process_offer_help(struct process *process);
 /* Lets go of those that were dropped. */
 void process_forget(struct process *process, const struct constants *constants);
 /* Memory that was large is given back. */
@@ -47,9 +51,13 @@ typedef enum process_event {
 
 #define CANCEL_GRACE_NS 1000000000u
 
+/* Before a call is sent: it is wanted. */
+void process_begin(struct process *process);
 /* Waits for a message that isn't a log line (those are logged). limit_ns: when to give up, of CLOCK_MONOTONIC; 0: never. exec: NULL, or the kernel's: the worker is told when it is cancelled. */
 process_event process_wait(struct process *process, uint64_t limit_ns, const opd_exec *exec, bool (*cancelled)(const opd_exec *exec));
 
+/* It runs nothing any more: whoever waits for it, also over process->helpers, sees that soon. process_end still follows. */
+void process_kill(const struct process *process);
 /* Ends it, by force unless `ask`: then it has a moment to do so itself. Says how it ended in `text`: "died of signal 11 (Segmentation fault)". */
 void process_end(struct process *process, bool ask, char *text, size_t text_bytes);
 

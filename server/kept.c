@@ -584,7 +584,7 @@ struct msg_handle kept_exchange(struct kept *kept, struct msg_handle handle, con
 void kept_lose(struct kept *kept, uint32_t index, uint64_t lineage, uint64_t request)
 {
 	struct kept_slot *slot = slot_follow(kept, index, lineage);
-	if (slot != NULL)
+	if (slot != NULL && slot->lost_to == 0) /* else it was lost before it came to this one */
 		slot->lost_to = request;
 }
 

@@ -2,7 +2,6 @@
 
 #include "server/daemon.h"
 #include "server/log.h"
-#include "server/machine.h"
 
 static void wake(void *argument, uint32_t loop)
 {
@@ -10,20 +9,20 @@ static void wake(void *argument, uint32_t loop)
 	io_loop_wake(&server->loops[loop]);
 }
 
-/* Everybody's where nobody says: what the others leave of the machine. */
+/* Everybody's where nobody says: what the others leave of the machine. Loops that were asked for, behind the first, need cores as lanes do. Those that nobody asked for take none away: where few clients
+ * are they sleep, and a lone client's kernels would do without a quarter of the machine. */
 static uint32_t main_threads(const struct server *server)
 {
 	const struct config *config = server->config;
-	struct machine machine;
-	uint32_t kept = config->loops - 1; /* loops behind the first need cores as lanes do */
+	const struct machine *machine = &server->machine;
+	uint32_t kept = config->loops == 0 ? 0 : config->loops - 1;
 	if (config->threads != 0)
 		return config->threads;
-	machine_read(&machine);
 	for (size_t i = 0; i < config->lane_count; i++)
 		kept += config->lanes[i].threads;
-	LOG(server->log, LOG_INFO, "machine", LOG_UINT("cores", machine.cores), LOG_UINT("processors", machine.processors), LOG_UINT("quota", machine.quota),
-	    LOG_UINT("threads", machine.threads), LOG_UINT("kept", kept));
-	return machine.threads > kept ? machine.threads - kept : 1;
+	LOG(server->log, LOG_INFO, "machine", LOG_UINT("cores", machine->cores), LOG_UINT("processors", machine->processors), LOG_UINT("quota", machine->quota),
+	    LOG_UINT("threads", machine->threads), LOG_UINT("kept", kept));
+	return machine->threads > kept ? machine->threads - kept : 1;
 }
 
 opd_status lanes_start(struct server *server, opd_error *error)

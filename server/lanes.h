@@ -2,7 +2,7 @@
  *
  * Layer: server. Threads: any, but lanes_start, lanes_stop and lanes_destroy, which are loop 0's, and lanes_finish_done.
  * Life: lanes_start → lanes_finish_done whenever one of them wakes a loop → lanes_stop → lanes_destroy.
- * How many threads there are is settled once, when the daemon starts: those that the configuration names, else those of the machine (server/machine.h), less one for each I/O loop behind the first.
+ * How many threads there are is settled once, when the daemon starts: those that the configuration names, else those of the machine (server/machine.h), less one for each I/O loop behind the first that the configuration asks for.
  * Not here: what one lane does (server/lane.h), whose lane is which (server/tenant.h), lanes of devices (server/device_lane.h). */
 #ifndef OPD_SERVER_LANES_H
 #define OPD_SERVER_LANES_H

@@ -264,7 +264,7 @@ static void arrive(void *argument)
 	struct server *server = arrival->io->server;
 	struct conn *conn = NULL;
 	if (server->draining)
-		io_loop_forget(arrival->io);
+		io_loop_forget(arrival->io, true);
 	else if ((conn = make_conn(arrival)) == NULL)
 		log_accept_error(server, "(for another loop)", UV_ENOMEM);
 	int failed = conn == NULL ? UV_ECANCELED : open_handle(arrival, conn);
@@ -321,7 +321,7 @@ static void hand_over(struct listener *listener, const struct arrival *arrival)
 	if (copy == NULL) {
 		log_accept_error(listener->server, listener->address, UV_ENOMEM);
 		turn_away(listener);
-		io_loop_forget(arrival->io);
+		io_loop_forget(arrival->io, true);
 		return;
 	}
 	*copy = *arrival;
@@ -333,17 +333,7 @@ static void hand_over(struct listener *listener, const struct arrival *arrival)
 	else
 		log_accept_error(listener->server, listener->address, copy->fd);
 	free(copy);
-	io_loop_forget(arrival->io);
-}
-
-/* The one with the fewest connections. */
-static struct io_loop *choose_loop(struct server *server)
-{
-	struct io_loop *best = &server->loops[0];
-	for (uint32_t i = 1; i < server->loop_count; i++)
-		if (atomic_load(&server->loops[i].conn_count) < atomic_load(&best->conn_count))
-			best = &server->loops[i];
-	return best;
+	io_loop_forget(arrival->io, true);
 }
 
 static void on_connection(uv_stream_t *stream, int status)
@@ -361,7 +351,7 @@ static void on_connection(uv_stream_t *stream, int status)
 			turn_away(listener);
 		return;
 	}
-	struct arrival arrival = {.io = choose_loop(server), .kind = listener->kind, .remote = listener->remote};
+	struct arrival arrival = {.io = io_loop_choose(server), .kind = listener->kind, .remote = listener->remote};
 	const uint32_t open = server_sessions(server);
 	if (open >= server->config->limits.sessions)
 		(void)opd_fail(&arrival.refused, OPD_RESOURCE_EXHAUSTED, "%u sessions are open, no more may be", (unsigned)open);

@@ -109,6 +109,20 @@ uint32_t machine_quota(const char *groups, const char *root)
 	return found;
 }
 
+/* ---- Loops ---- */
+
+#define THREADS_A_LOOP 4u
+#define LOOPS_MAX 4u /* four loops read and write for more small requests than a machine's other cores compute */
+
+/* Below four a second loop competes with kernels and clients for the same cores. */
+uint32_t machine_loops(const struct machine *machine)
+{
+	const uint32_t loops = machine->threads / THREADS_A_LOOP;
+	if (machine->threads < THREADS_A_LOOP)
+		return 1;
+	return loops < 2 ? 2 : loops < LOOPS_MAX ? loops : LOOPS_MAX;
+}
+
 /* ---- Cores ---- */
 
 /* The first of the processors that share a core with this one ("0,64" or "0-1"); -1: the kernel doesn't say. */

@@ -20,6 +20,9 @@ struct machine {
 
 void machine_read(struct machine *machine_out);
 
+/* How many I/O loops it gets where nobody says: one of its threads in four, from four on at least two, and no more than four. */
+uint32_t machine_loops(const struct machine *machine);
+
 /* Of how many cores these are processors, with file systems below `root` ("" but in tests); 0: the kernel doesn't say. */
 uint32_t machine_cores(const cpu_set_t *processors, const char *root);
 

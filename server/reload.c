@@ -1,11 +1,23 @@
 /* Taking over a configuration while running. */
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "server/daemon.h"
 #include "server/derived.h"
+#include "server/installed.h"
 #include "server/request.h"
 #include "server/tls_context.h"
+
+/* The lists that come with opd name providers of modules that may be anywhere or nowhere. */
+static void remember_unconfigured(struct registry *registry, const char *name)
+{
+	char path[PATH_MAX];
+	char reason[128] = "no such module is configured";
+	if (installed_is(name) && installed_path(name, path))
+		(void)snprintf(reason, sizeof reason, "no such module is configured; --module %s would load it", name);
+	registry_remember(registry, name, reason);
+}
 
 opd_status server_set_priorities(struct server *server, const struct config *config, opd_error *error)
 {
@@ -14,8 +26,8 @@ opd_status server_set_priorities(struct server *server, const struct config *con
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "priorities: out of memory");
 	for (size_t i = 0; i < config->priority_count; i++) {
 		const struct config_priority *priority = &config->priorities[i];
-		for (size_t k = 0; priority->standard && k < priority->count; k++) /* the lists that come with opd name providers of modules that may be anywhere or nowhere */
-			registry_remember(server->registry, priority->providers[k], "no such module is configured");
+		for (size_t k = 0; priority->standard && k < priority->count; k++)
+			remember_unconfigured(server->registry, priority->providers[k]);
 		lists[i] = (struct registry_list){priority->op, (const char *const *)priority->providers, (uint32_t)priority->count};
 	}
 	size_t failed;

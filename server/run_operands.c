@@ -133,8 +133,8 @@ static opd_status place_kept(struct request *request, struct operand *operand, c
 		                operand->param, opd_dtype_name(kept->dtype), opd_dtype_name(source->dtype));
 	}
 	if (buffer_lost(kept->buffer))
-		return opd_fail(&request->error, OPD_DATA_LOSS, "%s: %s is lost: it lay on %s, which was lost", request->run.op->schema->name, operand->param,
-		                request->snapshot->devices[kept->buffer->device].name);
+		return opd_fail(&request->error, OPD_DATA_LOSS, "%s: %s is lost: it lay on %s, %s", request->run.op->schema->name, operand->param,
+		                request->snapshot->devices[kept->buffer->device].name, buffer_lost_why(kept->buffer));
 	unsigned char *data = kept->buffer->device == 0 ? kept->buffer->data : NULL; /* what lies on a device is no address for us */
 	opd_status status = bind_place(request->run.op, operand, data, kept->bytes, false, &request->error);
 	if (status == OPD_OK) {

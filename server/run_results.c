@@ -77,6 +77,11 @@ static bool keep_outputs(struct request *request)
 	return true;
 }
 
+bool run_keep(struct request *request)
+{
+	return !request->run.expected || keep_outputs(request);
+}
+
 static bool fill_result(struct request *request, uint32_t index, struct msg_result *result)
 {
 	const struct msg_run *message = &request->message.run;
@@ -125,7 +130,7 @@ void run_reply_results(struct request *request)
 	uint32_t count = run->bound.call.output_count;
 	const struct impl *impl = run->dispatch.impl;
 	struct msg_result *results = arena_array(&request->arena, count, sizeof results[0]);
-	bool filled = results != NULL && (!run->expected || keep_outputs(request));
+	bool filled = results != NULL && run_keep(request);
 	for (uint32_t i = 0; filled && i < count; i++)
 		filled = fill_result(request, i, &results[i]);
 	if (!filled) {

@@ -38,6 +38,38 @@ opd_status server_post(struct server *server, void (*callback)(void *argument), 
 	return io_loop_post(&server->loops[0], callback, argument, error);
 }
 
+/* On its way from loop to loop. */
+struct round {
+	struct server *server;
+	uint32_t next;
+	void (*callback)(void *argument, bool all);
+	void *argument;
+};
+
+static void go_round(void *argument)
+{
+	struct round *round = argument;
+	struct server *server = round->server;
+	opd_error error;
+	const bool all = round->next == server->loop_count;
+	if (!all && io_loop_post(&server->loops[round->next++], go_round, round, &error) == OPD_OK)
+		return;
+	round->callback(round->argument, all);
+	free(round);
+}
+
+opd_status server_round(struct server *server, void (*callback)(void *argument, bool all), void *argument, opd_error *error)
+{
+	struct round *round = malloc(sizeof *round);
+	if (round == NULL)
+		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "server: out of memory");
+	*round = (struct round){server, 1, callback, argument};
+	opd_status status = server_post(server, go_round, round, error);
+	if (status != OPD_OK)
+		free(round);
+	return status;
+}
+
 void server_drain(struct server *server, uint64_t timeout_us)
 {
 	atomic_store(&server->drain_timeout_us, timeout_us);
@@ -384,6 +416,7 @@ void server_take_config(struct server *server, struct config *config)
 	atomic_store_explicit(&server->inline_ns, config->inline_ns, memory_order_relaxed);
 	atomic_store_explicit(&server->segment_ns, config->segment_ns, memory_order_relaxed);
 	atomic_store_explicit(&server->batch_rows, config->batch_rows, memory_order_relaxed);
+	atomic_store_explicit(&server->batch_devices, config->batch_devices, memory_order_relaxed);
 	atomic_store_explicit(&server->batch_shared_bytes, config->batch_shared_bytes, memory_order_relaxed);
 	atomic_store_explicit(&server->refuse_uploads, config->limits.refuse_uploads, memory_order_relaxed);
 }
@@ -399,7 +432,8 @@ opd_status server_create(struct config *config, struct log *log, struct server *
 	server->log = log;
 	server_take_config(server, config);
 	server->started_us = request_now_ns() / 1000;
-	opd_status status = make_loops(server, config->loops, error);
+	machine_read(&server->machine);
+	opd_status status = make_loops(server, config->loops != 0 ? config->loops : machine_loops(&server->machine), error);
 	if (status == OPD_OK)
 		status = start(server, error);
 	if (status != OPD_OK) {

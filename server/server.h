@@ -31,6 +31,9 @@ OPD_MUST_USE opd_status server_reload(struct server *server, struct config *conf
 
 /* Any thread: calls `callback(argument)` once on loop 0's thread soon (how main handles SIGHUP and SIGUSR1). */
 OPD_MUST_USE opd_status server_post(struct server *server, void (*callback)(void *argument), void *argument, opd_error *error);
+/* Any thread: calls `callback(argument, true)` once on the last loop's thread when every loop has come by since, one after the other: as long as one of them hangs it isn't called. false: not all
+ * could be asked (no memory, or the daemon ends). */
+OPD_MUST_USE opd_status server_round(struct server *server, void (*callback)(void *argument, bool all), void *argument, opd_error *error);
 
 /* Any thread: serves a connected stream socket as if accepted on a Unix listener, with administrator's rights. Takes fd on success. *session_out (borrowed) names the session for
  * server_direct_*; it is valid until server_forget. */

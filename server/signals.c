@@ -113,21 +113,22 @@ static void on_reopen(struct signals *signals)
 		LOG(signals->log, LOG_ERROR, "log not opened again, the old file stays", LOG_STR("error", error.text));
 }
 
-/* On the loop: it turns. */
-static void beat_on_loop(void *argument)
+/* On the last loop: all of them turn. */
+static void on_round(void *argument, bool all)
 {
 	struct signals *signals = argument;
-	service_notify(&signals->options->service, "WATCHDOG=1");
+	if (all)
+		service_notify(&signals->options->service, "WATCHDOG=1");
 	atomic_store(&signals->beating, false);
 }
 
-/* Under the mutex. A loop that hangs has the last beat still before it, and gets no second one. */
+/* Under the mutex. A loop that hangs has the last beat still before it, and there is no second one. */
 static void beat(struct signals *signals)
 {
 	opd_error error;
 	if (signals->server == NULL || atomic_exchange(&signals->beating, true))
 		return;
-	if (server_post(signals->server, beat_on_loop, signals, &error) != OPD_OK)
+	if (server_round(signals->server, on_round, signals, &error) != OPD_OK)
 		atomic_store(&signals->beating, false);
 }
 

@@ -1,4 +1,4 @@
-/* Signals: SIGTERM and SIGINT drain, SIGHUP reads the configuration again, SIGUSR1 opens the log file again; between them the service manager's watchdog is told that the loop turns.
+/* Signals: SIGTERM and SIGINT drain, SIGHUP reads the configuration again, SIGUSR1 opens the log file again; between them the service manager's watchdog is told that all I/O loops turn.
  *
  * Layer: server, beside main.c. Threads: all on the main thread; signals are waited for on a thread of their own, so that none interrupts a call.
  * Life: signals_block, before any other thread → signals_start → signals_serve(server) → signals_serve(NULL) → signals_stop. */
@@ -21,7 +21,7 @@ struct signals {
 	struct server *server; /* NULL: not yet there, or gone */
 	bool gone;
 	unsigned ends;        /* SIGTERM and SIGINT so far */
-	_Atomic bool beating; /* a watchdog's beat is on its way to the loop */
+	_Atomic bool beating; /* a watchdog's beat is on its way through the loops */
 	bool over;            /* the thread ends at its next signal */
 	pthread_t thread;
 };

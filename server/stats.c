@@ -47,6 +47,11 @@ static void tell_loops(const struct server *server, struct stats_sink *sink)
 		(void)snprintf(name, sizeof name, "%u", (unsigned)i);
 		labelled(sink, "loop", name, atomic_load(&server->loops[i].conn_count));
 	}
+	family(sink, STATS_GAUGE, "opd_loop_busy_sessions", "of them, those that sent something in the last second, or came in it");
+	for (uint32_t i = 0; i < server->loop_count; i++) {
+		(void)snprintf(name, sizeof name, "%u", (unsigned)i);
+		labelled(sink, "loop", name, atomic_load(&server->loops[i].busy_count));
+	}
 	family(sink, STATS_COUNTER, "opd_loop_cpu_seconds_total", "CPU time of the loop's thread");
 	for (uint32_t i = 0; i < server->loop_count; i++) {
 		(void)snprintf(name, sizeof name, "%u", (unsigned)i);

@@ -415,6 +415,7 @@ opd_status buffer_alloc(struct account *account, uint64_t bytes, uint64_t slack_
 		return status;
 	}
 	atomic_store_explicit(&buffer->refs, 1, memory_order_relaxed);
+	atomic_store_explicit(&buffer->failed, false, memory_order_relaxed);
 	buffer->bytes = bytes + slack_bytes;
 	buffer->charged_bytes = bytes;
 	buffer->account = account_ref(account);
@@ -590,6 +591,18 @@ void buffer_unref(struct buffer *buffer)
 bool buffer_lost(const struct buffer *buffer)
 {
 	const struct memory *memory = buffer->memory;
-	return buffer->device != 0 && (atomic_load_explicit(&memory->lost, memory_order_acquire) ||
+	return buffer->device != 0 && (atomic_load_explicit(&memory->lost, memory_order_acquire) || atomic_load_explicit(&buffer->failed, memory_order_acquire) ||
 	                               buffer->epoch != atomic_load_explicit(&memory->epoch, memory_order_acquire));
+}
+
+const char *buffer_lost_why(const struct buffer *buffer)
+{
+	return atomic_load_explicit(&buffer->failed, memory_order_acquire) ? "where what was to write it failed" : "which was lost";
+}
+
+/* A job gives back its reference after its part in in_jobs: seen in between it counts as somebody else's. */
+bool buffer_shared(const struct buffer *buffer)
+{
+	const uint32_t refs = atomic_load_explicit(&buffer->refs, memory_order_acquire);
+	return refs > 1 + atomic_load_explicit(&buffer->in_jobs, memory_order_acquire);
 }

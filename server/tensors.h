@@ -71,6 +71,8 @@ struct buffer {
 	uint32_t device; /* 0: host memory */
 	uint32_t epoch;  /* the memory's, when it was allocated */
 	bool mapped;     /* alone in its pages, known to server/pins.h */
+	_Atomic bool failed;     /* on a device: what was to write it has failed, and others were told before that it is there (device_writes) */
+	_Atomic uint32_t in_jobs; /* on a device: of `refs`, those of jobs on its stream: what comes behind them there is in nobody's way */
 	struct memory *memory; /* where it lies, whoever pays */
 	uint64_t bytes; /* usable */
 	uint64_t charged_bytes;
@@ -125,8 +127,12 @@ OPD_MUST_USE opd_status buffer_alloc(struct account *account, uint64_t bytes, ui
 void buffer_recharge(struct buffer *buffer, struct account *account);
 struct buffer *buffer_ref(struct buffer *buffer);
 void buffer_unref(struct buffer *buffer);
-/* It lies on a device that is lost, or was reset since. */
+/* It lies on a device that is lost, or was reset since, or what was to write it has failed. */
 bool buffer_lost(const struct buffer *buffer);
+/* "it lay on cuda:0, …": why one is lost. */
+const char *buffer_lost_why(const struct buffer *buffer);
+/* Of a device: whether somebody has it beside its only owner and the jobs that are on the device's stream. */
+bool buffer_shared(const struct buffer *buffer);
 
 /* The buffer itself, or its mirror, in that device's memory (0: the host's); referenced. NULL: it has none there. */
 struct buffer *buffer_on(struct buffer *buffer, uint32_t device);

@@ -13,6 +13,7 @@
 #include "server/confine.h"
 #include "server/isolated_call.h"
 #include "server/module.h"
+#include "server/worker_loop.h"
 
 #define IMPLS_MAX 1024u
 #define PLANS_KEPT 256u
@@ -37,6 +38,8 @@ struct worker {
 	unsigned char *slots[PACKED_SLOTS]; /* operands that are kept, to read; NULL: none there */
 	uint64_t slot_bytes[PACKED_SLOTS];
 	struct arena arena;
+	struct worker_loop loop;
+	uint32_t threads; /* of the call that runs */
 	char unconfined[160]; /* what the kernel doesn't give it, "": nothing */
 	struct isolated_message out;
 };
@@ -133,9 +136,8 @@ static void host_log(const opd_host *host, opd_log_level level, const char *text
 
 static void host_parallel_for(const opd_exec *exec, uint64_t items, uint64_t grain, opd_range_fn range, void *argument)
 {
-	(void)exec, (void)grain;
-	if (items != 0)
-		range(argument, 0, items, 0);
+	struct worker *worker = exec->host->context;
+	worker_loop_run(&worker->loop, worker->threads, items, grain, range, argument);
 }
 
 static bool host_cancelled(const opd_exec *exec)
@@ -237,7 +239,7 @@ static opd_status run_call(struct worker *worker, struct packed_call *packed, co
 		return status;
 	const opd_exec exec = {
 		.struct_bytes = sizeof exec,
-		.threads = 1,
+		.threads = worker->threads,
 		.host = &worker->host,
 		.plan = plan,
 		.scratch = packed->scratch_bytes == 0 ? NULL : worker->memory + packed->scratch_at,
@@ -246,12 +248,13 @@ static opd_status run_call(struct worker *worker, struct packed_call *packed, co
 	return impl->run(impl, worker->state, call, &exec, error);
 }
 
-static void serve_call(struct worker *worker, isolated_kind kind)
+static void serve_call(struct worker *worker, isolated_kind kind, uint32_t threads)
 {
 	struct packed_call *packed = (struct packed_call *)(void *)worker->memory;
 	opd_error error = {0};
 	opd_reason reason = {0};
 	const opd_call *call = packed == NULL || packed->impl >= worker->impl_count ? NULL : packed_read(packed, worker->memory, worker->slots, &worker->arena);
+	worker->threads = threads == 0 ? 1 : threads;
 	say(worker, ISOLATED_DONE, OPD_OK, "");
 	uint64_t scratch_bytes = 0;
 	opd_status status;
@@ -312,8 +315,10 @@ static void serve(struct worker *worker)
 			map(worker, message.bytes, fd);
 		else if (message.kind == ISOLATED_KEEP)
 			keep(worker, message.number % PACKED_SLOTS, message.bytes, fd);
+		else if (message.kind == ISOLATED_HELPERS)
+			worker_loop_set_helpers(&worker->loop, fd);
 		else if (message.kind == ISOLATED_PLAN || message.kind == ISOLATED_RUN)
-			serve_call(worker, (isolated_kind)message.kind);
+			serve_call(worker, (isolated_kind)message.kind, message.number);
 	}
 }
 
@@ -383,6 +388,8 @@ int worker_main(const char *parent, const char *path, bool confined)
 	if (worker == NULL || !confine(worker, parent))
 		return 1;
 	arena_init(&worker->arena, ARENA_BYTES);
+	worker->loop.helpers = -1;
+	worker->loop.daemon = WORKER_SOCKET;
 	if (confined && worker->unconfined[0] != '\0')
 		status = opd_fail(&error, OPD_FAILED_PRECONDITION, "%s: it must be confined, and this kernel doesn't: %s", path, worker->unconfined);
 	else

@@ -1,10 +1,10 @@
 /* The worker process of an isolated module: loads it, and runs its predicates, plans and kernels on calls that lie in memory shared with the daemon.
  *
- * Layer: server, a process of its own: nothing of the daemon's is here but this and what it uses (server/isolated_call.h, server/module.h). Threads: one.
+ * Layer: server, a process of its own: nothing of the daemon's is here but this and what it uses (server/isolated_call.h, server/module.h). Threads: one,
+ * and those that help with a kernel's loops (server/worker_loop.h).
  * Started by server/isolated_process.c as `opd --worker PID PATH [confined]` with the socket pair as descriptor WORKER_SOCKET. It closes every other descriptor but 0 to 2 (0 and 1 are /dev/null), gives up gaining privileges
  * and leaving core files, and dies with the daemon, also in mid-kernel. What the kernel doesn't give it of that is told to the daemon, or with `confined` its end. That contains faults, not malice: it is still
- * the daemon's user.
- * A kernel has one thread here: parallel_for is a plain loop. */
+ * the daemon's user. */
 #ifndef OPD_SERVER_WORKER_H
 #define OPD_SERVER_WORKER_H
 

@@ -129,6 +129,8 @@ static opd_status embedded_configure(struct embedded *embedded, const char *path
 		config->level = LOG_WARN;
 	else
 		status = config_load(config, path, error);
+	if (config->loops == 0)
+		config->loops = 1; /* its one client is this process, which has other uses for its threads */
 	if (status == OPD_OK)
 		status = config_check(config, true, error);
 	if (status != OPD_OK)

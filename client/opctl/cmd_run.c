@@ -14,7 +14,7 @@
 	    {OPTION_STRICT, "no fallback: fail when none of the list accepts"},                                                      \
 	    {OPTION_DEVICE, "run only there: cpu, cuda, cuda:1"},                                                                    \
 	{                                                                                                                            \
-		OPTION_MODULE, "load this provider module first (administrators; it stays loaded)"                                       \
+		OPTION_MODULE, "load this provider module first: a path, or the name of one that comes with opd (administrators; it stays loaded)"                                       \
 	}
 
 const struct option_use run_options[] = {

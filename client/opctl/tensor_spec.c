@@ -3,6 +3,7 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "client/npy.h"
 #include "client/opctl/options.h"
@@ -148,6 +149,8 @@ static opd_status describe(const char *what, const char *text, struct file_tenso
 {
 	const char *shape = text;
 	tensor->dtype = leading_dtype(text, &shape);
+	if (tensor->dtype == OPD_DTYPE_NONE && access(text, F_OK) == 0)
+		return opd_fail(error, OPD_INVALID_ARGUMENT, "%s is '%.80s', expected a tensor: did you mean the file, @%.80s?", what, text, text);
 	if (tensor->dtype == OPD_DTYPE_NONE)
 		return opd_fail(error, OPD_INVALID_ARGUMENT,
 		                "%s is '%.80s', expected a tensor: @file, DTYPE[SHAPE], randn:DTYPE[SHAPE] and the like", what, text);

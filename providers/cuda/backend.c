@@ -178,6 +178,14 @@ static opd_status copy_peer(void *state, void *stream, void *to, uint64_t to_off
 	return copy(to, to_offset, from, from_offset, bytes, cudaMemcpyDefault, stream, error);
 }
 
+static opd_status copy_many(void *state, void *stream, const opd_copy *copies, uint32_t count, opd_error *error)
+{
+	(void)state;
+	struct cuda_copy_call call = {.count = count};
+	memcpy(call.copies, copies, count * sizeof copies[0]);
+	return cudart_status("copies", cuda_copy_launch(&call, stream), error);
+}
+
 static opd_status zero(void *state, void *stream, void *to, uint64_t to_offset, uint64_t bytes, opd_error *error)
 {
 	(void)state;
@@ -291,5 +299,6 @@ void cuda_backend_init(opd_backend *backend, uint32_t device_count)
 		.graph_destroy = graph_destroy,
 		.host_mapped = memory_host_mapped,
 		.flags = OPD_BACKEND_FAILS_WHOLE, /* an error of the work is sticky */
+		.copy_many = copy_many,
 	};
 }

@@ -325,7 +325,7 @@ static void rate_loops(const struct bench *bench, const struct daemon *one, cons
 void bench_loops(struct bench *bench)
 {
 	struct daemon one, two;
-	daemon_start(&one, bench->binary, bench->directory, NULL);
+	daemon_start_with(&one, bench->binary, bench->directory, NULL, (const char *const[]){"--loops", "1", NULL});
 	daemon_start_with(&two, bench->binary, bench->directory, NULL, (const char *const[]){"--loops", "2", NULL});
 	report_section("64 in flight of 8 clients, nobody pinned: two I/O loops against one");
 	rate_loops(bench, &one, &two, call_norm, "rms_norm 1x4096 f32");

@@ -187,10 +187,10 @@ static void latency(const struct bench *bench, const struct daemon *daemon, bool
 	char what[96], note[64];
 	placement_apply(placement, bench, daemon);
 	echo_start(&echo, polls, placement);
+	(void)kill(echo.pid, SIGSTOP); /* one that spins takes the daemon's core: it stands still while opd's turn is */
 	subject_init(&subject, daemon, norm, polls ? POLL_US : 0);
 	(void)subject_block_us(&subject, calls);
 	for (int i = 0; i < ROUNDS; i++) {
-		/* One that spins takes the daemon's core: it stands still while opd's turn is. */
 		(void)kill(echo.pid, SIGCONT);
 		floor[i] = echo_block_us(&echo, calls);
 		(void)kill(echo.pid, SIGSTOP);

@@ -55,6 +55,7 @@ static struct config *configure(void)
 	set(config, "limits.in_flight", "64");
 	set(config, "limits.kept", "64");
 	set(config, "threads", "2");
+	set(config, "loops", "1");
 	set(config, "checked", "true");
 	if (config_add_listener(config, "tcp://127.0.0.1:0", &error) != OPD_OK || config_check(config, false, &error) != OPD_OK)
 		fuzz_fail("%s", error.text);

@@ -19,7 +19,7 @@ from harness import Client, Daemon, f32, inline, pb, run, unpack_f32
 BUILD = os.environ.get("OPD_BUILD", os.path.join(harness.ROOT, "build"))
 OPCTL = os.environ.get("OPCTL_BIN", os.path.join(BUILD, "bin", "opctl"))
 MODULE = os.path.join(os.environ.get("OPD_MODULES", os.path.join(BUILD, "tests", "modules")), "faulty", "faulty.so")
-ERROR, OVERRUN, SHAPE, VALUE, SCRATCH, SEGV, ABORT, EXIT, KILL, HANG, HANG_POLITE, ARGUMENT, MUTE, ESCAPE = range(1001, 1015)
+ERROR, OVERRUN, SHAPE, VALUE, SCRATCH, SEGV, ABORT, EXIT, KILL, HANG, HANG_POLITE, ARGUMENT, MUTE, ESCAPE, MEET, ALONE, SHARES = range(1001, 1018)
 REASON_QUARANTINE = 4
 
 

@@ -702,32 +702,8 @@ class Handles(Hardening):
         self.expect_status(INVALID_ARGUMENT, run("relu", pb.Tensor(handle=handle, donate=True)), client=client)
 
 
-class Sessions(Hardening):
-    def test_a_reset_in_mid_kernel(self):
-        """Hardening: sessions-reset"""
-        size = 256
-        request = run("matmul", tensor([size, size]), tensor([size, size]), run_priority=["native"])
-        for _ in range(10):
-            client = Client(self.address)
-            client.submit(request, bytes(4 * size * size))
-            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            client.close()
-        other = self.client()
-        wait_until(lambda: other.info().memory_bytes == 0)
-
-    def test_a_handshake_storm(self):
-        """Hardening: sessions-storm"""
-        before = self.daemon.descriptors()
-        for _ in range(5):
-            storm = []
-            for _ in range(100):
-                client = Client(self.address, hello=False)
-                client.send(frame(HELLO, envelope=hello_envelope()))
-                storm.append(client)
-            check_healthy(self, self.daemon)
-            for client in storm:
-                client.close()
-        wait_until(lambda: self.daemon.descriptors() <= before + 2)
+class Storm(Hardening):
+    flags = ("--loops", "1")  # who is there lives on the loop that accepts
 
     def stop(self):
         """The daemon's process stands still; the function lets it go on."""
@@ -756,6 +732,34 @@ class Sessions(Hardening):
         for client in storm:
             self.assertEqual(client.read_frame()[0], HELLO_REPLY)
             client.close()
+
+
+class Sessions(Hardening):
+    def test_a_reset_in_mid_kernel(self):
+        """Hardening: sessions-reset"""
+        size = 256
+        request = run("matmul", tensor([size, size]), tensor([size, size]), run_priority=["native"])
+        for _ in range(10):
+            client = Client(self.address)
+            client.submit(request, bytes(4 * size * size))
+            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.close()
+        other = self.client()
+        wait_until(lambda: other.info().memory_bytes == 0)
+
+    def test_a_handshake_storm(self):
+        """Hardening: sessions-storm"""
+        before = self.daemon.descriptors()
+        for _ in range(5):
+            storm = []
+            for _ in range(100):
+                client = Client(self.address, hello=False)
+                client.send(frame(HELLO, envelope=hello_envelope()))
+                storm.append(client)
+            check_healthy(self, self.daemon)
+            for client in storm:
+                client.close()
+        wait_until(lambda: self.daemon.descriptors() <= before + 2)
 
     def test_more_requests_in_flight_than_allowed_are_answered_all_the_same(self):
         """Hardening: promise-one-reply"""

@@ -17,7 +17,7 @@ import unittest
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import harness
 from harness import Client, Daemon, f32, inline, pb, run, tensor, unpack_f32
-from test_containment import ABORT, ERROR, ESCAPE, EXIT, Faulty, HANG, HANG_POLITE, KILL, MODULE, MUTE, OVERRUN, SCRATCH, SEGV, SHAPE, relu
+from test_containment import ABORT, ALONE, ERROR, ESCAPE, EXIT, Faulty, HANG, HANG_POLITE, KILL, MEET, MODULE, MUTE, OVERRUN, SCRATCH, SEGV, SHAPE, SHARES, relu
 
 BUILD = os.environ.get("OPD_BUILD", os.path.join(harness.ROOT, "build"))
 MODULES = os.path.dirname(os.path.dirname(MODULE))
@@ -65,7 +65,7 @@ class Calls(Isolated):
         for _ in range(3):
             self.works(client)
         found = self.provider(daemon)
-        self.assertEqual((found["version"], found["available"], found["isolated"], found["deaths"], sorted(found["ops"])), ("1.0", True, True, 0, ["relu", "relu2", "silu"]))
+        self.assertEqual((found["version"], found["available"], found["isolated"], found["deaths"], sorted(found["ops"])), ("1.0", True, True, 0, ["relu", "relu2", "sigmoid", "silu"]))
         self.assertEqual(len(workers(daemon)), 1)
         self.assertIn("faulty is open", daemon.log_text())
         with open("/proc/%d/maps" % daemon.process.pid) as file:
@@ -188,6 +188,97 @@ class Kept(Isolated):
         harness.wait_until(lambda: other.info().derived_copies == 0 and self.mapped() == [], "nothing is left of it")
 
 
+def sigmoid(fault, length=64):
+    values = [float(fault or 0.5)] + [i / 7 - 4 for i in range(1, length)]
+    return run("sigmoid", inline([length], f32(*values)), run_priority=["faulty"], run_strict=True, run_inline_results=True)
+
+
+class Threads(Isolated):
+    """A kernel's loops have as many threads in a worker as in the daemon, and no more run than the lane has."""
+
+    def setUp(self):
+        self.gate = os.path.join(tempfile.mkdtemp(prefix="opd-gate-"), "open")
+        self.addCleanup(shutil.rmtree, os.path.dirname(self.gate), True)
+
+    def start(self, threads, config=""):
+        daemon = self.daemon("threads: %d\n%s%s" % (threads, QUARANTINE_OFF, config), FAULTY_GATE=self.gate)
+        return daemon, self.client(daemon)
+
+    def running(self, client):
+        return client.ask(pb.Request(list_sessions=pb.ListSessions()))[0].sessions.lanes[0].running
+
+    def result(self, client, fault):
+        return client.ask(sigmoid(fault))[0].run.outputs[0].tensor.inline
+
+    def test_bits_and_shares_are_those_of_the_same_module_in_the_daemon(self):
+        for threads in range(1, 5):
+            here = Daemon("--module", MODULE, config="threads: %d\n" % threads)
+            self.addCleanup(here.stop)
+            _, there = self.start(threads)
+            with Client(here.address) as client:
+                for fault in (0, SHARES):
+                    self.assertEqual(self.result(there, fault), self.result(client, fault))
+                self.assertEqual(len(set(unpack_f32(self.result(client, SHARES)))), 1 if threads == 1 else 4 * threads)
+
+    def test_threads_without_work_help_again_and_again(self):
+        _, client = self.start(2)
+        for _ in range(5):
+            self.result(client, MEET)
+
+    def test_threads_with_work_do_not(self):
+        daemon, client = self.start(2)
+        other = self.client(daemon)
+        self.works(other)
+        other.submit(relu(HANG, run_priority=["faulty"]))
+        harness.wait_until(lambda: self.running(client) == 1, "the other thread has work")
+        self.assertEqual(unpack_f32(self.result(client, ALONE))[0], 1)
+        with open(self.gate, "w"):
+            pass
+        self.assertEqual(other.read_reply()[1].status, harness.OK)
+        self.result(client, MEET)
+
+    def test_many_at_once(self):
+        daemon, client = self.start(3)
+        for _ in range(24):
+            client.submit(sigmoid(ALONE))
+        for _ in range(24):
+            self.assertEqual(client.read_reply()[1].status, harness.OK)
+        self.assertLessEqual(len(workers(daemon)), 3)
+        self.result(client, MEET)
+
+    def test_a_crash_in_a_helper_is_that_requests_error(self):
+        """Hardening: providers-crashes"""
+        _, client = self.start(2)
+        for fault in (SEGV, ABORT, EXIT, KILL):
+            reply = client.call(sigmoid(fault))[0]
+            self.assertEqual(reply.status, harness.INTERNAL)
+            self.assertRegex(reply.message, "^faulty.sigmoid: " + DIED)
+            self.result(client, MEET)
+
+    def test_a_worker_killed_while_its_threads_are_in_a_loop(self):
+        daemon, client = self.start(2)
+        self.result(client, MEET)
+        pid, = workers(daemon)
+        client.submit(sigmoid(HANG))
+        harness.wait_until(lambda: "a helper hangs" in daemon.log_text(), "a second thread is in the loop")
+        os.kill(pid, signal.SIGKILL)
+        reply = client.read_reply()[1]
+        self.assertEqual((reply.status, reply.message), (harness.INTERNAL, "faulty.sigmoid: its worker process died of signal 9 (Killed)"))
+        self.result(client, MEET)
+
+    def test_a_helper_that_hangs_is_ended_by_the_budget_and_when_nobody_wants_the_result(self):
+        """Hardening: providers-hangs"""
+        daemon, client = self.start(2, "providers: {faulty: {budget: 500ms}}\n")
+        reply = client.call(sigmoid(HANG))[0]
+        self.assertEqual(reply.status, harness.DEADLINE_EXCEEDED)
+        self.works(client)
+        daemon, _ = self.start(2)
+        with Client(daemon.address) as leaving:
+            leaving.submit(sigmoid(HANG))
+            leaving.ping()
+        self.result(self.client(daemon), MEET)  # both of the lane's threads are free again
+
+
 class Crashes(Isolated):
     """Hardening: providers-crashes"""
 
@@ -195,6 +286,8 @@ class Crashes(Isolated):
         """Hardening: providers-crashes, promise-containment"""
         daemon = self.daemon(QUARANTINE_OFF)
         client, other = self.client(daemon), self.client(daemon)
+        harness.wait_until(lambda: client.info().sessions == 2, "the one that saw it start has gone")
+        self.works(other)
         descriptors = daemon.descriptors()
         for turn, fault in enumerate((SEGV, ABORT, EXIT, KILL), 1):
             text = self.fails(client, fault)
@@ -301,14 +394,15 @@ class Hangs(Isolated):
 
 class Sandbox(Isolated):
     def test_a_worker_has_no_descriptors_of_the_daemons_no_new_privileges_and_no_core_files(self):
-        daemon = self.daemon()
-        with Client(daemon.address):
+        daemon = self.daemon("threads: 2\n")
+        with Client(daemon.address) as client:
+            self.works(client)
             pid, = workers(daemon)
             links = {name: os.readlink("/proc/%d/fd/%s" % (pid, name)) for name in os.listdir("/proc/%d/fd" % pid)}
             self.assertEqual((links.pop("0"), links.pop("1")), ("/dev/null", "/dev/null"))
             links.pop("2")
             self.assertEqual({link.split(":")[0] for link in links.values()}, {"socket"})
-            self.assertEqual(len(links), 1)
+            self.assertEqual(len(links), 2)  # for calls, and for help with their loops
             with open("/proc/%d/status" % pid) as file:
                 self.assertIn("NoNewPrivs:\t1", file.read())
             with open("/proc/%d/limits" % pid) as file:

@@ -60,6 +60,23 @@ class Loops(DaemonCase):
             self.assertGreater(told["opd_loop_cpu_seconds_total", str(loop)], 0, loop)
         self.assertEqual(told["opd_sessions",], CLIENTS)
 
+    def test_connections_that_do_nothing_do_not_count_when_a_loop_is_chosen(self):
+        asking = self.clients()[0]
+        told = lambda name: [stats(asking)[name, str(loop)] for loop in range(LOOPS)]
+
+        def go_elsewhere():
+            before, busy = told("opd_loop_sessions"), told("opd_loop_busy_sessions")
+            if sum(busy) != 1:
+                return False
+            made = self.clients(LOOPS - 1)
+            risen = [after - count for after, count in zip(told("opd_loop_sessions"), before)]
+            for client in made:
+                client.close()
+            wait_until(lambda: told("opd_loop_sessions") == before, "they have gone")
+            return risen == [1 - number for number in busy]
+
+        wait_until(go_elsewhere, "one each comes to the loops without busy ones")
+
     def test_statistics_are_what_all_loops_were_sent_together(self):
         clients = self.clients()
         request, payload, wanted = rms_norm()
@@ -252,10 +269,12 @@ class Life(unittest.TestCase):
             self.assertIn("has changed", client.expect_end()[1])
 
     def test_wrong_numbers_are_refused(self):
-        for number in ("0", "33", "-1", "two"):
+        for number in ("33", "-1", "two"):
             ended = subprocess.run([OPD, "--loops", number, "--check-config"], capture_output=True, text=True)
             self.assertEqual(ended.returncode, 2, number)
-            self.assertIn("--loops: loops: \"%s\", expected a whole number of 1 to 32" % number, ended.stderr)
+            self.assertIn("--loops: loops: \"%s\", expected a whole number of 0 to 32" % number, ended.stderr)
+        ended = subprocess.run([OPD, "--loops", "0", "--check-config"], capture_output=True, text=True)
+        self.assertIn("loops: 0 (by the machine)", ended.stdout)
         ended = subprocess.run([OPD, "--loops", "4", "--check-config"], capture_output=True, text=True)
         self.assertEqual(ended.returncode, 0, ended.stderr)
         self.assertIn("loops: 4", ended.stdout)

@@ -288,6 +288,7 @@ class Run(Case):
             ([tensor, "weight=none", "epsilon=1e-5", "variance_size=99999999999999999999"], "variance_size is 99999999999999999999, which doesn't fit an int"),
             ([tensor, "weight=none", "epsilon=1e-5", "variance_size=2.0"], "variance_size is '2.0', expected an int"),
             (["x=1"], "x is '1', expected a tensor"),
+            (["x=" + __file__], "did you mean the file, @"),
             (["x=f32[2,4]"], "f32[2,4] without values"),
             (["x=f32[2,-4]"], "x is -4, expected 0 to"),
             (["x=zeros:f32[4611686018427387904,4]"], "doesn't fit 63 bits"),

@@ -539,6 +539,8 @@ START_TEST(promise_18_a_device_filters_the_list_first_native_included)
 	fails(request, OPD_FAILED_PRECONDITION);
 	says("plain (device: wanted toy)");
 	says("native (device: wanted toy)");
+	says("; not on it: ");
+	ck_assert_ptr_nonnull(strstr(strstr(error.text, "; not on it: "), "toy"));
 	request = scale_of(4);
 	opd_request_device(request, "toy:7");
 	fails(request, OPD_FAILED_PRECONDITION);

@@ -1,5 +1,8 @@
 #!/usr/bin/python3
-"""opd under a service manager: what it says of itself, sockets that are open before it is, the unit that comes with it."""
+"""opd under a service manager: what it says of itself, sockets that are open before it is, the unit that comes with it.
+
+OPD_MODULES names the folder with the built test modules.
+"""
 import os
 import re
 import shutil
@@ -11,8 +14,10 @@ import tempfile
 import unittest
 
 import harness
-from harness import PATIENCE, Client, Daemon, check_healthy
+from harness import OK, PATIENCE, Client, Daemon, check_healthy, f32, inline, pb, run
 
+FAULTY = os.path.join(os.environ.get("OPD_MODULES", os.path.join(harness.ROOT, "build", "tests", "modules")), "faulty", "faulty.so")
+HANGS = 102  # elements of a silu at which faulty's predicate, which the I/O loop asks, hangs until the gate opens
 SERVER = os.path.join(harness.ROOT, "server")
 # Becomes the daemon, as a service manager's child does: the variables name its own pid, the sockets lie from descriptor 3 on.
 BECOME = """
@@ -97,6 +102,26 @@ class Messages(Service):
     def test_the_watchdog_hears_of_a_loop_that_turns(self):
         self.start(environment={"WATCHDOG_USEC": "100000"})
         self.assertEqual([self.said()[0] for _ in range(5)], ["READY=1"] + ["WATCHDOG=1"] * 4)
+
+    def test_the_watchdog_hears_nothing_while_one_of_several_loops_hangs(self):
+        gate = os.path.join(self.folder, "gate")
+        daemon = self.start("--loops", "2", config="modules: [{name: faulty, path: %s}]\n" % FAULTY, wait=False,
+                            environment={"WATCHDOG_USEC": "100000", "FAULTY_GATE": gate})
+        self.assertEqual(self.said()[0], "READY=1")
+        first, other = Client(daemon.address), Client(daemon.address)  # the daemon's first ones: of loop 0 and of loop 1
+        self.addCleanup(first.close)
+        self.addCleanup(other.close)
+        self.assertEqual([self.said()[0] for _ in range(2)], ["WATCHDOG=1"] * 2)
+        other.submit(run("silu", inline([HANGS], f32(*[1.0] * HANGS)), run_priority=["faulty"]))
+        self.manager.settimeout(1)
+        with self.assertRaises(socket.timeout):  # beats of before, then none
+            for _ in range(200):
+                self.assertEqual(self.said()[0], "WATCHDOG=1")
+        first.ping()  # the loop that the signal thread asks turns
+        self.manager.settimeout(PATIENCE)
+        open(gate, "w").close()
+        self.assertEqual(other.read_reply()[1].status, OK)
+        self.assertEqual([self.said()[0] for _ in range(2)], ["WATCHDOG=1"] * 2)
 
     def test_nobody_is_told_where_nobody_listens(self):
         for path in ("", "relative", "/nowhere/at/all", "@opd-test-nobody", "/" + "x" * 200):

@@ -409,6 +409,7 @@ class FrontDoor(Case):
 
 
 class Strangers(Case):
+    flags = ("--loops", "1")  # each has its part of the places
     config = "limits: {handshakes: 4, handshake: 10min}\n"
 
     def test_the_oldest_connection_without_a_hello_makes_room(self):

@@ -70,8 +70,7 @@ void house_start(struct house *house, const char *const *settings)
 	/* Kernels fail here on purpose: test_containment.py has what becomes of those that do it often. */
 	config->quarantine = (struct config_quarantine){.window_us = 1, .cooldown_us = 1};
 	config->threads = 2;
-	if (getenv("OPD_HOUSE_LOOPS") != NULL)
-		config->loops = (uint32_t)atoi(getenv("OPD_HOUSE_LOOPS"));
+	config->loops = getenv("OPD_HOUSE_LOOPS") == NULL ? 1 : (uint32_t)atoi(getenv("OPD_HOUSE_LOOPS"));
 	configure(config, settings);
 	ck_assert_msg(config_add_listener(config, house->address, &error) == OPD_OK, "%s", error.text);
 	if (by_tls())

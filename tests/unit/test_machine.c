@@ -139,6 +139,16 @@ START_TEST(threads_are_no_more_than_this_process_may_use_at_once)
 }
 END_TEST
 
+START_TEST(a_machine_of_four_threads_or_more_gets_several_loops_and_no_more_than_four)
+{
+	static const uint32_t loops[][2] = {{1, 1}, {2, 1}, {3, 1}, {4, 2}, {8, 2}, {11, 2}, {12, 3}, {16, 4}, {128, 4}};
+	for (size_t i = 0; i < sizeof loops / sizeof loops[0]; i++) {
+		const struct machine machine = {.threads = loops[i][0]};
+		ck_assert_uint_eq(machine_loops(&machine), loops[i][1]);
+	}
+}
+END_TEST
+
 int main(void)
 {
 	Suite *suite = suite_create("machine");
@@ -149,6 +159,7 @@ int main(void)
 	tcase_add_test(tests, control_groups_of_version_1_count_too);
 	tcase_add_test(tests, processors_that_share_a_core_count_once);
 	tcase_add_test(tests, threads_are_no_more_than_this_process_may_use_at_once);
+	tcase_add_test(tests, a_machine_of_four_threads_or_more_gets_several_loops_and_no_more_than_four);
 	suite_add_tcase(suite, tests);
 	return suite_run(suite);
 }

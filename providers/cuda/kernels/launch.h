@@ -36,6 +36,13 @@ struct cuda_index {
 	bool wide; /* i64 */
 };
 
+/* ---- copy.cu */
+struct cuda_copy_call {
+	opd_copy copies[OPD_COPIES_MAX];
+	uint32_t count;
+};
+int cuda_copy_launch(const struct cuda_copy_call *call, cudaStream_t stream);
+
 /* ---- norm.cu */
 enum cuda_norm {
 	CUDA_RMS_NORM,

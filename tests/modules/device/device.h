@@ -18,7 +18,8 @@
  * launch (run fails), kernel (its event does), mute (launch without code or text that make sense), capture (capture_begin), lost (a
  * kernel after which the device is lost), hang (a kernel waits for the gate), stall (launch does)
  *     OPD_TEST_DEVICE_GATE=PATH          a file: what hangs or stalls waits until it is there
- *     OPD_TEST_DEVICE_RESET=1            a lost device can be reset */
+ *     OPD_TEST_DEVICE_RESET=1            a lost device can be reset
+ *     OPD_TEST_DEVICE_TELL=1             each launch of a graph is logged once it is enqueued */
 #ifndef OPD_TESTS_DEVICE_H
 #define OPD_TESTS_DEVICE_H
 
@@ -28,6 +29,9 @@
 #include <opd/provider.h>
 
 enum { DEVICE_COUNT = 2, DEVICE_RANK = 8, DEVICE_INPUTS = 2 };
+
+/* Where the device reaches host memory that it gave: no address of the host's. */
+#define DEVICE_MAPPED ((uintptr_t)1 << 62)
 
 enum device_fault {
 	DEVICE_FAULT_ALLOC,
@@ -76,6 +80,7 @@ struct device {
 	uint64_t slow_us;
 	uint64_t event_us;
 	uint64_t reset;
+	uint64_t tell;
 };
 
 extern const opd_backend device_backend;
@@ -155,6 +160,7 @@ opd_status device_copy_out(void *state, void *stream, void *host_to, const void 
                            opd_error *error);
 opd_status device_copy_device(void *state, void *stream, void *to, uint64_t to_offset, const void *from, uint64_t from_offset,
                               uint64_t bytes, opd_error *error);
+opd_status device_copy_many(void *state, void *stream, const opd_copy *copies, uint32_t count, opd_error *error);
 opd_status device_event_create(void *state, uint32_t ordinal, void **event_out, opd_error *error);
 void device_event_destroy(void *state, void *event);
 opd_status device_event_record(void *state, void *event, void *stream, opd_error *error);

@@ -103,9 +103,9 @@ opd_status device_host_alloc(void *state, uint32_t ordinal, uint64_t bytes, void
 	struct device *device = state;
 	(void)ordinal;
 	*host_out = aligned_alloc(64, bytes);
-	*device_out = NULL;
 	if (*host_out == NULL)
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "host_alloc: out of memory");
+	*device_out = (void *)((uintptr_t)*host_out | DEVICE_MAPPED);
 	(void)atomic_fetch_add(&device->hosts, 1);
 	return OPD_OK;
 }

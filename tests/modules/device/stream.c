@@ -234,6 +234,8 @@ opd_status device_graph_launch(void *state, void *graph, void *stream_of, opd_er
 	for (const struct command *command = ((struct captured *)graph)->first; command != NULL && status == OPD_OK; command = command->next)
 		status = enqueue(stream_of, command, error);
 	(void)atomic_fetch_add(&device->launches, 1);
+	if (device->tell != 0)
+		device->host->log(device->host, OPD_LOG_INFO, "a graph is enqueued");
 	return status;
 }
 
@@ -286,6 +288,28 @@ opd_status device_copy_device(void *state, void *stream, void *to, uint64_t to_o
 	struct command command = {
 	    .kind = COMMAND_COPY_DEVICE, .to = to, .to_offset = to_offset, .from = from, .from_offset = from_offset, .bytes = bytes};
 	return enqueue(stream, &command, error);
+}
+
+static opd_status copy_one(void *state, void *stream, const opd_copy *copy, opd_error *error)
+{
+	static const unsigned char zeros[256];
+	const bool to_host = ((uintptr_t)copy->to & DEVICE_MAPPED) != 0, from_host = ((uintptr_t)copy->from & DEVICE_MAPPED) != 0;
+	const void *from = (const void *)(((uintptr_t)copy->from & ~DEVICE_MAPPED) + copy->from_offset);
+	if ((to_host && (from_host || copy->from == NULL)) || (copy->from == NULL && copy->bytes > sizeof zeros))
+		return opd_fail(error, OPD_INTERNAL, "copy_many: a copy that this device doesn't know");
+	if (to_host)
+		return device_copy_out(state, stream, (void *)(((uintptr_t)copy->to & ~DEVICE_MAPPED) + copy->to_offset), copy->from, copy->from_offset, copy->bytes, error);
+	if (from_host || copy->from == NULL)
+		return device_copy_in(state, stream, copy->to, copy->to_offset, copy->from == NULL ? zeros : from, copy->bytes, error);
+	return device_copy_device(state, stream, copy->to, copy->to_offset, copy->from, copy->from_offset, copy->bytes, error);
+}
+
+opd_status device_copy_many(void *state, void *stream, const opd_copy *copies, uint32_t count, opd_error *error)
+{
+	opd_status status = count == 0 || count > OPD_COPIES_MAX ? opd_fail(error, OPD_INTERNAL, "copy_many: %u copies", (unsigned)count) : OPD_OK;
+	for (uint32_t i = 0; i < count && status == OPD_OK; i++)
+		status = copy_one(state, stream, &copies[i], error);
+	return status;
 }
 
 /* ---- Events ---- */

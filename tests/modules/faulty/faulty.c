@@ -1,4 +1,4 @@
-/* A provider with faults on demand: relu and silu of contiguous f32 (and relu2 of one row, see there). x[0] names relu's fault, and silu's length that of its predicate or plan; any other call is answered rightly. A kernel that
+/* A provider with faults on demand: relu and silu of contiguous f32 (and relu2 of one row and sigmoid in shares, see there). x[0] names relu's fault, and silu's length that of its predicate or plan; any other call is answered rightly. A kernel that
  * hangs goes on when the file named by FAULTY_GATE is there, so that tests need no clock. FAULTY_NTH=n: the nth kernel of all fails; FAULTY_COUNT: a file that is told how many there were. FAULTY_OPEN:
  * segv, fail. */
 #include <opd/provider.h>
@@ -32,6 +32,10 @@ enum fault {
 	FAULT_ARGUMENT,       /* INVALID_ARGUMENT: the request's fault */
 	FAULT_MUTE,           /* INTERNAL without a text */
 	FAULT_ESCAPE,         /* result: a bit for each thing that a worker has no business to do and that it was let do */
+	/* sigmoid's alone, which is a loop: */
+	FAULT_MEET,           /* none: but it goes on only when a second thread has come to help */
+	FAULT_ALONE,          /* none: it takes some milliseconds, and the first result is how many threads took part */
+	FAULT_SHARES,         /* each result is the first item of the share that it was in */
 };
 
 enum { SCRATCH_BYTES = 100 };
@@ -208,6 +212,62 @@ static opd_status run(const opd_impl *impl, void *state, const opd_call *call, c
 		.plan = plan, .run = run,                                                                                                        \
 	}
 
+/* ---- A loop ---- */
+
+#define MEET_MS 20000 /* longer than any scheduler holds a thread back */
+
+struct split {
+	const opd_exec *exec;
+	const float *x;
+	float *y;
+	int fault;
+	_Atomic unsigned long long threads; /* that took part: a bit each */
+};
+
+static bool is_joined(const struct split *split)
+{
+	return (atomic_load(&split->threads) & ~1ull) != 0;
+}
+
+/* A loop in a worker process asks for help after its first share, and only if that took its time. */
+static void wait_for_others(const struct split *split, bool first)
+{
+	const struct timespec moment = {.tv_nsec = 1000000};
+	(void)nanosleep(&moment, NULL);
+	for (int i = 0; i < MEET_MS && !first && split->fault != FAULT_ALONE && !is_joined(split); i++)
+		(void)nanosleep(&moment, NULL);
+}
+
+static void run_range(void *argument, uint64_t begin, uint64_t end, uint32_t thread)
+{
+	struct split *split = argument;
+	(void)atomic_fetch_or(&split->threads, 1ull << thread);
+	if (split->fault != 0 && split->fault != FAULT_SHARES)
+		wait_for_others(split, begin == 0);
+	if (thread != 0)
+		die(split->fault);
+	if (thread != 0 && split->fault == FAULT_HANG) {
+		split->exec->host->log(split->exec->host, OPD_LOG_INFO, "a helper hangs");
+		hang(split->exec, false);
+	}
+	for (uint64_t i = begin; i < end; i++)
+		split->y[i] = split->fault == FAULT_SHARES ? (float)begin : 1 / (1 + expf(-split->x[i]));
+}
+
+static opd_status run_split(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error)
+{
+	(void)impl, (void)state;
+	const opd_tensor *output = call->outputs[0];
+	struct split split = {.exec = exec, .x = opd_tensor_data(call->args[0].tensor), .y = opd_tensor_data(output)};
+	split.fault = output->elements != 0 && split.x[0] > 1000 ? (int)split.x[0] : 0;
+	exec->host->parallel_for(exec, output->elements, 1, run_range, &split);
+	if (split.fault == FAULT_MEET && !is_joined(&split))
+		return opd_fail(error, OPD_INTERNAL, "faulty.sigmoid: nobody has helped, of %u threads", exec->threads);
+	if (split.fault == FAULT_ALONE)
+		split.y[0] = (float)__builtin_popcountll(atomic_load(&split.threads));
+	return OPD_OK;
+}
+
 /* Right for one row, and fails for more, though it promises that rows don't depend on each other. */
 static opd_status run_one_row(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error)
 {
@@ -235,6 +295,16 @@ static const opd_impl impls[] = {
 		.uuid = "0000000000000000000000000000000000000000000000000000000000000003",
 		.flags = OPD_IMPL_BATCH_INVARIANT,
 		.run = run_one_row,
+	},
+	{
+		.struct_bytes = sizeof(opd_impl),
+		.op = "sigmoid",
+		.schema = "sigmoid(Tensor x) -> Tensor",
+		.device = "cpu",
+		.uuid = "0000000000000000000000000000000000000000000000000000000000000004",
+		.flags = OPD_IMPL_THREAD_INVARIANT,
+		.predicate = supports,
+		.run = run_split,
 	},
 };
 
