@@ -66,23 +66,23 @@ VEC_INLINE vec_f32 gelu_whole(vec_f32 x, vec_f32 tail, float far)
 #endif
 }
 
-/* x·Φ(x). Φ(−z) is 2 to a polynomial of z, so that gelu keeps digits below 0 too: a relative error of 1.5e-7 (f32, to z = 9.5, where gelu is −1e-20), which the rounding of the power makes 4e-7 at −2 and
- * 1e-6 at −4, and of 1.3e-4 (16 bits, to z = 8, −5e-15). */
+/* x·Φ(x). Φ(−z) is 2 to a polynomial of z, so that gelu keeps digits below 0 too: a relative error of 1.5e-7 (to z = 9.5, where gelu is −1e-20), which the rounding of the power makes 4e-7 at −2 and
+ * 1e-6 at −4, and of 1.3e-4 (bf16, to z = 8, −5e-15). f16 has no room for the latter: gelu_and_mul_sparse rounds twice. */
 VEC_INLINE void gelu_of(opd_dtype dtype, vec_f32 *x, size_t n)
 {
 	static const float exact[] = {-4.91595133e-11f, 2.91543545e-09f, -7.63622765e-08f, 1.15888122e-06f, -1.11627032e-05f, 6.87665306e-05f, -0.000233382467f,
 	                              -0.000128267595f, 0.00713997707f, -0.0525978021f, -0.459159106f, -1.15111339f, -0.999999762f};
 	static const float brief[] = {1.59018946e-05f, -0.000485318102f, 0.00636587525f, -0.0486862510f, -0.464639187f, -1.14853394f, -1.00019312f};
-	const float far = dtype == OPD_f32 ? 9.5f : 8.0f;
+	const float far = dtype == OPD_bf16 ? 8.0f : 9.5f;
 	vec_f32 z[VEC_TOGETHER], tail[VEC_TOGETHER];
 	VEC_EACH(i, n) z[i] = (vec_f32)((vec_u32)x[i] & 0x7fffffff);
 #if !defined(VEC_AVX512)
 	VEC_EACH(i, n) z[i] = vec_min(vec_splat(far), z[i]);
 #endif
-	if (dtype == OPD_f32)
-		vec_polynomial(exact, sizeof exact / sizeof exact[0], z, tail, n);
-	else
+	if (dtype == OPD_bf16)
 		vec_polynomial(brief, sizeof brief / sizeof brief[0], z, tail, n);
+	else
+		vec_polynomial(exact, sizeof exact / sizeof exact[0], z, tail, n);
 	vec_exp2(dtype, tail, n);
 	VEC_EACH(i, n) x[i] = gelu_whole(x[i], tail[i], far);
 }
