@@ -4,9 +4,36 @@
 #include "providers/cpu/kernels.h"
 #include "providers/cpu/vec_dtype.h"
 
-VEC_INLINE vec_f32 softmax_exp(opd_dtype dtype, vec_f32 x)
+/* e^(x − highest), in place; the difference is never above 0. */
+VEC_INLINE void softmax_exp(opd_dtype dtype, vec_f32 *x, size_t n, vec_f32 highest)
 {
-	return dtype == OPD_f32 ? vec_exp(x) : vec_exp_16(x);
+	VEC_EACH(i, n) x[i] = x[i] - highest;
+	if (dtype == OPD_f32) {
+		VEC_EACH(i, n) x[i] = vec_exp(x[i]);
+		return;
+	}
+	VEC_EACH(i, n) x[i] = x[i] * vec_splat(VEC_LOG2_E);
+#if !defined(VEC_AVX512)
+	VEC_EACH(i, n) x[i] = vec_max(vec_splat(-150.0f), x[i]);
+#endif
+	vec_exp2(dtype, x, n);
+}
+
+/* `n` vectors from element `at` on, an even number, in the order of pairs. */
+VEC_INLINE void softmax_load(opd_dtype dtype, const void *x, size_t at, vec_f32 *v, size_t n)
+{
+	for (size_t p = 0; p < n; p += 2) {
+		struct vec_pair pair = vec_load_pair(dtype, x, at + p * VEC_LANES);
+		v[p] = pair.v[0];
+		v[p + 1] = pair.v[1];
+	}
+}
+
+VEC_INLINE vec_f32 softmax_exp_part(opd_dtype dtype, const void *x, size_t at, size_t count, float fill, vec_f32 highest)
+{
+	vec_f32 e = vec_load_part(dtype, x, at, count, fill);
+	softmax_exp(dtype, &e, 1, highest);
+	return e;
 }
 
 /* Misses NaN: it then shows in the sum, as e^NaN, and so in every element. */
@@ -37,20 +64,21 @@ VEC_INLINE float softmax_sum(opd_dtype dtype, const void *x, const void *next, f
 	vec_f32 chains[2] = {vec_splat(0.0f), vec_splat(0.0f)};
 	vec_f32 shift = vec_splat(highest);
 	size_t i = 0;
-	for (; i + 2 * VEC_LANES <= count; i += 2 * VEC_LANES) {
-		struct vec_pair pair = vec_load_pair(dtype, x, i);
-		for (size_t p = 0; p < 2; p++) {
-			vec_f32 e = softmax_exp(dtype, pair.v[p] - shift);
+	for (; i + VEC_TOGETHER * VEC_LANES <= count; i += VEC_TOGETHER * VEC_LANES) {
+		vec_f32 e[VEC_TOGETHER];
+		softmax_load(dtype, x, i, e, VEC_TOGETHER);
+		softmax_exp(dtype, e, VEC_TOGETHER, shift);
+		for (size_t p = 0; p < VEC_TOGETHER; p++) {
 			if (kept != NULL)
-				vec_store(OPD_f32, kept, i + p * VEC_LANES, e);
-			chains[p] = chains[p] + e;
+				vec_store(OPD_f32, kept, i + p * VEC_LANES, e[p]);
+			chains[p % 2] = chains[p % 2] + e[p];
 		}
-		vec_ask((const unsigned char *)next + i * bytes, 2 * VEC_LANES * bytes);
+		vec_ask((const unsigned char *)next + i * bytes, VEC_TOGETHER * VEC_LANES * bytes);
 	}
 	for (; i < count; i += VEC_LANES) {
 		size_t here = count - i < VEC_LANES ? count - i : VEC_LANES;
 		/* Lanes past the end are −infinity, and add nothing. Only a row of −infinity makes them NaN, as all of it. */
-		vec_f32 e = softmax_exp(dtype, vec_load_part(dtype, x, i, here, -INFINITY) - shift);
+		vec_f32 e = softmax_exp_part(dtype, x, i, here, -INFINITY, shift);
 		if (kept != NULL)
 			vec_store_part(OPD_f32, kept, i, here, e);
 		chains[0] = chains[0] + e;
@@ -58,14 +86,20 @@ VEC_INLINE float softmax_sum(opd_dtype dtype, const void *x, const void *next, f
 	return vec_sum(chains[0] + chains[1]);
 }
 
+VEC_INLINE void softmax_store(opd_dtype dtype, void *y, size_t at, const vec_f32 *e, size_t n, vec_f32 scale)
+{
+	for (size_t p = 0; p < n; p += 2)
+		vec_store_pair(dtype, y, at + p * VEC_LANES, (struct vec_pair){{e[p] * scale, e[p + 1] * scale}});
+}
+
+/* Elements lie in `kept` as softmax_sum has put them there: whole steps as pairs have them, the rest in its place. */
 VEC_INLINE void softmax_scale_kept(opd_dtype dtype, const float *kept, void *y, size_t count, vec_f32 scale)
 {
 	size_t i = 0;
-	for (; i + 2 * VEC_LANES <= count; i += 2 * VEC_LANES) {
-		struct vec_pair pair;
-		for (size_t p = 0; p < 2; p++)
-			pair.v[p] = vec_load(OPD_f32, kept, i + p * VEC_LANES) * scale;
-		vec_store_pair(dtype, y, i, pair);
+	for (; i + VEC_TOGETHER * VEC_LANES <= count; i += VEC_TOGETHER * VEC_LANES) {
+		vec_f32 e[VEC_TOGETHER];
+		VEC_EACH(p, VEC_TOGETHER) e[p] = vec_load(OPD_f32, kept, i + p * VEC_LANES);
+		softmax_store(dtype, y, i, e, VEC_TOGETHER, scale);
 	}
 	for (size_t here; i < count; i += here) {
 		here = count - i < VEC_LANES ? count - i : VEC_LANES;
@@ -76,15 +110,15 @@ VEC_INLINE void softmax_scale_kept(opd_dtype dtype, const float *kept, void *y, 
 VEC_INLINE void softmax_scale_again(opd_dtype dtype, const void *x, void *y, size_t count, vec_f32 shift, vec_f32 scale)
 {
 	size_t i = 0;
-	for (; i + 2 * VEC_LANES <= count; i += 2 * VEC_LANES) {
-		struct vec_pair pair = vec_load_pair(dtype, x, i);
-		for (size_t p = 0; p < 2; p++)
-			pair.v[p] = softmax_exp(dtype, pair.v[p] - shift) * scale;
-		vec_store_pair(dtype, y, i, pair);
+	for (; i + VEC_TOGETHER * VEC_LANES <= count; i += VEC_TOGETHER * VEC_LANES) {
+		vec_f32 e[VEC_TOGETHER];
+		softmax_load(dtype, x, i, e, VEC_TOGETHER);
+		softmax_exp(dtype, e, VEC_TOGETHER, shift);
+		softmax_store(dtype, y, i, e, VEC_TOGETHER, scale);
 	}
 	for (size_t here; i < count; i += here) {
 		here = count - i < VEC_LANES ? count - i : VEC_LANES;
-		vec_store_part(dtype, y, i, here, softmax_exp(dtype, vec_load_part(dtype, x, i, here, 0.0f) - shift) * scale);
+		vec_store_part(dtype, y, i, here, softmax_exp_part(dtype, x, i, here, 0.0f, shift) * scale);
 	}
 }
 

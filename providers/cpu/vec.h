@@ -169,21 +169,6 @@ VEC_INLINE vec_f32 vec_exp_near(vec_f32 x)
 	return vec_scale(p, n, biased);
 }
 
-/* The same for results of 16 bits: a relative error under 1e-5, by two coefficients and one step of the reduction less. */
-VEC_INLINE vec_f32 vec_exp_16_near(vec_f32 x)
-{
-	const vec_f32 magic = vec_splat(12582912.0f);
-	vec_f32 shifted = vec_fma(x, vec_splat(1.44269504f), magic);
-	vec_f32 n = shifted - magic;
-	vec_u32 biased = (vec_u32)shifted - (vec_u32)magic + 254;
-	vec_f32 r = vec_fma(n, vec_splat(-0.69314718f), x);
-	vec_f32 p = vec_splat(0.04127660393714905f);
-	p = vec_fma(p, r, vec_splat(0.16753728687763214f));
-	p = vec_fma(p, r, vec_splat(0.5000514388084412f));
-	p = vec_fma(p * r, r, r) + vec_splat(1.0f);
-	return vec_scale(p, n, biased);
-}
-
 /* Where e^x is 0 or +inf anyway, x is as good as at the border. */
 VEC_INLINE vec_f32 vec_exp_bounded(vec_f32 x)
 {
@@ -196,9 +181,42 @@ VEC_INLINE vec_f32 vec_exp(vec_f32 x)
 	return vec_exp_near(vec_exp_bounded(x));
 }
 
-VEC_INLINE vec_f32 vec_exp_16(vec_f32 x)
+/* Vectors that go through a function together, n at most of them (a constant of the caller): their steps stand beside each other, so that one's wait for its last result is filled by the others'. With sixteen registers they would go through memory.
+ * gelu of 4096 in a first-level cache on Zen 5, 2, 4 and 8 at a time: f32 1.22, 1.08, 0.87 us; bf16 0.71, 0.66, 0.61. */
+#if defined(VEC_AVX512)
+#define VEC_TOGETHER 8
+#else
+#define VEC_TOGETHER 2
+#endif
+
+#define VEC_LOG2_E 1.44269504f
+#define VEC_EACH(i, n) for (size_t i = 0; i < (n); i++)
+
+/* y = Σ terms[k]·x^(count − 1 − k). The compiler isn't to know the terms: it would keep them in registers, and the vectors in memory instead (gelu of f32, as above: 0.98 us). */
+VEC_INLINE void vec_polynomial(const float *terms, size_t count, const vec_f32 *x, vec_f32 *y, size_t n)
 {
-	return vec_exp_16_near(vec_exp_bounded(x));
+	__asm__("" : "+r"(terms));
+	VEC_EACH(i, n) y[i] = vec_splat(terms[0]);
+	for (size_t k = 1; k < count; k++)
+		VEC_EACH(i, n) y[i] = vec_fma(y[i], x[i], vec_splat(terms[k]));
+}
+
+/* 2^x of x in [-150, 129], and of any x with AVX-512, by a polynomial for 2^f, f of [0, 1). */
+VEC_INLINE void vec_exp2_by(const float *terms, size_t count, vec_f32 *x, size_t n)
+{
+	vec_f32 f[VEC_TOGETHER], p[VEC_TOGETHER];
+#if defined(VEC_AVX512)
+	VEC_EACH(i, n) f[i] = _mm512_reduce_ps(x[i], _MM_FROUND_TO_NEG_INF);
+	vec_polynomial(terms, count, f, p, n);
+	VEC_EACH(i, n) x[i] = _mm512_scalef_ps(p[i], x[i]); /* which takes the whole part itself */
+#else
+	const vec_f32 magic = vec_splat(12582912.0f); /* as in vec_exp_near */
+	vec_f32 shifted[VEC_TOGETHER];
+	VEC_EACH(i, n) shifted[i] = (x[i] - vec_splat(0.5f)) + magic;
+	VEC_EACH(i, n) f[i] = x[i] - (shifted[i] - magic);
+	vec_polynomial(terms, count, f, p, n);
+	VEC_EACH(i, n) x[i] = vec_scale(p[i], shifted[i] - magic, (vec_u32)shifted[i] - (vec_u32)magic + 254);
+#endif
 }
 
 /* a/b for results of 16 bits, b at least 1: a relative error of 2^-14. */
