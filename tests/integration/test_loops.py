@@ -7,7 +7,8 @@ import threading
 import unittest
 
 from harness import (
-    DEADLINE_EXCEEDED, NOT_FOUND, OK, OPD, Client, Daemon, DaemonCase, Failed, f32, inline, pb, rms_norm, run, tensor, unpack_f32, wait_until,
+    DEADLINE_EXCEEDED, HELLO, NOT_FOUND, OK, OPD, REQUEST, Client, Daemon, DaemonCase, Failed, connect, f32, frame, hello_envelope, inline, pb, rms_norm, run, tensor,
+    unpack_f32, wait_until,
 )
 
 LOOPS = 3
@@ -247,6 +248,31 @@ class Life(unittest.TestCase):
             thread.join()
         self.assertEqual(failures, [])
         self.assertEqual(len(counts), CLIENTS)
+
+    def test_connections_that_end_at_every_byte_wherever_they_are_then_harm_nobody(self):
+        """Hardening: framing-truncation"""
+        lines = "tenants: {'*': {weight: %d}}\n"
+        daemon = self.start(config=lines % 1)
+        request, payload, wanted = rms_norm()
+        good = frame(HELLO, envelope=hello_envelope()) + frame(REQUEST, 1, request.SerializeToString(), payload)
+        with Client(daemon.address) as watch:
+            there = [Client(daemon.address) for _ in range(CLIENTS)]  # each loop keeps one descriptor in reserve from its first connection on
+            descriptors = daemon.descriptors() - CLIENTS
+            for client in there:
+                client.close()
+            for cut in range(0, len(good) + 1, 3):
+                with connect(daemon.address) as sock:
+                    sock.sendall(good[:cut])
+                if cut % 30 == 0:  # all loops stand still meanwhile
+                    daemon.write_config(lines % (1 + cut))
+                    daemon.signal(signal.SIGHUP)
+                    sessions(watch)
+            wait_until(lambda: watch.info().sessions == 1 and watch.info().memory_bytes == 0, "nothing is left of them")
+            wait_until(lambda: daemon.descriptors() == descriptors, "their descriptors are closed")
+        for client in [Client(daemon.address) for _ in range(CLIENTS)]:
+            with client:
+                _, data = client.ask(request, payload)
+                self.assertAlmostEqual(unpack_f32(data)[0], wanted[0], places=5)
 
     def test_the_number_of_loops_stays_what_it_was(self):
         daemon = Daemon("--threads", "1", config="loops: 2\n")
