@@ -128,42 +128,50 @@ static void set_receiving(opd_client *client)
 	                          setsockopt(client->fd, SOL_SOCKET, SO_RCVTIMEO, &value, sizeof value) == 0;
 }
 
+/* An empty token is none; the file's is read into `room`. */
+static opd_status find_token(opd_connect_options *known, char room[TOKEN_ROOM_BYTES], opd_error *error)
+{
+	if (known->token != NULL && known->token[0] == '\0')
+		known->token = NULL;
+	if (known->token != NULL || known->token_file == NULL)
+		return OPD_OK;
+	known->token = room;
+	return token_read(known->token_file, room, error);
+}
+
+/* What address and options say together, before anything is opened. *address_in_out: without what it said of options, in `room` or where it was. */
+static opd_status settle_options(const char **address_in_out, opd_connect_options *known, char room[DIAL_ROOM_BYTES], char token[TOKEN_ROOM_BYTES], opd_error *error)
+{
+	opd_status status = dial_options(*address_in_out, known, room, address_in_out, error);
+	if (status == OPD_OK)
+		status = check_tls_options(*address_in_out, known, error);
+	return status == OPD_OK ? find_token(known, token, error) : status;
+}
+
+/* To whom it has reached: no token over a way that others read, then Hello. */
+static opd_status introduce(opd_client *client, const char *address, const opd_connect_options *known, opd_error *error)
+{
+	opd_status status = known->token != NULL && client->tls == NULL ? token_check_way(client->fd, error) : OPD_OK;
+	if (status == OPD_OK)
+		status = greeting_exchange(client, known, error);
+	return status == OPD_OK ? OPD_OK : opd_error_prefix(error, status, "%.200s", address);
+}
+
 opd_status opd_connect(const char *address, const opd_connect_options *options, opd_client **client_out, opd_error *error)
 {
 	opd_connect_options known;
+	char room[DIAL_ROOM_BYTES], token[TOKEN_ROOM_BYTES];
 	opd_status status = read_options(options, &known, error);
+	if (status == OPD_OK)
+		status = settle_options(&address, &known, room, token, error);
 	if (status != OPD_OK)
 		return status;
-	char room[DIAL_ROOM_BYTES];
-	status = dial_options(address, &known, room, &address, error);
-	if (status != OPD_OK)
-		return status;
-	status = check_tls_options(address, &known, error);
-	if (status != OPD_OK)
-		return status;
-	char token[TOKEN_ROOM_BYTES];
-	if (known.token != NULL && known.token[0] == '\0')
-		known.token = NULL;
-	if (known.token == NULL && known.token_file != NULL) {
-		status = token_read(known.token_file, token, error);
-		if (status != OPD_OK)
-			return status;
-		known.token = token;
-	}
 	opd_client *client = client_create(known.timeout_us);
 	if (client == NULL)
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "out of memory for a client");
 	status = client_dial(client, address, &known, known.timeout_us == 0 ? CONNECT_TIMEOUT_US : known.timeout_us, error);
-	if (status == OPD_OK && known.token != NULL && client->tls == NULL) {
-		status = token_check_way(client->fd, error);
-		if (status != OPD_OK)
-			status = opd_error_prefix(error, status, "%.200s", address);
-	}
-	if (status == OPD_OK) {
-		status = greeting_exchange(client, &known, error);
-		if (status != OPD_OK)
-			status = opd_error_prefix(error, status, "%.200s", address);
-	}
+	if (status == OPD_OK)
+		status = introduce(client, address, &known, error);
 	if (status == OPD_OK && known.rings)
 		status = ring_attach(client, &known, error);
 	if (status != OPD_OK) {

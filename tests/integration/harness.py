@@ -385,7 +385,15 @@ class Daemon:
             return int(re.search(r"VmRSS:\s+(\d+)", file.read()).group(1))
 
     def descriptors(self):
-        return len(os.listdir("/proc/%d/fd" % self.process.pid))
+        """How many are open; without those of /dev/null, of which libuv keeps one for each loop that has had a connection."""
+        folder = "/proc/%d/fd" % self.process.pid
+        count = 0
+        for name in os.listdir(folder):
+            try:
+                count += os.readlink(os.path.join(folder, name)) != os.devnull
+            except FileNotFoundError:
+                pass  # closed meanwhile
+        return count
 
     def stop(self, code=0):
         """Ends it by SIGTERM; code: what it must end with (None: whatever)."""

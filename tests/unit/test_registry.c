@@ -8,7 +8,9 @@
 #include "server/registry.h"
 #include "tests/lib/lab.h"
 
-static char log_path[] = "/tmp/opd-test-registry-XXXXXX";
+#define LOG_PATH "/tmp/opd-test-registry-XXXXXX"
+
+static char log_path[sizeof LOG_PATH];
 static struct log test_log;
 static struct registry *registry;
 static opd_error error;
@@ -28,6 +30,7 @@ static void give_back(void *context, void *memory)
 static void open_registry(void)
 {
 	const struct registry_services services = {.alloc = allocate, .free = give_back};
+	memcpy(log_path, LOG_PATH, sizeof log_path);
 	int fd = mkstemp(log_path);
 	ck_assert_int_ge(fd, 0);
 	ck_assert_int_eq(log_init(&test_log, LOG_WARN, LOG_TEXT, log_path, &error), OPD_OK);
