@@ -1001,7 +1001,11 @@ class Client:
         hello = pb.Hello(version_min=1, version_max=1, features=["cancel"] + ["shm"] * shared_memory, client=name, chunk_bytes=chunk_bytes, no_chunks=no_chunks, token=token)
         envelope = hello.SerializeToString()
         self._link.send([memoryview(_header(_HELLO, 0, len(envelope), 0) + envelope)])
-        self._pump_until(lambda: self.hello is not None, self._deadline(timeout))
+        try:
+            self._pump_until(lambda: self.hello is not None, self._deadline(timeout))
+        except Unavailable:  # refused before it has asked: the server answers and closes, and the Hello finds nobody
+            if self.hello is None:
+                raise
         if self.hello.status != 0:
             self.close()
             raise _fail(self.hello.status, self.hello.message)

@@ -285,6 +285,19 @@ def rms_norm(x, weight, epsilon):
     return x / np.sqrt((x.astype("float64") ** 2).mean(-1, keepdims=True) + epsilon) * weight
 
 
+class RefusedAtOnce(unittest.TestCase):
+    def test_what_a_server_said_before_it_was_asked_is_the_error_although_it_has_closed(self):
+        mine, its = socket.socketpair()
+        envelope = pb.HelloReply(status=8, message="6 sessions are open, no more may be").SerializeToString()
+        its.sendall(struct.pack("<4sBBHQIIQ", b"OPD1", 1, 2, 0, 0, len(envelope), 0, 0) + envelope)
+        its.close()
+        mine.setblocking(False)
+        self.addCleanup(setattr, opd, "_dial", opd._dial)
+        opd._dial = lambda *_: mine
+        with self.assertRaisesRegex(opd.ResourceExhausted, "6 sessions are open"):
+            opd.Client("unix:/nowhere")
+
+
 class AgainstTheDaemon(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
