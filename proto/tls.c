@@ -326,10 +326,19 @@ opd_status tls_handshake(struct tls *tls, opd_error *error)
 	return SSL_get_error(tls->ssl, done) == SSL_ERROR_WANT_READ ? OPD_OK : failed(tls, error);
 }
 
+/* Somebody else's errors on this thread (a client's program uses OpenSSL too) aren't ours. To clear what is empty already was a twentieth of a small op's instructions. */
+static void forget_errors(void)
+{
+	if (ERR_peek_error() != 0)
+		ERR_clear_error();
+}
+
 opd_status tls_read(struct tls *tls, uint8_t *to, size_t room, size_t *got_out, opd_error *error)
 {
-	ERR_clear_error();
 	*got_out = 0;
+	if (tls->in_bytes == 0 && SSL_has_pending(tls->ssl) == 0) /* OpenSSL would make a buffer to find that out */
+		return OPD_OK;
+	forget_errors();
 	const int got = SSL_read(tls->ssl, to, room < INT_MAX ? (int)room : INT_MAX);
 	if (got > 0) {
 		*got_out = (size_t)got;
@@ -345,6 +354,11 @@ opd_status tls_read(struct tls *tls, uint8_t *to, size_t room, size_t *got_out, 
 	return failed(tls, error);
 }
 
+void tls_keep_buffers(struct tls *tls)
+{
+	(void)SSL_clear_mode(tls->ssl, SSL_MODE_RELEASE_BUFFERS);
+}
+
 bool tls_pending(const struct tls *tls)
 {
 	return SSL_pending(tls->ssl) != 0;
@@ -352,7 +366,7 @@ bool tls_pending(const struct tls *tls)
 
 static opd_status seal(struct tls *tls, const uint8_t *from, size_t bytes, opd_error *error)
 {
-	ERR_clear_error();
+	forget_errors();
 	for (size_t sealed = 0; sealed < bytes;) {
 		const int done = SSL_write(tls->ssl, from + sealed, (int)(bytes - sealed));
 		if (done <= 0)

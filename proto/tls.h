@@ -54,6 +54,9 @@ void tls_fini(struct tls *tls);
  * speaks another version, another protocol, or no TLS), UNAVAILABLE (anything else). `out` may then hold an alert, to be sent. */
 OPD_MUST_USE opd_status tls_handshake(struct tls *tls, opd_error *error);
 
+/* OpenSSL's two buffers of 17 KiB stay with a server's connection, instead of being allocated for each record. */
+void tls_keep_buffers(struct tls *tls);
+
 /* At most `room` bytes of one record; *got_out 0: more ciphertext is needed, or the peer has `ended`. Failures as the handshake's: a client learns here that its certificate was refused. */
 OPD_MUST_USE opd_status tls_read(struct tls *tls, uint8_t *to, size_t room, size_t *got_out, opd_error *error);
 /* Opened bytes wait for tls_read though no ciphertext is at hand. */

@@ -139,7 +139,7 @@ static uint64_t row_blocks(const struct product *product)
 
 static uint64_t column_blocks(const struct product *product)
 {
-	return (uint64_t)((product->columns + product_block_columns(product) - 1) / product_block_columns(product));
+	return (uint64_t)((product->columns + PRODUCT_BLOCK_COLUMNS - 1) / PRODUCT_BLOCK_COLUMNS);
 }
 
 uint64_t product_blocks(const struct product *product)
@@ -159,11 +159,11 @@ struct product_block product_block_at(const struct product *product, uint64_t in
 	uint64_t batch = index / column_blocks(product) / row_blocks(product);
 	int64_t row = (int64_t)(index % row_blocks(product)) * PRODUCT_BLOCK_ROWS;
 	struct product_block block = {
-		.column = (int64_t)(index / row_blocks(product) % column_blocks(product)) * product_block_columns(product),
+		.column = (int64_t)(index / row_blocks(product) % column_blocks(product)) * PRODUCT_BLOCK_COLUMNS,
 		.rows = least(product->rows - row, PRODUCT_BLOCK_ROWS),
 		.y = opd_tensor_data(product->y),
 	};
-	block.columns = least(product->columns - block.column, product_block_columns(product));
+	block.columns = least(product->columns - block.column, PRODUCT_BLOCK_COLUMNS);
 	block.y += ((batch * (uint64_t)product->rows + (uint64_t)row) * (uint64_t)product->columns + (uint64_t)block.column) *
 	           opd_dtype_bytes(product->y->dtype);
 	if (product->depth == 0)

@@ -81,6 +81,7 @@ struct config *config_create(void)
 	config->segment_ns = 2000000;
 	config->batch_rows = 16;
 	config->batch_shared_bytes = 32u << 20;
+	config->batch_devices = true;
 	config->polling_window_us = 50;
 	config->polling_budget_us = 500000;
 	config->level = LOG_INFO;

@@ -190,6 +190,7 @@ struct config {
 	uint64_t inline_ns; /* a kernel estimated under this runs on the loop; default 5000, 0: never */
 	uint64_t segment_ns; /* of work may be handed to a device before the scheduler is asked again; default 2 ms */
 	uint32_t batch_rows;    /* of requests that run as one kernel, together; default 16, 0: each alone */
+	bool batch_devices;          /* on devices too, whatever they share; default true */
 	uint64_t batch_shared_bytes; /* … if the operands that they share have at least so many; default 32 MiB, 0: whatever they have */
 	uint64_t polling_window_us; /* the loop goes on looking at a polling client's ring for at most so long; default 50, 0: never */
 	uint64_t polling_budget_us; /* … and spends at most so much of a second in looks that bring nothing; default 500000 */

@@ -274,6 +274,7 @@ static const struct config_key keys[] = {
 	{"inline", set_ns, AT(inline_ns), 0, 1000000, 0},
 	{"segment", set_ns, AT(segment_ns), 1000, 1000000000, 0},
 	{"batching.rows", set_count, AT(batch_rows), 0, 256, 0},
+	{"batching.devices", set_bool, AT(batch_devices), 0, 0, 0},
 	{"batching.shared", set_bytes, AT(batch_shared_bytes), 0, MEMORY_MAX, 0},
 	{"polling.window", set_us, AT(polling_window_us), 0, 10000, 0},
 	{"polling.budget", set_us, AT(polling_budget_us), 0, 1000000, 0},

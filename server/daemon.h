@@ -54,6 +54,7 @@ struct server {
 	_Atomic uint64_t segment_ns;
 	_Atomic uint32_t batch_rows;    /* of a batch, at most */
 	_Atomic uint64_t batch_shared_bytes; /* of the operands that its requests share, at least */
+	_Atomic bool batch_devices;     /* so on devices, too */
 	_Atomic uint64_t batches;       /* kernels that ran for more than one request */
 	_Atomic uint64_t batched;       /* those requests */
 	struct registry *registry;

@@ -9,6 +9,7 @@
 #include <sys/prctl.h>
 #include <time.h>
 
+#include "server/batch.h"
 #include "server/daemon.h"
 #include "server/device_work.h"
 #include "server/module.h"
@@ -486,6 +487,44 @@ static void job_enqueue(struct device_lane *lane, struct device_job *job)
 	tell_begun(lane, job);
 }
 
+/* Nobody waits for the rest of it any more: it is begun, and ends so. */
+static bool begin_unwanted(struct device_lane *lane, struct device_job *job)
+{
+	if (check_before(lane, job) == OPD_OK)
+		return false;
+	job_enqueue(lane, job);
+	return true;
+}
+
+/* The job and those that it has taken along: as one, else one after the other. */
+static void enqueue_picked(struct device_lane *lane, struct device_job *job)
+{
+	struct device_job *wanted = NULL, **end = &wanted;
+	if (job->others == NULL) {
+		job_enqueue(lane, job);
+		return;
+	}
+	job->next = job->others;
+	job->others = NULL;
+	for (struct device_job *next; job != NULL; job = next) {
+		next = job->next;
+		if (begin_unwanted(lane, job))
+			continue;
+		job->next = NULL;
+		*end = job;
+		end = &job->next;
+	}
+	struct device_job *all = wanted == NULL || wanted->next == NULL ? NULL : device_batch_create(lane, wanted);
+	if (all != NULL) {
+		job_enqueue(lane, all);
+		return;
+	}
+	for (struct device_job *next; wanted != NULL; wanted = next) {
+		next = wanted->next;
+		job_enqueue(lane, wanted);
+	}
+}
+
 /* The job whose event tells of the oldest one's end; NULL: none was recorded yet. */
 static struct device_job *marked(const struct device_lane *lane)
 {
@@ -540,10 +579,11 @@ static uint64_t device_time(struct device_lane *lane, const struct device_job *f
 	return ended_ns > from_ns ? ended_ns - from_ns : 0;
 }
 
-static void end_job(struct device_lane *lane, struct device_job *job, uint64_t ended_ns, uint64_t device_ns)
+/* True: too late, its request is answered. */
+static bool end_job(struct device_lane *lane, struct device_job *job, uint64_t ended_ns, uint64_t device_ns)
 {
 	job->ended_ns = lane->progress_ns = ended_ns;
-	job->device_ns = device_ns;
+	job->device_ns += device_ns; /* it may have failed together with others before */
 	lane->in_flight--;
 	lane->flight_ns -= job->item.estimate_ns;
 	const bool overdue = device_watch_end(lane, job); /* then it was answered as failed */
@@ -555,28 +595,77 @@ static void end_job(struct device_lane *lane, struct device_job *job, uint64_t e
 	if (job->status != OPD_OK || overdue)
 		bequeath_failure(job);
 	job_release(lane, job);
+	return overdue;
 }
 
-/* Takes the jobs that are complete out of the flight, oldest first, with their share of the device's time; NULL: none was. */
-static struct device_job *take_complete(struct device_lane *lane)
+/* In what time they ended together, by their rows. */
+static void end_members(struct device_job *all)
 {
-	struct device_job *ended = lane->flight, *last = marked(lane);
+	uint64_t rows = 0;
+	for (const struct device_job *job = all->members; job != NULL; job = job->next)
+		rows += job->batch.rows;
+	for (struct device_job *job = all->members; job != NULL; job = job->next) {
+		job->started_ns = all->started_ns;
+		job->ended_ns = all->ended_ns;
+		job->moves_ns = all->moves_ns;
+		job->device_ns += (uint64_t)((double)all->device_ns * job->batch.rows / (double)rows);
+		job->status = all->status;
+		if (all->status != OPD_OK)
+			job->error = all->error;
+	}
+}
+
+/* Whoever's fault it was: each runs alone, unless they have their answer, or the device is lost with what was on it. */
+static bool members_again(struct device_lane *lane, struct device_job *all, bool overdue)
+{
+	if (all->status == OPD_OK || all->status == OPD_DATA_LOSS || overdue)
+		return false;
+	*lane->again_end = all->members;
+	for (struct device_job *job = all->members; job != NULL; job = job->next)
+		lane->again_end = &job->next;
+	return true;
+}
+
+/* The jobs that are their owners' again: this one, or its members. */
+static struct device_job *end_of(struct device_lane *lane, struct device_job *job, uint64_t ended_ns, uint64_t device_ns)
+{
+	const bool overdue = end_job(lane, job, ended_ns, device_ns);
+	struct device_job *members = job->members;
+	if (members == NULL)
+		return job;
+	end_members(job);
+	if (members_again(lane, job, overdue))
+		members = NULL;
+	free(job);
+	return members;
+}
+
+/* Takes the jobs that are complete out of the flight, oldest first, with their share of the device's time; false: none was. *ended_out: those that go back to their owners. */
+static bool take_complete(struct device_lane *lane, struct device_job **ended_out)
+{
+	struct device_job *first = lane->flight, *last = marked(lane);
+	*ended_out = NULL;
 	if (last == NULL || !job_complete(lane, last))
-		return NULL;
+		return false;
 	const uint64_t ended_ns = request_now_ns();
 	uint64_t count = 1;
-	for (const struct device_job *job = ended; job != last; job = job->next)
+	for (const struct device_job *job = first; job != last; job = job->next)
 		count++;
-	const uint64_t device_ns = device_time(lane, ended, ended_ns) / count;
+	const uint64_t device_ns = device_time(lane, first, ended_ns) / count;
 	lane->flight = last->next;
 	if (lane->flight == NULL)
 		lane->flight_end = &lane->flight;
 	last->next = NULL;
-	for (struct device_job *job = ended; job != NULL; job = job->next)
-		end_job(lane, job, ended_ns, device_ns);
+	for (struct device_job *job = first, *next; job != NULL; job = next) {
+		next = job->next;
+		job->next = NULL;
+		*ended_out = end_of(lane, job, ended_ns, device_ns);
+		while (*ended_out != NULL)
+			ended_out = &(*ended_out)->next;
+	}
 	atomic_store_explicit(&lane->stream_until_ns, ended_ns + lane->flight_ns, memory_order_relaxed);
 	watch_oldest(lane);
-	return ended;
+	return true;
 }
 
 /* Under the mutex. */
@@ -610,10 +699,12 @@ static void hand_over(struct device_lane *lane, struct device_job *ended)
 /* Ends the jobs that are complete; false: none was. */
 static bool poll_flight(struct device_lane *lane)
 {
-	struct device_job *ended = take_complete(lane);
+	struct device_job *ended;
+	if (!take_complete(lane, &ended))
+		return false;
 	if (ended != NULL)
 		hand_over(lane, ended);
-	return ended != NULL;
+	return true;
 }
 
 /* What is on the stream can't be overtaken: one job, or as many as take no longer than a segment; and the next after a long one shortly before that should have ended, so that the device
@@ -626,6 +717,36 @@ static bool has_room(const struct device_lane *lane)
 	return lane->in_flight == 1 && atomic_load_explicit(&lane->stream_until_ns, memory_order_relaxed) < request_now_ns() + NEXT_AHEAD_NS;
 }
 
+static struct device_job *job_of_item(struct sched_item *item)
+{
+	return (struct device_job *)(void *)((char *)item - offsetof(struct device_job, item));
+}
+
+/* Under the mutex. */
+static void note_begun(struct device_lane *lane, const struct device_job *job, uint64_t now_ns)
+{
+	const uint64_t queued_ns = job->item.queued_ns;
+	histogram_add(&lane->waits[job->item.class], now_ns > queued_ns ? now_ns - queued_ns : 0, false);
+}
+
+/* Under the mutex: those that wait and may run with a job that was picked. */
+static void take_along(struct device_lane *lane, struct device_job *job, uint64_t now_ns)
+{
+	struct device_job **end = &job->others;
+	job->others = NULL;
+	if (job->batch.link == NULL)
+		return;
+	batch_queue_remove(&lane->batches, &job->batch);
+	struct batch_item *taken = batch_queue_take(&lane->batches, &lane->scheduler, &job->batch, atomic_load_explicit(&lane->server->batch_rows, memory_order_relaxed), now_ns);
+	for (; taken != NULL; taken = taken->next) {
+		struct device_job *other = job_of_item(taken->item);
+		note_begun(lane, other, now_ns);
+		other->next = NULL;
+		*end = other;
+		end = &other->next;
+	}
+}
+
 /* Under the mutex; NULL: none may run now, and *ready_ns_out says when to ask again. */
 static struct device_job *pick(struct device_lane *lane, uint64_t *ready_ns_out)
 {
@@ -636,8 +757,10 @@ static struct device_job *pick(struct device_lane *lane, uint64_t *ready_ns_out)
 	struct sched_item *item = scheduler_pick(&lane->scheduler, now_ns, ready_ns_out);
 	if (item == NULL)
 		return NULL;
-	histogram_add(&lane->waits[item->class], now_ns > item->queued_ns ? now_ns - item->queued_ns : 0, false);
-	return (struct device_job *)(void *)((char *)item - offsetof(struct device_job, item));
+	struct device_job *job = job_of_item(item);
+	note_begun(lane, job, now_ns);
+	take_along(lane, job, now_ns);
+	return job;
 }
 
 static void sleep_until(struct device_lane *lane, uint64_t ready_ns)
@@ -649,11 +772,26 @@ static void sleep_until(struct device_lane *lane, uint64_t ready_ns)
 		(void)pthread_cond_timedwait(&lane->wake, &lane->mutex, &until);
 }
 
+/* One that has failed with others; NULL: none, or there is no room. */
+static struct device_job *next_again(struct device_lane *lane)
+{
+	struct device_job *job = has_room(lane) ? lane->again : NULL;
+	if (job == NULL)
+		return NULL;
+	lane->again = job->next;
+	if (lane->again == NULL)
+		lane->again_end = &lane->again;
+	return job;
+}
+
 /* The next job, waiting for one only when nothing is in flight; NULL: none now. *stop_out: stopping, and nothing is left. */
 static struct device_job *next_job(struct device_lane *lane, bool *stop_out)
 {
 	uint64_t ready_ns = UINT64_MAX;
-	struct device_job *job = NULL;
+	struct device_job *job = next_again(lane);
+	*stop_out = false;
+	if (job != NULL)
+		return job;
 	(void)pthread_mutex_lock(&lane->mutex);
 	lane->taken = lane->taken && lane->in_flight != 0;
 	if (lane->taken)
@@ -680,7 +818,7 @@ static void *lane_main(void *argument)
 	for (bool stop = false; !stop;) {
 		struct device_job *job = next_job(lane, &stop);
 		if (job != NULL)
-			job_enqueue(lane, job);
+			enqueue_picked(lane, job);
 		else
 			mark_end(lane);
 		/* While jobs come that one event will tell of, the device isn't asked for each of them. */
@@ -731,12 +869,13 @@ enum device_ran device_lane_run(struct device_lane *lane, struct device_job *job
 		return DEVICE_BUSY;
 	job_enqueue(lane, job);
 	mark_end(lane);
-	struct device_job *ended = take_complete(lane);
-	while (ended == NULL && request_now_ns() - job->started_ns < job->here_ns)
-		ended = take_complete(lane);
+	struct device_job *ended;
+	bool over = take_complete(lane, &ended);
+	while (!over && request_now_ns() - job->started_ns < job->here_ns)
+		over = take_complete(lane, &ended);
 	let_attend(lane, ATTEND_WHOLE_NS);
 	give_lane(lane, ended);
-	return ended != NULL ? DEVICE_ENDED : DEVICE_LEFT;
+	return over ? DEVICE_ENDED : DEVICE_LEFT;
 }
 
 /* ---- Life ---- */
@@ -786,6 +925,8 @@ static opd_status lane_start(struct server *server, const struct device *device,
 	for (uint32_t i = 0; i < CONFIG_LOOPS_MAX; i++)
 		lane->done[i].end = &lane->done[i].first;
 	lane->flight_end = &lane->flight;
+	lane->again_end = &lane->again;
+	batch_queue_init(&lane->batches);
 	const struct memory_source source = {source_alloc, source_free, lane};
 	memory_init_device(&lane->memory, number, device->name, UINT64_MAX, source);
 	(void)pthread_mutex_init(&lane->mutex, NULL);
@@ -899,6 +1040,8 @@ bool device_lane_submit(struct device_lane *lane, struct device_job *job)
 	job->queued_ns = request_now_ns();
 	(void)pthread_mutex_lock(&lane->mutex);
 	const bool queued = scheduler_submit(&lane->scheduler, &job->item, job->queued_ns);
+	if (queued && job->batch.number != 0)
+		batch_queue_add(&lane->batches, &job->batch, &job->item);
 	if (!queued) {
 		job->refusal.full = scheduler_full(&lane->scheduler, job->item.flow, &job->refusal.queued, &job->refusal.limit);
 		job->refusal.wait_ns = scheduler_wait_ns(&lane->scheduler, job->item.flow, (sched_class)job->item.class);
@@ -912,6 +1055,8 @@ bool device_lane_withdraw(struct device_lane *lane, struct device_job *job)
 {
 	(void)pthread_mutex_lock(&lane->mutex);
 	const bool queued = scheduler_withdraw(&lane->scheduler, &job->item);
+	if (queued)
+		batch_queue_remove(&lane->batches, &job->batch);
 	(void)pthread_mutex_unlock(&lane->mutex);
 	return queued;
 }

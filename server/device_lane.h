@@ -6,6 +6,7 @@
  * stream lets them. Which comes next is a scheduler's to say, as on the CPU lane; what is on the stream can't be overtaken, so that no more is put there than `segment` of the configuration
  * (by estimates), but for one job. A job's device time is what the device worked on it alone: from the end of the one before, or its own beginning; of jobs whose end one event tells
  * (opd_backend.flags), an equal part.
+ * Jobs that wait and may run together (server/batch_queue.h) are one job on the stream: the lane's own, whose members they are. When it fails each of them is begun again alone.
  * A lone short job needs no other thread: while the lane is idle, device_lane_run does the same work on its caller's, which looks for the job's end for as long as the job may take, and
  * leaves it to the lane's thread after that. One thread at a time works with the device.
  * The stream is made on the lane's thread by its first job: a device's context may take long to make, and a loop must not wait for it.
@@ -18,6 +19,7 @@
 #include <stdint.h>
 
 #include "proto/arena.h"
+#include "server/batch_queue.h"
 #include "server/lane.h"
 #include "server/registry.h"
 #include "server/tensors.h"
@@ -33,6 +35,7 @@ struct device_landing;
 struct device_job {
 	struct device_job *next;
 	struct sched_item item;   /* flow, class and estimate are the owner's */
+	struct batch_item batch;  /* whom it may take along, and who it: at most `batching.rows` of the configuration */
 	uint32_t loop;            /* on which `done` is called */
 	struct lane_refusal refusal; /* by a device_lane_submit that was false */
 	const char *name;         /* for texts: an op's, or of another kind of request */
@@ -53,8 +56,10 @@ struct device_job {
 	uint64_t started_ns;
 	uint64_t ended_ns;
 	uint64_t moves_ns; /* host time spent enqueueing copies */
-	uint64_t device_ns; /* once it is done: what the device worked on it alone */
+	uint64_t device_ns; /* once it is done: what the device worked on it alone, or on its rows of what it ran together with */
 	/* the lane's */
+	struct device_job *members; /* that this one, which is nobody's, is all of; linked by next. NULL: it is its owner's */
+	struct device_job *others;  /* taken along when it was picked, linked by next */
 	void *event;   /* NULL: a later job's tells of its end, or nothing was enqueued */
 	bool enqueued;
 	bool recorded;

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "proto/tensor.h"
+#include "server/batch.h"
 #include "server/daemon.h"
 #include "server/device_work.h"
 #include "server/metrics.h"
@@ -38,7 +39,7 @@ static uint64_t touched_bytes(const opd_tensor *tensor)
 	return tensor_extent(tensor->dtype, tensor->rank, tensor->shape, tensor->strides, tensor->byte_offset, &end) ? end : 0;
 }
 
-static void note_move(struct request *request, const char *what, uint32_t from, uint32_t to, uint64_t bytes)
+void device_note_move(struct request *request, const char *what, uint32_t from, uint32_t to, uint64_t bytes)
 {
 	struct request_run *run = &request->run;
 	const struct device *devices = request->snapshot->devices;
@@ -58,7 +59,7 @@ static opd_status copy_touched(struct device_lane *lane, struct request *request
 		return status;
 	tensor->data = buffer->data;
 	tensor->byte_offset = empty ? 0 : host->byte_offset - skip;
-	note_move(request, what, 0, lane->number, bytes);
+	device_note_move(request, what, 0, lane->number, bytes);
 	return bytes == 0 ? OPD_OK : device_copy_in(lane, &request->device_job, buffer, 0, (const unsigned char *)host->data + skip, bytes);
 }
 
@@ -67,8 +68,6 @@ static opd_status copy_touched(struct device_lane *lane, struct request *request
 /* A kernel that touches each element about once may do so over the link: a copy before or behind it costs more than the wait. From some MiB on copies are as fast, and leave the kernel's
  * multiprocessors to others. */
 #define MAPPED_BYTES (4u << 20)
-/* Where memory isn't locked: what the ring's copy costs on the lane. */
-#define MAPPED_RING_BYTES (64u << 10)
 
 static uint64_t largest_of(const struct request *request)
 {
@@ -95,7 +94,7 @@ static bool map_operand(struct device_lane *lane, struct request *request, const
 	void *mapped = NULL;
 	if (!may_be_mapped(request, mine, host))
 		return false;
-	if (!pins_use(&lane->device, data, bytes, &mapped) && bytes <= MAPPED_RING_BYTES) {
+	if (!pins_use(&lane->device, data, bytes, &mapped) && bytes <= DEVICE_MAPPED_RING_BYTES) {
 		unsigned char *piece = device_ring_take(lane, &request->device_job, bytes, &mapped);
 		if (piece != NULL && mapped != NULL)
 			memcpy(piece, data, bytes);
@@ -113,7 +112,7 @@ static bool map_result(struct device_lane *lane, struct request *request, const 
 	void *mapped = NULL;
 	if (host->data == NULL || run_keeps(request, index) || !may_be_mapped(request, mine, host))
 		return false;
-	if (!pins_use(&lane->device, host->data, bytes, &mapped) && bytes <= MAPPED_RING_BYTES) {
+	if (!pins_use(&lane->device, host->data, bytes, &mapped) && bytes <= DEVICE_MAPPED_RING_BYTES) {
 		const unsigned char *piece = device_ring_take(lane, &request->device_job, bytes, &mapped);
 		if (piece == NULL || mapped == NULL || !device_ring_land(&request->device_job, host->data, piece, bytes))
 			return false;
@@ -138,7 +137,7 @@ static opd_status place_kept(struct device_lane *lane, struct request *request, 
 		return status;
 	tensor->data = here->data;
 	if (moved)
-		note_move(request, operand->param, 0, lane->number, kept->bytes);
+		device_note_move(request, operand->param, 0, lane->number, kept->bytes);
 	return OPD_OK;
 }
 
@@ -167,7 +166,7 @@ static bool place_donated(struct device_lane *lane, struct request *request, str
 		if (*status_out == OPD_OK)
 			*status_out = device_copy_in(lane, job, place, 0, from, kept->bytes);
 		if (*status_out == OPD_OK)
-			note_move(request, request->run.bound.operands[index].param, 0, lane->number, kept->bytes);
+			device_note_move(request, request->run.bound.operands[index].param, 0, lane->number, kept->bytes);
 	}
 	if (*status_out == OPD_OK) {
 		tensor->data = place->data;
@@ -189,7 +188,7 @@ static opd_status place_operand(struct device_lane *lane, struct request *reques
 	*tensor_out = tensor;
 	opd_status status = OPD_OK;
 	if (request->run.kept[index] == NULL && map_operand(lane, request, mine, host, tensor)) {
-		note_move(request, operand->param, 0, lane->number, host->elements * opd_dtype_bytes(host->dtype));
+		device_note_move(request, operand->param, 0, lane->number, host->elements * opd_dtype_bytes(host->dtype));
 		return OPD_OK;
 	}
 	*tensor = *host;
@@ -225,7 +224,7 @@ static opd_status place_result(struct device_lane *lane, struct request *request
 	output->device = lane->number;
 	mine->output_list[index] = output;
 	if (mine->results[index] == NULL && map_result(lane, request, mine, index, output)) {
-		note_move(request, "result", lane->number, 0, touched_bytes(output));
+		device_note_move(request, "result", lane->number, 0, touched_bytes(output));
 		return OPD_OK;
 	}
 	output->data = NULL;
@@ -385,7 +384,7 @@ static opd_status copy_results(struct device_lane *lane, struct request *request
 		if (host->data == NULL || mine->results[i] == NULL) /* the kernel writes it there */
 			continue;
 		status = device_copy_out(lane, job, host->data, mine->results[i], 0, bytes);
-		note_move(request, "result", lane->number, 0, bytes);
+		device_note_move(request, "result", lane->number, 0, bytes);
 	}
 	if (status == OPD_OK && mine->fault != NULL)
 		status = device_copy_out(lane, job, &mine->found, mine->fault, 0, sizeof mine->found);
@@ -482,7 +481,7 @@ static void run_done(struct request *request)
 	request->clock.moves = job->moves_ns;
 	if (request->run.written)
 		metrics_ran(request->context->metrics, request->run.dispatch.impl, job->started_ns - job->queued_ns, job->ended_ns - job->started_ns, job->status);
-	if (request->run.written && job->status == OPD_OK)
+	if (request->run.written && job->status == OPD_OK && request->run.batched == 0) /* what it costs alone */
 		placement_note(request->context->server->placement, request->run.dispatch.impl, request->run.device, work_bytes(request), job->device_ns, job->ended_ns);
 	execute_device_done(request);
 }
@@ -608,5 +607,6 @@ void device_run_start(struct request *request)
 		request->clock.queued = request_now_ns();
 		request->device_job.item.behind = run->behind = arena_zalloc(&request->arena, sizeof *run->behind);
 	}
+	batch_offer(request);
 	device_submit(request, lane, run_done);
 }

@@ -16,6 +16,8 @@
 #define DEVICE_RING_BYTES (8u << 20)
 /* Larger copies go from and to where the bytes lie: what a driver does for them costs less then than a second copy. */
 #define DEVICE_RING_PIECE_BYTES (256u << 10)
+/* So much of it kernels read and write over the link, instead of a copy: what the ring's own copy costs on the lane. */
+#define DEVICE_MAPPED_RING_BYTES (64u << 10)
 
 struct device_lane {
 	struct server *server;
@@ -31,6 +33,7 @@ struct device_lane {
 	bool stopping;
 	bool taken; /* somebody works with the device: the lane's thread, or one that runs a lone job itself. What is "the thread's own" below is whose this is */
 	struct scheduler scheduler;
+	struct batch_queue batches; /* queued jobs that others may take along */
 	struct histogram waits[CLASS_COUNT]; /* written under the mutex */
 	struct device_done {
 		struct device_job *first, **end;
@@ -46,6 +49,7 @@ struct device_lane {
 	struct device_job *flight; /* oldest first */
 	struct device_job **flight_end;
 	uint32_t in_flight;
+	struct device_job *again, **again_end; /* that have failed together with others: each is begun alone */
 	struct device_job *newest;  /* of the flight, where no event follows it yet; NULL: one does */
 	uint32_t unmarked;          /* jobs since the last event */
 	uint64_t flight_ns;     /* what they were estimated to take */
@@ -73,6 +77,8 @@ opd_status device_failed(struct device_lane *lane, struct device_job *job, opd_s
 opd_status device_no_memory(struct device_job *job);
 /* Any status of the backend's or of an implementation's on the device: OPD_DATA_LOSS means that the device is lost. */
 void device_note(struct device_lane *lane, opd_status status, const opd_error *error);
+/* device_run.c. For the request's explain, if it wants one. */
+void device_note_move(struct request *request, const char *what, uint32_t from, uint32_t to, uint64_t bytes);
 /* device_ring.c. A piece of the ring for the job, until it has ended; NULL: too large, or none is free, or the backend has no such memory. */
 unsigned char *device_ring_take(struct device_lane *lane, struct device_job *job, uint64_t bytes, void **mapped_out); /* mapped_out: where kernels reach it (NULL: nowhere); may be NULL */
 /* The piece's bytes go to `to` when the job has succeeded. False: out of memory. */

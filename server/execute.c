@@ -14,6 +14,7 @@
 #include "server/log.h"
 #include "server/metrics.h"
 #include "server/device_run.h"
+#include "server/graph_schedule.h"
 #include "server/module.h"
 #include "server/request.h"
 #include "server/shared.h"
@@ -21,6 +22,8 @@
 /* Estimated kernel time that a loop may spend in one turn. */
 #define INLINE_TURN_NS 20000u
 #define INLINE_MEASURED_EVERY 32u /* a clock of CPU time is a system call */
+/* Two threads save half of such a kernel at best, 20 us: what waking one costs (SCHEDULE_STAGE_NS). */
+#define DIRECT_STEP_NS (2 * SCHEDULE_STAGE_NS)
 /* Of a session's kernels on the loop, before the lane's order is told. */
 #define INLINE_CHARGE_NS 100000u
 
@@ -326,7 +329,7 @@ static void lane_run(struct lane_job *job, struct lane_exec *exec)
 	run_alone(request, exec);
 	for (struct lane_job *other = exec->others; other != NULL; other = other->next) {
 		exec->job = other;
-		if (other->batch_rows != 0) /* else it has its answer */
+		if (other->batch.rows != 0) /* else it has its answer */
 			run_alone((struct request *)((char *)other - offsetof(struct request, job)), exec);
 	}
 	exec->job = job;
@@ -433,10 +436,20 @@ static void charge_inline(struct request *request, uint64_t cost_ns)
 	session->inline_ns = 0;
 }
 
-bool execute_fits_loop(struct request *request, uint64_t cost_ns)
+/* A direct caller waits anyway, and a lane is three hand-overs away (to it, by it to the loop, back): its own thread does what several threads wouldn't do sooner by more than those cost. */
+static bool fits_caller(const struct request *request, uint64_t step_ns)
+{
+	return step_ns <= DIRECT_STEP_NS || lane_threads(request->session->lane) == 1;
+}
+
+bool execute_fits_loop(struct request *request, uint64_t cost_ns, uint64_t step_ns)
 {
 	struct server *server = request->context->server;
-	if (cost_ns == 0 || cost_ns > atomic_load_explicit(&server->inline_ns, memory_order_relaxed))
+	if (cost_ns == 0)
+		return false;
+	if (request->direct && fits_caller(request, step_ns))
+		return true;
+	if (cost_ns > atomic_load_explicit(&server->inline_ns, memory_order_relaxed))
 		return false;
 	if (request->direct)
 		return true;
@@ -454,7 +467,7 @@ static bool fits_loop(struct request *request)
 	request->run.cost_ns = impl->def->cost_ns == NULL ? 0 : impl->def->cost_ns(impl->def, &request->run.bound.call);
 	if (impl->provider->module->library != NULL || request->run.dispatch.plan_missing || containment_off_loop(request->context->server->containment, impl))
 		return false;
-	return execute_fits_loop(request, request->run.cost_ns);
+	return execute_fits_loop(request, request->run.cost_ns, request->run.cost_ns);
 }
 
 /* ---- On a device ---- */
@@ -496,7 +509,7 @@ static void run_on_loop(struct request *request, struct lane_exec *serial)
 {
 	const struct impl *impl = request->run.dispatch.impl;
 	struct containment *containment = request->context->server->containment;
-	const bool measured = request->context->inline_runs++ % INLINE_MEASURED_EVERY == 0 || containment_suspects(containment, impl);
+	const bool measured = !request->direct && (request->context->inline_runs++ % INLINE_MEASURED_EVERY == 0 || containment_suspects(containment, impl));
 	const uint64_t before_ns = measured ? thread_cpu_ns() : 0;
 	run_here(request, serial);
 	if (measured)

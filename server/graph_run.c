@@ -185,7 +185,7 @@ static void begin_here(struct graph_run *run)
 		return;
 	}
 	request->run.cost_ns = prepared == NULL ? 0 : prepared->cost_ns;
-	if (prepared == NULL || !prepared->can_be_inline || !execute_fits_loop(request, prepared->cost_ns)) {
+	if (prepared == NULL || !prepared->can_be_inline || !execute_fits_loop(request, prepared->cost_ns, prepared->width > 1 ? UINT64_MAX : prepared->step_ns)) {
 		execute_graph(request);
 		return;
 	}

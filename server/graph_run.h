@@ -68,6 +68,7 @@ struct prepared {
 	bool checked;              /* results have canaries */
 	bool can_be_inline;        /* every node has a cost and comes from a provider that is linked in */
 	uint64_t cost_ns;
+	uint64_t step_ns;          /* of the costliest step */
 	uint32_t device;           /* that all nodes run on; 0: the CPU */
 	uint64_t scratch_bytes;    /* on a device: of the node that wants most */
 	struct graph_device *on_device; /* what stays there between runs (graph_device.c); NULL: nothing yet */

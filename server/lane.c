@@ -20,9 +20,6 @@
 #define SEGMENT_NS_DEFAULT 2000000u
 #define NAME_BYTES 32u
 #define DEFAULT_NAME "cpu"
-#define BATCH_LISTS 64u /* a power of two */
-/* Jobs looked at for one batch, under the mutex: numbers that share a list don't make it long. */
-#define BATCH_LOOKS 64u
 
 struct worker {
 	struct lane *lane;
@@ -54,11 +51,6 @@ struct loop {
 	_Atomic uint64_t helped_ns; /* their time */
 };
 
-/* Oldest first. */
-struct batch_list {
-	struct lane_job *head, **tail;
-};
-
 /* Jobs that have ended, newest first: one list an owner, each in a cache line of its own. */
 struct done_list {
 	_Atomic(struct lane_job *) newest;
@@ -79,7 +71,7 @@ struct lane {
 	struct histogram waits[CLASS_COUNT]; /* written under the mutex */
 	_Atomic uint64_t segment_ns;
 	_Atomic uint32_t batch_rows;
-	struct batch_list batches[BATCH_LISTS]; /* queued jobs that others may take along, by their numbers */
+	struct batch_queue batches; /* queued jobs that others may take along */
 	uint64_t ready_ns; /* all that is queued waits for its rate until then; UINT64_MAX: nothing does */
 	uint32_t spinning; /* threads that look for work without sleeping */
 	uint32_t waking;   /* unparked, not yet running */
@@ -353,30 +345,6 @@ void lane_parallel_for(struct lane_exec *exec, uint64_t items, uint64_t grain, o
 
 /* ---- Batches: under the mutex -------------------------------------------------------------------------------------------- */
 
-static struct batch_list *batch_list_of(struct lane *lane, const struct lane_job *job)
-{
-	return &lane->batches[job->batch & (BATCH_LISTS - 1)];
-}
-
-static void batch_add(struct lane *lane, struct lane_job *job)
-{
-	struct batch_list *list = batch_list_of(lane, job);
-	job->batch_next = NULL;
-	job->batch_link = list->tail;
-	*list->tail = job;
-	list->tail = &job->batch_next;
-}
-
-static void batch_remove(struct lane *lane, struct lane_job *job)
-{
-	*job->batch_link = job->batch_next;
-	if (job->batch_next != NULL)
-		job->batch_next->batch_link = job->batch_link;
-	else
-		batch_list_of(lane, job)->tail = job->batch_link;
-	job->batch_link = NULL;
-}
-
 static void note_begun(struct lane *lane, struct lane_job *job, uint64_t began_ns)
 {
 	job->waited_ns = began_ns > job->item.queued_ns ? began_ns - job->item.queued_ns : 0;
@@ -384,26 +352,24 @@ static void note_begun(struct lane *lane, struct lane_job *job, uint64_t began_n
 	histogram_add(&lane->waits[job->item.class], job->waited_ns, false);
 }
 
-/* Those that wait and may run with a job that is begun, oldest first; they are begun too. */
+static struct lane_job *job_of(struct batch_item *batch)
+{
+	return (struct lane_job *)(void *)((char *)batch - offsetof(struct lane_job, batch));
+}
+
+/* Those that wait and may run with a job that is begun, oldest first, linked by `next`; they are begun too. */
 static struct lane_job *take_along(struct lane *lane, struct lane_job *leader, uint64_t began_ns)
 {
-	const uint32_t most = atomic_load_explicit(&lane->batch_rows, memory_order_relaxed);
-	uint32_t rows = leader->batch_rows;
 	struct lane_job *first = NULL, **end = &first;
-	batch_remove(lane, leader);
-	struct lane_job *job = batch_list_of(lane, leader)->head;
-	for (uint32_t looks = 0; job != NULL && rows < most && looks < BATCH_LOOKS; looks++) {
-		struct lane_job *next = job->batch_next;
-		if (job->batch == leader->batch && job->batch_rows <= most - rows && leader->joins(leader, job) && scheduler_take(&lane->scheduler, &job->item, began_ns)) {
-			(void)atomic_fetch_sub_explicit(&lane->hints, 1, memory_order_relaxed);
-			batch_remove(lane, job);
-			note_begun(lane, job, began_ns);
-			rows += job->batch_rows;
-			job->next = NULL;
-			*end = job;
-			end = &job->next;
-		}
-		job = next;
+	batch_queue_remove(&lane->batches, &leader->batch);
+	struct batch_item *taken = batch_queue_take(&lane->batches, &lane->scheduler, &leader->batch, atomic_load_explicit(&lane->batch_rows, memory_order_relaxed), began_ns);
+	for (; taken != NULL; taken = taken->next) {
+		struct lane_job *job = job_of(taken);
+		(void)atomic_fetch_sub_explicit(&lane->hints, 1, memory_order_relaxed);
+		note_begun(lane, job, began_ns);
+		job->next = NULL;
+		*end = job;
+		end = &job->next;
 	}
 	return first;
 }
@@ -413,15 +379,15 @@ static void complete(struct lane *lane, struct lane_job *leader, struct lane_job
 {
 	uint64_t rows = 0;
 	for (const struct lane_job *job = others; job != NULL; job = job->next)
-		rows += job->batch_rows;
-	const uint64_t all = rows + leader->batch_rows;
-	const uint64_t own_ns = rows == 0 ? device_ns : (uint64_t)((double)device_ns * leader->batch_rows / (double)all);
+		rows += job->batch.rows;
+	const uint64_t all = rows + leader->batch.rows;
+	const uint64_t own_ns = rows == 0 ? device_ns : (uint64_t)((double)device_ns * leader->batch.rows / (double)all);
 	leader->device_ns += own_ns;
 	scheduler_complete(&lane->scheduler, leader->item.flow, (sched_class)leader->item.class, leader->item.estimate_ns, leader->pays == NULL ? own_ns : 0);
 	if (leader->pays != NULL)
 		scheduler_charge(&lane->scheduler, leader->pays, (sched_class)leader->item.class, own_ns);
 	for (struct lane_job *job = others; job != NULL; job = job->next) {
-		job->device_ns = (uint64_t)((double)device_ns * job->batch_rows / (double)(all == 0 ? 1 : all));
+		job->device_ns = (uint64_t)((double)device_ns * job->batch.rows / (double)(all == 0 ? 1 : all));
 		scheduler_complete(&lane->scheduler, job->item.flow, (sched_class)job->item.class, job->item.estimate_ns, job->device_ns);
 	}
 }
@@ -450,8 +416,8 @@ static bool enqueue(struct lane *lane, struct lane_job *job, uint64_t time_ns)
 	(void)atomic_fetch_add_explicit(&lane->load, 1, memory_order_relaxed);
 	(void)atomic_fetch_add_explicit(&lane->hints, 1, memory_order_relaxed);
 	lane->ready_ns = UINT64_MAX; /* whether it may run is the next pick's to say */
-	if (job->batch != 0)
-		batch_add(lane, job);
+	if (job->batch.number != 0)
+		batch_queue_add(&lane->batches, &job->batch, item);
 	return true;
 }
 
@@ -532,8 +498,8 @@ bool lane_withdraw(struct lane *lane, struct lane_job *job)
 {
 	(void)pthread_mutex_lock(&lane->mutex);
 	bool queued = !job->begun && scheduler_withdraw(&lane->scheduler, &job->item);
-	if (queued && job->batch != 0)
-		batch_remove(lane, job);
+	if (queued)
+		batch_queue_remove(&lane->batches, &job->batch);
 	(void)pthread_mutex_unlock(&lane->mutex);
 	if (queued) {
 		(void)atomic_fetch_sub_explicit(&lane->hints, 1, memory_order_relaxed);
@@ -576,7 +542,7 @@ static bool run_next(struct worker *worker)
 		return false;
 	if (!job->begun)
 		note_begun(lane, job, began_ns);
-	struct lane_job *const others = job->batch == 0 ? NULL : take_along(lane, job, began_ns);
+	struct lane_job *const others = job->batch.number == 0 ? NULL : take_along(lane, job, began_ns);
 	worker->job = job;
 	unlock_and_wake(lane);
 	struct lane_exec exec = {.lane = lane, .job = job, .leader = job, .threads = lane->threads, .began_ns = began_ns, .may_yield = true, .others = others};
@@ -689,7 +655,7 @@ bool lane_cancelled(const struct lane_exec *exec)
 {
 	bool cancelled = exec->job != NULL && atomic_load_explicit(&exec->job->cancelled, memory_order_relaxed);
 	for (const struct lane_job *job = exec->together ? exec->others : NULL; cancelled && job != NULL; job = job->next)
-		cancelled = job->batch_rows == 0 || atomic_load_explicit(&job->cancelled, memory_order_relaxed);
+		cancelled = job->batch.rows == 0 || atomic_load_explicit(&job->cancelled, memory_order_relaxed);
 	return cancelled;
 }
 
@@ -797,8 +763,7 @@ opd_status lane_create(const struct lane_options *options, struct lane **lane_ou
 	sched_group_init(&lane->own_group, SCHED_WEIGHT_DEFAULT);
 	sched_flow_init(&lane->own_flow, &lane->own_group, SCHED_WEIGHT_DEFAULT);
 	lane->own_flow.unbounded = true;
-	for (uint32_t i = 0; i < BATCH_LISTS; i++)
-		lane->batches[i].tail = &lane->batches[i].head;
+	batch_queue_init(&lane->batches);
 	lane->ready_ns = UINT64_MAX;
 	lane->segment_ns = SEGMENT_NS_DEFAULT;
 	lane->threads = threads;

@@ -20,6 +20,7 @@
 
 #include "opd/status.h"
 #include "providers/provider.h"
+#include "server/batch_queue.h"
 #include "server/histogram.h"
 #include "server/scheduler.h"
 
@@ -48,10 +49,7 @@ struct lane_job {
 	struct lane_refusal refusal;                               /* by a lane_submit that was false */
 	uint64_t waited_ns; /* once it is done: until it was begun */
 	uint64_t device_ns;
-	uint64_t batch;      /* the owner's: when one is begun, others that are queued with the same number, not 0, are taken along if it `joins` them */
-	uint32_t batch_rows; /* how much of a batch it is: all together at most what lane_set_batch says. 0, by `run`: it took no part, and pays nothing */
-	bool (*joins)(const struct lane_job *leader, const struct lane_job *job); /* under the lane's lock: a few instructions */
-	struct lane_job *batch_next, **batch_link; /* the lane's */
+	struct batch_item batch; /* whom it may take along, and who it; together at most so many rows as lane_set_batch says. Those taken along: lane_exec.others */
 	bool begun;         /* it has yielded: it can't be withdrawn any more */
 };
 

@@ -208,8 +208,9 @@ bool run_keeps(const struct request *request, uint32_t output); /* run_results.c
 void execute_done(struct request *request); /* run.c: on the context's thread */
 /* A request that ends before it is run, or late; its status and error are written then. On a lane or the loop. */
 bool execute_unwanted(struct request *request, const struct lane_exec *lane);
-/* Whether this much kernel time fits into the loop's turn; counted if so. */
-bool execute_fits_loop(struct request *request, uint64_t cost_ns);
+/* Whether this much kernel time fits into the loop's turn; counted if so. Of a direct caller: whether its thread does it itself. step_ns: of what may use several threads, the costliest kernel's,
+ * UINT64_MAX where kernels may run at once. */
+bool execute_fits_loop(struct request *request, uint64_t cost_ns, uint64_t step_ns);
 /* run_operands.c: all that is kept is taken at once, and what isn't there yet is waited for; then where one lies */
 OPD_MUST_USE opd_status run_take_operands(struct request *request);
 OPD_MUST_USE opd_status run_place_operand(struct request *request, uint32_t index);

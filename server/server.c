@@ -416,6 +416,7 @@ void server_take_config(struct server *server, struct config *config)
 	atomic_store_explicit(&server->inline_ns, config->inline_ns, memory_order_relaxed);
 	atomic_store_explicit(&server->segment_ns, config->segment_ns, memory_order_relaxed);
 	atomic_store_explicit(&server->batch_rows, config->batch_rows, memory_order_relaxed);
+	atomic_store_explicit(&server->batch_devices, config->batch_devices, memory_order_relaxed);
 	atomic_store_explicit(&server->batch_shared_bytes, config->batch_shared_bytes, memory_order_relaxed);
 	atomic_store_explicit(&server->refuse_uploads, config->limits.refuse_uploads, memory_order_relaxed);
 }

@@ -61,6 +61,8 @@ static void answer(const struct watch *watch)
 	opd_error error;
 	describe(watch, &error);
 	request_overdue(subject->request, &error);
+	for (struct device_job *member = subject->members; member != NULL; member = member->next)
+		request_overdue((struct request *)((char *)member - offsetof(struct request, device_job)), &error);
 	if (exec == NULL || exec->others == NULL)
 		return;
 	lane_cancel(exec->leader);

@@ -18,6 +18,7 @@
 #include <stdint.h>
 #include <uv.h>
 
+struct device_job;
 struct device_lane;
 struct impl;
 struct lane_exec;
@@ -33,6 +34,7 @@ struct watch_subject {
 	struct request *request;
 	struct lane_exec *exec;          /* NULL: on a device */
 	struct device_lane *device;
+	struct device_job *members; /* on a device, of several requests: theirs, linked by next; NULL: it is this request's alone */
 };
 
 struct watch {

@@ -826,7 +826,8 @@ OPD_API OPD_MUST_USE opd_status opd_drain(opd_client *client, uint64_t timeout_u
 /* ---- In this process ------------------------------------------------------------------------------------------------------- */
 
 /* Only with "embedded:" addresses, else FAILED_PRECONDITION. Between begin and end the client calls the dispatcher directly, on the caller's thread,
- * instead of through encoded frames; results, provider choice and errors are the same. Scopes nest; only this client is affected. begin wants no request in
+ * instead of through encoded frames; results, provider choice and errors are the same. It also runs kernels of the CPU that come with opd and that several
+ * threads wouldn't do sooner (estimated under 40 us each; any where the lane has one thread); others go to the daemon's threads. Scopes nest; only this client is affected. begin wants no request in
  * flight (FAILED_PRECONDITION); opd_submit runs at once inside. */
 OPD_API OPD_MUST_USE opd_status opd_direct_begin(opd_client *client, opd_error *error);
 OPD_API void opd_direct_end(opd_client *client);

@@ -34,6 +34,8 @@ static bool attention_predicate(const opd_impl *impl, void *state, const opd_cal
 	const opd_tensor *query = call->args[0].tensor, *key = call->args[1].tensor, *value = call->args[2].tensor;
 	if (query->dtype != OPD_f16 && query->dtype != OPD_bf16)
 		return OPD_REFUSE(reason, OPD_REASON_DTYPE, "query %s, only f16, bf16", opd_dtype_name(query->dtype));
+	if (query->dtype == OPD_bf16 && (call->flags & OPD_CALL_ALLOW_TF32) == 0)
+		return OPD_REFUSE(reason, OPD_REASON_DTYPE, "query bf16: weights are rounded to 8 bits before they multiply, only where the request allows TF32");
 	if (query->shape[3] % SIZE_STEP != 0 || query->shape[3] > SIZE_MAX_HEAD || query->shape[3] == 0)
 		return OPD_REFUSE(reason, OPD_REASON_SHAPE, "head size %lld, only multiples of %d up to %d", (long long)query->shape[3], SIZE_STEP, SIZE_MAX_HEAD);
 	if (opd_tensor_empty(query) || opd_tensor_empty(key))

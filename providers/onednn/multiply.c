@@ -23,12 +23,18 @@ static bool describe(const struct dnn *dnn, dnnl_memory_desc_t *desc, int64_t ro
 	return dnn->memory_desc_init_by_strides(desc, 2, dims, type, strides) == dnnl_success;
 }
 
+bool multiply_apart(const struct product *product)
+{
+	opd_dtype dtype = product->left_tensor->dtype;
+	return dtype == OPD_i8 || (dtype == OPD_bf16 && product->columns > PRODUCT_BLOCK_COLUMNS);
+}
+
 static bool describe_all(const struct dnn *dnn, struct multiply *made, const struct product *product, int64_t rows, int64_t columns)
 {
 	opd_dtype dtype = product->left_tensor->dtype;
 	bool sums = dtype == OPD_i8;
 	dnnl_data_type_t from = type_of(dtype), to = sums ? dnnl_s32 : from;
-	struct product_matrix y = {.lead = sums ? columns : product->columns};
+	struct product_matrix y = {.lead = rows == 1 || multiply_apart(product) ? columns : product->columns};
 	return describe(dnn, &made->left, rows, product->depth, from, product->left) &&
 	       describe(dnn, &made->right, product->depth, columns, from, product->right) && describe(dnn, &made->y, rows, columns, to, y) &&
 	       (product->bias == NULL || describe(dnn, &made->bias, 1, columns, from, (struct product_matrix){.lead = columns}));
@@ -113,14 +119,14 @@ void multiply_plan_destroy(void *data)
 /* Sizes of the blocks with this index; 0: there are none. */
 static void block_extents(const struct product *product, unsigned shape, int64_t *rows_out, int64_t *columns_out)
 {
-	int64_t block = product_block_columns(product);
+	const int64_t block = PRODUCT_BLOCK_COLUMNS;
 	*rows_out = (shape & EDGE_ROWS) != 0 ? product->rows % PRODUCT_BLOCK_ROWS : product->rows >= PRODUCT_BLOCK_ROWS ? PRODUCT_BLOCK_ROWS : 0;
 	*columns_out = (shape & EDGE_COLUMNS) != 0 ? product->columns % block : product->columns >= block ? block : 0;
 }
 
-unsigned multiply_shape(const struct product *product, const struct product_block *block)
+unsigned multiply_shape(const struct product_block *block)
 {
-	return (block->rows < PRODUCT_BLOCK_ROWS ? EDGE_ROWS : 0u) | (block->columns < product_block_columns(product) ? EDGE_COLUMNS : 0u);
+	return (block->rows < PRODUCT_BLOCK_ROWS ? EDGE_ROWS : 0u) | (block->columns < PRODUCT_BLOCK_COLUMNS ? EDGE_COLUMNS : 0u);
 }
 
 static opd_status plan_plain(struct multiply_plan *plan, const struct product *product, unsigned shape, opd_error *error)
@@ -137,8 +143,8 @@ static opd_status plan_plain(struct multiply_plan *plan, const struct product *p
 		                "no oneDNN primitive for a product of %lld x %lld x %lld: its status is %d", (long long)rows, (long long)product->depth,
 		                (long long)columns, (int)status);
 	need_scratchpad(plan, &made->scratchpad);
-	if (product->left_tensor->dtype == OPD_i8) {
-		uint64_t bytes = round_up((uint64_t)rows * (uint64_t)columns * sizeof(int32_t));
+	if (multiply_apart(product)) {
+		uint64_t bytes = round_up(plan->dnn->memory_desc_get_size(&made->y));
 		plan->sums_bytes = bytes > plan->sums_bytes ? bytes : plan->sums_bytes;
 	}
 	return OPD_OK;
@@ -184,7 +190,7 @@ static dnnl_status_t plan_reorder(struct multiply_plan *plan, unsigned edge)
 static void plan_packing(struct multiply_plan *plan, const struct product *product)
 {
 	struct packing *packing = &plan->packing;
-	const int64_t block = product_block_columns(product);
+	const int64_t block = PRODUCT_BLOCK_COLUMNS;
 	dnnl_status_t status = dnnl_success;
 	for (unsigned i = 0; i < SHAPES && status == dnnl_success; i++)
 		status = plan_packed(plan, product, i);
@@ -272,16 +278,16 @@ dnnl_status_t multiply_execute(const struct dnn *dnn, const struct multiply *mul
 	return execute(dnn, multiply->primitive, stream, operands, count);
 }
 
-const unsigned char *packing_at(const struct multiply_plan *plan, const struct product *product, const struct product_block *block, const unsigned char *packed)
+const unsigned char *packing_at(const struct multiply_plan *plan, const struct product_block *block, const unsigned char *packed)
 {
-	return packed + (uint64_t)(block->column / product_block_columns(product)) * plan->packing.block_bytes;
+	return packed + (uint64_t)(block->column / PRODUCT_BLOCK_COLUMNS) * plan->packing.block_bytes;
 }
 
 dnnl_status_t packing_fill(const struct multiply_plan *plan, const struct product *product, uint64_t index, dnnl_stream_t stream, void *scratch,
                            unsigned char *packed)
 {
 	const struct packing *packing = &plan->packing;
-	const int64_t columns = product_block_columns(product), column = (int64_t)index * columns;
+	const int64_t columns = PRODUCT_BLOCK_COLUMNS, column = (int64_t)index * columns;
 	const unsigned edge = product->columns - column < columns ? EDGE_COLUMNS : 0;
 	const unsigned shape = plan->plain[edge].primitive != NULL ? edge : edge | EDGE_ROWS;
 	const struct product_matrix *right = &product->right;

@@ -35,24 +35,28 @@ struct packing {
 struct multiply_plan {
 	const struct dnn *dnn;
 	uint64_t scratchpad_bytes; /* of a thread */
-	uint64_t sums_bytes;       /* of a thread, behind its scratchpad: i8's sums of one block */
+	uint64_t sums_bytes;       /* of a thread, behind its scratchpad: what multiply_apart says goes there, of one block */
 	struct multiply plain[SHAPES];
 	struct multiply packed[SHAPES]; /* where packing.bytes isn't 0 */
 	struct packing packing;
 };
+
+/* Whether a block's results are made side by side in scratch, from where they are to be taken: i8's sums, and bf16 of several blocks of columns. The library takes up to twice as long to write a block's rows of bf16 at the
+ * distance that those of the whole product have (providers/onednn/README.md). A block of a single row has no distance, and needs no scratch in bf16. */
+bool multiply_apart(const struct product *product);
 
 /* RESOURCE_EXHAUSTED, or INTERNAL: the library has no primitive for it. */
 OPD_MUST_USE opd_status multiply_plan_create(const struct dnn *dnn, const struct product *product, struct multiply_plan **plan_out, opd_error *error);
 void multiply_plan_destroy(void *plan);
 
 /* Which of a plan's primitives a block takes. */
-unsigned multiply_shape(const struct product *product, const struct product_block *block);
+unsigned multiply_shape(const struct product_block *block);
 /* y: the block's first result, or its sums. right: of the layout that the primitive has. */
 dnnl_status_t multiply_execute(const struct dnn *dnn, const struct multiply *multiply, dnnl_stream_t stream, const struct product *product,
                                const struct product_block *block, const void *right, void *scratch, void *y);
 
 /* Where a block's right factor lies in a packed copy. */
-const unsigned char *packing_at(const struct multiply_plan *plan, const struct product *product, const struct product_block *block, const unsigned char *packed);
+const unsigned char *packing_at(const struct multiply_plan *plan, const struct product_block *block, const unsigned char *packed);
 /* Packs the right factor's column block number `index`. */
 dnnl_status_t packing_fill(const struct multiply_plan *plan, const struct product *product, uint64_t index, dnnl_stream_t stream, void *scratch,
                            unsigned char *packed);

@@ -169,20 +169,29 @@ static void fill_block(const struct work *work, const struct product_block *bloc
 	}
 }
 
+static void copy_block(const struct work *work, const struct product_block *block, const unsigned char *results)
+{
+	const uint64_t bytes = opd_dtype_bytes(work->product.y->dtype), row_bytes = (uint64_t)block->columns * bytes;
+	for (int64_t r = 0; r < block->rows; r++)
+		memcpy(block->y + (uint64_t)(r * work->product.columns) * bytes, results + (uint64_t)r * row_bytes, row_bytes);
+}
+
 static dnnl_status_t run_block(const struct work *work, const struct product_block *block, dnnl_stream_t stream, unsigned char *scratch)
 {
 	const struct product *product = &work->product;
 	const struct multiply_plan *plan = work->plan;
-	const bool scaled = product->left_tensor->dtype == OPD_i8;
-	const unsigned shape = multiply_shape(product, block);
+	const bool scaled = product->left_tensor->dtype == OPD_i8, apart = multiply_apart(product) && (scaled || block->rows > 1);
+	const unsigned shape = multiply_shape(block);
 	const struct multiply *multiply = work->packed != NULL ? &plan->packed[shape] : &plan->plain[shape];
-	const unsigned char *right = work->packed != NULL ? packing_at(plan, product, block, work->packed) : block->right;
+	const unsigned char *right = work->packed != NULL ? packing_at(plan, block, work->packed) : block->right;
 	void *sums = scratch + plan->scratchpad_bytes;
 	dnnl_status_t status = dnnl_success;
 	if (product->depth > 0)
-		status = multiply_execute(work->dnn, multiply, stream, product, block, right, scratch, scaled ? sums : block->y);
+		status = multiply_execute(work->dnn, multiply, stream, product, block, right, scratch, apart ? sums : block->y);
 	else if (!scaled)
 		fill_block(work, block);
+	if (status == dnnl_success && apart && !scaled && product->depth > 0)
+		copy_block(work, block, sums);
 	if (status == dnnl_success && scaled)
 		scale_block(work, block, product->depth > 0 ? sums : NULL);
 	return status;

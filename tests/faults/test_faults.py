@@ -75,7 +75,7 @@ class Daemon:
 
     def ended_by_libuv(self):
         """libuv aborts when the table of its loop's descriptors can't grow (maybe_resize): nothing of ours is asked."""
-        callers = [line for line in self.output().splitlines() if "[0x" in line and "shim.so" not in line]
+        callers = [line for line in self.output().splitlines() if "[0x" in line and "shim.so" not in line and "libasan" not in line]
         return self.process.poll() == -signal.SIGABRT and bool(callers) and "libuv" in callers[0]
 
     def counts(self):

@@ -4,6 +4,7 @@
 Each test's name is the promise that it checks. The lane has one thread, and a kernel that takes long is in it, so that what comes meanwhile waits and is taken along together.
 """
 import os
+import shutil
 import signal
 import tempfile
 import unittest
@@ -14,7 +15,9 @@ import opd
 from harness import CANCEL, DaemonCase, ROOT, f32, frame, pb, run, tensor, wait_until
 
 BUILD = os.environ.get("OPD_BUILD", os.path.join(ROOT, "build"))
-FAULTY = os.path.join(os.environ.get("OPD_MODULES", os.path.join(BUILD, "tests", "modules")), "faulty", "faulty.so")
+MODULES = os.environ.get("OPD_MODULES", os.path.join(BUILD, "tests", "modules"))
+FAULTY, DEVICE = (os.path.join(MODULES, name, name + ".so") for name in ("faulty", "device"))
+OPENCL = os.environ.get("OPD_OPENCL_MODULE", os.path.join(BUILD, "lib", "opd", "opd-provider-opencl.so"))
 HIDDEN, OUT = 33, 17  # no multiple of any vector: rows lie at whatever address
 
 
@@ -211,6 +214,216 @@ class Hanging(Case):
         self.assertEqual(self.watch.info().stuck, 1)
         open(self.gate, "w").close()
         wait_until(lambda: self.watch.info().stuck == 0, "the kernel's end")
+
+
+class OnDevice(Case):
+    """Requests wait for the device because their tenant has used up its time, until a reload gives it as much as it likes."""
+
+    provider = None
+    device = None
+
+    def lane(self):
+        return next(lane for lane in self.watch.ask(pb.Request(list_sessions=pb.ListSessions()))[0].sessions.lanes if lane.name == self.device)
+
+    def reload(self, text):
+        before = self.daemon.log_text().count("configuration reloaded")
+        self.daemon.write_config(self.config + text)
+        self.daemon.signal(signal.SIGHUP)
+        wait_until(lambda: self.daemon.log_text().count("configuration reloaded") > before, "the reload")
+        self.watch.ping()  # the lanes have it behind the log line
+
+    def use_up(self):
+        """One op that takes longer than what its tenant has: what comes next waits for a minute at least."""
+        raise NotImplementedError
+
+    def occupy(self):
+        self.reload('tenants: {"*": {device_time: 1ms}}\n')
+        self.use_up()
+        return lambda: self.reload("")
+
+    def submit(self, client, x, weight, **options):
+        return lambda: client.submit("rms_norm", x, weight, 1e-5, priority=[self.provider], strict=True, device=self.device, explain=True, **options)
+
+    def operands(self, count, width=64):
+        """Sessions, rows of each, and the weight that they share."""
+        clients = self.sessions(count)
+        chance = np.random.default_rng(count)
+        weights = self.share(clients, normal(chance, width), "weight")
+        return clients, [normal(chance, 1 + i % 3, width) for i in range(count)], weights
+
+
+class TestDevice(OnDevice):
+    """Its kernels take a tenth of a second; the second one that it is given is what a test holds, fails or loses."""
+
+    provider, device = "testdev", "test:0"
+    environment = {"OPD_TEST_DEVICE_DELAY_US": "100000"}
+    gate = tempfile.mktemp(prefix="opd-gate-")
+    config = "threads: 1\ninline: 0\nmodules: [{name: testdev, path: %s}]\n" % DEVICE
+
+    @classmethod
+    def tearDownClass(cls):
+        folder, cls.daemon.own_folder = cls.daemon.folder, False
+        try:
+            cls.daemon.stop()
+            assert "closed clean: 0 allocations, 0 streams, 0 events, 0 plans were left" in cls.daemon.log_text(), cls.daemon.output()
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            if os.path.exists(cls.gate):
+                os.unlink(cls.gate)
+
+    def open_gate(self):
+        open(self.gate, "w").close()
+
+    def use_up(self):
+        self.sessions(1)[0].submit("rms_norm", np.ones((1, 5), "float32"), None, 1e-5, priority=["testdev"], strict=True, device=self.device).result()
+
+
+class Together(TestDevice):
+    config = "loops: 2\n" + TestDevice.config
+
+    def test_results_are_those_of_each_alone_and_each_is_charged_its_rows(self):
+        clients, rows, weights = self.operands(4)
+        calls = [self.submit(*each) for each in zip(clients, rows, weights)]
+        alone = [call().result() for call in calls]
+        self.assertEqual([result.explain.batched for result in alone], [0] * 4)
+        used = {state.session: state.usage for state in self.watch.ask(pb.Request(list_sessions=pb.ListSessions()))[0].sessions.sessions}
+        together = self.together(calls)
+        self.assertEqual([result.explain.batched for result in together], [4] * 4)
+        self.assertEqual([result[0].tobytes() for result in together], [result[0].tobytes() for result in alone])
+        self.assertEqual([(move.operand, move.bytes) for move in together[1].explain.moves], [("x", rows[1].nbytes), ("result", rows[1].nbytes)])
+        states = {state.session: state.usage for state in self.watch.ask(pb.Request(list_sessions=pb.ListSessions()))[0].sessions.sessions}
+        spent = [states[client.hello.session].device_ns - used[client.hello.session].device_ns for client in clients]
+        self.assertGreater(spent[0], 0)
+        self.assertAlmostEqual(spent[1] / spent[0], 2, delta=0.01)
+        self.assertAlmostEqual(spent[2] / spent[0], 3, delta=0.01)
+
+    def test_what_is_not_the_same_or_stays_on_the_device_runs_alone(self):
+        clients, rows, weights = self.operands(4)
+        kept = clients[2].upload(rows[2]).result()
+        own = clients[3].upload(np.ones(64, "float32")).result()
+        calls = [self.submit(clients[0], rows[0], weights[0]), self.submit(clients[1], rows[1], weights[1], keep=True), self.submit(clients[2], kept, weights[2]), self.submit(clients[3], rows[3], own)]
+        self.assertEqual(self.batched(calls), [0] * 4)
+
+
+class TurnedOff(TestDevice):
+    config = TestDevice.config + "batching: {devices: false}\n"
+
+    def test_each_runs_alone_where_devices_batch_nothing(self):
+        self.assertEqual(self.batched([self.submit(*each) for each in zip(*self.operands(3))]), [0] * 3)
+
+
+class LaunchFails(TestDevice):
+    environment = dict(TestDevice.environment, OPD_TEST_DEVICE_FAULT="launch:2")
+
+    def test_what_fails_together_runs_alone(self):
+        """However it fails: when its kernel is enqueued, or when it runs."""
+        clients, rows, weights = self.operands(3)
+        results = self.together([self.submit(*each) for each in zip(clients, rows, weights)])
+        self.assertEqual([(result.explain.batched, result.provider) for result in results], [(0, "testdev")] * 3)
+        for x, result, each in zip(rows, results, zip(clients, rows, weights)):
+            self.assertEqual(self.submit(*each)().result()[0].tobytes(), result[0].tobytes())
+        self.assertEqual(self.watch.info().devices, ["cpu", "test:0", "test:1"])
+
+
+class KernelFails(LaunchFails):
+    environment = dict(TestDevice.environment, OPD_TEST_DEVICE_FAULT="kernel:2")
+
+
+class DeviceLost(TestDevice):
+    environment = dict(TestDevice.environment, OPD_TEST_DEVICE_FAULT="lost:2")
+
+    def test_all_of_a_batch_are_told_that_their_device_was_lost(self):
+        release = self.occupy()
+        clients, rows = self.sessions(3), np.ones((1, 64), "float32")
+        futures = [self.submit(client, rows, None)() for client in clients]
+        wait_until(lambda: self.lane().queued == 3, "all of them wait")
+        release()
+        for future in futures:
+            with self.assertRaisesRegex(opd.DataLoss, "fell off the bus"):
+                future.result()
+
+
+class InFlight(TestDevice):
+    """The batch's kernel is held by a gate while it is enqueued."""
+
+    gate = tempfile.mktemp(prefix="opd-gate-")
+    environment = dict(TestDevice.environment, OPD_TEST_DEVICE_FAULT="stall:2", OPD_TEST_DEVICE_GATE=gate)
+
+    def test_one_that_is_cancelled_late_or_gone_in_flight_leaves_the_others_theirs(self):
+        self.addCleanup(self.open_gate)
+        release = self.occupy()
+        clients, rows = self.sessions(3), [np.full((1 + i, 64), 1 + i, "float32") for i in range(3)]
+        futures = [self.submit(client, x, None, timeout=timeout)() for client, x, timeout in zip(clients, rows, (None, 120, None))]
+        canceller = self.client(features=["cancel"])
+        request = run("rms_norm", tensor([1, 64]), weight=None, epsilon=1e-5, run_priority=["testdev"], run_strict=True, run_device=self.device)
+        number = canceller.submit(request, f32(*[1] * 64))
+        wait_until(lambda: self.lane().queued == 4, "all of them wait")
+        release()
+        wait_until(lambda: self.lane().queued == 0 and self.lane().running == 4, "they are in flight")
+        canceller.send(frame(CANCEL, number))
+        clients[2].close()
+        self.watch.ping()
+        self.open_gate()
+        self.assertEqual([future.result().explain.batched for future in futures[:2]], [4, 4])
+        for future, x in zip(futures, rows[:2]):
+            np.testing.assert_allclose(future.result()[0], x / np.sqrt(x * x + 1e-5), rtol=1e-6)
+        self.assertIn(canceller.read_reply()[1].status, (0, 1))  # it was begun: either answer is right
+        wait_until(lambda: self.lane().running == 0, "nothing is left of the others")
+
+
+class Overdue(TestDevice):
+    flags = ("--loops", "1")  # with a budget, requests of different loops are no batch
+    gate = tempfile.mktemp(prefix="opd-gate-")
+    environment = dict(TestDevice.environment, OPD_TEST_DEVICE_FAULT="stall:2", OPD_TEST_DEVICE_GATE=gate)
+    config = TestDevice.config + "providers: {testdev: {budget: 500ms}}\n"
+
+    def test_all_of_a_batch_are_answered_when_its_budget_is_over(self):
+        self.addCleanup(self.open_gate)
+        release = self.occupy()
+        futures = [self.submit(client, np.ones((1, 64), "float32"), None)() for client in self.sessions(3)]
+        wait_until(lambda: self.lane().queued == 3, "all of them wait")
+        release()
+        for future in futures:
+            with self.assertRaisesRegex(opd.Error, "testdev.rms_norm has exceeded its budget of 500000 us and is still running"):
+                future.result()
+        self.open_gate()
+        wait_until(lambda: self.lane().running == 0, "the kernel's end")
+
+
+@unittest.skipUnless(os.path.exists(OPENCL), "no module for OpenCL")
+class OpenCL(OnDevice):
+    """On whatever OpenCL device there is: without a GPU PoCL's."""
+
+    provider, device = "opencl", "opencl:0"
+    config = "threads: 1\ninline: 0\nmodules: [{name: opencl, path: %s}]\n" % OPENCL
+
+    def setUp(self):
+        super().setUp()
+        if self.device not in self.watch.info().devices:
+            self.skipTest("no OpenCL device here")
+
+    def use_up(self):
+        before = self.lane().device_ns
+        self.sessions(1)[0].submit("linear", np.ones((512, 2048), "float32"), np.ones((1024, 2048), "float32"), priority=["opencl"], strict=True).result()
+        if self.lane().device_ns - before < 60e6:
+            self.skipTest("the device is too fast to use up its time")
+
+    def test_results_of_a_batch_are_those_of_each_alone_bit_for_bit(self):
+        chance, clients, calls = np.random.default_rng(9), self.sessions(5), []
+        ops = ("rms_norm", "fused_add_rms_norm", "layer_norm", "silu", "gelu", "silu_and_mul")
+        for op in ops:
+            row_count, shared_shapes, attributes = ROWS_OPS[op]
+            shared = [self.share(clients, normal(chance, *shape), "%s.%d" % (op, i)) for i, shape in enumerate(shared_shapes)]
+            for number, client in enumerate(clients):
+                rows = [normal(chance, 1 + number % 3, HIDDEN + ("_and_" in op)) for _ in range(row_count)]
+                arguments = rows + [handles[number] for handles in shared]
+                calls.append(lambda client=client, op=op, arguments=arguments, attributes=attributes: client.submit(op, *arguments, priority=["opencl"], strict=True, explain=True, **attributes))
+        alone = [call().result() for call in calls]
+        self.assertEqual({result.explain.batched for result in alone}, {0})
+        as_one = self.together(calls)
+        self.assertEqual([result.explain.batched for result in as_one], [5] * len(calls))
+        for before, after in zip(alone, as_one):
+            self.assertEqual([bytes(tensor.data) for tensor in after.tensors], [bytes(tensor.data) for tensor in before.tensors])
 
 
 if __name__ == "__main__":

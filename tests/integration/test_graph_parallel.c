@@ -118,6 +118,58 @@ START_TEST(small_nodes_and_large_ones_do_not)
 }
 END_TEST
 
+/* Who has run it twice, so that it is prepared. */
+static bool runs_here(uint64_t id, const float *x)
+{
+	bool here = false;
+	for (int i = 0; i < 2; i++) {
+		opd_result *result = NULL;
+		opd_request *request = run_of(id, x, 16);
+		opd_request_explain(request, true);
+		OK(opd_run(client, request, &result, &error));
+		here = opd_result_explain(result)->on_loop;
+		opd_result_destroy(result);
+		opd_request_destroy(request);
+	}
+	return here;
+}
+
+static opd_graph *chain(unsigned count, int64_t ns)
+{
+	opd_graph *graph = opd_graph_create("chain");
+	opd_value x = opd_graph_input(graph, "x");
+	for (unsigned i = 0; i < count; i++)
+		x = work(graph, NULL, x, 1, ns, false);
+	opd_graph_output(graph, "y", x);
+	return graph;
+}
+
+static opd_graph *apart(unsigned count, int64_t ns)
+{
+	opd_graph *graph = opd_graph_create("apart");
+	const opd_value x = opd_graph_input(graph, "x");
+	for (unsigned i = 0; i < count; i++)
+		opd_graph_output(graph, (const char *const[]){"a", "b", "c", "d"}[i], work(graph, NULL, x, i + 1, ns, false));
+	return graph;
+}
+
+START_TEST(a_direct_caller_runs_what_several_threads_would_not_do_sooner)
+{
+	static const float x[16] = {1};
+	opd_client *const socket = client;
+	ck_assert(!runs_here(registered(chain(5, 30000)), x)); /* the loop is everybody's */
+	client = house_direct_client(&house);
+	const uint64_t small = registered(chain(5, 30000)), large = registered(chain(1, 90000)), wide = registered(apart(4, 15000));
+	OK(opd_direct_begin(client, &error));
+	ck_assert(runs_here(small, x));
+	ck_assert(!runs_here(large, x));
+	ck_assert(!runs_here(wide, x));
+	opd_direct_end(client);
+	opd_close(client);
+	client = socket;
+}
+END_TEST
+
 /* The last of a long branch fails late, one of another branch at once: what one thread would have met first is named, every time. */
 START_TEST(of_several_failures_the_first_in_order_is_named)
 {
@@ -287,6 +339,7 @@ int main(void)
 	tcase_set_timeout(tests, 120);
 	tcase_add_test(tests, independent_nodes_run_at_once);
 	tcase_add_test(tests, small_nodes_and_large_ones_do_not);
+	tcase_add_test(tests, a_direct_caller_runs_what_several_threads_would_not_do_sooner);
 	tcase_add_test(tests, of_several_failures_the_first_in_order_is_named);
 	tcase_add_test(tests, random_graphs_give_the_bits_that_one_thread_gives);
 	tcase_add_test(tests, they_do_so_with_many_threads_and_canaries_behind_every_result);

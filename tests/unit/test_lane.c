@@ -717,9 +717,14 @@ START_TEST(flows_take_turns_by_their_weights_and_not_by_who_came_first)
 }
 END_TEST
 
-static bool joins_even(const struct lane_job *leader, const struct lane_job *job)
+static uint64_t items_of(const struct batch_item *batch)
 {
-	return ((const struct test_job *)(const void *)leader)->items % 2 == ((const struct test_job *)(const void *)job)->items % 2;
+	return ((const struct test_job *)(const void *)((const char *)batch - offsetof(struct test_job, job.batch)))->items;
+}
+
+static bool joins_even(const struct batch_item *leader, const struct batch_item *item)
+{
+	return items_of(leader) % 2 == items_of(item) % 2;
 }
 
 /* The job and those that it took along, in the order in which they came; the last of them takes no part. */
@@ -760,9 +765,9 @@ START_TEST(what_may_run_together_is_taken_along_and_everything_once)
 	for (size_t i = 0; i < COUNT; i++) {
 		jobs[i].items = i == 3; /* one that nobody joins */
 		jobs[i].job.item.flow = &flows[(i + 2) % 3];
-		jobs[i].job.batch = i == 7 ? 64 + 5 : 5; /* another number in the same list */
-		jobs[i].job.batch_rows = i == 2 ? 3 : 1;
-		jobs[i].job.joins = joins_even;
+		jobs[i].job.batch.number = i == 7 ? 64 + 5 : 5; /* another number in the same list */
+		jobs[i].job.batch.rows = i == 2 ? 3 : 1;
+		jobs[i].job.batch.joins = joins_even;
 		ck_assert(lane_submit(bench.lane, &jobs[i].job));
 	}
 	ck_assert(lane_withdraw(bench.lane, &jobs[0].job));

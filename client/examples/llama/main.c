@@ -263,6 +263,13 @@ static opd_status connect_to(const struct arguments *arguments, opd_client **cli
 	return opd_connect("embedded:", &how, client_out, error);
 }
 
+/* A daemon in this process is called directly: frames would go over its loop's thread, and kernels over a third one. */
+static opd_status call_directly(struct llama *llama, opd_error *error)
+{
+	const opd_status status = opd_direct_begin(llama->client, error);
+	return status == OPD_FAILED_PRECONDITION ? OPD_OK : status; /* it is another process */
+}
+
 static opd_status use_provider(struct llama *llama, const char *provider, opd_error *error)
 {
 	const opd_priority_entry entry = {.op = "*", .providers = &provider, .count = 1};
@@ -340,6 +347,8 @@ static opd_status work(struct llama *llama, const struct arguments *arguments, o
 		status = use_provider(llama, arguments->provider, error);
 	if (status == OPD_OK)
 		status = llama_load(llama, arguments->model, isatty(STDERR_FILENO) == 0, error);
+	if (status == OPD_OK)
+		status = call_directly(llama, error);
 	if (status == OPD_OK)
 		status = generate(llama, arguments, ids, count, error);
 	free(ids);

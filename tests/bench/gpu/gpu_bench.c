@@ -465,6 +465,8 @@ static void row_time_impl(const struct row *row, const struct host_impl *impl, s
 	struct timed timed = {.impl = impl, .sets = sets, .set_count = set_count, .plan = {.struct_bytes = sizeof timed.plan}};
 	opd_reason reason = {0};
 	const opd_impl *def = impl->impl;
+	for (unsigned i = 0; i < set_count; i++) /* cuDNN's bf16 is only for requests that say so */
+		sets[i].call.flags = strcmp(impl->provider, "cudnn") == 0 ? OPD_CALL_ALLOW_TF32 : 0;
 	if (def->unsupported != NULL || (def->predicate != NULL && !def->predicate(def, impl->state, &sets[0].call, &reason))) {
 		(void)printf("%-48s %-9s refused: %s\n", row->name, impl->provider, def->unsupported != NULL ? def->unsupported : reason.detail);
 		return;

@@ -264,6 +264,7 @@ static opd_status relu_run(const opd_impl *impl, void *state, const opd_call *ca
 static const opd_impl impls[] = {
     {
         .struct_bytes = sizeof impls[0],
+        .flags = OPD_IMPL_BATCH_INVARIANT,
         .op = "rms_norm",
         .schema = "rms_norm(Tensor x, Tensor? weight, float epsilon, int? variance_size=None) -> Tensor",
         .device = "test",
