@@ -1513,18 +1513,28 @@ class DeviceGraphs(unittest.TestCase):
         self.assertEqual((after.status, "is lost" in after.message), (harness.DATA_LOSS, True))
 
     def test_runs_that_end_where_they_are_begun_are_not_told_of_twice(self):
-        client = self.client()
+        folder = tempfile.mkdtemp(prefix="opd-gate-")
+        self.addCleanup(shutil.rmtree, folder, True)
+        client = self.client(self.daemon(fault="hang:7", gate=folder + "/gate", instant=1))
         number = self.register(client, self.graph(self.upload(client, [1], device="test:0")))
-        for value in range(2):
+        for value in range(3):
             self.values(self.run_graph(client, number, [value]))
-        for _ in range(20):  # short ones, which the loop runs itself while others wait behind them
-            request = pb.Request(run_graph=pb.RunGraph(graph=number, inline_results=True))
-            request.run_graph.inputs.add().tensor.CopyFrom(inline([1], f32(0)))
-            request.run_graph.outputs.add(keep=True)
-            numbers = [client.submit(request)]
-            for _ in range(7):
-                numbers.append(self.chained(client, number, numbers[-1]))
-            self.assertEqual([self.values(reply)[0] for reply in self.replies(client, numbers)], [[i + 1] for i in range(8)])
+        # All wait for what hangs on the other device: each that begins has one behind it, and has ended when the loop has enqueued it.
+        relu = run("relu", pb.Tensor(handle=self.upload(client, [1], device="test:1")), run_priority=["testdev"], run_strict=True, run_device="test:1")
+        relu.run.outputs.add(keep=True)
+        before = client.submit(relu)
+        numbers = []
+        for _ in range(8):
+            before = self.chained(client, number, before)
+            numbers.append(before)
+        client.ping()  # they are read
+        with open(folder + "/gate", "w"):
+            pass
+        found = {}
+        while len(found) < len(numbers) + 1:
+            answered, reply, _ = client.read_reply()
+            found[answered] = reply
+        self.assertEqual([self.values(found[answered])[0] for answered in numbers], [[i + 2] for i in range(8)])
 
     def test_other_shapes_and_a_graph_that_is_freed_leave_what_is_on_the_device_alone(self):
         client = self.client(delay_us=2000)

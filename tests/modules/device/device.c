@@ -109,7 +109,7 @@ opd_status device_open(struct device *device, const opd_host *host, opd_error *e
 	device->memory_bytes = 64u << 20;
 	if (!read_number("OPD_TEST_DEVICE_MEMORY", &device->memory_bytes) ||
 	    !read_number("OPD_TEST_DEVICE_DELAY_US", &device->delay_us) || !read_number("OPD_TEST_DEVICE_SLOW_US", &device->slow_us) ||
-	    !read_number("OPD_TEST_DEVICE_EVENT_US", &device->event_us) || !read_number("OPD_TEST_DEVICE_RESET", &device->reset) || !read_number("OPD_TEST_DEVICE_TELL", &device->tell) || !read_faults(device))
+	    !read_number("OPD_TEST_DEVICE_EVENT_US", &device->event_us) || !read_number("OPD_TEST_DEVICE_INSTANT", &device->instant) || !read_number("OPD_TEST_DEVICE_RESET", &device->reset) || !read_number("OPD_TEST_DEVICE_TELL", &device->tell) || !read_faults(device))
 		return opd_fail(error, OPD_INVALID_ARGUMENT, "one of the OPD_TEST_DEVICE_ variables can't be read");
 	(void)pthread_mutex_init(&device->mutex, NULL);
 	device->opened = true;

@@ -13,6 +13,7 @@
  *     OPD_TEST_DEVICE_DELAY_US=N         before each kernel
  *     OPD_TEST_DEVICE_SLOW_US=N          more before each kernel of test:0
  *     OPD_TEST_DEVICE_EVENT_US=N         from an event's work being done to its being reported
+ *     OPD_TEST_DEVICE_INSTANT=1          what is enqueued on test:0 is done before that call returns, on the caller's thread
  *     OPD_TEST_DEVICE_OPEN_GATE=PATH     a file: open waits until it is there
  *     OPD_TEST_DEVICE_FAULT=POINT:N[+],… the Nth time (from then on) at POINT: alloc, stream, event, record, copy_in, copy_out,
  * launch (run fails), kernel (its event does), mute (launch without code or text that make sense), capture (capture_begin), lost (a
@@ -79,6 +80,7 @@ struct device {
 	uint64_t delay_us;
 	uint64_t slow_us;
 	uint64_t event_us;
+	uint64_t instant;
 	uint64_t reset;
 	uint64_t tell;
 };

@@ -163,6 +163,10 @@ void device_stream_destroy(void *state, void *stream_of)
 
 static opd_status append(struct stream *stream, const struct command *command, opd_error *error)
 {
+	if (stream->device->instant != 0 && stream->ordinal == 0 && stream->capturing == NULL) { /* nothing is ever queued then */
+		do_command(stream, command);
+		return OPD_OK;
+	}
 	struct command *copy = malloc(sizeof *copy);
 	if (copy == NULL)
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "enqueue: out of memory");
