@@ -72,7 +72,7 @@ void device_watch(struct device_job *job, const struct watch_subject *subject, u
 void device_watched(struct device_lane *lane, struct device_job *job);
 /* It has ended. True: too late, its request is answered. */
 bool device_watch_end(struct device_lane *lane, struct device_job *job);
-/* The stream is there, and the job has its event. */
+/* device_job.c, from here on but where another file is named. The stream is there, and the job has its event. */
 OPD_MUST_USE opd_status device_begin(struct device_lane *lane, struct device_job *job);
 /* A step of the job failed in a function of the backend: the text says where, also when the module said nothing. */
 opd_status device_failed(struct device_lane *lane, struct device_job *job, opd_status status, const char *what);
@@ -118,5 +118,16 @@ OPD_MUST_USE opd_status device_copy_in(struct device_lane *lane, struct device_j
                                        uint64_t bytes);
 OPD_MUST_USE opd_status device_copy_out(struct device_lane *lane, struct device_job *job, void *to, const struct buffer *from, uint64_t offset,
                                         uint64_t bytes);
+
+/* At a job's end, by the lane, in this order. A job before it has failed whose results it reads: so has this one. */
+void device_inherit_failure(struct device_job *job);
+/* Of one that succeeded: its mirrors are there for others. */
+void device_mirrors_settle(struct device_lane *lane, struct device_job *job);
+/* It has failed: so will those that have come to hold what it writes. */
+void device_bequeath_failure(const struct device_job *job);
+/* What it held, its event and its arena are given back. */
+void device_release(struct device_lane *lane, struct device_job *job);
+/* Kept for a job to come, or destroyed; NULL is allowed. */
+void device_give_event(struct device_lane *lane, void *event);
 
 #endif
