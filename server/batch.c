@@ -29,11 +29,6 @@ static bool is_rows(const struct op *op, uint32_t param)
 	return (op->row_params >> param & 1u) != 0;
 }
 
-static uint64_t tensor_bytes(const opd_tensor *tensor)
-{
-	return tensor->elements * opd_dtype_bytes(tensor->dtype);
-}
-
 /* Of rows everything but their number. Not where it lies: on a device that may change. */
 static uint64_t hash_tensor(uint64_t hash, const opd_tensor *tensor, bool rows)
 {
@@ -99,8 +94,7 @@ static bool same_arg(const opd_arg *a, const opd_arg *b, bool anywhere, bool row
 /* NULL: it came with its request. */
 static const struct kept_tensor *kept_of(const struct request *request, const opd_tensor *tensor)
 {
-	const struct operand *operand = (const struct operand *)(const void *)((const char *)tensor - offsetof(struct operand, tensor));
-	return request->run.kept == NULL ? NULL : request->run.kept[operand - request->run.bound.operands];
+	return request->run.kept == NULL ? NULL : request->run.kept[bound_index(&request->run.bound, tensor)];
 }
 
 /* On a device what isn't rows must be one kept tensor, wherever it lies now: what comes with a request is nobody else's. */
@@ -169,7 +163,7 @@ static uint32_t rows_of(const struct request *request, uint64_t *shared_out)
 		if (arg->kind == OPD_ARG_TENSORS || arg->kind == OPD_ARG_INTS)
 			return 0;
 		if (!is_rows(run->op, i)) {
-			*shared_out += arg->kind == OPD_ARG_TENSOR ? tensor_bytes(arg->tensor) : 0;
+			*shared_out += arg->kind == OPD_ARG_TENSOR ? bound_bytes(arg->tensor) : 0;
 			continue;
 		}
 		const uint32_t found = arg->kind == OPD_ARG_TENSOR ? rows_in(arg->tensor) : 0;
@@ -190,9 +184,9 @@ static uint64_t copied_bytes(const struct request *request)
 	uint64_t bytes = 0;
 	for (uint32_t i = 0; i < run->bound.call.arg_count; i++)
 		if (is_rows(run->op, i))
-			bytes += tensor_bytes(run->bound.call.args[i].tensor);
+			bytes += bound_bytes(run->bound.call.args[i].tensor);
 	for (uint32_t i = 0; i < run->bound.call.output_count; i++)
-		bytes += tensor_bytes(&run->bound.outputs[i]);
+		bytes += bound_bytes(&run->bound.outputs[i]);
 	return bytes;
 }
 
@@ -325,7 +319,7 @@ static struct request *next_of(const struct batch *batch, const struct request *
 
 static uint64_t padded(const struct batch_tensor *all)
 {
-	return (tensor_bytes(&all->tensor) + OPD_TENSOR_ALIGNMENT - 1) / OPD_TENSOR_ALIGNMENT * OPD_TENSOR_ALIGNMENT;
+	return (bound_bytes(&all->tensor) + OPD_TENSOR_ALIGNMENT - 1) / OPD_TENSOR_ALIGNMENT * OPD_TENSOR_ALIGNMENT;
 }
 
 /* One buffer for all of them. The daemon's: no session of them is to pay for the others. */
@@ -353,8 +347,8 @@ static void gather(struct batch *batch)
 		unsigned char *to = batch->call->operands[i].tensor.data;
 		for (const struct request *each = batch->leader; each != NULL; each = next_of(batch, each)) {
 			const opd_tensor *from = each->run.bound.call.args[batch->call->params[i]].tensor;
-			memcpy(to, opd_tensor_data(from), tensor_bytes(from));
-			to += tensor_bytes(from);
+			memcpy(to, opd_tensor_data(from), bound_bytes(from));
+			to += bound_bytes(from);
 		}
 	}
 }
@@ -365,8 +359,8 @@ static void scatter(struct batch *batch)
 		const unsigned char *from = batch->call->results[i].tensor.data;
 		for (const struct request *each = batch->leader; each != NULL; each = next_of(batch, each)) {
 			const opd_tensor *to = &each->run.bound.outputs[i];
-			memcpy(opd_tensor_data(to), from, tensor_bytes(to));
-			from += tensor_bytes(to);
+			memcpy(opd_tensor_data(to), from, bound_bytes(to));
+			from += bound_bytes(to);
 		}
 	}
 }

@@ -8,6 +8,7 @@
 #define OPD_SERVER_BIND_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #include "proto/arena.h"
@@ -32,6 +33,19 @@ struct bound {
 	opd_tensor *outputs; /* [call.output_count] */
 	uint64_t output_bytes; /* their sum, each padded to 64 */
 };
+
+/* Of all its elements, packed: bind_place and bind_outputs have checked that it is a number. */
+static inline uint64_t bound_bytes(const opd_tensor *tensor)
+{
+	return tensor->elements * opd_dtype_bytes(tensor->dtype);
+}
+
+/* Which of the operands this tensor of the call's arguments is. */
+static inline uint32_t bound_index(const struct bound *bound, const opd_tensor *tensor)
+{
+	const struct operand *operand = (const struct operand *)(const void *)((const char *)tensor - offsetof(struct operand, tensor));
+	return (uint32_t)(operand - bound->operands);
+}
 
 /* Fills in op, args, operands (not yet placed). Everything in the arena. RESOURCE_EXHAUSTED: the arena is full. */
 OPD_MUST_USE opd_status bind_args(struct arena *arena, const struct op *op, const struct msg_run *run, struct bound *bound, opd_error *error);

@@ -29,11 +29,6 @@ static struct request *request_of(struct device_job *member)
 	return (struct request *)((char *)member - offsetof(struct request, device_job));
 }
 
-static uint64_t tensor_bytes(const opd_tensor *tensor)
-{
-	return tensor->elements * opd_dtype_bytes(tensor->dtype);
-}
-
 static const opd_tensor *operand_of(struct device_job *member, uint32_t param)
 {
 	return request_of(member)->run.bound.call.args[param].tensor;
@@ -71,7 +66,7 @@ static bool stays_in_stage(const struct device_batch *batch, const struct stage 
 {
 	struct device_job *first = batch->job.members;
 	return (request_of(first)->run.dispatch.impl->def->flags & OPD_IMPL_MAPPED) != 0 && stage->mapped != NULL && tensor->elements >= batch->largest / 2 &&
-	       tensor_bytes(tensor) <= DEVICE_MAPPED_RING_BYTES;
+	       bound_bytes(tensor) <= DEVICE_MAPPED_RING_BYTES;
 }
 
 static opd_status place_rows(struct device_lane *lane, struct device_batch *batch, uint32_t index)
@@ -80,23 +75,23 @@ static opd_status place_rows(struct device_lane *lane, struct device_batch *batc
 	opd_tensor *all = &batch->call->operands[index].tensor;
 	struct stage stage;
 	struct buffer *there;
-	opd_status status = stage_take(lane, job, tensor_bytes(all), &stage);
+	opd_status status = stage_take(lane, job, bound_bytes(all), &stage);
 	if (status != OPD_OK)
 		return status;
 	unsigned char *to = stage.data;
 	for (struct device_job *member = job->members; member != NULL; member = member->next) {
 		const opd_tensor *from = operand_of(member, batch->call->params[index]);
-		memcpy(to, opd_tensor_data(from), tensor_bytes(from));
-		to += tensor_bytes(from);
+		memcpy(to, opd_tensor_data(from), bound_bytes(from));
+		to += bound_bytes(from);
 	}
 	all->data = stage.mapped;
 	if (stays_in_stage(batch, &stage, all))
 		return OPD_OK;
-	status = device_alloc(lane, job, tensor_bytes(all), &there);
+	status = device_alloc(lane, job, bound_bytes(all), &there);
 	if (status != OPD_OK)
 		return status;
 	all->data = there->data;
-	status = lane->device.backend->copy_in(lane->device.state, lane->stream, there->data, 0, stage.data, tensor_bytes(all), &job->error);
+	status = lane->device.backend->copy_in(lane->device.state, lane->stream, there->data, 0, stage.data, bound_bytes(all), &job->error);
 	return status == OPD_OK ? OPD_OK : device_failed(lane, job, status, "copy_in");
 }
 
@@ -105,9 +100,9 @@ static opd_status land_rows(struct device_batch *batch, uint32_t index, const st
 	const unsigned char *from = stage->data;
 	for (struct device_job *member = batch->job.members; member != NULL; member = member->next) {
 		const opd_tensor *to = &request_of(member)->run.bound.outputs[index];
-		if (!device_ring_land(&batch->job, opd_tensor_data(to), from, tensor_bytes(to)))
+		if (!device_ring_land(&batch->job, opd_tensor_data(to), from, bound_bytes(to)))
 			return device_no_memory(&batch->job);
-		from += tensor_bytes(to);
+		from += bound_bytes(to);
 	}
 	return OPD_OK;
 }
@@ -120,8 +115,7 @@ static opd_status place_shared(struct device_lane *lane, struct device_batch *ba
 	struct device_job *job = &batch->job;
 	const struct request *first = request_of(job->members);
 	const opd_tensor *host = batch->call->args[param].tensor;
-	const struct operand *operand = (const struct operand *)(const void *)((const char *)host - offsetof(struct operand, tensor));
-	const struct kept_tensor *kept = first->run.kept[operand - first->run.bound.operands];
+	const struct kept_tensor *kept = first->run.kept[bound_index(&first->run.bound, host)];
 	opd_tensor *tensor = arena_alloc(&job->arena, sizeof *tensor);
 	struct buffer *here;
 	bool moved;
@@ -159,12 +153,12 @@ static opd_status place_result(struct device_lane *lane, struct device_batch *ba
 {
 	opd_tensor *all = &batch->call->results[index].tensor;
 	*there_out = NULL;
-	opd_status status = stage_take(lane, &batch->job, tensor_bytes(all), stage);
+	opd_status status = stage_take(lane, &batch->job, bound_bytes(all), stage);
 	all->device = lane->number;
 	all->data = status == OPD_OK ? stage->mapped : NULL;
 	if (status != OPD_OK || stays_in_stage(batch, stage, all))
 		return status;
-	status = device_alloc(lane, &batch->job, tensor_bytes(all), there_out);
+	status = device_alloc(lane, &batch->job, bound_bytes(all), there_out);
 	if (status == OPD_OK)
 		all->data = (*there_out)->data;
 	return status;
@@ -175,7 +169,7 @@ static opd_status copy_result(struct device_lane *lane, struct device_batch *bat
 	struct device_job *job = &batch->job;
 	opd_status status = OPD_OK;
 	if (there != NULL)
-		status = lane->device.backend->copy_out(lane->device.state, lane->stream, stage->data, there->data, 0, tensor_bytes(&batch->call->results[index].tensor), &job->error);
+		status = lane->device.backend->copy_out(lane->device.state, lane->stream, stage->data, there->data, 0, bound_bytes(&batch->call->results[index].tensor), &job->error);
 	return status == OPD_OK ? land_rows(batch, index, stage) : device_failed(lane, job, status, "copy_out");
 }
 
@@ -248,9 +242,9 @@ static void tell_moves(struct device_lane *lane, const struct device_batch *batc
 	struct request *request = request_of(member);
 	const struct batch_call *call = batch->call;
 	for (uint32_t i = 0; i < call->operand_count; i++)
-		device_note_move(request, request->run.op->schema->params[call->params[i]].name, 0, lane->number, tensor_bytes(operand_of(member, call->params[i])));
+		device_note_move(request, request->run.op->schema->params[call->params[i]].name, 0, lane->number, bound_bytes(operand_of(member, call->params[i])));
 	for (uint32_t i = 0; i < call->call.output_count; i++)
-		device_note_move(request, "result", lane->number, 0, tensor_bytes(&request->run.bound.outputs[i]));
+		device_note_move(request, "result", lane->number, 0, bound_bytes(&request->run.bound.outputs[i]));
 }
 
 static void batch_complete(struct device_lane *lane, struct device_job *job)

@@ -178,8 +178,8 @@ static bool place_donated(struct device_lane *lane, struct request *request, str
 static opd_status place_operand(struct device_lane *lane, struct request *request, struct device_run *mine, const opd_tensor *host,
                                 const opd_tensor **tensor_out)
 {
-	const struct operand *operand = (const struct operand *)((const char *)host - offsetof(struct operand, tensor));
-	const uint32_t index = (uint32_t)(operand - request->run.bound.operands);
+	const uint32_t index = bound_index(&request->run.bound, host);
+	const struct operand *operand = &request->run.bound.operands[index];
 	opd_tensor *tensor = arena_alloc(&request->device_job.arena, sizeof *tensor);
 	if (tensor == NULL)
 		return device_no_memory(&request->device_job);
@@ -465,9 +465,9 @@ static uint64_t work_bytes(const struct request *request)
 	const struct bound *bound = &request->run.bound;
 	uint64_t bytes = 0;
 	for (uint32_t i = 0; i < bound->operand_count; i++)
-		bytes += bound->operands[i].tensor.elements * opd_dtype_bytes(bound->operands[i].tensor.dtype);
+		bytes += bound_bytes(&bound->operands[i].tensor);
 	for (uint32_t i = 0; i < bound->call.output_count; i++)
-		bytes += bound->outputs[i].elements * opd_dtype_bytes(bound->outputs[i].dtype);
+		bytes += bound_bytes(&bound->outputs[i]);
 	return bytes;
 }
 
@@ -556,10 +556,10 @@ static uint64_t wire_bytes(const struct request *request)
 	uint64_t bytes = 0;
 	for (uint32_t i = 0; i < bound->operand_count; i++)
 		if (bound->operands[i].tensor.data != NULL)
-			bytes += bound->operands[i].tensor.elements * opd_dtype_bytes(bound->operands[i].tensor.dtype);
+			bytes += bound_bytes(&bound->operands[i].tensor);
 	for (uint32_t i = 0; i < bound->call.output_count; i++)
 		if (bound->outputs[i].data != NULL)
-			bytes += bound->outputs[i].elements * opd_dtype_bytes(bound->outputs[i].dtype);
+			bytes += bound_bytes(&bound->outputs[i]);
 	return bytes;
 }
 

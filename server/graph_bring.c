@@ -13,8 +13,7 @@ static struct buffer *input_buffer(const struct graph_run *run, uint32_t index)
 	if (input->kind == MSG_GRAPH_STATE)
 		return run->states[input->state].tensor->buffer;
 	const opd_tensor *tensor = graph_run_operand(&own->bound, input);
-	const struct operand *operand = (const struct operand *)((const char *)tensor - offsetof(struct operand, tensor));
-	const struct kept_tensor *kept = own->kept[operand - own->bound.operands];
+	const struct kept_tensor *kept = own->kept[bound_index(&own->bound, tensor)];
 	return kept == NULL ? NULL : kept->buffer;
 }
 

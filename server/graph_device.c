@@ -124,8 +124,7 @@ static opd_status bring_operand(struct device_lane *lane, struct device_job *job
 	struct prepared *prepared = run->prepared;
 	const struct request_run *own = &run->request->run;
 	const opd_tensor *tensor = graph_run_operand(&own->bound, &run->graph->inputs[index]);
-	const struct operand *operand = (const struct operand *)((const char *)tensor - offsetof(struct operand, tensor));
-	const struct kept_tensor *kept = own->kept[operand - own->bound.operands];
+	const struct kept_tensor *kept = own->kept[bound_index(&own->bound, tensor)];
 	const uint64_t bytes = extent_of(&prepared->inputs[index].tensor);
 	opd_status status = keep_base(lane, job, prepared, 1 + index, bytes);
 	if (status != OPD_OK || bytes == 0)

@@ -14,11 +14,6 @@
 
 #define CANARY 0xa5
 
-static uint64_t tensor_size(const opd_tensor *tensor)
-{
-	return tensor->elements * opd_dtype_bytes(tensor->dtype); /* checked when it was described */
-}
-
 /* ---- Memory ---- */
 
 static void describe_output(struct graph_run *run, uint32_t index)
@@ -37,7 +32,7 @@ static opd_status alloc_outputs(struct graph_run *run, opd_error *error)
 	struct request *request = run->request;
 	uint64_t canary = prepared->checked ? GRAPH_CANARY_BYTES : 0;
 	for (uint32_t i = 0; i < prepared->output_count; i++) {
-		uint64_t bytes = tensor_size(&prepared->outputs[i]);
+		uint64_t bytes = bound_bytes(&prepared->outputs[i]);
 		opd_tensor *output = &request->run.bound.outputs[i];
 		output->data = prepared->checked ? NULL : shared_result(request, i); /* what lies behind a range is the client's: no canary there */
 		if (output->data != NULL)
@@ -136,7 +131,7 @@ static void make_copies(const struct prepared *prepared, uint32_t first, uint32_
 {
 	for (uint32_t i = first; i < first + count; i++) {
 		const struct copy *copy = &prepared->copies[i];
-		uint64_t bytes = tensor_size(copy->from);
+		uint64_t bytes = bound_bytes(copy->from);
 		if (bytes != 0)
 			memcpy(opd_tensor_data(copy->to), opd_tensor_data(copy->from), bytes);
 	}
@@ -146,7 +141,7 @@ static void set_canaries(const struct step *step)
 {
 	for (uint32_t i = 0; step->donate_count == 0 && i < step->bound.call.output_count; i++) {
 		const opd_tensor *output = &step->bound.outputs[i];
-		memset((unsigned char *)output->data + tensor_size(output), CANARY, GRAPH_CANARY_BYTES);
+		memset((unsigned char *)output->data + bound_bytes(output), CANARY, GRAPH_CANARY_BYTES);
 	}
 }
 
@@ -154,12 +149,12 @@ static opd_status check_canaries(const struct step *step, opd_error *error)
 {
 	for (uint32_t i = 0; step->donate_count == 0 && i < step->bound.call.output_count; i++) {
 		const opd_tensor *output = &step->bound.outputs[i];
-		const unsigned char *behind = (const unsigned char *)output->data + tensor_size(output);
+		const unsigned char *behind = (const unsigned char *)output->data + bound_bytes(output);
 		for (uint32_t k = 0; k < GRAPH_CANARY_BYTES; k++)
 			if (behind[k] != CANARY)
 				return opd_fail(error, OPD_INTERNAL, "%s.%s wrote past the end of result %u, at byte %" PRIu64 " of %" PRIu64,
-				                step->impl->provider->name, step->bound.op->schema->name, (unsigned)i, tensor_size(output) + k,
-				                tensor_size(output));
+				                step->impl->provider->name, step->bound.op->schema->name, (unsigned)i, bound_bytes(output) + k,
+				                bound_bytes(output));
 	}
 	return OPD_OK;
 }
