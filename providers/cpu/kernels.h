@@ -63,12 +63,11 @@ typedef void (*cpu_linear_finish_fn)(const float *sums, const void *bias, void *
 #define CPU_ATTEND_ROWS 32
 #define CPU_ATTEND_KEYS 64
 
-/* Rows of a cache: row j lies at base + places[j]. `ahead` places are known, `count` are meant; memory is asked for `lookahead` rows early. */
+/* Rows of a cache: row j lies at the address base + places[j]. Behind the run's places are those of what is read after it: while row j is read, memory is asked for row j + lookahead. */
 struct cpu_attend_run {
-	const unsigned char *base;
-	const uint64_t *places;
-	size_t count; /* at most CPU_ATTEND_KEYS */
-	size_t ahead;
+	uint64_t base;
+	const uint64_t *places; /* [count + lookahead]; of kernels that don't ask, [count] */
+	size_t count;           /* at most CPU_ATTEND_KEYS */
 	size_t lookahead;
 };
 
