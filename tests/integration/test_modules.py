@@ -418,6 +418,17 @@ class Bad(unittest.TestCase):
         self.assertTrue(found["openblas"]["isolated"])
         self.assertFalse(found["onednn"]["isolated"])
 
+    def test_a_module_that_this_opd_was_built_without_is_told_and_the_others_run(self):
+        alone = os.path.join(self.folder, "opd")  # nothing lies beside it
+        shutil.copy(harness.OPD, alone)
+        daemon = daemon_for(self, "--module", "cuda", "--priority", "relu=cuda,cpu", wrapper=("sh", "-c", 'shift; exec "$0" "$@"', alone))
+        found = {provider["name"]: provider for provider in opctl(daemon, "providers")}
+        self.assertRegex(found["cuda"]["reason"], r"/opd-provider-cuda\.so: No such file or directory \(a module that comes with opd, where it was built and installed with what that needs\)$")
+        self.assertIn("a module that comes with opd", daemon.log_text())
+        with Client(daemon.address) as client:
+            reply = client.ask(run("relu", inline([2], f32(-1, 1)), run_explain=True))[0].run
+        self.assertEqual((reply.provider, reply.explain.skipped[0].provider, reply.explain.skipped[0].code), ("cpu", "cuda", REASON_MODULE))
+
     def test_a_module_that_comes_later_takes_the_place_of_its_missing_name(self):
         path = os.path.join(self.folder, "later.so")
         daemon = daemon_for(self, "--module", "testdev=" + path, "--priority", "relu=testdev,native")
