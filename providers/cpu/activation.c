@@ -32,6 +32,7 @@ struct activation_work {
 	size_t count;        /* of y's row; of y, where flat */
 	uint64_t first, other; /* bytes into x's row: what goes through the function, what multiplies */
 	size_t element_bytes;
+	bool streams;
 };
 
 static void activation_rows(const void *context, uint64_t begin, uint64_t end, uint32_t thread)
@@ -40,8 +41,9 @@ static void activation_rows(const void *context, uint64_t begin, uint64_t end, u
 	const struct activation_work *work = context;
 	for (uint64_t r = begin; r < end; r++) {
 		const unsigned char *row = cpu_row(&work->x, r);
-		work->kernel(row + work->first, row + work->other, cpu_row(&work->y, r), work->count);
+		work->kernel(row + work->first, row + work->other, cpu_row(&work->y, r), work->count, work->streams);
 	}
+	cpu_streamed(work->streams);
 }
 
 static void activation_flat(const void *context, uint64_t begin, uint64_t end, uint32_t thread)
@@ -50,7 +52,14 @@ static void activation_flat(const void *context, uint64_t begin, uint64_t end, u
 	const struct activation_work *work = context;
 	uint64_t from = begin * FLAT_ITEM;
 	uint64_t count = end * FLAT_ITEM < work->count ? end * FLAT_ITEM - from : work->count - from;
-	work->kernel(work->x.base + from * work->element_bytes, NULL, work->y.base + from * work->element_bytes, (size_t)count);
+	work->kernel(work->x.base + from * work->element_bytes, NULL, work->y.base + from * work->element_bytes, (size_t)count, work->streams);
+	cpu_streamed(work->streams);
+}
+
+/* The others compute about as long as memory takes: results past the caches make them no faster. */
+static bool is_light(unsigned function)
+{
+	return function == CPU_RELU || function == CPU_RELU2;
 }
 
 static opd_status activation_alone(const opd_impl *impl, const opd_call *call, const opd_exec *exec, unsigned function, uint64_t cost_ns,
@@ -66,6 +75,7 @@ static opd_status activation_alone(const opd_impl *impl, const opd_call *call, c
 		.y = cpu_rows_of(call->outputs[0]),
 		.count = (size_t)opd_tensor_last(x),
 		.element_bytes = opd_dtype_bytes(x->dtype),
+		.streams = is_light(function) && cpu_streams_bytes(2 * x->elements * opd_dtype_bytes(x->dtype)),
 	};
 	if (work.x.scattered != NULL)
 		return cpu_for(exec, x->elements / work.count, cost_ns, activation_rows, &work, error);
@@ -86,6 +96,7 @@ static opd_status activation_times(const opd_impl *impl, const opd_call *call, c
 		.x = cpu_rows_of(x),
 		.y = cpu_rows_of(call->outputs[0]),
 		.count = (size_t)opd_tensor_last(x) / 2,
+		.streams = cpu_streams_bytes((x->elements + call->outputs[0]->elements) * opd_dtype_bytes(x->dtype)),
 	};
 	work.first = second ? work.y.row_bytes : 0;
 	work.other = second ? 0 : work.y.row_bytes;

@@ -67,14 +67,6 @@ VEC_INLINE struct vec_pair norm_weight_pair(opd_dtype dtype, opd_dtype weight_dt
 	return dtype == OPD_bf16 && weight_dtype == OPD_f32 ? vec_apart(pair) : pair;
 }
 
-VEC_INLINE void norm_store_pair(opd_dtype dtype, void *y, size_t at, bool streams, struct vec_pair pair)
-{
-	if (streams)
-		vec_stream_pair(dtype, y, at, pair);
-	else
-		vec_store_pair(dtype, y, at, pair);
-}
-
 /* The norm of x, or of x + residual, whose sum is computed twice rather than kept: it must not be rounded, and in place there is nowhere to keep it. While results are made,
  * which is the longer half, the next row is on its way. residual and sum: both NULL, or neither; streams, too, is a constant of the caller. */
 VEC_INLINE void norm_row(opd_dtype dtype, opd_dtype weight_dtype, const struct cpu_norm *norm, const void *residual, void *sum, bool streams)
@@ -94,9 +86,9 @@ VEC_INLINE void norm_row(opd_dtype dtype, opd_dtype weight_dtype, const struct c
 		vec_ask((const unsigned char *)norm->x_next + i * bytes, 2 * VEC_LANES * bytes);
 		if (residual != NULL) {
 			vec_ask((const unsigned char *)norm->residual_next + i * bytes, 2 * VEC_LANES * bytes);
-			norm_store_pair(dtype, sum, i, streams, s);
+			vec_put_pair(dtype, sum, i, streams, s);
 		}
-		norm_store_pair(dtype, norm->y, i, streams, v);
+		vec_put_pair(dtype, norm->y, i, streams, v);
 	}
 	for (size_t here; i < count; i += here) {
 		here = count - i < VEC_LANES ? count - i : VEC_LANES;
@@ -108,8 +100,6 @@ VEC_INLINE void norm_row(opd_dtype dtype, opd_dtype weight_dtype, const struct c
 			vec_store_part(dtype, sum, i, here, s);
 		vec_store_part(dtype, norm->y, i, here, v);
 	}
-	if (streams)
-		vec_streamed();
 }
 
 /* X(name, dtype of x, dtype of weight) */

@@ -149,6 +149,16 @@ VEC_INLINE void vec_ask(const void *memory, size_t bytes)
 		__builtin_prefetch((const unsigned char *)memory + at, 0, 3);
 }
 
+/* Bytes between what a pass over elements computes and what it asks for: two pages of a kilobyte or four are as good from memory, half of one is too little. */
+#define VEC_AHEAD 1024
+
+/* Asks for `bytes` that come VEC_AHEAD after `memory`: past an operand's end, too, where they are nobody's to read, but may be asked for. */
+VEC_INLINE void vec_ask_ahead(const void *memory, size_t bytes)
+{
+	for (size_t at = 0; at < bytes; at += 64)
+		__builtin_prefetch((const void *)((uintptr_t)memory + VEC_AHEAD + at), 0, 3);
+}
+
 /* e^x for x of [-105, 89], or NaN, which stays: relative error under 2 ulp, denormal results included.
  * x = n·ln 2 + r with |r| ≤ ln 2 / 2; e^r = 1 + r + r²·q(r), q of degree 4 fitted for the least relative error (3.1e-9). ln 2 is split in
  * two, the first part short, so that n·first is exact also without FMA. */
