@@ -23,7 +23,13 @@ static uint64_t activation_cost(const opd_impl *impl, const opd_call *call)
 static uint64_t relu_cost(const opd_impl *impl, const opd_call *call)
 {
 	const opd_tensor *x = cpu_tensor(call, 0);
-	return cpu_cost_ns(&cpu_kernels_of(impl)->costs.rms_norm, x->dtype, x->elements);
+	return cpu_any_cost_ns(&cpu_kernels_of(impl)->costs.arithmetic, x->dtype, x->elements); /* one operand less, one operation more */
+}
+
+static uint64_t gelu_cost(const opd_impl *impl, const opd_call *call)
+{
+	const opd_tensor *x = cpu_tensor(call, 0);
+	return cpu_cost_ns(&cpu_kernels_of(impl)->costs.gelu, x->dtype, call->outputs[0]->elements);
 }
 
 struct activation_work {
@@ -84,8 +90,8 @@ static opd_status activation_alone(const opd_impl *impl, const opd_call *call, c
 }
 
 /* `second`: it is the second half that goes through the function. */
-static opd_status activation_times(const opd_impl *impl, const opd_call *call, const opd_exec *exec, unsigned function, bool second,
-                                   opd_error *error)
+static opd_status activation_times(const opd_impl *impl, const opd_call *call, const opd_exec *exec, unsigned function, uint64_t cost_ns,
+                                   bool second, opd_error *error)
 {
 	const opd_tensor *x = cpu_tensor(call, 0);
 	opd_status status = cpu_expect_output(impl, call, 0, x, opd_tensor_last(x) / 2, error);
@@ -100,7 +106,7 @@ static opd_status activation_times(const opd_impl *impl, const opd_call *call, c
 	};
 	work.first = second ? work.y.row_bytes : 0;
 	work.other = second ? 0 : work.y.row_bytes;
-	return cpu_for(exec, call->outputs[0]->elements / work.count, activation_cost(impl, call), activation_rows, &work, error);
+	return cpu_for(exec, call->outputs[0]->elements / work.count, cost_ns, activation_rows, &work, error);
 }
 
 /* Which gelu parameter 1 asks for. */
@@ -134,11 +140,11 @@ ALONE(sigmoid, activation_cost, CPU_SIGMOID)
 ALONE(silu, activation_cost, CPU_SILU)
 ALONE(relu, relu_cost, CPU_RELU)
 ALONE(relu2, relu_cost, CPU_RELU2)
-IMPL(gelu, "gelu(Tensor x, str approximate=\"none\") -> Tensor", activation_cost,
-     activation_alone(impl, call, exec, gelu_function(call), activation_cost(impl, call), error))
+IMPL(gelu, "gelu(Tensor x, str approximate=\"none\") -> Tensor", gelu_cost,
+     activation_alone(impl, call, exec, gelu_function(call), gelu_cost(impl, call), error))
 IMPL(silu_and_mul, "silu_and_mul(Tensor x) -> Tensor", activation_cost,
-     activation_times(impl, call, exec, CPU_SILU, false, error))
+     activation_times(impl, call, exec, CPU_SILU, activation_cost(impl, call), false, error))
 IMPL(mul_and_silu, "mul_and_silu(Tensor x) -> Tensor", activation_cost,
-     activation_times(impl, call, exec, CPU_SILU, true, error))
-IMPL(gelu_and_mul, "gelu_and_mul(Tensor x, str approximate=\"none\") -> Tensor", activation_cost,
-     activation_times(impl, call, exec, gelu_function(call), false, error))
+     activation_times(impl, call, exec, CPU_SILU, activation_cost(impl, call), true, error))
+IMPL(gelu_and_mul, "gelu_and_mul(Tensor x, str approximate=\"none\") -> Tensor", gelu_cost,
+     activation_times(impl, call, exec, gelu_function(call), gelu_cost(impl, call), false, error))

@@ -272,9 +272,10 @@ struct cpu_any_cost {
 };
 
 struct cpu_costs {
-	struct cpu_cost rms_norm;           /* elements of x; for relu and relu2 too */
+	struct cpu_cost rms_norm;           /* elements of x */
 	struct cpu_cost fused_add_rms_norm; /* elements of x */
-	struct cpu_cost silu_and_mul;       /* elements of y; for every activation with an exponential */
+	struct cpu_cost silu_and_mul;       /* elements of y; for every activation with one exponential and a quotient */
+	struct cpu_cost gelu;               /* elements of y */
 	struct cpu_cost softmax;            /* elements of x */
 	struct cpu_cost linear_weight;      /* elements of weight, read once */
 	uint32_t linear_product_fs;         /* femtoseconds a product */

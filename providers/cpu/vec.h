@@ -191,10 +191,12 @@ VEC_INLINE vec_f32 vec_exp(vec_f32 x)
 	return vec_exp_near(vec_exp_bounded(x));
 }
 
-/* Vectors that go through a function together, n at most of them (a constant of the caller): their steps stand beside each other, so that one's wait for its last result is filled by the others'. With sixteen registers they would go through memory.
- * gelu of 4096 in a first-level cache on Zen 5, 2, 4 and 8 at a time: f32 1.22, 1.08, 0.87 us; bf16 0.71, 0.66, 0.61. */
+/* Vectors that go through a function together, n at most of them (a constant of the caller): their steps stand beside each other, so that one's wait for its last result is filled by the others'.
+ * gelu of 4096 in a first-level cache on Zen 5, 2, 4 and 8 at a time: f32 1.22, 1.08, 0.87 us; bf16 0.71, 0.66, 0.61; sixteen registers hold what four need (avx2, 4 in place of 2: a fifth to a quarter less). */
 #if defined(VEC_AVX512)
 #define VEC_TOGETHER 8
+#elif defined(VEC_AVX2)
+#define VEC_TOGETHER 4
 #else
 #define VEC_TOGETHER 2
 #endif

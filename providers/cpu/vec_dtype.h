@@ -320,6 +320,13 @@ VEC_INLINE vec_f32 vec_result(opd_dtype dtype, vec_f32 v)
 	return dtype == OPD_bf16 ? v : vec_one_nan(v);
 }
 
+/* `v` as it would read after a store as bf16, where v is a number, or a NaN whose low half is 0, as those of bf16 are. Four operations less than for any NaN. */
+VEC_INLINE vec_f32 vec_rounded_to_bf16(vec_f32 v)
+{
+	vec_u32 bits = (vec_u32)v;
+	return (vec_f32)((bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u);
+}
+
 /* `v` as it would read after a store as `dtype`. */
 VEC_INLINE vec_f32 vec_rounded(opd_dtype dtype, vec_f32 v)
 {
