@@ -21,7 +21,7 @@
 #define POLL_YIELD_NS 1000000u
 #define POLL_SLEEP_NS 50000
 #define JOB_ARENA_BYTES (16u << 20)
-/* So long before the end of a lone job its loop is woken, and so long after it the loop may sleep again; the loop doesn't go to sleep for a job shorter than the other. */
+/* So long before the end of a lone job its loop is woken, and so long after it the loop may sleep again; one shorter than the other the loop looks after itself. */
 #define ATTEND_NS 100000u
 #define ATTEND_WHOLE_NS 400000u
 /* So long before the stream should be empty the next job comes to it, however long that one is. */
@@ -52,15 +52,24 @@ static void pause_polling(const struct device_lane *lane)
 		(void)sched_yield();
 }
 
-/* A lone job of some length, which its loop has begun itself: if it should end within so long, the loop stays awake, or wakes, until then. */
-static void let_attend(struct device_lane *lane, uint64_t ahead_ns)
+/* A lone job that its loop has begun itself, and that should end within so long. */
+static bool ends_soon(const struct device_lane *lane, uint64_t ahead_ns, uint64_t now_ns)
+{
+	const struct device_job *job = lane->flight;
+	if (lane->in_flight != 1 || job->here_ns == 0 || job->item.estimate_ns == 0)
+		return false;
+	const uint64_t end_ns = job->started_ns + job->item.estimate_ns;
+	return end_ns <= now_ns + ahead_ns && now_ns <= end_ns + ATTEND_NS;
+}
+
+/* Its loop stays awake, or wakes, until then. */
+static void let_attend(struct device_lane *lane)
 {
 	struct device_job *job = lane->flight;
-	if (lane->in_flight != 1 || job->here_ns == 0 || job->attended || job->item.estimate_ns == 0)
+	const uint64_t now_ns = request_now_ns();
+	if (!ends_soon(lane, ATTEND_NS, now_ns) || job->attended)
 		return;
-	const uint64_t now_ns = request_now_ns(), end_ns = job->started_ns + job->item.estimate_ns;
-	if (end_ns > now_ns + ahead_ns || now_ns > end_ns + ATTEND_NS)
-		return;
+	const uint64_t end_ns = job->started_ns + job->item.estimate_ns;
 	job->attended = true;
 	io_loop_attend(&lane->server->loops[job->loop], (end_ns > now_ns ? end_ns : now_ns) + ATTEND_NS);
 }
@@ -555,7 +564,7 @@ static void *lane_main(void *argument)
 			mark_end(lane);
 		/* While jobs come that one event will tell of, the device isn't asked for each of them. */
 		if ((job == NULL || lane->newest == NULL) && !poll_flight(lane) && job == NULL && !stop) {
-			let_attend(lane, ATTEND_NS);
+			let_attend(lane);
 			pause_polling(lane);
 		}
 		if (lane->lost && !lane->given_back && lane->flight == NULL)
@@ -579,6 +588,8 @@ static bool take_lane(struct device_lane *lane, struct device_job *job)
 		taken = false;
 	}
 	lane->taken = lane->taken || taken;
+	if (taken)
+		atomic_store_explicit(&lane->wanted, false, memory_order_relaxed);
 	(void)pthread_mutex_unlock(&lane->mutex);
 	return taken;
 }
@@ -606,6 +617,12 @@ static void give_lane(struct device_lane *lane, struct device_job *ended)
 	(void)pthread_mutex_unlock(&lane->mutex);
 }
 
+/* The lane stays its loop's, which looks again in each of its turns: another thread that looked would have to wake it, and takes its time for that. */
+static bool keep(struct device_lane *lane, const struct device_job *job)
+{
+	return job->by_loop && ends_soon(lane, ATTEND_WHOLE_NS, request_now_ns()) && io_loop_keep(&lane->server->loops[job->loop], lane);
+}
+
 enum device_ran device_lane_run(struct device_lane *lane, struct device_job *job)
 {
 	job->next = NULL;
@@ -618,9 +635,29 @@ enum device_ran device_lane_run(struct device_lane *lane, struct device_job *job
 	bool over = take_complete(lane, &ended);
 	while (!over && request_now_ns() - job->started_ns < job->here_ns)
 		over = take_complete(lane, &ended);
-	let_attend(lane, ATTEND_WHOLE_NS);
+	if (!over && keep(lane, job))
+		return DEVICE_LEFT;
 	give_lane(lane, ended);
 	return over ? DEVICE_ENDED : DEVICE_LEFT;
+}
+
+bool device_lane_look(struct device_lane *lane)
+{
+	struct device_job *ended;
+	const bool over = take_complete(lane, &ended);
+	if (!over && !atomic_load_explicit(&lane->wanted, memory_order_relaxed) && ends_soon(lane, ATTEND_WHOLE_NS, request_now_ns()))
+		return true;
+	give_lane(lane, ended);
+	for (struct device_job *next; ended != NULL; ended = next) { /* it was a lone one, of this loop */
+		next = ended->next;
+		ended->done(ended);
+	}
+	return false;
+}
+
+void device_lane_let_go(struct device_lane *lane)
+{
+	give_lane(lane, NULL);
 }
 
 /* ---- Life ---- */
@@ -746,6 +783,13 @@ struct device_lane *device_lane_started(struct server *server, uint32_t number)
 	return atomic_load_explicit(&server->device_lanes[number], memory_order_acquire);
 }
 
+/* Under the mutex: there is something for the lane's thread. */
+static void ask_for_lane(struct device_lane *lane)
+{
+	atomic_store_explicit(&lane->wanted, true, memory_order_relaxed);
+	(void)pthread_cond_signal(&lane->wake);
+}
+
 struct scheduler *device_lane_scheduler_lock(struct device_lane *lane)
 {
 	(void)pthread_mutex_lock(&lane->mutex);
@@ -755,7 +799,7 @@ struct scheduler *device_lane_scheduler_lock(struct device_lane *lane)
 /* A changed rate may let somebody go on. */
 void device_lane_scheduler_unlock(struct device_lane *lane)
 {
-	(void)pthread_cond_signal(&lane->wake);
+	ask_for_lane(lane);
 	(void)pthread_mutex_unlock(&lane->mutex);
 }
 
@@ -801,7 +845,7 @@ bool device_lane_submit(struct device_lane *lane, struct device_job *job)
 		job->refusal.full = scheduler_full(&lane->scheduler, job->item.flow, &job->refusal.queued, &job->refusal.limit);
 		job->refusal.wait_ns = scheduler_wait_ns(&lane->scheduler, job->item.flow, (sched_class)job->item.class);
 	}
-	(void)pthread_cond_signal(&lane->wake);
+	ask_for_lane(lane);
 	(void)pthread_mutex_unlock(&lane->mutex);
 	return queued;
 }
@@ -842,7 +886,7 @@ void device_lane_drain(struct device_lane *lane)
 	(void)pthread_mutex_lock(&lane->mutex);
 	lane->stopping = true;
 	scheduler_forget_rates(&lane->scheduler);
-	(void)pthread_cond_signal(&lane->wake);
+	ask_for_lane(lane);
 	(void)pthread_mutex_unlock(&lane->mutex);
 	(void)pthread_join(lane->thread, NULL);
 	lane->joined = true;

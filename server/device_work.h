@@ -32,6 +32,7 @@ struct device_lane {
 	pthread_cond_t wake;   /* of CLOCK_MONOTONIC */
 	bool stopping;
 	bool taken; /* somebody works with the device: the lane's thread, or one that runs a lone job itself. What is "the thread's own" below is whose this is */
+	_Atomic bool wanted; /* by its thread: a loop that has kept it lets it go. Set under the mutex */
 	struct scheduler scheduler;
 	struct batch_queue batches; /* queued jobs that others may take along */
 	struct histogram waits[CLASS_COUNT]; /* written under the mutex */

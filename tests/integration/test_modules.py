@@ -1556,6 +1556,23 @@ class DeviceGraphs(unittest.TestCase):
                 self.assertEqual(reply.status, harness.FAILED_PRECONDITION)
         self.assertEqual(replies[-1].status, harness.OK)
 
+    def test_a_lone_run_gives_way_to_others_and_may_lose_its_session(self):
+        """Begun and looked after by its loop, which keeps the device until somebody else wants it."""
+        daemon = self.daemon(delay_us=60)
+        client, other = self.client(daemon), self.client(daemon)
+        number = self.register(client, self.graph(self.upload(client, [1, 1], device="test:0")))
+        for i in range(60):
+            request = pb.Request(run_graph=pb.RunGraph(graph=number, inline_results=True))
+            request.run_graph.inputs.add().tensor.CopyFrom(inline([2], f32(i, -2)))
+            mine = client.submit(request)
+            if i % 3 != 0:  # else it is alone to its end
+                theirs = other.submit(run("relu", inline([2], f32(i, -i)), run_priority=["testdev"], run_strict=True, run_inline_results=True, run_device="test:0"))
+                self.assertEqual(self.values(self.replies(other, [theirs])[0]), [[i, 0]])
+            self.assertEqual(self.values(self.replies(client, [mine])[0]), [[i + 1, 0]])
+        client.submit(request)
+        client.close()
+        self.values(other.call(run("relu", inline([1], f32(1)), run_priority=["testdev"], run_strict=True, run_inline_results=True, run_device="test:0"))[0])
+
     def test_runs_at_once_from_several_sessions(self):
         daemon = self.daemon(delay_us=200)
         clients = [self.client(daemon) for _ in range(3)]
