@@ -1292,6 +1292,76 @@ class Resident(unittest.TestCase):
         self.assertEqual(self.where(client), ["test:0", "test:1", "test:0"])
 
 
+class Ahead(unittest.TestCase):
+    """Large uploads are copied to their device while their bytes still come."""
+
+    daemon, client, fetch, where = Resident.daemon, Resident.client, Resident.fetch, Resident.where
+    BYTES, FIRST = 12 << 20, 6 << 20
+
+    def setUp(self):
+        self.payload = struct.pack("<I", 0x3F800000) * (self.BYTES // 8) + struct.pack("<I", 0x40000000) * (self.BYTES // 8)
+
+    def begin(self, client, device="test:0"):
+        """Sends half of an upload; its number and the other half."""
+        request = pb.Request(upload=pb.Upload(tensor=harness.tensor([self.BYTES // 4]), device=device))
+        number, client.next_id = client.next_id, client.next_id + 1
+        data = harness.frame(harness.REQUEST, number, request.SerializeToString(), self.payload)
+        client.send(data[:-self.FIRST])
+        return number, data[-self.FIRST:]
+
+    def on_device(self, client, number=0):
+        return client.info().device_states[number].memory_bytes
+
+    def test_it_is_on_its_way_before_all_has_come_and_arrives_whole(self):
+        client = self.client()
+        watcher = self.client(self.server)
+        for i in range(3):  # its host memory is locked from the second on
+            number, rest = self.begin(client, device="test:%d" % (i % 2))
+            harness.wait_until(lambda: self.on_device(watcher, i % 2) == self.BYTES * (1 + i // 2), "memory on the device")
+            client.send(rest)
+            reply = client.read_reply(number)[1]
+            self.assertEqual(reply.status, harness.OK)
+            self.assertEqual(client.ask(pb.Request(fetch=pb.Fetch(tensor=pb.Tensor(handle=reply.run.outputs[0].kept))))[1], self.payload)
+        self.assertEqual(self.where(client), ["test:0", "test:1", "test:0"])
+
+    def test_nothing_of_it_is_left_when_its_client_goes_or_takes_it_back(self):
+        client = self.client(delay_us=1000)
+        watcher = self.client(self.server)
+        number, rest = self.begin(client)
+        harness.wait_until(lambda: self.on_device(watcher) == self.BYTES, "memory on the device")
+        client.send(rest[:1 << 20])
+        client.close()
+        harness.wait_until(lambda: self.on_device(watcher) == 0, "nothing on the device")
+        chunking = Client(self.server.address, features=["cancel"])
+        self.addCleanup(chunking.close)
+        request = pb.Request(upload=pb.Upload(tensor=harness.tensor([self.BYTES // 4]), device="test:0"))
+        chunking.send(harness.frame(harness.REQUEST, 1, request.SerializeToString(), flags=harness.CHUNKED, payload_bytes=self.BYTES))
+        piece = chunking.hello.chunk_bytes
+        for at in range(0, self.FIRST, piece):
+            chunking.send(harness.frame(harness.DATA, 1, struct.pack("<Q", at), self.payload[at:at + piece]))
+        harness.wait_until(lambda: self.on_device(watcher) == self.BYTES, "memory on the device")
+        chunking.send(harness.frame(harness.CANCEL, 1))
+        reply = chunking.read_reply(1)[1]
+        self.assertEqual((reply.status, reply.message), (harness.CANCELLED, "upload: the client cancelled the request"))
+        harness.wait_until(lambda: self.on_device(watcher) == 0, "nothing on the device")
+
+    def test_its_failure_is_told_when_all_has_come(self):
+        for settings, status, text in (({"memory": 8 << 20}, harness.RESOURCE_EXHAUSTED, "test:0"), ({"fault": "copy_in:1"}, harness.INTERNAL, "injected failure"),
+                                       ({"fault": "copy_in:2"}, harness.INTERNAL, "injected failure")):
+            with self.subTest(**settings):
+                daemon = DeviceDaemon(**settings)
+                try:
+                    client = Client(daemon.address)
+                    number, rest = self.begin(client)
+                    client.send(rest)
+                    reply = client.read_reply(number)[1]
+                    self.assertEqual((reply.status, text in reply.message), (status, True), reply.message)
+                    self.assertEqual((self.on_device(client), self.where(client)), (0, []))
+                    client.close()
+                finally:
+                    daemon.stop()
+
+
 class DeviceGraphs(unittest.TestCase):
     """Graphs whose nodes all run on one device: one job, intermediates there, captured once and launched from then on."""
 
