@@ -4,10 +4,10 @@
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "proto/tensor.h"
 #include "proto/text.h"
+#include "server/clock.h"
 #include "server/daemon.h"
 #include "server/derived.h"
 #include "server/metrics.h"
@@ -26,9 +26,7 @@
 
 uint64_t request_now_ns(void)
 {
-	struct timespec now;
-	(void)clock_gettime(CLOCK_MONOTONIC, &now);
-	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+	return clock_now_ns();
 }
 
 /* ---- The step table ---- */

@@ -3,8 +3,8 @@
 
     test_modules.py [Sample] [Bad] [Device] [Resident] [DeviceGraphs] [LostDevice] [StuckDevice]
 
-OPD_BIN, OPCTL_BIN, OPD_CONFORMANCE name the programs, OPD_BUILD the build folder (it is installed from), OPD_MODULES the folder with the built test
-modules, OPD_CMAKE and OPD_CC what the sample is built with. Defaults: build/ of this tree.
+OPD_BIN, OPCTL_BIN, OPD_CONFORMANCE name the programs, OPD_BUILD the build folder (it is installed from), OPD_MODULES the test modules,
+OPD_CMAKE and OPD_CC what the sample is built with. Defaults: build/ of this tree.
 """
 import glob
 import hashlib
@@ -30,17 +30,16 @@ from harness import Client, Daemon, Failed, f32, inline, pb, run, unpack_f32
 BUILD = os.environ.get("OPD_BUILD", os.path.join(harness.ROOT, "build"))
 OPCTL = os.environ.get("OPCTL_BIN", os.path.join(BUILD, "bin", "opctl"))
 CONFORMANCE = os.environ.get("OPD_CONFORMANCE", os.path.join(BUILD, "bin", "conformance"))
-MODULES = os.environ.get("OPD_MODULES", os.path.join(BUILD, "tests", "modules"))
 CMAKE = os.environ.get("OPD_CMAKE", "cmake")
 CC = os.environ.get("OPD_CC", "cc")
 SAMPLE = os.path.join(harness.ROOT, "tests", "modules", "sample")
 GOLDEN = os.path.join(harness.ROOT, "tests", "golden")
-DEVICE = os.path.join(MODULES, "device", "device.so")
+DEVICE = harness.built_module("device")
 REASON_MODULE, REASON_DTYPE, REASON_DEVICE, REASON_SIZE = 3, 5, 12, 13
 
 
 def bad(name):
-    return os.path.join(MODULES, "bad", name + ".so")
+    return harness.built_module(name)
 
 
 def command(*words, code=0, **options):
@@ -300,7 +299,8 @@ class Bad(unittest.TestCase):
         return path
 
     def test_every_bad_module_is_there(self):
-        self.assertEqual({os.path.basename(path)[:-3] for path in glob.glob(bad("*"))} - {"forgetful", "late"}, set(BAD))
+        sources = glob.glob(os.path.join(harness.ROOT, "tests", "modules", "bad", "*.c"))
+        self.assertEqual({os.path.basename(path)[:-2] for path in sources} - {"forgetful", "late", "missing"}, set(BAD))
 
     def test_bad_modules_are_refused_with_their_reason(self):
         """Hardening: providers-abi, providers-symbol"""
@@ -417,6 +417,17 @@ class Bad(unittest.TestCase):
             self.assertEqual(found[name]["available"], not found[name]["reason"], found[name])
         self.assertTrue(found["openblas"]["isolated"])
         self.assertFalse(found["onednn"]["isolated"])
+
+    def test_a_module_that_this_opd_was_built_without_is_told_and_the_others_run(self):
+        alone = os.path.join(self.folder, "opd")  # nothing lies beside it
+        shutil.copy(harness.OPD, alone)
+        daemon = daemon_for(self, "--module", "cuda", "--priority", "relu=cuda,cpu", wrapper=("sh", "-c", 'shift; exec "$0" "$@"', alone))
+        found = {provider["name"]: provider for provider in opctl(daemon, "providers")}
+        self.assertRegex(found["cuda"]["reason"], r"/opd-provider-cuda\.so: No such file or directory \(a module that comes with opd, where it was built and installed with what that needs\)$")
+        self.assertIn("a module that comes with opd", daemon.log_text())
+        with Client(daemon.address) as client:
+            reply = client.ask(run("relu", inline([2], f32(-1, 1)), run_explain=True))[0].run
+        self.assertEqual((reply.provider, reply.explain.skipped[0].provider, reply.explain.skipped[0].code), ("cpu", "cuda", REASON_MODULE))
 
     def test_a_module_that_comes_later_takes_the_place_of_its_missing_name(self):
         path = os.path.join(self.folder, "later.so")
