@@ -6,6 +6,7 @@
  * stream lets them. Which comes next is a scheduler's to say, as on the CPU lane; what is on the stream can't be overtaken, so that no more is put there than `segment` of the configuration
  * (by estimates), but for one job. A job's device time is what the device worked on it alone: from the end of the one before, or its own beginning; of jobs whose end one event tells
  * (opd_backend.flags), an equal part.
+ * The thread takes several small jobs out of the queue at once, as many as may be on the stream anyway.
  * Jobs that wait and may run together (server/batch_queue.h) are one job on the stream: the lane's own, whose members they are. When it fails each of them is begun again alone.
  * A lone short job needs no other thread: while the lane is idle, device_lane_run does the same work on its caller's, which looks for the job's end for as long as the job may take, and
  * leaves it to the lane's thread after that, or, if it is a loop and the job should end before long (400 us), keeps the lane and looks in each of its turns (io_loop.kept) until somebody
@@ -104,7 +105,7 @@ bool device_lane_is_stuck(const struct device_lane *lane);
 uint32_t device_lanes_stuck(const struct server *server);
 /* One that was started; NULL: it wasn't. Any thread. */
 struct device_lane *device_lane_started(struct server *server, uint32_t number);
-/* Takes a job that the lane's thread hasn't begun out of the queue: `done` isn't called. False: it is on its way, or has ended, or was never
+/* Takes back a job that the lane's thread hasn't begun: `done` isn't called. False: it is on its way, or has ended, or was never
  * submitted (zeroed memory). Only by the thread that submitted it. */
 OPD_MUST_USE bool device_lane_withdraw(struct device_lane *lane, struct device_job *job);
 /* How long from now a job of this flow (NULL: of a session that has had none there), class and cost would take to be done, by the estimates of what is there; any thread. */

@@ -584,6 +584,31 @@ class Device(unittest.TestCase):
         self.assertEqual(reply.run.provider, provider)
         self.assertEqual(inline_result(reply), wanted)
 
+    # ---- What waits
+
+    def test_what_was_taken_out_of_the_queue_together_can_be_taken_back(self):
+        folder = tempfile.mkdtemp(prefix="opd-gate-")
+        self.addCleanup(shutil.rmtree, folder, True)
+        gates = [folder + "/first", folder + "/second"]
+        daemon = self.daemon(fault="stall:1,halt:2", gate=gates[0], gate2=gates[1])
+        client = Client(daemon.address, features=["cancel"])
+        self.addCleanup(client.close)
+        watcher = self.client(daemon)
+        requests = [add_request(i, run_device="test:0") for i in range(7)]
+        numbers = [client.submit(request) for request, _ in requests]
+        harness.wait_until(lambda: watcher.info().device_states[0].jobs == len(numbers), "one that stalls, and the others in the queue")
+        open(gates[0], "w").close()
+        daemon.wait_log("a launch halts")  # of the first of those that were taken together
+        cancelled = {numbers[3], numbers[6]}
+        client.send(b"".join(harness.frame(harness.CANCEL, number) for number in sorted(cancelled)))
+        first = [client.read_reply() for _ in cancelled]  # while nothing else can end
+        self.assertEqual({(number, reply.status) for number, reply, _ in first}, {(number, harness.CANCELLED) for number in cancelled})
+        open(gates[1], "w").close()
+        wanted = {number: wanted for number, (_, wanted) in zip(numbers, requests) if number not in cancelled}
+        while wanted:
+            number, reply, _ = client.read_reply()
+            self.check(reply, wanted.pop(number))
+
     # ---- What runs where
 
     def test_results_are_right_and_explain_names_device_and_moves(self):
