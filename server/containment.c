@@ -5,8 +5,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
+#include "server/clock.h"
 #include "server/tenant.h"
 
 #define COOLDOWN_DOUBLINGS 6u
@@ -46,13 +46,6 @@ struct containment {
 	struct config_quarantine rules;
 	struct record *records;
 };
-
-static uint64_t now_ns(void)
-{
-	struct timespec now;
-	(void)clock_gettime(CLOCK_MONOTONIC, &now);
-	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
 
 opd_status containment_create(struct registry *registry, struct tenants *tenants, struct log *log, struct containment **containment_out, opd_error *error)
 {
@@ -294,13 +287,13 @@ void containment_provider_failed(struct containment *containment, const struct p
 {
 	(void)atomic_fetch_add_explicit(&containment->failures[provider->index], 1, memory_order_relaxed);
 	(void)pthread_mutex_lock(&containment->mutex);
-	failed(containment, provider, NULL, kind, tenant, containment->rules.provider_failures, now_ns());
+	failed(containment, provider, NULL, kind, tenant, containment->rules.provider_failures, clock_now_ns());
 	(void)pthread_mutex_unlock(&containment->mutex);
 }
 
 void containment_failed(struct containment *containment, const struct impl *impl, failure_kind kind, const char *tenant)
 {
-	const uint64_t time_ns = now_ns();
+	const uint64_t time_ns = clock_now_ns();
 	const struct provider *provider = impl->provider;
 	(void)atomic_fetch_add_explicit(&containment->failures[provider->index], 1, memory_order_relaxed);
 	(void)pthread_mutex_lock(&containment->mutex);

@@ -206,7 +206,13 @@ void device_release(struct device_lane *lane, struct device_job *job)
 	device_give_event(lane, job->event);
 	job->event = NULL;
 	job->held = NULL;
-	arena_fini(&job->arena);
+	if (lane->arena_count < DEVICE_ARENAS_KEPT) {
+		arena_reset(&job->arena);
+		lane->arenas[lane->arena_count++] = job->arena;
+		job->arena = (struct arena){0};
+	} else {
+		arena_fini(&job->arena);
+	}
 }
 
 /* ---- Mirrors ---- */

@@ -49,6 +49,7 @@ void device_submit(struct request *request, struct device_lane *lane, void (*don
 	request->device_lane = lane;
 	request->device_done = done;
 	request->device_job.loop = request->context->loop;
+	request->device_job.by_loop = !direct;
 	request->device_job.done = direct ? job_done_direct : job_done;
 	const opd_status status = submit(request, lane, &ended);
 	if (status != OPD_OK) {

@@ -380,9 +380,9 @@ static opd_status copy_results(struct device_lane *lane, struct request *request
 	opd_status status = OPD_OK;
 	for (uint32_t i = 0; status == OPD_OK && i < mine->call.output_count; i++) {
 		const opd_tensor *host = &request->run.bound.outputs[i];
-		const uint64_t bytes = touched_bytes(host);
 		if (host->data == NULL || mine->results[i] == NULL) /* the kernel writes it there */
 			continue;
+		const uint64_t bytes = touched_bytes(host);
 		status = device_copy_out(lane, job, host->data, mine->results[i], 0, bytes);
 		device_note_move(request, "result", lane->number, 0, bytes);
 	}
@@ -459,16 +459,24 @@ static void run_complete(struct device_lane *lane, struct device_job *job)
 
 /* ---- On the context's thread ---- */
 
-/* What it reads and writes: how large a call is, as far as costs go. */
-static uint64_t work_bytes(const struct request *request)
+/* What it reads and writes; `from_host`: no more than what comes from or goes to host memory, which is what has its address by now. */
+static uint64_t bytes_of(const struct request *request, bool from_host)
 {
 	const struct bound *bound = &request->run.bound;
 	uint64_t bytes = 0;
 	for (uint32_t i = 0; i < bound->operand_count; i++)
-		bytes += bound_bytes(&bound->operands[i].tensor);
+		if (!from_host || bound->operands[i].tensor.data != NULL)
+			bytes += bound_bytes(&bound->operands[i].tensor);
 	for (uint32_t i = 0; i < bound->call.output_count; i++)
-		bytes += bound_bytes(&bound->outputs[i]);
+		if (!from_host || bound->outputs[i].data != NULL)
+			bytes += bound_bytes(&bound->outputs[i]);
 	return bytes;
+}
+
+/* How large a call is, as far as costs go. */
+static uint64_t work_bytes(const struct request *request)
+{
+	return bytes_of(request, false);
 }
 
 static void run_done(struct request *request)
@@ -550,25 +558,12 @@ static uint64_t measured_ns(const struct request *request)
 #define HERE_TURN_NS 60000u
 #define HERE_BYTES (256u << 10) /* that come from or go to host memory */
 
-static uint64_t wire_bytes(const struct request *request)
-{
-	const struct bound *bound = &request->run.bound;
-	uint64_t bytes = 0;
-	for (uint32_t i = 0; i < bound->operand_count; i++)
-		if (bound->operands[i].tensor.data != NULL)
-			bytes += bound_bytes(&bound->operands[i].tensor);
-	for (uint32_t i = 0; i < bound->call.output_count; i++)
-		if (bound->outputs[i].data != NULL)
-			bytes += bound_bytes(&bound->outputs[i]);
-	return bytes;
-}
-
 uint64_t device_here_ns(struct request *request, uint64_t cost_ns)
 {
 	struct context *context = request->context;
 	const bool short_one = cost_ns <= HERE_NS;
 	const uint64_t spent_ns = short_one ? cost_ns : HERE_ENQUEUE_NS;
-	if (cost_ns == 0 || wire_bytes(request) > HERE_BYTES)
+	if (cost_ns == 0 || bytes_of(request, true) > HERE_BYTES)
 		return 0;
 	const bool lone = request->session->in_flight == 1 || request->graph_run != NULL; /* runs of a graph follow each other, however many are there */
 	if (!request->direct && (!lone || context->inline_ns + spent_ns > HERE_TURN_NS))

@@ -7,11 +7,14 @@
 
 #include <pthread.h>
 
+#include "proto/latch.h"
 #include "server/config.h"
 #include "server/device_lane.h"
 
 /* Events that are kept for the next jobs. */
 #define DEVICE_EVENTS_KEPT 32u
+/* And arenas: as many jobs as one event tells of give theirs back together. */
+#define DEVICE_ARENAS_KEPT 8u
 /* Of a device, taken once: a driver locks such memory at half a millisecond a MiB. */
 #define DEVICE_RING_BYTES (8u << 20)
 /* Larger copies go from and to where the bytes lie: what a driver does for them costs less then than a second copy. */
@@ -32,6 +35,7 @@ struct device_lane {
 	pthread_cond_t wake;   /* of CLOCK_MONOTONIC */
 	bool stopping;
 	bool taken; /* somebody works with the device: the lane's thread, or one that runs a lone job itself. What is "the thread's own" below is whose this is */
+	_Atomic bool wanted; /* by its thread: a loop that has kept it lets it go. Set under the mutex */
 	struct scheduler scheduler;
 	struct batch_queue batches; /* queued jobs that others may take along */
 	struct histogram waits[CLASS_COUNT]; /* written under the mutex */
@@ -52,6 +56,11 @@ struct device_lane {
 	const struct device_job *watched; /* the oldest of the flight, when its time counts */
 	uint32_t making; /* jobs that make mirrors: in flight, or being enqueued */
 	struct device_job *again, **again_end; /* that have failed together with others: each is begun alone */
+	/* Taken out of the queue together, and not begun yet. More come under the mutex, one goes under the latch, by its thread, or under both. */
+	struct latch picked_latch;
+	struct device_job *picked, **picked_end;
+	_Atomic uint32_t picked_count;
+	_Atomic uint64_t picked_ns; /* what they are estimated to take */
 	struct device_job *newest;  /* of the flight, where no event follows it yet; NULL: one does */
 	uint32_t unmarked;          /* jobs since the last event */
 	uint64_t flight_ns;     /* what they were estimated to take */
@@ -63,6 +72,8 @@ struct device_lane {
 	uint64_t ring_tail;
 	uint32_t event_count;
 	void *events[DEVICE_EVENTS_KEPT];
+	uint32_t arena_count;
+	struct arena arenas[DEVICE_ARENAS_KEPT]; /* reset */
 	uint32_t gathered_count; /* copies of the job that is being enqueued */
 	opd_copy gathered[OPD_COPIES_MAX];
 };

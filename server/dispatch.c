@@ -205,7 +205,17 @@ static bool was_skipped(const struct msg_skip *skips, uint32_t count, const char
 	return false;
 }
 
-opd_status dispatch_refused(const struct op *op, const struct msg_skip *skips, uint32_t count, opd_error *error)
+/* Whether a request could have named it: it isn't among the skips, and it runs where the call wants to. */
+static bool may_be_named(const struct dispatch *dispatch, const struct impl *impl, struct msg_text wanted, const struct msg_skip *skips, uint32_t count)
+{
+	struct device_filter filter;
+	opd_error ignored; /* a text that is none has been refused before */
+	if (!impl->supported || was_skipped(skips, count, impl->provider->name))
+		return false;
+	return wanted.bytes == 0 || (device_filter_parse(wanted, &filter, &ignored) == OPD_OK && device_filter_finds(&filter, dispatch->snapshot, impl->def->device));
+}
+
+opd_status dispatch_refused(const struct dispatch *dispatch, const struct op *op, struct msg_text wanted, const struct msg_skip *skips, uint32_t count, opd_error *error)
 {
 	char reasons[OPD_ERROR_TEXT_BYTES] = "the list is empty";
 	size_t at = count == 0 ? strlen(reasons) : 0;
@@ -215,7 +225,7 @@ opd_status dispatch_refused(const struct op *op, const struct msg_skip *skips, u
 	/* Who else has the op: the way out is another list, by whoever asked. */
 	const char *between = "; not on it: ";
 	for (uint32_t i = 0; i < op->impl_count; i++)
-		if (op->impls[i]->supported && !was_skipped(skips, count, op->impls[i]->provider->name)) {
+		if (may_be_named(dispatch, op->impls[i], wanted, skips, count)) {
 			at = append(reasons, sizeof reasons, at, "%s%s", between, op->impls[i]->provider->name);
 			between = ", ";
 		}

@@ -52,7 +52,8 @@ void dispatch_describe(const struct op *op, const opd_call *call, char *out, siz
 const struct msg_skip *dispatch_skips(const struct dispatch *dispatch, const struct op *op, const opd_call *call, struct arena *arena,
                                       uint32_t *count_out);
 
-/* FAILED_PRECONDITION with every reason, and who has the op and was not on the list; skips: dispatch_skips', NULL where there was no memory. */
-opd_status dispatch_refused(const struct op *op, const struct msg_skip *skips, uint32_t count, opd_error *error);
+/* FAILED_PRECONDITION with every reason, and who has the op on the device that the call wants (a text of the protocol; empty: any) and was not on the list; skips: dispatch_skips', NULL where there was no
+ * memory. */
+opd_status dispatch_refused(const struct dispatch *dispatch, const struct op *op, struct msg_text wanted, const struct msg_skip *skips, uint32_t count, opd_error *error);
 
 #endif

@@ -202,11 +202,11 @@ static opd_status prepare_device(struct preparing *p, const struct step *step, c
 	return OPD_OK;
 }
 
-static opd_status refuse(struct preparing *p, const struct dispatch *dispatch, const struct op *op, const opd_call *call)
+static opd_status refuse(struct preparing *p, const struct dispatch *dispatch, const struct op *op, const struct graph_node *node, const opd_call *call)
 {
 	uint32_t count = 0;
 	const struct msg_skip *skips = dispatch_skips(dispatch, op, call, &p->scratch, &count);
-	return dispatch_refused(op, skips, count, p->error);
+	return dispatch_refused(dispatch, op, node->run.device, skips, count, p->error);
 }
 
 static opd_status choose(struct preparing *p, struct step *step, const struct op *op, const struct graph_node *node)
@@ -227,7 +227,7 @@ static opd_status choose(struct preparing *p, struct step *step, const struct op
 			accepted = dispatch_next(dispatch, &step->bound.call);
 	}
 	if (!accepted)
-		return refuse(p, dispatch, op, &step->bound.call);
+		return refuse(p, dispatch, op, node, &step->bound.call);
 	status = prepare_device(p, step, dispatch->impl);
 	if (status != OPD_OK)
 		return status;

@@ -7,7 +7,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-const char *const installed_modules[] = {"openblas", "onednn", "opencl", "cuda", "cublaslt", "cudnn", NULL};
+#define ITEM(name) name,
+const char *const installed_modules[] = {INSTALLED_NAMES(ITEM, ITEM) NULL};
 
 bool installed_is(const char *name)
 {
@@ -49,6 +50,17 @@ bool installed_path(const char *name, char path[PATH_MAX])
 		(void)strcpy(path, tried);
 	}
 	return false;
+}
+
+const char *installed_hint(const char *path)
+{
+	for (size_t i = 0; installed_modules[i] != NULL; i++) {
+		char file[64];
+		const int bytes = snprintf(file, sizeof file, "/opd-provider-%s.so", installed_modules[i]);
+		if (strlen(path) > (size_t)bytes && strcmp(path + strlen(path) - (size_t)bytes, file) == 0)
+			return " (a module that comes with opd, where it was built and installed with what that needs)";
+	}
+	return "";
 }
 
 opd_status installed_resolve(const char *text, const char *what, char path[PATH_MAX], opd_error *error)

@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "server/clock.h"
 #include "server/isolated_help.h"
 #include "server/lane.h"
 #include "server/module.h"
@@ -139,7 +140,7 @@ static opd_status opened(const struct isolated_message *message, opd_error *erro
 static opd_status greet(struct isolated *isolated, struct process *process, bool first, bool *died_out, opd_error *error)
 {
 	const struct isolated_message *message = &process->message;
-	const uint64_t limit_ns = process_now_ns() + START_NS;
+	const uint64_t limit_ns = clock_now_ns() + START_NS;
 	uint32_t count = 0;
 	opd_status status = OPD_OK;
 	while (status == OPD_OK) {
@@ -199,7 +200,7 @@ static void note_death(struct isolated *isolated)
 	isolated->deaths_in_row++;
 	if (isolated->deaths_in_row >= BACKOFF_FROM) {
 		const uint32_t more = isolated->deaths_in_row - BACKOFF_FROM;
-		isolated->not_before_ns = process_now_ns() + ((uint64_t)BACKOFF_NS << (more < BACKOFF_DOUBLINGS ? more : BACKOFF_DOUBLINGS));
+		isolated->not_before_ns = clock_now_ns() + ((uint64_t)BACKOFF_NS << (more < BACKOFF_DOUBLINGS ? more : BACKOFF_DOUBLINGS));
 	}
 	(void)pthread_mutex_unlock(&isolated->mutex);
 }
@@ -214,7 +215,7 @@ static opd_status acquire(struct isolated *isolated, struct process **process_ou
 	const uint64_t not_before_ns = isolated->not_before_ns;
 	const uint32_t row = isolated->deaths_in_row;
 	(void)pthread_mutex_unlock(&isolated->mutex);
-	const uint64_t now_ns = process_now_ns();
+	const uint64_t now_ns = clock_now_ns();
 	*process_out = process;
 	if (process != NULL)
 		return OPD_OK;
@@ -304,7 +305,7 @@ static opd_status exchange(const struct proxy *proxy, struct packing *packing, i
 	const struct isolated_message call = {.kind = kind, .number = threads};
 	process_event event = PROCESS_DIED;
 	if (isolated_send(process->socket, &call, -1))
-		event = help_wait(process, budget_ns == 0 ? 0 : process_now_ns() + budget_ns, exec);
+		event = help_wait(process, budget_ns == 0 ? 0 : clock_now_ns() + budget_ns, exec);
 	if (event != PROCESS_MESSAGE)
 		return lose(proxy, process, event, exec, error);
 	if (process->message.kind == ISOLATED_DONE) {

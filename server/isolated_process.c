@@ -14,6 +14,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "server/clock.h"
 #include "server/worker.h"
 
 #define MEMORY_MIN (256u << 10)
@@ -22,13 +23,6 @@
 #define END_NS 2000000000u         /* for closing the module */
 
 extern char **environ;
-
-uint64_t process_now_ns(void)
-{
-	struct timespec now;
-	(void)clock_gettime(CLOCK_MONOTONIC, &now);
-	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
 
 /* ---- Starting ---- */
 
@@ -246,7 +240,7 @@ static bool is_unwanted(struct process *process, const opd_exec *exec, bool (*ca
 
 process_event process_wait(struct process *process, uint64_t limit_ns, const opd_exec *exec, bool (*cancelled)(const opd_exec *exec))
 {
-	for (uint64_t now_ns = process_now_ns();; now_ns = process_now_ns()) {
+	for (uint64_t now_ns = clock_now_ns();; now_ns = clock_now_ns()) {
 		if (limit_ns != 0 && now_ns >= limit_ns)
 			return PROCESS_OVERDUE;
 		if (is_unwanted(process, exec, cancelled, now_ns)) /* also of one that never stops talking */
@@ -276,7 +270,7 @@ static void describe_end(int status, char *text, size_t text_bytes)
 static void wait_for_end(struct process *process)
 {
 	const struct isolated_message end = {.kind = ISOLATED_END};
-	const uint64_t limit_ns = process_now_ns() + END_NS;
+	const uint64_t limit_ns = clock_now_ns() + END_NS;
 	if (!isolated_send(process->socket, &end, -1))
 		return;
 	while (process_wait(process, limit_ns, NULL, NULL) == PROCESS_MESSAGE)

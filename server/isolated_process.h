@@ -61,6 +61,4 @@ void process_kill(const struct process *process);
 /* Ends it, by force unless `ask`: then it has a moment to do so itself. Says how it ended in `text`: "died of signal 11 (Segmentation fault)". */
 void process_end(struct process *process, bool ask, char *text, size_t text_bytes);
 
-uint64_t process_now_ns(void);
-
 #endif

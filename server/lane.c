@@ -12,6 +12,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "server/clock.h"
 #include "server/shares.h"
 
 /* Threads that one submission wakes itself; the woken wake the others, so that the I/O loop doesn't pay for all of them. */
@@ -92,13 +93,6 @@ struct lane {
 
 /* NULL on threads that are no lane's. */
 static _Thread_local struct worker *self;
-
-static uint64_t now_ns(void)
-{
-	struct timespec now;
-	(void)clock_gettime(CLOCK_MONOTONIC, &now);
-	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
 
 static void pause_cpu(void)
 {
@@ -220,9 +214,9 @@ static void park(struct worker *worker)
 /* False: somebody else wants this core. */
 static bool yield(void)
 {
-	const uint64_t begin = now_ns();
+	const uint64_t begin = clock_now_ns();
 	(void)sched_yield();
-	return now_ns() - begin < YIELD_NS;
+	return clock_now_ns() - begin < YIELD_NS;
 }
 
 /* Watches for work for at most spin_ns; under the mutex before and after. Yields first: the thread that submits may share this core, and a
@@ -239,13 +233,13 @@ static void spin(struct worker *worker)
 	}
 	lane->spinning++;
 	(void)pthread_mutex_unlock(&lane->mutex);
-	uint64_t end = now_ns() + lane->spin_ns;
+	uint64_t end = clock_now_ns() + lane->spin_ns;
 	do {
 		if (!yield())
 			worker->crowded = CROWDED_SPINS;
 		for (int i = 0; i < 16 && atomic_load_explicit(&lane->hints, memory_order_relaxed) == 0; i++)
 			pause_cpu();
-	} while (worker->crowded == 0 && atomic_load_explicit(&lane->hints, memory_order_relaxed) == 0 && now_ns() < end);
+	} while (worker->crowded == 0 && atomic_load_explicit(&lane->hints, memory_order_relaxed) == 0 && clock_now_ns() < end);
 	(void)pthread_mutex_lock(&lane->mutex);
 	lane->spinning--;
 }
@@ -277,9 +271,9 @@ static bool help(struct worker *worker)
 	(void)atomic_fetch_add_explicit(&loop->helpers, 1, memory_order_relaxed);
 	worker->helps = loop->owner;
 	unlock_and_wake(lane);
-	const uint64_t began = now_ns();
+	const uint64_t began = clock_now_ns();
 	run_shares(lane, loop, worker->number);
-	(void)atomic_fetch_add_explicit(&loop->helped_ns, now_ns() - began, memory_order_relaxed);
+	(void)atomic_fetch_add_explicit(&loop->helped_ns, clock_now_ns() - began, memory_order_relaxed);
 	(void)pthread_mutex_lock(&lane->mutex);
 	worker->helps = NULL;
 	/* The owner may return, and the loop be gone, as soon as it sees zero. */
@@ -304,7 +298,7 @@ static void loop_open(struct lane *lane, struct loop *loop)
 /* A helper is in its last share: it is worth a short spin, since sleeping costs more than what is left of most shares. */
 static void wait_for_helpers(struct lane *lane, struct loop *loop)
 {
-	for (uint64_t end = now_ns() + lane->spin_ns; now_ns() < end; (void)sched_yield())
+	for (uint64_t end = clock_now_ns() + lane->spin_ns; clock_now_ns() < end; (void)sched_yield())
 		if (atomic_load_explicit(&loop->helpers, memory_order_acquire) == 0)
 			return;
 	(void)pthread_mutex_lock(&lane->mutex);
@@ -423,7 +417,7 @@ static bool enqueue(struct lane *lane, struct lane_job *job, uint64_t time_ns)
 
 bool lane_submit(struct lane *lane, struct lane_job *job)
 {
-	const uint64_t time_ns = now_ns();
+	const uint64_t time_ns = clock_now_ns();
 	(void)pthread_mutex_lock(&lane->mutex);
 	bool queued = enqueue(lane, job, time_ns);
 	unlock_and_wake(lane);
@@ -432,7 +426,7 @@ bool lane_submit(struct lane *lane, struct lane_job *job)
 
 void lane_submit_list(struct lane *lane, struct lane_job *first)
 {
-	const uint64_t time_ns = now_ns();
+	const uint64_t time_ns = clock_now_ns();
 	(void)pthread_mutex_lock(&lane->mutex);
 	for (struct lane_job *job = first, *next; job != NULL; job = next) {
 		next = job->next;
@@ -523,7 +517,7 @@ static void requeue(struct lane *lane, struct lane_job *job)
 {
 	job->begun = true;
 	job->item.estimate_ns = atomic_load_explicit(&lane->segment_ns, memory_order_relaxed);
-	scheduler_resubmit(&lane->scheduler, &job->item, now_ns());
+	scheduler_resubmit(&lane->scheduler, &job->item, clock_now_ns());
 	(void)atomic_fetch_add_explicit(&lane->hints, 1, memory_order_relaxed);
 	lane->ready_ns = UINT64_MAX;
 }
@@ -536,7 +530,7 @@ static bool run_next(struct worker *worker)
 		lane->ready_ns = UINT64_MAX;
 		return false;
 	}
-	const uint64_t began_ns = now_ns();
+	const uint64_t began_ns = clock_now_ns();
 	struct lane_job *job = pick(lane, began_ns);
 	if (job == NULL)
 		return false;
@@ -547,7 +541,7 @@ static bool run_next(struct worker *worker)
 	unlock_and_wake(lane);
 	struct lane_exec exec = {.lane = lane, .job = job, .leader = job, .threads = lane->threads, .began_ns = began_ns, .may_yield = true, .others = others};
 	job->run(job, &exec);
-	const uint64_t device_ns = now_ns() - began_ns + exec.helped_ns;
+	const uint64_t device_ns = clock_now_ns() - began_ns + exec.helped_ns;
 	/* Before the job is its owner's again, who may then free the flow. */
 	(void)pthread_mutex_lock(&lane->mutex);
 	complete(lane, job, others, device_ns);
@@ -613,7 +607,7 @@ bool lane_should_yield(const struct lane_exec *exec)
 {
 	if (!exec->may_yield || exec->in_loop || atomic_load_explicit(&exec->lane->hints, memory_order_relaxed) == 0)
 		return false;
-	return now_ns() - exec->began_ns >= atomic_load_explicit(&exec->lane->segment_ns, memory_order_relaxed);
+	return clock_now_ns() - exec->began_ns >= atomic_load_explicit(&exec->lane->segment_ns, memory_order_relaxed);
 }
 
 void lane_set_batch(struct lane *lane, uint32_t rows)

@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "proto/text.h"
+#include "server/installed.h"
 #include "server/isolated.h"
 
 static bool others_may_write(const struct stat *file)
@@ -112,7 +113,7 @@ opd_status module_check(const opd_module *def, opd_error *error)
 opd_status module_resolve(const char *path, char *real, opd_error *error)
 {
 	if (realpath(path, real) == NULL)
-		return opd_fail(error, errno == EACCES ? OPD_PERMISSION_DENIED : OPD_NOT_FOUND, "%s: %s", path, strerror(errno));
+		return opd_fail(error, errno == EACCES ? OPD_PERMISSION_DENIED : OPD_NOT_FOUND, "%s: %s%s", path, strerror(errno), errno == ENOENT ? installed_hint(path) : "");
 	opd_status status = check_writers(real, error);
 	return status == OPD_OK ? check_whole(real, error) : status;
 }

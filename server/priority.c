@@ -138,6 +138,16 @@ opd_status device_filter_parse(struct msg_text text, struct device_filter *filte
 	return OPD_OK;
 }
 
+bool device_filter_finds(const struct device_filter *filter, const struct snapshot *snapshot, const char *kind)
+{
+	if (strlen(kind) != filter->kind_bytes || memcmp(kind, filter->kind, filter->kind_bytes) != 0)
+		return false;
+	for (uint32_t i = 0; i < snapshot->device_count; i++)
+		if (strcmp(snapshot->devices[i].kind, kind) == 0 && snapshot->devices[i].lost == NULL && (filter->ordinal < 0 || snapshot->devices[i].ordinal == (uint64_t)filter->ordinal))
+			return true;
+	return false;
+}
+
 /* ---- Lists as cut ---- */
 
 /* Room while cutting: a list has at most BOUND_PROVIDERS names, and native may be appended. */
@@ -154,16 +164,6 @@ static void cut_skip(struct cut *cut, const char *provider, opd_reason_code code
 {
 	if (cut->skip_count < sizeof cut->skips / sizeof cut->skips[0])
 		cut->skips[cut->skip_count++] = (struct effective_skip){provider, code, reason};
-}
-
-static bool device_exists(const struct snapshot *snapshot, const struct device_filter *filter, const char *kind)
-{
-	if (strlen(kind) != filter->kind_bytes || memcmp(kind, filter->kind, filter->kind_bytes) != 0)
-		return false;
-	for (uint32_t i = 0; i < snapshot->device_count; i++)
-		if (strcmp(snapshot->devices[i].kind, kind) == 0 && snapshot->devices[i].lost == NULL && (filter->ordinal < 0 || snapshot->devices[i].ordinal == (uint64_t)filter->ordinal))
-			return true;
-	return false;
 }
 
 static bool cut_has(const struct cut *cut, const struct impl *impl)
@@ -222,7 +222,7 @@ static bool cut_take(struct cut *cut, const struct snapshot *snapshot, const str
 		return false;
 	}
 	cut->named++;
-	if (filter != NULL && !device_exists(snapshot, filter, impl->def->device)) {
+	if (filter != NULL && !device_filter_finds(filter, snapshot, impl->def->device)) {
 		cut_skip(cut, provider->name, OPD_REASON_DEVICE, cut->wanted);
 		return false;
 	}
@@ -272,7 +272,7 @@ struct effective *effective_create(const struct snapshot *snapshot, const struct
 			ended = cut_take(&cut, snapshot, op, provider, filter);
 	}
 	/* Native is the first implementation of every op. With a device asked for, nothing of another kind is appended. */
-	bool append = !ended && (filter == NULL || device_exists(snapshot, filter, "cpu"));
+	bool append = !ended && (filter == NULL || device_filter_finds(filter, snapshot, "cpu"));
 	if (append)
 		cut.impls[cut.count++] = op->impls[0];
 	else if (!ended && !cut_skipped(&cut, op->impls[0]->provider))

@@ -76,6 +76,8 @@ struct device_filter {
 };
 /* "cpu", "cuda", "cuda:1". INVALID_ARGUMENT otherwise. */
 OPD_MUST_USE opd_status device_filter_parse(struct msg_text text, struct device_filter *filter_out, opd_error *error);
+/* Whether a device of `kind`, as an implementation names it, is what is wanted, and is there. */
+bool device_filter_finds(const struct device_filter *filter, const struct snapshot *snapshot, const char *kind);
 
 /* NULL: out of memory. Copies the names. */
 struct plist *plist_create(msg_level level, bool star, const struct msg_text *names, uint32_t count);

@@ -4,10 +4,10 @@
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "proto/tensor.h"
 #include "proto/text.h"
+#include "server/clock.h"
 #include "server/daemon.h"
 #include "server/derived.h"
 #include "server/metrics.h"
@@ -26,9 +26,7 @@
 
 uint64_t request_now_ns(void)
 {
-	struct timespec now;
-	(void)clock_gettime(CLOCK_MONOTONIC, &now);
-	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+	return clock_now_ns();
 }
 
 /* ---- The step table ---- */
@@ -137,6 +135,7 @@ void request_release(struct request *request)
 	run_release(request);
 	if (request->message.kind == MSG_REQUEST_GENERATE)
 		generate_release(request);
+	device_ahead_release(request);
 	buffer_unref(request->payload);
 	buffer_unref(request->staged);
 	kept_tensor_unref(request->tensor);

@@ -219,7 +219,7 @@ static void reply_refused(struct request *request)
 	struct request_run *run = &request->run;
 	uint32_t count = 0;
 	const struct msg_skip *skips = dispatch_skips(&run->dispatch, run->op, &run->bound.call, &request->arena, &count);
-	(void)dispatch_refused(run->op, skips, count, &request->error);
+	(void)dispatch_refused(&run->dispatch, run->op, request->message.run.device, skips, count, &request->error);
 	metrics_reasons(request->context->metrics, &run->dispatch, skips, count);
 	run_explain(request);
 	request_fail(request);

@@ -6,6 +6,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "server/clock.h"
 #include "server/process.h"
 #include "server/signals.h"
 
@@ -77,10 +78,8 @@ static opd_status post_reload(struct signals *signals, struct config *config, op
 
 static void notify_reloading(const struct service *service)
 {
-	struct timespec now;
 	char message[64];
-	(void)clock_gettime(CLOCK_MONOTONIC, &now);
-	(void)snprintf(message, sizeof message, "RELOADING=1\nMONOTONIC_USEC=%" PRIu64, (uint64_t)now.tv_sec * 1000000 + (uint64_t)now.tv_nsec / 1000);
+	(void)snprintf(message, sizeof message, "RELOADING=1\nMONOTONIC_USEC=%" PRIu64, clock_now_ns() / 1000);
 	service_notify(service, message);
 }
 

@@ -2,9 +2,9 @@
 
 #include <errno.h>
 #include <sys/socket.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "server/clock.h"
 #include "server/isolated_call.h"
 #include "server/shares.h"
 
@@ -14,13 +14,6 @@
 /* Of a helper: its number in the loop that it is in. */
 static _Thread_local uint32_t own_number;
 static _Thread_local bool in_loop;
-
-static uint64_t now_ns(void)
-{
-	struct timespec now;
-	(void)clock_gettime(CLOCK_MONOTONIC, &now);
-	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
 
 /* False: none is left. */
 static bool run_share(struct worker_loop *loop)
@@ -135,9 +128,9 @@ static void close_loop(struct worker_loop *loop)
 /* The first share says whether the others are worth help. */
 static bool wants_help(struct worker_loop *loop, uint32_t threads)
 {
-	const uint64_t began_ns = now_ns();
+	const uint64_t began_ns = clock_now_ns();
 	(void)run_share(loop);
-	if (loop->helpers < 0 || (now_ns() - began_ns) * (loop->shares - 1) < SPLIT_NS)
+	if (loop->helpers < 0 || (clock_now_ns() - began_ns) * (loop->shares - 1) < SPLIT_NS)
 		return false;
 	start_helpers(loop, threads);
 	return loop->started != 0;

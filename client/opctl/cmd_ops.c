@@ -1,5 +1,6 @@
 /* ops, describe, providers: what the daemon has. */
 #include <inttypes.h>
+#include <string.h>
 
 #include "client/opctl/print.h"
 
@@ -146,13 +147,15 @@ int cmd_describe(struct opctl *ctl)
 
 /* ---- providers ---- */
 
+#define NOT_AVAILABLE "not available: "
+
 static void print_provider(const opd_provider_description *provider)
 {
-	(void)printf("%-12s %-10s %s", shown(provider->name), shown(provider->version),
-	             provider->available ? "available" : "not available: ");
-	if (!provider->available)
-		(void)printf("%s", shown(provider->reason));
-	(void)printf("\n    source   %s\n", shown(provider->source));
+	/* A module's own text says it as well: "not available: libcuda.so.1 not found". */
+	const bool told = provider->available || strncmp(provider->reason, NOT_AVAILABLE, strlen(NOT_AVAILABLE)) == 0;
+	(void)printf("%-12s %-10s %s", shown(provider->name), shown(provider->version), told ? "" : NOT_AVAILABLE);
+	(void)printf("%s\n    source   ", provider->available ? "available" : shown(provider->reason));
+	(void)printf("%s\n", shown(provider->source));
 	if (provider->device_count > 0)
 		print_list("    devices  ", provider->devices, provider->device_count);
 	print_list("    ops      ", provider->ops, provider->op_count);

@@ -25,10 +25,15 @@
 #define USUAL 128
 #define ATTEND_UNROLL _Pragma("GCC unroll 8")
 
-/* The row that is asked for while row `key` is read: `run->lookahead` keys later, itself where there is none. */
-VEC_INLINE const unsigned char *attend_later(const struct cpu_attend_run *run, size_t key)
+VEC_INLINE const unsigned char *attend_row(const struct cpu_attend_run *run, size_t key)
 {
-	return run->base + run->places[key + run->lookahead < run->ahead ? key + run->lookahead : key];
+	return (const unsigned char *)(uintptr_t)(run->base + run->places[key]);
+}
+
+/* What is asked for while row `key` is read. */
+VEC_INLINE const unsigned char *attend_later(const struct cpu_attend_run *run, size_t key, bool ahead)
+{
+	return ahead ? attend_row(run, key + run->lookahead) : NULL;
 }
 
 /* One line of it. */
@@ -93,8 +98,8 @@ VEC_INLINE void attend_scores_block(opd_dtype dtype, const float *query, size_t 
 		sums[i] = vec_splat(0.0f);
 	if (rows == 1) { /* key by key, in the order of memory; their chains overlap */
 		for (size_t j = 0; j < keys; j++) {
-			const void *row = run->base + run->places[key + j];
-			const unsigned char *later = attend_later(run, key + j);
+			const void *row = attend_row(run, key + j);
+			const unsigned char *later = attend_later(run, key + j, ahead);
 			ATTEND_UNROLL
 			for (size_t d = 0; d < padded; d += VEC_LANES) {
 				if (ahead)
@@ -108,9 +113,9 @@ VEC_INLINE void attend_scores_block(opd_dtype dtype, const float *query, size_t 
 		for (size_t r = 0; r < rows; r++)
 			q[r] = vec_load(OPD_f32, query + r * padded, d);
 		for (size_t j = 0; j < keys; j++) {
-			vec_f32 k = vec_load(dtype, run->base + run->places[key + j], d);
+			vec_f32 k = vec_load(dtype, attend_row(run, key + j), d);
 			if (ahead)
-				attend_prefetch(attend_later(run, key + j), d * opd_dtype_bytes(dtype));
+				attend_prefetch(attend_later(run, key + j, true), d * opd_dtype_bytes(dtype));
 			for (size_t r = 0; r < rows; r++)
 				sums[r * keys + j] = vec_fma(q[r], k, sums[r * keys + j]);
 		}
@@ -150,11 +155,11 @@ VEC_INLINE size_t attend_together(opd_dtype dtype, size_t rows)
 	return rows > 1 && dtype == OPD_f32 ? JOINED / 2 : JOINED;
 }
 
-/* Keys [at, at + JOINED) of a run, or what is left of it, for the head at `base`. */
-VEC_INLINE struct cpu_attend_run attend_joined(const struct cpu_attend_run *run, size_t at, size_t joined, const unsigned char *base)
+/* Keys [at, at + joined) of a run, or what is left of it, for the head that begins `head` bytes from the run's. */
+VEC_INLINE struct cpu_attend_run attend_joined(const struct cpu_attend_run *run, size_t at, size_t joined, uint64_t head)
 {
 	size_t count = run->count - at < joined ? run->count - at : joined;
-	return (struct cpu_attend_run){base, run->places + at, count, run->ahead - at, run->lookahead};
+	return (struct cpu_attend_run){run->base + head, run->places + at, count, run->lookahead};
 }
 
 /* A single row of f32 a head keeps up with memory as the processor's own prefetcher brings it. Others compute so long that asking ahead pays: 4096 keys of 8 heads in bf16, one thread
@@ -170,7 +175,7 @@ VEC_INLINE void attend_scores_joined(opd_dtype dtype, const float *query, size_t
 	const size_t joined = attend_together(dtype, rows);
 	for (size_t j = 0; j < run->count; j += joined) {
 		for (size_t h = 0; h < heads; h++) {
-			struct cpu_attend_run keys = attend_joined(run, j, joined, run->base + h * head_bytes);
+			struct cpu_attend_run keys = attend_joined(run, j, joined, h * head_bytes);
 			attend_scores(dtype, query + h * rows * padded, rows, padded, &keys, attend_asks(dtype, rows),
 			              scores + h * rows * CPU_ATTEND_KEYS + j);
 		}
@@ -205,14 +210,25 @@ VEC_INLINE void attend_pairs_block(const uint16_t *query, size_t rows, size_t he
 	vec_f32 sums[16];
 	for (size_t i = 0; i < rows * keys; i++)
 		sums[i] = vec_splat(0.0f);
+	if (rows == 1) { /* key by key: addresses of eight of them and of what is asked for need more registers than there are */
+		ATTEND_UNROLL
+		for (size_t j = 0; j < keys; j++) {
+			const unsigned char *row = attend_row(run, key + j), *later = attend_later(run, key + j, true);
+			ATTEND_UNROLL
+			for (size_t d = 0; d < head_size; d += PAIRED) {
+				attend_prefetch(later, d * sizeof(uint16_t));
+				sums[j] = (vec_f32)_mm512_dpbf16_ps((__m512)sums[j], attend_pair_load(query, d), attend_pair_load(row, d));
+			}
+		}
+	}
 	ATTEND_UNROLL
-	for (size_t d = 0; d < head_size; d += PAIRED) {
+	for (size_t d = 0; rows > 1 && d < head_size; d += PAIRED) {
 		__m512bh q[ROWS];
 		for (size_t r = 0; r < rows; r++)
 			q[r] = attend_pair_load(query + r * head_size, d);
 		for (size_t j = 0; j < keys; j++) {
-			__m512bh k = attend_pair_load(run->base + run->places[key + j], d);
-			attend_prefetch(attend_later(run, key + j), d * sizeof(uint16_t));
+			__m512bh k = attend_pair_load(attend_row(run, key + j), d);
+			attend_prefetch(attend_later(run, key + j, true), d * sizeof(uint16_t));
 			for (size_t r = 0; r < rows; r++)
 				sums[r * keys + j] = (vec_f32)_mm512_dpbf16_ps((__m512)sums[r * keys + j], q[r], k);
 		}
@@ -250,7 +266,7 @@ VEC_INLINE void attend_pairs_joined(const uint16_t *query, size_t heads, size_t 
 	const size_t joined = heads == 1 ? CPU_ATTEND_KEYS : attend_together(OPD_bf16, rows);
 	for (size_t j = 0; j < run->count; j += joined) {
 		for (size_t h = 0; h < heads; h++) {
-			struct cpu_attend_run keys = attend_joined(run, j, joined, run->base + h * head_bytes);
+			struct cpu_attend_run keys = attend_joined(run, j, joined, h * head_bytes);
 			attend_pairs(query + h * rows * head_size, rows, head_size, &keys, scores + h * rows * CPU_ATTEND_KEYS + j);
 		}
 	}
@@ -336,7 +352,7 @@ VEC_INLINE void attend_mix_block(opd_dtype dtype, const float *weights, const fl
 		vec_f32 w[ROWS];
 		for (size_t r = 0; r < rows; r++)
 			w[r] = vec_splat(weights[r * CPU_ATTEND_KEYS + j]);
-		const unsigned char *row = run->base + run->places[j], *later = attend_later(run, j);
+		const unsigned char *row = attend_row(run, j), *later = attend_later(run, j, ahead);
 		for (size_t v = 0; v < vectors; v += 2) {
 			const size_t d = at + v * VEC_LANES, size = opd_dtype_bytes(dtype);
 			struct vec_pair x = vectors == 1 ? (struct vec_pair){{vec_load(dtype, row, d)}} : vec_load_pair(dtype, row, d);
@@ -381,7 +397,7 @@ VEC_INLINE void attend_mix_joined(opd_dtype dtype, const float *weights, const f
 	const size_t joined = attend_together(dtype, rows);
 	for (size_t j = 0; j < run->count; j += joined) {
 		for (size_t h = 0; h < heads; h++) {
-			struct cpu_attend_run values = attend_joined(run, j, joined, run->base + h * head_bytes);
+			struct cpu_attend_run values = attend_joined(run, j, joined, h * head_bytes);
 			attend_mix(dtype, weights + h * rows * CPU_ATTEND_KEYS + j, j == 0 ? shrinks + h * rows : NULL, rows, padded, &values,
 			           attend_asks(dtype, rows), mixed + h * rows * padded);
 		}
@@ -418,7 +434,7 @@ static void attend_merge(struct cpu_attend_row *row, float *mixed, const struct 
 VEC_INLINE void attend_pack(opd_dtype dtype, const struct cpu_attend_run *run, size_t head_size, size_t padded, float *to)
 {
 	for (size_t j = 0; j < run->count; j++, to += padded) {
-		const void *row = run->base + run->places[j];
+		const void *row = attend_row(run, j);
 		size_t d = 0;
 		for (; d + VEC_LANES <= head_size; d += VEC_LANES)
 			vec_store(OPD_f32, to, d, vec_load(dtype, row, d));

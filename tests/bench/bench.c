@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <getopt.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -26,11 +27,12 @@ static const struct {
 
 static _Noreturn void usage(FILE *to, int code)
 {
-	(void)fprintf(to, "usage: opd-bench --daemon FILE [--counter FILE] [--minimal FILE] [--grpc FILE] [--quick] [NAME...]\n"
+	(void)fprintf(to, "usage: opd-bench --daemon FILE [--counter FILE] [--minimal FILE] [--grpc FILE] [--cores LIST] [--quick] [NAME...]\n"
 	                  "  --daemon FILE   the opd binary to measure\n"
 	                  "  --counter FILE  the library that counts a daemon's allocations and system calls\n"
 	                  "  --minimal FILE  the program of the minimal peer; without it, its rows are skipped\n"
 	                  "  --grpc FILE     the program of the gRPC peer; likewise\n"
+	                  "  --cores LIST    the cores of everything that is started, as 2,3 or 4-7: their first is what a row calls one core (default: all that it may use)\n"
 	                  "  --quick         short blocks: a look, not a measurement\n"
 	                  "names:");
 	for (size_t i = 0; i < BENCHMARKS; i++)
@@ -52,6 +54,7 @@ static void options_parse(struct bench *bench, struct programs *programs, int ar
 	    {"counter", required_argument, NULL, 'c'},
 	    {"minimal", required_argument, NULL, 'm'},
 	    {"grpc", required_argument, NULL, 'g'},
+	    {"cores", required_argument, NULL, 'C'},
 	    {"quick", no_argument, NULL, 'q'},
 	    {"help", no_argument, NULL, 'h'},
 	    {NULL, 0, NULL, 0},
@@ -65,6 +68,8 @@ static void options_parse(struct bench *bench, struct programs *programs, int ar
 			programs->minimal = optarg;
 		else if (option == 'g')
 			programs->grpc = optarg;
+		else if (option == 'C')
+			bench->cores = optarg;
 		else if (option == 'q')
 			bench->quick = true;
 		else
@@ -72,6 +77,30 @@ static void options_parse(struct bench *bench, struct programs *programs, int ar
 	}
 	if (bench->binary == NULL)
 		usage(stderr, 2);
+}
+
+/* Before anything asks which cores there are (tests/lib/pin.h). */
+static void cores_choose(const char *list)
+{
+	cpu_set_t set;
+	CPU_ZERO(&set);
+	for (const char *at = list; *at != '\0';) {
+		unsigned first, last;
+		int read = 0;
+		if (sscanf(at, "%u%n", &first, &read) != 1)
+			bench_fail("--cores %s: expected numbers and ranges of them, as 2,3 or 4-7", list);
+		at += read;
+		last = first;
+		if (sscanf(at, "-%u%n", &last, &read) == 1)
+			at += read;
+		if (last < first || last >= CPU_SETSIZE || (*at != '\0' && *at++ != ','))
+			bench_fail("--cores %s: expected numbers below %d and ranges of them, as 2,3 or 4-7", list, CPU_SETSIZE);
+		for (unsigned core = first; core <= last; core++)
+			CPU_SET(core, &set);
+	}
+	cpu_set_t got;
+	if (sched_setaffinity(0, sizeof set, &set) != 0 || sched_getaffinity(0, sizeof got, &got) != 0 || !CPU_EQUAL(&set, &got))
+		bench_fail("--cores %s: some of these aren't there for this process", list);
 }
 
 /* 1,000 sessions need as many descriptors here and in the daemon. */
@@ -95,8 +124,8 @@ static void machine_print(const struct bench *bench)
 	if (file != NULL)
 		(void)fclose(file);
 	if (uname(&system) == 0)
-		report_note("%s, %d cores, Linux %s, %s; medians%s", model, pin_cores(), system.release, opd_version(),
-		            bench->quick ? "; --quick: a look, not a measurement" : "");
+		report_note("%s, %d cores%s%s, Linux %s, %s; medians%s", model, pin_cores(), bench->cores == NULL ? "" : " by --cores ", bench->cores == NULL ? "" : bench->cores, system.release,
+		            opd_version(), bench->quick ? "; --quick: a look, not a measurement" : "");
 }
 
 static void benchmark_run(struct bench *bench, const char *name)
@@ -120,6 +149,8 @@ int main(int argc, char **argv)
 	};
 	struct programs programs = {0};
 	options_parse(&bench, &programs, argc, argv);
+	if (bench.cores != NULL)
+		cores_choose(bench.cores);
 	(void)pin_allowed();
 	raise_descriptors();
 	if (mkdtemp(bench.directory) == NULL)

@@ -20,6 +20,7 @@ struct bench {
 	bool quick;          /* fewer and shorter blocks: a look, not a measurement */
 	const char *binary;  /* of the daemon */
 	const char *counter; /* path of the preloaded counter (counter.h); NULL: not built */
+	const char *cores;   /* as --cores says; NULL: all that the process may use */
 	char directory[64];  /* for sockets */
 	struct floor_server floor;
 	struct peer peers[PEERS];

@@ -6,7 +6,7 @@ usage: test_faults.py                    some n of each class (CTest)
        test_faults.py --all [CLASS…]     every n that the run reaches (minutes)
        test_faults.py --one CLASS:N      one, and what it did
 
-OPD_BIN names the daemon, OPD_SHIM the preloaded library, OPD_MODULES the folder with the built test modules.
+OPD_BIN names the daemon, OPD_SHIM the preloaded library, OPD_MODULES the test module.
 """
 import contextlib
 import os
@@ -24,7 +24,8 @@ from harness import Client, Closed, Failed, f32, inline, pb, run, tensor, unpack
 
 BUILD = os.path.join(ROOT, ".build", "release")
 SHIM = os.environ.get("OPD_SHIM", os.path.join(BUILD, "tests", "faults", "shim.so"))
-MODULE = os.path.join(os.environ.get("OPD_MODULES", os.path.join(BUILD, "tests", "modules")), "faulty", "faulty.so")
+os.environ.setdefault("OPD_BUILD", BUILD)
+MODULE = harness.built_module("faulty")
 SHIMMED = ("alloc", "read", "write", "log", "accept", "thread", "open")
 CLASSES = (*SHIMMED, "kernel", "provider")  # the last two by the module itself: the nth kernel, and its open
 SAMPLES = 6  # of each class where not all are wanted

@@ -2,10 +2,11 @@
 
 The client speaks proto/README.md by raw sockets, so that a test can send any bytes. Standard library and python3-protobuf only.
 
-OPD_BIN names the daemon (default: build/bin/opd), OPD_TEST_LOOPS how many I/O loops it has where a test doesn't say (1); OPD_TEST_LONG=1 asks for the long runs, OPD_TEST_SANITIZED tells that programs are ten times as slow. opd_pb2 is made by protoc where OPD_PB2 names no
+OPD_BIN names the daemon (default: build/bin/opd), OPD_MODULES the test modules that CMake has told the suite of (default: all of OPD_BUILD's, build/), OPD_TEST_LOOPS how many I/O loops it has where a test doesn't say (1); OPD_TEST_LONG=1 asks for the long runs, OPD_TEST_SANITIZED tells that programs are ten times as slow. opd_pb2 is made by protoc where OPD_PB2 names no
 folder that has it.
 """
 import atexit
+import glob
 import os
 import re
 import shutil
@@ -43,6 +44,18 @@ CHUNKED = 1
 OK, CANCELLED, UNKNOWN, INVALID_ARGUMENT, DEADLINE_EXCEEDED, NOT_FOUND, ALREADY_EXISTS, PERMISSION_DENIED = range(8)
 RESOURCE_EXHAUSTED, FAILED_PRECONDITION, ABORTED, OUT_OF_RANGE, UNIMPLEMENTED, INTERNAL, UNAVAILABLE, DATA_LOSS, UNAUTHENTICATED = range(8, 17)
 PATIENCE = 60  # seconds until something that should happen counts as never: no test measures time, and sanitizers are slow
+
+
+def built_module(name):
+    """The file of a test module (tests/modules): under CTest one that the suite is registered with, so that a build of no more than what the suite needs has it."""
+    listed = os.environ.get("OPD_MODULES")
+    if listed is None:
+        found = glob.glob(os.path.join(os.environ.get("OPD_BUILD", os.path.join(ROOT, "build")), "tests", "modules", "*", name + ".so"))
+    else:
+        found = [path for path in listed.split(":") if os.path.basename(path) == name + ".so"]
+    if not found:
+        raise LookupError("test module %s: expected it among OPD_MODULES (%s): name it in CMake's opd_test_modules for this suite" % (name, listed))
+    return found[0]
 
 
 def frame(kind, request_id=0, envelope=b"", payload=b"", flags=0, **overrides):

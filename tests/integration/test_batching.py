@@ -12,11 +12,10 @@ import unittest
 import numpy as np
 import opd
 
-from harness import CANCEL, DaemonCase, ROOT, f32, frame, pb, run, tensor, wait_until
+from harness import CANCEL, DaemonCase, ROOT, built_module, f32, frame, pb, run, tensor, wait_until
 
 BUILD = os.environ.get("OPD_BUILD", os.path.join(ROOT, "build"))
-MODULES = os.environ.get("OPD_MODULES", os.path.join(BUILD, "tests", "modules"))
-FAULTY, DEVICE = (os.path.join(MODULES, name, name + ".so") for name in ("faulty", "device"))
+FAULTY, DEVICE = (built_module(name) for name in ("faulty", "device"))
 OPENCL = os.environ.get("OPD_OPENCL_MODULE", os.path.join(BUILD, "lib", "opd", "opd-provider-opencl.so"))
 HIDDEN, OUT = 33, 17  # no multiple of any vector: rows lie at whatever address
 

@@ -12,7 +12,7 @@ import unittest
 
 import opd
 
-from harness import (ABORTED, CANCEL, CANCELLED, CHUNKED, OK, REQUEST, DaemonCase, f32, frame, inline, pb, run, tensor, wait_until)
+from harness import (ABORTED, CANCEL, CANCELLED, CHUNKED, OK, PATIENCE, REQUEST, DaemonCase, f32, frame, inline, pb, run, tensor, wait_until)
 from test_cost import data, half_sent, kept, result
 
 OPCTL = os.environ.get("OPCTL_BIN", os.path.join(os.path.dirname(os.environ.get("OPD_BIN", "build/bin/opd")), "opctl"))
@@ -277,10 +277,12 @@ class Cancelling(DaemonCase):
         opctl = subprocess.Popen([OPCTL, "--connect", self.address, "run", "matmul", shape, shape, "--priority", "native"],
                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.addCleanup(opctl.wait)
+        self.addCleanup(opctl.kill)  # first: it would wait for all of the kernel
         other = self.client()
-        wait_until(lambda: other.info().memory_bytes >= 3 * 4 * SIDE * SIDE, "the operands and the result are there")
+        wait_until(lambda: opctl.poll() is not None or other.info().memory_bytes >= 3 * 4 * SIDE * SIDE, "the operands and the result are there")
+        self.assertIsNone(opctl.poll())
         opctl.send_signal(signal.SIGINT)
-        self.assertNotEqual(opctl.wait(), 0)
+        self.assertNotEqual(opctl.wait(PATIENCE), 0)
         self.expect_nothing_left()
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 """A provider that fails, hangs, crashes or returns garbage hurts its own requests only, and is reported by name: the module tests/modules/faulty does all of it when it is told to.
 
-OPD_BIN names the daemon, OPCTL_BIN opctl, OPD_MODULES the folder with the built test modules.
+OPD_BIN names the daemon, OPCTL_BIN opctl, OPD_MODULES the test module.
 """
 import json
 import os
@@ -18,7 +18,7 @@ from harness import Client, Daemon, f32, inline, pb, run, unpack_f32
 
 BUILD = os.environ.get("OPD_BUILD", os.path.join(harness.ROOT, "build"))
 OPCTL = os.environ.get("OPCTL_BIN", os.path.join(BUILD, "bin", "opctl"))
-MODULE = os.path.join(os.environ.get("OPD_MODULES", os.path.join(BUILD, "tests", "modules")), "faulty", "faulty.so")
+MODULE = harness.built_module("faulty")
 ERROR, OVERRUN, SHAPE, VALUE, SCRATCH, SEGV, ABORT, EXIT, KILL, HANG, HANG_POLITE, ARGUMENT, MUTE, ESCAPE, MEET, ALONE, SHARES = range(1001, 1018)
 REASON_QUARANTINE = 4
 

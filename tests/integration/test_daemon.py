@@ -193,7 +193,7 @@ class Flags(unittest.TestCase):
             (["--log-format", "xml"], "expected text or json"),
             (["--log-file", "/no/such/folder/log"], "/no/such/folder/log"),
             (["--priority", "relu"], "expected op=provider,provider"),
-            (["--module", "x.so"], "expected an absolute path, or openblas, onednn,"),
+            (["--module", "x.so"], "expected an absolute path, or one of openblas, onednn, opencl,"),
             (["--module", "x=all"], 'module "all": expected no name'),
             (["--isolated", "all"], "not isolated"),
             (["--module", "onednn", "--module", "onednn"], 'module "onednn" is named twice'),

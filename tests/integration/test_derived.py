@@ -2,7 +2,7 @@
 """Derived copies: what a provider keeps of tensors that stay, through a real daemon. The module tests/modules/derived adds a copy of b instead of b:
 whoever gets a copy of other contents gets a wrong sum.
 
-OPD_BIN names the daemon, OPD_MODULES the folder with the built test modules.
+OPD_BIN names the daemon, OPD_MODULES the test module.
 """
 import os
 import sys
@@ -13,7 +13,7 @@ import harness
 from harness import Client, Daemon, Failed, f32, inline, pb, run, tensor, unpack_f32
 
 BUILD = os.environ.get("OPD_BUILD", os.path.join(harness.ROOT, "build"))
-MODULE = os.path.join(os.environ.get("OPD_MODULES", os.path.join(BUILD, "tests", "modules")), "derived", "derived.so")
+MODULE = harness.built_module("derived")
 ONEDNN = os.path.join(BUILD, "lib", "opd", "opd-provider-onednn.so")
 COUNT = 256
 BYTES = 4 * COUNT

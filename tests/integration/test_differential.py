@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 """Differential checking: a sample of runs is computed by a second provider too, after the reply; a difference is logged, counted, and left as a case file where somebody asked for that.
 
-OPD_BIN names the daemon, OPCTL_BIN opctl, OPD_MODULES the folder with the built test modules.
+OPD_BIN names the daemon, OPCTL_BIN opctl, OPD_MODULES the test module.
 """
 import os
 import shutil

@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 """Isolated modules: a provider's code in worker processes. A crash there is one request's error, the worker starts again, the daemon is the same process.
 
-OPD_BIN names the daemon, OPCTL_BIN opctl, OPD_MODULES the folder with the built test modules.
+OPD_BIN names the daemon, OPCTL_BIN opctl, OPD_MODULES the test modules.
 """
 import ctypes
 import glob
@@ -19,8 +19,6 @@ import harness
 from harness import Client, Daemon, f32, inline, pb, run, tensor, unpack_f32
 from test_containment import ABORT, ALONE, ERROR, ESCAPE, EXIT, Faulty, HANG, HANG_POLITE, KILL, MEET, MODULE, MUTE, OVERRUN, SCRATCH, SEGV, SHAPE, SHARES, relu
 
-BUILD = os.environ.get("OPD_BUILD", os.path.join(harness.ROOT, "build"))
-MODULES = os.path.dirname(os.path.dirname(MODULE))
 LENGTHS = PREDICATE_SEGV, PREDICATE_HANG, PREDICATE_NO, PLAN_SEGV, PLAN_NO, PLAN_ERROR = range(101, 107)
 QUARANTINE_OFF = "quarantine: {failures: 0, provider_failures: 0}\n"
 # A sanitizer turns a signal into its own exit.
@@ -462,12 +460,12 @@ class Modules(unittest.TestCase):
         return daemon
 
     def test_what_an_isolated_module_cant_have_is_refused_by_name(self):
-        log = self.load(os.path.join(MODULES, "device", "device.so")).log_text()
+        log = self.load(harness.built_module("device")).log_text()
         self.assertRegex(log, "module not loaded.*an isolated module can't bring devices")
 
     def test_bad_modules_are_refused_as_they_would_be_here(self):
         for name, reason in (("wrong_abi", "provider ABI"), ("no_symbol", "no symbol"), ("open_fails", "open"), ("bad_schema", "schema"), ("unknown_op", "no op")):
-            self.assertRegex(self.load(os.path.join(MODULES, "bad", name + ".so")).log_text(), "module not loaded.*" + reason)
+            self.assertRegex(self.load(harness.built_module(name)).log_text(), "module not loaded.*" + reason)
 
     def test_a_configured_name_must_be_the_modules(self):
         self.assertRegex(self.load("other=" + MODULE).log_text(), "module not loaded.*its provider is called faulty, configured as other")

@@ -189,5 +189,80 @@ class OpenCL(unittest.TestCase):
             harness.wait_until(lambda: client.info().memory_bytes == 0, "the ledger at zero")
 
 
+class TwoDevices(unittest.TestCase):
+    """Which of two devices a request runs on: what it says, what its session says, where its operands are, which is done first. PoCL shows as many as it is told to, each with a context and a queue of its own:
+    memory of one isn't the other's."""
+
+    @classmethod
+    def setUpClass(cls):
+        for drivers in ("pthread pthread", "cpu cpu"):  # as PoCL calls them up to 3, and since 4
+            cls.daemon = Daemon("--module", "opencl=" + MODULE, "--inline", "0", environment={"POCL_DEVICES": drivers})
+            with Client(cls.daemon.address) as client:
+                if "opencl:1" in client.info().devices:
+                    cls.addClassCleanup(cls.daemon.stop)
+                    return
+            cls.daemon.stop()
+        raise unittest.SkipTest("no two OpenCL devices here")
+
+    def setUp(self):
+        self.client = Client(self.daemon.address)
+        self.addCleanup(self.client.close)
+
+    def add(self, *operands, **options):
+        """The request a + b, of 64 elements each."""
+        return run("add", *operands, run_priority=["opencl"], run_strict=True, run_explain=True, run_inline_results=True, **options)
+
+    def ran(self, request, wanted):
+        """Where it ran, and what moved for it."""
+        reply = self.client.ask(request)[0].run
+        self.assertEqual(list(unpack_f32(reply.outputs[0].tensor.inline)), wanted)
+        return reply.explain.device, [(move.operand, getattr(move, "from"), move.to) for move in reply.explain.moves]
+
+    def values(self, first):
+        return [float(first + i) for i in range(64)]
+
+    def inline(self, first):
+        return inline([64], f32(*self.values(first)))
+
+    def upload(self, first, device):
+        reply = self.client.ask(pb.Request(upload=pb.Upload(device=device, tensor=self.inline(first))))[0]
+        return pb.Tensor(handle=reply.run.outputs[0].kept)
+
+    def sum(self, a, b):
+        return [x + y for x, y in zip(self.values(a), self.values(b))]
+
+    def test_a_request_says_which(self):
+        for device in ("opencl:1", "opencl:0", "opencl:1"):
+            where, moves = self.ran(self.add(self.inline(1), self.inline(2), run_device=device), self.sum(1, 2))
+            self.assertEqual((where, moves), (device, [("a", "cpu", device), ("b", "cpu", device), ("result", device, "cpu")]))
+
+    def test_a_session_says_which_for_requests_that_do_not(self):
+        for device, other in (("opencl:1", "opencl:0"), ("opencl:0", "opencl:1")):
+            self.client.ask(pb.Request(set_session=pb.SetSession(device=device)))
+            self.assertEqual([self.ran(self.add(self.inline(i), self.inline(2)), self.sum(i, 2))[0] for i in range(4)], [device] * 4)
+            self.assertEqual(self.ran(self.add(self.inline(1), self.inline(2), run_device=other), self.sum(1, 2))[0], other)
+
+    def test_operands_that_live_on_one_are_worked_on_there(self):
+        for home, other in (("opencl:1", "opencl:0"), ("opencl:0", "opencl:1")):
+            a, b, far = self.upload(3, home), self.upload(4, home), self.upload(5, other)
+            self.assertEqual(self.ran(self.add(a, b), self.sum(3, 4)), (home, [("result", home, "cpu")]))
+            self.assertEqual(self.ran(self.add(a, self.inline(6)), self.sum(3, 6))[0], home)
+            # Where the request says otherwise they come over, by whichever way.
+            where, moves = self.ran(self.add(a, far, run_device=other), self.sum(3, 5))
+            ways = [(source, target) for operand, source, target in moves if operand == "a"]
+            self.assertEqual((where, ways[0][0], ways[-1][1], {operand for operand, *_ in moves}), (other, home, other, {"a", "result"}))
+
+    def test_without_a_home_the_one_that_is_done_first_is_taken(self):
+        rows = inline([32, 128], f32(*[0.5] * (32 * 128)))
+        weight = inline([128, 128], f32(*[1.0] * (128 * 128)))
+        used = set()
+        for _ in range(100):  # a device that is done before the next request is there is the first again
+            sent = [self.client.submit(run("linear", rows, weight, run_priority=["opencl"], run_strict=True, run_explain=True)) for _ in range(8)]
+            used |= {self.client.read_reply()[1].run.explain.device for _ in sent}
+            if len(used) == 2:
+                break
+        self.assertEqual(used, {"opencl:0", "opencl:1"})
+
+
 if __name__ == "__main__":
     unittest.main(verbosity=2)

@@ -541,6 +541,7 @@ START_TEST(promise_18_a_device_filters_the_list_first_native_included)
 	says("native (device: wanted toy)");
 	says("; not on it: ");
 	ck_assert_ptr_nonnull(strstr(strstr(error.text, "; not on it: "), "toy"));
+	ck_assert_ptr_null(strstr(strstr(error.text, "; not on it: "), "even_only")); /* it has the op, on another device */
 	request = scale_of(4);
 	opd_request_device(request, "toy:7");
 	fails(request, OPD_FAILED_PRECONDITION);

@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 """opd under a service manager: what it says of itself, sockets that are open before it is, the unit that comes with it.
 
-OPD_MODULES names the folder with the built test modules.
+OPD_MODULES names the test module.
 """
 import os
 import re
@@ -16,7 +16,6 @@ import unittest
 import harness
 from harness import OK, PATIENCE, Client, Daemon, check_healthy, f32, inline, pb, run
 
-FAULTY = os.path.join(os.environ.get("OPD_MODULES", os.path.join(harness.ROOT, "build", "tests", "modules")), "faulty", "faulty.so")
 HANGS = 102  # elements of a silu at which faulty's predicate, which the I/O loop asks, hangs until the gate opens
 SERVER = os.path.join(harness.ROOT, "server")
 # Becomes the daemon, as a service manager's child does: the variables name its own pid, the sockets lie from descriptor 3 on.
@@ -105,7 +104,7 @@ class Messages(Service):
 
     def test_the_watchdog_hears_nothing_while_one_of_several_loops_hangs(self):
         gate = os.path.join(self.folder, "gate")
-        daemon = self.start("--loops", "2", config="modules: [{name: faulty, path: %s}]\n" % FAULTY, wait=False,
+        daemon = self.start("--loops", "2", config="modules: [{name: faulty, path: %s}]\n" % harness.built_module("faulty"), wait=False,
                             environment={"WATCHDOG_USEC": "100000", "FAULTY_GATE": gate})
         self.assertEqual(self.said()[0], "READY=1")
         first, other = Client(daemon.address), Client(daemon.address)  # the daemon's first ones: of loop 0 and of loop 1

@@ -303,7 +303,7 @@ static const struct bad bad_files[] = {
 	{"modules:\n- {name: mine}\n", ":2: modules: a module without a path"},
 	{"modules:\n- {path: /a, file: b}\n", ":2: modules.file: no such key, expected name, path or isolated"},
 	{"modules:\n- {path: /a, path: /b}\n", ":2: modules: key \"path\" is there twice"},
-	{"modules:\n- a.so\n", ":2: modules: module \"a.so\": expected an absolute path, or openblas, onednn, opencl, cuda, cublaslt or cudnn"},
+	{"modules:\n- a.so\n", ":2: modules: module \"a.so\": expected an absolute path, or one of openblas, onednn, opencl, cuda, cublaslt, cudnn"},
 	{"modules:\n- {name: x, path: all}\n", ":2: modules: module \"all\": expected no name, and not isolated: name those one by one"},
 	{"modules:\n- {name: native, path: /a}\n", ":2: modules: module \"native\": the name is reserved"},
 	{"modules:\n- {name: a, path: /a}\n- {name: a, path: /b}\n", ":3: modules: module \"a\" is named twice"},
