@@ -24,6 +24,9 @@
 /* So long before the end of a lone job its loop is woken, and so long after it the loop may sleep again; one shorter than the other the loop looks after itself. */
 #define ATTEND_NS 100000u
 #define ATTEND_WHOLE_NS 400000u
+/* A loop that looks after it itself looks again and again, for so long in one turn, when its end is so near. */
+#define LOOK_AHEAD_NS 10000u
+#define LOOK_NS 5000u
 /* So long before the stream should be empty the next job comes to it, however long that one is. */
 #define NEXT_AHEAD_NS 300000u
 /* Jobs taken out of the queue at once: each time the mutex and the scheduler's heaps change cores with the loop that submits. */
@@ -719,8 +722,14 @@ enum device_ran device_lane_run(struct device_lane *lane, struct device_job *job
 bool device_lane_look(struct device_lane *lane)
 {
 	struct device_job *ended;
-	const bool over = take_complete(lane, &ended);
-	if (!over && !atomic_load_explicit(&lane->wanted, memory_order_relaxed) && ends_soon(lane, ATTEND_WHOLE_NS, request_now_ns()))
+	const uint64_t began_ns = request_now_ns();
+	uint64_t now_ns = began_ns;
+	bool over = take_complete(lane, &ended);
+	while (!over && ends_soon(lane, LOOK_AHEAD_NS, now_ns) && now_ns - began_ns < LOOK_NS) {
+		over = take_complete(lane, &ended);
+		now_ns = request_now_ns();
+	}
+	if (!over && !atomic_load_explicit(&lane->wanted, memory_order_relaxed) && ends_soon(lane, ATTEND_WHOLE_NS, now_ns))
 		return true;
 	give_lane(lane, ended);
 	for (struct device_job *next; ended != NULL; ended = next) { /* it was a lone one, of this loop */

@@ -89,6 +89,8 @@ static void move_enqueue(struct device_lane *lane, struct device_job *job)
 		job->status = device_alloc(lane, job, move->bytes, &move->buffer);
 		move->taken = job->status == OPD_OK;
 	} else if (job->status == OPD_OK) {
+		if (!move->out)
+			device_changes(lane, move->buffer);
 		job->status = device_hold(job, buffer_ref(move->buffer));
 	}
 	if (job->status == OPD_OK && move->out)

@@ -154,6 +154,7 @@ static bool place_donated(struct device_lane *lane, struct request *request, str
 		if (!donate_in_place(request, donation))
 			return false;
 		place = buffer_ref(kept->buffer);
+		device_changes(lane, place);
 		*status_out = device_hold(job, place);
 	} else {
 		struct buffer *host = buffer_on(kept->buffer, 0);

@@ -54,6 +54,7 @@ struct device_lane {
 	struct device_job **flight_end;
 	uint32_t in_flight;
 	const struct device_job *watched; /* the oldest of the flight, when its time counts */
+	uint64_t versions; /* of buffers' bytes, given so far */
 	uint32_t making; /* jobs that make mirrors: in flight, or being enqueued */
 	struct device_job *again, **again_end; /* that have failed together with others: each is begun alone */
 	/* Taken out of the queue together, and not begun yet. More come under the mutex, one goes under the latch, by its thread, or under both. */
@@ -119,6 +120,8 @@ OPD_MUST_USE opd_status device_alloc(struct device_lane *lane, struct device_job
 OPD_MUST_USE opd_status device_hold(struct device_job *job, struct buffer *buffer);
 /* The job holds it, and its kernels write it: others may be told so before it has ended. If it fails after job->writes was set, whoever has come to hold the buffer fails with it. */
 void device_writes(struct device_job *job, const struct buffer *buffer);
+/* What is enqueued next writes it: whoever knows its bytes by their version doesn't any more. A fresh buffer of device_alloc has a version of its own. */
+void device_changes(struct device_lane *lane, struct buffer *buffer);
 /* Waits until the oldest job in flight has ended; false: there is none. */
 bool device_wait(struct device_lane *lane);
 /* The buffer's bytes on this device, for the job to read: where they lie already, or a mirror that is made now from a copy in host memory (there must be one). *moved_out: whether it was. */

@@ -10,8 +10,7 @@
 /* How far ahead rows are asked for: their heads lie one after another, and the next pages aren't always those of the next tokens. */
 #define LOOKAHEAD_BYTES 16384
 #define LOOKAHEAD_KEYS 64
-/* Products of pairs take values under 2^-126 for 0. With a query of normal elements up to the one (2^60, in bf16) and a scale up to the other, a score is off by less than 2^-30. */
-#define PAIRS_LARGEST ((127 + 60) << 7)
+/* Products of pairs take values under 2^-126 for 0. With a query of normal elements up to 2^60 (pairs_lose) and a scale up to this, a score is off by less than 2^-30. */
 #define PAIRS_SCALE 0x1p20f
 /* Rows of a tile of one query in f32 whose heads share kv heads: 8 KiB of queries, 8 of results, and twice four keys of 2 KiB find room in a first-level cache of 48 KiB, whose sets the
  * tokens' power-of-two distance makes fewer. With 32 rows (4096 keys, 32 heads over 8, one thread on Zen 5) 977 us, with 16 849. */
@@ -244,20 +243,6 @@ static void attend_part_clear(const struct attend_work *work, struct attend_part
 	memset(part->mixed, 0, rows * work->padded * sizeof(float));
 }
 
-/* Whether products of pairs would lose something of this row of bf16: a denormal element times a large key, or a key's denormals times large ones. In steps that the compiler makes
- * vectors of: head_size is a multiple of 32. */
-static bool attend_loses(const uint16_t *query, uint64_t head_size)
-{
-	uint16_t lost = 0;
-	for (uint64_t d = 0; d < head_size; d += 32) {
-		for (uint64_t i = d; i < d + 32; i++) {
-			uint16_t magnitude = query[i] & 0x7fff;
-			lost |= magnitude > PAIRS_LARGEST || (uint16_t)(magnitude - 1) < 0x7f; /* 0x80 is the least normal */
-		}
-	}
-	return lost != 0;
-}
-
 static void attend_load_query(const struct attend_work *work, const struct attend_tile *tile, struct attend_scratch *scratch)
 {
 	const struct attend *attend = work->attend;
@@ -268,7 +253,7 @@ static void attend_load_query(const struct attend_work *work, const struct atten
 	work->kernels->pack[attend->dtype](&run, (size_t)attend->head_size, work->padded, scratch->query);
 	for (uint64_t r = 0; r < tile->count && work->pairs; r++) {
 		memcpy(scratch->pairs + r * attend->head_size, tile->sequence.query + places[r], attend->head_size * sizeof(uint16_t));
-		scratch->apart[r] = attend_loses(scratch->pairs + r * attend->head_size, attend->head_size);
+		scratch->apart[r] = work->kernels->pairs_lose(scratch->pairs + r * attend->head_size, (size_t)attend->head_size);
 	}
 }
 
@@ -323,14 +308,13 @@ static void attend_mix_chunk(const struct attend_work *work, const struct attend
 			uint64_t other = attend_visible(work, &tile->sequence, tile->row + next);
 			if ((other <= begin ? 0 : other - begin < count ? other - begin : count) != seen)
 				break;
-			if (seen > 0)
-				shrinks[next] = work->kernels->weigh(scratch->scores + next * CPU_ATTEND_KEYS, (size_t)seen, work->attend->scale,
-				                                     &part->rows[next].maximum, &part->rows[next].sum);
 		}
 		run->count = (size_t)seen;
-		if (seen > 0)
-			work->kernels->mix[dtype](scratch->scores + r * CPU_ATTEND_KEYS, shrinks + r, (size_t)(next - r), work->padded, run,
-			                          part->mixed + r * work->padded);
+		if (seen == 0)
+			continue;
+		work->kernels->weigh(scratch->scores + r * CPU_ATTEND_KEYS, (size_t)(next - r), (size_t)seen, work->attend->scale, part->rows + r, shrinks + r);
+		work->kernels->mix[dtype](scratch->scores + r * CPU_ATTEND_KEYS, shrinks + r, (size_t)(next - r), work->padded, run,
+		                          part->mixed + r * work->padded);
 	}
 	run->count = count;
 }
@@ -361,9 +345,7 @@ static void attend_chunk_heads(const struct attend_work *work, const struct atte
 	else
 		work->kernels->scores_heads[attend->dtype](scratch->query, (size_t)tile->heads, (size_t)work->group, work->padded, keys,
 		                                           attend->key_head, scratch->scores);
-	for (uint64_t r = 0; r < tile->count; r++)
-		shrinks[r] = work->kernels->weigh(scratch->scores + r * CPU_ATTEND_KEYS, keys->count, attend->scale, &part->rows[r].maximum,
-		                                  &part->rows[r].sum);
+	work->kernels->weigh(scratch->scores, (size_t)tile->count, keys->count, attend->scale, part->rows, shrinks);
 	work->kernels->mix_heads[attend->dtype](scratch->scores, shrinks, (size_t)tile->heads, (size_t)work->group, work->padded, values,
 	                                        attend->value_head, part->mixed);
 }

@@ -203,6 +203,21 @@ VEC_INLINE __m512bh attend_pair_load(const void *row, size_t at)
 	return (__m512bh)_mm512_loadu_si512((const uint16_t *)row + at);
 }
 
+/* The largest element that doesn't lose, in bf16: 2^60. */
+#define PAIRS_LARGEST ((127 + 60) << 7)
+#define LEAST_NORMAL 0x80
+
+static bool attend_pairs_lose(const uint16_t *query, size_t head_size)
+{
+	__mmask32 lose = 0;
+	for (size_t d = 0; d < head_size; d += PAIRED) {
+		__m512i magnitude = _mm512_and_si512(_mm512_loadu_si512(query + d), _mm512_set1_epi16(0x7fff));
+		lose |= _mm512_cmpgt_epu16_mask(magnitude, _mm512_set1_epi16(PAIRS_LARGEST));
+		lose |= _mm512_cmplt_epu16_mask(_mm512_sub_epi16(magnitude, _mm512_set1_epi16(1)), _mm512_set1_epi16(LEAST_NORMAL - 1));
+	}
+	return lose != 0;
+}
+
 /* attend_scores_block by products of pairs. A score is one chain over its head, folded as vec_sum does, in every block. */
 VEC_INLINE void attend_pairs_block(const uint16_t *query, size_t rows, size_t head_size, const struct cpu_attend_run *run, size_t key, size_t keys,
                                    float *scores)
@@ -310,26 +325,43 @@ VEC_INLINE vec_f32 attend_scaled(const float *scores, size_t at, size_t count, f
 	return v;
 }
 
-static float attend_weigh(float *scores, size_t count, float scale, float *maximum, float *sum)
+/* Up to VEC_LANES rows. First their maxima, then their weights, which don't wait for each other's; e^x of what older weights shrink by is made of all rows at once. */
+VEC_INLINE void attend_weigh_some(float *scores, size_t rows, size_t count, float scale, struct cpu_attend_row *state, float *shrinks)
 {
-	vec_f32 scaled[CPU_ATTEND_KEYS / VEC_LANES];
-	vec_f32 highest = vec_splat(*maximum);
-	vec_f32 total = vec_splat(0.0f);
-	float before = *maximum;
-	for (size_t i = 0; i < CPU_ATTEND_KEYS / VEC_LANES; i++) {
-		scaled[i] = attend_scaled(scores, i * VEC_LANES, count, scale);
-		highest = vec_max(scaled[i], highest);
+	vec_f32 shrinking = vec_splat(0.0f), shrink;
+	bool steady[VEC_LANES];
+	for (size_t r = 0; r < rows; r++) {
+		const float before = state[r].maximum;
+		vec_f32 highest = vec_splat(before);
+		for (size_t at = 0; at < CPU_ATTEND_KEYS; at += VEC_LANES)
+			highest = vec_max(attend_scaled(scores + r * CPU_ATTEND_KEYS, at, count, scale), highest);
+		state[r].maximum = vec_highest(highest);
+		shrinking[r] = before - attend_shift(state[r].maximum);
+		steady[r] = before == state[r].maximum && before - before == 0.0f;
 	}
-	*maximum = vec_highest(highest);
-	float shift = attend_shift(*maximum);
-	for (size_t i = 0; i < CPU_ATTEND_KEYS / VEC_LANES; i++) {
-		vec_f32 e = vec_exp(scaled[i] - vec_splat(shift));
-		vec_store(OPD_f32, scores, i * VEC_LANES, e);
-		total = total + e;
+	shrink = vec_exp(shrinking);
+	for (size_t r = 0; r < rows; r++) {
+		const vec_f32 shift = vec_splat(attend_shift(state[r].maximum));
+		vec_f32 total = vec_splat(0.0f);
+		for (size_t at = 0; at < CPU_ATTEND_KEYS; at += VEC_LANES) {
+			vec_f32 e = vec_exp(attend_scaled(scores + r * CPU_ATTEND_KEYS, at, count, scale) - shift);
+			vec_store(OPD_f32, scores + r * CPU_ATTEND_KEYS, at, e);
+			total = total + e;
+		}
+		shrinks[r] = steady[r] ? 1.0f : shrink[r];
+		state[r].sum = state[r].sum * shrinks[r] + vec_sum(total);
 	}
-	float shrink = before == *maximum && before - before == 0.0f ? 1.0f : attend_exp(before - shift);
-	*sum = *sum * shrink + vec_sum(total);
-	return shrink;
+}
+
+static void attend_weigh(float *scores, size_t rows, size_t count, float scale, struct cpu_attend_row *state, float *shrinks)
+{
+	for (size_t r = 0; r < rows; r += VEC_LANES) {
+		const size_t here = rows - r < VEC_LANES ? rows - r : VEC_LANES;
+		if (count == CPU_ATTEND_KEYS)
+			attend_weigh_some(scores + r * CPU_ATTEND_KEYS, here, CPU_ATTEND_KEYS, scale, state + r, shrinks + r);
+		else
+			attend_weigh_some(scores + r * CPU_ATTEND_KEYS, here, count, scale, state + r, shrinks + r);
+	}
 }
 
 /* ---- Values ------------------------------------------------------------------------------------------------------------- */
@@ -500,6 +532,7 @@ const struct cpu_attend_kernels CPU_SYMBOL(cpu_attend) = {
 	.scores_heads = {attend_scores_heads_f32, attend_scores_heads_bf16, attend_scores_heads_f16},
 #if defined(__AVX512BF16__)
 	.scores_pairs = attend_scores_pairs,
+	.pairs_lose = attend_pairs_lose,
 #endif
 	.weigh = attend_weigh,
 	.mix = {attend_mix_f32, attend_mix_bf16, attend_mix_f16},

@@ -1401,7 +1401,7 @@ class Ahead(unittest.TestCase):
 class DeviceGraphs(unittest.TestCase):
     """Graphs whose nodes all run on one device: one job, intermediates there, captured once and launched from then on."""
 
-    daemon, client, upload, fetch, where = Resident.daemon, Resident.client, Resident.upload, Resident.fetch, Resident.where
+    daemon, client, upload, fetch, where, fused = Resident.daemon, Resident.client, Resident.upload, Resident.fetch, Resident.where, Resident.fused
 
     def graph(self, constant=None, state=None, **node_fields):
         """y = relu(x + c); with a state: residual += y, normalised, in place."""
@@ -1661,6 +1661,28 @@ class DeviceGraphs(unittest.TestCase):
             else:
                 self.assertEqual(reply.status, harness.FAILED_PRECONDITION)
         self.assertEqual(replies[-1].status, harness.OK)
+
+    def test_an_input_is_brought_again_whenever_its_bytes_are_others(self):
+        client = self.client(fault="kernel:31")  # the first behind ten runs, and twice two runs and an op
+        number = self.register(client, self.graph(self.upload(client, [0, 0], shape=[1, 2], device="test:0")))
+        a, b = (self.upload(client, values, shape=[1, 2], device="test:0") for values in ([1, 2], [3, 4]))
+        rows = self.upload(client, [5, 6, 7, 8], shape=[2, 2], device="test:0")
+        view = [pb.Tensor(handle=rows, dtype=9, shape=[1, 2], byte_offset=8 * i) for i in range(2)]
+
+        def expect(x, wanted):
+            self.assertEqual(self.values(self.run_graph(client, number, x, shape=[1, 2])), [wanted])
+
+        for x, wanted in ((a, [1, 2]), (a, [1, 2]), (a, [1, 2]), (b, [3, 4]), (a, [1, 2]), ([9, 9], [9, 9]), (a, [1, 2]), (view[0], [5, 6]), (view[1], [7, 8]), (view[0], [5, 6])):
+            expect(x if isinstance(x, (pb.Tensor, list)) else pb.Tensor(handle=x), wanted)
+        ones = self.upload(client, [1, 1], shape=[1, 2], device="test:0")
+        for wanted in ([2, 3], [3, 4]):  # written in place
+            expect(pb.Tensor(handle=a), [wanted[0] - 1, wanted[1] - 1])
+            a = self.fused(client, pb.Tensor(handle=ones), pb.Tensor(handle=a, donate=True)).run.outputs[1].kept
+            expect(pb.Tensor(handle=a), wanted)
+        failed = self.run_graph(client, number, pb.Tensor(handle=b))
+        self.assertEqual(failed.status, harness.INTERNAL)
+        expect(pb.Tensor(handle=b), [3, 4])
+        expect(pb.Tensor(handle=a), [3, 4])
 
     def test_a_lone_run_gives_way_to_others_and_may_lose_its_session(self):
         """Begun and looked after by its loop, which keeps the device until somebody else wants it."""
