@@ -117,7 +117,8 @@ uint32_t cpu_threads(const opd_exec *exec, uint64_t items, uint64_t cost_ns)
 	return items > 1 && cost_ns > PARALLEL_NS && exec->threads > 1 ? exec->threads : 1;
 }
 
-opd_status cpu_for(const opd_exec *exec, uint64_t items, uint64_t cost_ns, cpu_items_fn run, const void *context, opd_error *error)
+opd_status cpu_for_grain(const opd_exec *exec, uint64_t items, uint64_t grain, uint64_t cost_ns, cpu_items_fn run, const void *context,
+                         opd_error *error)
 {
 	if (items == 0)
 		return OPD_OK;
@@ -128,8 +129,13 @@ opd_status cpu_for(const opd_exec *exec, uint64_t items, uint64_t cost_ns, cpu_i
 	struct steps steps = {.exec = exec, .run = run, .context = context, .step = items_in(STEP_NS, items, cost_ns)};
 	atomic_init(&steps.cancelled, false);
 	if (cpu_threads(exec, items, cost_ns) > 1)
-		exec->host->parallel_for(exec, items, items_in(PARALLEL_NS / 2, items, cost_ns), steps_run, &steps);
+		exec->host->parallel_for(exec, items, grain, steps_run, &steps);
 	else
 		steps_run(&steps, 0, items, 0);
 	return atomic_load(&steps.cancelled) ? opd_fail(error, OPD_CANCELLED, "cpu: cancelled while the kernel ran") : OPD_OK;
+}
+
+opd_status cpu_for(const opd_exec *exec, uint64_t items, uint64_t cost_ns, cpu_items_fn run, const void *context, opd_error *error)
+{
+	return cpu_for_grain(exec, items, items == 0 ? 1 : items_in(PARALLEL_NS / 2, items, cost_ns), cost_ns, run, context, error);
 }

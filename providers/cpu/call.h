@@ -170,4 +170,8 @@ uint32_t cpu_threads(const opd_exec *exec, uint64_t items, uint64_t cost_ns);
 OPD_MUST_USE opd_status cpu_for(const opd_exec *exec, uint64_t items, uint64_t cost_ns, cpu_items_fn run, const void *context,
                                 opd_error *error);
 
+/* The same in shares of `grain` items or more, as the host has it, for items that are few and large: cpu_for makes shares of some microseconds, which must not be several of those. */
+OPD_MUST_USE opd_status cpu_for_grain(const opd_exec *exec, uint64_t items, uint64_t grain, uint64_t cost_ns, cpu_items_fn run, const void *context,
+                                      opd_error *error);
+
 #endif

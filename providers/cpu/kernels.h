@@ -63,12 +63,11 @@ typedef void (*cpu_linear_finish_fn)(const float *sums, const void *bias, void *
 #define CPU_ATTEND_ROWS 32
 #define CPU_ATTEND_KEYS 64
 
-/* Rows of a cache: row j lies at base + places[j]. `ahead` places are known, `count` are meant; memory is asked for `lookahead` rows early. */
+/* Rows of a cache: row j lies at the address base + places[j]. Behind the run's places are those of what is read after it: while row j is read, memory is asked for row j + lookahead. */
 struct cpu_attend_run {
-	const unsigned char *base;
-	const uint64_t *places;
-	size_t count; /* at most CPU_ATTEND_KEYS */
-	size_t ahead;
+	uint64_t base;
+	const uint64_t *places; /* [count + lookahead]; of kernels that don't ask, [count] */
+	size_t count;           /* at most CPU_ATTEND_KEYS */
 	size_t lookahead;
 };
 
@@ -243,11 +242,13 @@ struct cpu_attend_kernels {
 	void (*scores_heads[CPU_DTYPES])(const float *query, size_t heads, size_t rows, size_t padded, const struct cpu_attend_run *run,
 	                                 uint64_t head_bytes, float *scores);
 	/* The same for rows and keys of bf16 whose head size is a multiple of 32, products of two elements at a time: another order of additions than `scores` has, and values below 2^-126
-	 * count as 0 (attend.c knows when that can't show). heads is 1, or as above. NULL where the instruction set has none. */
+	 * count as 0 (not for rows of which pairs_lose says that it would show). heads is 1, or as above. NULL where the instruction set has none. */
 	void (*scores_pairs)(const uint16_t *query, size_t heads, size_t rows, size_t head_size, const struct cpu_attend_run *run,
 	                     uint64_t head_bytes, float *scores);
-	/* One row's scores, times scale, to weights e^(score − maximum); maximum and sum go on. Returns what older weights shrink by. */
-	float (*weigh)(float *scores, size_t count, float scale, float *maximum, float *sum);
+	/* Whether products of pairs would lose something of this row of bf16: a denormal element times a large key, or a key's denormals times elements above 2^60. There if scores_pairs is. */
+	bool (*pairs_lose)(const uint16_t *query, size_t head_size);
+	/* Scores of rows, `count` each, times scale, to weights e^(score − maximum); maxima and sums go on. shrinks[r]: what a row's older weights shrink by. */
+	void (*weigh)(float *scores, size_t rows, size_t count, float scale, struct cpu_attend_row *state, float *shrinks);
 	/* mixed[r] = mixed[r] · shrinks[r] + Σ weights[r][j] · value j. Of values of bf16, mixed has each whole 2·lanes elements as pairs: the even ones, then the odd ones. */
 	void (*mix[CPU_DTYPES])(const float *weights, const float *shrinks, size_t rows, size_t padded, const struct cpu_attend_run *run,
 	                        float *mixed);
