@@ -121,7 +121,7 @@ static inline void *cpu_row(const struct cpu_rows *rows, uint64_t index)
 }
 
 /* Whether results of a call that moves so many bytes should go past the caches, which don't hold them all anyway. Good for ops that read a row twice and write it once, and for single passes that do little beside reading and
- * writing; bad where functions are computed (silu: up to a tenth slower), and for softmax, whose results are read again (slower by a quarter to a half). */
+ * writing; bad where functions are computed (activation.c), and for softmax, whose results are read again (slower by a quarter to a half). */
 bool cpu_streams_bytes(uint64_t bytes);
 
 /* The same, for kernels that want rows of whole lines. */
