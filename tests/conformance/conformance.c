@@ -586,6 +586,8 @@ static int run(int argc, char **argv)
 		return EXIT_FAILURE;
 	if (arguments.bad)
 		return usage(argv[0]);
+	if (arguments.serve || arguments.time)
+		host_watch(&host);
 	if (arguments.serve)
 		return timing_serve(&host) ? EXIT_SUCCESS : EXIT_FAILURE;
 	if (arguments.time)
