@@ -6,8 +6,9 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
-enum { THREADS_MAX = 64 };
+enum { THREADS_MAX = 64, HUGE_PAGE = 2 << 20, LARGE = 4 << 20 };
 
 /* Length of the op's name at the start of a schema. */
 static size_t schema_name_length(const char *schema)
@@ -114,11 +115,20 @@ static bool host_find_backend(const opd_host *table, const char *kind, const opd
 	return true;
 }
 
+void *host_memory(uint64_t bytes)
+{
+	void *memory = NULL;
+	if (posix_memalign(&memory, bytes < LARGE ? 64 : HUGE_PAGE, bytes == 0 ? 64 : bytes) != 0)
+		return NULL;
+	if (bytes >= LARGE)
+		(void)madvise(memory, bytes, MADV_HUGEPAGE); /* only a wish */
+	return memory;
+}
+
 static void *host_alloc(const opd_host *table, uint64_t bytes)
 {
 	(void)table;
-	void *memory = NULL;
-	return posix_memalign(&memory, 64, bytes == 0 ? 64 : bytes) == 0 ? memory : NULL;
+	return host_memory(bytes);
 }
 
 static void host_free(const opd_host *table, void *memory)

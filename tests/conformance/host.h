@@ -44,6 +44,9 @@ struct host {
 
 void host_init(struct host *host);
 
+/* Memory as the daemon's for tensors, copies and scratch: large ones in huge pages, so that what is timed isn't the translation of addresses. NULL: there is none; else `free` takes it. */
+void *host_memory(uint64_t bytes);
+
 /* Opens a module that is linked in. */
 OPD_MUST_USE opd_status host_open(struct host *host, const opd_module *module, opd_error *error);
 
