@@ -5,6 +5,7 @@
 #include "server/conn_internal.h"
 #include "server/conn_tls.h"
 #include "server/daemon.h"
+#include "server/device_run.h"
 #include "server/request.h"
 #include "server/ring.h"
 
@@ -121,6 +122,8 @@ void conn_received_payload(struct conn *conn, uint64_t bytes)
 	conn->frame_left -= bytes;
 	if (request != NULL)
 		request->payload_received += bytes;
+	if (request != NULL && request->payload_received != request->payload_bytes)
+		device_ahead_received(request);
 	if (conn->frame_left != 0)
 		return;
 	conn->state = CONN_HEAD;

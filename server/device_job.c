@@ -154,6 +154,11 @@ void device_bequeath_failure(const struct device_job *job)
 			atomic_store_explicit(&held->buffer->failed, true, memory_order_release);
 }
 
+void device_changes(struct device_lane *lane, struct buffer *buffer)
+{
+	buffer->version = ++lane->versions;
+}
+
 static bool make_room(struct device_lane *lane)
 {
 	return memory_trim(&lane->memory) || device_wait(lane) || memory_evict(&lane->memory);
@@ -170,6 +175,7 @@ opd_status device_alloc(struct device_lane *lane, struct device_job *job, uint64
 	while (status == OPD_RESOURCE_EXHAUSTED && make_room(lane));
 	if (status != OPD_OK)
 		return device_failed(lane, job, status, "alloc");
+	device_changes(lane, *buffer_out);
 	return device_hold(job, *buffer_out);
 }
 
@@ -206,7 +212,13 @@ void device_release(struct device_lane *lane, struct device_job *job)
 	device_give_event(lane, job->event);
 	job->event = NULL;
 	job->held = NULL;
-	arena_fini(&job->arena);
+	if (lane->arena_count < DEVICE_ARENAS_KEPT) {
+		arena_reset(&job->arena);
+		lane->arenas[lane->arena_count++] = job->arena;
+		job->arena = (struct arena){0};
+	} else {
+		arena_fini(&job->arena);
+	}
 }
 
 /* ---- Mirrors ---- */

@@ -21,11 +21,16 @@
 #define POLL_YIELD_NS 1000000u
 #define POLL_SLEEP_NS 50000
 #define JOB_ARENA_BYTES (16u << 20)
-/* So long before the end of a lone job its loop is woken, and so long after it the loop may sleep again; the loop doesn't go to sleep for a job shorter than the other. */
+/* So long before the end of a lone job its loop is woken, and so long after it the loop may sleep again; one shorter than the other the loop looks after itself. */
 #define ATTEND_NS 100000u
 #define ATTEND_WHOLE_NS 400000u
+/* A loop that looks after it itself looks again and again, for so long in one turn, when its end is so near. */
+#define LOOK_AHEAD_NS 10000u
+#define LOOK_NS 5000u
 /* So long before the stream should be empty the next job comes to it, however long that one is. */
 #define NEXT_AHEAD_NS 300000u
+/* Jobs taken out of the queue at once: each time the mutex and the scheduler's heaps change cores with the loop that submits. */
+#define PICKED_MAX 8u
 /* Where events are shared: so that the oldest of many doesn't wait long for its own end to be told. */
 #define JOBS_AN_EVENT 8u
 
@@ -52,15 +57,24 @@ static void pause_polling(const struct device_lane *lane)
 		(void)sched_yield();
 }
 
-/* A lone job of some length, which its loop has begun itself: if it should end within so long, the loop stays awake, or wakes, until then. */
-static void let_attend(struct device_lane *lane, uint64_t ahead_ns)
+/* A lone job that its loop has begun itself, and that should end within so long. */
+static bool ends_soon(const struct device_lane *lane, uint64_t ahead_ns, uint64_t now_ns)
+{
+	const struct device_job *job = lane->flight;
+	if (lane->in_flight != 1 || job->here_ns == 0 || job->item.estimate_ns == 0)
+		return false;
+	const uint64_t end_ns = job->started_ns + job->item.estimate_ns;
+	return end_ns <= now_ns + ahead_ns && now_ns <= end_ns + ATTEND_NS;
+}
+
+/* Its loop stays awake, or wakes, until then. */
+static void let_attend(struct device_lane *lane)
 {
 	struct device_job *job = lane->flight;
-	if (lane->in_flight != 1 || job->here_ns == 0 || job->attended || job->item.estimate_ns == 0)
+	const uint64_t now_ns = request_now_ns();
+	if (!ends_soon(lane, ATTEND_NS, now_ns) || job->attended)
 		return;
-	const uint64_t now_ns = request_now_ns(), end_ns = job->started_ns + job->item.estimate_ns;
-	if (end_ns > now_ns + ahead_ns || now_ns > end_ns + ATTEND_NS)
-		return;
+	const uint64_t end_ns = job->started_ns + job->item.estimate_ns;
 	job->attended = true;
 	io_loop_attend(&lane->server->loops[job->loop], (end_ns > now_ns ? end_ns : now_ns) + ATTEND_NS);
 }
@@ -217,10 +231,18 @@ void device_lane_ask(struct device_lane *lane, struct device_job *job)
 		wake_loop(lane, job->loop);
 }
 
+static void take_arena(struct device_lane *lane, struct device_job *job)
+{
+	if (lane->arena_count != 0)
+		job->arena = lane->arenas[--lane->arena_count];
+	else
+		arena_init(&job->arena, JOB_ARENA_BYTES);
+}
+
 static void job_enqueue(struct device_lane *lane, struct device_job *job)
 {
 	job->started_ns = request_now_ns();
-	arena_init(&job->arena, JOB_ARENA_BYTES);
+	take_arena(lane, job);
 	job->status = check_before(lane, job);
 	if (job->status == OPD_OK)
 		job->enqueue(lane, job);
@@ -444,9 +466,11 @@ static bool poll_flight(struct device_lane *lane)
 static bool has_room(const struct device_lane *lane)
 {
 	const uint64_t segment_ns = atomic_load_explicit(&lane->server->segment_ns, memory_order_relaxed);
-	if (lane->in_flight == 0 || (lane->in_flight < IN_FLIGHT_MAX && lane->flight_ns < segment_ns))
+	const uint32_t there = lane->in_flight + atomic_load_explicit(&lane->picked_count, memory_order_relaxed); /* as if all were on the stream */
+	const uint64_t there_ns = lane->flight_ns + atomic_load_explicit(&lane->picked_ns, memory_order_relaxed);
+	if (there == 0 || (there < IN_FLIGHT_MAX && there_ns < segment_ns))
 		return true;
-	return lane->in_flight == 1 && atomic_load_explicit(&lane->stream_until_ns, memory_order_relaxed) < request_now_ns() + NEXT_AHEAD_NS;
+	return there == 1 && lane->in_flight == 1 && atomic_load_explicit(&lane->stream_until_ns, memory_order_relaxed) < request_now_ns() + NEXT_AHEAD_NS;
 }
 
 static struct device_job *job_of_item(struct sched_item *item)
@@ -480,12 +504,11 @@ static void take_along(struct device_lane *lane, struct device_job *job, uint64_
 }
 
 /* Under the mutex; NULL: none may run now, and *ready_ns_out says when to ask again. */
-static struct device_job *pick(struct device_lane *lane, uint64_t *ready_ns_out)
+static struct device_job *pick(struct device_lane *lane, uint64_t now_ns, uint64_t *ready_ns_out)
 {
 	*ready_ns_out = UINT64_MAX;
 	if (lane->scheduler.queued == 0 || !has_room(lane))
 		return NULL;
-	const uint64_t now_ns = request_now_ns();
 	struct sched_item *item = scheduler_pick(&lane->scheduler, now_ns, ready_ns_out);
 	if (item == NULL)
 		return NULL;
@@ -493,6 +516,68 @@ static struct device_job *pick(struct device_lane *lane, uint64_t *ready_ns_out)
 	note_begun(lane, job, now_ns);
 	take_along(lane, job, now_ns);
 	return job;
+}
+
+/* Under the mutex. */
+static void add_picked(struct device_lane *lane, struct device_job *job)
+{
+	job->next = NULL;
+	*lane->picked_end = job;
+	lane->picked_end = &job->next;
+	(void)atomic_fetch_add_explicit(&lane->picked_count, 1, memory_order_relaxed);
+	(void)atomic_fetch_add_explicit(&lane->picked_ns, job->item.estimate_ns, memory_order_relaxed);
+}
+
+/* Under the latch. */
+static void drop_picked(struct device_lane *lane, struct device_job **link)
+{
+	const struct device_job *job = *link;
+	*link = job->next;
+	if (job->next == NULL)
+		lane->picked_end = link;
+	(void)atomic_fetch_sub_explicit(&lane->picked_count, 1, memory_order_relaxed);
+	(void)atomic_fetch_sub_explicit(&lane->picked_ns, job->item.estimate_ns, memory_order_relaxed);
+}
+
+/* The oldest that was picked and hasn't begun; NULL: none. */
+static struct device_job *next_picked(struct device_lane *lane)
+{
+	if (atomic_load_explicit(&lane->picked_count, memory_order_relaxed) == 0)
+		return NULL;
+	latch_lock(&lane->picked_latch);
+	struct device_job *job = lane->picked;
+	if (job != NULL)
+		drop_picked(lane, &lane->picked);
+	latch_unlock(&lane->picked_latch);
+	return job;
+}
+
+/* Under the mutex: one that was picked, and waits for those before it, whose enqueueing may take for ever. False: it has begun, or has others with it. */
+static bool take_back(struct device_lane *lane, struct device_job *job)
+{
+	latch_lock(&lane->picked_latch);
+	struct device_job **link = &lane->picked;
+	while (*link != NULL && *link != job)
+		link = &(*link)->next;
+	const bool found = *link != NULL && job->others == NULL;
+	if (found)
+		drop_picked(lane, link);
+	latch_unlock(&lane->picked_latch);
+	if (found)
+		scheduler_complete(&lane->scheduler, job->item.flow, (sched_class)job->item.class, job->item.estimate_ns, 0);
+	return found;
+}
+
+/* The same, and with it as many as there is room for; one that has taken others along is as many itself. */
+static struct device_job *pick_some(struct device_lane *lane, uint64_t *ready_ns_out)
+{
+	const uint64_t now_ns = lane->scheduler.queued == 0 ? 0 : request_now_ns();
+	struct device_job *job = pick(lane, now_ns, ready_ns_out);
+	for (uint64_t later_ns; job != NULL;) {
+		add_picked(lane, job);
+		job = job->others == NULL && atomic_load_explicit(&lane->picked_count, memory_order_relaxed) < PICKED_MAX ? pick(lane, now_ns, &later_ns) : NULL;
+	}
+	return next_picked(lane);
 }
 
 static void sleep_until(struct device_lane *lane, uint64_t ready_ns)
@@ -522,14 +607,16 @@ static struct device_job *next_job(struct device_lane *lane, bool *stop_out)
 	uint64_t ready_ns = UINT64_MAX;
 	struct device_job *job = next_again(lane);
 	*stop_out = false;
+	if (job == NULL)
+		job = next_picked(lane);
 	if (job != NULL)
 		return job;
 	(void)pthread_mutex_lock(&lane->mutex);
 	lane->taken = lane->taken && lane->in_flight != 0;
 	if (lane->taken)
-		job = pick(lane, &ready_ns);
+		job = pick_some(lane, &ready_ns);
 	while (!lane->taken) {
-		job = pick(lane, &ready_ns);
+		job = pick_some(lane, &ready_ns);
 		if (job != NULL || lane->in_flight != 0 || (lane->lost && !lane->given_back) || (lane->stopping && lane->scheduler.queued == 0)) {
 			lane->taken = true;
 			break;
@@ -555,7 +642,7 @@ static void *lane_main(void *argument)
 			mark_end(lane);
 		/* While jobs come that one event will tell of, the device isn't asked for each of them. */
 		if ((job == NULL || lane->newest == NULL) && !poll_flight(lane) && job == NULL && !stop) {
-			let_attend(lane, ATTEND_NS);
+			let_attend(lane);
 			pause_polling(lane);
 		}
 		if (lane->lost && !lane->given_back && lane->flight == NULL)
@@ -574,11 +661,13 @@ static bool take_lane(struct device_lane *lane, struct device_job *job)
 	bool taken = !lane->taken && !lane->stopping && !lane->lost && lane->stream != NULL && lane->in_flight == 0 && lane->scheduler.queued == 0;
 	if (taken && !scheduler_submit(&lane->scheduler, &job->item, job->queued_ns))
 		taken = false;
-	if (taken && pick(lane, &ready_ns) == NULL) {
+	if (taken && pick(lane, job->queued_ns, &ready_ns) == NULL) {
 		(void)scheduler_withdraw(&lane->scheduler, &job->item); /* a rate doesn't let it run now */
 		taken = false;
 	}
 	lane->taken = lane->taken || taken;
+	if (taken)
+		atomic_store_explicit(&lane->wanted, false, memory_order_relaxed);
 	(void)pthread_mutex_unlock(&lane->mutex);
 	return taken;
 }
@@ -606,6 +695,12 @@ static void give_lane(struct device_lane *lane, struct device_job *ended)
 	(void)pthread_mutex_unlock(&lane->mutex);
 }
 
+/* The lane stays its loop's, which looks again in each of its turns: another thread that looked would have to wake it, and takes its time for that. */
+static bool keep(struct device_lane *lane, const struct device_job *job)
+{
+	return job->by_loop && ends_soon(lane, ATTEND_WHOLE_NS, request_now_ns()) && io_loop_keep(&lane->server->loops[job->loop], lane);
+}
+
 enum device_ran device_lane_run(struct device_lane *lane, struct device_job *job)
 {
 	job->next = NULL;
@@ -618,9 +713,35 @@ enum device_ran device_lane_run(struct device_lane *lane, struct device_job *job
 	bool over = take_complete(lane, &ended);
 	while (!over && request_now_ns() - job->started_ns < job->here_ns)
 		over = take_complete(lane, &ended);
-	let_attend(lane, ATTEND_WHOLE_NS);
+	if (!over && keep(lane, job))
+		return DEVICE_LEFT;
 	give_lane(lane, ended);
 	return over ? DEVICE_ENDED : DEVICE_LEFT;
+}
+
+bool device_lane_look(struct device_lane *lane)
+{
+	struct device_job *ended;
+	const uint64_t began_ns = request_now_ns();
+	uint64_t now_ns = began_ns;
+	bool over = take_complete(lane, &ended);
+	while (!over && ends_soon(lane, LOOK_AHEAD_NS, now_ns) && now_ns - began_ns < LOOK_NS) {
+		over = take_complete(lane, &ended);
+		now_ns = request_now_ns();
+	}
+	if (!over && !atomic_load_explicit(&lane->wanted, memory_order_relaxed) && ends_soon(lane, ATTEND_WHOLE_NS, now_ns))
+		return true;
+	give_lane(lane, ended);
+	for (struct device_job *next; ended != NULL; ended = next) { /* it was a lone one, of this loop */
+		next = ended->next;
+		ended->done(ended);
+	}
+	return false;
+}
+
+void device_lane_let_go(struct device_lane *lane)
+{
+	give_lane(lane, NULL);
 }
 
 /* ---- Life ---- */
@@ -681,6 +802,7 @@ static opd_status lane_start(struct server *server, const struct device *device,
 		lane->done[i].end = &lane->done[i].first;
 	lane->flight_end = &lane->flight;
 	lane->again_end = &lane->again;
+	lane->picked_end = &lane->picked;
 	batch_queue_init(&lane->batches);
 	const struct memory_source source = {source_alloc, source_free, lane};
 	memory_init_device(&lane->memory, number, device->name, UINT64_MAX, source);
@@ -746,6 +868,13 @@ struct device_lane *device_lane_started(struct server *server, uint32_t number)
 	return atomic_load_explicit(&server->device_lanes[number], memory_order_acquire);
 }
 
+/* Under the mutex: there is something for the lane's thread. */
+static void ask_for_lane(struct device_lane *lane)
+{
+	atomic_store_explicit(&lane->wanted, true, memory_order_relaxed);
+	(void)pthread_cond_signal(&lane->wake);
+}
+
 struct scheduler *device_lane_scheduler_lock(struct device_lane *lane)
 {
 	(void)pthread_mutex_lock(&lane->mutex);
@@ -755,7 +884,7 @@ struct scheduler *device_lane_scheduler_lock(struct device_lane *lane)
 /* A changed rate may let somebody go on. */
 void device_lane_scheduler_unlock(struct device_lane *lane)
 {
-	(void)pthread_cond_signal(&lane->wake);
+	ask_for_lane(lane);
 	(void)pthread_mutex_unlock(&lane->mutex);
 }
 
@@ -801,7 +930,7 @@ bool device_lane_submit(struct device_lane *lane, struct device_job *job)
 		job->refusal.full = scheduler_full(&lane->scheduler, job->item.flow, &job->refusal.queued, &job->refusal.limit);
 		job->refusal.wait_ns = scheduler_wait_ns(&lane->scheduler, job->item.flow, (sched_class)job->item.class);
 	}
-	(void)pthread_cond_signal(&lane->wake);
+	ask_for_lane(lane);
 	(void)pthread_mutex_unlock(&lane->mutex);
 	return queued;
 }
@@ -812,8 +941,9 @@ bool device_lane_withdraw(struct device_lane *lane, struct device_job *job)
 	const bool queued = scheduler_withdraw(&lane->scheduler, &job->item);
 	if (queued)
 		batch_queue_remove(&lane->batches, &job->batch);
+	const bool withdrawn = queued || take_back(lane, job);
 	(void)pthread_mutex_unlock(&lane->mutex);
-	return queued;
+	return withdrawn;
 }
 
 void device_lane_finish_done(struct device_lane *lane, uint32_t loop)
@@ -842,7 +972,7 @@ void device_lane_drain(struct device_lane *lane)
 	(void)pthread_mutex_lock(&lane->mutex);
 	lane->stopping = true;
 	scheduler_forget_rates(&lane->scheduler);
-	(void)pthread_cond_signal(&lane->wake);
+	ask_for_lane(lane);
 	(void)pthread_mutex_unlock(&lane->mutex);
 	(void)pthread_join(lane->thread, NULL);
 	lane->joined = true;
@@ -856,6 +986,8 @@ void device_lane_stop(struct device_lane *lane)
 	device_drop_stream(lane);
 	while (lane->event_count != 0)
 		lane->device.backend->event_destroy(lane->device.state, lane->events[--lane->event_count]);
+	while (lane->arena_count != 0)
+		arena_fini(&lane->arenas[--lane->arena_count]);
 	device_ring_drop(lane);
 	pins_forget(lane->device.state);
 	memory_fini(&lane->memory);

@@ -6,9 +6,11 @@
  * stream lets them. Which comes next is a scheduler's to say, as on the CPU lane; what is on the stream can't be overtaken, so that no more is put there than `segment` of the configuration
  * (by estimates), but for one job. A job's device time is what the device worked on it alone: from the end of the one before, or its own beginning; of jobs whose end one event tells
  * (opd_backend.flags), an equal part.
+ * The thread takes several small jobs out of the queue at once, as many as may be on the stream anyway.
  * Jobs that wait and may run together (server/batch_queue.h) are one job on the stream: the lane's own, whose members they are. When it fails each of them is begun again alone.
  * A lone short job needs no other thread: while the lane is idle, device_lane_run does the same work on its caller's, which looks for the job's end for as long as the job may take, and
- * leaves it to the lane's thread after that. One thread at a time works with the device.
+ * leaves it to the lane's thread after that, or, if it is a loop and the job should end before long (400 us), keeps the lane and looks in each of its turns (io_loop.kept) until somebody
+ * else wants it. One thread at a time works with the device.
  * The stream is made on the lane's thread by its first job: a device's context may take long to make, and a loop must not wait for it.
  * Not here: what a job does on the device (device_run.c: an op, device_move.c: a copy), and what those share (server/device_work.h). */
 #ifndef OPD_SERVER_DEVICE_LANE_H
@@ -42,6 +44,7 @@ struct device_job {
 	struct account *account;  /* the session's: pays for what the job takes on the device */
 	uint64_t deadline_ns;
 	uint64_t here_ns; /* so long a caller of device_lane_run looks for its end */
+	bool by_loop;     /* that caller is its loop */
 	const _Atomic bool *unwanted; /* true: nobody wants the result any more, it isn't started. NULL: that can't happen */
 	/* On the lane's thread: enqueues. Writes status and error. */
 	void (*enqueue)(struct device_lane *lane, struct device_job *job);
@@ -83,6 +86,10 @@ OPD_MUST_USE bool device_lane_submit(struct device_lane *lane, struct device_job
 /* Runs a lone job on the calling thread if the lane is idle. DEVICE_BUSY: it isn't, and nothing has happened. DEVICE_ENDED: the job has, `done` isn't called. DEVICE_LEFT: as after device_lane_submit. */
 enum device_ran { DEVICE_BUSY, DEVICE_ENDED, DEVICE_LEFT };
 enum device_ran device_lane_run(struct device_lane *lane, struct device_job *job);
+/* On the loop that has kept it (io_loop_keep): looks for the end of the lone job, and calls its `done`. True: not yet, look again. False: the lane isn't the loop's any more. */
+OPD_MUST_USE bool device_lane_look(struct device_lane *lane);
+/* The loop that has kept it looks no more. */
+void device_lane_let_go(struct device_lane *lane);
 /* The lane's scheduler, to read it or to change weights and bounds: for a few instructions. */
 struct scheduler *device_lane_scheduler_lock(struct device_lane *lane);
 void device_lane_scheduler_unlock(struct device_lane *lane);
@@ -98,7 +105,7 @@ bool device_lane_is_stuck(const struct device_lane *lane);
 uint32_t device_lanes_stuck(const struct server *server);
 /* One that was started; NULL: it wasn't. Any thread. */
 struct device_lane *device_lane_started(struct server *server, uint32_t number);
-/* Takes a job that the lane's thread hasn't begun out of the queue: `done` isn't called. False: it is on its way, or has ended, or was never
+/* Takes back a job that the lane's thread hasn't begun: `done` isn't called. False: it is on its way, or has ended, or was never
  * submitted (zeroed memory). Only by the thread that submitted it. */
 OPD_MUST_USE bool device_lane_withdraw(struct device_lane *lane, struct device_job *job);
 /* How long from now a job of this flow (NULL: of a session that has had none there), class and cost would take to be done, by the estimates of what is there; any thread. */

@@ -49,6 +49,7 @@ void device_submit(struct request *request, struct device_lane *lane, void (*don
 	request->device_lane = lane;
 	request->device_done = done;
 	request->device_job.loop = request->context->loop;
+	request->device_job.by_loop = !direct;
 	request->device_job.done = direct ? job_done_direct : job_done;
 	const opd_status status = submit(request, lane, &ended);
 	if (status != OPD_OK) {
@@ -88,6 +89,8 @@ static void move_enqueue(struct device_lane *lane, struct device_job *job)
 		job->status = device_alloc(lane, job, move->bytes, &move->buffer);
 		move->taken = job->status == OPD_OK;
 	} else if (job->status == OPD_OK) {
+		if (!move->out)
+			device_changes(lane, move->buffer);
 		job->status = device_hold(job, buffer_ref(move->buffer));
 	}
 	if (job->status == OPD_OK && move->out)

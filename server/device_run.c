@@ -154,6 +154,7 @@ static bool place_donated(struct device_lane *lane, struct request *request, str
 		if (!donate_in_place(request, donation))
 			return false;
 		place = buffer_ref(kept->buffer);
+		device_changes(lane, place);
 		*status_out = device_hold(job, place);
 	} else {
 		struct buffer *host = buffer_on(kept->buffer, 0);
@@ -380,9 +381,9 @@ static opd_status copy_results(struct device_lane *lane, struct request *request
 	opd_status status = OPD_OK;
 	for (uint32_t i = 0; status == OPD_OK && i < mine->call.output_count; i++) {
 		const opd_tensor *host = &request->run.bound.outputs[i];
-		const uint64_t bytes = touched_bytes(host);
 		if (host->data == NULL || mine->results[i] == NULL) /* the kernel writes it there */
 			continue;
+		const uint64_t bytes = touched_bytes(host);
 		status = device_copy_out(lane, job, host->data, mine->results[i], 0, bytes);
 		device_note_move(request, "result", lane->number, 0, bytes);
 	}

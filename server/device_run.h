@@ -47,4 +47,11 @@ struct device_move {
 /* request->move says what; request->status how it went, with the error written; then `done`. */
 void device_move_start(struct request *request, const char *name, void (*done)(struct request *request));
 
+/* An upload to a device whose payload still comes, by the socket or by rings: more of it has. Copies what is there, if that is worth it. */
+void device_ahead_received(struct request *request);
+/* All of it is there. True: some of it went ahead; `done` once the rest has, perhaps before this returns, as after device_move_start. False: nothing has. */
+OPD_MUST_USE bool device_ahead_finish(struct request *request, void (*done)(struct request *request));
+/* The request ends: what is on its way to the device is nobody's any more. */
+void device_ahead_release(struct request *request);
+
 #endif

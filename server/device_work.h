@@ -7,11 +7,14 @@
 
 #include <pthread.h>
 
+#include "proto/latch.h"
 #include "server/config.h"
 #include "server/device_lane.h"
 
 /* Events that are kept for the next jobs. */
 #define DEVICE_EVENTS_KEPT 32u
+/* And arenas: as many jobs as one event tells of give theirs back together. */
+#define DEVICE_ARENAS_KEPT 8u
 /* Of a device, taken once: a driver locks such memory at half a millisecond a MiB. */
 #define DEVICE_RING_BYTES (8u << 20)
 /* Larger copies go from and to where the bytes lie: what a driver does for them costs less then than a second copy. */
@@ -32,6 +35,7 @@ struct device_lane {
 	pthread_cond_t wake;   /* of CLOCK_MONOTONIC */
 	bool stopping;
 	bool taken; /* somebody works with the device: the lane's thread, or one that runs a lone job itself. What is "the thread's own" below is whose this is */
+	_Atomic bool wanted; /* by its thread: a loop that has kept it lets it go. Set under the mutex */
 	struct scheduler scheduler;
 	struct batch_queue batches; /* queued jobs that others may take along */
 	struct histogram waits[CLASS_COUNT]; /* written under the mutex */
@@ -50,8 +54,14 @@ struct device_lane {
 	struct device_job **flight_end;
 	uint32_t in_flight;
 	const struct device_job *watched; /* the oldest of the flight, when its time counts */
+	uint64_t versions; /* of buffers' bytes, given so far */
 	uint32_t making; /* jobs that make mirrors: in flight, or being enqueued */
 	struct device_job *again, **again_end; /* that have failed together with others: each is begun alone */
+	/* Taken out of the queue together, and not begun yet. More come under the mutex, one goes under the latch, by its thread, or under both. */
+	struct latch picked_latch;
+	struct device_job *picked, **picked_end;
+	_Atomic uint32_t picked_count;
+	_Atomic uint64_t picked_ns; /* what they are estimated to take */
 	struct device_job *newest;  /* of the flight, where no event follows it yet; NULL: one does */
 	uint32_t unmarked;          /* jobs since the last event */
 	uint64_t flight_ns;     /* what they were estimated to take */
@@ -63,6 +73,8 @@ struct device_lane {
 	uint64_t ring_tail;
 	uint32_t event_count;
 	void *events[DEVICE_EVENTS_KEPT];
+	uint32_t arena_count;
+	struct arena arenas[DEVICE_ARENAS_KEPT]; /* reset */
 	uint32_t gathered_count; /* copies of the job that is being enqueued */
 	opd_copy gathered[OPD_COPIES_MAX];
 };
@@ -108,6 +120,8 @@ OPD_MUST_USE opd_status device_alloc(struct device_lane *lane, struct device_job
 OPD_MUST_USE opd_status device_hold(struct device_job *job, struct buffer *buffer);
 /* The job holds it, and its kernels write it: others may be told so before it has ended. If it fails after job->writes was set, whoever has come to hold the buffer fails with it. */
 void device_writes(struct device_job *job, const struct buffer *buffer);
+/* What is enqueued next writes it: whoever knows its bytes by their version doesn't any more. A fresh buffer of device_alloc has a version of its own. */
+void device_changes(struct device_lane *lane, struct buffer *buffer);
 /* Waits until the oldest job in flight has ended; false: there is none. */
 bool device_wait(struct device_lane *lane);
 /* The buffer's bytes on this device, for the job to read: where they lie already, or a mirror that is made now from a copy in host memory (there must be one). *moved_out: whether it was. */

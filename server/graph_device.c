@@ -14,7 +14,16 @@
 #include "server/module.h"
 #include "server/request.h"
 
+/* What was brought to an input's place from the device's own memory. */
+struct content {
+	uint64_t version; /* of the bytes there (struct buffer); 0: others, or nobody knows */
+	uint64_t offset;
+	bool sure; /* the run that brought it has succeeded */
+};
+
 struct graph_device {
+	struct content *contents; /* [input_count] */
+	const struct device_job *latest; /* the run that was enqueued last */
 	struct buffer **bases; /* [base_count]: places of its own, referenced; NULL: of states and constants, which live elsewhere */
 	struct buffer *scratch;
 	struct buffer *fault;
@@ -56,6 +65,7 @@ void graph_device_release(struct prepared *prepared)
 	buffer_unref(mine->scratch);
 	buffer_unref(mine->fault);
 	free(mine->bases);
+	free(mine->contents);
 	free(mine);
 	prepared->on_device = NULL;
 }
@@ -64,12 +74,15 @@ static bool create(struct prepared *prepared)
 {
 	struct graph_device *mine = calloc(1, sizeof *mine);
 	struct buffer **bases = calloc(prepared->base_count, sizeof *bases);
-	if (mine == NULL || bases == NULL) {
+	struct content *contents = calloc((size_t)prepared->input_count + 1, sizeof *contents);
+	if (mine == NULL || bases == NULL || contents == NULL) {
 		free(mine);
 		free(bases);
+		free(contents);
 		return false;
 	}
 	mine->bases = bases;
+	mine->contents = contents;
 	mine->plain = device_of(prepared)->backend->capture_begin == NULL;
 	for (uint32_t i = 0; i < prepared->step_count; i++) {
 		const struct step *step = &prepared->steps[i];
@@ -118,6 +131,16 @@ static uint64_t extent_of(const opd_tensor *tensor)
 	return tensor_extent(tensor->dtype, tensor->rank, tensor->shape, tensor->strides, 0, &end) ? end : 0;
 }
 
+/* From where it lies on the device, unless the last run has left the very bytes there. */
+static opd_status bring_here(struct device_lane *lane, struct device_job *job, struct graph_device *mine, uint32_t index, const struct buffer *here, uint64_t offset, uint64_t bytes)
+{
+	struct content *content = &mine->contents[index];
+	if (content->sure && content->version == here->version && content->offset == offset)
+		return OPD_OK;
+	*content = (struct content){.version = here->version, .offset = offset};
+	return device_gather(lane, job, mine->bases[1 + index], here, offset, bytes);
+}
+
 /* What a run brings goes to its place. */
 static opd_status bring_operand(struct device_lane *lane, struct device_job *job, struct graph_run *run, uint32_t index)
 {
@@ -129,12 +152,14 @@ static opd_status bring_operand(struct device_lane *lane, struct device_job *job
 	opd_status status = keep_base(lane, job, prepared, 1 + index, bytes);
 	if (status != OPD_OK || bytes == 0)
 		return status;
-	const struct buffer *place = prepared->on_device->bases[1 + index];
+	struct graph_device *mine = prepared->on_device;
 	struct buffer *here = kept == NULL ? NULL : buffer_on(kept->buffer, lane->number);
-	if (here == NULL)
-		return device_gather_in(lane, job, place, opd_tensor_data(tensor), bytes);
+	if (here == NULL) {
+		mine->contents[index] = (struct content){0};
+		return device_gather_in(lane, job, mine->bases[1 + index], opd_tensor_data(tensor), bytes);
+	}
 	status = device_hold(job, here);
-	return status == OPD_OK ? device_gather(lane, job, place, here, tensor->byte_offset, bytes) : status;
+	return status == OPD_OK ? bring_here(lane, job, mine, index, here, tensor->byte_offset, bytes) : status;
 }
 
 /* The value that a donating node writes: where it lies if this run alone has it there, else a copy that takes its place when the run has succeeded. */
@@ -144,6 +169,7 @@ static opd_status bring_donated(struct device_lane *lane, struct device_job *job
 	struct buffer *place;
 	if (tensor->buffer->device == lane->number && !state->shared) {
 		buffer_drop_mirrors(tensor->buffer, NULL);
+		device_changes(lane, tensor->buffer);
 		opd_status held = device_hold(job, buffer_ref(tensor->buffer));
 		if (held != OPD_OK)
 			return held;
@@ -386,6 +412,7 @@ static void graph_enqueue(struct device_lane *lane, struct device_job *job)
 	if (job->status != OPD_OK)
 		return;
 	run->found = (opd_index_fault){0};
+	run->prepared->on_device->latest = job;
 	job->status = make_room(lane, job, run);
 	const uint64_t moves_from = request_now_ns();
 	if (job->status == OPD_OK)
@@ -401,12 +428,26 @@ static void graph_enqueue(struct device_lane *lane, struct device_job *job)
 		job->status = take_results(lane, job, run);
 }
 
+/* Of the last run: what it has brought is there. A failed one may not have brought it, nor one behind it what it found to be there. */
+static void settle_contents(const struct prepared *prepared, const struct device_job *job)
+{
+	struct graph_device *mine = prepared->on_device;
+	for (uint32_t i = 0; i < prepared->input_count; i++) {
+		if (job->status != OPD_OK)
+			mine->contents[i] = (struct content){0};
+		else if (mine->latest == job)
+			mine->contents[i].sure = mine->contents[i].version != 0;
+	}
+}
+
 static void graph_complete(struct device_lane *lane, struct device_job *job)
 {
 	struct graph_run *run = request_of(job)->graph_run;
 	const struct prepared *prepared = run->prepared;
 	struct graph_device *mine = prepared->on_device;
 	(void)lane;
+	if (mine != NULL)
+		settle_contents(prepared, job);
 	if (mine != NULL && mine->captured != NULL)
 		atomic_store_explicit(&mine->last_ns, job->device_ns, memory_order_relaxed);
 	if (job->status != OPD_OK || run->found.state == 0)

@@ -147,18 +147,44 @@ void io_loop_attend(struct io_loop *io, uint64_t until_ns)
 	io_loop_wake(io);
 }
 
+bool io_loop_keep(struct io_loop *io, struct device_lane *lane)
+{
+	if (io->kept != NULL)
+		return false;
+	io->kept = lane;
+	io_loop_flush_soon(io);
+	return true;
+}
+
+void io_loop_let_go(struct io_loop *io)
+{
+	if (io->kept != NULL)
+		device_lane_let_go(io->kept);
+	io->kept = NULL;
+}
+
+/* What follows a job's end may keep the lane again. */
+static void look_at_kept(struct io_loop *io)
+{
+	struct device_lane *lane = io->kept;
+	io->kept = NULL;
+	if (lane != NULL && device_lane_look(lane))
+		io->kept = lane;
+}
+
 /* Whether it stays awake for a device; what that has done meanwhile is taken. */
 static bool attend(struct io_loop *io, uint64_t now_ns)
 {
+	look_at_kept(io);
 	const uint64_t until_ns = atomic_load_explicit(&io->attend_until_ns, memory_order_relaxed);
 	if (until_ns == 0)
-		return false;
+		return io->kept != NULL;
 	const bool done = atomic_exchange_explicit(&io->device_done, false, memory_order_acquire);
 	if (done)
 		finish_devices(io);
 	if (done || now_ns >= until_ns)
 		atomic_store_explicit(&io->attend_until_ns, 0, memory_order_relaxed);
-	return !done && now_ns < until_ns;
+	return io->kept != NULL || (!done && now_ns < until_ns);
 }
 
 static void on_wake(uv_poll_t *wake, int status, int events)
@@ -230,7 +256,7 @@ static void on_flush(uv_check_t *check)
 		rings_serve(io);
 		flush_dirty(io);
 	} while (io->rings != NULL && rings_look(io));
-	if (io->dirty == NULL && io->rings == NULL && !attends)
+	if (io->dirty == NULL && io->rings == NULL && io->kept == NULL && !attends)
 		(void)uv_idle_stop(&io->again);
 }
 

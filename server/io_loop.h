@@ -26,6 +26,7 @@
 #include "server/watch.h"
 
 struct conn;
+struct device_lane;
 struct metrics;
 struct post;
 struct ring;
@@ -73,6 +74,7 @@ struct io_loop {
 	tally lanes_done[1 + CONFIG_LANES_MAX]; /* jobs of its, by CPU lane; written here, read by loop 0 */
 	_Atomic bool device_done; /* a device lane has finished jobs of its */
 	_Atomic uint64_t attend_until_ns; /* it doesn't sleep until then, or until device_done: a lone job's end is near. 0: none is */
+	struct device_lane *kept; /* a lone job runs on it that this loop has begun, and whose end it looks for in each turn, without sleeping; NULL: none */
 	pthread_mutex_t mutex;    /* of what other threads ask for: */
 	struct post *posts;
 	struct post *posts_last;
@@ -117,6 +119,10 @@ void io_loop_wake(struct io_loop *io);
 bool io_loop_by_edges(struct io_loop *io, int fd);
 /* Any thread: a lane expects to be done with a lone job before long, whose answer shouldn't wait for the loop to be woken (15 us). It serves others as ever, but doesn't sleep meanwhile. */
 void io_loop_attend(struct io_loop *io, uint64_t until_ns);
+/* On its thread: it looks for the end of the lone job that it has just begun there. False: it does so for another. */
+OPD_MUST_USE bool io_loop_keep(struct io_loop *io, struct device_lane *lane);
+/* On its thread, or after that has ended: not any more. */
+void io_loop_let_go(struct io_loop *io);
 /* The next poll doesn't sleep, so that what is dirty now leaves. */
 void io_loop_flush_soon(struct io_loop *io);
 

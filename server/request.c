@@ -135,6 +135,7 @@ void request_release(struct request *request)
 	run_release(request);
 	if (request->message.kind == MSG_REQUEST_GENERATE)
 		generate_release(request);
+	device_ahead_release(request);
 	buffer_unref(request->payload);
 	buffer_unref(request->staged);
 	kept_tensor_unref(request->tensor);

@@ -122,6 +122,7 @@ struct request {
 	request_task_fn device_done;     /* of that job, on the context's thread */
 	struct device_move move;         /* what it copies, unless it runs an op */
 	request_task_fn move_done;
+	struct device_ahead *ahead;      /* an upload's bytes that go to the device before all are there; NULL: none did */
 	struct buffer *staged; /* host memory with bytes that came from a device, referenced */
 	request_task_fn task;      /* on a lane */
 	request_task_fn task_done; /* back on the context's thread */

@@ -487,6 +487,8 @@ static void close_loops(struct server *server)
 	/* Jobs of closed connections end without a reader, and nothing follows them: not the next provider, nor a request that waited for a result. */
 	server->ending = true;
 	lanes_stop(server);
+	for (uint32_t i = 0; i < server->loop_count; i++)
+		io_loop_let_go(&server->loops[i]);
 	for (uint32_t i = 0; i < REGISTRY_DEVICES_MAX; i++)
 		if (server->device_lanes[i] != NULL)
 			device_lane_drain(server->device_lanes[i]);

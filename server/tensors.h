@@ -73,6 +73,7 @@ struct buffer {
 	bool mapped;     /* alone in its pages, known to server/pins.h */
 	_Atomic bool failed;     /* on a device: what was to write it has failed, and others were told before that it is there (device_writes) */
 	_Atomic uint32_t in_jobs; /* on a device: of `refs`, those of jobs on its stream: what comes behind them there is in nobody's way */
+	uint64_t version; /* on a device: of its bytes, another one each time that work which changes them is enqueued (device_changes); whoever has the lane's */
 	struct memory *memory; /* where it lies, whoever pays */
 	uint64_t bytes; /* usable */
 	uint64_t charged_bytes;

@@ -1,5 +1,5 @@
 /* Tensors that clients bring: whole, their payload becoming the tensor, or in parts that are copied to their place. One that is to live on a device is copied there from the
- * payload, which then goes: no copy stays in host memory. */
+ * payload, which then goes: no copy stays in host memory. A large one begins to be copied there before all of it has come (server/device_ahead.c). */
 #include <inttypes.h>
 #include <string.h>
 
@@ -144,6 +144,8 @@ static void upload_go(struct request *request)
 		upload_settle(request, request->payload);
 		return;
 	}
+	if (device_ahead_finish(request, upload_moved))
+		return;
 	request->move = (struct device_move){.device = request->move.device, .bytes = upload_bytes(request), .host = parts ? NULL : upload_source(request)};
 	device_move_start(request, "upload", upload_moved);
 }

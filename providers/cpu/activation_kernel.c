@@ -105,7 +105,7 @@ VEC_INLINE void gelu_tanh_of(opd_dtype dtype, vec_f32 *x, size_t n)
 /* The loop of one function and dtype, both constants of the caller: y = f(x), or f(x)·other. */
 typedef void (*activation_fn)(opd_dtype dtype, vec_f32 *x, size_t n);
 
-VEC_INLINE void activation_whole(activation_fn function, opd_dtype dtype, const void *x, const void *other, bool times, void *y, size_t at, size_t n)
+VEC_INLINE void activation_whole(activation_fn function, opd_dtype dtype, const void *x, const void *other, bool times, void *y, size_t at, size_t n, bool past)
 {
 	vec_f32 v[VEC_TOGETHER];
 	for (size_t p = 0; p < n; p += 2) {
@@ -123,7 +123,7 @@ VEC_INLINE void activation_whole(activation_fn function, opd_dtype dtype, const 
 		}
 		pair.v[0] = vec_result(dtype, pair.v[0]);
 		pair.v[1] = vec_result(dtype, pair.v[1]);
-		vec_store_pair(dtype, y, at + p * VEC_LANES, pair);
+		vec_put_pair(dtype, y, at + p * VEC_LANES, past, pair);
 	}
 }
 
@@ -136,11 +136,18 @@ VEC_INLINE void activation_part(activation_fn function, opd_dtype dtype, const v
 	vec_store_part(dtype, y, at, count, vec_result(dtype, v));
 }
 
-VEC_INLINE void activation_row(activation_fn function, opd_dtype dtype, const void *x, const void *other, bool times, void *y, size_t count)
+VEC_INLINE void activation_row(activation_fn function, opd_dtype dtype, const void *x, const void *other, bool times, void *y, size_t count, bool streams)
 {
+	const size_t step = VEC_TOGETHER * VEC_LANES, bytes = opd_dtype_bytes(dtype);
+	const bool past = streams && vec_is_aligned(y);
 	size_t i = 0;
-	for (; i + VEC_TOGETHER * VEC_LANES <= count; i += VEC_TOGETHER * VEC_LANES)
-		activation_whole(function, dtype, x, other, times, y, i, VEC_TOGETHER);
+	for (; i + step <= count; i += step) {
+		if (times && streams) { /* two short runs of memory, row by row, are asked for too late by themselves */
+			vec_ask_ahead((const unsigned char *)x + i * bytes, step * bytes);
+			vec_ask_ahead((const unsigned char *)other + i * bytes, step * bytes);
+		}
+		activation_whole(function, dtype, x, other, times, y, i, VEC_TOGETHER, past);
+	}
 	for (size_t here; i < count; i += here) {
 		here = count - i < VEC_LANES ? count - i : VEC_LANES;
 		activation_part(function, dtype, x, other, times, y, i, here);
@@ -148,13 +155,13 @@ VEC_INLINE void activation_row(activation_fn function, opd_dtype dtype, const vo
 }
 
 #define ROW(function, name)                                                                                                    \
-	static void function##_##name(const void *x, const void *other, void *y, size_t count)                                     \
+	static void function##_##name(const void *x, const void *other, void *y, size_t count, bool streams)               \
 	{                                                                                                                          \
-		activation_row(function##_of, OPD_##name, x, other, false, y, count);                                                  \
+		activation_row(function##_of, OPD_##name, x, other, false, y, count, streams);                                           \
 	}                                                                                                                          \
-	static void function##_mul_##name(const void *x, const void *other, void *y, size_t count)                                 \
+	static void function##_mul_##name(const void *x, const void *other, void *y, size_t count, bool streams)           \
 	{                                                                                                                          \
-		activation_row(function##_of, OPD_##name, x, other, true, y, count);                                                   \
+		activation_row(function##_of, OPD_##name, x, other, true, y, count, streams);                                            \
 	}
 #define X(function) ROW(function, f32) ROW(function, bf16) ROW(function, f16)
 ACTIVATION_MAP(X)

@@ -8,7 +8,7 @@
 static bool arithmetic_predicate(const opd_impl *impl, void *state, const opd_call *call, opd_reason *reason)
 {
 	(void)state;
-	const opd_tensor *a = cpu_tensor(call, 0);
+	const opd_tensor *a = cpu_tensor(call, false);
 	if (cpu_kernels_of(impl)->arithmetic->run[CPU_ADD][a->dtype] == NULL)
 		return OPD_REFUSE(reason, OPD_REASON_DTYPE, "a %s, only integers and floats", opd_dtype_name(a->dtype));
 	return true;
@@ -26,6 +26,7 @@ struct arithmetic_work {
 	unsigned char *y;
 	uint64_t elements;
 	uint64_t bytes; /* of an element */
+	bool streams;
 };
 
 /* Operands that are neither contiguous nor one element repeated are gathered, chunk by chunk. */
@@ -43,7 +44,7 @@ static void arithmetic_run_strided(const struct arithmetic_work *work, struct wa
 			}
 			run.data[k] += count * run.strides[k] * work->bytes;
 		}
-		work->kernel(operands[0], run.strides[0] != 0, operands[1], run.strides[1] != 0, y, (size_t)count);
+		work->kernel(operands[0], run.strides[0] != 0, operands[1], run.strides[1] != 0, y, (size_t)count, false);
 		y += count * work->bytes;
 		run.count -= count;
 	}
@@ -58,11 +59,12 @@ static void arithmetic_items(const void *context, uint64_t begin, uint64_t end, 
 		struct walk_run run = walk_run_at(&work->walk, i, stop - i);
 		unsigned char *y = work->y + i * work->bytes;
 		if (run.strides[0] <= 1 && run.strides[1] <= 1)
-			work->kernel(run.data[0], run.strides[0], run.data[1], run.strides[1], y, (size_t)run.count);
+			work->kernel(run.data[0], run.strides[0], run.data[1], run.strides[1], y, (size_t)run.count, work->streams);
 		else
 			arithmetic_run_strided(work, run, y);
 		i += run.count;
 	}
+	cpu_streamed(work->streams);
 }
 
 /* The shape that two operands broadcast to, whose extents the host has matched. */
@@ -79,7 +81,7 @@ static uint32_t broadcast_shape(const opd_tensor *a, const opd_tensor *b, int64_
 
 static opd_status arithmetic_run(const opd_impl *impl, const opd_call *call, const opd_exec *exec, unsigned operation, opd_error *error)
 {
-	const opd_tensor *a = cpu_tensor(call, 0);
+	const opd_tensor *a = cpu_tensor(call, false);
 	const opd_tensor *b = cpu_tensor(call, 1);
 	int64_t shape[OPD_RANK_MAX];
 	uint32_t rank = broadcast_shape(a, b, shape);
@@ -93,6 +95,7 @@ static opd_status arithmetic_run(const opd_impl *impl, const opd_call *call, con
 		.elements = call->outputs[0]->elements,
 		.bytes = opd_dtype_bytes(a->dtype),
 	};
+	work.streams = cpu_streams_bytes((a->elements + b->elements + work.elements) * work.bytes);
 	return cpu_for(exec, (work.elements + ITEM - 1) / ITEM, arithmetic_cost(impl, call), arithmetic_items, &work, error);
 }
 

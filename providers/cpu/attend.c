@@ -1,6 +1,7 @@
 #include "providers/cpu/attend.h"
 
 #include <math.h>
+#include <stdalign.h>
 #include <stdatomic.h>
 #include <string.h>
 
@@ -9,8 +10,7 @@
 /* How far ahead rows are asked for: their heads lie one after another, and the next pages aren't always those of the next tokens. */
 #define LOOKAHEAD_BYTES 16384
 #define LOOKAHEAD_KEYS 64
-/* Products of pairs take values under 2^-126 for 0. With a query of normal elements up to the one (2^60, in bf16) and a scale up to the other, a score is off by less than 2^-30. */
-#define PAIRS_LARGEST ((127 + 60) << 7)
+/* Products of pairs take values under 2^-126 for 0. With a query of normal elements up to 2^60 (pairs_lose) and a scale up to this, a score is off by less than 2^-30. */
 #define PAIRS_SCALE 0x1p20f
 /* Rows of a tile of one query in f32 whose heads share kv heads: 8 KiB of queries, 8 of results, and twice four keys of 2 KiB find room in a first-level cache of 48 KiB, whose sets the
  * tokens' power-of-two distance makes fewer. With 32 rows (4096 keys, 32 heads over 8, one thread on Zen 5) 977 us, with 16 849. */
@@ -46,6 +46,14 @@ struct attend_part {
 	float *mixed;                /* [CPU_ATTEND_ROWS][padded] */
 };
 
+/* How far the splits of one kv head of a tile are joined. Whoever has computed a split joins it and those behind it, unless another is at it, who looks again when done: so nobody waits,
+ * and the order is that of splits. In a line of its own: the heads of a tile are joined by several threads at once. */
+struct attend_join {
+	alignas(64) atomic_bool computed; /* the item's part is, of all of its heads (in the join of the first one) */
+	atomic_bool busy;
+	uint64_t splits; /* joined, in the part of the first; of who has made it busy */
+};
+
 struct attend_work {
 	const struct attend *attend;
 	const opd_exec *exec;
@@ -53,11 +61,13 @@ struct attend_work {
 	size_t padded;       /* head size, rounded up to whole vectors */
 	uint64_t group;      /* heads that share a kv head */
 	bool pairs;          /* scores are made by scores_pairs */
-	bool splits_apart;   /* each split is an item, parts [items] keep their results */
+	bool splits_apart;   /* each split is an item, parts [items] keep their results, joins [items][tile_heads] what has become of them */
 	uint64_t tile_rows;  /* most rows of a tile */
+	uint64_t tile_heads; /* most kv heads of a tile */
 	const uint64_t *first; /* [sequences + 1]: first item of each sequence */
 	unsigned char *parts;
 	uint64_t part_bytes;
+	struct attend_join *joins;
 	unsigned char *scratch; /* of thread t: at t·scratch_bytes */
 	uint64_t scratch_bytes;
 	atomic_bool *cancelled;
@@ -70,7 +80,8 @@ struct attend_tile {
 	struct attend_sequence sequence;
 	uint64_t kv_head, heads, row, count; /* count: of all heads */
 	uint64_t longest; /* keys that its last row sees */
-	uint64_t split;   /* where splits are items */
+	uint64_t split, splits; /* where splits are items: this one of so many that its last row sees some of */
+	uint64_t first, distance; /* likewise: the item of its first split, and from there to that of the next */
 };
 
 static uint64_t divide_up(uint64_t value, uint64_t by)
@@ -130,14 +141,18 @@ static struct attend_tile attend_tile_of(const struct attend_work *work, uint64_
 	uint64_t splits = attend_splits(work, &tile.sequence);
 	uint64_t tiles = attend_tiles(work, &tile.sequence);
 	uint64_t number = item - work->first[b];
-	tile.split = number % splits;
-	tile.row = number / splits % tiles * CPU_ATTEND_ROWS;
 	uint64_t heads = attend_heads(work, &tile.sequence);
-	tile.kv_head = number / splits / tiles * heads;
+	tile.distance = divide_up(work->attend->kv_heads, heads) * tiles;
+	tile.split = number / tile.distance;
+	tile.first = item - tile.split * tile.distance;
+	tile.row = number % tiles * CPU_ATTEND_ROWS;
+	tile.kv_head = number % tile.distance / tiles * heads;
 	tile.heads = work->attend->kv_heads - tile.kv_head < heads ? work->attend->kv_heads - tile.kv_head : heads;
 	uint64_t rows = tile.sequence.queries * work->group * tile.heads;
 	tile.count = rows - tile.row < CPU_ATTEND_ROWS ? rows - tile.row : CPU_ATTEND_ROWS;
 	tile.longest = tile.heads > 1 ? tile.sequence.keys : attend_visible(work, &tile.sequence, tile.row + tile.count - 1);
+	uint64_t seen = divide_up(tile.longest, ATTEND_SPLIT);
+	tile.splits = seen < 1 ? 1 : seen < splits ? seen : splits;
 	return tile;
 }
 
@@ -151,11 +166,12 @@ static uint64_t attend_row_at(const struct attend_work *work, const struct atten
 	return row / work->group * token_bytes + (tile->kv_head * work->group + row % work->group) * head_bytes;
 }
 
-/* Where keys [begin, end) of the tile's sequence and kv head lie. */
+/* Addresses of keys [begin, end) of the tile's sequence and kv head, and of their values. */
 static void attend_places(const struct attend *attend, const struct attend_tile *tile, uint64_t begin, uint64_t end, uint64_t *keys,
                           uint64_t *values)
 {
-	uint64_t key = tile->kv_head * attend->key_head, value = tile->kv_head * attend->value_head;
+	uint64_t key = (uintptr_t)tile->sequence.key + tile->kv_head * attend->key_head;
+	uint64_t value = (uintptr_t)tile->sequence.value + tile->kv_head * attend->value_head;
 	const opd_tensor *table = attend->block_table;
 	if (table == NULL) {
 		for (uint64_t j = begin; j < end; j++) {
@@ -184,7 +200,7 @@ struct attend_scratch {
 	float *scores; /* [CPU_ATTEND_ROWS][CPU_ATTEND_KEYS] */
 	struct attend_part part, whole;
 	uint64_t packed_places[CPU_ATTEND_KEYS];
-	uint64_t keys[ATTEND_SPLIT + LOOKAHEAD_KEYS], values[ATTEND_SPLIT + LOOKAHEAD_KEYS];
+	uint64_t places[2 * (ATTEND_SPLIT + LOOKAHEAD_KEYS)]; /* a split's rows in the order in which they are read: of each chunk the keys, then the values; then what is asked for at the end */
 };
 
 static uint64_t attend_part_bytes(uint64_t rows, size_t padded)
@@ -227,31 +243,17 @@ static void attend_part_clear(const struct attend_work *work, struct attend_part
 	memset(part->mixed, 0, rows * work->padded * sizeof(float));
 }
 
-/* Whether products of pairs would lose something of this row of bf16: a denormal element times a large key, or a key's denormals times large ones. In steps that the compiler makes
- * vectors of: head_size is a multiple of 32. */
-static bool attend_loses(const uint16_t *query, uint64_t head_size)
-{
-	uint16_t lost = 0;
-	for (uint64_t d = 0; d < head_size; d += 32) {
-		for (uint64_t i = d; i < d + 32; i++) {
-			uint16_t magnitude = query[i] & 0x7fff;
-			lost |= magnitude > PAIRS_LARGEST || (uint16_t)(magnitude - 1) < 0x7f; /* 0x80 is the least normal */
-		}
-	}
-	return lost != 0;
-}
-
 static void attend_load_query(const struct attend_work *work, const struct attend_tile *tile, struct attend_scratch *scratch)
 {
 	const struct attend *attend = work->attend;
 	uint64_t places[CPU_ATTEND_ROWS];
 	for (uint64_t r = 0; r < tile->count; r++)
 		places[r] = attend_row_at(work, tile, r, attend->query_token, attend->query_head);
-	struct cpu_attend_run run = {.base = tile->sequence.query, .places = places, .count = (size_t)tile->count};
+	struct cpu_attend_run run = {.base = (uintptr_t)tile->sequence.query, .places = places, .count = (size_t)tile->count};
 	work->kernels->pack[attend->dtype](&run, (size_t)attend->head_size, work->padded, scratch->query);
 	for (uint64_t r = 0; r < tile->count && work->pairs; r++) {
-		memcpy(scratch->pairs + r * attend->head_size, run.base + places[r], attend->head_size * sizeof(uint16_t));
-		scratch->apart[r] = attend_loses(scratch->pairs + r * attend->head_size, attend->head_size);
+		memcpy(scratch->pairs + r * attend->head_size, tile->sequence.query + places[r], attend->head_size * sizeof(uint16_t));
+		scratch->apart[r] = work->kernels->pairs_lose(scratch->pairs + r * attend->head_size, (size_t)attend->head_size);
 	}
 }
 
@@ -290,7 +292,7 @@ static struct cpu_attend_run attend_readable(const struct attend_work *work, con
 	work->kernels->pack[attend->dtype](run, (size_t)attend->head_size, work->padded, scratch->packed);
 	*dtype = CPU_F32;
 	return (struct cpu_attend_run){
-		.base = (const unsigned char *)scratch->packed, .places = scratch->packed_places, .count = run->count};
+		.base = (uintptr_t)scratch->packed, .places = scratch->packed_places, .count = run->count};
 }
 
 /* Rows that see equally many keys of a chunk mix its values together. */
@@ -306,14 +308,13 @@ static void attend_mix_chunk(const struct attend_work *work, const struct attend
 			uint64_t other = attend_visible(work, &tile->sequence, tile->row + next);
 			if ((other <= begin ? 0 : other - begin < count ? other - begin : count) != seen)
 				break;
-			if (seen > 0)
-				shrinks[next] = work->kernels->weigh(scratch->scores + next * CPU_ATTEND_KEYS, (size_t)seen, work->attend->scale,
-				                                     &part->rows[next].maximum, &part->rows[next].sum);
 		}
 		run->count = (size_t)seen;
-		if (seen > 0)
-			work->kernels->mix[dtype](scratch->scores + r * CPU_ATTEND_KEYS, shrinks + r, (size_t)(next - r), work->padded, run,
-			                          part->mixed + r * work->padded);
+		if (seen == 0)
+			continue;
+		work->kernels->weigh(scratch->scores + r * CPU_ATTEND_KEYS, (size_t)(next - r), (size_t)seen, work->attend->scale, part->rows + r, shrinks + r);
+		work->kernels->mix[dtype](scratch->scores + r * CPU_ATTEND_KEYS, shrinks + r, (size_t)(next - r), work->padded, run,
+		                          part->mixed + r * work->padded);
 	}
 	run->count = count;
 }
@@ -344,9 +345,7 @@ static void attend_chunk_heads(const struct attend_work *work, const struct atte
 	else
 		work->kernels->scores_heads[attend->dtype](scratch->query, (size_t)tile->heads, (size_t)work->group, work->padded, keys,
 		                                           attend->key_head, scratch->scores);
-	for (uint64_t r = 0; r < tile->count; r++)
-		shrinks[r] = work->kernels->weigh(scratch->scores + r * CPU_ATTEND_KEYS, keys->count, attend->scale, &part->rows[r].maximum,
-		                                  &part->rows[r].sum);
+	work->kernels->weigh(scratch->scores, (size_t)tile->count, keys->count, attend->scale, part->rows, shrinks);
 	work->kernels->mix_heads[attend->dtype](scratch->scores, shrinks, (size_t)tile->heads, (size_t)work->group, work->padded, values,
 	                                        attend->value_head, part->mixed);
 }
@@ -357,20 +356,38 @@ static size_t attend_lookahead(uint64_t token_bytes)
 	return (size_t)(keys < 1 ? 1 : keys < LOOKAHEAD_KEYS ? keys : LOOKAHEAD_KEYS);
 }
 
+static uint64_t attend_chunk_end(uint64_t at, uint64_t end)
+{
+	return end - at < CPU_ATTEND_KEYS ? end : at + CPU_ATTEND_KEYS;
+}
+
+/* What is asked for at a split's end are keys behind it, or, where there are none, its last value again. (A head's place in what comes later is taken to be that in what is read: if keys and
+ * values differ in it, some lines are asked for in vain.) */
+static void attend_order(const struct attend *attend, const struct attend_tile *tile, uint64_t begin, uint64_t end, uint64_t *places)
+{
+	for (uint64_t at = begin, next; at < end; at = next) {
+		next = attend_chunk_end(at, end);
+		attend_places(attend, tile, at, next, places, places + (next - at));
+		places += 2 * (next - at);
+	}
+	uint64_t behind = tile->longest - end < LOOKAHEAD_KEYS ? tile->longest - end : LOOKAHEAD_KEYS;
+	attend_places(attend, tile, end, end + behind, places, places + LOOKAHEAD_KEYS);
+	for (; behind < LOOKAHEAD_KEYS; behind++)
+		places[behind] = places[-1];
+}
+
 /* Keys [begin, end) of one split, to `part`. */
 static void attend_split(const struct attend_work *work, const struct attend_tile *tile, uint64_t begin, uint64_t end,
                          struct attend_scratch *scratch, struct attend_part *part)
 {
-	const struct attend_sequence *sequence = &tile->sequence;
 	attend_part_clear(work, part, tile->count);
-	uint64_t known = tile->longest - end < LOOKAHEAD_KEYS ? tile->longest : end + LOOKAHEAD_KEYS;
-	attend_places(work->attend, tile, begin, known, scratch->keys, scratch->values);
+	if (begin < end)
+		attend_order(work->attend, tile, begin, end, scratch->places);
 	for (uint64_t at = begin; at < end; at += CPU_ATTEND_KEYS) {
-		size_t count = (size_t)(end - at < CPU_ATTEND_KEYS ? end - at : CPU_ATTEND_KEYS);
-		size_t ahead = (size_t)(known - at);
-		struct cpu_attend_run keys = {sequence->key, scratch->keys + (at - begin), count, ahead, attend_lookahead(work->attend->key_token)};
-		struct cpu_attend_run values = {sequence->value, scratch->values + (at - begin), count, ahead,
-		                                attend_lookahead(work->attend->value_token)};
+		size_t count = (size_t)(attend_chunk_end(at, end) - at);
+		const uint64_t *places = scratch->places + 2 * (at - begin);
+		struct cpu_attend_run keys = {0, places, count, attend_lookahead(work->attend->key_token)};
+		struct cpu_attend_run values = {0, places + count, count, attend_lookahead(work->attend->value_token)};
 		if (tile->heads > 1)
 			attend_chunk_heads(work, tile, &keys, &values, scratch, part);
 		else
@@ -378,20 +395,23 @@ static void attend_split(const struct attend_work *work, const struct attend_til
 	}
 }
 
-static void attend_merge(const struct attend_work *work, uint64_t rows, struct attend_part *whole, const struct attend_part *part)
+/* Joins the split of keys from `begin` on to what the tile's rows [r, end) have seen before. A row has nothing of keys that it doesn't see. */
+static void attend_merge(const struct attend_work *work, const struct attend_tile *tile, uint64_t begin, uint64_t r, uint64_t end,
+                         struct attend_part *whole, const struct attend_part *part)
 {
-	for (uint64_t r = 0; r < rows; r++)
-		work->kernels->merge(&whole->rows[r], whole->mixed + r * work->padded, &part->rows[r], part->mixed + r * work->padded,
-		                     work->padded);
+	for (; r < end; r++)
+		if (tile->heads > 1 || attend_visible(work, &tile->sequence, tile->row + r) > begin)
+			work->kernels->merge(&whole->rows[r], whole->mixed + r * work->padded, &part->rows[r], part->mixed + r * work->padded,
+			                     work->padded);
 }
 
-/* A row that sees no key is zeros. */
-static void attend_finish(const struct attend_work *work, const struct attend_tile *tile, struct attend_part *whole)
+/* Rows [r, end) of the result. A row that sees no key is zeros. */
+static void attend_finish(const struct attend_work *work, const struct attend_tile *tile, uint64_t r, uint64_t end, struct attend_part *whole)
 {
 	const struct attend *attend = work->attend;
 	uint64_t head_bytes = attend->head_size * attend->element_bytes;
 	bool pairs = attend->dtype == CPU_BF16 && attend_in_place(work, tile);
-	for (uint64_t r = 0; r < tile->count; r++) {
+	for (; r < end; r++) {
 		unsigned char *y = tile->sequence.y + attend_row_at(work, tile, r, attend->heads * head_bytes, head_bytes);
 		if (tile->longest == 0 || (tile->heads == 1 && attend_visible(work, &tile->sequence, tile->row + r) == 0))
 			memset(y, 0, head_bytes);
@@ -400,20 +420,67 @@ static void attend_finish(const struct attend_work *work, const struct attend_ti
 	}
 }
 
+static bool attend_cancelled(const struct attend_work *work)
+{
+	if (!atomic_load_explicit(work->cancelled, memory_order_relaxed) && work->exec->host->cancelled(work->exec))
+		atomic_store(work->cancelled, true);
+	return atomic_load_explicit(work->cancelled, memory_order_relaxed);
+}
+
 static void attend_tile_run(const struct attend_work *work, const struct attend_tile *tile, struct attend_scratch *scratch)
 {
-	attend_part_clear(work, &scratch->whole, tile->count);
 	attend_load_query(work, tile, scratch);
 	for (uint64_t begin = 0; begin < tile->longest; begin += ATTEND_SPLIT) {
 		uint64_t end = tile->longest - begin < ATTEND_SPLIT ? tile->longest : begin + ATTEND_SPLIT;
-		attend_split(work, tile, begin, end, scratch, &scratch->part);
-		attend_merge(work, tile->count, &scratch->whole, &scratch->part);
-		if (atomic_load_explicit(work->cancelled, memory_order_relaxed))
+		attend_split(work, tile, begin, end, scratch, begin == 0 ? &scratch->whole : &scratch->part);
+		if (begin > 0)
+			attend_merge(work, tile, begin, 0, tile->count, &scratch->whole, &scratch->part);
+		if (attend_cancelled(work))
 			return;
-		if (work->exec->host->cancelled(work->exec))
-			atomic_store(work->cancelled, true);
 	}
-	attend_finish(work, tile, &scratch->whole);
+	attend_finish(work, tile, 0, tile->count, &scratch->whole);
+}
+
+static struct attend_part attend_part_of(const struct attend_work *work, uint64_t item)
+{
+	return attend_part_at(work, work->parts + item * work->part_bytes, work->tile_rows);
+}
+
+/* Joins what is there of kv head `head` of the tile (of all of its rows, where it has one), in the order of splits, and writes its results when all is. */
+static void attend_join_head(const struct attend_work *work, const struct attend_tile *tile, uint64_t head)
+{
+	struct attend_join *join = &work->joins[tile->first * work->tile_heads + head];
+	struct attend_part whole = attend_part_of(work, tile->first);
+	uint64_t rows = tile->count / tile->heads, from = head * rows, next;
+	do {
+		if (atomic_exchange(&join->busy, true))
+			return;
+		for (next = join->splits; next < tile->splits; next++) {
+			uint64_t item = tile->first + next * tile->distance;
+			if (!atomic_load(&work->joins[item * work->tile_heads].computed))
+				break;
+			struct attend_part part = attend_part_of(work, item);
+			if (next > 0)
+				attend_merge(work, tile, next * ATTEND_SPLIT, from, from + rows, &whole, &part);
+			if (next + 1 == tile->splits)
+				attend_finish(work, tile, from, from + rows, &whole);
+		}
+		join->splits = next;
+		atomic_store(&join->busy, false);
+	} while (next < tile->splits && atomic_load(&work->joins[(tile->first + next * tile->distance) * work->tile_heads].computed));
+}
+
+static void attend_split_apart(const struct attend_work *work, const struct attend_tile *tile, uint64_t item, struct attend_scratch *scratch)
+{
+	struct attend_part part = attend_part_of(work, item);
+	uint64_t begin = tile->split * ATTEND_SPLIT;
+	if (tile->split >= tile->splits || attend_cancelled(work))
+		return;
+	attend_load_query(work, tile, scratch);
+	attend_split(work, tile, begin, tile->longest - begin < ATTEND_SPLIT ? tile->longest : begin + ATTEND_SPLIT, scratch, &part);
+	atomic_store(&work->joins[item * work->tile_heads].computed, true);
+	for (uint64_t h = 0; h < tile->heads; h++) /* others begin elsewhere */
+		attend_join_head(work, tile, (tile->split + h) % tile->heads);
 }
 
 static void attend_items(const void *context, uint64_t begin, uint64_t end, uint32_t thread)
@@ -423,36 +490,10 @@ static void attend_items(const void *context, uint64_t begin, uint64_t end, uint
 	attend_scratch_init(work, thread, &scratch);
 	for (uint64_t i = begin; i < end; i++) {
 		struct attend_tile tile = attend_tile_of(work, i);
-		if (!work->splits_apart) {
+		if (work->splits_apart)
+			attend_split_apart(work, &tile, i, &scratch);
+		else
 			attend_tile_run(work, &tile, &scratch);
-			continue;
-		}
-		uint64_t from = tile.split * ATTEND_SPLIT;
-		if (from >= tile.longest)
-			continue;
-		struct attend_part part = attend_part_at(work, work->parts + i * work->part_bytes, work->tile_rows);
-		attend_load_query(work, &tile, &scratch);
-		attend_split(work, &tile, from, tile.longest - from < ATTEND_SPLIT ? tile.longest : from + ATTEND_SPLIT, &scratch, &part);
-	}
-}
-
-/* Items are those of attend_items; the first split's of each tile merges all of them. */
-static void attend_merges(const void *context, uint64_t begin, uint64_t end, uint32_t thread)
-{
-	const struct attend_work *work = context;
-	struct attend_scratch scratch;
-	attend_scratch_init(work, thread, &scratch);
-	for (uint64_t i = begin; i < end; i++) {
-		struct attend_tile tile = attend_tile_of(work, i);
-		if (tile.split != 0)
-			continue;
-		attend_part_clear(work, &scratch.whole, tile.count);
-		for (uint64_t from = 0; from < tile.longest; from += ATTEND_SPLIT) {
-			struct attend_part part =
-				attend_part_at(work, work->parts + (i + from / ATTEND_SPLIT) * work->part_bytes, work->tile_rows);
-			attend_merge(work, tile.count, &scratch.whole, &part);
-		}
-		attend_finish(work, &tile, &scratch.whole);
 	}
 }
 
@@ -463,6 +504,7 @@ static uint64_t attend_count(struct attend_work *work, uint64_t *first, uint64_t
 	uint64_t items = 0;
 	double rows = 0, pairs = 0, elements = 0;
 	work->tile_rows = 1;
+	work->tile_heads = 1;
 	for (uint64_t b = 0; b < attend->sequences; b++) {
 		struct attend_sequence sequence;
 		attend->sequence(attend, b, &sequence);
@@ -473,6 +515,8 @@ static uint64_t attend_count(struct attend_work *work, uint64_t *first, uint64_t
 		pairs += (double)here * (double)attend->kv_heads * (double)sequence.keys;
 		elements += 2 * (double)attend_tiles(work, &sequence) * (double)sequence.keys * (double)(attend->kv_heads * attend->head_size);
 		here *= heads;
+		if (heads > work->tile_heads)
+			work->tile_heads = heads;
 		if (here > work->tile_rows)
 			work->tile_rows = here < CPU_ATTEND_ROWS ? here : CPU_ATTEND_ROWS;
 	}
@@ -488,16 +532,18 @@ static opd_status attend_go(struct attend_work *work, uint64_t items, uint64_t c
 	uint64_t threads = cpu_threads(exec, items, cost_ns);
 	work->scratch_bytes = attend_scratch_bytes(work->padded);
 	work->part_bytes = work->splits_apart ? attend_part_bytes(work->tile_rows, work->padded) : 0;
-	uint64_t bytes = threads * work->scratch_bytes + items * work->part_bytes;
+	uint64_t join_bytes = work->splits_apart ? items * work->tile_heads * sizeof *work->joins : 0;
+	uint64_t bytes = threads * work->scratch_bytes + items * work->part_bytes + join_bytes;
 	work->scratch = exec->host->alloc(exec->host, bytes);
 	if (work->scratch == NULL)
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "attention: no %llu bytes of host memory for scratch", (unsigned long long)bytes);
 	work->parts = work->scratch + threads * work->scratch_bytes;
-	opd_status status = cpu_for(exec, items, cost_ns, attend_items, work, error);
+	work->joins = (struct attend_join *)(void *)(work->parts + items * work->part_bytes);
+	memset(work->joins, 0, join_bytes);
+	opd_status status = work->splits_apart ? cpu_for_grain(exec, items, 1, cost_ns, attend_items, work, error)
+	                                       : cpu_for(exec, items, cost_ns, attend_items, work, error);
 	if (status == OPD_OK && atomic_load(work->cancelled))
 		status = opd_fail(error, OPD_CANCELLED, "cpu: cancelled while the kernel ran");
-	if (status == OPD_OK && work->splits_apart)
-		status = cpu_for(exec, items, items * (uint64_t)work->tile_rows * work->padded / 4, attend_merges, work, error);
 	exec->host->free(exec->host, work->scratch);
 	return status;
 }

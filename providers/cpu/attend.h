@@ -3,15 +3,15 @@
  * Layer: providers/cpu. Threads: attend_run spreads its work over the lane's threads.
  * Keys are taken in splits of ATTEND_SPLIT, those in chunks of CPU_ATTEND_KEYS, query rows in tiles of up to CPU_ATTEND_ROWS that share a
  * kv head (for a single query: those of several heads); a split's result (maximum, sum, mixed values, all f32) is merged into the row's in the order of splits. These borders stand at
- * fixed keys, so a row's bits depend on that row and its keys alone: splits of one row may run on different threads or one after another.
+ * fixed keys, so a row's bits depend on that row and its keys alone: splits of one row may run on different threads, in any order, or one after another.
  * Not here: kernels (kernels.h), checks of indices (the op's, before run). */
 #ifndef OPD_CPU_ATTEND_H
 #define OPD_CPU_ATTEND_H
 
 #include "providers/cpu/call.h"
 
-/* Keys whose result is computed apart from others': 32 MiB of cache (4096 keys, 8 heads of 128 in f32) make 16 items of a single query. */
-#define ATTEND_SPLIT 256
+/* Keys whose result is computed apart from others': 32 MiB of cache (4096 keys, 8 heads of 128 in f32) make 32 items of a single query, which 16 threads share better than 16. */
+#define ATTEND_SPLIT 128
 /* Scratch of a thread grows with it. */
 #define ATTEND_HEAD_SIZE_MAX 1024
 

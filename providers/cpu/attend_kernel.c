@@ -25,10 +25,15 @@
 #define USUAL 128
 #define ATTEND_UNROLL _Pragma("GCC unroll 8")
 
-/* The row that is asked for while row `key` is read: `run->lookahead` keys later, itself where there is none. */
-VEC_INLINE const unsigned char *attend_later(const struct cpu_attend_run *run, size_t key)
+VEC_INLINE const unsigned char *attend_row(const struct cpu_attend_run *run, size_t key)
 {
-	return run->base + run->places[key + run->lookahead < run->ahead ? key + run->lookahead : key];
+	return (const unsigned char *)(uintptr_t)(run->base + run->places[key]);
+}
+
+/* What is asked for while row `key` is read. */
+VEC_INLINE const unsigned char *attend_later(const struct cpu_attend_run *run, size_t key, bool ahead)
+{
+	return ahead ? attend_row(run, key + run->lookahead) : NULL;
 }
 
 /* One line of it. */
@@ -93,8 +98,8 @@ VEC_INLINE void attend_scores_block(opd_dtype dtype, const float *query, size_t 
 		sums[i] = vec_splat(0.0f);
 	if (rows == 1) { /* key by key, in the order of memory; their chains overlap */
 		for (size_t j = 0; j < keys; j++) {
-			const void *row = run->base + run->places[key + j];
-			const unsigned char *later = attend_later(run, key + j);
+			const void *row = attend_row(run, key + j);
+			const unsigned char *later = attend_later(run, key + j, ahead);
 			ATTEND_UNROLL
 			for (size_t d = 0; d < padded; d += VEC_LANES) {
 				if (ahead)
@@ -108,9 +113,9 @@ VEC_INLINE void attend_scores_block(opd_dtype dtype, const float *query, size_t 
 		for (size_t r = 0; r < rows; r++)
 			q[r] = vec_load(OPD_f32, query + r * padded, d);
 		for (size_t j = 0; j < keys; j++) {
-			vec_f32 k = vec_load(dtype, run->base + run->places[key + j], d);
+			vec_f32 k = vec_load(dtype, attend_row(run, key + j), d);
 			if (ahead)
-				attend_prefetch(attend_later(run, key + j), d * opd_dtype_bytes(dtype));
+				attend_prefetch(attend_later(run, key + j, true), d * opd_dtype_bytes(dtype));
 			for (size_t r = 0; r < rows; r++)
 				sums[r * keys + j] = vec_fma(q[r], k, sums[r * keys + j]);
 		}
@@ -150,11 +155,11 @@ VEC_INLINE size_t attend_together(opd_dtype dtype, size_t rows)
 	return rows > 1 && dtype == OPD_f32 ? JOINED / 2 : JOINED;
 }
 
-/* Keys [at, at + JOINED) of a run, or what is left of it, for the head at `base`. */
-VEC_INLINE struct cpu_attend_run attend_joined(const struct cpu_attend_run *run, size_t at, size_t joined, const unsigned char *base)
+/* Keys [at, at + joined) of a run, or what is left of it, for the head that begins `head` bytes from the run's. */
+VEC_INLINE struct cpu_attend_run attend_joined(const struct cpu_attend_run *run, size_t at, size_t joined, uint64_t head)
 {
 	size_t count = run->count - at < joined ? run->count - at : joined;
-	return (struct cpu_attend_run){base, run->places + at, count, run->ahead - at, run->lookahead};
+	return (struct cpu_attend_run){run->base + head, run->places + at, count, run->lookahead};
 }
 
 /* A single row of f32 a head keeps up with memory as the processor's own prefetcher brings it. Others compute so long that asking ahead pays: 4096 keys of 8 heads in bf16, one thread
@@ -170,7 +175,7 @@ VEC_INLINE void attend_scores_joined(opd_dtype dtype, const float *query, size_t
 	const size_t joined = attend_together(dtype, rows);
 	for (size_t j = 0; j < run->count; j += joined) {
 		for (size_t h = 0; h < heads; h++) {
-			struct cpu_attend_run keys = attend_joined(run, j, joined, run->base + h * head_bytes);
+			struct cpu_attend_run keys = attend_joined(run, j, joined, h * head_bytes);
 			attend_scores(dtype, query + h * rows * padded, rows, padded, &keys, attend_asks(dtype, rows),
 			              scores + h * rows * CPU_ATTEND_KEYS + j);
 		}
@@ -198,6 +203,21 @@ VEC_INLINE __m512bh attend_pair_load(const void *row, size_t at)
 	return (__m512bh)_mm512_loadu_si512((const uint16_t *)row + at);
 }
 
+/* The largest element that doesn't lose, in bf16: 2^60. */
+#define PAIRS_LARGEST ((127 + 60) << 7)
+#define LEAST_NORMAL 0x80
+
+static bool attend_pairs_lose(const uint16_t *query, size_t head_size)
+{
+	__mmask32 lose = 0;
+	for (size_t d = 0; d < head_size; d += PAIRED) {
+		__m512i magnitude = _mm512_and_si512(_mm512_loadu_si512(query + d), _mm512_set1_epi16(0x7fff));
+		lose |= _mm512_cmpgt_epu16_mask(magnitude, _mm512_set1_epi16(PAIRS_LARGEST));
+		lose |= _mm512_cmplt_epu16_mask(_mm512_sub_epi16(magnitude, _mm512_set1_epi16(1)), _mm512_set1_epi16(LEAST_NORMAL - 1));
+	}
+	return lose != 0;
+}
+
 /* attend_scores_block by products of pairs. A score is one chain over its head, folded as vec_sum does, in every block. */
 VEC_INLINE void attend_pairs_block(const uint16_t *query, size_t rows, size_t head_size, const struct cpu_attend_run *run, size_t key, size_t keys,
                                    float *scores)
@@ -205,14 +225,25 @@ VEC_INLINE void attend_pairs_block(const uint16_t *query, size_t rows, size_t he
 	vec_f32 sums[16];
 	for (size_t i = 0; i < rows * keys; i++)
 		sums[i] = vec_splat(0.0f);
+	if (rows == 1) { /* key by key: addresses of eight of them and of what is asked for need more registers than there are */
+		ATTEND_UNROLL
+		for (size_t j = 0; j < keys; j++) {
+			const unsigned char *row = attend_row(run, key + j), *later = attend_later(run, key + j, true);
+			ATTEND_UNROLL
+			for (size_t d = 0; d < head_size; d += PAIRED) {
+				attend_prefetch(later, d * sizeof(uint16_t));
+				sums[j] = (vec_f32)_mm512_dpbf16_ps((__m512)sums[j], attend_pair_load(query, d), attend_pair_load(row, d));
+			}
+		}
+	}
 	ATTEND_UNROLL
-	for (size_t d = 0; d < head_size; d += PAIRED) {
+	for (size_t d = 0; rows > 1 && d < head_size; d += PAIRED) {
 		__m512bh q[ROWS];
 		for (size_t r = 0; r < rows; r++)
 			q[r] = attend_pair_load(query + r * head_size, d);
 		for (size_t j = 0; j < keys; j++) {
-			__m512bh k = attend_pair_load(run->base + run->places[key + j], d);
-			attend_prefetch(attend_later(run, key + j), d * sizeof(uint16_t));
+			__m512bh k = attend_pair_load(attend_row(run, key + j), d);
+			attend_prefetch(attend_later(run, key + j, true), d * sizeof(uint16_t));
 			for (size_t r = 0; r < rows; r++)
 				sums[r * keys + j] = (vec_f32)_mm512_dpbf16_ps((__m512)sums[r * keys + j], q[r], k);
 		}
@@ -250,7 +281,7 @@ VEC_INLINE void attend_pairs_joined(const uint16_t *query, size_t heads, size_t 
 	const size_t joined = heads == 1 ? CPU_ATTEND_KEYS : attend_together(OPD_bf16, rows);
 	for (size_t j = 0; j < run->count; j += joined) {
 		for (size_t h = 0; h < heads; h++) {
-			struct cpu_attend_run keys = attend_joined(run, j, joined, run->base + h * head_bytes);
+			struct cpu_attend_run keys = attend_joined(run, j, joined, h * head_bytes);
 			attend_pairs(query + h * rows * head_size, rows, head_size, &keys, scores + h * rows * CPU_ATTEND_KEYS + j);
 		}
 	}
@@ -294,26 +325,43 @@ VEC_INLINE vec_f32 attend_scaled(const float *scores, size_t at, size_t count, f
 	return v;
 }
 
-static float attend_weigh(float *scores, size_t count, float scale, float *maximum, float *sum)
+/* Up to VEC_LANES rows. First their maxima, then their weights, which don't wait for each other's; e^x of what older weights shrink by is made of all rows at once. */
+VEC_INLINE void attend_weigh_some(float *scores, size_t rows, size_t count, float scale, struct cpu_attend_row *state, float *shrinks)
 {
-	vec_f32 scaled[CPU_ATTEND_KEYS / VEC_LANES];
-	vec_f32 highest = vec_splat(*maximum);
-	vec_f32 total = vec_splat(0.0f);
-	float before = *maximum;
-	for (size_t i = 0; i < CPU_ATTEND_KEYS / VEC_LANES; i++) {
-		scaled[i] = attend_scaled(scores, i * VEC_LANES, count, scale);
-		highest = vec_max(scaled[i], highest);
+	vec_f32 shrinking = vec_splat(0.0f), shrink;
+	bool steady[VEC_LANES];
+	for (size_t r = 0; r < rows; r++) {
+		const float before = state[r].maximum;
+		vec_f32 highest = vec_splat(before);
+		for (size_t at = 0; at < CPU_ATTEND_KEYS; at += VEC_LANES)
+			highest = vec_max(attend_scaled(scores + r * CPU_ATTEND_KEYS, at, count, scale), highest);
+		state[r].maximum = vec_highest(highest);
+		shrinking[r] = before - attend_shift(state[r].maximum);
+		steady[r] = before == state[r].maximum && before - before == 0.0f;
 	}
-	*maximum = vec_highest(highest);
-	float shift = attend_shift(*maximum);
-	for (size_t i = 0; i < CPU_ATTEND_KEYS / VEC_LANES; i++) {
-		vec_f32 e = vec_exp(scaled[i] - vec_splat(shift));
-		vec_store(OPD_f32, scores, i * VEC_LANES, e);
-		total = total + e;
+	shrink = vec_exp(shrinking);
+	for (size_t r = 0; r < rows; r++) {
+		const vec_f32 shift = vec_splat(attend_shift(state[r].maximum));
+		vec_f32 total = vec_splat(0.0f);
+		for (size_t at = 0; at < CPU_ATTEND_KEYS; at += VEC_LANES) {
+			vec_f32 e = vec_exp(attend_scaled(scores + r * CPU_ATTEND_KEYS, at, count, scale) - shift);
+			vec_store(OPD_f32, scores + r * CPU_ATTEND_KEYS, at, e);
+			total = total + e;
+		}
+		shrinks[r] = steady[r] ? 1.0f : shrink[r];
+		state[r].sum = state[r].sum * shrinks[r] + vec_sum(total);
 	}
-	float shrink = before == *maximum && before - before == 0.0f ? 1.0f : attend_exp(before - shift);
-	*sum = *sum * shrink + vec_sum(total);
-	return shrink;
+}
+
+static void attend_weigh(float *scores, size_t rows, size_t count, float scale, struct cpu_attend_row *state, float *shrinks)
+{
+	for (size_t r = 0; r < rows; r += VEC_LANES) {
+		const size_t here = rows - r < VEC_LANES ? rows - r : VEC_LANES;
+		if (count == CPU_ATTEND_KEYS)
+			attend_weigh_some(scores + r * CPU_ATTEND_KEYS, here, CPU_ATTEND_KEYS, scale, state + r, shrinks + r);
+		else
+			attend_weigh_some(scores + r * CPU_ATTEND_KEYS, here, count, scale, state + r, shrinks + r);
+	}
 }
 
 /* ---- Values ------------------------------------------------------------------------------------------------------------- */
@@ -336,7 +384,7 @@ VEC_INLINE void attend_mix_block(opd_dtype dtype, const float *weights, const fl
 		vec_f32 w[ROWS];
 		for (size_t r = 0; r < rows; r++)
 			w[r] = vec_splat(weights[r * CPU_ATTEND_KEYS + j]);
-		const unsigned char *row = run->base + run->places[j], *later = attend_later(run, j);
+		const unsigned char *row = attend_row(run, j), *later = attend_later(run, j, ahead);
 		for (size_t v = 0; v < vectors; v += 2) {
 			const size_t d = at + v * VEC_LANES, size = opd_dtype_bytes(dtype);
 			struct vec_pair x = vectors == 1 ? (struct vec_pair){{vec_load(dtype, row, d)}} : vec_load_pair(dtype, row, d);
@@ -381,7 +429,7 @@ VEC_INLINE void attend_mix_joined(opd_dtype dtype, const float *weights, const f
 	const size_t joined = attend_together(dtype, rows);
 	for (size_t j = 0; j < run->count; j += joined) {
 		for (size_t h = 0; h < heads; h++) {
-			struct cpu_attend_run values = attend_joined(run, j, joined, run->base + h * head_bytes);
+			struct cpu_attend_run values = attend_joined(run, j, joined, h * head_bytes);
 			attend_mix(dtype, weights + h * rows * CPU_ATTEND_KEYS + j, j == 0 ? shrinks + h * rows : NULL, rows, padded, &values,
 			           attend_asks(dtype, rows), mixed + h * rows * padded);
 		}
@@ -418,7 +466,7 @@ static void attend_merge(struct cpu_attend_row *row, float *mixed, const struct 
 VEC_INLINE void attend_pack(opd_dtype dtype, const struct cpu_attend_run *run, size_t head_size, size_t padded, float *to)
 {
 	for (size_t j = 0; j < run->count; j++, to += padded) {
-		const void *row = run->base + run->places[j];
+		const void *row = attend_row(run, j);
 		size_t d = 0;
 		for (; d + VEC_LANES <= head_size; d += VEC_LANES)
 			vec_store(OPD_f32, to, d, vec_load(dtype, row, d));
@@ -484,6 +532,7 @@ const struct cpu_attend_kernels CPU_SYMBOL(cpu_attend) = {
 	.scores_heads = {attend_scores_heads_f32, attend_scores_heads_bf16, attend_scores_heads_f16},
 #if defined(__AVX512BF16__)
 	.scores_pairs = attend_scores_pairs,
+	.pairs_lose = attend_pairs_lose,
 #endif
 	.weigh = attend_weigh,
 	.mix = {attend_mix_f32, attend_mix_bf16, attend_mix_f16},

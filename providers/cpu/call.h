@@ -120,9 +120,23 @@ static inline void *cpu_row(const struct cpu_rows *rows, uint64_t index)
 	return rows->scattered == NULL ? rows->base + index * rows->row_bytes : cpu_rows_scattered(rows, index);
 }
 
-/* Whether results of a call that moves so many bytes should go past the caches, which don't hold them all anyway, and may: their rows are whole lines. Good for ops that read a row
- * twice and write it once; bad for a single pass, as activations are, and for softmax, whose results are read again (slower by a quarter to a half), and where the lines have been read, in place. */
+/* Whether results of a call that moves so many bytes should go past the caches, which don't hold them all anyway. Good for ops that read a row twice and write it once, and for single passes that do little beside reading and
+ * writing; bad where functions are computed (activation.c), and for softmax, whose results are read again (slower by a quarter to a half). */
+bool cpu_streams_bytes(uint64_t bytes);
+
+/* The same, for kernels that want rows of whole lines. */
 bool cpu_streams(const struct cpu_rows *results, uint64_t bytes);
+
+/* What kernels have written past the caches is seen by others after this: once at the end of a share. After every row it is a wait for memory, too. */
+static inline void cpu_streamed(bool streams)
+{
+#if defined(__x86_64__)
+	if (streams)
+		__builtin_ia32_sfence();
+#else
+	(void)streams;
+#endif
+}
 
 /* OPD_INTERNAL unless result `index` is contiguous, has x's dtype, and x's shape but for its last extent, which is `last`. A rank-0 x has
  * a rank-0 result. */
@@ -155,5 +169,9 @@ uint32_t cpu_threads(const opd_exec *exec, uint64_t items, uint64_t cost_ns);
  * OPD_CANCELLED. How items are split varies: results must not depend on it. */
 OPD_MUST_USE opd_status cpu_for(const opd_exec *exec, uint64_t items, uint64_t cost_ns, cpu_items_fn run, const void *context,
                                 opd_error *error);
+
+/* The same in shares of `grain` items or more, as the host has it, for items that are few and large: cpu_for makes shares of some microseconds, which must not be several of those. */
+OPD_MUST_USE opd_status cpu_for_grain(const opd_exec *exec, uint64_t items, uint64_t grain, uint64_t cost_ns, cpu_items_fn run, const void *context,
+                                      opd_error *error);
 
 #endif

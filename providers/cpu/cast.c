@@ -10,7 +10,7 @@
 static uint64_t cast_cost(const opd_impl *impl, const opd_call *call)
 {
 	const struct cpu_costs *costs = &cpu_kernels_of(impl)->costs;
-	const opd_tensor *x = cpu_tensor(call, 0);
+	const opd_tensor *x = cpu_tensor(call, false);
 	const opd_tensor *y = call->outputs[0];
 	uint64_t in = cpu_any_cost_ns(&costs->cast, x->dtype, x->elements), out = cpu_any_cost_ns(&costs->cast, y->dtype, y->elements);
 	return in > out ? in : out;
@@ -22,6 +22,7 @@ struct cast_work {
 	unsigned char *y;
 	uint64_t elements;
 	uint64_t bytes; /* of an element of y */
+	bool streams;
 };
 
 /* What leads from one dtype to another, in at most three steps. */
@@ -57,10 +58,10 @@ static void cast_chunk(const struct cast_work *work, const void *x, unsigned cha
 {
 	unsigned char buffers[2][WALK_CHUNK * sizeof(uint64_t)] __attribute__((aligned(64)));
 	for (int i = 0; i < 2 && work->steps[i + 1] != NULL; i++) {
-		work->steps[i](x, buffers[i], count);
+		work->steps[i](x, buffers[i], count, false);
 		x = buffers[i];
 	}
-	work->steps[work->steps[1] == NULL ? 0 : work->steps[2] == NULL ? 1 : 2](x, y, count);
+	work->steps[work->steps[1] == NULL ? 0 : work->steps[2] == NULL ? 1 : 2](x, y, count, false);
 }
 
 static void cast_items(const void *context, uint64_t begin, uint64_t end, uint32_t thread)
@@ -72,7 +73,8 @@ static void cast_items(const void *context, uint64_t begin, uint64_t end, uint32
 	uint64_t i = begin * ITEM;
 	struct walk_run run = walk_run_at(&work->walk, i, stop - i);
 	if (work->steps[1] == NULL && run.count == stop - i && run.strides[0] == 1) {
-		work->steps[0](run.data[0], work->y + i * work->bytes, (size_t)run.count);
+		work->steps[0](run.data[0], work->y + i * work->bytes, (size_t)run.count, work->streams);
+		cpu_streamed(work->streams);
 		return;
 	}
 	for (uint64_t count; i < stop; i += count) {
@@ -84,7 +86,7 @@ static void cast_items(const void *context, uint64_t begin, uint64_t end, uint32
 static opd_status cast_run(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error)
 {
 	(void)state;
-	const opd_tensor *x = cpu_tensor(call, 0);
+	const opd_tensor *x = cpu_tensor(call, false);
 	opd_dtype to = opd_dtype_parse(call->args[1].str);
 	opd_status status = cpu_expect_shape(impl, call, 0, to, x->rank, x->shape, error);
 	if (status != OPD_OK || x->elements == 0)
@@ -94,6 +96,7 @@ static opd_status cast_run(const opd_impl *impl, void *state, const opd_call *ca
 		.y = opd_tensor_data(call->outputs[0]),
 		.elements = x->elements,
 		.bytes = opd_dtype_bytes(to),
+		.streams = cpu_streams_bytes(x->elements * (opd_dtype_bytes(x->dtype) + opd_dtype_bytes(to))),
 	};
 	cast_plan(&work, cpu_kernels_of(impl)->cast, x->dtype, to);
 	return cpu_for(exec, (x->elements + ITEM - 1) / ITEM, cast_cost(impl, call), cast_items, &work, error);

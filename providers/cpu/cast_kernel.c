@@ -11,9 +11,31 @@
 
 /* ---- Narrow floats ------------------------------------------------------------------------------------------------------ */
 
-VEC_INLINE void cast_vectors(opd_dtype from, opd_dtype to, const void *x, void *y, size_t count)
+/* Vectors that are loaded before the first of them is stored. */
+#define VECTORS 4
+
+/* streams: a constant of the caller. Returns how many elements are done. */
+VEC_INLINE size_t cast_several(opd_dtype from, opd_dtype to, const void *x, void *y, size_t count, bool streams)
 {
+	const size_t step = VECTORS * VEC_LANES;
 	size_t i = 0;
+	for (; i + step <= count; i += step) {
+		vec_f32 v[VECTORS];
+		VEC_EACH(k, VECTORS) v[k] = vec_load_some(from, x, i + k * VEC_LANES, VEC_LANES);
+		VEC_EACH(k, VECTORS)
+		{
+			if (streams && !opd_dtype_is_f8(to))
+				vec_stream(to, y, i + k * VEC_LANES, v[k]);
+			else
+				vec_store_some(to, y, i + k * VEC_LANES, VEC_LANES, v[k]);
+		}
+	}
+	return i;
+}
+
+VEC_INLINE void cast_vectors(opd_dtype from, opd_dtype to, const void *x, void *y, size_t count, bool streams)
+{
+	size_t i = streams && vec_is_aligned(y) ? cast_several(from, to, x, y, count, true) : cast_several(from, to, x, y, count, false);
 	for (; i + VEC_LANES <= count; i += VEC_LANES)
 		vec_store_some(to, y, i, VEC_LANES, vec_load_some(from, x, i, VEC_LANES));
 	if (i < count)
@@ -23,9 +45,9 @@ VEC_INLINE void cast_vectors(opd_dtype from, opd_dtype to, const void *x, void *
 #define NARROW_MAP(X) X(f32) X(bf16) X(f16) X(f8_e4m3fn) X(f8_e5m2)
 
 #define PAIR(from, to)                                                  \
-	static void from##_to_##to(const void *x, void *y, size_t count)    \
-	{                                                                   \
-		cast_vectors(OPD_##from, OPD_##to, x, y, count);                \
+	static void from##_to_##to(const void *x, void *y, size_t count, bool streams) \
+	{                                                                                      \
+		cast_vectors(OPD_##from, OPD_##to, x, y, count, streams);                            \
 	}
 #define PAIRS(from) PAIR(from, f32) PAIR(from, bf16) PAIR(from, f16) PAIR(from, f8_e4m3fn) PAIR(from, f8_e5m2)
 NARROW_MAP(PAIRS)
@@ -33,8 +55,9 @@ NARROW_MAP(PAIRS)
 /* ---- Chunks of f32, f64, i64 ------------------------------------------------------------------------------------------------ */
 
 #define LOOP(name, source, target, expression)                               \
-	static void name(const void *from, void *to, size_t count)               \
+	static void name(const void *from, void *to, size_t count, bool streams) \
 	{                                                                        \
+		(void)streams;                                                         \
 		const source *restrict x = from;                                     \
 		target *restrict y = to;                                             \
 		for (size_t i = 0; i < count; i++) {                                 \

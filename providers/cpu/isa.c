@@ -7,7 +7,7 @@
 #include <cpuid.h>
 #endif
 
-/* Costs: measured with one thread, rows of 4096, operands in cache (conformance --serve, 2026-11-26, Zen 5; topk of 4 x 32768, products of 64 x 1024 x 1024); linear and attention from
+/* Costs: measured with one thread, rows of 4096, operands in cache (conformance --serve, Zen 5; norms, activations and softmax 2026-11-27, others the day before; topk of 4 x 32768, products of 64 x 1024 x 1024); linear and attention from
  * memory. softmax_columns, and topk of f8 and i64, are estimates. conformance --time prints them beside what it measures. */
 #define TABLE_OF_BF16(set) .norm = &cpu_norm_##set, .activation = &cpu_activation_##set, .softmax = &cpu_softmax_##set, .attend = &cpu_attend_##set, \
                    .arithmetic = &cpu_arithmetic_##set, .moments = &cpu_moments_##set
@@ -30,10 +30,11 @@ static const struct cpu_kernels cpu_isa_baseline = {
 	TABLE(baseline),
 	.costs =
 		{
-			.rms_norm = {30, {190, 630, 4000}},
-			.fused_add_rms_norm = {30, {355, 1100, 5000}},
-			.silu_and_mul = {30, {1360, 1950, 4650}},
-			.softmax = {30, {1490, 1400, 2700}},
+			.rms_norm = {30, {220, 690, 3950}},
+			.fused_add_rms_norm = {30, {375, 1050, 5200}},
+			.silu_and_mul = {30, {1700, 1450, 4300}},
+			.gelu = {30, {4400, 2450, 6500}},
+			.softmax = {30, {1550, 1200, 2800}},
 			.linear_weight = {100, {110, 170, 430}},
 			.linear_product_fs = 75000,
 			.attend_cache = {300, {110, 170, 430}},
@@ -44,8 +45,8 @@ static const struct cpu_kernels cpu_isa_baseline = {
 			.cast = ANY(235, 345, 625, 1740, 1980, 385, 365, 1600, 2300),
 			.quant_largest = {30, {140, 60, 600}},
 			.quant_scale = {30, {785, 1300, 1380}},
-			.layer_norm = {30, {405, 615, 3050}},
-			.sparse = {30, {3960, 6700, 9600}},
+			.layer_norm = {30, {460, 680, 3100}},
+			.sparse = {30, {4700, 5000, 10500}},
 			.softmax_columns = {30, {3200, 3800, 5500}},
 			.topk = ANY(525, 680, 750, 4000, 1740, 146, 146, 146, 800),
 			.topk_kept_ns = 60,
@@ -60,10 +61,11 @@ static const struct cpu_kernels cpu_isa_avx2 = {
 	TABLE(avx2),
 	.costs =
 		{
-			.rms_norm = {30, {128, 293, 146}},
-			.fused_add_rms_norm = {30, {244, 420, 235}},
-			.silu_and_mul = {30, {405, 595, 380}},
-			.softmax = {30, {413, 434, 400}},
+			.rms_norm = {30, {145, 255, 190}},
+			.fused_add_rms_norm = {30, {275, 440, 290}},
+			.silu_and_mul = {30, {440, 450, 440}},
+			.gelu = {30, {790, 715, 785}},
+			.softmax = {30, {410, 380, 390}},
 			.linear_weight = {100, {140, 58, 48}},
 			.linear_product_fs = 29000,
 			.attend_cache = {300, {140, 70, 70}},
@@ -74,8 +76,8 @@ static const struct cpu_kernels cpu_isa_avx2 = {
 			.cast = ANY(107, 120, 130, 367, 714, 225, 212, 1490, 1740),
 			.quant_largest = {30, {24, 62, 60}},
 			.quant_scale = {30, {390, 459, 430}},
-			.layer_norm = {30, {171, 274, 210}},
-			.sparse = {30, {1170, 1490, 1130}},
+			.layer_norm = {30, {205, 275, 250}},
+			.sparse = {30, {1400, 1700, 1450}},
 			.softmax_columns = {30, {1000, 1100, 1050}},
 			.topk = ANY(384, 428, 396, 400, 792, 96, 96, 96, 500),
 			.topk_kept_ns = 60,
@@ -87,10 +89,11 @@ static const struct cpu_kernels cpu_isa_avx2 = {
 
 /* What the sets of AVX-512 share; scaled_mm's i8 products are their own. */
 #define AVX512_COSTS \
-	.rms_norm = {30, {118, 120, 95}}, \
-	.fused_add_rms_norm = {30, {272, 197, 166}}, \
-	.silu_and_mul = {30, {189, 229, 181}}, \
-	.softmax = {30, {199, 173, 180}}, \
+	.rms_norm = {30, {115, 95, 105}}, \
+	.fused_add_rms_norm = {30, {290, 145, 190}}, \
+	.silu_and_mul = {30, {190, 115, 135}}, \
+	.gelu = {30, {240, 190, 250}}, \
+	.softmax = {30, {203, 130, 150}}, \
 	.linear_weight = {100, {135, 55, 50}}, \
 	.linear_product_fs = 27000, \
 	.attend_cache = {300, {60, 35, 35}}, \
@@ -101,8 +104,8 @@ static const struct cpu_kernels cpu_isa_avx2 = {
 	.cast = ANY(59, 50, 59, 142, 326, 144, 146, 495, 631), \
 	.quant_largest = {30, {29, 24, 27}}, \
 	.quant_scale = {30, {143, 183, 187}}, \
-	.layer_norm = {30, {163, 112, 126}}, \
-	.sparse = {30, {704, 672, 571}}, \
+	.layer_norm = {30, {165, 120, 145}}, \
+	.sparse = {30, {520, 540, 580}}, \
 	.softmax_columns = {30, {450, 500, 480}}, \
 	.topk = ANY(170, 181, 183, 250, 1150, 82, 82, 82, 500), \
 	.topk_kept_ns = 60, \

@@ -40,8 +40,8 @@ typedef void (*cpu_norm_fn)(const struct cpu_norm *norm);
 /* The functions of activations. */
 enum { CPU_SIGMOID, CPU_SILU, CPU_RELU, CPU_RELU2, CPU_GELU, CPU_GELU_TANH, CPU_ACTIVATIONS };
 
-/* y = f(x), or f(x) · other, [count] each. */
-typedef void (*cpu_activation_fn)(const void *x, const void *other, void *y, size_t count);
+/* y = f(x), or f(x) · other, [count] each. streams, here and below: y goes past the caches, where it begins at a whole line of 64 bytes. */
+typedef void (*cpu_activation_fn)(const void *x, const void *other, void *y, size_t count, bool streams);
 
 /* next: the row that is read next (or x again). */
 typedef void (*cpu_softmax_fn)(const void *x, const void *next, void *y, size_t count);
@@ -63,12 +63,11 @@ typedef void (*cpu_linear_finish_fn)(const float *sums, const void *bias, void *
 #define CPU_ATTEND_ROWS 32
 #define CPU_ATTEND_KEYS 64
 
-/* Rows of a cache: row j lies at base + places[j]. `ahead` places are known, `count` are meant; memory is asked for `lookahead` rows early. */
+/* Rows of a cache: row j lies at the address base + places[j]. Behind the run's places are those of what is read after it: while row j is read, memory is asked for row j + lookahead. */
 struct cpu_attend_run {
-	const unsigned char *base;
-	const uint64_t *places;
-	size_t count; /* at most CPU_ATTEND_KEYS */
-	size_t ahead;
+	uint64_t base;
+	const uint64_t *places; /* [count + lookahead]; of kernels that don't ask, [count] */
+	size_t count;           /* at most CPU_ATTEND_KEYS */
 	size_t lookahead;
 };
 
@@ -91,7 +90,7 @@ typedef size_t (*cpu_argmax_fn)(const void *x, size_t count);
 
 /* y[i] = a[i] op b[i]; a step of 0 repeats the first element, 1 goes on. */
 enum { CPU_ADD, CPU_SUB, CPU_MUL, CPU_OPERATIONS };
-typedef void (*cpu_arithmetic_fn)(const void *a, size_t a_step, const void *b, size_t b_step, void *y, size_t count);
+typedef void (*cpu_arithmetic_fn)(const void *a, size_t a_step, const void *b, size_t b_step, void *y, size_t count, bool streams);
 
 /* [operation][dtype's number]; NULL: none (bool). */
 struct cpu_arithmetic_kernels {
@@ -99,7 +98,7 @@ struct cpu_arithmetic_kernels {
 };
 
 /* x [count] in another dtype, to y. */
-typedef void (*cpu_cast_fn)(const void *x, void *y, size_t count);
+typedef void (*cpu_cast_fn)(const void *x, void *y, size_t count, bool streams);
 
 /* By dtypes' numbers, NULL where there is none. cast.c chains them. */
 struct cpu_cast_kernels {
@@ -243,11 +242,13 @@ struct cpu_attend_kernels {
 	void (*scores_heads[CPU_DTYPES])(const float *query, size_t heads, size_t rows, size_t padded, const struct cpu_attend_run *run,
 	                                 uint64_t head_bytes, float *scores);
 	/* The same for rows and keys of bf16 whose head size is a multiple of 32, products of two elements at a time: another order of additions than `scores` has, and values below 2^-126
-	 * count as 0 (attend.c knows when that can't show). heads is 1, or as above. NULL where the instruction set has none. */
+	 * count as 0 (not for rows of which pairs_lose says that it would show). heads is 1, or as above. NULL where the instruction set has none. */
 	void (*scores_pairs)(const uint16_t *query, size_t heads, size_t rows, size_t head_size, const struct cpu_attend_run *run,
 	                     uint64_t head_bytes, float *scores);
-	/* One row's scores, times scale, to weights e^(score − maximum); maximum and sum go on. Returns what older weights shrink by. */
-	float (*weigh)(float *scores, size_t count, float scale, float *maximum, float *sum);
+	/* Whether products of pairs would lose something of this row of bf16: a denormal element times a large key, or a key's denormals times elements above 2^60. There if scores_pairs is. */
+	bool (*pairs_lose)(const uint16_t *query, size_t head_size);
+	/* Scores of rows, `count` each, times scale, to weights e^(score − maximum); maxima and sums go on. shrinks[r]: what a row's older weights shrink by. */
+	void (*weigh)(float *scores, size_t rows, size_t count, float scale, struct cpu_attend_row *state, float *shrinks);
 	/* mixed[r] = mixed[r] · shrinks[r] + Σ weights[r][j] · value j. Of values of bf16, mixed has each whole 2·lanes elements as pairs: the even ones, then the odd ones. */
 	void (*mix[CPU_DTYPES])(const float *weights, const float *shrinks, size_t rows, size_t padded, const struct cpu_attend_run *run,
 	                        float *mixed);
@@ -272,9 +273,10 @@ struct cpu_any_cost {
 };
 
 struct cpu_costs {
-	struct cpu_cost rms_norm;           /* elements of x; for relu and relu2 too */
+	struct cpu_cost rms_norm;           /* elements of x */
 	struct cpu_cost fused_add_rms_norm; /* elements of x */
-	struct cpu_cost silu_and_mul;       /* elements of y; for every activation with an exponential */
+	struct cpu_cost silu_and_mul;       /* elements of y; for every activation with one exponential and a quotient */
+	struct cpu_cost gelu;               /* elements of y */
 	struct cpu_cost softmax;            /* elements of x */
 	struct cpu_cost linear_weight;      /* elements of weight, read once */
 	uint32_t linear_product_fs;         /* femtoseconds a product */

@@ -36,6 +36,7 @@ static void layer_norm_rows(const void *context, uint64_t begin, uint64_t end, u
 		norm.y = cpu_row(&work->y, r);
 		work->kernel(&norm);
 	}
+	cpu_streamed(norm.streams);
 }
 
 /* A vector of x's dtype where there is none, of f32 else. */

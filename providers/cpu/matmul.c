@@ -96,7 +96,7 @@ static struct matmul_work matmul_work_of(const opd_impl *impl, const opd_call *c
 	};
 	for (uint32_t i = 0; i + 2 < y->rank; i++)
 		dims_add(shared ? &work.row : &work.batch, y->shape[i], batch_stride(a, y->rank, i), batch_stride(b, y->rank, i));
-	dims_add(&work.row, y->shape[y->rank - 2], (uint64_t)a->strides[a->rank - 2], 0);
+	dims_add(&work.row, y->shape[y->rank - 2], (uint64_t)a->strides[a->rank - 2], false);
 	for (uint32_t i = 0; i < work.batch.rank; i++)
 		work.batches *= work.batch.shape[i];
 	for (uint32_t i = 0; i < work.row.rank; i++)
@@ -126,7 +126,7 @@ static void matmul_line(const struct matmul_work *work, const unsigned char *lin
 		walk_gather(gathered, line, step, count, work->bytes);
 		line = (const unsigned char *)gathered;
 	}
-	work->to_f32(line, to, count);
+	work->to_f32(line, to, count, false);
 }
 
 static size_t block_of(const struct matmul_work *work, uint64_t from)
@@ -260,7 +260,7 @@ static void pack_b(const struct matmul_work *work, const struct matmul_item *ite
 		return;
 	}
 	for (size_t k = 0; k < count; k++)
-		work->to_f32(item->b + (from + k) * work->b_step * work->bytes, blocks->b + k * ITEM_COLUMNS, item->columns);
+		work->to_f32(item->b + (from + k) * work->b_step * work->bytes, blocks->b + k * ITEM_COLUMNS, item->columns, false);
 }
 
 static void multiply_block(const struct matmul_work *work, const struct matmul_item *item, size_t count,
@@ -318,7 +318,7 @@ static bool output_is_right(const opd_tensor *y, const opd_tensor *a, const opd_
 static opd_status matmul_run(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error)
 {
 	(void)state;
-	const opd_tensor *a = cpu_tensor(call, 0);
+	const opd_tensor *a = cpu_tensor(call, false);
 	if (call->output_count < 1 || !output_is_right(call->outputs[0], a, cpu_tensor(call, 1)))
 		return opd_fail(error, OPD_INTERNAL, "%s: result 0 has another dtype, shape or layout than the kernel writes (%s, a · b)", impl->op,
 		                opd_dtype_name(a->dtype));

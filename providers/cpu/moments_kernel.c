@@ -206,10 +206,7 @@ VEC_INLINE void layer_norm_row(opd_dtype dtype, opd_dtype weight_dtype, opd_dtyp
 		struct vec_pair weight = layer_norm_vector(dtype, weight_dtype, norm->weight, i), bias = layer_norm_vector(dtype, bias_dtype, norm->bias, i);
 		for (size_t p = 0; p < 2; p++)
 			x.v[p] = layer_norm_of(dtype, norm, x.v[p], weight.v[p], bias.v[p], &mean, factor);
-		if (streams)
-			vec_stream_pair(dtype, norm->y, i, x);
-		else
-			vec_store_pair(dtype, norm->y, i, x);
+		vec_put_pair(dtype, norm->y, i, streams, x);
 		vec_ask((const unsigned char *)norm->next + i * bytes, 2 * VEC_LANES * bytes); /* results take longer to make than rows to come */
 	}
 	for (size_t here; i < count; i += here) {
@@ -218,8 +215,6 @@ VEC_INLINE void layer_norm_row(opd_dtype dtype, opd_dtype weight_dtype, opd_dtyp
 		vec_f32 weight = layer_norm_vector_part(weight_dtype, norm->weight, i, here), bias = layer_norm_vector_part(bias_dtype, norm->bias, i, here);
 		vec_store_part(dtype, norm->y, i, here, layer_norm_of(dtype, norm, x, weight, bias, &mean, factor));
 	}
-	if (streams)
-		vec_streamed();
 }
 
 /* ---- gelu_and_mul_sparse -------------------------------------------------------------------------------------------------- */

@@ -55,6 +55,7 @@ static void rms_norm_rows(const void *context, uint64_t begin, uint64_t end, uin
 		norm.y = cpu_row(&work->y, r);
 		work->kernel(&norm);
 	}
+	cpu_streamed(norm.streams);
 }
 
 static void fused_rows(const void *context, uint64_t begin, uint64_t end, uint32_t thread)
@@ -72,6 +73,7 @@ static void fused_rows(const void *context, uint64_t begin, uint64_t end, uint32
 		norm.sum = cpu_row(&work->sum, r);
 		work->kernel(&norm);
 	}
+	cpu_streamed(norm.streams);
 }
 
 static opd_status rms_norm_run(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error)

@@ -9,7 +9,8 @@
 
 static inline float norm_factor(float sum_of_squares, size_t count, float epsilon)
 {
-	return 1.0f / sqrtf(sum_of_squares / (float)count + epsilon);
+	float factor = 1.0f / sqrtf(sum_of_squares / (float)count + epsilon);
+	return factor != factor ? NAN : factor; /* whatever NaN epsilon is: vec_rounded_to_bf16 */
 }
 
 VEC_INLINE float norm_sum_chains(const vec_f32 *chains)
@@ -57,7 +58,7 @@ VEC_INLINE float norm_sum_of_squares(opd_dtype dtype, const void *x, const void 
 /* y rounded to the weight's dtype, times the weight. That product's own rounding is the store's: a weight has x's dtype or is f32. */
 VEC_INLINE vec_f32 norm_weighted(opd_dtype weight_dtype, vec_f32 y, vec_f32 weight)
 {
-	return vec_rounded(weight_dtype, y) * weight;
+	return (weight_dtype == OPD_bf16 ? vec_rounded_to_bf16(y) : vec_rounded(weight_dtype, y)) * weight;
 }
 
 /* Weights [at, at + 2·VEC_LANES) in the order in which x's pairs have them. */
@@ -67,49 +68,42 @@ VEC_INLINE struct vec_pair norm_weight_pair(opd_dtype dtype, opd_dtype weight_dt
 	return dtype == OPD_bf16 && weight_dtype == OPD_f32 ? vec_apart(pair) : pair;
 }
 
-VEC_INLINE void norm_store_pair(opd_dtype dtype, void *y, size_t at, bool streams, struct vec_pair pair)
-{
-	if (streams)
-		vec_stream_pair(dtype, y, at, pair);
-	else
-		vec_store_pair(dtype, y, at, pair);
-}
-
 /* The norm of x, or of x + residual, whose sum is computed twice rather than kept: it must not be rounded, and in place there is nowhere to keep it. While results are made,
  * which is the longer half, the next row is on its way. residual and sum: both NULL, or neither; streams, too, is a constant of the caller. */
 VEC_INLINE void norm_row(opd_dtype dtype, opd_dtype weight_dtype, const struct cpu_norm *norm, const void *residual, void *sum, bool streams)
 {
 	const size_t count = norm->count, bytes = opd_dtype_bytes(dtype);
+	const unsigned char *const next = norm->x_next, *const residual_next = norm->residual_next;
+	const void *const x = norm->x, *const weights = norm->weight;
+	void *const y = norm->y;
 	vec_f32 factor = vec_splat(norm_factor(norm_sum_of_squares(dtype, norm->x, residual, norm->squares), norm->squares, norm->epsilon));
 	size_t i = 0;
 	for (; i + 2 * VEC_LANES <= count; i += 2 * VEC_LANES) {
-		struct vec_pair s = norm_load_pair(dtype, norm->x, residual, i), v, weight;
+		struct vec_pair s = norm_load_pair(dtype, x, residual, i), v, weight;
 		if (weight_dtype != OPD_DTYPE_NONE)
-			weight = norm_weight_pair(dtype, weight_dtype, norm->weight, i);
+			weight = norm_weight_pair(dtype, weight_dtype, weights, i);
 		for (size_t p = 0; p < 2; p++) {
 			v.v[p] = s.v[p] * factor;
 			if (weight_dtype != OPD_DTYPE_NONE)
 				v.v[p] = norm_weighted(weight_dtype, v.v[p], weight.v[p]);
 		}
-		vec_ask((const unsigned char *)norm->x_next + i * bytes, 2 * VEC_LANES * bytes);
+		vec_ask(next + i * bytes, 2 * VEC_LANES * bytes);
 		if (residual != NULL) {
-			vec_ask((const unsigned char *)norm->residual_next + i * bytes, 2 * VEC_LANES * bytes);
-			norm_store_pair(dtype, sum, i, streams, s);
+			vec_ask(residual_next + i * bytes, 2 * VEC_LANES * bytes);
+			vec_put_pair(dtype, sum, i, streams, s);
 		}
-		norm_store_pair(dtype, norm->y, i, streams, v);
+		vec_put_pair(dtype, y, i, streams, v);
 	}
 	for (size_t here; i < count; i += here) {
 		here = count - i < VEC_LANES ? count - i : VEC_LANES;
-		vec_f32 s = norm_load_part(dtype, norm->x, residual, i, here);
+		vec_f32 s = norm_load_part(dtype, x, residual, i, here);
 		vec_f32 v = s * factor;
 		if (weight_dtype != OPD_DTYPE_NONE)
-			v = norm_weighted(weight_dtype, v, vec_load_part(weight_dtype, norm->weight, i, here, 0.0f));
+			v = norm_weighted(weight_dtype, v, vec_load_part(weight_dtype, weights, i, here, 0.0f));
 		if (residual != NULL)
 			vec_store_part(dtype, sum, i, here, s);
-		vec_store_part(dtype, norm->y, i, here, v);
+		vec_store_part(dtype, y, i, here, v);
 	}
-	if (streams)
-		vec_streamed();
 }
 
 /* X(name, dtype of x, dtype of weight) */

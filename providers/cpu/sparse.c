@@ -8,13 +8,13 @@
 static bool sparse_predicate(const opd_impl *impl, void *state, const opd_call *call, opd_reason *reason)
 {
 	(void)impl, (void)state;
-	const opd_tensor *x = cpu_tensor(call, 0);
+	const opd_tensor *x = cpu_tensor(call, false);
 	return cpu_accept_dtype(x, reason) && cpu_accept_rows("x", x, reason);
 }
 
 static uint64_t sparse_cost(const opd_impl *impl, const opd_call *call)
 {
-	const opd_tensor *x = cpu_tensor(call, 0);
+	const opd_tensor *x = cpu_tensor(call, false);
 	return cpu_cost_ns(&cpu_kernels_of(impl)->costs.sparse, x->dtype, call->outputs[0]->elements);
 }
 
@@ -38,8 +38,8 @@ static void sparse_row(const struct sparse_work *work, const unsigned char *x, u
 	for (size_t i = 0; i < work->count; i += WALK_CHUNK) {
 		size_t here = work->count - i < WALK_CHUNK ? work->count - i : WALK_CHUNK;
 		work->gate(x + i * work->bytes, gated, here, cutoff);
-		work->gelu(gated, NULL, active, here);
-		work->multiply(active, 1, up + i * work->bytes, 1, y + i * work->bytes, here);
+		work->gelu(gated, NULL, active, here, false);
+		work->multiply(active, 1, up + i * work->bytes, 1, y + i * work->bytes, here, false);
 	}
 }
 
@@ -54,7 +54,7 @@ static void sparse_rows(const void *context, uint64_t begin, uint64_t end, uint3
 static opd_status sparse_run(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error)
 {
 	(void)state;
-	const opd_tensor *x = cpu_tensor(call, 0);
+	const opd_tensor *x = cpu_tensor(call, false);
 	opd_status status = cpu_expect_output(impl, call, 0, x, opd_tensor_last(x) / 2, error);
 	if (status != OPD_OK || x->elements == 0)
 		return status;

@@ -130,7 +130,7 @@ VEC_INLINE void vec_store(opd_dtype dtype, void *memory, size_t at, vec_f32 v)
 }
 
 /* The same past the caches, for memory aligned to the 2 or 4·VEC_LANES bytes that a vector takes there: nothing is read of lines that are overwritten as a whole. Whoever
- * hands the memory on calls vec_streamed first. Without AVX, a plain store. */
+ * hands the memory on calls cpu_streamed first. Without AVX, a plain store. */
 VEC_INLINE void vec_stream(opd_dtype dtype, void *memory, size_t at, vec_f32 v)
 {
 #if defined(VEC_AVX512)
@@ -145,13 +145,6 @@ VEC_INLINE void vec_stream(opd_dtype dtype, void *memory, size_t at, vec_f32 v)
 		_mm_stream_si128((__m128i *)(void *)((uint16_t *)memory + at), (__m128i)vec_to_16(dtype, v));
 #else
 	vec_store(dtype, memory, at, v);
-#endif
-}
-
-VEC_INLINE void vec_streamed(void)
-{
-#if !defined(VEC_PORTABLE)
-	_mm_sfence();
 #endif
 }
 
@@ -282,6 +275,21 @@ VEC_INLINE void vec_stream_pair(opd_dtype dtype, void *memory, size_t at, struct
 #endif
 }
 
+/* Both to memory; past the caches where `past`, for memory aligned as vec_stream wants it. */
+VEC_INLINE void vec_put_pair(opd_dtype dtype, void *memory, size_t at, bool past, struct vec_pair pair)
+{
+	if (past)
+		vec_stream_pair(dtype, memory, at, pair);
+	else
+		vec_store_pair(dtype, memory, at, pair);
+}
+
+/* What begins at a whole line. */
+VEC_INLINE bool vec_is_aligned(const void *memory)
+{
+	return (uintptr_t)memory % 64 == 0;
+}
+
 /* 2^x as results of `dtype` need it. The least largest relative errors for their degrees (Lawson's iteration): 1.9e-9, 2.6e-6, 7.5e-5. */
 VEC_INLINE void vec_exp2(opd_dtype dtype, vec_f32 *x, size_t n)
 {
@@ -310,6 +318,13 @@ VEC_INLINE vec_f32 vec_one_nan(vec_f32 v)
 VEC_INLINE vec_f32 vec_result(opd_dtype dtype, vec_f32 v)
 {
 	return dtype == OPD_bf16 ? v : vec_one_nan(v);
+}
+
+/* `v` as it would read after a store as bf16, where v is a number, or a NaN whose low half is 0, as those of bf16 are. Four operations less than for any NaN. */
+VEC_INLINE vec_f32 vec_rounded_to_bf16(vec_f32 v)
+{
+	vec_u32 bits = (vec_u32)v;
+	return (vec_f32)((bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u);
 }
 
 /* `v` as it would read after a store as `dtype`. */

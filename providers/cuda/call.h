@@ -17,6 +17,7 @@ extern const opd_impl *const cuda_impls_quant[];
 extern const opd_impl *const cuda_impls_reduce[];
 extern const opd_impl *const cuda_impls_position[];
 extern const opd_impl *const cuda_impls_linear[];
+extern const opd_impl *const cuda_impls_scaled[];
 extern const opd_impl *const cuda_impls_attention[];
 
 /* The tensor of argument `index`; NULL when it is None. */

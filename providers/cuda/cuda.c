@@ -11,8 +11,8 @@ struct cuda {
 	size_t impl_count;
 };
 
-static const opd_impl *const *const families[] = {cuda_impls_norm,   cuda_impls_activation, cuda_impls_elementwise, cuda_impls_quant,
-                                                  cuda_impls_reduce, cuda_impls_position,   cuda_impls_linear,      cuda_impls_attention};
+static const opd_impl *const *const families[] = {cuda_impls_norm,     cuda_impls_activation, cuda_impls_elementwise, cuda_impls_quant,    cuda_impls_reduce,
+                                                  cuda_impls_position, cuda_impls_linear,     cuda_impls_scaled,      cuda_impls_attention};
 
 static opd_status register_family(const opd_host *host, struct cuda *cuda, const opd_impl *const *family, opd_error *error)
 {

@@ -72,6 +72,7 @@ int main(int argc, char **argv)
 		return 2;
 	}
 	host_init(&host);
+	host_watch(&host);
 	int result = serve((uint32_t)threads);
 	host_fini(&host);
 	return result;

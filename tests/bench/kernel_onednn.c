@@ -138,6 +138,15 @@ static bool make_binary(struct dnn_call *call, const struct peer_case *peer, dnn
 	       dnn_bind(call, DNNL_ARG_SRC_0, &x) && dnn_bind(call, DNNL_ARG_SRC_1, &x) && dnn_bind(call, DNNL_ARG_DST, &x);
 }
 
+/* To what opd's generator casts to. */
+static bool make_cast(struct dnn_call *call, const struct peer_case *peer, dnnl_data_type_t type)
+{
+	dnnl_memory_desc_t x, y;
+	return dnn_plain(&x, 2, peer->dims, type) && dnn_plain(&y, 2, peer->dims, type == dnnl_bf16 ? dnnl_f32 : dnnl_bf16) &&
+	       dnn_ok(dnnl_reorder_primitive_desc_create(&call->desc, &x, call->engine, &y, call->engine, NULL)) &&
+	       dnn_ok(dnnl_primitive_create(&call->primitive, call->desc)) && dnn_bind(call, DNNL_ARG_SRC, &x) && dnn_bind(call, DNNL_ARG_DST, &y);
+}
+
 /* Ops of "rows,hidden" that are one primitive with an algorithm's name. */
 struct dnn_wide {
 	const char *op;
@@ -167,6 +176,8 @@ static bool make_any(struct dnn_call *call, const struct peer_case *peer)
 		return make_softmax(call, peer, type);
 	if (strcmp(peer->op, "layer_norm") == 0)
 		return make_layer_norm(call, peer, type);
+	if (strcmp(peer->op, "cast") == 0)
+		return make_cast(call, peer, type);
 	for (size_t i = 0; i < sizeof wide / sizeof wide[0]; i++)
 		if (strcmp(peer->op, wide[i].op) == 0)
 			return wide[i].make(call, peer, type, wide[i].kind);

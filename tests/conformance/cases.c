@@ -4,11 +4,10 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 
 #include "element.h"
+#include "tests/conformance/host.h"
 
-enum { HUGE_PAGE = 2 << 20, LARGE = 4 << 20 };
 
 /* ---- Operands ---------------------------------------------------------------------------------------------------------- */
 
@@ -29,14 +28,11 @@ static uint32_t alignment_of(const void *address)
 	return (uint32_t)(bits & (~bits + 1));
 }
 
-/* Large ones in huge pages, as the daemon's tensors are: what is timed then isn't the translation of addresses. */
 static void *memory_of(uint64_t bytes)
 {
-	void *memory = NULL;
-	if (posix_memalign(&memory, bytes < LARGE ? 64 : HUGE_PAGE, bytes) != 0)
+	void *memory = host_memory(bytes);
+	if (memory == NULL)
 		abort();
-	if (bytes >= LARGE)
-		(void)madvise(memory, bytes, MADV_HUGEPAGE);
 	return memory;
 }
 

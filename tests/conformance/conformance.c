@@ -1,6 +1,6 @@
 /* Runs every implementation of every op against native: opd's conformance suite, for its own providers and anybody's.
  *
- *     conformance [--provider NAME] [--op NAME] [--module PATH.so]... [--seed N] [--shrink N] [--brief] [--verbose]
+ *     conformance [--provider NAME] [--op NAME] [--dims N,N,...] [--module PATH.so]... [--seed N] [--shrink N] [--brief] [--verbose]
  *     conformance --time [--dtype NAME] [--dims N,N,...] [--threads N] [--provider NAME] [--op NAME] [--module PATH.so]...
  *
  * For each implementation: every dtype and variant that the op's generator knows, random, extreme and small values, several sizes (odd, one,
@@ -25,6 +25,7 @@ enum { MANY = 20, MANY_NATIVE = 4 };
 enum { DIMS_MAX = 8, SETS_MAX = 3 + 3 * DIMS_MAX, FAILURES_SHOWN = 5, THREADS = 3 };
 
 static int64_t shrink = 1;
+static const struct timing *asked; /* its sizes stand for the ops' default ones where an op has as many; others are left out */
 static bool brief; /* all kinds of values at default sizes only */
 
 static const char *const values_names[] = {"random", "extreme", "small"};
@@ -388,7 +389,7 @@ static size_t dims_sets(const opd_op *op, int64_t many, int64_t sets[SETS_MAX][D
 {
 	size_t count = 3;
 	for (uint32_t i = 0; i < op->dim_count; i++) {
-		sets[0][i] = shrunk(op->default_dims[i]);
+		sets[0][i] = asked->dim_count > 0 ? asked->dims[i] : shrunk(op->default_dims[i]);
 		sets[1][i] = 1;
 		sets[2][i] = sets[0][i] * (i == 0 ? many : 1);
 	}
@@ -465,7 +466,7 @@ static int check_all(const char *provider, const char *op_name)
 		struct tally tally = {.impl = &host.impls[i], .op = host_find_op(&host, host.impls[i].impl->op)};
 		(void)snprintf(tally.schema.name, sizeof tally.schema.name, "%s", host.impls[i].impl->op);
 		if (tally.op == NULL || (provider != NULL && strcmp(provider, tally.impl->provider) != 0) ||
-		    (op_name != NULL && strcmp(op_name, tally.impl->impl->op) != 0))
+		    (op_name != NULL && strcmp(op_name, tally.impl->impl->op) != 0) || (asked->dim_count > 0 && asked->dim_count != tally.op->dim_count))
 			continue;
 		rows++;
 		check_and_print(&tally, &passed, &failed);
@@ -504,7 +505,7 @@ static bool load_module(const char *path)
 static int usage(const char *program)
 {
 	(void)fprintf(stderr,
-	              "usage: %s [--provider NAME] [--op NAME] [--module PATH.so]... [--seed N] [--shrink N] [--brief] [--verbose]\n"
+	              "usage: %s [--provider NAME] [--op NAME] [--dims N,N,...] [--module PATH.so]... [--seed N] [--shrink N] [--brief] [--verbose]\n"
 	              "       %s --time [--dtype NAME] [--dims N,N,...] [--threads N] [--provider NAME] [--op NAME] [--module PATH.so]...\n"
 	              "       %s --serve [--module PATH.so]...\n",
 	              program, program, program);
@@ -585,10 +586,13 @@ static int run(int argc, char **argv)
 		return EXIT_FAILURE;
 	if (arguments.bad)
 		return usage(argv[0]);
+	if (arguments.serve || arguments.time)
+		host_watch(&host);
 	if (arguments.serve)
 		return timing_serve(&host) ? EXIT_SUCCESS : EXIT_FAILURE;
 	if (arguments.time)
 		return timing_run(&host, &arguments.timing) > 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+	asked = &arguments.timing;
 	return check_all(arguments.timing.provider, arguments.timing.op);
 }
 

@@ -3,6 +3,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "tests/conformance/host.h"
+
 struct derived_copy {
 	struct derived_copy *next;
 	uint64_t id;
@@ -33,7 +35,7 @@ void *derived_copies_make(struct derived_copies *copies, const opd_tensor *tenso
 	if ((tensor->flags & OPD_TENSOR_CONSTANT) == 0 || tensor->id == 0 || bytes == 0)
 		return NULL;
 	struct derived_copy *copy = calloc(1, sizeof *copy + key_bytes);
-	if (copy == NULL || posix_memalign(&copy->memory, 64, bytes) != 0) {
+	if (copy == NULL || (copy->memory = host_memory(bytes)) == NULL) {
 		free(copy);
 		return NULL;
 	}

@@ -39,10 +39,17 @@ struct host {
 	bool cancel;           /* what `cancelled` answers */
 	struct host_helper *helpers; /* the threads of parallel_for besides its caller */
 	uint32_t helper_count;
+	double watch_ns;             /* how long they watch for their next loop before they sleep */
 	struct derived_copies copies; /* that implementations made; whoever marks operands as constant drops them */
 };
 
 void host_init(struct host *host);
+
+/* For whoever times calls: threads of parallel_for watch for their next loop for long, so that waking cores isn't timed. Before the first call. */
+void host_watch(struct host *host);
+
+/* Memory as the daemon's for tensors and copies: large ones in huge pages, so that what is timed isn't the translation of addresses. NULL: there is none; else `free` takes it. */
+void *host_memory(uint64_t bytes);
 
 /* Opens a module that is linked in. */
 OPD_MUST_USE opd_status host_open(struct host *host, const opd_module *module, opd_error *error);

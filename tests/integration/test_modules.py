@@ -584,6 +584,31 @@ class Device(unittest.TestCase):
         self.assertEqual(reply.run.provider, provider)
         self.assertEqual(inline_result(reply), wanted)
 
+    # ---- What waits
+
+    def test_what_was_taken_out_of_the_queue_together_can_be_taken_back(self):
+        folder = tempfile.mkdtemp(prefix="opd-gate-")
+        self.addCleanup(shutil.rmtree, folder, True)
+        gates = [folder + "/first", folder + "/second"]
+        daemon = self.daemon(fault="stall:1,halt:2", gate=gates[0], gate2=gates[1])
+        client = Client(daemon.address, features=["cancel"])
+        self.addCleanup(client.close)
+        watcher = self.client(daemon)
+        requests = [add_request(i, run_device="test:0") for i in range(7)]
+        numbers = [client.submit(request) for request, _ in requests]
+        harness.wait_until(lambda: watcher.info().device_states[0].jobs == len(numbers), "one that stalls, and the others in the queue")
+        open(gates[0], "w").close()
+        daemon.wait_log("a launch halts")  # of the first of those that were taken together
+        cancelled = {numbers[3], numbers[6]}
+        client.send(b"".join(harness.frame(harness.CANCEL, number) for number in sorted(cancelled)))
+        first = [client.read_reply() for _ in cancelled]  # while nothing else can end
+        self.assertEqual({(number, reply.status) for number, reply, _ in first}, {(number, harness.CANCELLED) for number in cancelled})
+        open(gates[1], "w").close()
+        wanted = {number: wanted for number, (_, wanted) in zip(numbers, requests) if number not in cancelled}
+        while wanted:
+            number, reply, _ = client.read_reply()
+            self.check(reply, wanted.pop(number))
+
     # ---- What runs where
 
     def test_results_are_right_and_explain_names_device_and_moves(self):
@@ -1303,10 +1328,80 @@ class Resident(unittest.TestCase):
         self.assertEqual(self.where(client), ["test:0", "test:1", "test:0"])
 
 
+class Ahead(unittest.TestCase):
+    """Large uploads are copied to their device while their bytes still come."""
+
+    daemon, client, fetch, where = Resident.daemon, Resident.client, Resident.fetch, Resident.where
+    BYTES, FIRST = 12 << 20, 6 << 20
+
+    def setUp(self):
+        self.payload = struct.pack("<I", 0x3F800000) * (self.BYTES // 8) + struct.pack("<I", 0x40000000) * (self.BYTES // 8)
+
+    def begin(self, client, device="test:0"):
+        """Sends half of an upload; its number and the other half."""
+        request = pb.Request(upload=pb.Upload(tensor=harness.tensor([self.BYTES // 4]), device=device))
+        number, client.next_id = client.next_id, client.next_id + 1
+        data = harness.frame(harness.REQUEST, number, request.SerializeToString(), self.payload)
+        client.send(data[:-self.FIRST])
+        return number, data[-self.FIRST:]
+
+    def on_device(self, client, number=0):
+        return client.info().device_states[number].memory_bytes
+
+    def test_it_is_on_its_way_before_all_has_come_and_arrives_whole(self):
+        client = self.client()
+        watcher = self.client(self.server)
+        for i in range(3):  # its host memory is locked from the second on
+            number, rest = self.begin(client, device="test:%d" % (i % 2))
+            harness.wait_until(lambda: self.on_device(watcher, i % 2) == self.BYTES * (1 + i // 2), "memory on the device")
+            client.send(rest)
+            reply = client.read_reply(number)[1]
+            self.assertEqual(reply.status, harness.OK)
+            self.assertEqual(client.ask(pb.Request(fetch=pb.Fetch(tensor=pb.Tensor(handle=reply.run.outputs[0].kept))))[1], self.payload)
+        self.assertEqual(self.where(client), ["test:0", "test:1", "test:0"])
+
+    def test_nothing_of_it_is_left_when_its_client_goes_or_takes_it_back(self):
+        client = self.client(delay_us=1000)
+        watcher = self.client(self.server)
+        number, rest = self.begin(client)
+        harness.wait_until(lambda: self.on_device(watcher) == self.BYTES, "memory on the device")
+        client.send(rest[:1 << 20])
+        client.close()
+        harness.wait_until(lambda: self.on_device(watcher) == 0, "nothing on the device")
+        chunking = Client(self.server.address, features=["cancel"])
+        self.addCleanup(chunking.close)
+        request = pb.Request(upload=pb.Upload(tensor=harness.tensor([self.BYTES // 4]), device="test:0"))
+        chunking.send(harness.frame(harness.REQUEST, 1, request.SerializeToString(), flags=harness.CHUNKED, payload_bytes=self.BYTES))
+        piece = chunking.hello.chunk_bytes
+        for at in range(0, self.FIRST, piece):
+            chunking.send(harness.frame(harness.DATA, 1, struct.pack("<Q", at), self.payload[at:at + piece]))
+        harness.wait_until(lambda: self.on_device(watcher) == self.BYTES, "memory on the device")
+        chunking.send(harness.frame(harness.CANCEL, 1))
+        reply = chunking.read_reply(1)[1]
+        self.assertEqual((reply.status, reply.message), (harness.CANCELLED, "upload: the client cancelled the request"))
+        harness.wait_until(lambda: self.on_device(watcher) == 0, "nothing on the device")
+
+    def test_its_failure_is_told_when_all_has_come(self):
+        for settings, status, text in (({"memory": 8 << 20}, harness.RESOURCE_EXHAUSTED, "test:0"), ({"fault": "copy_in:1"}, harness.INTERNAL, "injected failure"),
+                                       ({"fault": "copy_in:2"}, harness.INTERNAL, "injected failure")):
+            with self.subTest(**settings):
+                daemon = DeviceDaemon(**settings)
+                try:
+                    client = Client(daemon.address)
+                    number, rest = self.begin(client)
+                    client.send(rest)
+                    reply = client.read_reply(number)[1]
+                    self.assertEqual((reply.status, text in reply.message), (status, True), reply.message)
+                    self.assertEqual((self.on_device(client), self.where(client)), (0, []))
+                    client.close()
+                finally:
+                    daemon.stop()
+
+
 class DeviceGraphs(unittest.TestCase):
     """Graphs whose nodes all run on one device: one job, intermediates there, captured once and launched from then on."""
 
-    daemon, client, upload, fetch, where = Resident.daemon, Resident.client, Resident.upload, Resident.fetch, Resident.where
+    daemon, client, upload, fetch, where, fused = Resident.daemon, Resident.client, Resident.upload, Resident.fetch, Resident.where, Resident.fused
 
     def graph(self, constant=None, state=None, **node_fields):
         """y = relu(x + c); with a state: residual += y, normalised, in place."""
@@ -1566,6 +1661,45 @@ class DeviceGraphs(unittest.TestCase):
             else:
                 self.assertEqual(reply.status, harness.FAILED_PRECONDITION)
         self.assertEqual(replies[-1].status, harness.OK)
+
+    def test_an_input_is_brought_again_whenever_its_bytes_are_others(self):
+        client = self.client(fault="kernel:31")  # the first behind ten runs, and twice two runs and an op
+        number = self.register(client, self.graph(self.upload(client, [0, 0], shape=[1, 2], device="test:0")))
+        a, b = (self.upload(client, values, shape=[1, 2], device="test:0") for values in ([1, 2], [3, 4]))
+        rows = self.upload(client, [5, 6, 7, 8], shape=[2, 2], device="test:0")
+        view = [pb.Tensor(handle=rows, dtype=9, shape=[1, 2], byte_offset=8 * i) for i in range(2)]
+
+        def expect(x, wanted):
+            self.assertEqual(self.values(self.run_graph(client, number, x, shape=[1, 2])), [wanted])
+
+        for x, wanted in ((a, [1, 2]), (a, [1, 2]), (a, [1, 2]), (b, [3, 4]), (a, [1, 2]), ([9, 9], [9, 9]), (a, [1, 2]), (view[0], [5, 6]), (view[1], [7, 8]), (view[0], [5, 6])):
+            expect(x if isinstance(x, (pb.Tensor, list)) else pb.Tensor(handle=x), wanted)
+        ones = self.upload(client, [1, 1], shape=[1, 2], device="test:0")
+        for wanted in ([2, 3], [3, 4]):  # written in place
+            expect(pb.Tensor(handle=a), [wanted[0] - 1, wanted[1] - 1])
+            a = self.fused(client, pb.Tensor(handle=ones), pb.Tensor(handle=a, donate=True)).run.outputs[1].kept
+            expect(pb.Tensor(handle=a), wanted)
+        failed = self.run_graph(client, number, pb.Tensor(handle=b))
+        self.assertEqual(failed.status, harness.INTERNAL)
+        expect(pb.Tensor(handle=b), [3, 4])
+        expect(pb.Tensor(handle=a), [3, 4])
+
+    def test_a_lone_run_gives_way_to_others_and_may_lose_its_session(self):
+        """Begun and looked after by its loop, which keeps the device until somebody else wants it."""
+        daemon = self.daemon(delay_us=60)
+        client, other = self.client(daemon), self.client(daemon)
+        number = self.register(client, self.graph(self.upload(client, [1, 1], device="test:0")))
+        for i in range(60):
+            request = pb.Request(run_graph=pb.RunGraph(graph=number, inline_results=True))
+            request.run_graph.inputs.add().tensor.CopyFrom(inline([2], f32(i, -2)))
+            mine = client.submit(request)
+            if i % 3 != 0:  # else it is alone to its end
+                theirs = other.submit(run("relu", inline([2], f32(i, -i)), run_priority=["testdev"], run_strict=True, run_inline_results=True, run_device="test:0"))
+                self.assertEqual(self.values(self.replies(other, [theirs])[0]), [[i, 0]])
+            self.assertEqual(self.values(self.replies(client, [mine])[0]), [[i + 1, 0]])
+        client.submit(request)
+        client.close()
+        self.values(other.call(run("relu", inline([1], f32(1)), run_priority=["testdev"], run_strict=True, run_inline_results=True, run_device="test:0"))[0])
 
     def test_runs_at_once_from_several_sessions(self):
         daemon = self.daemon(delay_us=200)

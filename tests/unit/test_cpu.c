@@ -647,6 +647,62 @@ START_TEST(norms_past_the_caches_give_the_same_bits)
 }
 END_TEST
 
+/* What single passes read and write: PASS elements, results from `at` bytes into a line on. */
+enum { PASS = 1021, PASS_BYTES = 4160 };
+
+struct pass {
+	const void *x, *other;
+	unsigned char *y[2]; /* as memory has it; past the caches */
+	size_t at;
+};
+
+static void assert_same_pass(const struct pass *pass, const char *what, size_t number)
+{
+	ck_assert_msg(memcmp(pass->y[0], pass->y[1], PASS_BYTES) == 0, "%s %zu, results %zu bytes into a line: other bits past the caches", what, number, pass->at);
+}
+
+static void compare_passes(const struct cpu_kernels *kernels, opd_dtype dtype, const struct pass *pass)
+{
+	const unsigned index = cpu_dtype_index(dtype);
+	for (size_t f = 0; f < CPU_ACTIVATIONS; f++) {
+		for (size_t s = 0; s < 2; s++)
+			kernels->activation->alone[f][index](pass->x, NULL, pass->y[s] + pass->at, PASS, s == 1);
+		assert_same_pass(pass, "activation", f);
+		for (size_t s = 0; s < 2; s++)
+			kernels->activation->times[f][index](pass->x, pass->other, pass->y[s] + pass->at, PASS, s == 1);
+		assert_same_pass(pass, "product with activation", f);
+	}
+	for (size_t steps = 0; steps < 4; steps++) {
+		for (size_t s = 0; s < 2; s++)
+			kernels->arithmetic->run[CPU_MUL][dtype](pass->x, steps & 1, pass->other, steps >> 1, pass->y[s] + pass->at, PASS, s == 1);
+		assert_same_pass(pass, "product of steps", steps);
+	}
+	for (size_t to = 0; to < OPD_DTYPE_COUNT; to++) {
+		cpu_cast_fn cast = kernels->cast->narrow[dtype][to];
+		for (size_t s = 0; cast != NULL && s < 2; s++)
+			cast(pass->x, pass->y[s] + pass->at, PASS, s == 1);
+		assert_same_pass(pass, "cast to dtype", to);
+	}
+}
+
+START_TEST(passes_past_the_caches_give_the_same_bits)
+{
+	const struct cpu_kernels *kernels = cpu_isas[_i];
+	if (!cpu_isa_supported(kernels))
+		return;
+	struct inputs in;
+	struct pass pass = {.y = {aligned_zeros(PASS_BYTES), aligned_zeros(PASS_BYTES)}};
+	for (size_t d = 0; d < 3; d++) {
+		inputs_init(&in, OP_FUSED, dtypes[d], 1, PASS, 0, 0);
+		pass.x = box_at(&in.x, 0, 0), pass.other = box_at(&in.second, 0, 0);
+		for (pass.at = 0; pass.at <= 64; pass.at += opd_dtype_bytes(dtypes[d]) * 4) /* also where a line is begun in its middle, which nothing may be streamed to */
+			compare_passes(kernels, dtypes[d], &pass);
+		inputs_fini(&in);
+	}
+	free(pass.y[0]), free(pass.y[1]);
+}
+END_TEST
+
 /* ---- Special values ------------------------------------------------------------------------------------------------------- */
 
 /* One row of `width` copies of `rest`, with `special` at `at`; the result's element `read`. */
@@ -959,6 +1015,7 @@ static Suite *cpu_suite(void)
 	tcase_add_loop_test(each, linear_gives_one_nan_on_every_way, 0, sets);
 	tcase_add_loop_test(each, fused_add_in_place_gives_the_same_bits, 0, sets);
 	tcase_add_loop_test(each, norms_past_the_caches_give_the_same_bits, 0, sets);
+	tcase_add_loop_test(each, passes_past_the_caches_give_the_same_bits, 0, sets);
 	tcase_add_loop_test(each, nan_and_infinities_propagate, 0, sets);
 	tcase_add_loop_test(each, every_16_bit_value_survives_load_and_store, 0, sets);
 	tcase_add_loop_test(each, stores_round_to_nearest_even_once, 0, sets);

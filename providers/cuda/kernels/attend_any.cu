@@ -1,9 +1,11 @@
 /* attention and paged_attention for any dtype, head size and alignment; the merge of stretches; the choice among the kernels. */
 #include "providers/cuda/kernels/attend.cuh"
 
-enum { WARPS = 4, PER_LANE = ATTEND_HEAD_MAX / 32 };
+enum { WARPS = 4, PER_LANE = ATTEND_HEAD_MAX / 32, MERGE_THREADS = 128 };
 /* So many queries a sequence, on average, share their keys through shared memory. */
 enum { PREFILL_QUERIES = 4 };
+/* Blocks of attend_decode that an H100 holds at once, and how many of them are a wave that is nearly full; waves after which it doesn't matter how full the last one is. */
+enum { SLOTS = 264, NEARLY = SLOTS * 3 / 4, MANY_WAVES = 16 };
 
 /* A block computes one query row of one head over one stretch (or, stretches being 1, over all its keys); warps take keys in turn. */
 template <class T> static __global__ void __launch_bounds__(WARPS * 32) attend_any(const __grid_constant__ cuda_attention_call call)
@@ -76,33 +78,48 @@ template <class T> static __global__ void __launch_bounds__(WARPS * 32) attend_a
 	}
 }
 
-/* The stretches of one query row and head, in order. */
-template <class T> static __global__ void attend_merge(const __grid_constant__ cuda_attention_call call, unsigned stretches)
+/* Parts first … last - 1 of a row and head, in order; their partial results are asked for together. */
+static __device__ __forceinline__ attend_mixture parts_joined(const float *partial, int size, int d, unsigned first, unsigned last)
+{
+	enum { AT_ONCE = 8 };
+	attend_mixture made = {{-INFINITY, 0}, 0};
+	for (; first < last; first += AT_ONCE) {
+		attend_mixture parts[AT_ONCE];
+#pragma unroll
+		for (int i = 0; i < AT_ONCE; i++) {
+			const float *from = partial + (int64_t)(first + i) * (size + 2);
+			parts[i] = {{-INFINITY, 0}, 0};
+			if (first + i < last)
+				parts[i] = {{from[size], from[size + 1]}, from[d]};
+		}
+#pragma unroll
+		for (int i = 0; i < AT_ONCE; i++)
+			if (first + i < last)
+				made = attend_joined(made, parts[i]);
+	}
+	return made;
+}
+
+/* Of one query row and head: stretches are joined in order to chunks, and those in order to the result, whichever of the two the parts are: bits don't tell. */
+template <class T> static __global__ void __launch_bounds__(MERGE_THREADS) attend_merge(const __grid_constant__ cuda_attention_call call, attend_parts parts)
 {
 	const int64_t token = blockIdx.x, head = blockIdx.y;
-	const int size = call.head_size;
+	const unsigned run = ATTEND_CHUNK / parts.several; /* parts of a chunk */
 	attend_sequence sequence;
 	behind_wait();
 	if (!attend_find(call, token, false, sequence))
 		return;
-	const unsigned used = (unsigned)((sequence.visible + ATTEND_STRETCH - 1) / ATTEND_STRETCH);
-	const float *partial = attend_partial(call, token, head, stretches, 0);
-	float maximum = -INFINITY, sum = 0;
-	for (unsigned s = 0; s < used; s++) {
-		float other = partial[s * (size + 2) + size];
-		maximum = other > maximum || other != other ? other : maximum;
-	}
-	for (unsigned s = 0; s < used; s++) {
-		const float *from = partial + s * (size + 2);
-		sum += from[size] == -INFINITY ? 0 : from[size + 1] * expf(from[size] - maximum);
-	}
-	for (int d = threadIdx.x; d < size; d += blockDim.x) {
-		float mixed = 0;
-		for (unsigned s = 0; s < used; s++) {
-			const float *from = partial + s * (size + 2);
-			mixed += from[size] == -INFINITY ? 0 : from[d] * expf(from[size] - maximum);
-		}
-		((T *)call.y)[(token * call.heads + head) * size + d] = from_f32<T>(used == 0 ? 0 : mixed / sum);
+	const int64_t keys = (int64_t)parts.several * ATTEND_STRETCH;
+	const unsigned used = (unsigned)((sequence.visible + keys - 1) / keys);
+	const float *partial = attend_partial(call, token, head, parts.count, 0);
+	for (int d = threadIdx.x; d < call.head_size; d += MERGE_THREADS) {
+		attend_mixture made = {{-INFINITY, 0}, 0};
+		if (run == 1)
+			made = parts_joined(partial, call.head_size, d, 0, used);
+		else
+			for (unsigned first = 0; first < used; first += run)
+				made = attend_joined(made, parts_joined(partial, call.head_size, d, first, min(first + run, used)));
+		((T *)call.y)[(token * call.heads + head) * call.head_size + d] = from_f32<T>(used == 0 ? 0 : made.mixed / made.share.sum);
 	}
 }
 
@@ -116,7 +133,7 @@ int attend_any_launch(const struct cuda_attention_call *call, unsigned stretches
 static __global__ void check(const __grid_constant__ cuda_attention_call call)
 {
 	if (!faulted(call.fault))
-		attend_check(call, true);
+		attend_check(call, true, threadIdx.x, blockDim.x);
 }
 
 int cuda_attention_check_launch(const struct cuda_attention_call *call, cudaStream_t stream)
@@ -141,19 +158,40 @@ uint64_t cuda_attention_scratch(const struct cuda_attention_call *call)
 	return stretches == 1 ? 0 : (uint64_t)call->tokens * (uint64_t)call->heads * stretches * (uint64_t)(call->head_size + 2) * sizeof(float);
 }
 
+/* Blocks that take a chunk each keep the device busy to the end. */
+static bool chunks_fill(int64_t blocks)
+{
+	const int64_t last = blocks % SLOTS;
+	return blocks >= NEARLY && (last == 0 || last >= NEARLY || blocks >= MANY_WAVES * SLOTS);
+}
+
+/* Chunks whole where there are enough of them: partial results are written to memory and read again, 10 of 370 us for 64 sequences of 4096 keys. Few sequences are cut into stretches. */
+static struct attend_parts parts_of(const struct cuda_attention_call *call, unsigned stretches)
+{
+	const unsigned chunks = (stretches + ATTEND_CHUNK - 1) / ATTEND_CHUNK;
+	if (stretches == 1) /* a block takes them all, whatever they are */
+		return (struct attend_parts){1, (unsigned)((call->keys + ATTEND_STRETCH - 1) / ATTEND_STRETCH)};
+	if (!chunks_fill(call->tokens * attend_decode_places(call) * chunks))
+		return (struct attend_parts){stretches, 1};
+	return (struct attend_parts){chunks, ATTEND_CHUNK};
+}
+
 int cuda_attention_launch(const struct cuda_attention_call *call, cudaStream_t stream)
 {
 	const unsigned stretches = stretches_of(call);
+	struct attend_parts parts = {stretches, 1};
 	int failed = 0;
 	if (!attend_decode_takes(call))
 		failed = attend_any_launch(call, stretches, stream);
 	else if (call->tokens >= PREFILL_QUERIES * call->sequences)
-		failed = attend_prefill_launch(call, stream);
-	else
-		failed = attend_decode_launch(call, stretches, stream);
-	if (failed != 0 || stretches == 1)
+		return attend_prefill_launch(call, stream);
+	else {
+		parts = parts_of(call, stretches);
+		failed = attend_decode_launch(call, parts, stream);
+	}
+	if (failed != 0 || parts.count == 1)
 		return failed;
 	const dim3 grid((unsigned)call->tokens, (unsigned)call->heads);
-	CUDA_BY_DTYPE(call->dtype, T, launch_behind(attend_merge<T>, grid, 128, stream, *call, stretches));
+	CUDA_BY_DTYPE(call->dtype, T, launch_behind(attend_merge<T>, grid, MERGE_THREADS, stream, *call, parts));
 	return launched();
 }

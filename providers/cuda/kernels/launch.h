@@ -243,6 +243,27 @@ struct cuda_linear_call {
 };
 int cuda_linear_launch(const struct cuda_linear_call *call, cudaStream_t stream);
 
+/* ---- scaled.cu: f8_e4m3fn, up to CUDA_SCALED_ROWS rows of a; the depth and the distances of rows are multiples of 16, a and b at multiples of 16 bytes. */
+enum { CUDA_SCALED_ROWS = 16 };
+struct cuda_scaled_call {
+	enum cuda_dtype dtype; /* of y and bias */
+	int rows;
+	int64_t columns;
+	int64_t depth;
+	int64_t a_stride;
+	int64_t b_stride;
+	int64_t bias_stride;
+	int64_t scale_a_stride; /* 0: one for all */
+	int64_t scale_b_stride;
+	const void *a;
+	const void *b;
+	const void *bias; /* NULL: none */
+	const float *scale_a;
+	const float *scale_b;
+	void *y;
+};
+int cuda_scaled_launch(const struct cuda_scaled_call *call, cudaStream_t stream);
+
 /* ---- attention.cu and attend_tile.cu */
 /* Keys and values of sequence b: rows of D at distance kv_stride for successive tokens, head_stride for heads; in blocks where there is a table. */
 struct cuda_attention_call {

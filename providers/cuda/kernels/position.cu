@@ -11,9 +11,9 @@ template <class Word> static __global__ void embedding_rows(const __grid_constan
 {
 	const int64_t token = blockIdx.x;
 	behind_wait();
+	const int64_t id = index_at(call.ids, token);
 	if (faulted(call.fault))
 		return;
-	const int64_t id = index_at(call.ids, token);
 	if (id < 0 || id >= call.vocabulary) {
 		if (threadIdx.x == 0)
 			index_ok(call.fault, EMBEDDING_IDS, token, id, 0, call.vocabulary - 1);
@@ -99,7 +99,7 @@ template <class T, class C, int N, bool NEOX> static __global__ void rotary_turn
 	const int low = NEOX ? pair : 2 * pair, high = NEOX ? half + pair : 2 * pair + N;
 	const int first = (int)(blockIdx.x * HEADS * blockDim.y + threadIdx.y);
 	behind_wait();
-	if (token >= call.tokens || faulted(call.fault))
+	if (token >= call.tokens)
 		return;
 	const int64_t position = index_at(call.positions, token);
 	pack<T, N> x[HEADS][2];
@@ -112,6 +112,8 @@ template <class T, class C, int N, bool NEOX> static __global__ void rotary_turn
 		x[i][0] = load<N>(from + low);
 		x[i][1] = load<N>(from + high);
 	}
+	if (faulted(call.fault)) /* looked at while the others are on their way */
+		return;
 	if (position < 0 || position >= call.positions_max) {
 		if (threadIdx.x == 0)
 			index_ok(call.fault, ROTARY_POSITIONS, token, position, 0, call.positions_max - 1);
@@ -203,9 +205,13 @@ template <class Word> static __global__ void cache_rows(const __grid_constant__ 
 	const int64_t token = blockIdx.x;
 	const int which = blockIdx.y;
 	behind_wait();
-	if (faulted(call.fault))
+	const int64_t words = call.row_bytes / (int64_t)sizeof(Word), slot = index_at(call.slots, token);
+	const Word *from = (const Word *)((const char *)call.tokens_from[which] + token * call.token_stride_bytes[which]);
+	Word first = {};
+	if (threadIdx.x < words)
+		first = from[threadIdx.x];
+	if (faulted(call.fault)) /* looked at while the others are on their way */
 		return;
-	const int64_t slot = index_at(call.slots, token);
 	if (slot < 0)
 		return;
 	if (slot >= call.slot_count) {
@@ -218,9 +224,10 @@ template <class Word> static __global__ void cache_rows(const __grid_constant__ 
 		later |= index_at(call.slots, t) == slot;
 	if (__syncthreads_or(later))
 		return;
-	const Word *from = (const Word *)((const char *)call.tokens_from[which] + token * call.token_stride_bytes[which]);
 	Word *to = (Word *)((char *)call.cache_to[which] + slot * call.row_bytes);
-	for (int64_t i = threadIdx.x; i < call.row_bytes / (int64_t)sizeof(Word); i += blockDim.x)
+	if (threadIdx.x < words)
+		to[threadIdx.x] = first;
+	for (int64_t i = threadIdx.x + blockDim.x; i < words; i += blockDim.x)
 		to[i] = from[i];
 }
 

@@ -83,73 +83,96 @@ template <class T, int N> static __global__ void softmax_passes(const __grid_con
 	}
 }
 
-/* Of an f32 element its exponential takes the place; one that is rounded to 16 bits is computed again. */
-template <class T> static __device__ __forceinline__ float first_exponential(T &x, float largest)
+/* ---- A row that only the registers of several multiprocessors hold: a cluster of blocks, which share its maximum and sum by each other's shared memory. The row is read once.
+ * A warp takes exponentials from its own maximum, and block and cluster put pairs of a maximum and a sum together: one exchange instead of one for each (108 us for 256 rows of 128256, now 96). */
+enum { CLUSTER = 8, CLUSTER_THREADS = 512, CLUSTER_VECTORS = 8 };
+
+struct softmax_part {
+	float largest;
+	float sum;
+};
+
+/* What exponentials are taken from: nothing but -inf so far adds nothing. */
+static __device__ __forceinline__ float softmax_base(float largest)
 {
-	return exponential(to_f32(x) - largest);
-}
-template <> [[maybe_unused]] __device__ __forceinline__ float first_exponential(float &x, float largest)
-{
-	return x = exponential(x - largest);
-}
-template <class T> static __device__ __forceinline__ float second_exponential(T x, float largest)
-{
-	return exponential(to_f32(x) - largest);
-}
-template <> [[maybe_unused]] __device__ __forceinline__ float second_exponential(float x, float largest)
-{
-	return x;
+	return largest == -INFINITY ? 0 : largest;
 }
 
-/* Rows that only the registers of several multiprocessors hold: CLUSTER blocks a row, which share their maximum and sum by each other's shared memory. The row is read once. */
-enum { CLUSTER = 16, CLUSTER_THREADS = 256, CLUSTER_VECTORS = 8 };
+static __device__ __forceinline__ softmax_part softmax_joined(const softmax_part &a, const softmax_part &b)
+{
+	const float largest = fmaxf(a.largest, b.largest), base = softmax_base(largest);
+	return {largest, a.sum * exponential(a.largest - base) + b.sum * exponential(b.largest - base)};
+}
 
-template <class T> static __global__ void __launch_bounds__(CLUSTER_THREADS, 4) softmax_cluster(const __grid_constant__ cuda_softmax_call call)
+static __device__ __forceinline__ softmax_part softmax_warp(softmax_part part)
+{
+#pragma unroll
+	for (int step = 16; step > 0; step /= 2)
+		part = softmax_joined(part, {__shfl_xor_sync(0xffffffffu, part.largest, step), __shfl_xor_sync(0xffffffffu, part.sum, step)});
+	return part;
+}
+
+/* Of this thread's elements and its warp's others. An f32 element's exponential takes its place; one that is rounded to 16 bits is computed again. */
+template <class T> static __device__ __forceinline__ softmax_part softmax_own(pack<T, vec_of<T>> (&x)[CLUSTER_VECTORS])
+{
+	softmax_part part = {-INFINITY, 0};
+#pragma unroll
+	for (int i = 0; i < CLUSTER_VECTORS; i++)
+#pragma unroll
+		for (int j = 0; j < vec_of<T>; j++)
+			part.largest = fmaxf(part.largest, to_f32(x[i].e[j]));
+	part.largest = warp_reduce<max_of>(part.largest);
+	const float base = softmax_base(part.largest);
+#pragma unroll
+	for (int i = 0; i < CLUSTER_VECTORS; i++)
+#pragma unroll
+		for (int j = 0; j < vec_of<T>; j++) {
+			const float made = exponential(to_f32(x[i].e[j]) - base);
+			part.sum += made;
+			if (sizeof(T) == 4)
+				x[i].e[j] = from_f32<T>(made);
+		}
+	part.sum = warp_sum(part.sum);
+	return part;
+}
+
+template <class T> static __global__ void __launch_bounds__(CLUSTER_THREADS, sizeof(T) == 4 ? 2 : 1) softmax_cluster(const __grid_constant__ cuda_softmax_call call)
 {
 #if __CUDA_ARCH__ >= 900
 	namespace groups = cooperative_groups;
 	constexpr int N = vec_of<T>;
 	groups::cluster_group cluster = groups::this_cluster();
-	__shared__ float parts[2];
+	__shared__ softmax_part warps[CLUSTER_THREADS / 32], block;
 	const int64_t row = blockIdx.x / CLUSTER;
-	const int first = ((int)cluster.block_rank() * CLUSTER_THREADS * CLUSTER_VECTORS + (int)threadIdx.x) * N, size = (int)call.size;
+	const int first = ((int)cluster.block_rank() * CLUSTER_THREADS * CLUSTER_VECTORS + (int)threadIdx.x) * N, size = (int)call.size, lane = threadIdx.x % 32;
 	const T *from = (const T *)call.x + row * call.x_stride;
 	T *to = (T *)call.y + row * call.size;
+	const softmax_part nothing = {-INFINITY, 0};
 	pack<T, N> x[CLUSTER_VECTORS];
-	float largest = -INFINITY, sum = 0;
+	behind_wait();
 #pragma unroll
 	for (int i = 0; i < CLUSTER_VECTORS; i++) {
 		const int at = first + i * CLUSTER_THREADS * N;
 		if (at < size)
 			x[i] = load<N>(from + at);
+		else
+#pragma unroll
+			for (int j = 0; j < N; j++)
+				x[i].e[j] = from_f32<T>(-INFINITY);
 	}
-#pragma unroll
-	for (int i = 0; i < CLUSTER_VECTORS; i++)
-#pragma unroll
-		for (int j = 0; j < N; j++)
-			if (first + i * CLUSTER_THREADS * N < size)
-				largest = fmaxf(largest, to_f32(x[i].e[j]));
-	largest = row_reduce<max_of>(largest);
-	if (threadIdx.x == 0)
-		parts[0] = largest;
+	const softmax_part own = softmax_own<T>(x);
+	if (lane == 0)
+		warps[threadIdx.x / 32] = own;
+	__syncthreads();
+	if (threadIdx.x < 32) {
+		const softmax_part part = softmax_warp(lane < CLUSTER_THREADS / 32 ? warps[lane] : nothing);
+		if (lane == 0)
+			block = part;
+	}
 	cluster.sync();
-	for (int i = 0; i < CLUSTER; i++)
-		largest = fmaxf(largest, *cluster.map_shared_rank(&parts[0], i));
-#pragma unroll
-	for (int i = 0; i < CLUSTER_VECTORS; i++)
-#pragma unroll
-		for (int j = 0; j < N; j++)
-			if (first + i * CLUSTER_THREADS * N < size)
-				sum += first_exponential(x[i].e[j], largest);
-	sum = row_reduce<sum_of>(sum, 1);
-	if (threadIdx.x == 0)
-		parts[1] = sum;
-	cluster.sync();
-	sum = 0;
-	for (int i = 0; i < CLUSTER; i++)
-		sum += *cluster.map_shared_rank(&parts[1], i);
+	const softmax_part all = softmax_warp(lane < CLUSTER ? *cluster.map_shared_rank(&block, lane) : nothing);
 	cluster.barrier_arrive(); /* this block has read the others' shared memory */
-	const float inverse = 1.0f / sum;
+	const float inverse = 1.0f / all.sum, base = softmax_base(all.largest), factor = exponential(own.largest - base) * inverse;
 #pragma unroll
 	for (int i = 0; i < CLUSTER_VECTORS; i++) {
 		const int at = first + i * CLUSTER_THREADS * N;
@@ -157,7 +180,7 @@ template <class T> static __global__ void __launch_bounds__(CLUSTER_THREADS, 4) 
 			continue;
 #pragma unroll
 		for (int j = 0; j < N; j++)
-			x[i].e[j] = from_f32<T>(second_exponential(x[i].e[j], largest) * inverse);
+			x[i].e[j] = from_f32<T>(sizeof(T) == 4 ? to_f32(x[i].e[j]) * factor : exponential(to_f32(x[i].e[j]) - base) * inverse);
 		store(to + at, x[i]);
 	}
 	cluster.barrier_wait(); /* nobody leaves while its shared memory is read */
@@ -172,20 +195,18 @@ static bool has_clusters(void)
 
 template <class T> static int cluster_launch(const cuda_softmax_call *call, cudaStream_t stream)
 {
-	/* 16 blocks are more than every device of the kind must have together; those there are do. */
-	cudaError_t failed = cudaFuncSetAttribute(softmax_cluster<T>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-	if (failed != cudaSuccess)
-		return (int)failed;
-	cudaLaunchAttribute attribute = {};
-	attribute.id = cudaLaunchAttributeClusterDimension;
-	attribute.val.clusterDim.x = CLUSTER;
-	attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+	cudaLaunchAttribute attributes[2] = {};
+	attributes[0].id = cudaLaunchAttributeClusterDimension;
+	attributes[0].val.clusterDim.x = CLUSTER;
+	attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+	attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+	attributes[1].val.programmaticStreamSerializationAllowed = 1;
 	cudaLaunchConfig_t config = {};
 	config.gridDim = dim3((unsigned)(call->rows * CLUSTER));
 	config.blockDim = dim3(CLUSTER_THREADS);
 	config.stream = stream;
-	config.attrs = &attribute;
-	config.numAttrs = 1;
+	config.attrs = attributes;
+	config.numAttrs = 2;
 	return (int)cudaLaunchKernelEx(&config, softmax_cluster<T>, *call);
 }
 

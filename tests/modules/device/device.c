@@ -11,6 +11,7 @@ static const char *const fault_names[DEVICE_FAULT_COUNT] = {
     [DEVICE_FAULT_LAUNCH] = "launch", [DEVICE_FAULT_KERNEL] = "kernel",   [DEVICE_FAULT_MUTE] = "mute",
     [DEVICE_FAULT_CAPTURE] = "capture",
     [DEVICE_FAULT_LOST] = "lost",     [DEVICE_FAULT_HANG] = "hang",       [DEVICE_FAULT_STALL] = "stall",
+    [DEVICE_FAULT_HALT] = "halt",
 };
 
 uint64_t device_now_ns(void)

@@ -17,8 +17,9 @@
  *     OPD_TEST_DEVICE_OPEN_GATE=PATH     a file: open waits until it is there
  *     OPD_TEST_DEVICE_FAULT=POINT:N[+],… the Nth time (from then on) at POINT: alloc, stream, event, record, copy_in, copy_out,
  * launch (run fails), kernel (its event does), mute (launch without code or text that make sense), capture (capture_begin), lost (a
- * kernel after which the device is lost), hang (a kernel waits for the gate), stall (launch does)
+ * kernel after which the device is lost), hang (a kernel waits for the gate), stall (launch does), halt (launch says so in the log, and waits for the second one)
  *     OPD_TEST_DEVICE_GATE=PATH          a file: what hangs or stalls waits until it is there
+ *     OPD_TEST_DEVICE_GATE2=PATH         another, for what halts
  *     OPD_TEST_DEVICE_RESET=1            a lost device can be reset
  *     OPD_TEST_DEVICE_TELL=1             each launch of a graph is logged once it is enqueued */
 #ifndef OPD_TESTS_DEVICE_H
@@ -48,6 +49,7 @@ enum device_fault {
 	DEVICE_FAULT_LOST,
 	DEVICE_FAULT_HANG,
 	DEVICE_FAULT_STALL,
+	DEVICE_FAULT_HALT,
 	DEVICE_FAULT_COUNT,
 };
 

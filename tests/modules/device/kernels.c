@@ -54,6 +54,10 @@ opd_status device_launch(const opd_exec *exec, struct device *device, const stru
 	}
 	if (device_faulty(device, DEVICE_FAULT_STALL))
 		device_await_gate("OPD_TEST_DEVICE_GATE");
+	if (device_faulty(device, DEVICE_FAULT_HALT)) {
+		device->host->log(device->host, OPD_LOG_INFO, "a launch halts");
+		device_await_gate("OPD_TEST_DEVICE_GATE2");
+	}
 	if (device_faulty(device, DEVICE_FAULT_LAUNCH))
 		return opd_fail(error, OPD_INTERNAL, "launch: injected failure");
 	return device_enqueue(exec->stream, what, error);
