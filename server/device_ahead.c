@@ -74,7 +74,13 @@ static void piece_enqueue(struct device_lane *lane, struct device_job *job)
 
 static void piece_done(struct device_job *job);
 
-/* All that has come, or nothing: false. */
+/* The lanes are stopped: a piece that has ended is the last one. */
+static bool ends(const struct device_ahead *ahead)
+{
+	return ahead->request->context->server->ending;
+}
+
+/* All that has come, but for the rest that the next piece begins with; or nothing: false. */
 static bool piece_begin(struct device_ahead *ahead, uint64_t received)
 {
 	const uint64_t bytes = received == ahead->bytes ? received - ahead->copied : (received - ahead->copied) / PIECE_ALIGNMENT * PIECE_ALIGNMENT;
@@ -88,7 +94,7 @@ static bool piece_begin(struct device_ahead *ahead, uint64_t received)
 		.enqueue = piece_enqueue,
 		.done = piece_done,
 	};
-	ahead->busy = ahead->job.item.flow != NULL && !device_lane_is_stuck(ahead->lane) && device_lane_submit(ahead->lane, &ahead->job);
+	ahead->busy = ahead->job.item.flow != NULL && !ends(ahead) && !device_lane_is_stuck(ahead->lane) && device_lane_submit(ahead->lane, &ahead->job);
 	return ahead->busy;
 }
 
@@ -122,6 +128,8 @@ static void end(struct device_ahead *ahead)
 	} else if (!piece_begin(ahead, ahead->bytes)) {
 		if (job->item.flow == NULL)
 			job->status = device_no_memory(job);
+		else if (ends(ahead))
+			job->status = opd_fail(&job->error, OPD_UNAVAILABLE, "upload: the server ends");
 		else if (device_lane_is_stuck(ahead->lane))
 			job->status = opd_fail(&job->error, OPD_UNAVAILABLE, "upload: a kernel on %s has exceeded its budget and still runs", device_lane_name(ahead->lane));
 		else
@@ -190,6 +198,6 @@ void device_ahead_release(struct request *request)
 		return;
 	request->ahead = NULL;
 	ahead->request = NULL;
-	if (!ahead->busy)
+	if (!ahead->busy || device_lane_withdraw(ahead->lane, &ahead->job))
 		destroy(ahead);
 }

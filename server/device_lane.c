@@ -518,12 +518,13 @@ static struct device_job *pick(struct device_lane *lane, uint64_t now_ns, uint64
 	return job;
 }
 
-/* Under the mutex. */
-static void add_picked(struct device_lane *lane, struct device_job *job)
+/* Under the latch, or at the end. */
+static void insert_picked(struct device_lane *lane, struct device_job **link, struct device_job *job)
 {
-	job->next = NULL;
-	*lane->picked_end = job;
-	lane->picked_end = &job->next;
+	job->next = *link;
+	*link = job;
+	if (job->next == NULL)
+		lane->picked_end = &job->next;
 	(void)atomic_fetch_add_explicit(&lane->picked_count, 1, memory_order_relaxed);
 	(void)atomic_fetch_add_explicit(&lane->picked_ns, job->item.estimate_ns, memory_order_relaxed);
 }
@@ -552,29 +553,48 @@ static struct device_job *next_picked(struct device_lane *lane)
 	return job;
 }
 
-/* Under the mutex: one that was picked, and waits for those before it, whose enqueueing may take for ever. False: it has begun, or has others with it. */
+/* Under the latch: out of those that were picked; whom it has taken along go without it. False: it has begun. */
+static bool leave_picked(struct device_lane *lane, struct device_job *job)
+{
+	for (struct device_job **link = &lane->picked; *link != NULL; link = &(*link)->next) {
+		struct device_job **other = &(*link)->others;
+		if (*link == job) {
+			struct device_job *heir = job->others;
+			drop_picked(lane, link);
+			if (heir == NULL)
+				return true;
+			heir->others = heir->next;
+			insert_picked(lane, link, heir);
+			return true;
+		}
+		while (*other != NULL && *other != job)
+			other = &(*other)->next;
+		if (*other != NULL) {
+			*other = job->next;
+			return true;
+		}
+	}
+	return false;
+}
+
+/* Under the mutex: one that was picked, and waits for those before it, whose enqueueing may take for ever. False: it has begun. */
 static bool take_back(struct device_lane *lane, struct device_job *job)
 {
 	latch_lock(&lane->picked_latch);
-	struct device_job **link = &lane->picked;
-	while (*link != NULL && *link != job)
-		link = &(*link)->next;
-	const bool found = *link != NULL && job->others == NULL;
-	if (found)
-		drop_picked(lane, link);
+	const bool found = leave_picked(lane, job);
 	latch_unlock(&lane->picked_latch);
 	if (found)
 		scheduler_complete(&lane->scheduler, job->item.flow, (sched_class)job->item.class, job->item.estimate_ns, 0);
 	return found;
 }
 
-/* The same, and with it as many as there is room for; one that has taken others along is as many itself. */
+/* What pick gives, and with it as many as there is room for; one that has taken others along is as many itself. */
 static struct device_job *pick_some(struct device_lane *lane, uint64_t *ready_ns_out)
 {
 	const uint64_t now_ns = lane->scheduler.queued == 0 ? 0 : request_now_ns();
 	struct device_job *job = pick(lane, now_ns, ready_ns_out);
 	for (uint64_t later_ns; job != NULL;) {
-		add_picked(lane, job);
+		insert_picked(lane, lane->picked_end, job);
 		job = job->others == NULL && atomic_load_explicit(&lane->picked_count, memory_order_relaxed) < PICKED_MAX ? pick(lane, now_ns, &later_ns) : NULL;
 	}
 	return next_picked(lane);

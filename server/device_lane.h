@@ -46,9 +46,9 @@ struct device_job {
 	uint64_t here_ns; /* so long a caller of device_lane_run looks for its end */
 	bool by_loop;     /* that caller is its loop */
 	const _Atomic bool *unwanted; /* true: nobody wants the result any more, it isn't started. NULL: that can't happen */
-	/* On the lane's thread: enqueues. Writes status and error. */
+	/* On the thread that has the lane: enqueues. Writes status and error. */
 	void (*enqueue)(struct device_lane *lane, struct device_job *job);
-	/* On the lane's thread, when the device is done with it and `status` says how it went, or nothing was enqueued; before its memory goes. NULL: nothing to do. */
+	/* On the thread that has the lane, when the device is done with it and `status` says how it went, or nothing was enqueued; before its memory goes. NULL: nothing to do. */
 	void (*complete)(struct device_lane *lane, struct device_job *job);
 	/* On its loop, between its beginning on the stream and `done`, once somebody has asked (device_lane_ask): all that comes to the lane from now on finds what the job writes. NULL: nobody asks. */
 	void (*begun)(struct device_job *job);
@@ -105,7 +105,7 @@ bool device_lane_is_stuck(const struct device_lane *lane);
 uint32_t device_lanes_stuck(const struct server *server);
 /* One that was started; NULL: it wasn't. Any thread. */
 struct device_lane *device_lane_started(struct server *server, uint32_t number);
-/* Takes back a job that the lane's thread hasn't begun: `done` isn't called. False: it is on its way, or has ended, or was never
+/* Takes back a job that hasn't begun, also one that has taken others along (they go on without it): `done` isn't called. False: it is on its way, or has ended, or was never
  * submitted (zeroed memory). Only by the thread that submitted it. */
 OPD_MUST_USE bool device_lane_withdraw(struct device_lane *lane, struct device_job *job);
 /* How long from now a job of this flow (NULL: of a session that has had none there), class and cost would take to be done, by the estimates of what is there; any thread. */

@@ -1,7 +1,7 @@
 /* Requests on a device's lane: an op, or a copy between a device and the host.
  *
- * Layer: server. Threads: the request's context's; what runs on the lane is in device_run.c and device_move.c.
- * One job a request at a time: request->device_job. A direct caller waits on its own thread.
+ * Layer: server. Threads: the request's context's; what runs on the lane is in device_run.c, device_move.c and device_ahead.c.
+ * One job a request at a time: request->device_job; pieces of an upload that is still coming have jobs of their own (server/device_ahead.c). A direct caller waits on its own thread.
  * Not here: the lane (server/device_lane.h), which tensors must be moved (server/bring.h). */
 #ifndef OPD_SERVER_DEVICE_RUN_H
 #define OPD_SERVER_DEVICE_RUN_H

@@ -198,7 +198,7 @@ static void on_wake(uv_poll_t *wake, int status, int events)
 		(void)!read(io->wake_fd, &count, sizeof count);
 	}
 	(void)atomic_exchange_explicit(&io->woken, false, memory_order_acq_rel); /* before it looks: who comes after that wakes again */
-	standstill_wait(io->server);
+	standstill_wait(io->server, io);
 	io_loop_finish(io);
 	if (io->number == 0)
 		server_on_wake(io->server);

@@ -201,6 +201,7 @@ opd_status server_reload(struct server *server, struct config *config, opd_error
 {
 	struct config *before = server->config;
 	opd_status status = check_fixed(before, config, error);
+	io_loop_let_go(&server->loops[0]); /* opening a module may take seconds */
 	if (status == OPD_OK)
 		status = change_registry(server, config, error);
 	if (status != OPD_OK)

@@ -25,10 +25,12 @@ static void stand(struct standstill *standstill)
 }
 
 /* Two that want it at once: the second one stands still for the first. */
-void standstill_begin(struct server *server, const struct io_loop *io)
+void standstill_begin(struct server *server, struct io_loop *io)
 {
 	struct standstill *standstill = &server->standstill;
 	const uint32_t others = server->loop_count - (io != NULL);
+	if (io != NULL)
+		io_loop_let_go(io);
 	if (server->loop_count == 1)
 		return;
 	(void)pthread_mutex_lock(&standstill->mutex);
@@ -58,11 +60,12 @@ void standstill_end(struct server *server)
 	(void)pthread_mutex_unlock(&standstill->mutex);
 }
 
-void standstill_wait(struct server *server)
+void standstill_wait(struct server *server, struct io_loop *io)
 {
 	struct standstill *standstill = &server->standstill;
 	if (!atomic_load_explicit(&standstill->held, memory_order_acquire))
 		return;
+	io_loop_let_go(io);
 	(void)pthread_mutex_lock(&standstill->mutex);
 	if (atomic_load_explicit(&standstill->held, memory_order_relaxed))
 		stand(standstill);

@@ -26,10 +26,10 @@ struct standstill {
 void standstill_init(struct standstill *standstill);
 void standstill_fini(struct standstill *standstill);
 
-/* On the thread of `io` (NULL: on one that is no loop's): returns when all other loops stand still. */
-void standstill_begin(struct server *server, const struct io_loop *io);
+/* On the thread of `io` (NULL: on one that is no loop's): returns when all other loops stand still. What may take long follows: a device's lane that a loop has for itself (io_loop_keep) is let go of by all. */
+void standstill_begin(struct server *server, struct io_loop *io);
 void standstill_end(struct server *server);
-/* On a loop's thread, between callbacks: while another wants it, it stands still. */
-void standstill_wait(struct server *server);
+/* On the thread of `io`, between callbacks: while another wants it, it stands still. */
+void standstill_wait(struct server *server, struct io_loop *io);
 
 #endif

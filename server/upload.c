@@ -22,7 +22,7 @@ static uint64_t sent_bytes(const struct msg_tensor *tensor)
 	return tensor->source == MSG_SOURCE_PAYLOAD ? tensor->payload.bytes : tensor->source == MSG_SOURCE_SHARED ? tensor->shared.bytes : tensor->inlined.bytes;
 }
 
-/* Its bytes are the whole payload, inline, or a range of shared memory, and are as many as `bytes`. */
+/* Its bytes are the whole payload, inline, or a range of shared memory, and are as many as `bytes`; a payload that isn't them comes with none. */
 static opd_status check_source(struct request *request, const char *what, const struct msg_tensor *tensor, uint64_t bytes)
 {
 	const uint64_t sent = sent_bytes(tensor);
@@ -32,6 +32,9 @@ static opd_status check_source(struct request *request, const char *what, const 
 		return opd_fail(&request->error, OPD_INVALID_ARGUMENT,
 		                "%s: the tensor lies at payload bytes %" PRIu64 " + %" PRIu64 ", expected the whole payload of %" PRIu64, what,
 		                tensor->payload.offset, tensor->payload.bytes, request->payload_bytes);
+	if (tensor->source != MSG_SOURCE_PAYLOAD && request->payload_bytes != 0)
+		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s: the tensor's bytes are %s, expected no payload, but %" PRIu64 " bytes of one come", what,
+		                tensor->source == MSG_SOURCE_INLINE ? "inline" : "shared", request->payload_bytes);
 	if (sent != bytes)
 		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s: the tensor has %" PRIu64 " bytes, but %" PRIu64 " were sent", what, bytes,
 		                sent);

@@ -12,7 +12,7 @@ import unittest
 import numpy as np
 import opd
 
-from harness import CANCEL, DaemonCase, ROOT, built_module, f32, frame, pb, run, tensor, wait_until
+from harness import CANCEL, CANCELLED, OK, DaemonCase, ROOT, built_module, f32, frame, pb, run, tensor, wait_until
 
 BUILD = os.environ.get("OPD_BUILD", os.path.join(ROOT, "build"))
 FAULTY, DEVICE = (built_module(name) for name in ("faulty", "device"))
@@ -368,6 +368,40 @@ class InFlight(TestDevice):
             np.testing.assert_allclose(future.result()[0], x / np.sqrt(x * x + 1e-5), rtol=1e-6)
         self.assertIn(canceller.read_reply()[1].status, (0, 1))  # it was begun: either answer is right
         wait_until(lambda: self.lane().running == 0, "nothing is left of the others")
+
+
+class Behind(TestDevice):
+    """A launch that halts, and a batch that was taken out of the queue with it."""
+
+    gate, second = tempfile.mktemp(prefix="opd-gate-"), tempfile.mktemp(prefix="opd-gate-")
+    environment = {"OPD_TEST_DEVICE_FAULT": "stall:1,halt:2", "OPD_TEST_DEVICE_GATE": gate, "OPD_TEST_DEVICE_GATE2": second}
+
+    def open_second(self):
+        open(self.second, "w").close()
+        self.addCleanup(lambda: os.path.exists(self.second) and os.unlink(self.second))
+
+    def norm(self, width, **options):
+        client = self.client(features=["cancel"])
+        request = run("rms_norm", tensor([1, width]), weight=None, epsilon=1e-5, run_priority=["testdev"], run_strict=True, run_device=self.device, run_explain=True, **options)
+        return client, client.submit(request, f32(*[1] * width))
+
+    def test_whoever_leads_it_or_was_taken_along_can_still_leave(self):
+        first, _ = self.norm(5)
+        wait_until(lambda: self.lane().running == 1, "the first one stalls")
+        halted, _ = self.norm(7, run_service_class=pb.REALTIME)
+        batch = [self.norm(64) for _ in range(4)]
+        wait_until(lambda: self.lane().queued == 5, "all of them wait")
+        self.open_gate()
+        self.daemon.wait_log("a launch halts")
+        for client, number in (batch[0], batch[2]):
+            client.send(frame(CANCEL, number))
+            self.assertEqual(client.read_reply()[1].status, CANCELLED)
+        self.open_second()
+        self.assertEqual([client.read_reply()[1].status for client in (first, halted)], [OK, OK])
+        for client, _ in (batch[1], batch[3]):
+            _, reply, data = client.read_reply()
+            self.assertEqual((reply.status, reply.run.explain.batched), (OK, 2))
+            np.testing.assert_allclose(np.frombuffer(data, "float32"), [1 / np.sqrt(1 + 1e-5)] * 64, rtol=1e-6)
 
 
 class Overdue(TestDevice):

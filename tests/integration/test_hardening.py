@@ -3,6 +3,7 @@
 
 After every test a new client pings, runs an op and gets the right numbers, and the daemon is still the same process.
 """
+import fcntl
 import os
 import random
 import signal
@@ -487,9 +488,36 @@ class Shapes(Hardening):
             self.expect_status(INVALID_ARGUMENT, run("relu", inline([4], data)))
 
     def test_payload_that_nobody_needs(self):
+        """Hardening: shapes-payload-beside"""
         self.expect_status(INVALID_ARGUMENT, run("relu", inline([1], f32(1))), bytes(4096))
         self.expect_status(INVALID_ARGUMENT, run("relu", tensor([4])), bytes(4096))
         self.expect_status(INVALID_ARGUMENT, pb.Request(ping=pb.Empty()), bytes(4096))
+        for size in (64, 16, 16 << 20):  # nor one beside the bytes that an upload has in its message
+            self.expect_status(INVALID_ARGUMENT, pb.Request(upload=pb.Upload(tensor=inline([4], f32(1, 2, 3, 4)))), bytes(size), words="inline, expected no payload")
+        client = self.client()
+        handle = client.ask(pb.Request(upload=pb.Upload(tensor=pb.Tensor(dtype=9, shape=[4]), parts=True)))[0].run.outputs[0].kept
+        reply, _ = client.call(pb.Request(write=pb.Write(handle=handle, data=inline([4], bytes(4), dtype=2))), bytes(64))
+        self.assertEqual((reply.status, "inline, expected no payload" in reply.message), (INVALID_ARGUMENT, True), reply.message)
+
+    def test_payload_beside_shared_memory(self):
+        """Hardening: shapes-payload-beside"""
+        client, size = self.client(features=["shm"]), 1 << 20
+        memory = os.memfd_create("range", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(memory, size)
+        fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+        number, client.next_id = client.next_id, client.next_id + 1
+        attach = frame(REQUEST, number, pb.Request(attach_memory=pb.AttachMemory(bytes=size)).SerializeToString())
+        socket.send_fds(client.sock, [attach], [memory])
+        os.close(memory)
+        shared = pb.SharedRange(region=client.read_reply(number)[1].memory.region, bytes=size)
+        for payload in (bytes(64), bytes(2 * size)):
+            self.expect_status(INVALID_ARGUMENT, pb.Request(upload=pb.Upload(tensor=pb.Tensor(dtype=9, shape=[size // 4], shared=shared))), payload,
+                               words="shared, expected no payload", client=client)
+            request = run("relu", pb.Tensor(dtype=9, shape=[size // 4], shared=shared))
+            self.expect_status(INVALID_ARGUMENT, request, payload, client=client)
+        handle = client.ask(pb.Request(upload=pb.Upload(tensor=pb.Tensor(dtype=9, shape=[size // 4]), parts=True)))[0].run.outputs[0].kept
+        write = pb.Request(write=pb.Write(handle=handle, data=pb.Tensor(dtype=2, shape=[size], shared=shared)))
+        self.expect_status(INVALID_ARGUMENT, write, bytes(64), words="shared, expected no payload", client=client)
 
     def test_ranges_outside_the_payload_and_out_of_line(self):
         for offset, size in ((64, 16), (2**64 - 64, 16), (2**64 - 16, 16), (2**63, 16), (0, 2**64 - 1), (4, 16), (1, 16), (63, 16)):

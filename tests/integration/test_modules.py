@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 """Provider modules: one built outside of the tree against an installed opd, bad ones, and a device, each in a real daemon.
 
-    test_modules.py [Sample] [Bad] [Device] [Resident] [DeviceGraphs] [LostDevice] [StuckDevice]
+    test_modules.py [Sample] [Bad] [Device] [Resident] [Ahead] [DeviceGraphs] [LostDevice] [StuckDevice]
 
 OPD_BIN, OPCTL_BIN, OPD_CONFORMANCE name the programs, OPD_BUILD the build folder (it is installed from), OPD_MODULES the test modules,
 OPD_CMAKE and OPD_CC what the sample is built with. Defaults: build/ of this tree.
@@ -1380,6 +1380,17 @@ class Ahead(unittest.TestCase):
         reply = chunking.read_reply(1)[1]
         self.assertEqual((reply.status, reply.message), (harness.CANCELLED, "upload: the client cancelled the request"))
         harness.wait_until(lambda: self.on_device(watcher) == 0, "nothing on the device")
+
+    def test_the_daemon_ends_while_a_piece_of_it_is_on_its_way(self):
+        daemon = DeviceDaemon(delay_us=300000)
+        client, watcher = Client(daemon.address), Client(daemon.address)
+        _, rest = self.begin(client)
+        harness.wait_until(lambda: self.on_device(watcher) == self.BYTES, "memory on the device")
+        client.send(rest)  # nothing of it follows the piece that is on its way
+        watcher.ping()
+        client.close()
+        watcher.close()
+        daemon.stop()
 
     def test_its_failure_is_told_when_all_has_come(self):
         for settings, status, text in (({"memory": 8 << 20}, harness.RESOURCE_EXHAUSTED, "test:0"), ({"fault": "copy_in:1"}, harness.INTERNAL, "injected failure"),
