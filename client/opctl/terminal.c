@@ -19,6 +19,9 @@
 static struct termios before;
 static bool opened;
 static volatile sig_atomic_t ending, stopping, resized;
+static const int signals[] = {SIGINT, SIGTERM, SIGHUP, SIGWINCH, SIGTSTP};
+static sigset_t handled; /* those, which arrive only while a key is waited for: one that came just before would wait as long as the key */
+static sigset_t waiting; /* what is blocked meanwhile */
 
 static void on_signal(int number)
 {
@@ -63,11 +66,14 @@ static void give_back(void)
 
 bool terminal_open(void)
 {
-	static const int signals[] = {SIGINT, SIGTERM, SIGHUP, SIGWINCH, SIGTSTP};
 	if (!isatty(STDOUT_FILENO) || tcgetattr(STDIN_FILENO, &before) != 0)
 		return false;
-	for (size_t i = 0; i < sizeof signals / sizeof signals[0]; i++)
+	(void)sigemptyset(&handled);
+	for (size_t i = 0; i < sizeof signals / sizeof signals[0]; i++) {
+		(void)sigaddset(&handled, signals[i]);
 		handle(signals[i], on_signal);
+	}
+	(void)sigprocmask(SIG_BLOCK, &handled, &waiting);
 	take();
 	opened = true;
 	return true;
@@ -75,8 +81,10 @@ bool terminal_open(void)
 
 void terminal_close(void)
 {
-	if (opened)
-		give_back();
+	if (!opened)
+		return;
+	give_back();
+	(void)sigprocmask(SIG_SETMASK, &waiting, NULL);
 	opened = false;
 }
 
@@ -87,6 +95,8 @@ static void stop(void)
 	give_back();
 	handle(SIGTSTP, SIG_DFL);
 	(void)raise(SIGTSTP);
+	(void)sigprocmask(SIG_SETMASK, &waiting, NULL); /* here it stops */
+	(void)sigprocmask(SIG_BLOCK, &handled, NULL);
 	handle(SIGTSTP, on_signal);
 	take();
 }
@@ -104,7 +114,7 @@ static int wait_for_input(uint64_t wait_us)
 {
 	struct pollfd input = {.fd = STDIN_FILENO, .events = POLLIN};
 	const struct timespec time = {(time_t)(wait_us / 1000000), (long)(wait_us % 1000000) * 1000};
-	return ppoll(&input, 1, &time, NULL);
+	return ppoll(&input, 1, &time, &waiting);
 }
 
 /* After an escape: an arrow or a page key, "[A", "OB", "[5~". */
