@@ -246,7 +246,7 @@ static opd_status mirror_make(struct device_lane *lane, struct device_job *job, 
 {
 	struct buffer *host = buffer_on(buffer, 0);
 	if (host == NULL)
-		return opd_fail(&job->error, OPD_INTERNAL, "%s: an operand is neither on %s nor in host memory", job->name, lane->device.name);
+		return opd_fail(&job->error, OPD_RESOURCE_EXHAUSTED, "%s: an operand's copy on %s has given way to other tensors, and host memory has none", job->name, lane->device.name);
 	const void *from = host->data;
 	opd_status status = device_hold(job, host);
 	if (status == OPD_OK)

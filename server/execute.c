@@ -58,8 +58,7 @@ static void resident_drop(struct request_run *run)
 /* A result that only stays on its device needs no host memory. */
 static bool needs_memory(const struct request *request, uint32_t index)
 {
-	const struct msg_run *message = &request->message.run;
-	return request->run.dispatch.impl->on_host || index >= message->output_count || !message->outputs[index].no_copy;
+	return request->run.dispatch.impl->on_host || !run_leaves_out(request, index);
 }
 
 /* Of an attempt before by a provider that isn't checked: there is no room for a canary. */
@@ -86,8 +85,13 @@ static opd_status outputs_alloc(struct request *request)
 	for (uint32_t i = 0; i < run->bound.call.output_count; i++) {
 		opd_tensor *output = &run->bound.outputs[i];
 		uint64_t bytes = output->elements * opd_dtype_bytes(output->dtype); /* checked by bind_outputs */
-		if ((output->data = shared_result(request, i)) != NULL || !needs_memory(request, i))
+		if ((output->data = shared_result(request, i)) != NULL || !needs_memory(request, i)) {
+			if (!donate_is_in_place(request, i)) {
+				buffer_unref(run->outputs[i]); /* of an attempt before */
+				run->outputs[i] = NULL;
+			}
 			continue; /* no canary there: what lies behind is the client's */
+		}
 		drop_narrow(request, i, bytes);
 		if (run->outputs[i] == NULL && run->dispatch.impl->on_host)
 			run->outputs[i] = donate_output(request, i);

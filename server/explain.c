@@ -58,7 +58,6 @@ static void predict_moves(struct request *request, struct msg_explain *explain)
 {
 	struct request_run *run = &request->run;
 	const struct device *devices = request->snapshot->devices;
-	const struct msg_run *message = &request->message.run;
 	struct msg_move *moves = arena_array(&request->arena, run->bound.operand_count + run->bound.call.output_count, sizeof moves[0]);
 	uint32_t count = 0;
 	uint32_t from;
@@ -69,7 +68,7 @@ static void predict_moves(struct request *request, struct msg_explain *explain)
 			                                   operand->tensor.elements * opd_dtype_bytes(operand->tensor.dtype)};
 	}
 	for (uint32_t i = 0; moves != NULL && run->device != 0 && i < run->bound.call.output_count; i++)
-		if (i >= message->output_count || !message->outputs[i].no_copy)
+		if (!run_leaves_out(request, i))
 			moves[count++] = (struct msg_move){msg_text("result"), msg_text(devices[run->device].name), msg_text(devices[0].name),
 			                                   run->bound.outputs[i].elements * opd_dtype_bytes(run->bound.outputs[i].dtype)};
 	explain->moves = moves;

@@ -141,6 +141,18 @@ static opd_status bring_here(struct device_lane *lane, struct device_job *job, s
 	return device_gather(lane, job, mine->bases[1 + index], here, offset, bytes);
 }
 
+/* It was on the device when the run was submitted, and what came before has since taken its room there: then host memory has it only if it was brought from there. */
+static opd_status bring_from_host(struct device_lane *lane, struct device_job *job, struct buffer *there, const struct kept_tensor *kept, const opd_tensor *tensor, uint64_t bytes)
+{
+	if (tensor->data != NULL)
+		return device_gather_in(lane, job, there, opd_tensor_data(tensor), bytes);
+	struct buffer *host = kept == NULL ? NULL : buffer_on(kept->buffer, 0);
+	if (host == NULL)
+		return opd_fail(&job->error, OPD_RESOURCE_EXHAUSTED, "%s: an operand's copy on %s has given way to other tensors", job->name, lane->device.name);
+	opd_status status = device_hold(job, host);
+	return status == OPD_OK ? device_gather_in(lane, job, there, host->data + tensor->byte_offset, bytes) : status;
+}
+
 /* What a run brings goes to its place. */
 static opd_status bring_operand(struct device_lane *lane, struct device_job *job, struct graph_run *run, uint32_t index)
 {
@@ -156,7 +168,7 @@ static opd_status bring_operand(struct device_lane *lane, struct device_job *job
 	struct buffer *here = kept == NULL ? NULL : buffer_on(kept->buffer, lane->number);
 	if (here == NULL) {
 		mine->contents[index] = (struct content){0};
-		return device_gather_in(lane, job, mine->bases[1 + index], opd_tensor_data(tensor), bytes);
+		return bring_from_host(lane, job, mine->bases[1 + index], kept, tensor, bytes);
 	}
 	status = device_hold(job, here);
 	return status == OPD_OK ? bring_here(lane, job, mine, index, here, tensor->byte_offset, bytes) : status;
@@ -473,7 +485,6 @@ static void graph_done(struct request *request)
 static opd_status alloc_results(struct graph_run *run)
 {
 	struct request *request = run->request;
-	const struct msg_run *message = &request->message.run;
 	request->run.resident = arena_array(&request->arena, run->prepared->output_count, sizeof request->run.resident[0]);
 	if (request->run.resident == NULL)
 		return opd_fail(&request->error, OPD_RESOURCE_EXHAUSTED, "graph '%s': out of memory", run->graph->name.data);
@@ -482,7 +493,7 @@ static opd_status alloc_results(struct graph_run *run)
 		return status;
 	for (uint32_t i = 0; i < run->prepared->output_count; i++) {
 		opd_tensor *output = &request->run.bound.outputs[i];
-		if (i < message->output_count && message->outputs[i].no_copy)
+		if (run_leaves_out(request, i))
 			continue;
 		status = buffer_alloc(request->session->account, extent_of(output), 0, &request->run.outputs[i], &request->error);
 		if (status != OPD_OK)

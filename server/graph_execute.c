@@ -93,15 +93,16 @@ void graph_set_base(struct prepared *prepared, uint32_t base, void *address)
 		prepared->patches[i].tensor->data = (unsigned char *)address + prepared->patches[i].offset;
 }
 
-/* Kept operands have an identity, by which a provider may keep derived copies. */
+/* Kept operands have an identity, by which a provider may keep derived copies; with the offset in it, which is 0 here: a view from further on has none. */
 static void set_operand(struct prepared *prepared, uint32_t base, const opd_tensor *operand)
 {
+	const bool whole = operand->byte_offset == 0;
 	graph_set_base(prepared, base, operand->data == NULL ? NULL : opd_tensor_data(operand));
 	for (uint32_t i = prepared->first_patch[base]; i < prepared->first_patch[base + 1]; i++) {
 		opd_tensor *tensor = prepared->patches[i].tensor;
-		tensor->id = operand->id;
-		tensor->version = operand->version;
-		tensor->flags = (tensor->flags & ~(uint32_t)OPD_TENSOR_CONSTANT) | (operand->flags & OPD_TENSOR_CONSTANT);
+		tensor->id = whole ? operand->id : 0;
+		tensor->version = whole ? operand->version : 0;
+		tensor->flags = (tensor->flags & ~(uint32_t)OPD_TENSOR_CONSTANT) | (whole ? operand->flags & OPD_TENSOR_CONSTANT : 0);
 	}
 }
 

@@ -51,11 +51,13 @@ static opd_status donate_states(struct graph_run *run)
 			(void)opd_fail(&request->error, OPD_FAILED_PRECONDITION, "it is published, hence read-only");
 		if (tensor == NULL || request->error.status != OPD_OK)
 			return state_error(graph, i, (opd_status)request->error.status, &request->error);
-		run->states[i].donated = input->donated != GRAPH_NONE && request->message.run.mode == MSG_RUN;
 	}
-	for (uint32_t i = 0; i < graph->state_count; i++)
+	for (uint32_t i = 0; i < graph->state_count && request->message.run.mode == MSG_RUN; i++) { /* all, or none */
+		const struct graph_input *input = &graph->inputs[graph->states[i]];
+		run->states[i].donated = input->donated != GRAPH_NONE;
 		if (run->states[i].donated)
-			run->states[i].handle = kept_lend(kept, graph->inputs[graph->states[i]].slot, request->id);
+			run->states[i].handle = kept_lend(kept, input->slot, request->id);
+	}
 	return OPD_OK;
 }
 

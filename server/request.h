@@ -206,6 +206,7 @@ void execute_device_done(struct request *request); /* execute.c: a device has ru
 void execute_place(struct request *request); /* execute.c: sets run.device for the chosen implementation */
 void execute_plan(struct request *request); /* execute.c: makes the plan that a dry run asks about; then execute_done */
 bool run_keeps(const struct request *request, uint32_t output); /* run_results.c: the result stays in the session */
+bool run_leaves_out(const struct request *request, uint32_t output); /* run_results.c: the result goes nowhere, neither into the reply nor to shared memory */
 void execute_done(struct request *request); /* run.c: on the context's thread */
 /* A request that ends before it is run, or late; its status and error are written then. On a lane or the loop. */
 bool execute_unwanted(struct request *request, const struct lane_exec *lane);

@@ -19,9 +19,8 @@ static bool donates(const struct request_run *run, uint32_t output)
 static void let_go(struct request *request)
 {
 	struct request_run *run = &request->run;
-	const struct msg_run *message = &request->message.run;
-	for (uint32_t i = 0; i < run->bound.call.output_count && i < message->output_count; i++) {
-		if (!message->outputs[i].no_copy)
+	for (uint32_t i = 0; i < run->bound.call.output_count; i++) {
+		if (!run_leaves_out(request, i))
 			continue;
 		buffer_unref(run->outputs[i]);
 		run->outputs[i] = NULL;
@@ -35,6 +34,12 @@ static void let_go(struct request *request)
 		kept_tensor_unref(run->kept[operand]);
 		run->kept[operand] = NULL;
 	}
+}
+
+bool run_leaves_out(const struct request *request, uint32_t output)
+{
+	const struct msg_run *message = &request->message.run;
+	return output < message->output_count && message->outputs[output].no_copy && message->outputs[output].shared.region == 0;
 }
 
 bool run_keeps(const struct request *request, uint32_t output)

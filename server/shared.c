@@ -198,7 +198,7 @@ opd_status shared_check_results(struct request *request)
 		(void)snprintf(what, sizeof what, "result %u", (unsigned)i);
 		if (range == NULL)
 			continue;
-		if (donate_is_in_place(request, i))
+		if (run_keeps(request, i))
 			return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s: %s takes a donated operand's place, and can't lie in shared memory", op_name(request), what);
 		if (bytes > range->bytes)
 			return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s: %s has %" PRIu64 " bytes, but %" PRIu64 " of region %u were named", op_name(request),
