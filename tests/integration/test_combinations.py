@@ -28,6 +28,19 @@ def upload(client, shape, data, **fields):
     return client.ask(pb.Request(upload=pb.Upload(tensor=tensor(shape), **fields)), data)[0].run.outputs[0].kept
 
 
+def relu_graph(device, x):
+    """A run of a graph of one node, on a device."""
+    request = pb.Request()
+    made = request.run_graph.once
+    made.inputs.add(name="x", kind=0)
+    node = made.nodes.add(op="relu", device=device)
+    node.priority.names.append("testdev")
+    node.args.add().tensor.graph_input = 0
+    made.outputs.add().node.node = 0
+    request.run_graph.inputs.add().tensor.CopyFrom(x)
+    return request
+
+
 class Case(unittest.TestCase):
     def start(self, *flags, features=(), config="", **environment):
         """A daemon and a client of it; at the end both must be well."""
@@ -83,14 +96,7 @@ class Results(Case):
     def test_one_of_a_device_comes_to_shared_memory_though_the_reply_leaves_it_out(self):
         client = self.start("--module", DEVICE, features=["shm"])
         region, memory = attach(client, 4096)
-        request = pb.Request()
-        made = request.run_graph.once
-        made.inputs.add(name="x", kind=0)
-        node = made.nodes.add(op="relu", device="test:0")
-        node.priority.names.append("testdev")
-        node.args.add().tensor.graph_input = 0
-        made.outputs.add().node.node = 0
-        request.run_graph.inputs.add().tensor.CopyFrom(inline([4], f32(-1, 2, -3, 4)))
+        request = relu_graph("test:0", inline([4], f32(-1, 2, -3, 4)))
         request.run_graph.outputs.add(no_copy=True).shared.CopyFrom(pb.SharedRange(region=region, bytes=64))
         single = run("relu", inline([4], f32(1, -2, 3, -4)), run_device="test:0", run_priority=["testdev"], run_strict=True)
         single.run.outputs.add(no_copy=True).shared.CopyFrom(pb.SharedRange(region=region, offset=64, bytes=64))
@@ -167,15 +173,7 @@ class Full(Case):
         relu.run.outputs.add(no_copy=True, keep=True)
         self.assertEqual(client.call(relu)[0].status, OK)
         upload(client, [count], f32(*[1.0] * count), device="test:1")
-        request = pb.Request()
-        made = request.run_graph.once
-        made.inputs.add(name="x", kind=0)
-        node = made.nodes.add(op="relu", device="test:1")
-        node.priority.names.append("testdev")
-        node.args.add().tensor.graph_input = 0
-        made.outputs.add().node.node = 0
-        request.run_graph.inputs.add().tensor.handle.CopyFrom(x)
-        reply, data = client.call(request)
+        reply, data = client.call(relu_graph("test:1", pb.Tensor(handle=x)))
         self.assertIn(reply.status, (OK, RESOURCE_EXHAUSTED), reply.message)
         if reply.status == OK:
             self.assertEqual(data, f32(*[1.0] * count))
