@@ -249,7 +249,7 @@ void scheduler_forget_rates(struct scheduler *scheduler)
 static uint64_t estimate(const struct sched_item *item)
 {
 	if (item->estimate_ns != 0)
-		return item->estimate_ns;
+		return item->estimate_ns < SCHED_ESTIMATE_MAX_NS ? item->estimate_ns : SCHED_ESTIMATE_MAX_NS;
 	return item->flow->mean_ns > 0 ? (uint64_t)item->flow->mean_ns + 1 : SCHED_ESTIMATE_DEFAULT_NS;
 }
 

@@ -29,6 +29,8 @@ typedef enum sched_class {
 #define SCHED_WEIGHT_MAX 1000000u
 /* A job that nobody could estimate, of a flow that has had none yet. */
 #define SCHED_ESTIMATE_DEFAULT_NS 10000u
+/* 18 minutes: what is estimated to take longer counts as this much, so that the sum of all that may be queued (16,777,216 jobs) is a number, and a charge taken back leaves no rounding behind. */
+#define SCHED_ESTIMATE_MAX_NS (((uint64_t)1 << 40) - 1)
 /* Credit of a waiting class is bounded: a long wait doesn't become a long burst. */
 #define SCHED_CREDIT_MAX_NS 1000000000.0
 

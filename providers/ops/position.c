@@ -43,7 +43,7 @@ static void embedding_item(const struct kernel_job *job, uint64_t item, void *sc
 static uint64_t embedding_cost(const opd_impl *impl, const opd_call *call)
 {
 	(void)impl;
-	return 300 + call->outputs[0]->elements * 2 + kernel_tensor(call, 0)->elements * 20;
+	return estimate_add(300, estimate_add(estimate_multiply(call->outputs[0]->elements, 2), estimate_multiply(kernel_tensor(call, 0)->elements, 20)));
 }
 
 static opd_status embedding_run(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error)
@@ -236,7 +236,7 @@ static void rotary_item(const struct kernel_job *job, uint64_t item, void *scrat
 static uint64_t rotary_cost(const opd_impl *impl, const opd_call *call)
 {
 	(void)impl;
-	return 300 + 12 * (call->outputs[0]->elements + call->outputs[1]->elements);
+	return estimate_add(300, estimate_multiply(estimate_add(call->outputs[0]->elements, call->outputs[1]->elements), 12));
 }
 
 static opd_status rotary_run(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error)
