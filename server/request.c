@@ -521,8 +521,14 @@ void request_task(struct request *request, request_task_fn task, request_task_fn
 		done(request);
 		return;
 	}
-	request->job = (struct lane_job){.run = task_run, .done = task_done, .owner = request->context->loop, .pays = &request->session->flow};
-	const bool queued = lane_submit(request->session->lane, &request->job); /* as the lane's own: it waits for nobody's turn, but its session pays */
+	/* Whatever a session has a lane do is its own: it waits its turn, and pays. What was read must be told from what it says before anything else is read from its connection. */
+	request->job = (struct lane_job){
+		.run = task_run,
+		.done = task_done,
+		.owner = request->context->loop,
+		.item = {.flow = &request->session->flow, .class = (uint8_t)request->session->class, .unbounded = true, .first = request->decoding},
+	};
+	const bool queued = lane_submit(request->session->lane, &request->job);
 	assert(queued);
 	(void)queued;
 }
