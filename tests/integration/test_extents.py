@@ -4,9 +4,10 @@
 Each test's name is the promise that it checks. None measures time: a request is refused, is told to have run elsewhere than on the I/O loop, or can be cancelled while it runs.
 """
 import struct
+import time
 import unittest
 
-from harness import OK, RESOURCE_EXHAUSTED, DaemonCase, f32, inline, pb
+from harness import CANCEL, CANCELLED, OK, RESOURCE_EXHAUSTED, DaemonCase, f32, frame, inline, pb, run, tensor
 
 F16, F32, I32, I64 = 7, 9, 5, 6
 
@@ -68,6 +69,49 @@ class Extents(DaemonCase):
             reply = self.run_graph(number, *inputs)
             self.assertEqual(reply.status, OK, reply.message)
             self.assertFalse(reply.run.explain.on_loop)
+
+    def paged(self, rows, length, **fields):
+        """No query and a table of rows × rows zeros that lie one after the other, all of which are checked."""
+        table = struct.pack("<i", 0) * (2 * rows - 1)
+        request = run("paged_attention", inline([0, 1, 0], b"", dtype=F16), *[inline([1, 1, 1, 0], b"", dtype=F16)] * 2,
+                      inline([rows, rows], table, dtype=I32, strides=[1, 1]), inline([rows], struct.pack("<i", length), dtype=I32, strides=[0]),
+                      inline([rows + 1], bytes(4), dtype=I32, strides=[0]), scale=1.0, **fields)
+        request.run.explain = True
+        return self.one.call(request)[0]
+
+    def test_indices_to_check_count_in_what_the_loop_runs(self):
+        for provider in ("native", "cpu"):
+            reply = self.paged(1024, 1024, run_priority=[provider])
+            self.assertEqual(reply.status, OK, reply.message)
+            self.assertFalse(reply.run.explain.on_loop, provider)
+
+    def test_indices_to_check_count_in_a_graphs_cost(self):
+        operands = [view(2, [1024, 1024], [1, 1], dtype=I32), view(3, [1024], [0], dtype=I32), view(4, [1025], [0], dtype=I32)]
+        number = self.register(graph_of(5, node("paged_attention", whole(0), whole(1), whole(1), *operands, scale=1.0)))
+        inputs = [inline([0, 1, 0], b"", dtype=F16), inline([1, 1, 1, 0], b"", dtype=F16), inline([2047], bytes(4 * 2047), dtype=I32),
+                  inline([1], struct.pack("<i", 1024), dtype=I32), inline([1], bytes(4), dtype=I32)]
+        for _ in range(2):  # the first is prepared on the lane
+            reply = self.run_graph(number, *inputs)
+            self.assertEqual(reply.status, OK, reply.message)
+            self.assertFalse(reply.run.explain.on_loop)
+
+    def expect_cancelled_while_it_runs(self, request, payload, text):
+        for _ in range(50):
+            running = self.one.submit(request, payload)
+            self.one.ping()
+            time.sleep(0.05)
+            self.one.send(frame(CANCEL, running))
+            reply = self.one.read_reply(running)[1]
+            self.assertEqual(reply.status, CANCELLED, reply.message)
+            if text in reply.message:
+                return  # else the thread hadn't begun it yet
+        self.fail(reply.message)
+
+    def test_a_check_of_indices_is_stopped(self):
+        """Two thousand million ids in 400 KB."""
+        ids = tensor([1 << 15, 1 << 16], size=4 * 98304, dtype=I32, strides=[1, 1])
+        request = run("embedding", ids, inline([1, 0], b""), run_priority=["native"])
+        self.expect_cancelled_while_it_runs(request, bytes(4 * 98304), "embedding: cancelled while its indices were checked")
 
 
 if __name__ == "__main__":
