@@ -204,7 +204,7 @@ class Cancelling(DaemonCase):
     def test_who_has_as_much_in_flight_as_it_may_can_cancel(self):
         running = self.begin_slow()
         waiting = [self.one.submit(small()) for _ in range(self.one.hello.limits.in_flight - 1)]
-        self.cancel(running, *waiting)
+        self.cancel(*waiting, running)
         self.expect({request: (CANCELLED, "") for request in [running] + waiting})
         self.expect_nothing_left()
 
