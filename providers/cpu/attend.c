@@ -371,16 +371,16 @@ static uint64_t attend_chunk_end(uint64_t at, uint64_t end)
 
 /* What is asked for at a split's end are keys behind it, or, where there are none, its last value again. (A head's place in what comes later is taken to be that in what is read: if keys and
  * values differ in it, some lines are asked for in vain.) */
-static void attend_order(const struct attend *attend, const struct attend_tile *tile, uint64_t begin, uint64_t end, uint64_t *places)
+static void attend_order(const struct attend *attend, const struct attend_tile *tile, uint64_t begin, uint64_t end, size_t ahead, uint64_t *places)
 {
 	for (uint64_t at = begin, next; at < end; at = next) {
 		next = attend_chunk_end(at, end);
 		attend_places(attend, tile, at, next, places, places + (next - at));
 		places += 2 * (next - at);
 	}
-	uint64_t behind = tile->longest - end < LOOKAHEAD_KEYS ? tile->longest - end : LOOKAHEAD_KEYS;
-	attend_places(attend, tile, end, end + behind, places, places + LOOKAHEAD_KEYS);
-	for (; behind < LOOKAHEAD_KEYS; behind++)
+	uint64_t behind = tile->longest - end < ahead ? tile->longest - end : ahead;
+	attend_places(attend, tile, end, end + behind, places, places + ahead);
+	for (; behind < ahead; behind++)
 		places[behind] = places[-1];
 }
 
@@ -388,14 +388,15 @@ static void attend_order(const struct attend *attend, const struct attend_tile *
 static void attend_split(const struct attend_work *work, const struct attend_tile *tile, uint64_t begin, uint64_t end,
                          struct attend_scratch *scratch, struct attend_part *part)
 {
+	const size_t keys_ahead = attend_lookahead(work->attend->key_token), values_ahead = attend_lookahead(work->attend->value_token);
 	attend_part_clear(work, part, tile->count);
 	if (begin < end)
-		attend_order(work->attend, tile, begin, end, scratch->places);
+		attend_order(work->attend, tile, begin, end, keys_ahead > values_ahead ? keys_ahead : values_ahead, scratch->places);
 	for (uint64_t at = begin; at < end; at += CPU_ATTEND_KEYS) {
 		size_t count = (size_t)(attend_chunk_end(at, end) - at);
 		const uint64_t *places = scratch->places + 2 * (at - begin);
-		struct cpu_attend_run keys = {0, places, count, attend_lookahead(work->attend->key_token)};
-		struct cpu_attend_run values = {0, places + count, count, attend_lookahead(work->attend->value_token)};
+		struct cpu_attend_run keys = {0, places, count, keys_ahead};
+		struct cpu_attend_run values = {0, places + count, count, values_ahead};
 		if (tile->heads > 1)
 			attend_chunk_heads(work, tile, &keys, &values, scratch, part);
 		else

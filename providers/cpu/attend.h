@@ -11,8 +11,9 @@
 
 #include "providers/cpu/call.h"
 
-/* Keys whose result is computed apart from others': 32 MiB of cache (4096 keys, 8 heads of 128 in f32) make 32 items of a single query, which 16 threads share better than 16. */
-#define ATTEND_SPLIT 128
+/* Keys whose result is computed apart from others'. 4096 keys make 64 items of a single query: 16 threads whose cores aren't equally fast share them better than 32 (idle Xeon, 8 heads of 128, us a
+ * call in three runs: f32 98, 101, 105 for 95, 128, 123; bf16 57, 58, 63 for 57, 72, 75), and one thread takes 1 to 2 % longer. */
+#define ATTEND_SPLIT 64
 /* Scratch of a thread grows with it. */
 #define ATTEND_HEAD_SIZE_MAX 1024
 
