@@ -3,10 +3,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Of blocks of floats that read a packed copy. The library's layouts are made of blocks of 64 columns, and wider ones are no faster by themselves (README.md), so these share best. They are the same
- * for any number of rows, so that one copy of a weight serves all. */
-enum { PACKED_COLUMNS = 64 };
-
 static uint64_t round_up(uint64_t bytes)
 {
 	return (bytes + 63) / 64 * 64;
@@ -218,13 +214,19 @@ static void plan_packing(struct multiply_plan *plan, const struct product *produ
 	packing->bytes = packing->block_bytes * packing->blocks;
 }
 
-/* i8 keeps to wide blocks: its products take so little time that reading the rows for each block counts (512 rows, 2 threads with AMX: 12.3 ms, by 64 columns 16.8). */
+/* Columns of a block that reads a packed copy. The library's layouts are made of blocks of 64 columns, and wider ones are no faster by themselves, so these share best; but what the processor multiplies in tiles (AMX) takes so little
+ * time that reading the rows once a block counts (README.md, for both). They are the same for any number of rows, so that one copy of a weight serves all. */
+static int64_t packed_columns(opd_dtype dtype)
+{
+	return dtype == OPD_f32 ? 64 : dtype == OPD_bf16 ? 128 : PRODUCT_BLOCK_COLUMNS;
+}
+
 static void choose_blocks(struct multiply_plan *plan, const struct product *product)
 {
 	const opd_dtype dtype = product->left_tensor->dtype;
 	plan->plain.block_columns = PRODUCT_BLOCK_COLUMNS;
 	plan->plain.apart = dtype == OPD_i8 || (dtype == OPD_bf16 && product->columns > PRODUCT_BLOCK_COLUMNS);
-	plan->packed.block_columns = dtype == OPD_i8 ? PRODUCT_BLOCK_COLUMNS : PACKED_COLUMNS;
+	plan->packed.block_columns = packed_columns(dtype);
 	plan->packed.apart = dtype == OPD_i8 || product->columns > plan->packed.block_columns;
 }
 
