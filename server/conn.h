@@ -122,6 +122,9 @@ void conn_tick(struct conn *conn, uint64_t now_us);
 void conn_goaway(struct conn *conn, const char *why);
 /* A request of it that ends before its payload is whole: what still comes of that is skipped. */
 void conn_skip_payload(struct conn *conn, struct request *request);
+/* The reply to all that it has in flight will be there in some 10 us: what every frame begins with leaves ahead, so that the client's thread wakes meanwhile, which takes it as long. Not where anything
+ * else waits to be written; rings and TLS go on as ever. */
+void conn_expect_reply(struct conn *conn);
 /* Nothing accepted, nothing to write. */
 bool conn_idle(const struct conn *conn);
 /* The oldest descriptor that came with the frames being read, now the caller's, to be given to conn_let_go; -1: none. */
