@@ -135,6 +135,10 @@ typedef opd_status (*opd_shape_fn)(const opd_op *op, const opd_call *call, opd_o
  * value and range. Kernels may trust what it checked. */
 typedef opd_status (*opd_check_fn)(const opd_op *op, const opd_call *call, opd_error *error);
 
+/* The same for contents of any number: it asks exec->host->cancelled every so often, and returns OPD_CANCELLED soon where nobody wants the result any more. Of exec only `host` and `lane` are set; exec is
+ * NULL where nobody can cancel. */
+typedef opd_status (*opd_check_long_fn)(const opd_op *op, const opd_call *call, const opd_exec *exec, opd_error *error);
+
 /* Values that a generator is asked for. */
 typedef enum opd_values {
 	OPD_VALUES_RANDOM = 0,  /* what a user's data looks like: normal, a few units wide */
@@ -219,6 +223,7 @@ struct opd_op {
 	const opd_impl *native; /* the definition: device "cpu", no predicate, no plan, same schema (op and schema may be NULL), any strides */
 	const void *user;       /* the op's own, for functions that serve several ops */
 	const char *indices;    /* parameters whose contents `check` reads, as "positions,slot_mapping"; NULL with a check: all of i32 and i64 */
+	opd_check_long_fn check_long; /* called instead of `check` where it isn't NULL; an op that has it has `check` too, for hosts that don't know it */
 };
 
 /* ---- Implementations --------------------------------------------------------------------------------------------------- */

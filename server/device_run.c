@@ -284,11 +284,7 @@ static bool checked_there(const struct request *request)
 static opd_status check_contents(struct request *request)
 {
 	const opd_op *def = request->run.op->def;
-	opd_error *error = &request->device_job.error;
-	if (def->check == NULL)
-		return OPD_OK;
-	opd_status status = def->check(def, &request->run.bound.call, error);
-	return status == OPD_OK ? OPD_OK : module_failure(status, error, "%s: the operands' contents are refused", request->run.op->schema->name);
+	return module_check_contents(request->run.dispatch.impl->provider->module, def, &request->run.bound.call, NULL, &request->device_job.error);
 }
 
 static opd_status fault_make(struct device_lane *lane, struct device_job *job, struct device_run *mine)

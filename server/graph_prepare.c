@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "proto/tensor.h"
+#include "providers/estimate.h"
 #include "server/daemon.h"
 #include "server/graph_prepare.h"
 #include "server/module.h"
@@ -243,9 +244,9 @@ static opd_status choose(struct preparing *p, struct step *step, const struct op
 	step->impl = dispatch->impl;
 	step->def = op->def;
 	step->plan = dispatch->plan == NULL ? NULL : &dispatch->plan->made;
-	step->cost_ns = step->impl->def->cost_ns == NULL ? 0 : step->impl->def->cost_ns(step->impl->def, &step->bound.call);
+	step->cost_ns = bound_cost_ns(&step->bound, step->impl);
 	p->prepared->can_be_inline = p->prepared->can_be_inline && step->cost_ns != 0 && step->impl->provider->module->library == NULL;
-	p->prepared->cost_ns += step->cost_ns;
+	p->prepared->cost_ns = estimate_add(p->prepared->cost_ns, step->cost_ns);
 	if (step->cost_ns > p->prepared->step_ns)
 		p->prepared->step_ns = step->cost_ns;
 	return OPD_OK;

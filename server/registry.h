@@ -61,6 +61,7 @@ struct op {
 	struct schema *schema;
 	opd_shape_fn shape;
 	uint64_t row_params; /* bits of the parameters whose first extent is rows that stand for themselves (OPD_OP_ROWS); 0: there are none */
+	uint64_t index_params; /* bits of the parameters whose contents its check reads; 0: it has none */
 	uint32_t index; /* the same in every snapshot */
 	uint32_t impl_count;
 	const struct impl **impls; /* native first, then in the order of registration */

@@ -7,6 +7,7 @@
 #define OPD_CPU_CALL_H
 
 #include "providers/cpu/kernels.h"
+#include "providers/estimate.h"
 #include "providers/provider.h"
 
 /* The implementations, in the order in which `open` registers them. Templates: each copy's `user` is the struct cpu_kernels to use. */
@@ -151,12 +152,12 @@ OPD_MUST_USE opd_status cpu_expect_shape(const opd_impl *impl, const opd_call *c
 static inline uint64_t cpu_cost_ns(const struct cpu_cost *cost, opd_dtype dtype, uint64_t elements)
 {
 	unsigned index = cpu_dtype_index(dtype);
-	return index == CPU_DTYPES ? 0 : cost->call_ns + elements * cost->element_ps[index] / 1000;
+	return index == CPU_DTYPES ? 0 : cost->call_ns + estimate_multiply(elements, cost->element_ps[index]) / 1000;
 }
 
 static inline uint64_t cpu_any_cost_ns(const struct cpu_any_cost *cost, opd_dtype dtype, uint64_t elements)
 {
-	return cost->call_ns + elements * cost->element_ps[dtype] / 1000;
+	return cost->call_ns + estimate_multiply(elements, cost->element_ps[dtype]) / 1000;
 }
 
 /* Items [begin, end) on the lane's thread `thread`. */
