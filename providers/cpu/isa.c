@@ -9,9 +9,9 @@
 
 /* Costs: measured with one thread, rows of 4096, operands in cache (conformance --serve, Zen 5; norms, activations and softmax 2026-11-27, others the day before; topk of 4 x 32768, products of 64 x 1024 x 1024); linear and attention from
  * memory. softmax_columns, and topk of f8 and i64, are estimates. conformance --time prints them beside what it measures. */
-#define TABLE_OF_BF16(set) .norm = &cpu_norm_##set, .activation = &cpu_activation_##set, .softmax = &cpu_softmax_##set, .attend = &cpu_attend_##set, \
+#define TABLE_OF_BF16(set) .norm = &cpu_norm_##set, .activation = &cpu_activation_##set, .softmax = &cpu_softmax_##set, .attend = &cpu_attend_##set, .linear = &cpu_linear_##set, \
                    .arithmetic = &cpu_arithmetic_##set, .moments = &cpu_moments_##set
-#define TABLE_OF_OTHERS(set) .linear = &cpu_linear_##set, .position = &cpu_position_##set, .cast = &cpu_cast_##set, .quant = &cpu_quant_##set, \
+#define TABLE_OF_OTHERS(set) .position = &cpu_position_##set, .cast = &cpu_cast_##set, .quant = &cpu_quant_##set, \
                    .topk = &cpu_topk_##set, .matmul = &cpu_matmul_##set, .columns = &cpu_columns_##set
 #define TABLE(set) .isa = #set, TABLE_OF_BF16(set), TABLE_OF_OTHERS(set), .scaled_mm = &cpu_scaled_mm_##set
 

@@ -53,6 +53,12 @@ typedef void (*cpu_softmax_fn)(const void *x, const void *next, void *y, size_t 
 /* sums[n] = x [k] · row n of weight, for n < columns; stride in elements between rows of weight. ahead: weight comes from memory, and is asked for before it is needed. */
 typedef void (*cpu_linear_dots_fn)(const void *x, const void *weight, int64_t stride, size_t k, size_t columns, bool ahead, float *sums);
 
+/* bf16 by products of pairs: sums[m·sums_stride + n] = row x[m] · weight row n, m < rows (at most CPU_LINEAR_PAIR_ROWS), n < columns, weight rows `stride` elements apart. Each sum is one chain over k, folded as vec_sum does, whatever
+ * rows and columns are beside it. Denormals count as zero. ahead: memory is asked for what follows in each row of weight. */
+enum { CPU_LINEAR_PAIR_ROWS = 4 };
+typedef void (*cpu_linear_pairs_fn)(const void *const *x, size_t rows, const void *weight, int64_t stride, size_t columns, size_t k, bool ahead, float *sums,
+                                    size_t sums_stride);
+
 /* `count` elements (at most CPU_LINEAR_BLOCK) to f32, followed by zeros up to `padded`, a multiple of 16. */
 typedef void (*cpu_linear_pack_fn)(const void *source, size_t count, size_t padded, float *packed);
 
@@ -228,6 +234,7 @@ struct cpu_linear_kernels {
 	cpu_linear_finish_fn finish[CPU_DTYPES];
 	/* sums[m·stride + n] += x row m · weight row n over one packed block, for the whole tile. Rows are `padded` floats apart. */
 	void (*tile)(const float *x, const float *weight, size_t padded, float *sums, size_t stride);
+	cpu_linear_pairs_fn pairs; /* NULL: the processor has no products of pairs of bf16 */
 };
 
 /* f32 rows of queries and mixed values are `padded` floats apart: the head size rounded up to whole vectors, zeros behind it. Scores and weights
@@ -352,6 +359,7 @@ CPU_ISA_MAP(X)
 extern const struct cpu_scaled_mm_kernels cpu_scaled_mm_avx512_vnni; /* all others are avx512's */
 /* Those that gain by conversions and products of bf16; all others are avx512_vnni's. */
 extern const struct cpu_norm_kernels cpu_norm_avx512_bf16;
+extern const struct cpu_linear_kernels cpu_linear_avx512_bf16;
 extern const struct cpu_activation_kernels cpu_activation_avx512_bf16;
 extern const struct cpu_softmax_kernels cpu_softmax_avx512_bf16;
 extern const struct cpu_attend_kernels cpu_attend_avx512_bf16;
