@@ -22,6 +22,8 @@
 #define PAIR_ROWS_BYTES (512 << 10)
 /* Femtoseconds of a product. */
 #define PAIR_PRODUCT_FS 6000
+/* Longer sums go the way of f32, which asks in their middle whether the call was cancelled. */
+#define PAIR_DEPTH_MAX (1 << 20)
 
 static bool linear_predicate(const opd_impl *impl, void *state, const opd_call *call, opd_reason *reason)
 {
@@ -46,13 +48,18 @@ struct linear_work {
 	struct cpu_cancel *cancel; /* of items: asked once a block of depth */
 };
 
+static bool linear_by_pairs(const struct cpu_linear_kernels *kernels, const opd_tensor *x)
+{
+	return x->dtype == OPD_bf16 && kernels->pairs != NULL && opd_tensor_last(x) <= PAIR_DEPTH_MAX;
+}
+
 static uint64_t linear_cost(const opd_impl *impl, const opd_call *call)
 {
 	const struct cpu_costs *costs = &cpu_kernels_of(impl)->costs;
 	const opd_tensor *x = cpu_tensor(call, 0);
 	const opd_tensor *weight = cpu_tensor(call, 1);
 	double products = (double)call->outputs[0]->elements * (double)opd_tensor_last(x);
-	const bool pairs = x->dtype == OPD_bf16 && cpu_kernels_of(impl)->linear->pairs != NULL;
+	const bool pairs = linear_by_pairs(cpu_kernels_of(impl)->linear, x);
 	double ns = (double)cpu_cost_ns(&costs->linear_weight, x->dtype, weight->elements) + products * (pairs ? PAIR_PRODUCT_FS : costs->linear_product_fs) * 1e-6;
 	return ns < 1e18 ? (uint64_t)ns : (uint64_t)1e18;
 }
@@ -246,7 +253,7 @@ static opd_status linear_run(const opd_impl *impl, void *state, const opd_call *
 		work.weight = opd_tensor_data(weight);
 	}
 	uint64_t cost_ns = linear_cost(impl, call);
-	if (x->dtype == OPD_bf16 && work.kernels->pairs != NULL && work.k > 0)
+	if (linear_by_pairs(work.kernels, x) && work.k > 0)
 		return linear_run_pairs(&work, exec, cost_ns, error);
 	if (work.rows >= PACKED_ROWS && work.k > 0)
 		return linear_run_packed(&work, exec, cost_ns, error);
