@@ -5,7 +5,9 @@
 #include <sys/socket.h>
 
 #include "server/lane.h"
-#include "server/shares.h"
+
+/* So often may a thread come back from one of the worker's loops and help with the next while the worker says nothing else. */
+enum { PLACES_PER_THREAD = 4 };
 
 /* One loop of the lane's, open while the worker says nothing but that it has a loop: its caller listens to the worker, and who joins helps. */
 struct help {
@@ -84,7 +86,7 @@ static void take_part(void *argument, uint64_t begin, uint64_t end, uint32_t thr
 /* The worker has opened a loop: what it says next. */
 static process_event wait_with_help(struct process *process, uint64_t limit_ns, const opd_exec *exec)
 {
-	struct help help = {.process = process, .limit_ns = limit_ns, .exec = exec, .listener = pthread_self(), .places = exec->threads * SHARES_PER_THREAD};
+	struct help help = {.process = process, .limit_ns = limit_ns, .exec = exec, .listener = pthread_self(), .places = exec->threads * PLACES_PER_THREAD};
 	lane_parallel_for(exec->lane, help.places, 1, take_part, &help);
 	if (help.heard)
 		return help.event;
