@@ -135,6 +135,10 @@ typedef opd_status (*opd_shape_fn)(const opd_op *op, const opd_call *call, opd_o
  * value and range. Kernels may trust what it checked. */
 typedef opd_status (*opd_check_fn)(const opd_op *op, const opd_call *call, opd_error *error);
 
+/* The same for contents of any number: it asks exec->host->cancelled every so often, and returns OPD_CANCELLED soon where nobody wants the result any more. Of exec only `host` and `lane` are set; exec is
+ * NULL where nobody can cancel. */
+typedef opd_status (*opd_check_long_fn)(const opd_op *op, const opd_call *call, const opd_exec *exec, opd_error *error);
+
 /* Values that a generator is asked for. */
 typedef enum opd_values {
 	OPD_VALUES_RANDOM = 0,  /* what a user's data looks like: normal, a few units wide */
@@ -219,6 +223,7 @@ struct opd_op {
 	const opd_impl *native; /* the definition: device "cpu", no predicate, no plan, same schema (op and schema may be NULL), any strides */
 	const void *user;       /* the op's own, for functions that serve several ops */
 	const char *indices;    /* parameters whose contents `check` reads, as "positions,slot_mapping"; NULL with a check: all of i32 and i64 */
+	opd_check_long_fn check_long; /* called instead of `check` where it isn't NULL; an op that has it has `check` too, for hosts that don't know it */
 };
 
 /* ---- Implementations --------------------------------------------------------------------------------------------------- */
@@ -278,6 +283,13 @@ typedef struct opd_index_fault {
  * has OPD_IMPL_IN_PLACE. If the outputs' dtypes or shapes aren't what it writes it returns OPD_INTERNAL and writes nothing. */
 typedef opd_status (*opd_run_fn)(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error);
 
+#define OPD_CALLS_MAX 8u
+
+/* On a device: enqueues 2 to OPD_CALLS_MAX calls as one piece of work, which costs the host and the device one launch instead of so many. Each is of another request and such that run would take
+ * it; none reads or writes what another one writes; each result has the very bits that run gives it. `exec` is run's, without plan, scratch and fault. OPD_UNIMPLEMENTED, or any other failure but
+ * OPD_DATA_LOSS: nothing has been enqueued, and the host runs them one after the other. */
+typedef opd_status (*opd_run_many_fn)(const opd_impl *impl, void *state, const opd_call *const *calls, uint32_t count, const opd_exec *exec, opd_error *error);
+
 /* Borrowed by the host until the module is closed. */
 struct opd_impl {
 	uint32_t struct_bytes;
@@ -292,6 +304,7 @@ struct opd_impl {
 	opd_cost_fn cost_ns;        /* NULL: unknown */
 	opd_run_fn run;
 	const void *user; /* the implementation's own, for functions that serve several */
+	opd_run_many_fn run_many; /* NULL: each call alone. Only for those without a plan and on a backend with OPD_BACKEND_FAILS_WHOLE */
 };
 
 /* What run is given beside the call. */

@@ -7,6 +7,7 @@
 #include "proto/bounds.h"
 #include "proto/tensor.h"
 #include "proto/text.h"
+#include "providers/estimate.h"
 #include "server/module.h"
 
 static const char *kind_name(msg_arg_kind kind)
@@ -289,4 +290,36 @@ opd_status bind_outputs(struct arena *arena, struct bound *bound, opd_error *err
 	}
 	bound->call.outputs = list;
 	return OPD_OK;
+}
+
+/* ---- Cost ---- */
+
+/* Of an index that is checked: half of one of a table's row, a third of one of paged_attention's sequences, which has two more. */
+#define CHECK_ELEMENT_NS 4u
+
+static uint64_t index_elements(const opd_tensor *tensor)
+{
+	return tensor->dtype == OPD_i32 || tensor->dtype == OPD_i64 ? tensor->elements : 0;
+}
+
+/* All elements, also where strides of 0 repeat them: what a check makes of those is its own business. */
+static uint64_t checked_elements(const struct bound *bound)
+{
+	uint64_t elements = 0;
+	for (uint64_t bits = bound->op->index_params; bits != 0; bits &= bits - 1) {
+		const opd_arg *arg = &bound->args[__builtin_ctzll(bits)];
+		if (arg->kind == OPD_ARG_TENSOR)
+			elements = estimate_add(elements, index_elements(arg->tensor));
+		for (uint32_t i = 0; arg->kind == OPD_ARG_TENSORS && i < arg->count; i++)
+			elements = estimate_add(elements, index_elements(arg->tensors[i]));
+	}
+	return elements;
+}
+
+uint64_t bound_cost_ns(const struct bound *bound, const struct impl *impl)
+{
+	const uint64_t kernel_ns = impl->def->cost_ns == NULL ? 0 : impl->def->cost_ns(impl->def, &bound->call);
+	if (kernel_ns == 0 || bound->op->index_params == 0)
+		return kernel_ns;
+	return estimate_add(kernel_ns, estimate_multiply(checked_elements(bound), CHECK_ELEMENT_NS));
 }

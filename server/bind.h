@@ -31,7 +31,7 @@ struct bound {
 	uint32_t operand_count;
 	struct operand *operands;
 	opd_tensor *outputs; /* [call.output_count] */
-	uint64_t output_bytes; /* their sum, each padded to 64 */
+	uint64_t output_bytes; /* their sum, each padded to 64; not a graph's */
 };
 
 /* Of all its elements, packed: bind_place and bind_outputs have checked that it is a number. */
@@ -56,5 +56,8 @@ OPD_MUST_USE opd_status bind_place(const struct op *op, struct operand *operand,
 
 /* Calls the shape function and describes the outputs (data NULL). */
 OPD_MUST_USE opd_status bind_outputs(struct arena *arena, struct bound *bound, opd_error *error);
+
+/* Nanoseconds of one thread for the call: as the implementation estimates, and for the check of its indices, which is done where the kernel runs. 0: unknown. */
+uint64_t bound_cost_ns(const struct bound *bound, const struct impl *impl);
 
 #endif

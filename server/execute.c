@@ -171,18 +171,6 @@ static opd_status shapes_check(struct request *request, uint64_t outputs_before,
 
 /* ---- On the CPU ---- */
 
-static opd_status check_contents(struct request *request)
-{
-	const opd_op *def = request->run.op->def;
-	if (def->check == NULL)
-		return OPD_OK;
-	request->error.text[0] = '\0';
-	opd_status status = def->check(def, &request->run.bound.call, &request->error);
-	if (status == OPD_OK)
-		return OPD_OK;
-	return module_failure(status, &request->error, "%s: the operands' contents are refused", request->run.op->schema->name);
-}
-
 static opd_status make_scratch(struct request *request, const struct plan *plan, opd_exec *exec)
 {
 	if (plan == NULL || plan->made.scratch_bytes == 0)
@@ -234,7 +222,7 @@ static opd_status run_kernel(struct request *request, struct lane_exec *lane)
 		.plan = plan == NULL ? NULL : &plan->made,
 		.lane = lane,
 	};
-	opd_status status = check_contents(request);
+	opd_status status = module_check_contents(impl->provider->module, run->op->def, &run->bound.call, lane, &request->error);
 	if (status == OPD_OK)
 		status = make_scratch(request, plan, &exec);
 	if (status != OPD_OK)
@@ -468,7 +456,7 @@ bool execute_fits_loop(struct request *request, uint64_t cost_ns, uint64_t step_
 static bool fits_loop(struct request *request)
 {
 	const struct impl *impl = request->run.dispatch.impl;
-	request->run.cost_ns = impl->def->cost_ns == NULL ? 0 : impl->def->cost_ns(impl->def, &request->run.bound.call);
+	request->run.cost_ns = bound_cost_ns(&request->run.bound, impl);
 	if (impl->provider->module->library != NULL || request->run.dispatch.plan_missing || containment_off_loop(request->context->server->containment, impl))
 		return false;
 	return execute_fits_loop(request, request->run.cost_ns, request->run.cost_ns);

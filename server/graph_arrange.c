@@ -24,7 +24,7 @@ static bool steps_before(struct preparing *p, struct schedule_steps *steps)
 	made = before != NULL && cost != NULL;
 	for (uint32_t i = 0; made && i < graph->node_count; i++) {
 		step_of[graph->order[i]] = i;
-		cost[i] = p->prepared->steps[i].cost_ns;
+		cost[i] = p->prepared->steps[i].cost_ns < SCHED_ESTIMATE_MAX_NS ? p->prepared->steps[i].cost_ns : SCHED_ESTIMATE_MAX_NS; /* the sum of all is a number */
 	}
 	uint32_t count = 0;
 	for (uint32_t i = 0; made && i < graph->node_count; i++) {

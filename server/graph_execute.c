@@ -43,7 +43,6 @@ static opd_status alloc_outputs(struct graph_run *run, opd_error *error)
 			                        run->graph->outputs[i].name.data);
 		output->data = request->run.outputs[i]->data;
 	}
-	request->run.bound.output_bytes = prepared->output_bytes;
 	return OPD_OK;
 }
 
@@ -168,12 +167,10 @@ static opd_status step_failed(const struct step *step, opd_status status, const 
 static opd_status run_step(struct graph_run *run, const struct step *step, opd_exec *exec, opd_error *error)
 {
 	const struct prepared *prepared = run->prepared;
-	opd_status status = OPD_OK;
-	error->text[0] = '\0';
-	if (step->def->check != NULL)
-		status = step->def->check(step->def, &step->bound.call, error);
+	opd_status status = module_check_contents(step->impl->provider->module, step->def, &step->bound.call, exec->lane, error);
 	if (status != OPD_OK)
-		return step_failed(step, status, ": the operands' contents are refused", error);
+		return status;
+	error->text[0] = '\0';
 	for (uint32_t i = 0; i < step->donate_count; i++)
 		run->states[prepared->donates[step->donates + i]].written = true;
 	exec->host = &step->impl->provider->module->host;

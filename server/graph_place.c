@@ -5,6 +5,7 @@
 
 #include "proto/tensor.h"
 #include "server/graph_prepare.h"
+#include "server/request.h"
 
 /* ---- Growing lists ---- */
 
@@ -78,7 +79,7 @@ opd_tensor *prepare_tensor(struct arena *arena, const opd_tensor *tensor)
 
 /* ---- Operands ---- */
 
-/* A view of an input or of a node's output: inside it, of its dtype. */
+/* A view of an input or of a node's output: inside it, of its dtype, and no larger than a run's own operands may be. */
 static opd_status place_view(struct preparing *p, const struct op *op, struct operand *operand, const opd_tensor *from)
 {
 	struct msg_tensor *view = operand->source;
@@ -91,6 +92,8 @@ static opd_status place_view(struct preparing *p, const struct op *op, struct op
 		return opd_fail(p->error, OPD_INVALID_ARGUMENT, "%s: %s views an input that is strided itself: give that input row-major",
 		                op->schema->name, operand->param);
 	opd_status status = bind_place(op, operand, NULL, prepare_bytes(from), false, p->error);
+	if (status == OPD_OK) /* in a dry run too: what it prepares is run later */
+		status = operand_check_extent(p->run->request->session, op, operand, p->error);
 	if (status != OPD_OK)
 		return status;
 	uint32_t alignment = tensor_alignment(NULL, operand->tensor.byte_offset);

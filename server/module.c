@@ -163,6 +163,25 @@ opd_status module_failure(opd_status status, opd_error *error, const char *forma
 	return status;
 }
 
+/* What an op's table has come to hold since the first: an older one ends before it. */
+static opd_check_long_fn check_long_of(const opd_op *op)
+{
+	return op->struct_bytes >= offsetof(opd_op, check_long) + sizeof op->check_long ? op->check_long : NULL;
+}
+
+opd_status module_check_contents(const struct module *module, const opd_op *op, const opd_call *call, struct lane_exec *lane, opd_error *error)
+{
+	const opd_check_long_fn check_long = check_long_of(op);
+	const opd_exec exec = {.struct_bytes = sizeof exec, .threads = 1, .host = &module->host, .lane = lane};
+	if (op->check == NULL)
+		return OPD_OK;
+	error->text[0] = '\0';
+	opd_status status = check_long == NULL ? op->check(op, call, error) : check_long(op, call, lane == NULL ? NULL : &exec, error);
+	if (status == OPD_OK)
+		return OPD_OK;
+	return module_failure(status, error, "%.*s: the operands' contents are refused", (int)strcspn(op->schema, "("), op->schema);
+}
+
 void module_unload(void *library)
 {
 	if (library != NULL)

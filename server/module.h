@@ -32,6 +32,10 @@ OPD_MUST_USE opd_status module_check(const opd_module *def, opd_error *error);
 OPD_PRINTF(3, 4)
 opd_status module_failure(opd_status status, opd_error *error, const char *format, ...);
 
+/* An op's check of the contents that its kernels index with, if it has one; lane: whose job may be cancelled meanwhile, NULL: nobody's. OPD_OK, or a failure with its text. */
+struct lane_exec;
+OPD_MUST_USE opd_status module_check_contents(const struct module *module, const opd_op *op, const opd_call *call, struct lane_exec *lane, opd_error *error);
+
 void module_unload(void *library); /* NULL is allowed */
 
 /* Zeroed state, not yet opened. NULL: out of memory. */

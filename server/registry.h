@@ -52,6 +52,7 @@ struct impl {
 	bool supported;  /* statically */
 	bool complete;   /* takes all arguments: no predicate, no plan that may refuse, the op's whole schema */
 	bool on_host;    /* device "cpu" */
+	opd_run_many_fn run_many; /* several calls at once; NULL: it can't */
 	const char *unsupported; /* why not; NULL when supported */
 	opd_reason_code unsupported_code;
 };
@@ -61,6 +62,7 @@ struct op {
 	struct schema *schema;
 	opd_shape_fn shape;
 	uint64_t row_params; /* bits of the parameters whose first extent is rows that stand for themselves (OPD_OP_ROWS); 0: there are none */
+	uint64_t index_params; /* bits of the parameters whose contents its check reads; 0: it has none */
 	uint32_t index; /* the same in every snapshot */
 	uint32_t impl_count;
 	const struct impl **impls; /* native first, then in the order of registration */

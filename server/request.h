@@ -91,6 +91,7 @@ struct request {
 	uint64_t id;
 	struct arena arena;
 	uint64_t arena_charged_bytes; /* of it, to the session; 0: it is small */
+	uint64_t answer_bytes; /* of it, until a large answer is written; 0: it is small */
 	struct msg_request message;
 	uint64_t payload_bytes; /* declared */
 	uint64_t payload_received;
@@ -216,6 +217,8 @@ bool execute_fits_loop(struct request *request, uint64_t cost_ns, uint64_t step_
 /* run_operands.c: all that is kept is taken at once, and what isn't there yet is waited for; then where one lies */
 OPD_MUST_USE opd_status run_take_operands(struct request *request);
 OPD_MUST_USE opd_status run_place_operand(struct request *request, uint32_t index);
+/* RESOURCE_EXHAUSTED when the operand, laid out, has more bytes than the session may have. */
+OPD_MUST_USE opd_status operand_check_extent(const struct session *session, const struct op *op, const struct operand *operand, opd_error *error);
 opd_status run_out_of_memory(struct request *request);
 /* run.c's and run_results.c's, for graphs too */
 OPD_MUST_USE opd_status run_take(struct request *request); /* payload, kept operands, room for kept results, deadline: run.op and run.bound are there */

@@ -148,14 +148,14 @@ static opd_status place_kept(struct request *request, struct operand *operand, c
 
 /* Strides of 0 make a few bytes as large as a shape can say. What an operand would take if it were laid out is held to the session's limit all the same: a
  * provider may have to lay it out, and four bytes as [1, 2^40] kept a thread in one product for hours. */
-static opd_status check_extent(struct request *request, const struct operand *operand)
+opd_status operand_check_extent(const struct session *session, const struct op *op, const struct operand *operand, opd_error *error)
 {
-	uint64_t limit = atomic_load_explicit(&request->session->account->limit_bytes, memory_order_relaxed);
+	uint64_t limit = atomic_load_explicit(&session->account->limit_bytes, memory_order_relaxed);
 	uint64_t bytes = operand->tensor.elements * opd_dtype_bytes(operand->tensor.dtype); /* checked by bind_place */
-	if (bytes <= limit || request->message.run.mode != MSG_RUN)
+	if (bytes <= limit)
 		return OPD_OK;
-	return opd_fail(&request->error, OPD_RESOURCE_EXHAUSTED, "%s: %s is a view of %" PRIu64 " bytes, of at most %" PRIu64 " that the session may have",
-	                request->run.op->schema->name, operand->param, bytes, limit);
+	return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "%s: %s is a view of %" PRIu64 " bytes, of at most %" PRIu64 " that the session may have", op->schema->name,
+	                operand->param, bytes, limit);
 }
 
 static opd_status place_source(struct request *request, uint32_t index)
@@ -178,5 +178,7 @@ static opd_status place_source(struct request *request, uint32_t index)
 opd_status run_place_operand(struct request *request, uint32_t index)
 {
 	opd_status status = place_source(request, index);
-	return status == OPD_OK ? check_extent(request, &request->run.bound.operands[index]) : status;
+	if (status != OPD_OK || request->message.run.mode != MSG_RUN)
+		return status;
+	return operand_check_extent(request->session, request->run.op, &request->run.bound.operands[index], &request->error);
 }

@@ -144,11 +144,23 @@ static uint64_t row_params(const struct entry *entry)
 	return bits;
 }
 
+/* The parameters whose contents are indices: those that it names, else all (of which only those of i32 and i64 count). */
+static uint64_t index_params(const struct entry *entry)
+{
+	const opd_op *def = entry->def;
+	const char *names = def->struct_bytes >= offsetof(opd_op, indices) + sizeof def->indices ? def->indices : NULL;
+	uint64_t bits = 0;
+	for (uint32_t i = 0; def->check != NULL && i < entry->schema->param_count && i < 64; i++)
+		if (names == NULL || is_named(names, entry->schema->params[i].name))
+			bits |= UINT64_C(1) << i;
+	return bits;
+}
+
 static bool snapshot_fill_op(struct registry *registry, struct snapshot *snapshot, uint32_t index)
 {
 	struct op *op = &snapshot->ops[index];
 	const struct entry *entry = &registry->ops[index];
-	*op = (struct op){.def = entry->def, .schema = entry->schema, .shape = entry->shape, .row_params = row_params(entry), .index = index};
+	*op = (struct op){.def = entry->def, .schema = entry->schema, .shape = entry->shape, .row_params = row_params(entry), .index_params = index_params(entry), .index = index};
 	for (uint32_t i = 0; i < registry->impl_count; i++)
 		op->impl_count += registry->impls[i]->op_index == index;
 	op->impls = calloc(op->impl_count, sizeof op->impls[0]);

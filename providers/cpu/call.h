@@ -6,7 +6,10 @@
 #ifndef OPD_CPU_CALL_H
 #define OPD_CPU_CALL_H
 
+#include <stdatomic.h>
+
 #include "providers/cpu/kernels.h"
+#include "providers/estimate.h"
 #include "providers/provider.h"
 
 /* The implementations, in the order in which `open` registers them. Templates: each copy's `user` is the struct cpu_kernels to use. */
@@ -151,12 +154,12 @@ OPD_MUST_USE opd_status cpu_expect_shape(const opd_impl *impl, const opd_call *c
 static inline uint64_t cpu_cost_ns(const struct cpu_cost *cost, opd_dtype dtype, uint64_t elements)
 {
 	unsigned index = cpu_dtype_index(dtype);
-	return index == CPU_DTYPES ? 0 : cost->call_ns + elements * cost->element_ps[index] / 1000;
+	return index == CPU_DTYPES ? 0 : cost->call_ns + estimate_multiply(elements, cost->element_ps[index]) / 1000;
 }
 
 static inline uint64_t cpu_any_cost_ns(const struct cpu_any_cost *cost, opd_dtype dtype, uint64_t elements)
 {
-	return cost->call_ns + elements * cost->element_ps[dtype] / 1000;
+	return cost->call_ns + estimate_multiply(elements, cost->element_ps[dtype]) / 1000;
 }
 
 /* Items [begin, end) on the lane's thread `thread`. */
@@ -170,7 +173,19 @@ uint32_t cpu_threads(const opd_exec *exec, uint64_t items, uint64_t cost_ns);
 OPD_MUST_USE opd_status cpu_for(const opd_exec *exec, uint64_t items, uint64_t cost_ns, cpu_items_fn run, const void *context,
                                 opd_error *error);
 
-/* The same in shares of `grain` items or more, as the host has it, for items that are few and large: cpu_for makes shares of some microseconds, which must not be several of those. */
+/* For items so long that they look in their middle at whether the call was cancelled, and give up. */
+struct cpu_cancel {
+	const opd_exec *exec;
+	atomic_bool seen; /* by one of them: the others see it too */
+};
+
+bool cpu_cancelled(struct cpu_cancel *cancel);
+
+/* cpu_for for them: their context leads to `cancel`, which has `exec` and is zeroed otherwise. Also OPD_CANCELLED when one has given up. */
+OPD_MUST_USE opd_status cpu_for_long(struct cpu_cancel *cancel, uint64_t items, uint64_t cost_ns, cpu_items_fn run, const void *context,
+                                     opd_error *error);
+
+/* cpu_for in shares of `grain` items or more, as the host has it, for items that are few and large: cpu_for makes shares of some microseconds, which must not be several of those. */
 OPD_MUST_USE opd_status cpu_for_grain(const opd_exec *exec, uint64_t items, uint64_t grain, uint64_t cost_ns, cpu_items_fn run, const void *context,
                                       opd_error *error);
 

@@ -7,7 +7,7 @@
 /* Nanoseconds: of a row that lies anywhere, and of so many bytes (about 10 GB/s, from memory to memory). */
 static uint64_t copy_ns(uint64_t rows, uint64_t bytes)
 {
-	return 50 + rows * 5 + bytes / 10;
+	return 50 + estimate_add(estimate_multiply(rows, 5), bytes / 10);
 }
 
 /* ---- embedding ---------------------------------------------------------------------------------------------------------- */
@@ -87,7 +87,7 @@ static bool cache_predicate(const opd_impl *impl, void *state, const opd_call *c
 static uint64_t cache_write_ns(const opd_call *call)
 {
 	const opd_tensor *key = cpu_tensor(call, CACHE_KEY);
-	return copy_ns(2 * (uint64_t)key->shape[0], 2 * key->elements * opd_dtype_bytes(key->dtype));
+	return copy_ns(2 * (uint64_t)key->shape[0], 2 * (key->elements * opd_dtype_bytes(key->dtype)));
 }
 
 static uint64_t cache_copy_ns(const opd_call *call)

@@ -26,7 +26,7 @@ static uint64_t topk_cost(const opd_impl *impl, const opd_call *call)
 {
 	const struct cpu_costs *costs = &cpu_kernels_of(impl)->costs;
 	const opd_tensor *x = cpu_tensor(call, 0);
-	return cpu_any_cost_ns(&costs->topk, x->dtype, x->elements) + call->outputs[0]->elements * costs->topk_kept_ns;
+	return estimate_add(cpu_any_cost_ns(&costs->topk, x->dtype, x->elements), estimate_multiply(call->outputs[0]->elements, costs->topk_kept_ns));
 }
 
 struct topk_work {

@@ -41,10 +41,10 @@ static opd_status cache_shape(const opd_op *op, const opd_call *call, opd_output
 	return status;
 }
 
-static opd_status cache_check(const opd_op *op, const opd_call *call, opd_error *error)
+static opd_status cache_check(const opd_op *op, const opd_call *call, const opd_exec *exec, opd_error *error)
 {
 	const opd_tensor *keys = kernel_tensor(call, CACHE_KEYS);
-	return index_check(op, "slot_mapping", kernel_tensor(call, CACHE_SLOTS), INT64_MIN,
+	return index_check(op, exec, "slot_mapping", kernel_tensor(call, CACHE_SLOTS), INT64_MIN,
 	                   index_multiply(keys->shape[0], keys->shape[1]), "slots of key_cache", error);
 }
 
@@ -180,7 +180,8 @@ const opd_op reshape_and_cache = {
            "skipped",
 	.activations = "key,value,slot_mapping",
 	.shape = cache_shape,
-	.check = cache_check,
+	.check = index_check_op,
+	.check_long = cache_check,
 	.indices = "slot_mapping",
 	.generate = cache_generate,
 	.dims = "tokens,kv_heads,head_size,blocks,block_size",

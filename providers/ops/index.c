@@ -1,5 +1,10 @@
 #include "providers/ops/index.h"
 
+#include <string.h>
+
+/* Elements between two looks at whether the check is cancelled: a millisecond or two. */
+#define ASK_EVERY ((int64_t)1 << 20)
+
 opd_status index_invalid(const opd_op *op, const char *name, uint32_t rank, const int64_t *position, int64_t value, int64_t low,
                          int64_t limit, const char *why, opd_error *error)
 {
@@ -23,11 +28,59 @@ static void index_position(const opd_tensor *tensor, uint64_t index, int64_t *po
 	}
 }
 
-opd_status index_check(const opd_op *op, const char *name, const opd_tensor *indices, int64_t low, int64_t limit, const char *why,
+opd_status index_check_op(const opd_op *op, const opd_call *call, opd_error *error)
+{
+	return op->check_long(op, call, NULL, error);
+}
+
+static int64_t scan_i32(const int32_t *data, int64_t stride, int64_t count, int64_t low, int64_t limit)
+{
+	int64_t i = 0;
+	while (i < count && data[i * stride] >= low && data[i * stride] < limit)
+		i++;
+	return i;
+}
+
+static int64_t scan_i64(const int64_t *data, int64_t stride, int64_t count, int64_t low, int64_t limit)
+{
+	int64_t i = 0;
+	while (i < count && data[i * stride] >= low && data[i * stride] < limit)
+		i++;
+	return i;
+}
+
+opd_status index_ask(struct index_reader *reader, int64_t elements, opd_error *error)
+{
+	reader->unasked += elements;
+	if (reader->unasked < ASK_EVERY)
+		return OPD_OK;
+	reader->unasked = 0;
+	if (reader->exec == NULL || !reader->exec->host->cancelled(reader->exec))
+		return OPD_OK;
+	return opd_fail(error, OPD_CANCELLED, "%.*s: cancelled while its indices were checked", (int)strcspn(reader->op->schema, "("), reader->op->schema);
+}
+
+opd_status index_scan(struct index_reader *reader, const struct kernel_line *line, int64_t low, int64_t limit, int64_t *at_out, opd_error *error)
+{
+	int64_t at = 0, good = 0, count = 0;
+	for (; at < line->extent && good == count; at += good) {
+		const void *data = kernel_line_at(line, at);
+		count = line->extent - at < ASK_EVERY ? line->extent - at : ASK_EVERY;
+		opd_status status = index_ask(reader, count, error);
+		if (status != OPD_OK)
+			return status;
+		good = line->dtype == OPD_i32 ? scan_i32(data, line->stride, count, low, limit) : scan_i64(data, line->stride, count, low, limit);
+	}
+	*at_out = at;
+	return OPD_OK;
+}
+
+opd_status index_check(const opd_op *op, const opd_exec *exec, const char *name, const opd_tensor *indices, int64_t low, int64_t limit, const char *why,
                        opd_error *error)
 {
 	int64_t shape[OPD_RANK_MAX];
 	int64_t position[OPD_RANK_MAX];
+	struct index_reader reader = {.op = op, .exec = exec};
 	opd_tensor distinct = *indices;
 	if (opd_tensor_empty(indices))
 		return OPD_OK;
@@ -37,12 +90,18 @@ opd_status index_check(const opd_op *op, const char *name, const opd_tensor *ind
 		shape[i] = indices->strides[i] == 0 ? 1 : indices->shape[i];
 		distinct.elements *= (uint64_t)shape[i];
 	}
-	for (uint64_t i = 0; i < distinct.elements; i++) {
-		int64_t value = kernel_index(&distinct, i);
-		if (value >= low && value < limit)
+	const struct kernel_view view = kernel_view(&distinct, distinct.rank, shape);
+	for (uint64_t i = 0; i < distinct.elements;) {
+		const struct kernel_line run = kernel_view_run(&view, i, INT64_MAX);
+		int64_t at;
+		opd_status status = index_scan(&reader, &run, low, limit, &at, error);
+		if (status != OPD_OK)
+			return status;
+		i += (uint64_t)at;
+		if (at == run.extent)
 			continue;
 		index_position(&distinct, i, position);
-		return index_invalid(op, name, distinct.rank, position, value, low, limit, why, error);
+		return index_invalid(op, name, distinct.rank, position, kernel_index(&distinct, i), low, limit, why, error);
 	}
 	return OPD_OK;
 }

@@ -290,12 +290,12 @@ uint64_t kernel_cost_pass(const opd_call *call, uint64_t element_ns)
 	uint64_t elements = 0;
 	for (uint32_t i = 0; i < call->arg_count; i++) {
 		const opd_tensor *tensor = kernel_tensor(call, i);
-		elements += tensor == NULL ? 0 : tensor->elements;
+		elements = estimate_add(elements, tensor == NULL ? 0 : tensor->elements);
 	}
 	for (uint32_t i = 0; i < call->output_count; i++)
-		elements += call->outputs[i]->elements;
+		elements = estimate_add(elements, call->outputs[i]->elements);
 	const uint64_t call_ns = 300; /* checks, views, the loop itself */
-	return elements > UINT64_MAX / 2 / (element_ns + 1) ? UINT64_MAX / 2 : call_ns + elements * element_ns;
+	return estimate_add(call_ns, estimate_multiply(elements, element_ns));
 }
 
 /* ---- Lines ------------------------------------------------------------------------------------------------------------- */

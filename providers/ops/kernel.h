@@ -13,6 +13,7 @@
 #define OPD_PROVIDERS_OPS_KERNEL_H
 
 #include "proto/element.h"
+#include "providers/estimate.h"
 #include "providers/provider.h"
 
 /* ---- Arguments --------------------------------------------------------------------------------------------------------- */
@@ -140,7 +141,7 @@ OPD_MUST_USE opd_status kernel_for_long(const struct kernel_job *job, uint64_t i
 /* An estimate as a number of nanoseconds, however large. */
 static inline uint64_t kernel_ns(double value)
 {
-	return value < 0x1p62 ? (uint64_t)value : (uint64_t)1 << 62;
+	return estimate_of(value);
 }
 
 /* A cost estimate for kernels that pass over their operands: so many nanoseconds for each element of every tensor of the call. */

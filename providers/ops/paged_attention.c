@@ -76,20 +76,22 @@ static int64_t blocks_of(int64_t tokens, int64_t block_size)
 }
 
 /* The entries that sequence `b` reads. */
-static opd_status paged_check_table(const opd_op *op, const opd_call *call, int64_t b, int64_t length, opd_error *error)
+static opd_status paged_check_table(struct index_reader *reader, const opd_call *call, int64_t b, int64_t length, opd_error *error)
 {
 	const opd_tensor *table = kernel_tensor(call, PAGED_TABLE);
 	const opd_tensor *keys = kernel_tensor(call, PAGED_KEYS);
 	int64_t used = blocks_of(length, keys->shape[1]);
 	if (table->strides[1] == 0 && used > 1)
 		used = 1; /* they all repeat the first, however many a client says there are */
-	for (int64_t i = 0; i < used; i++) {
-		int64_t position[2] = {b, i};
-		int64_t block = kernel_index(table, (uint64_t)(b * table->shape[1] + i));
-		if (block < 0 || block >= keys->shape[0])
-			return index_invalid(op, "block_table", 2, position, block, 0, keys->shape[0], "blocks of key_cache", error);
-	}
-	return OPD_OK;
+	struct kernel_line row = {.dtype = table->dtype, .stride = table->strides[1], .extent = used};
+	int64_t position[2] = {b, 0};
+	if (used > 0)
+		row.data = kernel_element(table, (uint64_t)b * (uint64_t)table->shape[1]);
+	opd_status status = index_scan(reader, &row, 0, keys->shape[0], &position[1], error);
+	if (status != OPD_OK || position[1] == used)
+		return status;
+	row.data = kernel_line_at(&row, position[1]);
+	return index_invalid(reader->op, "block_table", 2, position, element_load_i64(row.dtype, row.data), 0, keys->shape[0], "blocks of key_cache", error);
 }
 
 /* Start and end of sequence `b`'s queries. */
@@ -107,13 +109,16 @@ static opd_status paged_check_starts(const opd_op *op, const opd_call *call, int
 	return OPD_OK;
 }
 
-static opd_status paged_check_sequence(const opd_op *op, const opd_call *call, int64_t b, opd_error *error)
+static opd_status paged_check_sequence(struct index_reader *reader, const opd_call *call, int64_t b, opd_error *error)
 {
+	const opd_op *op = reader->op;
 	const opd_tensor *table = kernel_tensor(call, PAGED_TABLE);
 	int64_t room = index_multiply(table->shape[1], kernel_tensor(call, PAGED_KEYS)->shape[1]);
 	int64_t length = kernel_index(kernel_tensor(call, PAGED_LENGTHS), (uint64_t)b);
 	int64_t queries = 0;
-	opd_status status = paged_check_starts(op, call, b, &queries, error);
+	opd_status status = index_ask(reader, 3, error); /* its length, the starts of its queries and of those behind them */
+	if (status == OPD_OK)
+		status = paged_check_starts(op, call, b, &queries, error);
 	if (status != OPD_OK)
 		return status;
 	if (length < 0 || length > room)
@@ -122,11 +127,12 @@ static opd_status paged_check_sequence(const opd_op *op, const opd_call *call, i
 	if (length < queries)
 		return kernel_invalid(op, error, "seq_lens[%lld] is %lld, expected at least %lld (its queries)", (long long)b,
 		                      (long long)length, (long long)queries);
-	return paged_check_table(op, call, b, length, error);
+	return paged_check_table(reader, call, b, length, error);
 }
 
-static opd_status paged_check(const opd_op *op, const opd_call *call, opd_error *error)
+static opd_status paged_check(const opd_op *op, const opd_call *call, const opd_exec *exec, opd_error *error)
 {
+	struct index_reader reader = {.op = op, .exec = exec};
 	const opd_tensor *table = kernel_tensor(call, PAGED_TABLE);
 	const opd_tensor *starts = kernel_tensor(call, PAGED_STARTS);
 	const int64_t sequences = table->shape[0];
@@ -139,7 +145,7 @@ static opd_status paged_check(const opd_op *op, const opd_call *call, opd_error 
 	if (first != 0)
 		return kernel_invalid(op, error, "query_start_loc[0] is %lld, expected 0", (long long)first);
 	for (int64_t b = 0; b < (repeated && sequences > 1 ? 1 : sequences); b++) {
-		opd_status status = paged_check_sequence(op, call, b, error);
+		opd_status status = paged_check_sequence(&reader, call, b, error);
 		if (status != OPD_OK)
 			return status;
 	}
@@ -364,7 +370,8 @@ const opd_op paged_attention = {
 	.doc = "query [T, heads, D], packed by query_start_loc [B+1], over caches [blocks, block_size, kv_heads, D] by block_table",
 	.activations = "query,block_table,seq_lens,query_start_loc",
 	.shape = paged_shape,
-	.check = paged_check,
+	.check = index_check_op,
+	.check_long = paged_check,
 	.indices = "block_table,seq_lens,query_start_loc",
 	.generate = paged_generate,
 	.dims = "sequences,queries,context,heads,kv_heads,head_size,block_size",

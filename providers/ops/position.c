@@ -23,9 +23,9 @@ static opd_status embedding_shape(const opd_op *op, const opd_call *call, opd_ou
 	return kernel_output_set(op, outputs[0], table->dtype, ids->rank + 1, shape, error);
 }
 
-static opd_status embedding_check(const opd_op *op, const opd_call *call, opd_error *error)
+static opd_status embedding_check(const opd_op *op, const opd_call *call, const opd_exec *exec, opd_error *error)
 {
-	return index_check(op, "ids", kernel_tensor(call, 0), 0, kernel_tensor(call, 1)->shape[0], "rows of table", error);
+	return index_check(op, exec, "ids", kernel_tensor(call, 0), 0, kernel_tensor(call, 1)->shape[0], "rows of table", error);
 }
 
 static void embedding_item(const struct kernel_job *job, uint64_t item, void *scratch)
@@ -43,7 +43,7 @@ static void embedding_item(const struct kernel_job *job, uint64_t item, void *sc
 static uint64_t embedding_cost(const opd_impl *impl, const opd_call *call)
 {
 	(void)impl;
-	return 300 + call->outputs[0]->elements * 2 + kernel_tensor(call, 0)->elements * 20;
+	return estimate_add(300, estimate_add(estimate_multiply(call->outputs[0]->elements, 2), estimate_multiply(kernel_tensor(call, 0)->elements, 20)));
 }
 
 static opd_status embedding_run(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error)
@@ -90,7 +90,8 @@ static const opd_op embedding = {
 	.doc = "rows of table [V, H] by id",
 	.activations = "ids",
 	.shape = embedding_shape,
-	.check = embedding_check,
+	.check = index_check_op,
+	.check_long = embedding_check,
 	.indices = "ids",
 	.generate = embedding_generate,
 	.dims = "tokens,vocabulary,hidden",
@@ -165,9 +166,9 @@ static opd_status rotary_shape(const opd_op *op, const opd_call *call, opd_outpu
 	return status;
 }
 
-static opd_status rotary_check(const opd_op *op, const opd_call *call, opd_error *error)
+static opd_status rotary_check(const opd_op *op, const opd_call *call, const opd_exec *exec, opd_error *error)
 {
-	return index_check(op, "positions", kernel_tensor(call, ROTARY_POSITIONS), 0, kernel_tensor(call, ROTARY_CACHE)->shape[0],
+	return index_check(op, exec, "positions", kernel_tensor(call, ROTARY_POSITIONS), 0, kernel_tensor(call, ROTARY_CACHE)->shape[0],
 	                   "rows of cos_sin_cache", error);
 }
 
@@ -236,7 +237,7 @@ static void rotary_item(const struct kernel_job *job, uint64_t item, void *scrat
 static uint64_t rotary_cost(const opd_impl *impl, const opd_call *call)
 {
 	(void)impl;
-	return 300 + 12 * (call->outputs[0]->elements + call->outputs[1]->elements);
+	return estimate_add(300, estimate_multiply(estimate_add(call->outputs[0]->elements, call->outputs[1]->elements), 12));
 }
 
 static opd_status rotary_run(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error)
@@ -343,7 +344,8 @@ static const opd_op rotary_embedding = {
 	.doc = "query [T, heads*head_size] and key turned by their positions; cos_sin_cache [max_pos, rot]: cos, then sin",
 	.activations = "positions,query,key",
 	.shape = rotary_shape,
-	.check = rotary_check,
+	.check = index_check_op,
+	.check_long = rotary_check,
 	.indices = "positions",
 	.generate = rotary_generate,
 	.dims = "tokens,heads,kv_heads,head_size,max_position",

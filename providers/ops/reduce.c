@@ -349,7 +349,7 @@ static opd_status topk_run(const opd_impl *impl, void *state, const opd_call *ca
 static uint64_t topk_cost(const opd_impl *impl, const opd_call *call)
 {
 	(void)impl;
-	return kernel_cost_pass(call, 8) + call->outputs[0]->elements * 200;
+	return estimate_add(kernel_cost_pass(call, 8), estimate_multiply(call->outputs[0]->elements, 200));
 }
 
 static opd_status topk_generate(const opd_op *op, opd_generator *generator, opd_error *error)

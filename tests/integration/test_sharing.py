@@ -198,6 +198,25 @@ class Sharing(DaemonCase):
         self.assertEqual(other.read_reply()[0], mine)
         self.assertEqual([self.one.read_reply()[0] for _ in range(60)], flood)
 
+    def test_a_flood_of_tensors_to_lay_out_holds_up_another_for_one_of_them(self):
+        """What a lane does beside kernels is its session's as well."""
+        other = self.client()
+        self.one.call(product(96, 96), f32(1))
+        x = self.one.ask(pb.Request(upload=pb.Upload(tensor=tensor([256, 256]))), bytes(4 * 256 * 256))[0].run.outputs[0].kept
+        turned = pb.Request(fetch=pb.Fetch(tensor=pb.Tensor(dtype=pb.F32, shape=[256, 256], strides=[1, 256], handle=x)))
+        release = self.occupy()
+        flood = [self.one.submit(turned) for _ in range(60)]
+        self.one.ping()
+        request = product(2, 2)
+        request.run.explain = True
+        mine = other.submit(request, f32(1))
+        other.ping()
+        release()
+        number, reply, _ = other.read_reply()
+        self.assertEqual((number, reply.status), (mine, OK), reply.message)
+        self.assertLessEqual(reply.run.explain.behind.tenant_jobs + reply.run.explain.behind.other_jobs, 2)
+        self.assertEqual([self.one.read_reply()[0] for _ in range(60)], flood)
+
     def test_a_graph_yields_between_its_nodes_when_others_wait(self):
         other = self.client()
         request = products(30, 128, chain=True)
