@@ -70,7 +70,7 @@ struct conn {
 	bool writing;     /* a uv_write is under way, or replies wait for room in the ring */
 	bool dirty;       /* in the loop's list */
 	bool busy;        /* counted in its busy_count */
-	bool throttled;   /* too much in flight: until something is written */
+	bool throttled;   /* a request has come that is one too many: nothing is read from there on until something is written */
 	bool broken;      /* the client broke the framing: nothing of it is read any more */
 	bool last_words;  /* close once everything is written */
 	bool held;        /* an envelope is decoded on a lane: what comes behind it waits in held_bytes */
@@ -106,6 +106,8 @@ struct conn {
 	uint64_t turn_read;
 	uint64_t turn_written;
 	uint32_t turn_requests;
+	bool turn_spent; /* what it asked for in this turn took long to answer: no request is begun in what is left of it */
+	uint64_t unread_bytes; /* memory of large answers that aren't written yet */
 	bool flooding; /* it sent as many as a turn may in the one before: it is read in small pieces */
 	uint64_t wrote_bytes; /* of the uv_write under way */
 };
@@ -122,6 +124,11 @@ void conn_tick(struct conn *conn, uint64_t now_us);
 void conn_goaway(struct conn *conn, const char *why);
 /* A request of it that ends before its payload is whole: what still comes of that is skipped. */
 void conn_skip_payload(struct conn *conn, struct request *request);
+/* The reply to all that it has in flight will be there in some 10 us: what every frame begins with leaves ahead, so that the client's thread wakes meanwhile, which takes it as long. Not where anything
+ * else waits to be written; rings and TLS go on as ever. */
+void conn_expect_reply(struct conn *conn);
+/* What its session has asked for took long: what it sends behind that waits for the next turn. NULL is allowed. */
+void conn_spend_turn(struct conn *conn);
 /* Nothing accepted, nothing to write. */
 bool conn_idle(const struct conn *conn);
 /* The oldest descriptor that came with the frames being read, now the caller's, to be given to conn_let_go; -1: none. */

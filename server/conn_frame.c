@@ -206,7 +206,6 @@ static void on_decoded(struct request *request)
 	go_on_with(conn, request, request_accept_decoded(request, conn->held_payload_bytes), conn->held_payload_bytes, conn->held_chunked);
 	if (conn->broken) /* meanwhile: what isn't there yet won't come */
 		conn_abandon_half_sent(conn, "the connection ended before the payload was there");
-	conn_throttle(conn);
 	conn_go_on(conn);
 }
 
@@ -257,7 +256,6 @@ static void on_request(struct conn *conn, const struct frame_header *header, con
 	uint32_t head = FRAME_HEADER_BYTES + header->envelope_bytes;
 	conn->read_hint = header->payload_bytes >= DIRECT_BYTES && (header->flags & FRAME_CHUNKED) == 0 ? head : 0;
 	check_request(conn, request, header, envelope);
-	conn_throttle(conn);
 }
 
 static void on_data(struct conn *conn, const struct frame_header *header, const uint8_t *envelope)

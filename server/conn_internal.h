@@ -58,8 +58,8 @@ void conn_mark_dirty(struct conn *conn);
 /* The client has taken some of what waited for it. Its time (limits.stall) begins anew when that is CONN_PROGRESS_BYTES, or all: what TLS has sealed and the socket has no room for is not. */
 void conn_progress(struct conn *conn);
 void conn_stop_reading(struct conn *conn);
-/* Stops reading while too much is in flight. */
-void conn_throttle(struct conn *conn);
+/* A request has come: true: it is one too many, and waits with all that comes behind it. */
+bool conn_throttle(struct conn *conn);
 void conn_on_reply(struct request *request);
 /* NULL: out of memory. */
 struct notice *conn_notice_create(void);

@@ -71,6 +71,12 @@ static size_t extend_partial(struct conn *conn, const uint8_t *data, size_t byte
 	return keep_partial(conn, data, taken, whole) ? taken : bytes; /* out of memory: the connection is closing */
 }
 
+/* What else a client has to say (CANCEL, ABORT, DATA of requests in flight, PING) is read whatever it has in flight, up to the request that is one too many. */
+static bool must_wait(struct conn *conn, const struct frame_header *header)
+{
+	return header->type == FRAME_REQUEST && conn_throttle(conn);
+}
+
 /* A head of which a part came before. Returns the bytes taken. */
 static size_t consume_partial(struct conn *conn, const uint8_t *data, size_t bytes)
 {
@@ -83,6 +89,10 @@ static size_t consume_partial(struct conn *conn, const uint8_t *data, size_t byt
 	struct frame_header header;
 	if (!decode_header(conn, conn->partial, &header))
 		return bytes;
+	if (must_wait(conn, &header)) {
+		conn->partial_bytes -= (uint32_t)taken; /* so that something is left to go on with */
+		return 0;
+	}
 	uint32_t whole = FRAME_HEADER_BYTES + header.envelope_bytes;
 	if (conn->partial_bytes < whole)
 		taken += extend_partial(conn, data + taken, bytes - taken, whole);
@@ -106,6 +116,8 @@ static size_t consume_head(struct conn *conn, const uint8_t *data, size_t bytes)
 	struct frame_header header;
 	if (!decode_header(conn, data, &header))
 		return bytes;
+	if (must_wait(conn, &header))
+		return 0;
 	uint32_t whole = FRAME_HEADER_BYTES + header.envelope_bytes;
 	if (bytes < whole) {
 		(void)keep_partial(conn, data, bytes, whole);
@@ -133,7 +145,6 @@ void conn_received_payload(struct conn *conn, uint64_t bytes)
 	if (request->chunked)
 		conn_chunked_remove(conn, request);
 	request_start(request);
-	conn_throttle(conn);
 }
 
 static unsigned char *payload_at(const struct conn *conn)
@@ -141,7 +152,7 @@ static unsigned char *payload_at(const struct conn *conn)
 	return conn->reading->payload->data + conn->reading->payload_received;
 }
 
-/* Nothing that was read is looked at now: an envelope is decoded elsewhere, or the session has as much in flight as it may, which what came in one read must not pass either. */
+/* Nothing that was read is looked at now: an envelope is decoded elsewhere, or a request is one too many. */
 static bool waits(const struct conn *conn)
 {
 	return conn->held || conn->throttled;

@@ -36,7 +36,14 @@ void conn_new_turn(struct conn *conn)
 		conn->turn_written = 0;
 		conn->flooding = conn->turn_requests >= CONN_TURN_REQUESTS;
 		conn->turn_requests = 0;
+		conn->turn_spent = false;
 	}
+}
+
+void conn_spend_turn(struct conn *conn)
+{
+	if (conn != NULL)
+		conn->turn_spent = true;
 }
 
 void conn_progress(struct conn *conn)
@@ -92,26 +99,29 @@ void conn_stop_reading(struct conn *conn)
 	conn->reading_on = false;
 }
 
+/* Large answers that a client doesn't read: with more memory in them no request is begun. */
+#define UNREAD_BYTES_MAX (8u << 20)
+
 /* While payloads are half sent there is room for as many requests again: the DATA that requests in flight wait for comes behind them. */
-static bool too_much_in_flight(const struct conn *conn)
+static bool takes_requests(const struct conn *conn)
 {
-	uint32_t limit = conn->server->config->limits.in_flight;
-	return conn->session->in_flight >= (conn->chunked_count == 0 ? limit : 2 * limit);
+	const uint32_t limit = conn->server->config->limits.in_flight;
+	return conn->session->in_flight < (conn->chunked_count == 0 ? limit : 2 * limit) && conn->unread_bytes <= UNREAD_BYTES_MAX && !conn->turn_spent;
 }
 
-/* Never within a payload: its request may be the one that the limit waits for. Its end looks again. */
-void conn_throttle(struct conn *conn)
+bool conn_throttle(struct conn *conn)
 {
-	if (conn->throttled || conn->state == CONN_PAYLOAD || !too_much_in_flight(conn))
-		return;
+	if (takes_requests(conn))
+		return false;
 	conn->throttled = true;
 	conn_stop_reading(conn);
+	return true;
 }
 
-/* Replies were written: a session that had too much in flight may go on. */
+/* Replies were written, or it is another turn: a session that had too much in flight may go on. */
 static void unthrottle(struct conn *conn)
 {
-	if (!conn->throttled || too_much_in_flight(conn))
+	if (!conn->throttled || !takes_requests(conn))
 		return;
 	conn->throttled = false;
 	if (conn->held_bytes != 0 && !conn->held) {
@@ -199,12 +209,27 @@ void conn_flush(struct conn *conn)
 	unthrottle(conn);
 	if (conn->closing)
 		return;
+	if (conn->throttled && conn->turn_spent)
+		conn_mark_dirty(conn);
 	if (outbox_empty(&conn->outbox)) {
 		if (conn->last_words && !conn->writing && conn->session->in_flight == 0)
 			conn_close(conn, LOG_INFO, "done");
 	} else if (!conn->writing) {
 		conn_mark_dirty(conn); /* the turn's share is written: the rest in the next one */
 	}
+}
+
+void conn_expect_reply(struct conn *conn)
+{
+	static const struct frame_header any = {.version = FRAME_VERSION};
+	uint8_t header[FRAME_HEADER_BYTES];
+	if (conn->closing || conn->writing || conn->tls != NULL || conn->ring != NULL || !outbox_empty(&conn->outbox) || conn->outbox.begun_bytes != 0)
+		return;
+	frame_encode(&any, header);
+	const uv_buf_t begin = uv_buf_init((char *)header, FRAME_BEGIN_BYTES);
+	const int written = uv_try_write(&conn->stream, &begin, 1);
+	if (written > 0) /* what fails now fails again when the reply leaves */
+		outbox_begin(&conn->outbox, (uint32_t)written);
 }
 
 bool conn_idle(const struct conn *conn)
@@ -219,6 +244,8 @@ static void on_reply_written(struct out *out)
 	struct request *request = (struct request *)((char *)out - offsetof(struct request, out));
 	const uint64_t sent_ns = request->context->io->now_ns;
 	request->session->in_flight--;
+	if (request->session->conn != NULL)
+		request->session->conn->unread_bytes -= request->answer_bytes;
 	metrics_written(request->context->metrics, sent_ns > request->clock.received ? sent_ns - request->clock.received : 0);
 	request_release(request);
 }
@@ -240,6 +267,9 @@ void conn_on_reply(struct request *request)
 		request_release(request);
 		return;
 	}
+	conn->unread_bytes += request->answer_bytes;
+	if (request->answer_bytes != 0)
+		conn_spend_turn(conn);
 	request->out.written = on_reply_written;
 	begin_writing(conn);
 	outbox_add(&conn->outbox, &request->out, FRAME_REPLY, request->id, request->frame.frame, request->frame.envelope_bytes, request->segments,

@@ -149,16 +149,24 @@ static opd_status take_certificate(struct conn *conn, struct credential *credent
 	return OPD_OK;
 }
 
+/* NULL: the daemon doesn't serve it, or not here. */
+static struct access *identity_of(const struct conn *conn, opd_error *error)
+{
+	const struct config *config = conn->server->config;
+	const struct credential *credential = &conn->session->credential;
+	if (credential->kind != CREDENTIAL_NONE || !conn->remote || config->allow_anonymous || named(config, "anonymous") != NULL)
+		return identity_find(config, credential, error);
+	(void)opd_fail(error, OPD_UNAUTHENTICATED, "this port wants to know who its clients are: connect with a token%s",
+	               config->tls.clients == TLS_CLIENTS_OPTIONAL ? " or a certificate" : "");
+	return NULL;
+}
+
 opd_status identity_settle(struct conn *conn, struct msg_text token, opd_error *error)
 {
 	struct session *session = conn->session;
 	struct credential *credential = &session->credential;
-	const struct config *config = conn->server->config;
 	opd_status status = token.bytes != 0 ? take_token(credential, token, error) : take_certificate(conn, credential, error);
-	if (status == OPD_OK && credential->kind == CREDENTIAL_NONE && conn->remote && !config->allow_anonymous && named(config, "anonymous") == NULL)
-		status = opd_fail(error, OPD_UNAUTHENTICATED, "this port wants to know who its clients are: connect with a token%s",
-		                  config->tls.clients == TLS_CLIENTS_OPTIONAL ? " or a certificate" : "");
-	struct access *access = status == OPD_OK ? identity_find(config, credential, error) : NULL;
+	struct access *access = status == OPD_OK ? identity_of(conn, error) : NULL;
 	if (status == OPD_OK && access == NULL)
 		return (opd_status)error->status;
 	if (status == OPD_OK && !session_set_access(session, access)) {
@@ -174,7 +182,7 @@ static void recheck(struct server *server, struct io_loop *io)
 		opd_error error;
 		if (!conn->greeted || conn->closing)
 			continue;
-		struct access *now = identity_find(server->config, &conn->session->credential, &error);
+		struct access *now = identity_of(conn, &error);
 		if (now == NULL || !access_same(now, conn->session->access)) {
 			LOG(server->log, LOG_INFO, "identity changed", LOG_UINT("session", conn->session->id), LOG_STR("identity", conn->session->access->identity));
 			conn->broken = true; /* nothing more is taken from it; what it has in flight is answered */

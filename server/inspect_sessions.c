@@ -262,6 +262,7 @@ static void list_sessions(struct request *request)
 void inspect_sessions(struct request *request)
 {
 	struct context *context = request->context; /* the request may be gone then */
+	conn_spend_turn(request->session->conn);
 	standstill_begin(context->server, context->io);
 	list_sessions(request);
 	standstill_end(context->server);
@@ -293,6 +294,7 @@ opd_status admin_set_session_priority(struct request *request, const struct msg_
 	opd_status status = access_check_right(request->session->access, RIGHT_SESSIONS, "set_priority (of a session)", server->log, &request->error);
 	if (status != OPD_OK)
 		return status;
+	conn_spend_turn(request->session->conn);
 	standstill_begin(server, request->context->io);
 	status = set_priority(request, set);
 	standstill_end(server);
@@ -300,10 +302,11 @@ opd_status admin_set_session_priority(struct request *request, const struct msg_
 }
 
 /* Where somebody's work runs is its own business, as it is in each request; how much it gets isn't. */
-static bool may_set(struct request *request, const struct session *session)
+static bool may_set(struct request *request)
 {
 	const struct msg_set_session *set = &request->message.set_session;
-	if (session == request->session && set->weight == 0 && set->service_class == 0 && set->quota_count == 0)
+	const bool own = set->session == 0 || set->session == request->session->id;
+	if (own && set->weight == 0 && set->service_class == 0 && set->quota_count == 0)
 		return true;
 	return access_check_right(request->session->access, RIGHT_SESSIONS, "set_session", request->context->server->log, &request->error) == OPD_OK;
 }
@@ -362,8 +365,6 @@ static void set_session(struct request *request)
 	const struct msg_set_session *set = &request->message.set_session;
 	struct session *session = set->session == 0 ? request->session : find_session(request->context->server, set->session);
 	uint32_t device = 0;
-	if (!may_set(request, session))
-		return;
 	if (session == NULL)
 		(void)opd_fail(&request->error, OPD_NOT_FOUND, "session %" PRIu64 ": there is none", set->session);
 	else
@@ -383,8 +384,11 @@ static void set_session(struct request *request)
 void admin_set_session(struct request *request)
 {
 	struct server *server = request->context->server;
-	standstill_begin(server, request->context->io);
-	set_session(request);
-	standstill_end(server);
+	if (may_set(request)) {
+		conn_spend_turn(request->session->conn);
+		standstill_begin(server, request->context->io);
+		set_session(request);
+		standstill_end(server);
+	}
 	request_reply_empty(request);
 }

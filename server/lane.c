@@ -377,9 +377,7 @@ static void complete(struct lane *lane, struct lane_job *leader, struct lane_job
 	const uint64_t all = rows + leader->batch.rows;
 	const uint64_t own_ns = rows == 0 ? device_ns : (uint64_t)((double)device_ns * leader->batch.rows / (double)all);
 	leader->device_ns += own_ns;
-	scheduler_complete(&lane->scheduler, leader->item.flow, (sched_class)leader->item.class, leader->item.estimate_ns, leader->pays == NULL ? own_ns : 0);
-	if (leader->pays != NULL)
-		scheduler_charge(&lane->scheduler, leader->pays, (sched_class)leader->item.class, own_ns);
+	scheduler_complete(&lane->scheduler, leader->item.flow, (sched_class)leader->item.class, leader->item.estimate_ns, own_ns);
 	for (struct lane_job *job = others; job != NULL; job = job->next) {
 		job->device_ns = (uint64_t)((double)device_ns * job->batch.rows / (double)(all == 0 ? 1 : all));
 		scheduler_complete(&lane->scheduler, job->item.flow, (sched_class)job->item.class, job->item.estimate_ns, job->device_ns);
@@ -396,6 +394,7 @@ static bool enqueue(struct lane *lane, struct lane_job *job, uint64_t time_ns)
 	if (item->flow == NULL) {
 		item->flow = &lane->own_flow;
 		item->class = CLASS_INTERACTIVE;
+		item->unbounded = true;
 	}
 	if (job->charge_ns != 0) {
 		scheduler_charge(&lane->scheduler, item->flow, (sched_class)item->class, job->charge_ns);
@@ -756,7 +755,6 @@ opd_status lane_create(const struct lane_options *options, struct lane **lane_ou
 	lane->scheduler.servers = threads;
 	sched_group_init(&lane->own_group, SCHED_WEIGHT_DEFAULT);
 	sched_flow_init(&lane->own_flow, &lane->own_group, SCHED_WEIGHT_DEFAULT);
-	lane->own_flow.unbounded = true;
 	batch_queue_init(&lane->batches);
 	lane->ready_ns = UINT64_MAX;
 	lane->segment_ns = SEGMENT_NS_DEFAULT;

@@ -39,8 +39,7 @@ struct lane_refusal {
 /* Embedded in what its owner runs. Zeroed but for the callbacks when it is submitted. */
 struct lane_job {
 	struct lane_job *next; /* the lane's; of a list to submit or to take: the next one */
-	struct sched_item item; /* flow, class and estimate are the owner's. No flow: the lane's own work, which is never refused, as `interactive` */
-	struct sched_flow *pays; /* of the lane's own work: whom its device time is charged to; NULL: nobody */
+	struct sched_item item; /* flow, class, estimate, unbounded and first are the owner's. No flow: the lane's own work, which is never refused, as `interactive` */
 	uint32_t owner;         /* below lane_options.owners: who takes it when it is done */
 	uint64_t charge_ns;     /* device time of the flow's that went by the lane: charged with the submission */
 	void (*run)(struct lane_job *job, struct lane_exec *exec); /* on a lane thread */

@@ -158,16 +158,21 @@ void request_release(struct request *request)
 	context->free_count++;
 }
 
-/* A decoded envelope can take fifty times its bytes (two bytes of it make a message), for as long as the request waits. */
-static opd_status charge_arena(struct request *request)
+/* What the arena has grown by since it was charged; 0: little. A decoded envelope can take fifty times its bytes (two bytes of it make a message), for as long as the request waits, and
+ * an answer to a few bytes a megabyte, until it is read. */
+static uint64_t arena_growth(const struct request *request)
 {
-	uint64_t bytes = request->arena.used_bytes;
-	if (bytes <= ARENA_FREE_BYTES)
-		return OPD_OK;
-	opd_status status = account_charge(request->session->account, bytes, &request->error);
+	const uint64_t bytes = request->arena.used_bytes - request->arena_charged_bytes;
+	return bytes > ARENA_FREE_BYTES ? bytes : 0;
+}
+
+static opd_status charge_arena(struct request *request, const char *what, opd_error *error)
+{
+	const uint64_t bytes = arena_growth(request);
+	opd_status status = bytes == 0 ? OPD_OK : account_charge(request->session->account, bytes, error);
 	if (status != OPD_OK)
-		return opd_error_prefix(&request->error, status, "envelope, decoded");
-	request->arena_charged_bytes = bytes;
+		return opd_error_prefix(error, status, "%s", what);
+	request->arena_charged_bytes += bytes;
 	return OPD_OK;
 }
 
@@ -243,7 +248,7 @@ static opd_status enter(struct request *request, const struct step *step, uint64
 static opd_status accept_decoded(struct request *request, opd_status status, uint64_t payload_bytes)
 {
 	if (status == OPD_OK)
-		status = charge_arena(request);
+		status = charge_arena(request, "envelope, decoded", &request->error);
 	if (status == OPD_OK)
 		return request_accept_message(request, payload_bytes);
 	/* Nothing was taken yet: its memory must not wait for a client that doesn't read the refusal. */
@@ -312,14 +317,14 @@ opd_status request_accept_message(struct request *request, uint64_t payload_byte
 	if (payload_bytes != 0 && !step_has_payload(request->message.kind))
 		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s has a payload of %" PRIu64 " bytes, expected none", step->name, payload_bytes);
 	opd_status status = enter(request, step, payload_bytes);
-	if (status != OPD_OK) {
-		run_refused(request);
-		return status;
+	if (status == OPD_OK) {
+		request->payload_bytes = payload_bytes;
+		status = step->accept == NULL ? OPD_OK : step->accept(request);
 	}
-	request->payload_bytes = payload_bytes;
-	status = step->accept == NULL ? OPD_OK : step->accept(request);
 	if (status == OPD_OK && payload_bytes != 0)
 		status = buffer_alloc(request->session->account, payload_bytes, BUFFER_SLACK_BYTES, &request->payload, &request->error);
+	if (status != OPD_OK)
+		run_refused(request);
 	return status;
 }
 
@@ -338,20 +343,30 @@ void request_start(struct request *request)
 
 /* ---- Ending ---- */
 
-static void encode(struct request *request)
+/* Says this instead. What is in the arena stays: the release goes through the lists of buffers there. */
+static void encode_refusal(struct request *request, const char *why)
 {
 	opd_error error;
-	if (codec_encode_reply(&request->arena, &request->reply, &request->frame, &error) == OPD_OK)
-		return;
-	/* What was to be said doesn't fit: say that instead. What is in the arena stays: the release goes through the lists of buffers there. */
-	LOG(request->context->server->log, LOG_WARN, "reply could not be encoded", LOG_UINT("session", request->session->id),
-	    LOG_UINT("request", request->id), LOG_STR("error", error.text));
 	request->segment_count = 0;
 	request->reply_bytes = 0;
 	request->arena.cap_bytes += ARENA_SPARE_BYTES;
-	request->reply = (struct msg_reply){.status = OPD_RESOURCE_EXHAUSTED, .message = msg_text("the reply is too large to be encoded")};
+	request->reply = (struct msg_reply){.status = OPD_RESOURCE_EXHAUSTED, .message = msg_text(why)};
 	if (codec_encode_reply(&request->arena, &request->reply, &request->frame, &error) != OPD_OK)
 		request->frame = (struct codec_buffer){0};
+}
+
+static void encode(struct request *request)
+{
+	opd_error error;
+	if (codec_encode_reply(&request->arena, &request->reply, &request->frame, &error) != OPD_OK) {
+		LOG(request->context->server->log, LOG_WARN, "reply could not be encoded", LOG_UINT("session", request->session->id),
+		    LOG_UINT("request", request->id), LOG_STR("error", error.text));
+		encode_refusal(request, "the reply is too large to be encoded");
+	}
+	/* What a run has done can't be taken back because it takes much to tell: how many such answers wait is bounded all the same (conn.unread_bytes). */
+	request->answer_bytes = arena_growth(request);
+	if (request->reply.kind != MSG_REPLY_RUN && charge_arena(request, "the answer", &error) != OPD_OK)
+		encode_refusal(request, error.text);
 }
 
 static void finish(struct request *request)
@@ -521,8 +536,14 @@ void request_task(struct request *request, request_task_fn task, request_task_fn
 		done(request);
 		return;
 	}
-	request->job = (struct lane_job){.run = task_run, .done = task_done, .owner = request->context->loop, .pays = &request->session->flow};
-	const bool queued = lane_submit(request->session->lane, &request->job); /* as the lane's own: it waits for nobody's turn, but its session pays */
+	/* Whatever a session has a lane do is its own: it waits its turn, and pays. What was read must be told from what it says before anything else is read from its connection. */
+	request->job = (struct lane_job){
+		.run = task_run,
+		.done = task_done,
+		.owner = request->context->loop,
+		.item = {.flow = &request->session->flow, .class = (uint8_t)request->session->class, .unbounded = true, .first = request->decoding},
+	};
+	const bool queued = lane_submit(request->session->lane, &request->job);
 	assert(queued);
 	(void)queued;
 }

@@ -91,6 +91,7 @@ struct request {
 	uint64_t id;
 	struct arena arena;
 	uint64_t arena_charged_bytes; /* of it, to the session; 0: it is small */
+	uint64_t answer_bytes; /* of it, until a large answer is written; 0: it is small */
 	struct msg_request message;
 	uint64_t payload_bytes; /* declared */
 	uint64_t payload_received;

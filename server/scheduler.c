@@ -277,8 +277,6 @@ static bool is_full(uint32_t queued, uint32_t limit, uint32_t *queued_out, uint3
 sched_full scheduler_full(const struct scheduler *scheduler, const struct sched_flow *flow, uint32_t *queued_out, uint32_t *limit_out)
 {
 	const struct sched_group *group = flow->group;
-	if (flow->unbounded)
-		return SCHED_ROOM;
 	if (is_full(flow->queued, flow->queue_max != 0 ? flow->queue_max : scheduler->flow_queue_max, queued_out, limit_out))
 		return SCHED_FULL_FLOW;
 	if (is_full(group->queued, group->queue_max, queued_out, limit_out))
@@ -337,34 +335,16 @@ static void behind_settle(const struct scheduler *scheduler, const struct sched_
 	behind->other_ns = now.other_ns - behind->other_ns;
 }
 
-bool scheduler_submit(struct scheduler *scheduler, struct sched_item *item, uint64_t now_ns)
+static void queue_last(struct sched_flow_class *queue, struct sched_item *item)
 {
-	struct sched_flow *flow = item->flow;
-	struct sched_flow_class *queue = &flow->classes[item->class];
-	uint32_t queued, limit;
-	if (scheduler_full(scheduler, flow, &queued, &limit) != SCHED_ROOM)
-		return false;
-	item->estimate_ns = estimate(item);
-	item->queued_ns = now_ns;
-	if (item->behind != NULL)
-		*item->behind = behind_now(scheduler, flow);
 	item->next = NULL;
 	item->link = queue->tail;
 	*queue->tail = item;
 	queue->tail = &item->next;
-	count(scheduler, item, 1);
-	check_rates(scheduler, flow, now_ns);
-	flow_join(scheduler, flow, item->class);
-	return true;
 }
 
-void scheduler_resubmit(struct scheduler *scheduler, struct sched_item *item, uint64_t now_ns)
+static void queue_first(struct sched_flow_class *queue, struct sched_item *item)
 {
-	struct sched_flow *flow = item->flow;
-	struct sched_flow_class *queue = &flow->classes[item->class];
-	item->estimate_ns = estimate(item);
-	item->queued_ns = now_ns;
-	item->behind = NULL;
 	item->next = queue->head;
 	item->link = &queue->head;
 	if (queue->head != NULL)
@@ -372,9 +352,35 @@ void scheduler_resubmit(struct scheduler *scheduler, struct sched_item *item, ui
 	else
 		queue->tail = &item->next;
 	queue->head = item;
+}
+
+static void enqueue(struct scheduler *scheduler, struct sched_item *item, uint64_t now_ns)
+{
+	struct sched_flow *flow = item->flow;
+	item->estimate_ns = estimate(item);
+	item->queued_ns = now_ns;
+	(item->first ? queue_first : queue_last)(&flow->classes[item->class], item);
 	count(scheduler, item, 1);
 	check_rates(scheduler, flow, now_ns);
 	flow_join(scheduler, flow, item->class);
+}
+
+bool scheduler_submit(struct scheduler *scheduler, struct sched_item *item, uint64_t now_ns)
+{
+	uint32_t queued, limit;
+	if (!item->unbounded && scheduler_full(scheduler, item->flow, &queued, &limit) != SCHED_ROOM)
+		return false;
+	if (item->behind != NULL)
+		*item->behind = behind_now(scheduler, item->flow);
+	enqueue(scheduler, item, now_ns);
+	return true;
+}
+
+void scheduler_resubmit(struct scheduler *scheduler, struct sched_item *item, uint64_t now_ns)
+{
+	item->behind = NULL;
+	item->first = true;
+	enqueue(scheduler, item, now_ns);
 }
 
 /* Nothing queued, nothing to wait for. */

@@ -57,6 +57,8 @@ struct sched_item {
 	uint64_t queued_ns;   /* by scheduler_submit */
 	struct sched_behind *behind; /* filled in when it is picked; NULL: nobody asks */
 	uint8_t class;        /* sched_class */
+	bool unbounded;       /* never refused */
+	bool first;           /* before what its flow has queued */
 };
 
 /* Whom a level serves: those that have something to run, by the device time that each has had over its weight. */
@@ -110,7 +112,6 @@ struct sched_flow {
 	struct sched_flow_class classes[CLASS_COUNT];
 	struct sched_group *group;
 	uint32_t weight;
-	bool unbounded; /* never refused */
 	uint32_t queued;
 	uint32_t queue_max; /* 0: the scheduler's flow_queue_max */
 	uint32_t running;
@@ -163,7 +164,7 @@ typedef enum sched_full {
 } sched_full;
 sched_full scheduler_full(const struct scheduler *scheduler, const struct sched_flow *flow, uint32_t *queued_out, uint32_t *limit_out);
 
-/* item->flow, class and estimate_ns are set. False: the queue of the lane, of the group or of the flow is full (scheduler_full); nothing has changed. */
+/* item->flow, class, estimate_ns, unbounded and first are set. False: the queue of the lane, of the group or of the flow is full (scheduler_full); nothing has changed. */
 bool scheduler_submit(struct scheduler *scheduler, struct sched_item *item, uint64_t now_ns);
 /* One that was picked and completed for now goes on later: before what its flow has queued since, whatever the bounds. estimate_ns is set anew. */
 void scheduler_resubmit(struct scheduler *scheduler, struct sched_item *item, uint64_t now_ns);

@@ -21,7 +21,14 @@ static void stand(struct standstill *standstill)
 	(void)pthread_cond_broadcast(&standstill->changed);
 	while (atomic_load_explicit(&standstill->held, memory_order_relaxed))
 		(void)pthread_cond_wait(&standstill->changed, &standstill->mutex);
-	standstill->standing--;
+	if (--standstill->standing == 0)
+		(void)pthread_cond_broadcast(&standstill->changed);
+}
+
+/* Those that stood still for another one go on before the next one begins: many in a row leave everybody a turn in between. */
+static bool in_the_way(const struct standstill *standstill)
+{
+	return atomic_load_explicit(&standstill->held, memory_order_relaxed) || standstill->standing != 0;
 }
 
 /* Two that want it at once: the second one stands still for the first. */
@@ -34,8 +41,8 @@ void standstill_begin(struct server *server, struct io_loop *io)
 	if (server->loop_count == 1)
 		return;
 	(void)pthread_mutex_lock(&standstill->mutex);
-	while (atomic_load_explicit(&standstill->held, memory_order_relaxed)) {
-		if (io != NULL)
+	while (in_the_way(standstill)) {
+		if (io != NULL && atomic_load_explicit(&standstill->held, memory_order_relaxed))
 			stand(standstill);
 		else
 			(void)pthread_cond_wait(&standstill->changed, &standstill->mutex);

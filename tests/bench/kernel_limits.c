@@ -44,7 +44,7 @@ static void limit_pass(void *argument)
 	if (limit->threads == 1 || shares == 1)
 		limit->range(limit, 0, shares, 0);
 	else
-		limit->host->table.parallel_for(&exec, shares, shares / limit->threads / 4 + 1, limit->range, limit);
+		limit->host->table.parallel_for(&exec, shares, 1, limit->range, limit);
 }
 
 static uint64_t limit_end(const struct limit *limit, uint64_t end)

@@ -9,6 +9,8 @@
 #include <sys/mman.h>
 #include <time.h>
 
+#include "server/shares.h"
+
 enum { THREADS_MAX = 64, HUGE_PAGE = 2 << 20, LARGE = 4 << 20 };
 
 /* Length of the op's name at the start of a schema. */
@@ -181,14 +183,14 @@ static bool host_cancelled(const opd_exec *exec)
 	return host->cancel;
 }
 
-/* ---- parallel_for: shares of `grain` items, taken by whichever thread is free -------------------------------------------- */
+/* ---- parallel_for: shares as the daemon's lane cuts them, taken by whichever thread is free --------------------------------- */
 
 struct loop {
 	uint64_t items;
-	uint64_t grain;
+	uint32_t shares;
 	opd_range_fn range;
 	void *argument;
-	_Atomic uint64_t next;
+	_Atomic uint32_t next;
 };
 
 static const double watch_ns = 20e3; /* unless host_watch says more */
@@ -207,11 +209,10 @@ struct host_helper {
 static void loop_work(struct loop *loop, uint32_t number)
 {
 	for (;;) {
-		uint64_t begin = atomic_fetch_add(&loop->next, loop->grain);
-		if (begin >= loop->items)
+		uint32_t share = atomic_fetch_add(&loop->next, 1);
+		if (share >= loop->shares)
 			return;
-		uint64_t end = loop->items - begin > loop->grain ? begin + loop->grain : loop->items;
-		loop->range(loop->argument, begin, end, number);
+		loop->range(loop->argument, shares_begin(loop->items, loop->shares, share), shares_begin(loop->items, loop->shares, share + 1), number);
 	}
 }
 
@@ -302,9 +303,13 @@ static void helpers_stop(struct host *host)
 static void host_parallel_for(const opd_exec *exec, uint64_t items, uint64_t grain, opd_range_fn range, void *argument)
 {
 	struct host *host = exec->host->context;
-	struct loop loop = {.items = items, .grain = grain == 0 ? 1 : grain, .range = range, .argument = argument};
-	atomic_init(&loop.next, 0);
 	uint32_t threads = exec->threads < THREADS_MAX ? exec->threads : THREADS_MAX;
+	struct loop loop = {.items = items, .shares = shares_count(items, grain, threads), .range = range, .argument = argument};
+	if (items > 0 && loop.shares <= 1)
+		range(argument, 0, items, 0);
+	if (loop.shares <= 1)
+		return;
+	atomic_init(&loop.next, 0);
 	uint32_t helpers = helpers_start(host, threads > 0 ? threads - 1 : 0);
 	for (uint32_t i = 0; i < helpers; i++)
 		helper_post(&host->helpers[i], &loop);

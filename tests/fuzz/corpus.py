@@ -69,7 +69,7 @@ def files():
 def session():
     random.seed(1)
     for i in range(48):
-        write("session", "random-%02d" % i, bytes(random.randrange(256) for _ in range(random.choice((40, 200, 800)))))
+        write("session", "random-%02d" % i, bytes([random.randrange(32)]) + bytes(random.randrange(256) for _ in range(random.choice((40, 200, 800)))))
     for i in range(96):  # each op: generated arguments, then a run of them
         write("session", "op-%02d" % i, b"\1" + b"".join(bytes([4, i, 128 + variant, dtype]) + bytes(8) + bytes([255, 2]) for variant in range(0, 6) for dtype in (9, 7, 8, 3)))
     for i in range(24):  # generated inputs of an op, then graphs that may bind them
@@ -77,6 +77,13 @@ def session():
         for _ in range(6):
             script += bytes([224]) + bytes(random.randrange(240) for _ in range(random.choice((60, 150, 300))))
         write("session", "graph-%02d" % i, script)
+    for i in range(48):  # calls checked in several ways, of both daemons, with and without shared memory
+        script = bytes([(0x21, 0xE1, 0x61, 0xFD)[i % 4]])
+        for provider, dtype in ((i // 4, 9), (i, 7), (i + 1, 9), (i + 2, 8)):
+            script += bytes([15, 2, provider % 4 + 128, i, random.randrange(32, 232), dtype]) + bytes(random.randrange(1, 6) for _ in range(8)) + bytes(random.randrange(256) for _ in range(24))
+        write("session", "check-%02d" % i, script)
+    for i in range(16):  # anything, beside anything
+        write("session", "beside-%02d" % i, bytes([0xE1 if i % 2 else 0x61]) + bytes(random.randrange(256) for _ in range(600)))
 
 
 def ranges():

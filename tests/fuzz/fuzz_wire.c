@@ -50,7 +50,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
 {
 	struct fuzz_input input = {data, bytes};
 	struct peer peer;
-	peer_open(&peer, fuzz_u8(&input) % 2 != 0, false);
+	const uint8_t how = fuzz_u8(&input);
+	peer_open(&peer, &(struct peer_kind){.chunks = how % 2 != 0, .modules = how >= 128, .shares = how % 128 >= 64});
 	peer.rude = true;
 	while (input.bytes > 0 && !peer.ended && peer.next_id < PEER_IDS) {
 		const uint8_t step = fuzz_u8(&input) % 8;

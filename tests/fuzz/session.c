@@ -1,6 +1,5 @@
 /* A whole daemon, asked over a socket pair by the thread that turns its loop. */
 #include <errno.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/socket.h>
@@ -15,78 +14,6 @@
 #define PATIENCE_S 600
 #define OUT_BYTES (256u << 10) /* so much waits for a turn at most */
 #define LOOP_KERNEL_NS 1000000u /* what is estimated below runs on the loop */
-
-static struct server *server;
-static struct log server_log;
-static uint64_t idle_bytes; /* what the daemon holds with no session */
-
-/* ---- The daemon ---- */
-
-/* At exit, so that a leak checker sees what a session left. */
-static void stop(void)
-{
-	server_drain(server, 1000000);
-	(void)server_run(server);
-	if (server_memory_bytes(server) > idle_bytes)
-		fuzz_fail("%llu bytes are still charged at the end", (unsigned long long)server_memory_bytes(server));
-	server_destroy(server);
-	log_fini(&server_log);
-	script_free();
-}
-
-static void set(struct config *config, const char *key, const char *value)
-{
-	opd_error error;
-	if (config_set(config, key, value, &error) != OPD_OK)
-		fuzz_fail("%s", error.text);
-}
-
-/* The limits are low: what they refuse costs no time, and what they let through little. */
-static struct config *configure(void)
-{
-	struct config *config = config_create();
-	opd_error error;
-	if (config == NULL)
-		fuzz_fail("no configuration");
-	set(config, "limits.memory", "16 MiB");
-	set(config, "limits.session", "1 MiB");
-	set(config, "limits.request", "1 MiB");
-	set(config, "limits.cache", "4 MiB");
-	set(config, "limits.in_flight", "64");
-	set(config, "limits.kept", "64");
-	set(config, "threads", "2");
-	set(config, "loops", "1");
-	set(config, "checked", "true");
-	if (config_add_listener(config, "tcp://127.0.0.1:0", &error) != OPD_OK || config_check(config, false, &error) != OPD_OK)
-		fuzz_fail("%s", error.text);
-	config_clear_listeners(config);
-	return config;
-}
-
-static void learn(void)
-{
-	struct peer peer;
-	const struct msg_request request = {.kind = MSG_REQUEST_LIST_OPS};
-	peer_open(&peer, false, false);
-	peer_wait(&peer, peer_request(&peer, &request, 0, 0));
-	for (uint32_t i = 0; script_op(i) != NULL; i++) {
-		const struct msg_request describe = {.kind = MSG_REQUEST_DESCRIBE, .op = msg_text(script_op(i)->name)};
-		peer_wait(&peer, peer_request(&peer, &describe, 0, 0));
-	}
-	peer_finish(&peer);
-}
-
-void session_start(void)
-{
-	opd_error error;
-	(void)signal(SIGPIPE, SIG_IGN);
-	if (log_init(&server_log, LOG_ERROR, LOG_TEXT, "/dev/null", &error) != OPD_OK ||
-	    server_create(configure(), &server_log, &server, &error) != OPD_OK)
-		fuzz_fail("%s", error.text);
-	idle_bytes = server_memory_bytes(server);
-	(void)atexit(stop);
-	learn();
-}
 
 /* ---- Reading ---- */
 
@@ -129,11 +56,28 @@ static void on_reply(struct peer *peer, uint64_t id, const uint8_t *envelope, si
 		learn_kept(peer, reply.run.outputs[i].kept);
 	for (uint32_t i = 0; reply.kind == MSG_REPLY_PUBLICATIONS && i < reply.publications.count; i++)
 		learn_kept(peer, reply.publications.items[i].handle);
+	if (reply.kind == MSG_REPLY_MEMORY)
+		peer->region = reply.memory.region;
 	if (reply.kind == MSG_REPLY_OPS)
 		script_learn(&reply);
 	if (reply.kind == MSG_REPLY_OP)
 		script_learn_dims(&reply);
 	arena_fini(&arena);
+}
+
+static void keep_answer(struct peer *peer, const struct frame_header *header)
+{
+	struct peer_answer *answer = &peer->answer;
+	const bool chunked = (header->flags & FRAME_CHUNKED) != 0;
+	answer->envelope_bytes = header->envelope_bytes;
+	answer->payload_bytes = 0;
+	answer->payload_due = chunked ? 0 : header->payload_bytes;
+	answer->chunked = chunked;
+	answer->data = realloc(answer->data, answer->envelope_bytes + answer->payload_due + 1);
+	if (answer->data == NULL)
+		fuzz_fail("out of memory");
+	memcpy(answer->data, peer->in + FRAME_HEADER_BYTES, answer->envelope_bytes);
+	peer->watched = 0;
 }
 
 /* The first frame of what was read; false: it isn't whole. */
@@ -148,11 +92,15 @@ static bool take_frame(struct peer *peer)
 	size_t head = FRAME_HEADER_BYTES + header.envelope_bytes;
 	if (peer->in_bytes < head)
 		return false;
+	if (header.type == FRAME_REPLY && header.request_id == peer->watched && peer->watched != 0)
+		keep_answer(peer, &header);
 	if (header.type == FRAME_REPLY)
 		on_reply(peer, header.request_id, peer->in + FRAME_HEADER_BYTES, header.envelope_bytes);
 	else if (header.type == FRAME_GOAWAY)
 		peer->ended = true;
-	else if (header.type != FRAME_HELLO_REPLY && header.type != FRAME_DATA)
+	else if (header.type == FRAME_HELLO_REPLY)
+		peer->greeted = true;
+	else if (header.type != FRAME_DATA)
 		fuzz_fail("the daemon sent a frame of type %u", header.type);
 	peer->skip = (header.flags & FRAME_CHUNKED) != 0 ? 0 : header.payload_bytes;
 	peer->in_bytes -= head;
@@ -164,6 +112,10 @@ static void take_frames(struct peer *peer)
 {
 	do {
 		size_t skipped = peer->skip < peer->in_bytes ? (size_t)peer->skip : peer->in_bytes;
+		if (peer->answer.payload_bytes < peer->answer.payload_due) {
+			memcpy(peer->answer.data + peer->answer.envelope_bytes + peer->answer.payload_bytes, peer->in, skipped);
+			peer->answer.payload_bytes += skipped;
+		}
 		peer->skip -= skipped;
 		peer->in_bytes -= skipped;
 		memmove(peer->in, peer->in + skipped, peer->in_bytes);
@@ -212,7 +164,7 @@ static bool turn(struct peer *peer, uv_run_mode mode)
 {
 	bool came = false;
 	send_out(peer);
-	(void)uv_run(&server->loops[0].loop, mode);
+	(void)uv_run(&peer->daemon->server->loops[0].loop, mode);
 	while (!peer->ended && receive(peer))
 		came = true;
 	return came;
@@ -292,41 +244,79 @@ uint64_t peer_request(struct peer *peer, const struct msg_request *message, uint
 	return id;
 }
 
+uint64_t peer_request_with(struct peer *peer, const struct msg_request *message, int fd)
+{
+	_Alignas(struct cmsghdr) uint8_t control[CMSG_SPACE(sizeof fd)] = {0};
+	flush(peer);
+	const uint64_t id = peer_request(peer, message, 0, 0);
+	struct iovec bytes = {peer->out, peer->out_bytes};
+	struct msghdr frame = {.msg_iov = &bytes, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control};
+	struct cmsghdr *header = CMSG_FIRSTHDR(&frame);
+	header->cmsg_level = SOL_SOCKET;
+	header->cmsg_type = SCM_RIGHTS;
+	header->cmsg_len = CMSG_LEN(sizeof fd);
+	memcpy(CMSG_DATA(header), &fd, sizeof fd);
+	if (sendmsg(peer->fd, &frame, MSG_NOSIGNAL) != (ssize_t)peer->out_bytes)
+		fuzz_fail("a request of %zu bytes didn't go into an empty socket", peer->out_bytes);
+	peer->out_bytes = 0;
+	return id;
+}
+
 /* ---- Life ---- */
 
-/* As if it came by a listener that trusts everybody. */
-static void accept_one(int fd)
+/* As if it came by a Unix socket: by others, no descriptors can be passed. Rights are a user's: what others may change outlasts an input. */
+static void accept_one(struct server *server, int fd)
 {
-	struct conn *conn = conn_create(io_loop_expect(&server->loops[0]), access_create("fuzz", "fuzz", ACCESS_ALL));
+	struct conn *conn = conn_create(io_loop_expect(&server->loops[0]), access_create("fuzz", "fuzz", ACCESS_USER));
 	if (conn == NULL || uv_pipe_init(&conn->io->loop, &conn->pipe, 0) != 0)
 		fuzz_fail("no connection");
 	conn->handle.data = conn;
 	if (uv_pipe_open(&conn->pipe, fd) != 0)
 		fuzz_fail("no connection");
 	(void)snprintf(conn->peer, sizeof conn->peer, "fuzz");
+	conn->local = true;
 	conn_start(conn, NULL);
 }
 
-void peer_open(struct peer *peer, bool chunks, bool lanes)
+static void send_hello(struct peer *peer, const struct peer_kind *kind)
 {
-	int pair[2];
 	opd_error error;
-	*peer = (struct peer){.next_id = 1};
-	if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) != 0)
-		fuzz_fail("no sockets");
-	peer->fd = pair[0];
-	atomic_store(&server->inline_ns, lanes ? 0 : LOOP_KERNEL_NS);
-	accept_one(pair[1]);
 	struct arena arena;
 	struct codec_buffer buffer;
-	const struct msg_text cancel = msg_text("cancel");
-	const struct msg_hello hello = {
-		.version_min = 1, .version_max = 1, .feature_count = 1, .features = &cancel, .no_chunks = !chunks, .chunk_bytes = chunks ? 65536 : 0};
+	const struct msg_text features[] = {msg_text("cancel"), msg_text("shm")};
+	const struct msg_hello hello = {.version_min = 1,
+	                                .version_max = 1,
+	                                .feature_count = kind->shares ? 2 : 1,
+	                                .features = features,
+	                                .no_chunks = !kind->chunks,
+	                                .chunk_bytes = kind->chunks ? 65536 : 0};
 	arena_init(&arena, 65536);
 	if (codec_encode_hello(&arena, &hello, &buffer, &error) != OPD_OK)
 		fuzz_fail("%s", error.text);
 	peer_frame(peer, FRAME_HELLO, 0, 0, buffer.frame + FRAME_HEADER_BYTES, buffer.envelope_bytes, 0);
 	arena_fini(&arena);
+}
+
+static bool is_greeted(const struct peer *peer, uint64_t id)
+{
+	(void)id;
+	return peer->ended || peer->greeted;
+}
+
+void peer_open(struct peer *peer, const struct peer_kind *kind)
+{
+	int pair[2];
+	*peer = (struct peer){.next_id = 1, .daemon = session_daemon(kind->modules)};
+	if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) != 0)
+		fuzz_fail("no sockets");
+	peer->fd = pair[0];
+	atomic_store(&peer->daemon->server->inline_ns, kind->lanes ? 0 : LOOP_KERNEL_NS);
+	accept_one(peer->daemon->server, pair[1]);
+	send_hello(peer, kind);
+	if (!kind->shares)
+		return;
+	turn_until(peer, is_greeted, 0, "Hello isn't answered"); /* descriptors that come before it are let go */
+	peer_attach(peer);
 }
 
 static bool is_answered(const struct peer *peer, uint64_t id)
@@ -341,22 +331,27 @@ void peer_wait(struct peer *peer, uint64_t id)
 		turn_until(peer, is_answered, id, "a request isn't answered");
 }
 
-/* A session that ended in the middle of a kernel holds its memory until that has ended. */
-static bool is_gone(const struct peer *peer, uint64_t id)
-{
-	(void)peer;
-	(void)id;
-	return server->loops[0].conns == NULL && server_memory_bytes(server) <= idle_bytes;
-}
-
-void peer_finish(struct peer *peer)
+void peer_settle(struct peer *peer)
 {
 	for (uint32_t i = 0; i < peer->half_count; i++)
 		peer_frame(peer, FRAME_ABORT, peer->half[i].id, 0, NULL, 0, 0);
+	peer->half_count = 0;
 	flush(peer);
 	for (uint64_t id = 1; id < peer->next_id; id++)
 		if (!is_answered(peer, id))
 			turn_until(peer, is_answered, id, "a request isn't answered");
+}
+
+/* A session that ended in the middle of a kernel holds its memory until that has ended. */
+static bool is_gone(const struct peer *peer, uint64_t id)
+{
+	(void)id;
+	return peer->daemon->server->loops[0].conns == NULL && server_memory_bytes(peer->daemon->server) <= peer->daemon->idle_bytes;
+}
+
+void peer_finish(struct peer *peer)
+{
+	peer_settle(peer);
 	if (peer->ended && !peer->rude)
 		fuzz_fail("the connection ended, and nothing was wrong with it");
 	while (turn(peer, UV_RUN_NOWAIT)) /* what is said to one who was rude */
@@ -366,4 +361,5 @@ void peer_finish(struct peer *peer)
 	turn_until(peer, is_gone, 0, "something of the session is left");
 	free(peer->in);
 	free(peer->out);
+	free(peer->answer.data);
 }

@@ -95,9 +95,10 @@ static void run_graph(struct arena *arena, struct peer *peer, struct fuzz_input 
 	request.run.timeout_us = byte % 23 == 0 ? byte : 0;
 	request.run.arg_count = byte % (INPUTS_MAX + 1);
 	request.run.args = script_take(arena, INPUTS_MAX, sizeof request.run.args[0]);
+	beside_run(peer, &request.run, options);
 	for (uint32_t i = 0; i < request.run.arg_count; i++)
 		script_pick_arg(arena, peer, input, SCHEMA_TENSOR, &request.run.args[i], &payload);
-	script_send_run(peer, &request, payload, byte % 4 == 3);
+	(void)script_send_run(peer, &request, payload, byte % 4 == 3);
 }
 
 void script_graph(struct arena *arena, struct peer *peer, struct fuzz_input *input)
@@ -109,11 +110,11 @@ void script_graph(struct arena *arena, struct peer *peer, struct fuzz_input *inp
 		run_graph(arena, peer, input, 0, &request.graph);
 		return;
 	}
-	uint64_t id = peer_request(peer, &request, 0, 0);
+	uint64_t id = script_send_run(peer, &request, 0, false);
 	for (uint32_t i = 0; i < byte % 4u; i++)
 		run_graph(arena, peer, input, byte == 255 ? byte : id, NULL);
 	if (byte % 16 == 1)
 		return;
 	request = (struct msg_request){.kind = MSG_REQUEST_FREE_GRAPH, .graph_id = id};
-	(void)peer_request(peer, &request, 0, 0);
+	(void)script_send_run(peer, &request, 0, false);
 }

@@ -145,6 +145,8 @@ static void pick_source(struct arena *arena, struct peer *peer, struct fuzz_inpu
 			tensor->handle = peer->handle_count == 0 ? (struct msg_handle){byte, byte} : peer->handles[byte % peer->handle_count].handle;
 		break;
 	default:
+		if (beside_source(peer, tensor, bytes))
+			return;
 		tensor->source = byte % 3 == 0 ? MSG_SOURCE_SHARED : MSG_SOURCE_NONE;
 		tensor->donate = byte % 5 == 0;
 		return;
@@ -205,7 +207,7 @@ void script_pick_arg(struct arena *arena, struct peer *peer, struct fuzz_input *
 	}
 }
 
-static void pick_options(struct arena *arena, struct fuzz_input *input, struct msg_run *run, uint32_t results)
+static void pick_options(struct arena *arena, const struct peer *peer, struct fuzz_input *input, struct msg_run *run, uint32_t results)
 {
 	uint8_t byte = fuzz_u8(input);
 	struct msg_output_option *options = script_take(arena, results, sizeof options[0]);
@@ -228,6 +230,7 @@ static void pick_options(struct arena *arena, struct fuzz_input *input, struct m
 	}
 	if (byte % 29 == 28)
 		run->device = pick_text(arena, input);
+	beside_run(peer, run, options);
 }
 
 static void send_zeros(struct peer *peer, uint64_t bytes)
@@ -237,20 +240,21 @@ static void send_zeros(struct peer *peer, uint64_t bytes)
 		peer_send(peer, zeros, bytes < sizeof zeros ? (size_t)bytes : sizeof zeros);
 }
 
-/* At once, or half sent from now on. */
-void script_send_run(struct peer *peer, const struct msg_request *request, uint64_t payload, bool chunked)
+uint64_t script_send_run(struct peer *peer, const struct msg_request *request, uint64_t payload, bool chunked)
 {
+	payload += beside_payload(peer);
 	chunked = chunked && payload != 0 && peer->half_count < PEER_HALF_SENT;
 	uint64_t id = peer_request(peer, request, chunked ? FRAME_CHUNKED : 0, payload);
 	if (id == 0)
-		return;
+		return 0;
 	if (!chunked) {
 		send_zeros(peer, payload);
-		return;
+		return id;
 	}
 	peer->half[peer->half_count].id = id;
 	peer->half[peer->half_count].bytes = payload;
 	peer->half[peer->half_count++].sent = 0;
+	return id;
 }
 
 static void step_run(struct arena *arena, struct peer *peer, struct fuzz_input *input)
@@ -264,30 +268,44 @@ static void step_run(struct arena *arena, struct peer *peer, struct fuzz_input *
 	request.run.arg_count = count;
 	for (uint32_t i = 0; i < count; i++)
 		script_pick_arg(arena, peer, input, i < op->param_count ? op->params[i].type : SCHEMA_INT, &request.run.args[i], &payload);
-	pick_options(arena, input, &request.run, op->result_count);
-	script_send_run(peer, &request, payload, byte % 4 == 3);
+	pick_options(arena, peer, input, &request.run, op->result_count);
+	(void)script_send_run(peer, &request, payload, byte % 4 == 3);
 }
 
-/* Arguments made by the daemon, so that kernels run on what they accept, extreme values among them. */
-static void step_generated(struct arena *arena, struct peer *peer, struct fuzz_input *input)
+void script_pick_generate(struct arena *arena, struct fuzz_input *input, struct msg_generate *generate)
 {
 	const uint32_t index = fuzz_u8(input) % op_count;
-	const struct schema *op = ops[index];
-	struct msg_request request = {.kind = MSG_REQUEST_GENERATE, .generate = {.op = msg_text(op->name), .keep = true}};
-	uint8_t byte = fuzz_u8(input);
-	request.generate.dtype = (opd_dtype)(fuzz_u8(input) % OPD_DTYPE_COUNT);
-	request.generate.values = byte % 3;
-	request.generate.variant = byte % 5;
-	request.generate.seed = byte;
-	/* Sizes that fit the op, but for a few: its own defaults would take most of an execution to fill. */
+	const uint8_t byte = fuzz_u8(input);
+	*generate = (struct msg_generate){.op = msg_text(ops[index]->name), .keep = true};
+	generate->dtype = (opd_dtype)(fuzz_u8(input) % OPD_DTYPE_COUNT);
+	generate->values = byte % 3;
+	generate->variant = byte % 5;
+	generate->seed = byte;
+	/* The op's own defaults would take most of an execution to fill. */
 	int64_t *dims = script_take(arena, DIMS_MAX, sizeof dims[0]);
 	for (uint32_t i = 0; i < DIMS_MAX; i++) {
 		dims[i] = pick_int(input);
 		if (byte >= 32)
 			dims[i] = (int64_t)((uint64_t)dims[i] % 8 + 1);
 	}
-	request.generate.dims = dims;
-	request.generate.dim_count = byte < 32 ? byte % DIMS_MAX : dim_counts[index];
+	generate->dims = dims;
+	generate->dim_count = byte < 32 ? byte % DIMS_MAX : dim_counts[index];
+}
+
+const struct schema *script_find_op(struct msg_text name)
+{
+	for (uint32_t i = 0; i < op_count; i++)
+		if (strcmp(ops[i]->name, name.data) == 0)
+			return ops[i];
+	return NULL;
+}
+
+/* Arguments made by the daemon, so that kernels run on what they accept, extreme values among them. */
+static void step_generated(struct arena *arena, struct peer *peer, struct fuzz_input *input)
+{
+	struct msg_request request = {.kind = MSG_REQUEST_GENERATE};
+	script_pick_generate(arena, input, &request.generate);
+	const struct schema *op = script_find_op(request.generate.op);
 	peer_wait(peer, peer_request(peer, &request, 0, 0));
 	if (peer->handle_count == 0)
 		return;
@@ -307,8 +325,8 @@ static void step_generated(struct arena *arena, struct peer *peer, struct fuzz_i
 		script_pick_arg(arena, peer, input, op->params[extra].type, arg, &payload);
 		arg->name = msg_text(op->params[extra].name);
 	}
-	pick_options(arena, input, &run.run, op->result_count);
-	script_send_run(peer, &run, payload, false);
+	pick_options(arena, peer, input, &run.run, op->result_count);
+	(void)script_send_run(peer, &run, payload, false);
 }
 
 static void step_data(struct peer *peer, struct fuzz_input *input)
@@ -350,7 +368,7 @@ static void step_free(struct arena *arena, struct peer *peer, struct fuzz_input 
 	request.free.tensors = script_take(arena, request.free.count, sizeof request.free.tensors[0]);
 	for (uint32_t i = 0; i < request.free.count; i++)
 		pick_source(arena, peer, input, &request.free.tensors[i], &payload);
-	(void)peer_request(peer, &request, 0, 0);
+	(void)script_send_run(peer, &request, 0, false);
 }
 
 static void step_other(struct arena *arena, struct peer *peer, struct fuzz_input *input)
@@ -382,7 +400,7 @@ static void step_other(struct arena *arena, struct peer *peer, struct fuzz_input
 	default:
 		break;
 	}
-	(void)peer_request(peer, &request, 0, 0);
+	(void)script_send_run(peer, &request, 0, false);
 }
 
 /* A request whose envelope nobody encoded; the frame around it is right, and so is what follows. */
@@ -450,8 +468,11 @@ void script_run(struct peer *peer, struct fuzz_input *input)
 			peer_wait(peer, peer->half_count == 0 ? peer->next_id - 1 : 0);
 			break;
 		default:
-			if (fuzz_u8(input) % 8 == 0)
+			byte = fuzz_u8(input);
+			if (byte % 8 == 0)
 				step_raw(peer, input);
+			else if (byte % 2 == 0 && peer->beside != NULL)
+				script_check(&arena, peer, input);
 			else
 				peer_turn(peer);
 		}

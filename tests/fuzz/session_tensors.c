@@ -16,10 +16,11 @@ static void upload(struct arena *arena, struct peer *peer, struct fuzz_input *in
 	uint64_t payload = 0;
 	request.upload.tensor = script_take(arena, 1, sizeof *request.upload.tensor);
 	script_pick_tensor(arena, peer, input, request.upload.tensor, &payload);
+	beside_upload(peer, &request.upload);
 	request.upload.parts = fuzz_u8(input) % 3 == 0;
 	if (request.upload.parts && request.upload.tensor->source != MSG_SOURCE_NONE && payload == 0)
 		request.upload.tensor->source = MSG_SOURCE_NONE;
-	script_send_run(peer, &request, payload, fuzz_u8(input) % 4 == 3);
+	(void)script_send_run(peer, &request, payload, fuzz_u8(input) % 4 == 3);
 }
 
 static void write_part(struct arena *arena, struct peer *peer, struct fuzz_input *input)
@@ -38,7 +39,7 @@ static void write_part(struct arena *arena, struct peer *peer, struct fuzz_input
 		data->inlined.bytes = bytes;
 	}
 	request.write.data = data;
-	script_send_run(peer, &request, data->source == MSG_SOURCE_PAYLOAD ? bytes : 0, byte % 8 == 6);
+	(void)script_send_run(peer, &request, data->source == MSG_SOURCE_PAYLOAD ? bytes : 0, byte % 8 == 6);
 }
 
 static void fetch(struct arena *arena, struct peer *peer, struct fuzz_input *input)
@@ -47,7 +48,8 @@ static void fetch(struct arena *arena, struct peer *peer, struct fuzz_input *inp
 	uint64_t payload = 0;
 	request.fetch.tensor = script_take(arena, 1, sizeof *request.fetch.tensor);
 	script_pick_tensor(arena, peer, input, request.fetch.tensor, &payload);
-	script_send_run(peer, &request, 0, false);
+	beside_fetch(peer, &request.fetch);
+	(void)script_send_run(peer, &request, 0, false);
 }
 
 static void publish(struct arena *arena, struct peer *peer, struct fuzz_input *input)
@@ -63,7 +65,7 @@ static void publish(struct arena *arena, struct peer *peer, struct fuzz_input *i
 		request.publish.tensor->result.request = peer->next_id - 1 - fuzz_u8(input) % 4;
 		request.publish.tensor->result.output = 0;
 	}
-	script_send_run(peer, &request, 0, false);
+	(void)script_send_run(peer, &request, 0, false);
 }
 
 static void others(struct peer *peer, struct fuzz_input *input)
@@ -78,7 +80,7 @@ static void others(struct peer *peer, struct fuzz_input *input)
 		request = (struct msg_request){.kind = MSG_REQUEST_WITHDRAW, .withdraw = name};
 	else if (byte % 8 == 5)
 		request = (struct msg_request){.kind = MSG_REQUEST_LIST_PUBLICATIONS};
-	script_send_run(peer, &request, 0, false);
+	(void)script_send_run(peer, &request, 0, false);
 }
 
 void script_tensors(struct arena *arena, struct peer *peer, struct fuzz_input *input)

@@ -201,6 +201,13 @@ class Cancelling(DaemonCase):
         self.expect({1: (OK, ""), free: (OK, "")})
         self.expect_nothing_left()
 
+    def test_who_has_as_much_in_flight_as_it_may_can_cancel(self):
+        running = self.begin_slow()
+        waiting = [self.one.submit(small()) for _ in range(self.one.hello.limits.in_flight - 1)]
+        self.cancel(*waiting, running)
+        self.expect({request: (CANCELLED, "") for request in [running] + waiting})
+        self.expect_nothing_left()
+
     def test_every_request_has_one_reply_however_it_is_cancelled(self):
         """Hardening: promise-one-reply"""
         dice = random.Random(26)

@@ -384,6 +384,29 @@ class Memory(Hardening):
             client.send(b"x")
         self.assertLess(self.daemon.memory_kib() - before, 32 << 10)
 
+    def test_answers_that_nobody_reads_do_not_grow_memory(self):
+        """A few bytes ask for a megabyte each: no more of them are begun than may wait for their reader, and all are answered once there is one."""
+        client, other = self.client(), self.client()
+        one = pb.Request(upload=pb.Upload(tensor=inline([1], b"x", dtype=pb.U8)))
+        for _ in range(8):
+            for _ in range(512):
+                client.submit(one)
+            for _ in range(512):
+                self.assertEqual(client.read_reply()[1].status, OK)
+        wanted = pb.Request(list_tensors=pb.ListTensors())
+        self.assertEqual(len(client.ask(wanted)[0].tensors.tensors), 4096)
+        before = self.settled_memory()
+        count = 300
+        client.send(b"".join(frame(REQUEST, client.next_id + i, wanted.SerializeToString()) for i in range(count)))
+        client.next_id += count
+        mine = lambda: [state for state in other.ask(pb.Request(list_sessions=pb.ListSessions()))[0].sessions.sessions if state.session == client.hello.session][0]
+        wait_until(lambda: mine().in_flight > 1, "some are answered")
+        self.assertLess(mine().in_flight, count)
+        self.assertLess(self.settled_memory() - before, 64 << 10)
+        for _ in range(count):
+            self.assertEqual(len(client.read_reply()[1].tensors.tensors), 4096)
+        client.ping()
+
     def test_many_unique_names_do_not_grow_memory(self):
         """Hardening: names-unique"""
         client = self.client()

@@ -186,6 +186,21 @@ class Remote(Case):
                 self.assertEqual(client.hello.identity, "anonymous")
         check_healthy(self, daemon)
 
+    def test_nobody_in_particular_ends_with_the_reload_that_serves_no_such_client(self):
+        daemon = self.start("identities: {anonymous: {}}\n", *self.flags)
+        address = self.address(daemon)
+        client = Client(address, tls=self.tls())
+        self.addCleanup(client.close)
+        with Client(daemon.address) as local:
+            daemon.write_config("")
+            daemon.signal(signal.SIGHUP)
+            status, words = client.expect_end()
+            self.assertEqual(status, harness.UNAVAILABLE)
+            self.assertIn("connect again", words)
+            local.ping()
+        self.refused(harness.UNAUTHENTICATED, "connect with a token", address, tls=self.tls())
+        check_healthy(self, daemon)
+
     def test_a_certificate_says_who_it_is(self):
         config = "identities:\n  alice: {certificate: \"CN=alice,O=Example\", rights: [drain]}\n  \"*\": {rights: [], tenant: others}\n"
         daemon = self.start(config, *self.flags, "--tls-client-ca", self.ca.ca, names=["bob"])

@@ -218,43 +218,77 @@ static double launch_rate(const struct norm_call *made, cudaStream_t stream)
 	return LAUNCHES * 1e9 / (double)(clock_ns() - begin);
 }
 
-static cudaGraphExec_t chain_make(const struct norm_call *made, cudaStream_t stream)
+/* opd's own chain: the first reads x, the last writes y, and each of the others what the one before it has written, in two places in turn, as opd lays out intermediate results. */
+struct chain {
+	void *x, *places, *y;
+	uint32_t nodes;
+	struct norm_call calls[REMOTE_CHAIN];
+	cudaGraphExec_t exec; /* NULL: of one node, which is launched as it is */
+};
+
+static cudaGraphExec_t chain_capture(const struct chain *chain, cudaStream_t stream)
 {
 	cudaGraph_t graph;
 	cudaGraphExec_t exec;
 	must(cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed), "capture");
-	for (int i = 0; i < REMOTE_CHAIN; i++)
-		norm_launch(made, stream);
+	for (uint32_t i = 0; i < chain->nodes; i++)
+		norm_launch(&chain->calls[i], stream);
 	must(cudaStreamEndCapture(stream, &graph), "capture");
 	must(cudaGraphInstantiate(&exec, graph, 0), "cudaGraphInstantiate");
 	(void)cudaGraphDestroy(graph);
 	return exec;
 }
 
-static void serve_step(int fd, const struct remote_ask *ask, cudaStream_t stream)
+static struct chain *chain_make(uint32_t nodes, cudaStream_t stream)
 {
 	const uint64_t bytes = (uint64_t)BARE_ROWS * REMOTE_HIDDEN * sizeof(uint16_t);
-	void *x = device_memory(bytes), *y = device_memory(bytes);
-	struct norm_call made;
-	norm_make(&made, BARE_ROWS, x, y);
-	cudaGraphExec_t exec = chain_make(&made, stream);
+	struct chain *chain = calloc(1, sizeof *chain);
+	if (chain == NULL || nodes == 0 || nodes > REMOTE_CHAIN)
+		bench_fail("floor: no chain of %u", nodes);
+	*chain = (struct chain){.x = device_memory(bytes), .places = device_memory(2 * bytes), .y = device_memory(bytes), .nodes = nodes};
+	for (uint32_t i = 0; i < nodes; i++) {
+		unsigned char *from = (unsigned char *)chain->places + (i + 1) % 2 * bytes, *to = (unsigned char *)chain->places + i % 2 * bytes;
+		norm_make(&chain->calls[i], BARE_ROWS, i == 0 ? chain->x : from, i + 1 == nodes ? chain->y : to);
+	}
+	chain->exec = nodes == 1 ? NULL : chain_capture(chain, stream);
+	return chain;
+}
+
+static void chain_launch(const struct chain *chain, cudaStream_t stream)
+{
+	if (chain->exec == NULL)
+		norm_launch(&chain->calls[0], stream);
+	else
+		must(cudaGraphLaunch(chain->exec, stream), "cudaGraphLaunch");
+}
+
+static void chain_destroy(struct chain *chain)
+{
+	if (chain->exec != NULL)
+		(void)cudaGraphExecDestroy(chain->exec);
+	(void)cudaFree(chain->x);
+	(void)cudaFree(chain->places);
+	(void)cudaFree(chain->y);
+	free(chain);
+}
+
+static void serve_step(int fd, const struct remote_ask *ask, cudaStream_t stream)
+{
+	struct chain *chain = chain_make(ask->rows, stream);
 	char *envelope = calloc(1, ask->request_bytes > ask->reply_bytes ? ask->request_bytes : ask->reply_bytes);
 	while (envelope != NULL && receive_all(fd, envelope, ask->request_bytes)) {
-		must(cudaGraphLaunch(exec, stream), "cudaGraphLaunch");
-		must(cudaStreamSynchronize(stream), "the graph");
+		chain_launch(chain, stream);
+		must(cudaStreamSynchronize(stream), "the step");
 		if (!send_all(fd, envelope, ask->reply_bytes))
 			break;
 	}
 	free(envelope);
-	(void)cudaGraphExecDestroy(exec);
-	(void)cudaFree(x);
-	(void)cudaFree(y);
+	chain_destroy(chain);
 }
 
-static double median_chain_us(const struct norm_call *made, cudaStream_t stream)
+static double median_chain_us(const struct chain *chain, cudaStream_t stream)
 {
 	enum { TURNS = 50 };
-	cudaGraphExec_t exec = chain_make(made, stream);
 	cudaEvent_t begin, end;
 	double us[TURNS];
 	must(cudaEventCreate(&begin), "cudaEventCreate");
@@ -262,13 +296,12 @@ static double median_chain_us(const struct norm_call *made, cudaStream_t stream)
 	for (int i = 0; i < TURNS; i++) {
 		float ms;
 		must(cudaEventRecord(begin, stream), "cudaEventRecord");
-		must(cudaGraphLaunch(exec, stream), "cudaGraphLaunch");
+		chain_launch(chain, stream);
 		must(cudaEventRecord(end, stream), "cudaEventRecord");
 		must(cudaEventSynchronize(end), "the graph");
 		must(cudaEventElapsedTime(&ms, begin, end), "cudaEventElapsedTime");
 		us[i] = (double)ms * 1e3;
 	}
-	(void)cudaGraphExecDestroy(exec);
 	(void)cudaEventDestroy(begin);
 	(void)cudaEventDestroy(end);
 	return report_median(us, TURNS);
@@ -294,17 +327,19 @@ static void serve_bare(int fd, cudaStream_t stream)
 	struct norm_call made;
 	char request;
 	norm_make(&made, BARE_ROWS, x, y);
+	struct chain *chain = chain_make(REMOTE_CHAIN, stream);
 	while (receive_all(fd, &request, 1)) {
 		const struct remote_bare bare = {
 			.launch_us = median_launch_us(&made, stream),
 			.launch_rate = launch_rate(&made, stream),
-			.chain_us = median_chain_us(&made, stream),
+			.chain_us = median_chain_us(chain, stream),
 			.link_in = link_rate(there, here, cudaMemcpyHostToDevice, stream),
 			.link_out = link_rate(here, there, cudaMemcpyDeviceToHost, stream),
 		};
 		if (!send_all(fd, &bare, sizeof bare))
 			break;
 	}
+	chain_destroy(chain);
 	(void)cudaFree(x);
 	(void)cudaFree(y);
 	(void)cudaFree(there);

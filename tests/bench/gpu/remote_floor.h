@@ -19,13 +19,13 @@ enum remote_mode {
 	REMOTE_PINNED, /* rms_norm of bf16 rows: received into pinned memory, copied in, the kernel, copied out, synchronised, sent */
 	REMOTE_MAPPED, /* the same, and the kernel reads and writes the pinned memory itself */
 	REMOTE_STORE,  /* an upload: received into two pinned pieces in turn, each copied in while the other is received; then a byte */
-	REMOTE_STEP,   /* REMOTE_CHAIN kernels over 16 rows that lie there, captured: launched and synchronised between request and reply */
+	REMOTE_STEP,   /* `rows` kernels over 16 rows that lie there, each of what the one before it gave, captured if there are several: launched and synchronised between request and reply */
 	REMOTE_BARE,   /* a byte in, a struct remote_bare out */
 };
 
 struct remote_ask {
 	uint32_t mode;
-	uint32_t rows; /* of REMOTE_HIDDEN bf16; of the modes that run the kernel */
+	uint32_t rows; /* of REMOTE_HIDDEN bf16; of the modes that run the kernel. Of a step: its kernels, 1 to REMOTE_CHAIN */
 	uint64_t request_bytes;
 	uint64_t reply_bytes;
 };
@@ -34,7 +34,7 @@ struct remote_ask {
 struct remote_bare {
 	double launch_us;   /* one launch and its synchronisation */
 	double launch_rate; /* launches a second, enqueued without waiting */
-	double chain_us;    /* REMOTE_CHAIN of them captured in one graph: between its events */
+	double chain_us;    /* REMOTE_CHAIN of them, each of what the one before it gave (the very chain of opd's graph), captured in one graph: between its events */
 	double link_in;     /* bytes a second of a copy from pinned memory of 256 MiB, and back */
 	double link_out;
 };
