@@ -177,6 +177,9 @@ static bool accept_factor(const char *name, const opd_tensor *tensor, opd_reason
 	return true;
 }
 
+/* So many products of two i8 don't overflow an i32 sum. */
+enum { I8_DEPTH_MAX = 131071 };
+
 static bool scaled_predicate(const opd_impl *impl, void *state, const opd_call *call, opd_reason *reason)
 {
 	(void)impl, (void)state;
@@ -186,6 +189,8 @@ static bool scaled_predicate(const opd_impl *impl, void *state, const opd_call *
 		return OPD_REFUSE(reason, OPD_REASON_SHAPE, "a depth of %lld and %lld columns, both must be multiples of 16", (long long)depth, (long long)columns);
 	if (rows > INT_MAX || columns > INT_MAX || depth > INT_MAX)
 		return OPD_REFUSE(reason, OPD_REASON_SIZE, "an extent above %d", INT_MAX);
+	if (a->dtype == OPD_i8 && depth > I8_DEPTH_MAX)
+		return OPD_REFUSE(reason, OPD_REASON_SIZE, "last dimension of a %lld, of i8 at most %d", (long long)depth, I8_DEPTH_MAX);
 	return accept_factor("a", a, reason) && accept_factor("b", b, reason) && accept_bias(tensor_of(call, SCALED_BIAS), reason);
 }
 

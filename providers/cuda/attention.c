@@ -4,7 +4,10 @@
 #include "providers/cuda/call.h"
 #include "uuid/cuda_attention.h"
 
-enum { HEAD_SIZE_MAX = 512, GRID_MAX = 65535 };
+enum { PAGED_QUERY, PAGED_KEYS, PAGED_VALUES, PAGED_TABLE, PAGED_LENGTHS, PAGED_STARTS, PAGED_SCALE, PAGED_CAUSAL };
+
+/* Kernels count keys in an int, and some stretches further. */
+enum { HEAD_SIZE_MAX = 512, GRID_MAX = 65535, KEYS_MAX = INT_MAX / 2 };
 
 static bool accept_last(const char *name, const opd_tensor *tensor, opd_reason *reason)
 {
@@ -21,8 +24,8 @@ static bool accept_sizes(const opd_tensor *query, int64_t tokens, int64_t keys, 
 		return OPD_REFUSE(reason, OPD_REASON_SHAPE, "head size %lld, at most %d", (long long)size, HEAD_SIZE_MAX);
 	if (heads > GRID_MAX)
 		return OPD_REFUSE(reason, OPD_REASON_SIZE, "%lld heads, at most %d", (long long)heads, GRID_MAX);
-	if (tokens > INT_MAX || keys > INT_MAX)
-		return OPD_REFUSE(reason, OPD_REASON_SIZE, "%lld query rows and %lld keys, at most %d", (long long)tokens, (long long)keys, INT_MAX);
+	if (tokens > INT_MAX || keys > KEYS_MAX)
+		return OPD_REFUSE(reason, OPD_REASON_SIZE, "%lld query rows, at most %d, and %lld keys, at most %d", (long long)tokens, INT_MAX, (long long)keys, KEYS_MAX);
 	return true;
 }
 
@@ -65,7 +68,8 @@ static opd_status finish(const opd_impl *impl, const opd_call *call, const opd_e
 		status = cudart_begin(impl, exec, error);
 	if (status != OPD_OK)
 		return status;
-	if (call->outputs[0]->elements == 0)
+	/* A cache without blocks has nothing to read, and strides that mean nothing: any query's table entry is out of range. */
+	if (call->outputs[0]->elements == 0 || (made->paged && opd_tensor_empty(cuda_tensor(call, PAGED_KEYS))))
 		return cudart_status(impl->op, cuda_attention_check_launch(made, exec->stream), error);
 	made->query = cuda_data(query);
 	made->key = cuda_data(cuda_tensor(call, 1));
@@ -127,8 +131,6 @@ static opd_status attention_run(const opd_impl *impl, void *state, const opd_cal
 }
 
 /* ---- paged_attention */
-
-enum { PAGED_QUERY, PAGED_KEYS, PAGED_VALUES, PAGED_TABLE, PAGED_LENGTHS, PAGED_STARTS, PAGED_SCALE, PAGED_CAUSAL };
 
 /* Slots of successive blocks at one distance. */
 static bool accept_cache(const char *name, const opd_tensor *cache, opd_reason *reason)

@@ -88,7 +88,7 @@ static opd_status rotary_run(const opd_impl *impl, void *state, const opd_call *
 		(void)cuda_dtype_of(heads->dtype, &made.dtype);
 	}
 	made.fault = cuda_fault_of(exec);
-	if (status != OPD_OK || made.tokens == 0 || made.heads[0] + made.heads[1] == 0)
+	if (status != OPD_OK || made.tokens == 0)
 		return status;
 	return cudart_status(impl->op, cuda_rotary_launch(&made, exec->stream), error);
 }
@@ -125,19 +125,36 @@ static int64_t slots_of(const opd_tensor *cache)
 	return __builtin_mul_overflow(cache->shape[0], cache->shape[1], &slots) ? INT64_MAX : slots;
 }
 
-static opd_status cache_run(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error)
+/* Sizes and strides: what is known before the operands' addresses are. */
+static struct cuda_cache_call cache_read(const opd_call *call)
 {
-	(void)state;
 	const opd_tensor *key = cuda_tensor(call, CACHE_KEY), *keys = cuda_tensor(call, CACHE_KEYS);
 	const int64_t element = (int64_t)opd_dtype_bytes(keys->dtype);
-	struct cuda_cache_call made = {
-		.slots = cuda_index_of(cuda_tensor(call, CACHE_SLOTS)),
+	return (struct cuda_cache_call){
+		.slots.stride = cuda_index_of(cuda_tensor(call, CACHE_SLOTS)).stride,
 		.tokens = key->shape[0],
 		.slot_count = slots_of(keys),
 		.row_bytes = key->shape[1] * key->shape[2] * element,
 		.cache_bytes = keys->elements * (uint64_t)element,
-		.fault = cuda_fault_of(exec),
 	};
+}
+
+static opd_status cache_plan(const opd_impl *impl, void *state, const opd_call *call, opd_plan *plan_out, opd_reason *reason, opd_error *error)
+{
+	(void)impl, (void)state, (void)reason, (void)error;
+	const struct cuda_cache_call made = cache_read(call);
+	plan_out->scratch_bytes = cuda_cache_scratch(&made);
+	return OPD_OK;
+}
+
+static opd_status cache_run(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error)
+{
+	(void)state;
+	const int64_t element = (int64_t)opd_dtype_bytes(cuda_tensor(call, CACHE_KEYS)->dtype);
+	struct cuda_cache_call made = cache_read(call);
+	made.slots = cuda_index_of(cuda_tensor(call, CACHE_SLOTS));
+	made.fault = cuda_fault_of(exec);
+	made.last = cuda_cache_scratch(&made) == 0 ? NULL : exec->scratch;
 	opd_status status = cudart_begin(impl, exec, error);
 	for (uint32_t i = 0; i < 2 && status == OPD_OK; i++) {
 		const opd_tensor *tokens = cuda_tensor(call, CACHE_KEY + i), *cache = cuda_tensor(call, CACHE_KEYS + i);
@@ -167,5 +184,6 @@ static const opd_impl reshape_and_cache = {
               "reshape_and_cache(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor slot_mapping) -> (Tensor, Tensor)",
               OPD_UUID_cuda_position, cache_predicate, cache_run),
 	.flags = FLAGS | OPD_IMPL_IN_PLACE,
+	.plan = cache_plan,
 };
 const opd_impl *const cuda_impls_position[] = {&embedding, &rotary_embedding, &reshape_and_cache, NULL};

@@ -24,7 +24,7 @@ enum opencl_family {
 /* Every kernel of every family; the name in the source. */
 #define OPENCL_KERNELS(X)                                                                                                           \
 	X(NORM, rms_norm) X(NORM, layer_norm) X(ELEMENTWISE, activate) X(ELEMENTWISE, activate_and_mul) X(ELEMENTWISE, combine)         \
-	X(SOFTMAX, softmax) X(POSITION, rotary_embedding) X(POSITION, embedding) X(PRODUCT, product) X(PRODUCT, product_rows)
+	X(SOFTMAX, softmax) X(POSITION, rotary_embedding) X(POSITION, embedding) X(POSITION, index_check) X(PRODUCT, product) X(PRODUCT, product_rows)
 
 enum opencl_kernel {
 #define X(family, name) OPENCL_##name,

@@ -19,6 +19,20 @@ static void launch_fault(struct launch *launch, const opd_exec *exec, const opd_
 	launch_int(launch, exec->fault != NULL);
 }
 
+/* Where the results have no elements the indices are looked at all the same: the answer to a bad one isn't another. */
+static opd_status check_indices(void *state, const opd_exec *exec, const opd_tensor *indices, int64_t rows, opd_error *error)
+{
+	if (exec->fault == NULL || opd_tensor_empty(indices))
+		return OPD_OK;
+	struct launch launch = launch_begin(state, exec, OPENCL_index_check, OPD_f32, error);
+	launch_tensor(&launch, indices, NULL);
+	launch_int(&launch, (int64_t)indices->elements);
+	launch_int(&launch, rows);
+	launch_int(&launch, indices->dtype == OPD_i64);
+	launch_fault(&launch, exec, indices);
+	return launch_elements(&launch, indices->elements);
+}
+
 /* ---- embedding ---- */
 
 static bool embedding_supports(const opd_impl *impl, void *state, const opd_call *call, opd_reason *reason)
@@ -43,8 +57,10 @@ static opd_status embedding_run(const opd_impl *impl, void *state, const opd_cal
 	const opd_tensor *table = opencl_tensor(call, 1);
 	const opd_tensor *y = call->outputs[0];
 	opd_status status = opencl_verify(impl, call, table, 0, error);
-	if (status != OPD_OK || opd_tensor_empty(y))
+	if (status != OPD_OK)
 		return status;
+	if (opd_tensor_empty(y))
+		return check_indices(state, exec, ids, table->shape[0], error);
 	const uint64_t row_bytes = (uint64_t)table->shape[1] * opd_dtype_bytes(table->dtype);
 	const uint64_t unit = unit_of(table, row_bytes);
 	const uint64_t units = row_bytes / unit;
@@ -109,6 +125,8 @@ static opd_status rotary_run(const opd_impl *impl, void *state, const opd_call *
 	opd_status status = opencl_verify(impl, call, query, 0, error);
 	if (status == OPD_OK)
 		status = opencl_verify(impl, call, query, 1, error);
+	if (status == OPD_OK && opd_tensor_empty(query) && opd_tensor_empty(opencl_tensor(call, KEY)))
+		return check_indices(state, exec, opencl_tensor(call, POSITIONS), opencl_tensor(call, CACHE)->shape[0], error);
 	if (status == OPD_OK)
 		status = rotate(call, state, exec, query, call->outputs[0], error);
 	return status == OPD_OK ? rotate(call, state, exec, opencl_tensor(call, KEY), call->outputs[1], error) : status;

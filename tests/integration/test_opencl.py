@@ -137,6 +137,19 @@ class OpenCL(unittest.TestCase):
         for got, value in zip(unpack_f32(data), values):
             self.assertAlmostEqual(got, 2 * value / (1 + math.exp(-value)), places=5)
 
+    def test_indices_of_results_without_elements_are_checked_too(self):
+        client = self.client()
+        bad = self.upload(client, [3], struct.pack("<3q", 0, 2, 7), dtype=I64)
+        empty = [inline([3, 0], b""), inline([3, 0], b"")]
+        for op, operands, param in (("embedding", [bad, inline([5, 0], b"")], "ids"), ("rotary_embedding", [bad, *empty], "positions")):
+            with self.subTest(op=op):
+                request = run(op, *operands, run_priority=["opencl"], run_strict=True)
+                if op == "rotary_embedding":
+                    request.run.args.add(name="head_size").int = 4
+                    request.run.args.add(name="cos_sin_cache").tensor.CopyFrom(inline([5, 4], f32(*[0] * 20)))
+                reply = client.call(request)[0]
+                self.assertEqual((reply.status, reply.message), (harness.INVALID_ARGUMENT, "%s: %s[2] is 7, expected 0 to 4" % (op, param)))
+
     def test_a_donated_key_is_turned_in_place(self):
         client = self.client()
         positions = self.upload(client, [2], struct.pack("<2q", 1, 0), dtype=I64)

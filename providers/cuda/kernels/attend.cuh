@@ -53,8 +53,22 @@ static __device__ __forceinline__ int64_t attend_block(const cuda_attention_call
 	return call.table.wide ? ((const int64_t *)call.table.data)[at] : ((const int32_t *)call.table.data)[at];
 }
 
-/* One block of a call, thread `thread` of `threads`, looks at all starts and lengths; whoever uses an entry of the table has checked it itself, unless nobody computes anything (`all`). */
-static __device__ __forceinline__ void attend_check(const cuda_attention_call &call, bool all, unsigned thread, unsigned threads)
+/* Entries of a table that a call's first block looks at beside its own work; more are looked at by a kernel of their own. */
+enum { ATTEND_CHECKED_BESIDE = 65536 };
+
+/* A sequence's keys, for whom the table says where they lie, and whether anybody reads them: who does has checked the entries it uses. */
+static __device__ __forceinline__ int64_t attend_unread(const cuda_attention_call &call, int64_t b, bool all)
+{
+	return all || index_at(call.starts, b + 1) <= index_at(call.starts, b) ? index_at(call.lengths, b) : 0;
+}
+
+static __device__ __forceinline__ bool attend_entry_ok(const cuda_attention_call &call, int64_t b, int64_t entry)
+{
+	return index_ok(call.fault, PAGED_TABLE, b * call.table_blocks + entry, attend_block(call, b, entry), 0, call.blocks - 1);
+}
+
+/* Starts and lengths of all sequences, by `threads` threads. */
+static __device__ __forceinline__ void attend_check_sequences(const cuda_attention_call &call, int64_t thread, int64_t threads)
 {
 	if (thread == 0) {
 		index_ok(call.fault, PAGED_STARTS, 0, index_at(call.starts, 0), 0, 0);
@@ -62,11 +76,21 @@ static __device__ __forceinline__ void attend_check(const cuda_attention_call &c
 	}
 	for (int64_t b = thread; b < call.sequences; b += threads) {
 		const int64_t begin = index_at(call.starts, b), end = index_at(call.starts, b + 1);
-		const int64_t keys = index_at(call.lengths, b);
-		if (!index_ok(call.fault, PAGED_STARTS, b + 1, end, begin, call.tokens) || !index_ok(call.fault, PAGED_LENGTHS, b, keys, end - begin, call.keys) || (end > begin && !all))
-			continue;
-		for (int64_t i = 0; i * call.block_size < keys; i++) /* nobody reads by the blocks of a sequence without queries, nor looks at them */
-			index_ok(call.fault, PAGED_TABLE, b * call.table_blocks + i, attend_block(call, b, i), 0, call.blocks - 1);
+		if (index_ok(call.fault, PAGED_STARTS, b + 1, end, begin, call.tokens))
+			index_ok(call.fault, PAGED_LENGTHS, b, index_at(call.lengths, b), end - begin, call.keys);
+	}
+}
+
+/* One block of a call, thread `thread` of `threads`, looks at all starts and lengths, and at the entries that nobody reads by. */
+static __device__ __forceinline__ void attend_check(const cuda_attention_call &call, unsigned thread, unsigned threads)
+{
+	if (call.checked_apart)
+		return;
+	attend_check_sequences(call, thread, threads);
+	for (int64_t b = thread; b < call.sequences; b += threads) {
+		const int64_t keys = attend_unread(call, b, false);
+		for (int64_t entry = 0; entry * call.block_size < keys && entry < call.table_blocks; entry++)
+			attend_entry_ok(call, b, entry);
 	}
 }
 
@@ -90,7 +114,7 @@ static __device__ __forceinline__ bool attend_find(const cuda_attention_call &ca
 	if (faulted(call.fault))
 		return false;
 	if (check && call.fault.word != NULL && threadIdx.x + 32 >= blockDim.x) /* the last warp: the others needn't wait */
-		attend_check(call, false, threadIdx.x % 32, 32);
+		attend_check(call, threadIdx.x % 32, 32);
 	if (!guessed || token < begin || token >= end) {
 		if (threadIdx.x == 0)
 			found = -1;

@@ -5,6 +5,7 @@ enum { WARPS = 4, PER_LANE = ATTEND_HEAD_MAX / 32, MERGE_THREADS = 128 };
 /* So many queries a sequence, on average, share their keys through shared memory. */
 enum { PREFILL_QUERIES = 4 };
 /* Blocks of attend_decode that an H100 holds at once, and how many of them are a wave that is nearly full; waves after which it doesn't matter how full the last one is. */
+enum { CHECK_THREADS = 128, CHECK_BLOCKS = 1024 };
 enum { SLOTS = 264, NEARLY = SLOTS * 3 / 4, MANY_WAVES = 16 };
 
 /* A block computes one query row of one head over one stretch (or, stretches being 1, over all its keys); warps take keys in turn. */
@@ -130,17 +131,30 @@ int attend_any_launch(const struct cuda_attention_call *call, unsigned stretches
 	return launched();
 }
 
-static __global__ void check(const __grid_constant__ cuda_attention_call call)
+/* Starts, lengths and entries of the table, of sequences without queries or of `all`, by all threads together: a table may have more entries than one block could look at within minutes. */
+static __global__ void check(const __grid_constant__ cuda_attention_call call, bool all)
 {
-	if (!faulted(call.fault))
-		attend_check(call, true, threadIdx.x, blockDim.x);
+	const int64_t thread = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, threads = (int64_t)gridDim.x * blockDim.x;
+	if (faulted(call.fault))
+		return;
+	attend_check_sequences(call, thread, threads);
+	for (int64_t i = thread; i < call.sequences * call.table_blocks; i += threads) {
+		const int64_t b = i / call.table_blocks, entry = i % call.table_blocks;
+		if (entry * call.block_size < attend_unread(call, b, all))
+			attend_entry_ok(call, b, entry);
+	}
+}
+
+static int check_launch(const struct cuda_attention_call *call, bool all, cudaStream_t stream)
+{
+	const int64_t entries = call->sequences * call->table_blocks, blocks = (entries + CHECK_THREADS - 1) / CHECK_THREADS;
+	check<<<(unsigned)(blocks < 1 ? 1 : blocks > CHECK_BLOCKS ? CHECK_BLOCKS : blocks), CHECK_THREADS, 0, stream>>>(*call, all);
+	return launched();
 }
 
 int cuda_attention_check_launch(const struct cuda_attention_call *call, cudaStream_t stream)
 {
-	if (call->paged && call->fault.word != NULL)
-		check<<<1, 128, 0, stream>>>(*call);
-	return launched();
+	return call->paged && call->fault.word != NULL ? check_launch(call, true, stream) : 0;
 }
 
 /* A step with one query a sequence is cut into stretches, so that few sequences fill the device; more queries do that by themselves. */
@@ -176,7 +190,7 @@ static struct attend_parts parts_of(const struct cuda_attention_call *call, unsi
 	return (struct attend_parts){chunks, ATTEND_CHUNK};
 }
 
-int cuda_attention_launch(const struct cuda_attention_call *call, cudaStream_t stream)
+static int attention_launch(const struct cuda_attention_call *call, cudaStream_t stream)
 {
 	const unsigned stretches = stretches_of(call);
 	struct attend_parts parts = {stretches, 1};
@@ -194,4 +208,12 @@ int cuda_attention_launch(const struct cuda_attention_call *call, cudaStream_t s
 	const dim3 grid((unsigned)call->tokens, (unsigned)call->heads);
 	CUDA_BY_DTYPE(call->dtype, T, launch_behind(attend_merge<T>, grid, MERGE_THREADS, stream, *call, parts));
 	return launched();
+}
+
+int cuda_attention_launch(const struct cuda_attention_call *call, cudaStream_t stream)
+{
+	struct cuda_attention_call made = *call;
+	made.checked_apart = call->paged && call->fault.word != NULL && call->sequences * call->table_blocks > ATTEND_CHECKED_BESIDE;
+	const int failed = made.checked_apart ? check_launch(call, false, stream) : 0;
+	return failed != 0 ? failed : attention_launch(&made, stream);
 }

@@ -282,7 +282,7 @@ template <class T, int D> static __global__ void __launch_bounds__(WARPS * 32, 2
 	if (faulted(call.fault))
 		return;
 	if (call.paged && call.fault.word != NULL && blockIdx.x == 0 && head == 0)
-		attend_check(call, false, threadIdx.x, blockDim.x);
+		attend_check(call, threadIdx.x, blockDim.x);
 	/* The last tiles, which see most, start first. */
 	if (!tile_find(call, gridDim.x - 1 - blockIdx.x, number, within) || !part_get(call, number, part))
 		return;

@@ -70,6 +70,13 @@ struct cuda_norm_call {
 };
 int cuda_norm_launch(const struct cuda_norm_call *call, cudaStream_t stream);
 
+struct cuda_norm_calls {
+	uint32_t count;
+	struct cuda_norm_call calls[OPD_CALLS_MAX];
+};
+/* All of them in one launch, with the bits that each has alone; cudaErrorNotSupported: they differ too much, or are large. */
+int cuda_norm_together(const struct cuda_norm_calls *calls, cudaStream_t stream);
+
 /* ---- activation.cu */
 enum cuda_activation {
 	CUDA_SILU,
@@ -222,8 +229,10 @@ struct cuda_cache_call {
 	const void *cache_from[2];
 	void *cache_to[2];          /* may be cache_from */
 	uint64_t cache_bytes;
+	int32_t *last;              /* cuda_cache_scratch bytes; NULL: none */
 	struct cuda_fault fault;
 };
+uint64_t cuda_cache_scratch(const struct cuda_cache_call *call);
 int cuda_cache_launch(const struct cuda_cache_call *call, cudaStream_t stream);
 
 /* ---- linear.cu: up to CUDA_LINEAR_ROWS rows of x. */
@@ -294,6 +303,7 @@ struct cuda_attention_call {
 	int block_size;
 	struct cuda_index lengths;
 	struct cuda_index starts;
+	bool checked_apart;          /* set by cuda_attention_launch: a kernel before it has looked at starts, lengths and what nobody reads of the table */
 	struct cuda_fault fault;
 	void *scratch;               /* cuda_attention_scratch bytes */
 };

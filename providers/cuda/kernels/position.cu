@@ -161,6 +161,15 @@ template <class T> static __global__ void rotary_rest(const __grid_constant__ cu
 	}
 }
 
+/* Positions alone: nothing is turned. */
+static __global__ void rotary_check(const __grid_constant__ cuda_rotary_call call)
+{
+	const int64_t token = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+	behind_wait();
+	if (token < call.tokens && !faulted(call.fault))
+		index_ok(call.fault, ROTARY_POSITIONS, token, index_at(call.positions, token), 0, call.positions_max - 1);
+}
+
 template <class T, class C, int N> static void turn_launch(const cuda_rotary_call *call, cudaStream_t stream)
 {
 	const int parts = call->rot / 2 / N, heads = call->heads[0] + call->heads[1], turns = (heads + HEADS - 1) / HEADS;
@@ -191,13 +200,41 @@ template <class T, class C> static void rotary_launch(const cuda_rotary_call *ca
 
 int cuda_rotary_launch(const struct cuda_rotary_call *call, cudaStream_t stream)
 {
+	if (call->heads[0] + call->heads[1] == 0) {
+		launch_behind(rotary_check, (unsigned)((call->tokens + 255) / 256), 256, stream, *call);
+		return launched();
+	}
 	CUDA_BY_DTYPE(call->dtype, T, if (call->cache_f32) rotary_launch<T, float>(call, stream); else rotary_launch<T, T>(call, stream));
 	return launched();
 }
 
 /* ---- reshape_and_cache ----------------------------------------------------------------------------------------------------------- */
 
-enum { CACHE_SLOTS = 4 };
+/* Tokens that each look through those behind them; of more, the last for each slot is found first. */
+enum { CACHE_SLOTS = 4, CACHE_LOOKED = 1024 };
+
+/* The last token for each slot. */
+static __global__ void cache_last(const __grid_constant__ cuda_cache_call call)
+{
+	const int64_t token = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+	behind_wait();
+	if (token >= call.tokens || faulted(call.fault))
+		return;
+	const int64_t slot = index_at(call.slots, token);
+	if (slot >= 0 && slot < call.slot_count)
+		atomicMax(&call.last[slot], (int32_t)token);
+}
+
+/* By all threads of a block: whether a later token is for the same slot. */
+static __device__ __forceinline__ bool cache_replaced(const cuda_cache_call &call, int64_t token, int64_t slot)
+{
+	bool later = false;
+	if (call.last != NULL)
+		return call.last[slot] != token;
+	for (int64_t t = token + 1 + threadIdx.x; t < call.tokens; t += blockDim.x)
+		later |= index_at(call.slots, t) == slot;
+	return __syncthreads_or(later) != 0;
+}
 
 /* A block a token, y the key or the value. Of tokens for one slot the last stays, whole: an earlier one looks for it. */
 template <class Word> static __global__ void cache_rows(const __grid_constant__ cuda_cache_call call)
@@ -219,16 +256,55 @@ template <class Word> static __global__ void cache_rows(const __grid_constant__ 
 			index_ok(call.fault, CACHE_SLOTS, token, slot, INT64_MIN, call.slot_count - 1);
 		return;
 	}
-	bool later = false;
-	for (int64_t t = token + 1 + threadIdx.x; t < call.tokens; t += blockDim.x)
-		later |= index_at(call.slots, t) == slot;
-	if (__syncthreads_or(later))
+	if (words == 0 || cache_replaced(call, token, slot))
 		return;
 	Word *to = (Word *)((char *)call.cache_to[which] + slot * call.row_bytes);
 	if (threadIdx.x < words)
 		to[threadIdx.x] = first;
 	for (int64_t i = threadIdx.x + blockDim.x; i < words; i += blockDim.x)
 		to[i] = from[i];
+}
+
+uint64_t cuda_cache_scratch(const struct cuda_cache_call *call)
+{
+	uint64_t bytes;
+	if (call->tokens <= CACHE_LOOKED || call->slots.stride == 0 || call->row_bytes == 0)
+		return 0;
+	return __builtin_mul_overflow((uint64_t)call->slot_count, (uint64_t)sizeof(int32_t), &bytes) ? UINT64_MAX : bytes;
+}
+
+static int last_launch(const cuda_cache_call *call, cudaStream_t stream)
+{
+	const cudaError_t failed = cudaMemsetAsync(call->last, 0xff, (size_t)call->slot_count * sizeof *call->last, stream);
+	if (failed != cudaSuccess)
+		return (int)failed;
+	launch_behind(cache_last, (unsigned)((call->tokens + 255) / 256), 256, stream, *call);
+	return launched();
+}
+
+static int rows_launch(const cuda_cache_call *call, cudaStream_t stream)
+{
+	const dim3 grid((unsigned)call->tokens, 2);
+	const std::initializer_list<uint64_t> values = {(uint64_t)call->row_bytes,      (uint64_t)call->token_stride_bytes[0], (uint64_t)call->token_stride_bytes[1],
+	                                                (uint64_t)call->tokens_from[0], (uint64_t)call->tokens_from[1],        (uint64_t)call->cache_to[0],
+	                                                (uint64_t)call->cache_to[1]};
+	if (all_multiples(16, values))
+		launch_behind(cache_rows<uint4>, grid, 128, stream, *call);
+	else if (all_multiples(4, values))
+		launch_behind(cache_rows<uint32_t>, grid, 128, stream, *call);
+	else
+		launch_behind(cache_rows<uint8_t>, grid, 128, stream, *call);
+	return launched();
+}
+
+/* All for one slot: the last token's call. */
+static struct cuda_cache_call last_of(const struct cuda_cache_call *call)
+{
+	struct cuda_cache_call last = *call;
+	for (int i = 0; i < 2; i++)
+		last.tokens_from[i] = (const char *)call->tokens_from[i] + (call->tokens - 1) * call->token_stride_bytes[i];
+	last.tokens = 1;
+	return last;
 }
 
 int cuda_cache_launch(const struct cuda_cache_call *call, cudaStream_t stream)
@@ -242,15 +318,10 @@ int cuda_cache_launch(const struct cuda_cache_call *call, cudaStream_t stream)
 	}
 	if (call->tokens == 0)
 		return 0;
-	const dim3 grid((unsigned)call->tokens, 2);
-	const std::initializer_list<uint64_t> values = {(uint64_t)call->row_bytes,      (uint64_t)call->token_stride_bytes[0], (uint64_t)call->token_stride_bytes[1],
-	                                                (uint64_t)call->tokens_from[0], (uint64_t)call->tokens_from[1],        (uint64_t)call->cache_to[0],
-	                                                (uint64_t)call->cache_to[1]};
-	if (all_multiples(16, values))
-		launch_behind(cache_rows<uint4>, grid, 128, stream, *call);
-	else if (all_multiples(4, values))
-		launch_behind(cache_rows<uint32_t>, grid, 128, stream, *call);
-	else
-		launch_behind(cache_rows<uint8_t>, grid, 128, stream, *call);
-	return launched();
+	if (call->slots.stride == 0) {
+		const struct cuda_cache_call last = last_of(call);
+		return rows_launch(&last, stream);
+	}
+	const int failed = call->last == NULL ? 0 : last_launch(call, stream);
+	return failed != 0 ? failed : rows_launch(call, stream);
 }

@@ -30,6 +30,17 @@ long index_at(global const int *indices, long at, long wide)
 	return wide ? ((global const long *)indices)[at] : (long)indices[at];
 }
 
+/* An item an index, of results that have no elements. */
+kernel void index_check(global const int *indices, long at, long count, long rows, long wide, global struct fault *fault, long node, long checks)
+{
+	const long i = get_global_id(0);
+	if (i >= count || !checks || fault->state != 0)
+		return;
+	const long index = index_at(indices, at + i, wide);
+	if (index < 0 || index >= rows)
+		report(fault, (uint)node, (ulong)i, index, rows);
+}
+
 /* An item a unit of a row: `unit` bytes, a row has `units`. */
 kernel void embedding(global const int *ids, long ids_at, global const uchar *table, global uchar *y, long y_at, long count, long units, long unit,
                       long rows, long wide, global struct fault *fault, long node, long checks, long table_at)
