@@ -1,4 +1,6 @@
 /* Who shares the daemon: what it says of sessions, tenants and lanes. */
+#include <inttypes.h>
+
 #include "client/connection.h"
 #include "client/document.h"
 #include "client/request.h"
@@ -88,12 +90,24 @@ static void *document_sharing(opd_result *result)
 	return sharing;
 }
 
+/* Behind what it has, or not at all: a server must not have us ask for ever. */
+static bool page_goes_on(const struct msg_sessions *page, uint64_t first)
+{
+	if (page->next == 0)
+		return true;
+	return page->session_count != 0 && page->next > first && page->next > page->sessions[page->session_count - 1].session;
+}
+
 opd_status opd_sessions(opd_client *client, uint64_t first, const opd_sharing **sharing_out, opd_error *error)
 {
 	const struct msg_request message = {.kind = MSG_REQUEST_LIST_SESSIONS, .first_session = first};
 	opd_result *result;
 	const void *document;
 	opd_status status = client_call(client, &message, MSG_REPLY_SESSIONS, &result, error);
+	if (status == OPD_OK && !page_goes_on(&result->reply.sessions, first)) {
+		status = opd_fail(error, OPD_DATA_LOSS, "malformed answer from the server: the list of sessions goes on at %" PRIu64, result->reply.sessions.next);
+		opd_result_destroy(result);
+	}
 	if (status == OPD_OK)
 		status = document_create(result, document_sharing, &document, error);
 	if (status == OPD_OK)

@@ -15,6 +15,7 @@
 #define FRAME_HEADER_BYTES 32u
 #define FRAME_MAGIC 0x3144504fu /* "OPD1" as it lies on the wire, read as a little-endian u32 */
 #define FRAME_VERSION 1u
+#define FRAME_BEGIN_BYTES 5u /* that every frame begins with: magic and version */
 #define FRAME_DATA_OFFSET_BYTES 8u /* a DATA frame's envelope: the payload offset, u64 little-endian */
 
 typedef enum frame_type {

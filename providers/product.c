@@ -77,6 +77,7 @@ bool product_of_linear(const opd_call *call, struct product *product_out, opd_re
 		.batches = 1,
 		.columns = weight->shape[0],
 		.depth = opd_tensor_last(x),
+		.block_columns = PRODUCT_BLOCK_COLUMNS,
 	};
 	if (!rows_of(x, &product_out->rows, &product_out->left))
 		return OPD_REFUSE(reason, OPD_REASON_LAYOUT, "x is no matrix of rows at one distance with one contiguous dimension");
@@ -106,6 +107,7 @@ bool product_of_matmul(const opd_call *call, struct product *product_out, opd_re
 		.rows = a->shape[a->rank - 2],
 		.columns = b->shape[b->rank - 1],
 		.depth = opd_tensor_last(a),
+		.block_columns = PRODUCT_BLOCK_COLUMNS,
 	};
 	if (!matrix_of_tensor("b", b, &product_out->right, reason))
 		return false;
@@ -139,7 +141,7 @@ static uint64_t row_blocks(const struct product *product)
 
 static uint64_t column_blocks(const struct product *product)
 {
-	return (uint64_t)((product->columns + PRODUCT_BLOCK_COLUMNS - 1) / PRODUCT_BLOCK_COLUMNS);
+	return (uint64_t)((product->columns + product->block_columns - 1) / product->block_columns);
 }
 
 uint64_t product_blocks(const struct product *product)
@@ -159,11 +161,11 @@ struct product_block product_block_at(const struct product *product, uint64_t in
 	uint64_t batch = index / column_blocks(product) / row_blocks(product);
 	int64_t row = (int64_t)(index % row_blocks(product)) * PRODUCT_BLOCK_ROWS;
 	struct product_block block = {
-		.column = (int64_t)(index / row_blocks(product) % column_blocks(product)) * PRODUCT_BLOCK_COLUMNS,
+		.column = (int64_t)(index / row_blocks(product) % column_blocks(product)) * product->block_columns,
 		.rows = least(product->rows - row, PRODUCT_BLOCK_ROWS),
 		.y = opd_tensor_data(product->y),
 	};
-	block.columns = least(product->columns - block.column, PRODUCT_BLOCK_COLUMNS);
+	block.columns = least(product->columns - block.column, product->block_columns);
 	block.y += ((batch * (uint64_t)product->rows + (uint64_t)row) * (uint64_t)product->columns + (uint64_t)block.column) *
 	           opd_dtype_bytes(product->y->dtype);
 	if (product->depth == 0)

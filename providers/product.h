@@ -26,6 +26,7 @@ struct product {
 	int64_t rows;
 	int64_t columns;
 	int64_t depth;
+	int64_t block_columns; /* of a block; PRODUCT_BLOCK_COLUMNS unless the module says otherwise */
 };
 
 /* Reads a call of linear (x, weight, bias) or matmul (a, b). A matmul whose b is the same for all batches is one product of many rows where a lies
@@ -41,9 +42,8 @@ struct product_block {
 	unsigned char *y;
 };
 
-/* Rows and columns of a block. Blocks follow from the shape alone, never from the number of threads: that is why bits don't depend on it. Larger blocks repeat less packing of the left factor, smaller ones share better:
- * of 4096 columns these are as many as a lane of sixteen threads needs (with 512 columns half of it had nothing to do: 0.51 of what the libraries make of sixteen threads). They are the same for any number of rows, so
- * that one packed copy of a weight serves all. */
+/* Rows and columns of a block, where a module has no reason for others. Blocks follow from the shape alone, never from the number of threads: that is why bits don't depend on it. Larger blocks repeat less packing of the
+ * left factor, smaller ones share better: of 4096 columns these are as many as a lane of sixteen threads needs (with 512 columns half of it had nothing to do: 0.51 of what the libraries make of sixteen threads). */
 enum { PRODUCT_BLOCK_ROWS = 512, PRODUCT_BLOCK_COLUMNS = 256 };
 
 uint64_t product_blocks(const struct product *product);

@@ -283,6 +283,13 @@ typedef struct opd_index_fault {
  * has OPD_IMPL_IN_PLACE. If the outputs' dtypes or shapes aren't what it writes it returns OPD_INTERNAL and writes nothing. */
 typedef opd_status (*opd_run_fn)(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error);
 
+#define OPD_CALLS_MAX 8u
+
+/* On a device: enqueues 2 to OPD_CALLS_MAX calls as one piece of work, which costs the host and the device one launch instead of so many. Each is of another request and such that run would take
+ * it; none reads or writes what another one writes; each result has the very bits that run gives it. `exec` is run's, without plan, scratch and fault. OPD_UNIMPLEMENTED, or any other failure but
+ * OPD_DATA_LOSS: nothing has been enqueued, and the host runs them one after the other. */
+typedef opd_status (*opd_run_many_fn)(const opd_impl *impl, void *state, const opd_call *const *calls, uint32_t count, const opd_exec *exec, opd_error *error);
+
 /* Borrowed by the host until the module is closed. */
 struct opd_impl {
 	uint32_t struct_bytes;
@@ -297,6 +304,7 @@ struct opd_impl {
 	opd_cost_fn cost_ns;        /* NULL: unknown */
 	opd_run_fn run;
 	const void *user; /* the implementation's own, for functions that serve several */
+	opd_run_many_fn run_many; /* NULL: each call alone. Only for those without a plan and on a backend with OPD_BACKEND_FAILS_WHOLE */
 };
 
 /* What run is given beside the call. */

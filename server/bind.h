@@ -31,7 +31,7 @@ struct bound {
 	uint32_t operand_count;
 	struct operand *operands;
 	opd_tensor *outputs; /* [call.output_count] */
-	uint64_t output_bytes; /* their sum, each padded to 64 */
+	uint64_t output_bytes; /* their sum, each padded to 64; not a graph's */
 };
 
 /* Of all its elements, packed: bind_place and bind_outputs have checked that it is a number. */

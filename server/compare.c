@@ -7,6 +7,7 @@
 
 #include "proto/element.h"
 #include "proto/tensor.h"
+#include "providers/estimate.h"
 #include "providers/ops/tolerance.h"
 
 static bool is_real(opd_dtype dtype)
@@ -48,12 +49,19 @@ static double terms_of(const struct op *op, const opd_call *call)
 	return most;
 }
 
+#define SPARE 8u /* elements behind a copy */
+
+static uint64_t wide_bytes(const opd_tensor *tensor)
+{
+	return estimate_multiply(estimate_add(tensor->elements, SPARE), sizeof(double));
+}
+
 /* A row-major f64 copy, of magnitudes if `absolute`. NULL: out of memory. */
 static const opd_tensor *widen(struct arena *arena, const opd_tensor *from, bool absolute, double **data_out)
 {
 	opd_tensor *tensor = arena_zalloc(arena, sizeof *tensor);
 	int64_t *strides = arena_array(arena, OPD_RANK_MAX, sizeof strides[0]);
-	double *data = malloc((from->elements + 8) * sizeof data[0]);
+	double *data = malloc(wide_bytes(from));
 	*data_out = data;
 	if (tensor == NULL || strides == NULL || data == NULL)
 		return NULL;
@@ -106,17 +114,40 @@ static opd_status sum_magnitudes(const struct op *op, const opd_call *call, cons
 	return native->def->run(native->def, native->state, &wide, &own, error);
 }
 
+/* The op's results are sums whose terms' magnitudes matter. */
+static bool is_sum(const struct op *op, const opd_call *call)
+{
+	return op->def->sum != OPD_SUM_NONE && call->output_count != 0 && is_real(call->outputs[0]->dtype);
+}
+
+/* … but nothing says how large they are. */
+static bool is_unknown(const struct op *op, const opd_call *call)
+{
+	return tensor_arg(op, call, "scale_a") != NULL || call->output_count != 1;
+}
+
+uint64_t compare_bounds_bytes(const struct op *op, const opd_call *call)
+{
+	if (!is_sum(op, call) || is_unknown(op, call))
+		return 0;
+	uint64_t bytes = wide_bytes(call->outputs[0]);
+	for (uint32_t i = 0; i < call->arg_count; i++)
+		if (call->args[i].kind == OPD_ARG_TENSOR && is_real(call->args[i].tensor->dtype))
+			bytes = estimate_add(bytes, wide_bytes(call->args[i].tensor));
+	return bytes;
+}
+
 opd_status compare_bounds_make(const struct op *op, const opd_call *call, const opd_exec *exec, struct compare_bounds *bounds_out, opd_error *error)
 {
 	struct arena arena;
 	*bounds_out = (struct compare_bounds){0};
-	if (op->def->sum == OPD_SUM_NONE || call->output_count == 0 || !is_real(call->outputs[0]->dtype))
+	if (!is_sum(op, call))
 		return OPD_OK;
-	bounds_out->unknown = tensor_arg(op, call, "scale_a") != NULL || call->output_count != 1;
+	bounds_out->unknown = is_unknown(op, call);
 	if (bounds_out->unknown)
 		return OPD_OK;
 	bounds_out->factor = 2 * sqrt(terms_of(op, call)) * (call->args[0].tensor->dtype == OPD_f64 ? 0x1p-53 : 0x1p-24);
-	bounds_out->magnitudes = calloc(call->outputs[0]->elements + 8, sizeof(double));
+	bounds_out->magnitudes = calloc(1, wide_bytes(call->outputs[0]));
 	double **widened = calloc(call->arg_count + 1, sizeof widened[0]);
 	arena_init(&arena, 1u << 20);
 	opd_status status = bounds_out->magnitudes == NULL || widened == NULL

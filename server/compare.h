@@ -22,6 +22,8 @@ struct difference {
 	double wanted;
 };
 
+/* Memory that compare_bounds_make takes: operands and results as f64, laid out whatever their strides. */
+uint64_t compare_bounds_bytes(const struct op *op, const opd_call *call);
 /* RESOURCE_EXHAUSTED, or native's failure. exec: for its kernel. */
 OPD_MUST_USE opd_status compare_bounds_make(const struct op *op, const opd_call *call, const opd_exec *exec, struct compare_bounds *bounds_out,
                                             opd_error *error);

@@ -219,6 +219,19 @@ void conn_flush(struct conn *conn)
 	}
 }
 
+void conn_expect_reply(struct conn *conn)
+{
+	static const struct frame_header any = {.version = FRAME_VERSION};
+	uint8_t header[FRAME_HEADER_BYTES];
+	if (conn->closing || conn->writing || conn->tls != NULL || conn->ring != NULL || !outbox_empty(&conn->outbox) || conn->outbox.begun_bytes != 0)
+		return;
+	frame_encode(&any, header);
+	const uv_buf_t begin = uv_buf_init((char *)header, FRAME_BEGIN_BYTES);
+	const int written = uv_try_write(&conn->stream, &begin, 1);
+	if (written > 0) /* what fails now fails again when the reply leaves */
+		outbox_begin(&conn->outbox, (uint32_t)written);
+}
+
 bool conn_idle(const struct conn *conn)
 {
 	return conn->session->in_flight == 0 && outbox_empty(&conn->outbox) && !conn->writing;

@@ -178,16 +178,8 @@ static opd_status enqueue_kernel(struct device_lane *lane, struct device_batch *
 	struct device_job *job = &batch->job;
 	struct request *first = request_of(job->members);
 	const struct impl *impl = first->run.dispatch.impl;
-	struct lane_exec serial = lane_exec_serial(NULL);
-	const opd_exec exec = {
-		.struct_bytes = sizeof exec,
-		.threads = 1,
-		.host = &impl->provider->module->host,
-		.stream = lane->stream,
-		.device = lane->number,
-		.ordinal = lane->device.ordinal,
-		.lane = &serial,
-	};
+	struct lane_exec serial;
+	const opd_exec exec = device_exec(lane, impl, &serial);
 	const struct watch_subject subject = {.impl = impl, .provider = impl->provider, .request = first, .device = lane, .members = job->members};
 	if (impl->def->predicate != NULL && !impl->def->predicate(impl->def, impl->state, &batch->call->call, NULL))
 		return opd_fail(&job->error, OPD_UNIMPLEMENTED, "%s: refused together", job->name); /* each runs alone then */

@@ -97,8 +97,14 @@ void device_give_event(struct device_lane *lane, void *event)
 		lane->device.backend->event_destroy(lane->device.state, event);
 }
 
-/* The event is there before anything is enqueued: without one nobody would learn of the end. */
 opd_status device_begin(struct device_lane *lane, struct device_job *job)
+{
+	device_many_end(lane);
+	return device_begin_beside(lane, job);
+}
+
+/* The event is there before anything is enqueued: without one nobody would learn of the end. */
+opd_status device_begin_beside(struct device_lane *lane, struct device_job *job)
 {
 	opd_status status = need_stream(lane, job);
 	lane->gathered_count = 0; /* of a job that has failed */

@@ -27,6 +27,8 @@
 /* A loop that looks after it itself looks again and again, for so long in one turn, when its end is so near. */
 #define LOOK_AHEAD_NS 10000u
 #define LOOK_NS 5000u
+/* So long before its end its `near` is called: while a client's thread wakes. */
+#define NEAR_NS 12000u
 /* So long before the stream should be empty the next job comes to it, however long that one is. */
 #define NEXT_AHEAD_NS 300000u
 /* Jobs taken out of the queue at once: each time the mutex and the scheduler's heaps change cores with the loop that submits. */
@@ -147,8 +149,7 @@ static void record_end(struct device_lane *lane, struct device_job *job)
 	}
 }
 
-/* One event may tell of several jobs' end where no work on the device fails alone. */
-static bool shares_events(const struct device_lane *lane)
+bool device_shares_events(const struct device_lane *lane)
 {
 	return (lane->device.backend->flags & OPD_BACKEND_FAILS_WHOLE) != 0;
 }
@@ -156,6 +157,7 @@ static bool shares_events(const struct device_lane *lane)
 /* The jobs since the last event get theirs. */
 static void mark_end(struct device_lane *lane)
 {
+	device_many_end(lane);
 	if (lane->newest != NULL)
 		record_end(lane, lane->newest);
 	lane->newest = NULL;
@@ -178,7 +180,7 @@ static void flight_add(struct device_lane *lane, struct device_job *job)
 	}
 	lane->newest = job;
 	lane->unmarked++;
-	if (!shares_events(lane) || lane->unmarked == JOBS_AN_EVENT)
+	if (!device_shares_events(lane) || lane->unmarked == JOBS_AN_EVENT)
 		mark_end(lane);
 }
 
@@ -721,6 +723,14 @@ static bool keep(struct device_lane *lane, const struct device_job *job)
 	return job->by_loop && ends_soon(lane, ATTEND_WHOLE_NS, request_now_ns()) && io_loop_keep(&lane->server->loops[job->loop], lane);
 }
 
+static void tell_near(struct device_job *job, uint64_t now_ns)
+{
+	if (job == NULL || job->near == NULL || now_ns + NEAR_NS < job->started_ns + job->item.estimate_ns)
+		return;
+	job->near(job);
+	job->near = NULL;
+}
+
 enum device_ran device_lane_run(struct device_lane *lane, struct device_job *job)
 {
 	job->next = NULL;
@@ -731,8 +741,10 @@ enum device_ran device_lane_run(struct device_lane *lane, struct device_job *job
 	mark_end(lane);
 	struct device_job *ended;
 	bool over = take_complete(lane, &ended);
-	while (!over && request_now_ns() - job->started_ns < job->here_ns)
-		over = take_complete(lane, &ended);
+	for (uint64_t now_ns = job->started_ns; !over && now_ns - job->started_ns < job->here_ns; over = take_complete(lane, &ended)) {
+		now_ns = request_now_ns();
+		tell_near(job, now_ns);
+	}
 	if (!over && keep(lane, job))
 		return DEVICE_LEFT;
 	give_lane(lane, ended);
@@ -745,7 +757,10 @@ bool device_lane_look(struct device_lane *lane)
 	const uint64_t began_ns = request_now_ns();
 	uint64_t now_ns = began_ns;
 	bool over = take_complete(lane, &ended);
+	if (!over)
+		tell_near(lane->flight, now_ns);
 	while (!over && ends_soon(lane, LOOK_AHEAD_NS, now_ns) && now_ns - began_ns < LOOK_NS) {
+		tell_near(lane->flight, now_ns);
 		over = take_complete(lane, &ended);
 		now_ns = request_now_ns();
 	}

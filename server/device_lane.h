@@ -45,6 +45,7 @@ struct device_job {
 	uint64_t deadline_ns;
 	uint64_t here_ns; /* so long a caller of device_lane_run looks for its end */
 	bool by_loop;     /* that caller is its loop */
+	void (*near)(struct device_job *job); /* on its loop, which looks for its end, once: that should come in some 10 us. NULL: nobody asks */
 	const _Atomic bool *unwanted; /* true: nobody wants the result any more, it isn't started. NULL: that can't happen */
 	/* On the thread that has the lane: enqueues. Writes status and error. */
 	void (*enqueue)(struct device_lane *lane, struct device_job *job);

@@ -2,6 +2,7 @@
 #include <semaphore.h>
 #include <string.h>
 
+#include "server/conn.h"
 #include "server/daemon.h"
 #include "server/device_run.h"
 #include "server/device_work.h"
@@ -42,6 +43,13 @@ static opd_status submit(struct request *request, struct device_lane *lane, bool
 	return execute_refused(request, job->name, &job->refusal, device_lane_name(lane), &job->error);
 }
 
+static void job_near(struct device_job *job)
+{
+	const struct session *session = request_of(job)->session;
+	if (session->conn != NULL && session->in_flight == 1)
+		conn_expect_reply(session->conn);
+}
+
 void device_submit(struct request *request, struct device_lane *lane, void (*done)(struct request *request))
 {
 	const bool direct = request->direct;
@@ -50,6 +58,7 @@ void device_submit(struct request *request, struct device_lane *lane, void (*don
 	request->device_done = done;
 	request->device_job.loop = request->context->loop;
 	request->device_job.by_loop = !direct;
+	request->device_job.near = direct ? NULL : job_near;
 	request->device_job.done = direct ? job_done_direct : job_done;
 	const opd_status status = submit(request, lane, &ended);
 	if (status != OPD_OK) {

@@ -336,24 +336,25 @@ static opd_status make_plan(struct device_lane *lane, struct request *request)
 	return status;
 }
 
+/* Nothing follows the kernel: no copy of a result, no word that says whether an index was bad. */
+static bool stays_there(const struct request *request, const struct device_run *mine)
+{
+	bool stays = mine->fault == NULL;
+	for (uint32_t i = 0; i < mine->call.output_count; i++)
+		stays = stays && (request->run.bound.outputs[i].data == NULL || mine->results[i] == NULL);
+	return stays;
+}
+
 static opd_status enqueue_kernel(struct device_lane *lane, struct request *request, struct device_run *mine)
 {
 	struct device_job *job = &request->device_job;
 	const struct impl *impl = request->run.dispatch.impl;
 	const struct plan *plan = request->run.dispatch.plan;
-	opd_exec exec = {
-		.struct_bytes = sizeof exec,
-		.threads = 1,
-		.host = &impl->provider->module->host,
-		.plan = plan == NULL ? NULL : &plan->made,
-		.stream = lane->stream,
-		.device = lane->number,
-		.ordinal = lane->device.ordinal,
-		.fault = mine->fault == NULL ? NULL : mine->fault->data,
-	};
-	struct lane_exec serial = lane_exec_serial(NULL);
+	struct lane_exec serial;
 	struct buffer *scratch;
-	exec.lane = &serial;
+	opd_exec exec = device_exec(lane, impl, &serial);
+	exec.plan = plan == NULL ? NULL : &plan->made;
+	exec.fault = mine->fault == NULL ? NULL : mine->fault->data;
 	if (plan != NULL && plan->made.scratch_bytes != 0) {
 		opd_status status = device_alloc(lane, job, plan->made.scratch_bytes, &scratch);
 		if (status != OPD_OK)
@@ -362,12 +363,13 @@ static opd_status enqueue_kernel(struct device_lane *lane, struct request *reque
 	}
 	request->run.written = true;
 	watch_kernel(lane, request);
-	opd_status status = impl->def->run(impl->def, impl->state, &mine->call, &exec, &job->error);
+	opd_status status = OPD_OK;
+	if (!stays_there(request, mine) || !device_many_add(lane, request, &mine->call)) {
+		device_many_end(lane);
+		status = device_kernel(lane, request, &mine->call, &exec);
+	}
 	device_watched(lane, job);
-	if (status == OPD_OK)
-		return OPD_OK;
-	device_note(lane, status, &job->error);
-	return module_failure(status, &job->error, "%s.%s failed", impl->provider->name, request->run.op->schema->name);
+	return status;
 }
 
 /* Those that the reply brings, and the word that says whether an index was bad. */
@@ -427,7 +429,7 @@ static void run_enqueue(struct device_lane *lane, struct device_job *job)
 		job->status = make_plan(lane, request);
 	if (job->status != OPD_OK || request->run.plan_refused)
 		return;
-	job->status = device_begin(lane, job);
+	job->status = device_begin_beside(lane, job);
 	struct device_run *mine = job->status == OPD_OK ? device_run_create(request) : NULL;
 	if (job->status == OPD_OK && mine == NULL)
 		job->status = device_no_memory(job);

@@ -77,6 +77,12 @@ struct device_lane {
 	struct arena arenas[DEVICE_ARENAS_KEPT]; /* reset */
 	uint32_t gathered_count; /* copies of the job that is being enqueued */
 	opd_copy gathered[OPD_COPIES_MAX];
+	struct device_many {
+		const struct impl *impl; /* of all of them */
+		uint32_t count;
+		struct request *requests[OPD_CALLS_MAX];
+		const opd_call *calls[OPD_CALLS_MAX]; /* in their jobs' arenas */
+	} many; /* kernels of jobs in flight that are yet to be enqueued, together */
 };
 
 /* A kernel of the job is enqueued now: its time counts from here on. device_watched: it is, and on the stream its turn comes when what is before it has ended. */
@@ -84,8 +90,21 @@ void device_watch(struct device_job *job, const struct watch_subject *subject, u
 void device_watched(struct device_lane *lane, struct device_job *job);
 /* It has ended. True: too late, its request is answered. */
 bool device_watch_end(struct device_lane *lane, struct device_job *job);
-/* device_job.c, from here on but where another file is named. The stream is there, and the job has its event. */
+/* Whether one event may tell of several jobs' end: where no work on the device fails alone. */
+bool device_shares_events(const struct device_lane *lane);
+/* device_many.c. What run is given, without plan, scratch and fault. */
+opd_exec device_exec(const struct device_lane *lane, const struct impl *impl, struct lane_exec *serial);
+/* Enqueues the request's kernel. */
+OPD_MUST_USE opd_status device_kernel(struct device_lane *lane, struct request *request, const opd_call *call, const opd_exec *exec);
+/* The request's kernel waits for others of its implementation, until device_many_end; `call` lives as long as the job, whose status may be a failure's by then. All that its job enqueues behind the
+ * kernel is to follow device_many_end. False: it can't, and nothing has happened. */
+OPD_MUST_USE bool device_many_add(struct device_lane *lane, struct request *request, const opd_call *call);
+/* Whatever waits is enqueued. */
+void device_many_end(struct device_lane *lane);
+/* device_job.c, from here on but where another file is named. The stream is there, and the job has its event; what comes on the stream from now on stands behind all that came before.
+ * device_begin_beside: others' kernels may still wait (device_many_add). What the job enqueues then must not touch what they do, until device_many_end. */
 OPD_MUST_USE opd_status device_begin(struct device_lane *lane, struct device_job *job);
+OPD_MUST_USE opd_status device_begin_beside(struct device_lane *lane, struct device_job *job);
 /* A step of the job failed in a function of the backend: the text says where, also when the module said nothing. */
 opd_status device_failed(struct device_lane *lane, struct device_job *job, opd_status status, const char *what);
 opd_status device_no_memory(struct device_job *job);

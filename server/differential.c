@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "providers/estimate.h"
 #include "server/case_write.h"
 #include "server/compare.h"
 #include "server/containment.h"
@@ -43,6 +44,7 @@ struct check {
 	opd_call call;                /* its outputs are those results */
 	const opd_tensor **wanted;    /* the reference's */
 	uint64_t held_bytes;
+	uint64_t bounds_bytes; /* of them, what compare_bounds_make takes: charged to the daemon */
 	uint64_t session;
 	char tenant[TENANT_NAME_BYTES];
 	uint64_t request;
@@ -99,6 +101,7 @@ static void check_free(struct check *check)
 		kept_tensor_unref(check->kept[i]);
 	snapshot_unref(check->snapshot);
 	arena_fini(&check->arena);
+	account_release(differential->server->account, check->bounds_bytes);
 	(void)atomic_fetch_sub_explicit(&differential->held_bytes, check->held_bytes, memory_order_relaxed);
 	(void)atomic_fetch_sub_explicit(&differential->checks, 1, memory_order_relaxed);
 	free(check);
@@ -237,12 +240,29 @@ static const struct impl *find_reference(const struct request *request, const st
 static void check_run(struct lane_job *job, struct lane_exec *exec);
 static void check_done(struct lane_job *job);
 
-static bool within_memory(struct differential *differential, const struct check *check)
+static uint64_t memory_limit(struct differential *differential)
 {
 	(void)pthread_mutex_lock(&differential->mutex);
 	const uint64_t limit = differential->memory_bytes;
 	(void)pthread_mutex_unlock(&differential->mutex);
-	return atomic_fetch_add_explicit(&differential->held_bytes, check->held_bytes, memory_order_relaxed) + check->held_bytes <= limit;
+	return limit;
+}
+
+static bool within_memory(struct differential *differential, const struct check *check)
+{
+	return atomic_fetch_add_explicit(&differential->held_bytes, check->held_bytes, memory_order_relaxed) + check->held_bytes <= memory_limit(differential);
+}
+
+/* A few bytes may be many elements, by strides of 0: what the comparison makes of them is held to the same limit, before it is made. */
+static bool charge_bounds(struct check *check)
+{
+	struct differential *differential = check->differential;
+	const uint64_t bytes = compare_bounds_bytes(check->op, &check->call);
+	if (bytes > memory_limit(differential) || account_charge(differential->server->account, bytes, NULL) != OPD_OK)
+		return false;
+	check->bounds_bytes = bytes;
+	check->held_bytes += bytes;
+	return true;
 }
 
 /* False: it is left out. */
@@ -261,7 +281,7 @@ static bool start(struct differential *differential, struct request *request, co
 	check->session = request->session->id;
 	(void)snprintf(check->tenant, sizeof check->tenant, "%s", request->session->tenant->name);
 	check->request = request->id;
-	const bool held = hold_all(check, request);
+	const bool held = hold_all(check, request) && charge_bounds(check);
 	if (!within_memory(differential, check) || !held) {
 		check_free(check);
 		return false;
@@ -312,6 +332,16 @@ static opd_status run_reference(struct check *check, const struct lane_exec *lan
 	return status;
 }
 
+/* A case file has every element. */
+static uint64_t laid_out_bytes(const struct check *check)
+{
+	uint64_t bytes = 0;
+	for (uint32_t i = 0; i < check->call.arg_count; i++)
+		if (check->call.args[i].kind == OPD_ARG_TENSOR)
+			bytes = estimate_add(bytes, bound_bytes(check->call.args[i].tensor));
+	return bytes;
+}
+
 /* The first of a run leave a file, where somebody wants them. */
 static void write_case(struct check *check)
 {
@@ -324,6 +354,10 @@ static void write_case(struct check *check)
 	(void)snprintf(path, sizeof path, "%s/%s-%s-%" PRIu64 "-%" PRIu64 ".safetensors", differential->folder, check->op->schema->name,
 	               check->impl->provider->name, check->session, check->request);
 	(void)pthread_mutex_unlock(&differential->mutex);
+	if (wanted && laid_out_bytes(check) > memory_limit(differential)) {
+		LOG(log, LOG_WARN, "case of a divergence not written", LOG_STR("error", "its operands, laid out, are larger than differential.memory"), LOG_UINT("bytes", laid_out_bytes(check)));
+		return;
+	}
 	if (!wanted || atomic_fetch_add_explicit(&differential->files, 1, memory_order_relaxed) >= FILES_MAX)
 		return;
 	if (case_write(path, check->op, &check->call, check->wanted, &error) == OPD_OK)

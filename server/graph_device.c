@@ -500,7 +500,6 @@ static opd_status alloc_results(struct graph_run *run)
 			return opd_error_prefix(&request->error, status, "graph '%s': output '%s'", run->graph->name.data, run->graph->outputs[i].name.data);
 		output->data = request->run.outputs[i]->data;
 	}
-	request->run.bound.output_bytes = run->prepared->output_bytes;
 	return OPD_OK;
 }
 

@@ -43,7 +43,6 @@ static opd_status alloc_outputs(struct graph_run *run, opd_error *error)
 			                        run->graph->outputs[i].name.data);
 		output->data = request->run.outputs[i]->data;
 	}
-	request->run.bound.output_bytes = prepared->output_bytes;
 	return OPD_OK;
 }
 

@@ -71,6 +71,12 @@ static bool same_layout(const opd_tensor *a, const opd_tensor *b)
 	       memcmp(a->strides, b->strides, a->rank * sizeof a->strides[0]) == 0;
 }
 
+/* A run of one op that was given a state may have left it in another shape. */
+static bool same_shape(const opd_tensor *prepared, const struct kept_tensor *state)
+{
+	return prepared->dtype == state->dtype && prepared->rank == state->rank && memcmp(prepared->shape, state->shape, state->rank * sizeof state->shape[0]) == 0;
+}
+
 /* Of element 0's address, as far as kernels look. */
 static uint32_t operand_alignment(const opd_tensor *tensor)
 {
@@ -87,6 +93,9 @@ static bool fits(const struct prepared *prepared, const struct graph_run *run)
 	for (uint32_t i = 0; i < graph->input_count; i++)
 		if (graph->inputs[i].kind == MSG_GRAPH_INPUT &&
 		    !same_layout(&prepared->inputs[i].tensor, graph_run_operand(&request->run.bound, &graph->inputs[i])))
+			return false;
+	for (uint32_t i = 0; i < graph->state_count; i++)
+		if (!same_shape(&prepared->inputs[graph->states[i]].tensor, run->states[i].tensor))
 			return false;
 	return true;
 }
@@ -292,6 +301,7 @@ static opd_status make_steps(struct preparing *p)
 static opd_status make_outputs(struct preparing *p)
 {
 	struct prepared *prepared = p->prepared;
+	uint64_t output_bytes = 0;
 	prepared->first_late = prepared->copy_count;
 	for (uint32_t i = 0; i < p->graph->output_count; i++) {
 		uint32_t value = p->graph->outputs[i].value;
@@ -300,7 +310,7 @@ static opd_status make_outputs(struct preparing *p)
 		uint64_t bytes;
 		prepared->outputs[i] = *p->values[value];
 		if (!size_align(prepare_bytes(p->values[value]), &bytes) ||
-		    !size_add(prepared->output_bytes, bytes, &prepared->output_bytes))
+		    !size_add(output_bytes, bytes, &output_bytes))
 			return opd_fail(p->error, OPD_INVALID_ARGUMENT, "graph '%s': its outputs have more bytes than fit",
 			                p->graph->name.data);
 		if (place.base == wanted.base)

@@ -79,7 +79,6 @@ struct prepared {
 	struct prepared_input *inputs;
 	struct step *steps;
 	opd_tensor *outputs;   /* [output_count]: as results, data NULL */
-	uint64_t output_bytes; /* each padded to 64 */
 	uint32_t *donates;     /* states */
 	struct schedule_part *parts;   /* of steps */
 	struct schedule_stage *stages; /* of parts; one after the other */

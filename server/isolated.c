@@ -47,6 +47,7 @@ struct isolated {
 	struct proxy *proxies;
 	_Atomic uint64_t plans; /* numbers given out */
 	struct constants constants;
+	struct log_limit lines; /* of what the module says in its workers */
 	pthread_mutex_t mutex;  /* of what follows */
 	struct process *idle;
 	uint64_t deaths;
@@ -174,7 +175,7 @@ static opd_status start_process(struct isolated *isolated, bool first, struct pr
 	struct process *process;
 	bool died = false;
 	char end[120];
-	opd_status status = process_start(isolated->services.program, isolated->path, isolated->confined, isolated->services.account, isolated->log,
+	opd_status status = process_start(isolated->services.program, isolated->path, isolated->confined, isolated->services.account, isolated->log, &isolated->lines,
 	                                  isolated->name == NULL ? "" : isolated->name, &process, error);
 	if (status != OPD_OK)
 		return status;
@@ -205,20 +206,42 @@ static void note_death(struct isolated *isolated)
 	(void)pthread_mutex_unlock(&isolated->mutex);
 }
 
+/* It has died, or dies now, and that wasn't its request's wish. How it ended is in `end`. */
+static void bury(struct isolated *isolated, struct process *process, const char *event, const char *op, char *end, size_t end_bytes)
+{
+	const pid_t pid = process->pid;
+	process_end(process, false, end, end_bytes);
+	note_death(isolated);
+	LOG(isolated->log, LOG_ERROR, event, LOG_STR("provider", isolated->name), LOG_STR("op", op), LOG_UINT("worker", pid), LOG_STR("end", end));
+}
+
+/* NULL: there is none, or one only that was condemned meanwhile, which goes. */
+static struct process *take_idle(struct isolated *isolated)
+{
+	char end[120];
+	for (;;) {
+		(void)pthread_mutex_lock(&isolated->mutex);
+		struct process *process = isolated->idle;
+		if (process != NULL)
+			isolated->idle = process->next;
+		(void)pthread_mutex_unlock(&isolated->mutex);
+		if (process == NULL || process->fault == NULL)
+			return process;
+		bury(isolated, process, "worker died", "", end, sizeof end);
+	}
+}
+
 /* An idle one, or a new one. */
 static opd_status acquire(struct isolated *isolated, struct process **process_out, opd_error *error)
 {
+	*process_out = take_idle(isolated);
+	if (*process_out != NULL)
+		return OPD_OK;
 	(void)pthread_mutex_lock(&isolated->mutex);
-	struct process *process = isolated->idle;
-	if (process != NULL)
-		isolated->idle = process->next;
 	const uint64_t not_before_ns = isolated->not_before_ns;
 	const uint32_t row = isolated->deaths_in_row;
 	(void)pthread_mutex_unlock(&isolated->mutex);
 	const uint64_t now_ns = clock_now_ns();
-	*process_out = process;
-	if (process != NULL)
-		return OPD_OK;
 	if (now_ns < not_before_ns)
 		return opd_fail(error, OPD_UNAVAILABLE, "%s: its last %" PRIu32 " worker processes died: the next starts in %" PRIu64 " ms", isolated->name, row,
 		                (not_before_ns - now_ns) / 1000000 + 1);
@@ -264,13 +287,11 @@ static opd_status lose(const struct proxy *proxy, struct process *process, proce
 {
 	struct isolated *isolated = proxy->owner;
 	char end[120];
-	const pid_t pid = process->pid;
-	process_end(process, false, end, sizeof end);
-	if (event == PROCESS_UNWANTED)
+	if (event == PROCESS_UNWANTED) {
+		process_end(process, false, NULL, 0);
 		return opd_fail(error, OPD_CANCELLED, "%s.%s: nobody wants its result any more", isolated->name, proxy->op);
-	note_death(isolated);
-	LOG(isolated->log, LOG_ERROR, event == PROCESS_OVERDUE ? "worker exceeded its budget and was ended" : "worker died", LOG_STR("provider", isolated->name),
-	    LOG_STR("op", proxy->op), LOG_UINT("worker", pid), LOG_STR("end", end));
+	}
+	bury(isolated, process, event == PROCESS_OVERDUE ? "worker exceeded its budget and was ended" : "worker died", proxy->op, end, sizeof end);
 	tell_failure(proxy, event == PROCESS_OVERDUE ? FAILURE_HANG : FAILURE_CRASH, exec);
 	if (event == PROCESS_OVERDUE)
 		return opd_fail(error, OPD_DEADLINE_EXCEEDED, "%s.%s has exceeded its budget of %" PRIu64 " us, and its worker process was ended", isolated->name,
@@ -303,8 +324,9 @@ static opd_status exchange(const struct proxy *proxy, struct packing *packing, i
 	process_begin(process);
 	const uint64_t budget_ns = isolated->provider == NULL ? 0 : isolated->services.budget_ns(isolated->services.context, isolated->provider);
 	const struct isolated_message call = {.kind = kind, .number = threads};
+	process_tell(process, &call, -1);
 	process_event event = PROCESS_DIED;
-	if (isolated_send(process->socket, &call, -1))
+	if (process->fault == NULL)
 		event = help_wait(process, budget_ns == 0 ? 0 : clock_now_ns() + budget_ns, exec);
 	if (event != PROCESS_MESSAGE)
 		return lose(proxy, process, event, exec, error);

@@ -55,6 +55,14 @@ static uint64_t take(struct packer *packer, uint64_t bytes)
 	return at;
 }
 
+/* And for a canary behind them. How much scratch it wants is the worker's word. */
+static uint64_t take_guarded(struct packer *packer, uint64_t bytes)
+{
+	uint64_t all;
+	packer->full = packer->full || !size_add(bytes, PACKED_CANARY_BYTES, &all);
+	return take(packer, packer->full ? 0 : all);
+}
+
 static uint64_t put(struct packer *packer, const void *data, uint64_t bytes)
 {
 	const uint64_t at = take(packer, bytes);
@@ -159,7 +167,7 @@ static void pack_outputs(struct packer *packer, uint64_t outputs_at)
 	packer->packing->results_at = packer->at;
 	for (uint32_t i = 0; i < call->output_count; i++) {
 		const uint64_t bytes = result_bytes(call->outputs[i]);
-		const uint64_t at = packer->packing->contents ? take(packer, bytes + PACKED_CANARY_BYTES) : 0;
+		const uint64_t at = packer->packing->contents ? take_guarded(packer, bytes) : 0;
 		if (packer->packing->contents && !packer->full)
 			put_canary(packer, at + bytes);
 		if (packer->base != NULL)
@@ -179,7 +187,7 @@ static bool pack(struct packing *packing, unsigned char *base)
 		if (base != NULL)
 			((struct packed_arg *)(void *)(base + args_at))[i] = packed;
 	}
-	packing->scratch_at = packing->scratch_bytes == 0 ? 0 : take(&packer, packing->scratch_bytes + PACKED_CANARY_BYTES);
+	packing->scratch_at = packing->scratch_bytes == 0 ? 0 : take_guarded(&packer, packing->scratch_bytes);
 	if (packing->scratch_bytes != 0 && !packer.full)
 		put_canary(&packer, packing->scratch_at + packing->scratch_bytes);
 	pack_outputs(&packer, outputs_at);
@@ -216,7 +224,7 @@ uint64_t packing_result(const struct packing *packing, uint32_t index, uint64_t 
 	uint64_t at = packer.at;
 	for (uint32_t i = 0; i <= index; i++) {
 		*bytes_out = result_bytes(packing->call->outputs[i]);
-		at = take(&packer, *bytes_out + PACKED_CANARY_BYTES);
+		at = take_guarded(&packer, *bytes_out);
 	}
 	return at;
 }

@@ -82,11 +82,12 @@ typedef enum isolated_kind {
 	ISOLATED_LOG,        /* number: level; text */
 	ISOLATED_DONE,       /* status, number: reason's code, bytes: scratch; error's text, reason's detail */
 	ISOLATED_MAP,        /* to the worker: bytes, with the descriptor; 0: lets the memory go */
-	ISOLATED_KEEP,       /* to the worker: number: slot, bytes, with the descriptor of what it is to map there; 0: lets go of what is there */
+	ISOLATED_KEEP,       /* to the worker: number: slot, bytes, with the descriptor of what it is to map there instead of what is there */
+	ISOLATED_FORGET,     /* to the worker: lets go of what is in `slots` */
 	ISOLATED_HELPERS, /* to the worker: with the descriptor of the socket over which its loops get help */
 	ISOLATED_PLAN,
 	ISOLATED_RUN,     /* number: threads that the kernel's loops may have */
-	ISOLATED_SPLIT,   /* to the daemon: a loop is open, and worth help */
+	ISOLATED_SPLIT,   /* to the daemon: a loop is open, and worth help; number: the loop's */
 	ISOLATED_END,
 } isolated_kind;
 
@@ -99,6 +100,7 @@ struct isolated_message {
 	uint32_t number;
 	uint32_t flags;
 	uint64_t bytes;
+	uint64_t slots[PACKED_SLOTS / 64]; /* a bit each */
 	uint32_t text_count;
 	uint32_t text_bytes;
 	char text[ISOLATED_TEXT_BYTES]; /* one after the other, each with its NUL */
@@ -107,7 +109,7 @@ struct isolated_message {
 void isolated_put(struct isolated_message *message, const char *text); /* cut where there is no room */
 /* The index-th text, "" where there is none. */
 const char *isolated_text(const struct isolated_message *message, uint32_t index);
-/* fd: passed along, -1: none. False: the other side is gone. Blocks while its queue is full. */
+/* fd: passed along, -1: none. False: the other side is gone, or, where the socket doesn't wait, its queue is full (EAGAIN) or the system has no room. */
 OPD_MUST_USE bool isolated_send(int socket, const struct isolated_message *message, int fd);
 /* Waits for one. A packet that is no message is one of kind 0. fd_out: NULL, or where a descriptor goes (-1: none came). False: the other side is gone. */
 OPD_MUST_USE bool isolated_receive(int socket, struct isolated_message *message, int *fd_out);

@@ -21,6 +21,7 @@
 #define MEMORY_KEPT (256ull << 20) /* of an idle worker */
 #define LOOK_NS 20000000u          /* how often a call is asked whether anybody still wants it */
 #define END_NS 2000000000u         /* for closing the module */
+#define LINES_A_MINUTE 600u        /* of a module: what it says is its own affair up to there */
 
 extern char **environ;
 
@@ -57,8 +58,8 @@ static int spawn(const char *program, char *const argv[], int socket, pid_t *pid
 	return failed;
 }
 
-opd_status process_start(const char *program, const char *path, bool confined, struct account *account, struct log *log, const char *provider,
-                         struct process **process_out, opd_error *error)
+opd_status process_start(const char *program, const char *path, bool confined, struct account *account, struct log *log, struct log_limit *lines,
+                         const char *provider, struct process **process_out, opd_error *error)
 {
 	int sockets[2];
 	char parent[32];
@@ -71,7 +72,8 @@ opd_status process_start(const char *program, const char *path, bool confined, s
 		free(process);
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "worker: no socket pair: %s", strerror(errno));
 	}
-	const int failed = spawn(program, argv, sockets[1], &process->pid);
+	const bool waits = fcntl(sockets[0], F_SETFL, O_NONBLOCK) != 0;
+	const int failed = waits ? errno : spawn(program, argv, sockets[1], &process->pid);
 	(void)close(sockets[1]);
 	if (failed != 0) {
 		(void)close(sockets[0]);
@@ -82,9 +84,27 @@ opd_status process_start(const char *program, const char *path, bool confined, s
 	process->helpers = -1;
 	process->account = account_ref(account);
 	process->log = log;
+	process->lines = lines;
 	process->provider = provider;
 	*process_out = process;
 	return OPD_OK;
+}
+
+/* ---- Telling ---- */
+
+void process_condemn(struct process *process, const char *fault)
+{
+	if (process->fault == NULL)
+		process->fault = fault;
+	process_kill(process);
+}
+
+/* One that is gone is noticed by who waits for its answer. */
+void process_tell(struct process *process, const struct isolated_message *message, int fd)
+{
+	if (process->fault != NULL || isolated_send(process->socket, message, fd) || errno == EPIPE || errno == ECONNRESET)
+		return;
+	process_condemn(process, errno == EAGAIN ? "doesn't read what it is sent" : "can't be sent anything");
 }
 
 /* ---- Memory ---- */
@@ -121,7 +141,7 @@ static opd_status memory_make(struct process *process, uint64_t bytes, opd_error
 			(void)close(fd);
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "worker: the system has no %llu bytes of shared memory", (unsigned long long)bytes);
 	}
-	(void)!isolated_send(process->socket, &map, fd); /* a worker that is gone is noticed by who waits for its answer */
+	process_tell(process, &map, fd);
 	(void)close(fd);
 	process->memory = memory;
 	process->memory_bytes = bytes;
@@ -153,7 +173,7 @@ void process_trim(struct process *process)
 	if (process->memory_bytes <= MEMORY_KEPT)
 		return;
 	memory_drop(process);
-	(void)!isolated_send(process->socket, &map, -1);
+	process_tell(process, &map, -1);
 }
 
 /* ---- Constants ---- */
@@ -167,16 +187,8 @@ uint32_t process_keep(struct process *process, struct constant *constant)
 	constant_unref(process->slots[slot]);
 	(void)atomic_fetch_add_explicit(&constant->refs, 1, memory_order_relaxed);
 	process->slots[slot] = constant;
-	(void)!isolated_send(process->socket, &keep, constant->fd); /* a worker that is gone is noticed by who waits for its answer */
+	process_tell(process, &keep, constant->fd);
 	return slot;
-}
-
-static void let_go(struct process *process, uint32_t slot)
-{
-	const struct isolated_message keep = {.kind = ISOLATED_KEEP, .number = slot};
-	constant_unref(process->slots[slot]);
-	process->slots[slot] = NULL;
-	(void)!isolated_send(process->socket, &keep, -1);
 }
 
 void process_forget(struct process *process, const struct constants *constants)
@@ -185,9 +197,18 @@ void process_forget(struct process *process, const struct constants *constants)
 	if (process->dropped == dropped)
 		return;
 	process->dropped = dropped;
-	for (uint32_t slot = 0; slot < PACKED_SLOTS; slot++)
-		if (process->slots[slot] != NULL && constant_is_dropped(process->slots[slot]))
-			let_go(process, slot);
+	struct isolated_message forget = {.kind = ISOLATED_FORGET};
+	bool any = false;
+	for (uint32_t slot = 0; slot < PACKED_SLOTS; slot++) {
+		if (process->slots[slot] == NULL || !constant_is_dropped(process->slots[slot]))
+			continue;
+		constant_unref(process->slots[slot]);
+		process->slots[slot] = NULL;
+		forget.slots[slot / 64] |= 1ull << slot % 64;
+		any = true;
+	}
+	if (any)
+		process_tell(process, &forget, -1);
 }
 
 /* ---- Help ---- */
@@ -195,11 +216,13 @@ void process_forget(struct process *process, const struct constants *constants)
 void process_offer_help(struct process *process)
 {
 	const struct isolated_message message = {.kind = ISOLATED_HELPERS};
+	const struct timeval look = {.tv_usec = HELP_LOOK_US};
 	int sockets[2];
 	if (process->helpers >= 0 || socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, sockets) != 0)
 		return;
 	process->helpers = sockets[0];
-	(void)!isolated_send(process->socket, &message, sockets[1]); /* a worker that is gone is noticed by who waits for its answer */
+	(void)setsockopt(process->helpers, SOL_SOCKET, SO_RCVTIMEO, &look, sizeof look);
+	process_tell(process, &message, sockets[1]);
 	(void)close(sockets[1]);
 }
 
@@ -217,8 +240,8 @@ static void log_message(const struct process *process)
 {
 	const struct isolated_message *message = &process->message;
 	const log_level level = message->number > OPD_LOG_DEBUG ? LOG_DEBUG : (log_level)message->number;
-	LOG(process->log, level, "provider", LOG_STR("provider", process->provider), LOG_STR("text", isolated_text(message, 0)),
-	    LOG_UINT("worker", process->pid));
+	LOG_LIMITED(process->log, level, process->lines, LINES_A_MINUTE, "provider", LOG_STR("provider", process->provider),
+	            LOG_STR("text", isolated_text(message, 0)), LOG_UINT("worker", process->pid));
 }
 
 void process_begin(struct process *process)
@@ -258,9 +281,11 @@ process_event process_wait(struct process *process, uint64_t limit_ns, const opd
 
 /* ---- Ending ---- */
 
-static void describe_end(int status, char *text, size_t text_bytes)
+static void describe_end(const struct process *process, int status, char *text, size_t text_bytes)
 {
-	if (WIFSIGNALED(status))
+	if (process->fault != NULL)
+		(void)snprintf(text, text_bytes, "%s, and was ended", process->fault);
+	else if (WIFSIGNALED(status))
 		(void)snprintf(text, text_bytes, "died of signal %d (%s)", WTERMSIG(status), strsignal(WTERMSIG(status)));
 	else
 		(void)snprintf(text, text_bytes, "exited with code %d", WIFEXITED(status) ? WEXITSTATUS(status) : -1);
@@ -271,9 +296,8 @@ static void wait_for_end(struct process *process)
 {
 	const struct isolated_message end = {.kind = ISOLATED_END};
 	const uint64_t limit_ns = clock_now_ns() + END_NS;
-	if (!isolated_send(process->socket, &end, -1))
-		return;
-	while (process_wait(process, limit_ns, NULL, NULL) == PROCESS_MESSAGE)
+	process_tell(process, &end, -1);
+	while (process->fault == NULL && process_wait(process, limit_ns, NULL, NULL) == PROCESS_MESSAGE)
 		;
 }
 
@@ -293,7 +317,7 @@ void process_end(struct process *process, bool ask, char *text, size_t text_byte
 		ended = waitpid(process->pid, &status, 0);
 	while (ended < 0 && errno == EINTR);
 	if (text != NULL)
-		describe_end(status, text, text_bytes);
+		describe_end(process, status, text, text_bytes);
 	(void)close(process->socket);
 	if (process->helpers >= 0)
 		(void)close(process->helpers);

@@ -41,8 +41,9 @@ void outbox_add(struct outbox *box, struct out *out, frame_type type, uint64_t r
 		.payload_bytes = payload_bytes,
 	};
 	frame_encode(&header, frame);
-	out->head = frame;
-	out->head_bytes = FRAME_HEADER_BYTES + envelope_bytes;
+	out->head = frame + box->begun_bytes;
+	out->head_bytes = FRAME_HEADER_BYTES + envelope_bytes - box->begun_bytes;
+	box->begun_bytes = 0;
 	out->frame_left = chunked ? 0 : payload_bytes;
 	out->sent = 0;
 	out->payload_bytes = payload_bytes;
@@ -73,6 +74,12 @@ static void next_data_frame(struct out *out)
 	frame_store_u64(out->data_head + FRAME_HEADER_BYTES, out->sent);
 	out->head = out->data_head;
 	out->head_bytes = sizeof out->data_head;
+}
+
+void outbox_begin(struct outbox *box, uint32_t bytes)
+{
+	assert(outbox_empty(box) && box->begun_bytes + bytes <= FRAME_BEGIN_BYTES);
+	box->begun_bytes += bytes;
 }
 
 /* Puts frames in order until a turn's worth is there: small ones first, then one DATA frame of each bulk message in turn. */

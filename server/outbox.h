@@ -40,6 +40,7 @@ struct outbox {
 	struct out_list small; /* whole messages */
 	struct out_list bulk;  /* messages with DATA frames to come */
 	uint64_t wire_bytes;
+	uint32_t begun_bytes; /* of the next frame, which isn't here yet, so many have left */
 };
 
 /* frame: FRAME_HEADER_BYTES and the envelope; the header is written here. segments hold payload_bytes. Kept until `written`. */
@@ -47,6 +48,9 @@ void outbox_add(struct outbox *box, struct out *out, frame_type type, uint64_t r
                 const struct segment *segments, uint64_t payload_bytes, uint64_t chunk_bytes);
 
 bool outbox_empty(const struct outbox *box);
+
+/* Of FRAME_BEGIN_BYTES, which are the same whatever comes next, so many have left ahead of it: what is added next goes on behind them. The box is empty. */
+void outbox_begin(struct outbox *box, uint32_t bytes);
 
 /* Fills bufs[max] with what comes next, at most `bytes` in all (32 KiB more where that ends a frame); returns how many, and their size in *bytes_out. */
 unsigned outbox_gather(struct outbox *box, uv_buf_t *bufs, unsigned max, uint64_t bytes, uint64_t *bytes_out);

@@ -127,6 +127,7 @@ static opd_status add_impl(struct registry *registry, struct module *module, con
 		.unsupported = def->unsupported,
 		.unsupported_code = def->unsupported == NULL ? OPD_REASON_NONE : OPD_REASON_PLATFORM,
 		.on_host = strcmp(def->device, "cpu") == 0,
+		.run_many = def->plan == NULL && def->struct_bytes >= offsetof(opd_impl, run_many) + sizeof def->run_many ? def->run_many : NULL,
 		.complete = def->predicate == NULL && (def->flags & OPD_IMPL_PLAN_MAY_REFUSE) == 0 &&
 		            params == registry->ops[op_index].schema->param_count,
 	};

@@ -52,6 +52,7 @@ struct impl {
 	bool supported;  /* statically */
 	bool complete;   /* takes all arguments: no predicate, no plan that may refuse, the op's whole schema */
 	bool on_host;    /* device "cpu" */
+	opd_run_many_fn run_many; /* several calls at once; NULL: it can't */
 	const char *unsupported; /* why not; NULL when supported */
 	opd_reason_code unsupported_code;
 };

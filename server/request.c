@@ -317,14 +317,14 @@ opd_status request_accept_message(struct request *request, uint64_t payload_byte
 	if (payload_bytes != 0 && !step_has_payload(request->message.kind))
 		return opd_fail(&request->error, OPD_INVALID_ARGUMENT, "%s has a payload of %" PRIu64 " bytes, expected none", step->name, payload_bytes);
 	opd_status status = enter(request, step, payload_bytes);
-	if (status != OPD_OK) {
-		run_refused(request);
-		return status;
+	if (status == OPD_OK) {
+		request->payload_bytes = payload_bytes;
+		status = step->accept == NULL ? OPD_OK : step->accept(request);
 	}
-	request->payload_bytes = payload_bytes;
-	status = step->accept == NULL ? OPD_OK : step->accept(request);
 	if (status == OPD_OK && payload_bytes != 0)
 		status = buffer_alloc(request->session->account, payload_bytes, BUFFER_SLACK_BYTES, &request->payload, &request->error);
+	if (status != OPD_OK)
+		run_refused(request);
 	return status;
 }
 

@@ -187,10 +187,7 @@ void run_refused(struct request *request)
 
 opd_status run_accept(struct request *request)
 {
-	opd_status status = request->message.kind == MSG_REQUEST_RUN_GRAPH ? graph_run_accept(request) : check_and_take(request);
-	if (status != OPD_OK)
-		run_refused(request);
-	return status;
+	return request->message.kind == MSG_REQUEST_RUN_GRAPH ? graph_run_accept(request) : check_and_take(request);
 }
 
 void run_start(struct request *request)

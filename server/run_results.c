@@ -109,14 +109,27 @@ static bool fill_result(struct request *request, uint32_t index, struct msg_resu
 	return request_send(request, tensor, opd_tensor_data(output), bytes);
 }
 
+/* Results that the reply brings; those that it leaves out or that go to shared memory aren't in its envelope. */
+static uint64_t sent_bytes(const struct request *request)
+{
+	const struct msg_run *message = &request->message.run;
+	const struct bound *bound = &request->run.bound;
+	uint64_t bytes = 0;
+	for (uint32_t i = 0; i < bound->call.output_count; i++) {
+		const bool stays = i < message->output_count && (message->outputs[i].no_copy || message->outputs[i].shared.region != 0);
+		bytes += stays ? 0 : bound_bytes(&bound->outputs[i]); /* the sum of all was checked when they were bound */
+	}
+	return bytes;
+}
+
 opd_status run_check_inline(struct request *request)
 {
 	if (!request->message.run.inline_results || request->direct)
 		return OPD_OK;
-	uint64_t limit = request->context->server->config->limits.envelope_bytes;
-	if (request->run.bound.output_bytes > limit / 2)
+	const uint64_t limit = request->context->server->config->limits.envelope_bytes, bytes = sent_bytes(request);
+	if (bytes > limit / 2)
 		return opd_fail(&request->error, OPD_RESOURCE_EXHAUSTED, "%s: results of %" PRIu64 " bytes don't fit inline (at most %" PRIu64 "): take them as payload",
-		                request->run.op->schema->name, request->run.bound.output_bytes, limit / 2);
+		                request->run.op->schema->name, bytes, limit / 2);
 	return OPD_OK;
 }
 

@@ -138,6 +138,21 @@ static void on_read(uv_stream_t *stream, ssize_t nread, const uv_buf_t *buf)
 		on_head(scrape);
 }
 
+/* The oldest of those that haven't asked goes, else the oldest: whoever only connects keeps nobody out. */
+static void make_room(struct server *server)
+{
+	struct scrape *oldest = NULL;
+	struct scrape *silent = NULL;
+	for (struct scrape *at = server->scrapes; at != NULL; at = at->next) { /* youngest first */
+		if (at->closing)
+			continue;
+		oldest = at;
+		silent = at->answer == NULL ? at : silent;
+	}
+	if (oldest != NULL)
+		scrape_close(silent != NULL ? silent : oldest);
+}
+
 bool scrape_accept(struct server *server, uv_stream_t *listening, bool unix_socket)
 {
 	struct scrape *scrape = calloc(1, sizeof *scrape);
@@ -154,8 +169,10 @@ bool scrape_accept(struct server *server, uv_stream_t *listening, bool unix_sock
 	scrape->next = server->scrapes;
 	server->scrapes = scrape;
 	server->scrape_count++;
-	if (uv_accept(listening, &scrape->stream) != 0 || server->scrape_count > SCRAPES_MAX || uv_read_start(&scrape->stream, on_alloc, on_read) != 0)
+	if (uv_accept(listening, &scrape->stream) != 0 || uv_read_start(&scrape->stream, on_alloc, on_read) != 0)
 		scrape_close(scrape);
+	if (server->scrape_count > SCRAPES_MAX)
+		make_room(server);
 	return true;
 }
 

@@ -291,11 +291,23 @@ static void map(struct worker *worker, uint64_t bytes, int fd)
 	worker->memory_bytes = bytes;
 }
 
-static void keep(struct worker *worker, uint32_t slot, uint64_t bytes, int fd)
+static void let_go(struct worker *worker, uint32_t slot)
 {
 	if (worker->slots[slot] != NULL)
 		(void)munmap(worker->slots[slot], worker->slot_bytes[slot]);
 	worker->slots[slot] = NULL;
+}
+
+static void forget(struct worker *worker, const uint64_t slots[PACKED_SLOTS / 64])
+{
+	for (uint32_t slot = 0; slot < PACKED_SLOTS; slot++)
+		if ((slots[slot / 64] >> slot % 64 & 1) != 0)
+			let_go(worker, slot);
+}
+
+static void keep(struct worker *worker, uint32_t slot, uint64_t bytes, int fd)
+{
+	let_go(worker, slot);
 	if (fd < 0)
 		return;
 	void *memory = mmap(NULL, bytes, PROT_READ, MAP_SHARED, fd, 0);
@@ -315,6 +327,8 @@ static void serve(struct worker *worker)
 			map(worker, message.bytes, fd);
 		else if (message.kind == ISOLATED_KEEP)
 			keep(worker, message.number % PACKED_SLOTS, message.bytes, fd);
+		else if (message.kind == ISOLATED_FORGET)
+			forget(worker, message.slots);
 		else if (message.kind == ISOLATED_HELPERS)
 			worker_loop_set_helpers(&worker->loop, fd);
 		else if (message.kind == ISOLATED_PLAN || message.kind == ISOLATED_RUN)

@@ -33,11 +33,11 @@ static void run_shares(struct worker_loop *loop)
 
 /* ---- Helpers ---- */
 
-/* False: there is no loop, or all of its numbers are taken. */
-static bool join(struct worker_loop *loop)
+/* False: that loop is over, or all numbers for threads in it are taken. */
+static bool join(struct worker_loop *loop, uint32_t number)
 {
 	(void)pthread_mutex_lock(&loop->mutex);
-	const bool joined = loop->open && loop->next_number < loop->threads;
+	const bool joined = loop->open && loop->number == number && loop->next_number < loop->threads;
 	if (joined) {
 		own_number = loop->next_number++;
 		loop->inside++;
@@ -54,26 +54,26 @@ static void leave(struct worker_loop *loop)
 	(void)pthread_mutex_unlock(&loop->mutex);
 }
 
-static bool receive(int fd, char *packet)
+static bool receive(int fd, uint32_t *packet)
 {
 	ssize_t got;
 	do
-		got = recv(fd, packet, 1, 0);
+		got = recv(fd, packet, sizeof *packet, 0);
 	while (got < 0 && errno == EINTR);
-	return got == 1;
+	return got == (ssize_t)sizeof *packet;
 }
 
 static void *helper_main(void *argument)
 {
 	struct worker_loop *loop = argument;
-	char packet;
+	uint32_t packet;
 	in_loop = true;
 	while (receive(loop->helpers, &packet)) {
-		if (join(loop)) {
+		if (join(loop, packet)) {
 			run_shares(loop);
 			leave(loop);
 		}
-		if (send(loop->helpers, &packet, 1, MSG_NOSIGNAL) != 1)
+		if (send(loop->helpers, &packet, sizeof packet, MSG_NOSIGNAL) != (ssize_t)sizeof packet)
 			break;
 	}
 	return NULL; /* the daemon is gone: the thread that serves ends the process */
@@ -106,9 +106,10 @@ void worker_loop_set_helpers(struct worker_loop *loop, int fd)
 
 static void open_loop(struct worker_loop *loop, uint32_t threads)
 {
-	const struct isolated_message split = {.kind = ISOLATED_SPLIT};
+	struct isolated_message split = {.kind = ISOLATED_SPLIT};
 	(void)pthread_mutex_lock(&loop->mutex);
 	loop->open = true;
+	split.number = ++loop->number;
 	loop->threads = threads;
 	loop->next_number = 1;
 	(void)pthread_mutex_unlock(&loop->mutex);

@@ -3,8 +3,8 @@
  * Layer: server, of the worker process alone. Threads: worker_loop_run on the one that serves calls, or inside a share; the rest on that one.
  * Life: zeroed memory but for `helpers` -1 → worker_loop_set_helpers → worker_loop_run… → the process's end.
  * A thread here helps only while a lane thread of the daemon waits for it (server/isolated_help.h): what runs in the lane and in all workers together is never more than the lane's threads. How one asks the other:
- * where a loop is worth it, SPLIT goes to the daemon; each idle lane thread then sends a packet over a socket pair of its own, which wakes one thread here; it takes shares until none is left, sends the packet
- * back and sleeps. A worker that dies closes that socket: whoever waits for it goes on. */
+ * where a loop is worth it, SPLIT goes to the daemon with the loop's number; each idle lane thread then sends a packet with it over a socket pair of its own, which wakes one thread here; it takes shares of that
+ * loop until none is left, sends the packet back and sleeps. So packets are back soon after the loop's end. A worker that dies closes that socket: whoever waits for it goes on. */
 #ifndef OPD_SERVER_WORKER_LOOP_H
 #define OPD_SERVER_WORKER_LOOP_H
 
@@ -23,6 +23,7 @@ struct worker_loop {
 	pthread_mutex_t mutex;
 	pthread_cond_t left; /* the last helper has */
 	bool open;           /* shares may be taken */
+	uint32_t number;     /* of this loop, or the last one */
 	uint32_t threads;    /* numbers that shares may have */
 	uint32_t next_number;
 	uint32_t inside;     /* helpers */

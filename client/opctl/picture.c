@@ -25,6 +25,8 @@ opd_status picture_order_parse(const char *name, picture_order *order_out, opd_e
 
 /* ---- Taking one ---- */
 
+#define SESSIONS_MAX 1000000u /* that a daemon may have; one that tells of more would fill our memory */
+
 static opd_status out_of_memory(opd_error *error)
 {
 	return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "out of memory");
@@ -36,6 +38,10 @@ static opd_status add_page(struct picture *picture, const opd_sharing *page, opd
 	if (pages == NULL) {
 		opd_document_free(page);
 		return out_of_memory(error);
+	}
+	if (page->session_count > SESSIONS_MAX - picture->count) {
+		opd_document_free(page);
+		return opd_fail(error, OPD_DATA_LOSS, "malformed answer from the server: more than %u sessions", SESSIONS_MAX);
 	}
 	picture->pages = pages;
 	picture->pages[picture->page_count++] = page;

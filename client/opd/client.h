@@ -549,7 +549,7 @@ typedef struct opd_sharing {
 	const opd_lane_state *lanes;
 } opd_sharing;
 
-/* The sessions that this one sees, from number `first` on: its tenant's, an administrator all. A document (opd_document_free). */
+/* The sessions that this one sees, from number `first` on: its tenant's, an administrator all. DATA_LOSS: what the server says of the next page leads nowhere. A document (opd_document_free). */
 OPD_API OPD_MUST_USE opd_status opd_sessions(opd_client *client, uint64_t first, const opd_sharing **sharing_out, opd_error *error);
 /* Administrators: another weight among its tenant's sessions (0: as it is), another class for requests that name none (OPD_CLASS_NORMAL: as it is). OPD_NOT_FOUND. */
 OPD_API OPD_MUST_USE opd_status opd_set_session(opd_client *client, uint64_t session, uint32_t weight, opd_class service_class, opd_error *error);

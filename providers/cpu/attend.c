@@ -15,8 +15,14 @@
 /* Rows of a tile of one query in f32 whose heads share kv heads: 8 KiB of queries, 8 of results, and twice four keys of 2 KiB find room in a first-level cache of 48 KiB, whose sets the
  * tokens' power-of-two distance makes fewer. With 32 rows (4096 keys, 32 heads over 8, one thread on Zen 5) 977 us, with 16 849. */
 #define GROUPED_ROWS 16
-/* With fewer items than so many a thread, splits are items of their own. */
+/* Keys are fewer than 2^63. */
+#define ATTEND_LEVELS_MAX 63
+/* With fewer items than so many a thread, stretches of splits are items, … */
 #define ITEMS_A_THREAD 4
+/* … as many as this, if there are keys enough: what is left to the last thread is then short, and the lane makes no more shares than four a thread of it. */
+#define STRETCHES_A_THREAD 8
+/* Binary digits of the most stretches of a sequence. */
+#define STRETCHES_MOST 16
 
 bool attend_accept(const opd_tensor *query, const opd_tensor *key, const char *key_name, const opd_tensor *value, const char *value_name,
                    opd_reason *reason)
@@ -40,18 +46,16 @@ uint64_t attend_cost_ns(const struct cpu_kernels *kernels, opd_dtype dtype, doub
 	return ns < 1e18 ? (uint64_t)ns : (uint64_t)1e18;
 }
 
-/* A thread's or a split's results: `rows` rows of state, and their mixed values. */
+/* Results of a split, or of several that are joined: `rows` rows of state, and their mixed values. */
 struct attend_part {
 	struct cpu_attend_row *rows; /* [CPU_ATTEND_ROWS] */
 	float *mixed;                /* [CPU_ATTEND_ROWS][padded] */
 };
 
-/* How far the splits of one kv head of a tile are joined. Whoever has computed a split joins it and those behind it, unless another is at it, who looks again when done: so nobody waits,
- * and the order is that of splits. In a line of its own: the heads of a tile are joined by several threads at once. */
+/* Where two neighbouring runs of splits meet: whoever has the second one of them joins both, and goes on with the result. It lies with the item that begins the later one, in a line of
+ * its own. */
 struct attend_join {
-	alignas(64) atomic_bool computed; /* the item's part is, of all of its heads (in the join of the first one) */
-	atomic_bool busy;
-	uint64_t splits; /* joined, in the part of the first; of who has made it busy */
+	alignas(64) atomic_bool met; /* one of the two is there */
 };
 
 struct attend_work {
@@ -61,9 +65,9 @@ struct attend_work {
 	size_t padded;       /* head size, rounded up to whole vectors */
 	uint64_t group;      /* heads that share a kv head */
 	bool pairs;          /* scores are made by scores_pairs */
-	bool splits_apart;   /* each split is an item, parts [items] keep their results, joins [items][tile_heads] what has become of them */
+	uint64_t stretch;    /* so many splits are an item, a power of two; parts [items] keep their results, joins [items] say which are there. 0: all of a tile are */
+	uint64_t levels;     /* of joins, of the longest sequence */
 	uint64_t tile_rows;  /* most rows of a tile */
-	uint64_t tile_heads; /* most kv heads of a tile */
 	const uint64_t *first; /* [sequences + 1]: first item of each sequence */
 	unsigned char *parts;
 	uint64_t part_bytes;
@@ -80,13 +84,19 @@ struct attend_tile {
 	struct attend_sequence sequence;
 	uint64_t kv_head, heads, row, count; /* count: of all heads */
 	uint64_t longest; /* keys that its last row sees */
-	uint64_t split, splits; /* where splits are items: this one of so many that its last row sees some of */
-	uint64_t first, distance; /* likewise: the item of its first split, and from there to that of the next */
+	uint64_t splits; /* that its last row sees some of */
+	uint64_t number, first, distance; /* where stretches are items: this one's number, the item of the first, and from there to that of the next */
 };
 
 static uint64_t divide_up(uint64_t value, uint64_t by)
 {
 	return (value + by - 1) / by;
+}
+
+/* Splits of so many keys; one where there are none. */
+static uint64_t attend_splits(uint64_t keys)
+{
+	return keys > ATTEND_SPLIT ? divide_up(keys, ATTEND_SPLIT) : 1;
 }
 
 static uint64_t attend_tiles(const struct attend_work *work, const struct attend_sequence *sequence)
@@ -104,9 +114,10 @@ static uint64_t attend_heads(const struct attend_work *work, const struct attend
 	return most < work->attend->kv_heads ? most : work->attend->kv_heads;
 }
 
-static uint64_t attend_splits(const struct attend_work *work, const struct attend_sequence *sequence)
+/* Items of a tile. */
+static uint64_t attend_stretches(const struct attend_work *work, uint64_t splits)
 {
-	return work->splits_apart && sequence->keys > ATTEND_SPLIT ? divide_up(sequence->keys, ATTEND_SPLIT) : 1;
+	return work->stretch > 0 ? divide_up(splits, work->stretch) : 1;
 }
 
 /* Keys that row `row` of a sequence sees. */
@@ -138,21 +149,19 @@ static struct attend_tile attend_tile_of(const struct attend_work *work, uint64_
 	struct attend_tile tile;
 	uint64_t b = attend_sequence_of(work, item);
 	work->attend->sequence(work->attend, b, &tile.sequence);
-	uint64_t splits = attend_splits(work, &tile.sequence);
 	uint64_t tiles = attend_tiles(work, &tile.sequence);
 	uint64_t number = item - work->first[b];
 	uint64_t heads = attend_heads(work, &tile.sequence);
 	tile.distance = divide_up(work->attend->kv_heads, heads) * tiles;
-	tile.split = number / tile.distance;
-	tile.first = item - tile.split * tile.distance;
+	tile.number = number / tile.distance;
+	tile.first = item - tile.number * tile.distance;
 	tile.row = number % tiles * CPU_ATTEND_ROWS;
 	tile.kv_head = number % tile.distance / tiles * heads;
 	tile.heads = work->attend->kv_heads - tile.kv_head < heads ? work->attend->kv_heads - tile.kv_head : heads;
 	uint64_t rows = tile.sequence.queries * work->group * tile.heads;
 	tile.count = rows - tile.row < CPU_ATTEND_ROWS ? rows - tile.row : CPU_ATTEND_ROWS;
 	tile.longest = tile.heads > 1 ? tile.sequence.keys : attend_visible(work, &tile.sequence, tile.row + tile.count - 1);
-	uint64_t seen = divide_up(tile.longest, ATTEND_SPLIT);
-	tile.splits = seen < 1 ? 1 : seen < splits ? seen : splits;
+	tile.splits = attend_splits(tile.longest);
 	return tile;
 }
 
@@ -198,7 +207,7 @@ struct attend_scratch {
 	bool apart[CPU_ATTEND_ROWS]; /* rows whose scores can't be */
 	float *packed; /* [CPU_ATTEND_KEYS][padded] */
 	float *scores; /* [CPU_ATTEND_ROWS][CPU_ATTEND_KEYS] */
-	struct attend_part part, whole;
+	struct attend_part parts[ATTEND_LEVELS_MAX + 1]; /* runs of splits that wait for what follows, each longer than the next; there are levels + 1 */
 	uint64_t packed_places[CPU_ATTEND_KEYS];
 	uint64_t places[2 * (ATTEND_SPLIT + LOOKAHEAD_KEYS)]; /* a split's rows in the order in which they are read: of each chunk the keys, then the values; then what is asked for at the end */
 };
@@ -208,27 +217,26 @@ static uint64_t attend_part_bytes(uint64_t rows, size_t padded)
 	return divide_up(rows * (sizeof(struct cpu_attend_row) + padded * sizeof(float)), OPD_TENSOR_ALIGNMENT) * OPD_TENSOR_ALIGNMENT;
 }
 
-static struct attend_part attend_part_at(const struct attend_work *work, unsigned char *memory, uint64_t rows)
+static struct attend_part attend_part_at(unsigned char *memory, uint64_t rows)
 {
-	(void)work;
 	struct attend_part part = {.rows = (struct cpu_attend_row *)(void *)memory};
 	part.mixed = (float *)(void *)(part.rows + rows);
 	return part;
 }
 
-static uint64_t attend_scratch_bytes(size_t padded)
+static uint64_t attend_scratch_bytes(size_t padded, uint64_t levels)
 {
 	uint64_t floats = (2 * CPU_ATTEND_ROWS + CPU_ATTEND_KEYS) * padded + CPU_ATTEND_ROWS * CPU_ATTEND_KEYS;
-	return floats * sizeof(float) + 2 * attend_part_bytes(CPU_ATTEND_ROWS, padded);
+	return floats * sizeof(float) + (levels + 1) * attend_part_bytes(CPU_ATTEND_ROWS, padded);
 }
 
 static void attend_scratch_init(const struct attend_work *work, uint32_t thread, struct attend_scratch *scratch)
 {
 	unsigned char *memory = work->scratch + thread * work->scratch_bytes;
 	uint64_t part_bytes = attend_part_bytes(CPU_ATTEND_ROWS, work->padded);
-	scratch->part = attend_part_at(work, memory, CPU_ATTEND_ROWS);
-	scratch->whole = attend_part_at(work, memory + part_bytes, CPU_ATTEND_ROWS);
-	scratch->query = (float *)(void *)(memory + 2 * part_bytes);
+	for (uint64_t i = 0; i <= work->levels; i++, memory += part_bytes)
+		scratch->parts[i] = attend_part_at(memory, CPU_ATTEND_ROWS);
+	scratch->query = (float *)(void *)memory;
 	scratch->packed = scratch->query + CPU_ATTEND_ROWS * work->padded;
 	scratch->scores = scratch->packed + CPU_ATTEND_KEYS * work->padded;
 	scratch->pairs = (uint16_t *)(void *)(scratch->scores + CPU_ATTEND_ROWS * CPU_ATTEND_KEYS);
@@ -395,23 +403,24 @@ static void attend_split(const struct attend_work *work, const struct attend_til
 	}
 }
 
-/* Joins the split of keys from `begin` on to what the tile's rows [r, end) have seen before. A row has nothing of keys that it doesn't see. */
-static void attend_merge(const struct attend_work *work, const struct attend_tile *tile, uint64_t begin, uint64_t r, uint64_t end,
-                         struct attend_part *whole, const struct attend_part *part)
+/* Joins a run of splits, whose first one is `split`, to the run before it. A row has nothing of keys that it doesn't see: from row to row they become more. */
+static void attend_merge(const struct attend_work *work, const struct attend_tile *tile, uint64_t split, struct attend_part *whole,
+                         const struct attend_part *part)
 {
-	for (; r < end; r++)
-		if (tile->heads > 1 || attend_visible(work, &tile->sequence, tile->row + r) > begin)
-			work->kernels->merge(&whole->rows[r], whole->mixed + r * work->padded, &part->rows[r], part->mixed + r * work->padded,
-			                     work->padded);
+	uint64_t r = 0;
+	while (tile->heads == 1 && r < tile->count && attend_visible(work, &tile->sequence, tile->row + r) <= split * ATTEND_SPLIT)
+		r++;
+	work->kernels->merge(whole->rows + r, whole->mixed + r * work->padded, part->rows + r, part->mixed + r * work->padded, (size_t)(tile->count - r),
+	                     work->padded);
 }
 
-/* Rows [r, end) of the result. A row that sees no key is zeros. */
-static void attend_finish(const struct attend_work *work, const struct attend_tile *tile, uint64_t r, uint64_t end, struct attend_part *whole)
+/* The result. A row that sees no key is zeros. */
+static void attend_finish(const struct attend_work *work, const struct attend_tile *tile, const struct attend_part *whole)
 {
 	const struct attend *attend = work->attend;
 	uint64_t head_bytes = attend->head_size * attend->element_bytes;
 	bool pairs = attend->dtype == CPU_BF16 && attend_in_place(work, tile);
-	for (; r < end; r++) {
+	for (uint64_t r = 0; r < tile->count; r++) {
 		unsigned char *y = tile->sequence.y + attend_row_at(work, tile, r, attend->heads * head_bytes, head_bytes);
 		if (tile->longest == 0 || (tile->heads == 1 && attend_visible(work, &tile->sequence, tile->row + r) == 0))
 			memset(y, 0, head_bytes);
@@ -427,60 +436,69 @@ static bool attend_cancelled(const struct attend_work *work)
 	return atomic_load_explicit(work->cancelled, memory_order_relaxed);
 }
 
+/* Splits [split, end) of a tile, to parts[0] of scratch; `split` is a multiple of a power of two that they aren't more than. False: cancelled.
+ * Each is joined to what it completes: after as many of them as a number says, there are as many runs as the number has binary ones, of so many splits. What then is left is joined from its end. */
+static bool attend_splits_run(const struct attend_work *work, const struct attend_tile *tile, uint64_t split, uint64_t end, struct attend_scratch *scratch)
+{
+	uint64_t runs = 0, done = 0;
+	for (; split + done < end; runs++) {
+		uint64_t begin = (split + done++) * ATTEND_SPLIT;
+		attend_split(work, tile, begin, tile->longest - begin < ATTEND_SPLIT ? tile->longest : begin + ATTEND_SPLIT, scratch, &scratch->parts[runs]);
+		for (uint64_t length = 1; (done & length) == 0; length *= 2, runs--)
+			attend_merge(work, tile, split + done - length, &scratch->parts[runs - 1], &scratch->parts[runs]);
+		if (attend_cancelled(work))
+			return false;
+	}
+	for (; runs > 1; runs--) {
+		done &= done - 1;
+		attend_merge(work, tile, split + done, &scratch->parts[runs - 2], &scratch->parts[runs - 1]);
+	}
+	return true;
+}
+
 static void attend_tile_run(const struct attend_work *work, const struct attend_tile *tile, struct attend_scratch *scratch)
 {
 	attend_load_query(work, tile, scratch);
-	for (uint64_t begin = 0; begin < tile->longest; begin += ATTEND_SPLIT) {
-		uint64_t end = tile->longest - begin < ATTEND_SPLIT ? tile->longest : begin + ATTEND_SPLIT;
-		attend_split(work, tile, begin, end, scratch, begin == 0 ? &scratch->whole : &scratch->part);
-		if (begin > 0)
-			attend_merge(work, tile, begin, 0, tile->count, &scratch->whole, &scratch->part);
-		if (attend_cancelled(work))
-			return;
-	}
-	attend_finish(work, tile, 0, tile->count, &scratch->whole);
+	if (attend_splits_run(work, tile, 0, tile->splits, scratch))
+		attend_finish(work, tile, &scratch->parts[0]);
 }
 
 static struct attend_part attend_part_of(const struct attend_work *work, uint64_t item)
 {
-	return attend_part_at(work, work->parts + item * work->part_bytes, work->tile_rows);
+	return attend_part_at(work->parts + item * work->part_bytes, work->tile_rows);
 }
 
-/* Joins what is there of kv head `head` of the tile (of all of its rows, where it has one), in the order of splits, and writes its results when all is. */
-static void attend_join_head(const struct attend_work *work, const struct attend_tile *tile, uint64_t head)
+/* Joins what a stretch completes, in the order of attend_splits_run, as far as others have computed the rest; the last one writes the result. */
+static void attend_join_up(const struct attend_work *work, const struct attend_tile *tile)
 {
-	struct attend_join *join = &work->joins[tile->first * work->tile_heads + head];
+	uint64_t at = tile->number, stretches = attend_stretches(work, tile->splits);
 	struct attend_part whole = attend_part_of(work, tile->first);
-	uint64_t rows = tile->count / tile->heads, from = head * rows, next;
-	do {
-		if (atomic_exchange(&join->busy, true))
+	for (uint64_t length = 1; length < stretches; length *= 2) {
+		uint64_t left = at & ~(2 * length - 1), right = left + length;
+		at = left;
+		if (right >= stretches)
+			continue;
+		uint64_t item = tile->first + right * tile->distance;
+		if (!atomic_exchange(&work->joins[item].met, true))
 			return;
-		for (next = join->splits; next < tile->splits; next++) {
-			uint64_t item = tile->first + next * tile->distance;
-			if (!atomic_load(&work->joins[item * work->tile_heads].computed))
-				break;
-			struct attend_part part = attend_part_of(work, item);
-			if (next > 0)
-				attend_merge(work, tile, next * ATTEND_SPLIT, from, from + rows, &whole, &part);
-			if (next + 1 == tile->splits)
-				attend_finish(work, tile, from, from + rows, &whole);
-		}
-		join->splits = next;
-		atomic_store(&join->busy, false);
-	} while (next < tile->splits && atomic_load(&work->joins[(tile->first + next * tile->distance) * work->tile_heads].computed));
+		struct attend_part part = attend_part_of(work, item);
+		whole = attend_part_of(work, tile->first + left * tile->distance);
+		attend_merge(work, tile, right * work->stretch, &whole, &part);
+	}
+	attend_finish(work, tile, &whole);
 }
 
-static void attend_split_apart(const struct attend_work *work, const struct attend_tile *tile, uint64_t item, struct attend_scratch *scratch)
+static void attend_stretch_run(const struct attend_work *work, const struct attend_tile *tile, uint64_t item, struct attend_scratch *scratch)
 {
-	struct attend_part part = attend_part_of(work, item);
-	uint64_t begin = tile->split * ATTEND_SPLIT;
-	if (tile->split >= tile->splits || attend_cancelled(work))
+	uint64_t split = tile->number * work->stretch;
+	if (split >= tile->splits || attend_cancelled(work))
 		return;
+	struct attend_part own = scratch->parts[0];
+	scratch->parts[0] = attend_part_of(work, item);
 	attend_load_query(work, tile, scratch);
-	attend_split(work, tile, begin, tile->longest - begin < ATTEND_SPLIT ? tile->longest : begin + ATTEND_SPLIT, scratch, &part);
-	atomic_store(&work->joins[item * work->tile_heads].computed, true);
-	for (uint64_t h = 0; h < tile->heads; h++) /* others begin elsewhere */
-		attend_join_head(work, tile, (tile->split + h) % tile->heads);
+	if (attend_splits_run(work, tile, split, tile->splits - split < work->stretch ? tile->splits : split + work->stretch, scratch))
+		attend_join_up(work, tile);
+	scratch->parts[0] = own;
 }
 
 static void attend_items(const void *context, uint64_t begin, uint64_t end, uint32_t thread)
@@ -490,8 +508,8 @@ static void attend_items(const void *context, uint64_t begin, uint64_t end, uint
 	attend_scratch_init(work, thread, &scratch);
 	for (uint64_t i = begin; i < end; i++) {
 		struct attend_tile tile = attend_tile_of(work, i);
-		if (work->splits_apart)
-			attend_split_apart(work, &tile, i, &scratch);
+		if (work->stretch > 0)
+			attend_stretch_run(work, &tile, i, &scratch);
 		else
 			attend_tile_run(work, &tile, &scratch);
 	}
@@ -504,19 +522,19 @@ static uint64_t attend_count(struct attend_work *work, uint64_t *first, uint64_t
 	uint64_t items = 0;
 	double rows = 0, pairs = 0, elements = 0;
 	work->tile_rows = 1;
-	work->tile_heads = 1;
+	work->levels = 0;
 	for (uint64_t b = 0; b < attend->sequences; b++) {
 		struct attend_sequence sequence;
 		attend->sequence(attend, b, &sequence);
 		uint64_t here = sequence.queries * work->group, heads = attend_heads(work, &sequence);
 		first[b] = items;
-		items += divide_up(attend->kv_heads, heads) * attend_tiles(work, &sequence) * attend_splits(work, &sequence);
+		items += divide_up(attend->kv_heads, heads) * attend_tiles(work, &sequence) * attend_stretches(work, attend_splits(sequence.keys));
 		rows += (double)here * (double)attend->kv_heads;
 		pairs += (double)here * (double)attend->kv_heads * (double)sequence.keys;
 		elements += 2 * (double)attend_tiles(work, &sequence) * (double)sequence.keys * (double)(attend->kv_heads * attend->head_size);
 		here *= heads;
-		if (heads > work->tile_heads)
-			work->tile_heads = heads;
+		while (here > 0 && attend_splits(sequence.keys) > UINT64_C(1) << work->levels)
+			work->levels++;
 		if (here > work->tile_rows)
 			work->tile_rows = here < CPU_ATTEND_ROWS ? here : CPU_ATTEND_ROWS;
 	}
@@ -530,9 +548,9 @@ static opd_status attend_go(struct attend_work *work, uint64_t items, uint64_t c
 {
 	const opd_exec *exec = work->exec;
 	uint64_t threads = cpu_threads(exec, items, cost_ns);
-	work->scratch_bytes = attend_scratch_bytes(work->padded);
-	work->part_bytes = work->splits_apart ? attend_part_bytes(work->tile_rows, work->padded) : 0;
-	uint64_t join_bytes = work->splits_apart ? items * work->tile_heads * sizeof *work->joins : 0;
+	work->scratch_bytes = attend_scratch_bytes(work->padded, work->levels);
+	work->part_bytes = work->stretch > 0 ? attend_part_bytes(work->tile_rows, work->padded) : 0;
+	uint64_t join_bytes = work->stretch > 0 ? items * sizeof *work->joins : 0;
 	uint64_t bytes = threads * work->scratch_bytes + items * work->part_bytes + join_bytes;
 	work->scratch = exec->host->alloc(exec->host, bytes);
 	if (work->scratch == NULL)
@@ -540,7 +558,7 @@ static opd_status attend_go(struct attend_work *work, uint64_t items, uint64_t c
 	work->parts = work->scratch + threads * work->scratch_bytes;
 	work->joins = (struct attend_join *)(void *)(work->parts + items * work->part_bytes);
 	memset(work->joins, 0, join_bytes);
-	opd_status status = work->splits_apart ? cpu_for_grain(exec, items, 1, cost_ns, attend_items, work, error)
+	opd_status status = work->stretch > 0 ? cpu_for_grain(exec, items, 1, cost_ns, attend_items, work, error)
 	                                       : cpu_for(exec, items, cost_ns, attend_items, work, error);
 	if (status == OPD_OK && atomic_load(work->cancelled))
 		status = opd_fail(error, OPD_CANCELLED, "cpu: cancelled while the kernel ran");
@@ -569,8 +587,10 @@ opd_status attend_run(const struct attend *attend, const opd_exec *exec, opd_err
 		                (unsigned long long)attend->sequences);
 	uint64_t items = attend_count(&work, first, &cost_ns);
 	if (cpu_threads(exec, 2, cost_ns) > 1 && items < (uint64_t)exec->threads * ITEMS_A_THREAD) {
-		work.splits_apart = true;
-		items = attend_count(&work, first, &cost_ns);
+		/* As few splits an item as make items few enough for their parts' memory: lengths come from a caller. */
+		work.stretch = work.levels > STRETCHES_MOST ? UINT64_C(1) << (work.levels - STRETCHES_MOST) : 1;
+		while ((items = attend_count(&work, first, &cost_ns)) > (uint64_t)exec->threads * STRETCHES_A_THREAD && work.stretch < UINT64_C(1) << work.levels)
+			work.stretch *= 2;
 	}
 	work.first = first;
 	opd_status status = attend_go(&work, items, cost_ns, error);

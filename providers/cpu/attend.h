@@ -2,8 +2,9 @@
  *
  * Layer: providers/cpu. Threads: attend_run spreads its work over the lane's threads.
  * Keys are taken in splits of ATTEND_SPLIT, those in chunks of CPU_ATTEND_KEYS, query rows in tiles of up to CPU_ATTEND_ROWS that share a
- * kv head (for a single query: those of several heads); a split's result (maximum, sum, mixed values, all f32) is merged into the row's in the order of splits. These borders stand at
- * fixed keys, so a row's bits depend on that row and its keys alone: splits of one row may run on different threads, in any order, or one after another.
+ * kv head (for a single query: those of several heads); a split's result (maximum, sum, mixed values, all f32) is joined to its neighbour's, that of both to that of the next two, and so on:
+ * where a run of 2^n splits that begins at a multiple of 2^n ends. These borders stand at fixed keys, so a row's bits depend on that row and its keys alone: any such run may be computed by
+ * one thread, or its halves by two.
  * Not here: kernels (kernels.h), checks of indices (the op's, before run). */
 #ifndef OPD_CPU_ATTEND_H
 #define OPD_CPU_ATTEND_H

@@ -307,11 +307,6 @@ static inline float attend_shift(float maximum)
 	return maximum == -INFINITY ? 0.0f : maximum;
 }
 
-static inline float attend_exp(float x)
-{
-	return vec_exp(vec_splat(x))[0];
-}
-
 /* Scores [at, at + VEC_LANES) times scale; −inf past `count`. */
 VEC_INLINE vec_f32 attend_scaled(const float *scores, size_t at, size_t count, float scale)
 {
@@ -447,18 +442,30 @@ VEC_INLINE void attend_mix_heads(opd_dtype dtype, const float *weights, const fl
 		attend_mix_joined(dtype, weights, shrinks, heads, rows, padded, run, head_bytes, mixed);
 }
 
-static void attend_merge(struct cpu_attend_row *row, float *mixed, const struct cpu_attend_row *part, const float *part_mixed, size_t padded)
+/* Up to VEC_LANES rows: what both sides shrink by is made of all of them at once. */
+static void attend_merge_some(struct cpu_attend_row *to, float *mixed, const struct cpu_attend_row *part, const float *part_mixed, size_t rows, size_t padded)
 {
-	float maximum = part->maximum > row->maximum ? part->maximum : row->maximum;
-	float shift = attend_shift(maximum);
-	float keep = attend_exp(row->maximum - shift);
-	float add = attend_exp(part->maximum - shift);
-	row->maximum = maximum;
-	row->sum = row->sum * keep + part->sum * add;
-	for (size_t d = 0; d < padded; d += VEC_LANES) {
-		vec_f32 old = vec_load(OPD_f32, mixed, d) * vec_splat(keep);
-		vec_store(OPD_f32, mixed, d, vec_fma(vec_load(OPD_f32, part_mixed, d), vec_splat(add), old));
+	vec_f32 keep = vec_splat(0.0f), add = vec_splat(0.0f);
+	for (size_t r = 0; r < rows; r++) {
+		const float maximum = part[r].maximum > to[r].maximum ? part[r].maximum : to[r].maximum;
+		keep[r] = to[r].maximum - attend_shift(maximum);
+		add[r] = part[r].maximum - attend_shift(maximum);
+		to[r].maximum = maximum;
 	}
+	keep = vec_exp(keep);
+	add = vec_exp(add);
+	for (size_t r = 0; r < rows; r++, mixed += padded, part_mixed += padded) {
+		const vec_f32 old = vec_splat(keep[r]), new = vec_splat(add[r]);
+		to[r].sum = to[r].sum * keep[r] + part[r].sum * add[r];
+		for (size_t d = 0; d < padded; d += VEC_LANES)
+			vec_store(OPD_f32, mixed, d, vec_fma(vec_load(OPD_f32, part_mixed, d), new, vec_load(OPD_f32, mixed, d) * old));
+	}
+}
+
+static void attend_merge(struct cpu_attend_row *to, float *mixed, const struct cpu_attend_row *part, const float *part_mixed, size_t rows, size_t padded)
+{
+	for (size_t r = 0; r < rows; r += VEC_LANES)
+		attend_merge_some(to + r, mixed + r * padded, part + r, part_mixed + r * padded, rows - r < VEC_LANES ? rows - r : VEC_LANES, padded);
 }
 
 /* ---- Rows in and out ------------------------------------------------------------------------------------------------------ */

@@ -1,7 +1,5 @@
 #include "providers/cpu/call.h"
 
-#include <stdatomic.h>
-
 /* Below this a call stays on one thread, and a share isn't made smaller than half of it: waking a thread takes a few microseconds. */
 #define PARALLEL_NS 20000
 /* Work between two looks at whether the call was cancelled. */
@@ -138,4 +136,19 @@ opd_status cpu_for_grain(const opd_exec *exec, uint64_t items, uint64_t grain, u
 opd_status cpu_for(const opd_exec *exec, uint64_t items, uint64_t cost_ns, cpu_items_fn run, const void *context, opd_error *error)
 {
 	return cpu_for_grain(exec, items, items == 0 ? 1 : items_in(PARALLEL_NS / 2, items, cost_ns), cost_ns, run, context, error);
+}
+
+bool cpu_cancelled(struct cpu_cancel *cancel)
+{
+	if (!atomic_load_explicit(&cancel->seen, memory_order_relaxed) && cancel->exec->host->cancelled(cancel->exec))
+		atomic_store_explicit(&cancel->seen, true, memory_order_relaxed);
+	return atomic_load_explicit(&cancel->seen, memory_order_relaxed);
+}
+
+opd_status cpu_for_long(struct cpu_cancel *cancel, uint64_t items, uint64_t cost_ns, cpu_items_fn run, const void *context, opd_error *error)
+{
+	opd_status status = cpu_for(cancel->exec, items, cost_ns, run, context, error);
+	if (status == OPD_OK && atomic_load_explicit(&cancel->seen, memory_order_relaxed))
+		status = opd_fail(error, OPD_CANCELLED, "cpu: cancelled while the kernel ran");
+	return status;
 }

@@ -6,6 +6,8 @@
 #ifndef OPD_CPU_CALL_H
 #define OPD_CPU_CALL_H
 
+#include <stdatomic.h>
+
 #include "providers/cpu/kernels.h"
 #include "providers/estimate.h"
 #include "providers/provider.h"
@@ -171,7 +173,19 @@ uint32_t cpu_threads(const opd_exec *exec, uint64_t items, uint64_t cost_ns);
 OPD_MUST_USE opd_status cpu_for(const opd_exec *exec, uint64_t items, uint64_t cost_ns, cpu_items_fn run, const void *context,
                                 opd_error *error);
 
-/* The same in shares of `grain` items or more, as the host has it, for items that are few and large: cpu_for makes shares of some microseconds, which must not be several of those. */
+/* For items so long that they look in their middle at whether the call was cancelled, and give up. */
+struct cpu_cancel {
+	const opd_exec *exec;
+	atomic_bool seen; /* by one of them: the others see it too */
+};
+
+bool cpu_cancelled(struct cpu_cancel *cancel);
+
+/* cpu_for for them: their context leads to `cancel`, which has `exec` and is zeroed otherwise. Also OPD_CANCELLED when one has given up. */
+OPD_MUST_USE opd_status cpu_for_long(struct cpu_cancel *cancel, uint64_t items, uint64_t cost_ns, cpu_items_fn run, const void *context,
+                                     opd_error *error);
+
+/* cpu_for in shares of `grain` items or more, as the host has it, for items that are few and large: cpu_for makes shares of some microseconds, which must not be several of those. */
 OPD_MUST_USE opd_status cpu_for_grain(const opd_exec *exec, uint64_t items, uint64_t grain, uint64_t cost_ns, cpu_items_fn run, const void *context,
                                       opd_error *error);
 

@@ -254,8 +254,8 @@ struct cpu_attend_kernels {
 	                        float *mixed);
 	void (*mix_heads[CPU_DTYPES])(const float *weights, const float *shrinks, size_t heads, size_t rows, size_t padded,
 	                              const struct cpu_attend_run *run, uint64_t head_bytes, float *mixed);
-	/* Joins a part's softmax and mixed values to a row's. */
-	void (*merge)(struct cpu_attend_row *row, float *mixed, const struct cpu_attend_row *part, const float *part_mixed, size_t padded);
+	/* Joins the softmax and the mixed values of rows, `part`, to those of the same rows, `to`. */
+	void (*merge)(struct cpu_attend_row *to, float *mixed, const struct cpu_attend_row *part, const float *part_mixed, size_t rows, size_t padded);
 	/* y = mixed / sum, rounded. pairs: mixed lies as mix leaves it for values of bf16. */
 	void (*finish[CPU_DTYPES])(const float *mixed, float sum, bool pairs, void *y, size_t head_size);
 };

@@ -35,6 +35,7 @@ struct linear_work {
 	size_t row_items;
 	float *scratch; /* of thread t: at t·scratch_floats */
 	size_t scratch_floats;
+	struct cpu_cancel *cancel; /* of items: asked once a block of depth */
 };
 
 static uint64_t linear_cost(const opd_impl *impl, const opd_call *call)
@@ -147,7 +148,7 @@ static void linear_items(const void *context, uint64_t begin, uint64_t end, uint
 	for (uint64_t i = begin; i < end; i++) {
 		struct linear_item item = linear_item_of(work, i, work->scratch + thread * work->scratch_floats);
 		memset(item.sums, 0, item.padded_rows * item.padded_columns * sizeof(float));
-		for (size_t from = 0; from < work->k; from += CPU_LINEAR_BLOCK) {
+		for (size_t from = 0; from < work->k && !cpu_cancelled(work->cancel); from += CPU_LINEAR_BLOCK) {
 			size_t count = work->k - from < CPU_LINEAR_BLOCK ? work->k - from : CPU_LINEAR_BLOCK;
 			size_t padded = round_up(count, 16);
 			linear_pack_block(work, &item, from, count, padded);
@@ -170,7 +171,9 @@ static opd_status linear_run_packed(struct linear_work *work, const opd_exec *ex
 	work->scratch = exec->host->alloc(exec->host, bytes);
 	if (work->scratch == NULL)
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "linear: no %llu bytes of host memory for scratch", (unsigned long long)bytes);
-	opd_status status = cpu_for(exec, items, cost_ns, linear_items, work, error);
+	struct cpu_cancel cancel = {.exec = exec};
+	work->cancel = &cancel;
+	opd_status status = cpu_for_long(&cancel, items, cost_ns, linear_items, work, error);
 	exec->host->free(exec->host, work->scratch);
 	return status;
 }

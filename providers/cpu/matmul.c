@@ -44,6 +44,7 @@ struct matmul_work {
 	uint64_t row_items, column_items, item_columns;
 	float *scratch; /* of thread t: at t·scratch_floats */
 	size_t scratch_floats;
+	struct cpu_cancel *cancel; /* asked once a block of depth: strides of 0 make that as deep as a client likes */
 };
 
 static void dims_add(struct matmul_dims *dims, int64_t extent, uint64_t a_stride, uint64_t b_stride)
@@ -178,7 +179,7 @@ static void matmul_few(const void *context, uint64_t begin, uint64_t end, uint32
 	for (uint64_t i = begin; i < end; i++) {
 		struct matmul_item item = matmul_item_of(work, i);
 		memset(sums, 0, item.rows * sizeof sums[0]);
-		for (uint64_t from = 0; from < work->depth; from += CPU_MATMUL_BLOCK) {
+		for (uint64_t from = 0; from < work->depth && !cpu_cancelled(work->cancel); from += CPU_MATMUL_BLOCK) {
 			const unsigned char *b = item.b + from * work->b_step * work->bytes;
 			for (size_t m = 0; m < item.rows; m++) {
 				matmul_line(work, item_row(work, &item, m), work->a_step, from, block_of(work, from), a);
@@ -280,7 +281,7 @@ static void matmul_packed(const void *context, uint64_t begin, uint64_t end, uin
 	for (uint64_t i = begin; i < end; i++) {
 		struct matmul_item item = matmul_item_of(work, i);
 		memset(blocks.sums, 0, round_up(item.rows, work->kernels->tile_rows) * ITEM_COLUMNS * sizeof(float));
-		for (uint64_t from = 0; from < work->depth; from += CPU_MATMUL_BLOCK) {
+		for (uint64_t from = 0; from < work->depth && !cpu_cancelled(work->cancel); from += CPU_MATMUL_BLOCK) {
 			pack_a(work, &item, from, block_of(work, from), blocks.a);
 			pack_b(work, &item, from, block_of(work, from), &blocks);
 			multiply_block(work, &item, block_of(work, from), &blocks);
@@ -297,7 +298,7 @@ static opd_status matmul_run_packed(struct matmul_work *work, const opd_exec *ex
 	work->scratch = exec->host->alloc(exec->host, bytes);
 	if (work->scratch == NULL)
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "matmul: no %llu bytes of host memory for scratch", (unsigned long long)bytes);
-	opd_status status = cpu_for(exec, items, cost_ns, matmul_packed, work, error);
+	opd_status status = cpu_for_long(work->cancel, items, cost_ns, matmul_packed, work, error);
 	exec->host->free(exec->host, work->scratch);
 	return status;
 }
@@ -325,13 +326,15 @@ static opd_status matmul_run(const opd_impl *impl, void *state, const opd_call *
 	if (call->outputs[0]->elements == 0)
 		return OPD_OK;
 	struct matmul_work work = matmul_work_of(impl, call);
+	struct cpu_cancel cancel = {.exec = exec};
+	work.cancel = &cancel;
 	bool few = work.rows <= FEW_ROWS && work.b_column == 1;
 	work.y = opd_tensor_data(call->outputs[0]);
 	work.item_columns = few && work.rows == 1 ? CPU_MATMUL_COLUMNS : ITEM_COLUMNS;
 	work.row_items = (work.rows + ITEM_ROWS - 1) / ITEM_ROWS;
 	work.column_items = (work.columns + work.item_columns - 1) / work.item_columns;
 	uint64_t items = work.batches * work.row_items * work.column_items, cost_ns = matmul_cost(impl, call);
-	return few ? cpu_for(exec, items, cost_ns, matmul_few, &work, error) : matmul_run_packed(&work, exec, items, cost_ns, error);
+	return few ? cpu_for_long(&cancel, items, cost_ns, matmul_few, &work, error) : matmul_run_packed(&work, exec, items, cost_ns, error);
 }
 
 const opd_impl cpu_matmul = {

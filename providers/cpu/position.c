@@ -118,7 +118,11 @@ struct argmax_work {
 	struct columns columns; /* along another dimension than the last */
 	int64_t *y;
 	size_t count;
+	struct cpu_cancel *cancel;
 };
+
+/* Of a line's elements, or of a tile's rows, between two looks at whether the call was cancelled. */
+#define ASK_EVERY ((size_t)1 << 16)
 
 /* Keys of up to COLUMNS_TILE elements, in topk's order: 64 bits hold those of any dtype. */
 static void argmax_keys(const struct argmax_work *work, const unsigned char *x, size_t count, uint64_t *keys)
@@ -138,6 +142,8 @@ static int64_t argmax_of_keys(const struct argmax_work *work, const unsigned cha
 	uint64_t keys[COLUMNS_TILE], best = 0;
 	size_t at = 0;
 	for (size_t from = 0; from < work->count; from += COLUMNS_TILE) {
+		if (from % ASK_EVERY == 0 && cpu_cancelled(work->cancel))
+			break;
 		size_t here = work->count - from < COLUMNS_TILE ? work->count - from : COLUMNS_TILE;
 		argmax_keys(work, x + from * opd_dtype_bytes(work->dtype), here, keys);
 		for (size_t i = 0; i < here; i++)
@@ -166,6 +172,8 @@ static void argmax_tiles(const void *context, uint64_t begin, uint64_t end, uint
 		uint64_t keys[COLUMNS_TILE], best[COLUMNS_TILE] = {0};
 		int64_t at[COLUMNS_TILE] = {0};
 		for (uint64_t e = 0; e < work->columns.extent; e++) {
+			if (e % ASK_EVERY == 0 && cpu_cancelled(work->cancel))
+				break;
 			argmax_keys(work, tile.data + e * work->columns.step * work->columns.bytes, tile.count, keys);
 			for (size_t i = 0; i < tile.count; i++) {
 				at[i] = keys[i] > best[i] ? (int64_t)e : at[i];
@@ -197,7 +205,9 @@ static opd_status argmax_run(const opd_impl *impl, void *state, const opd_call *
 	opd_status status = argmax_expect_output(impl, call, dim, error);
 	if (status != OPD_OK || x->elements == 0)
 		return status;
+	struct cpu_cancel cancel = {.exec = exec};
 	struct argmax_work work = {
+		.cancel = &cancel,
 		.keys = cpu_kernels_of(impl)->topk,
 		.dtype = x->dtype,
 		.y = opd_tensor_data(call->outputs[0]),
@@ -205,12 +215,14 @@ static opd_status argmax_run(const opd_impl *impl, void *state, const opd_call *
 	};
 	if (!cpu_dim_is_last(x, call->args[1].i)) {
 		work.columns = columns_of(x, dim);
-		return cpu_for(exec, work.columns.tiles, argmax_cost(impl, call), argmax_tiles, &work, error);
+		if (work.columns.step == 0) /* the first of equals, however many a client says there are */
+			work.columns.extent = 1;
+		return cpu_for_long(&cancel, work.columns.tiles, argmax_cost(impl, call), argmax_tiles, &work, error);
 	}
 	work.x = cpu_rows_of(x);
 	if (argmax_has_kernel(call))
 		work.kernel = cpu_kernels_of(impl)->position->argmax[cpu_dtype_index(x->dtype)];
-	return cpu_for(exec, x->elements / work.count, argmax_cost(impl, call), argmax_rows, &work, error);
+	return cpu_for_long(&cancel, x->elements / work.count, argmax_cost(impl, call), argmax_rows, &work, error);
 }
 
 const opd_impl cpu_argmax = {

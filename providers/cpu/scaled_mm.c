@@ -43,6 +43,7 @@ struct scaled_work {
 	uint64_t row_items;
 	float *scratch; /* of thread t: at t·scratch_floats */
 	size_t scratch_floats;
+	struct cpu_cancel *cancel; /* of items: asked once a block of depth */
 };
 
 static uint64_t scaled_cost(const opd_impl *impl, const opd_call *call)
@@ -168,7 +169,7 @@ static void scaled_f8(const void *context, uint64_t begin, uint64_t end, uint32_
 		size_t rows = round_up(item.rows, work->kernels->linear->tile_rows);
 		size_t columns = round_up(item.columns, work->kernels->linear->tile_columns);
 		memset(item.sums, 0, rows * ITEM_COLUMNS * sizeof(float));
-		for (uint64_t from = 0; from < work->depth; from += CPU_LINEAR_BLOCK) {
+		for (uint64_t from = 0; from < work->depth && !cpu_cancelled(work->cancel); from += CPU_LINEAR_BLOCK) {
 			size_t depth = work->depth - from < CPU_LINEAR_BLOCK ? (size_t)(work->depth - from) : CPU_LINEAR_BLOCK;
 			size_t padded = round_up(depth, 16);
 			f8_block(work, work->a + item.row * work->a_stride, work->a_stride, item.rows, rows, from, depth, padded, item.a);
@@ -219,7 +220,9 @@ static opd_status scaled_run_f8(struct scaled_work *work, const opd_exec *exec, 
 	work->scratch = exec->host->alloc(exec->host, bytes);
 	if (work->scratch == NULL)
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "scaled_mm: no %llu bytes of host memory for scratch", (unsigned long long)bytes);
-	opd_status status = cpu_for(exec, items, cost_ns, scaled_f8, work, error);
+	struct cpu_cancel cancel = {.exec = exec};
+	work->cancel = &cancel;
+	opd_status status = cpu_for_long(&cancel, items, cost_ns, scaled_f8, work, error);
 	exec->host->free(exec->host, work->scratch);
 	return status;
 }

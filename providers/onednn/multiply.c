@@ -23,18 +23,12 @@ static bool describe(const struct dnn *dnn, dnnl_memory_desc_t *desc, int64_t ro
 	return dnn->memory_desc_init_by_strides(desc, 2, dims, type, strides) == dnnl_success;
 }
 
-bool multiply_apart(const struct product *product)
+/* Of a block of this size. */
+static bool describe_all(const struct dnn *dnn, struct multiply *made, const struct product *product, const struct multiply_set *set, int64_t rows, int64_t columns)
 {
 	opd_dtype dtype = product->left_tensor->dtype;
-	return dtype == OPD_i8 || (dtype == OPD_bf16 && product->columns > PRODUCT_BLOCK_COLUMNS);
-}
-
-static bool describe_all(const struct dnn *dnn, struct multiply *made, const struct product *product, int64_t rows, int64_t columns)
-{
-	opd_dtype dtype = product->left_tensor->dtype;
-	bool sums = dtype == OPD_i8;
-	dnnl_data_type_t from = type_of(dtype), to = sums ? dnnl_s32 : from;
-	struct product_matrix y = {.lead = rows == 1 || multiply_apart(product) ? columns : product->columns};
+	dnnl_data_type_t from = type_of(dtype), to = dtype == OPD_i8 ? dnnl_s32 : from;
+	struct product_matrix y = {.lead = rows == 1 || set->apart ? columns : product->columns};
 	return describe(dnn, &made->left, rows, product->depth, from, product->left) &&
 	       describe(dnn, &made->right, product->depth, columns, from, product->right) && describe(dnn, &made->y, rows, columns, to, y) &&
 	       (product->bias == NULL || describe(dnn, &made->bias, 1, columns, from, (struct product_matrix){.lead = columns}));
@@ -101,15 +95,18 @@ static void need_scratchpad(struct multiply_plan *plan, const dnnl_memory_desc_t
 
 /* ---- Plans ---- */
 
+static void set_destroy(const struct dnn *dnn, struct multiply_set *set)
+{
+	for (unsigned i = 0; i < SHAPES; i++)
+		if (set->by_shape[i].primitive != NULL)
+			(void)dnn->primitive_destroy(set->by_shape[i].primitive);
+}
+
 void multiply_plan_destroy(void *data)
 {
 	struct multiply_plan *plan = data;
-	for (unsigned i = 0; i < SHAPES; i++) {
-		if (plan->plain[i].primitive != NULL)
-			(void)plan->dnn->primitive_destroy(plan->plain[i].primitive);
-		if (plan->packed[i].primitive != NULL)
-			(void)plan->dnn->primitive_destroy(plan->packed[i].primitive);
-	}
+	set_destroy(plan->dnn, &plan->plain);
+	set_destroy(plan->dnn, &plan->packed);
 	for (unsigned i = 0; i < 2; i++)
 		if (plan->packing.reorders[i] != NULL)
 			(void)plan->dnn->primitive_destroy(plan->packing.reorders[i]);
@@ -117,36 +114,38 @@ void multiply_plan_destroy(void *data)
 }
 
 /* Sizes of the blocks with this index; 0: there are none. */
-static void block_extents(const struct product *product, unsigned shape, int64_t *rows_out, int64_t *columns_out)
+static void block_extents(const struct product *product, int64_t block_columns, unsigned shape, int64_t *rows_out, int64_t *columns_out)
 {
-	const int64_t block = PRODUCT_BLOCK_COLUMNS;
 	*rows_out = (shape & EDGE_ROWS) != 0 ? product->rows % PRODUCT_BLOCK_ROWS : product->rows >= PRODUCT_BLOCK_ROWS ? PRODUCT_BLOCK_ROWS : 0;
-	*columns_out = (shape & EDGE_COLUMNS) != 0 ? product->columns % block : product->columns >= block ? block : 0;
+	*columns_out = (shape & EDGE_COLUMNS) != 0 ? product->columns % block_columns : product->columns >= block_columns ? block_columns : 0;
 }
 
-unsigned multiply_shape(const struct product_block *block)
+const struct multiply *multiply_of(const struct multiply_set *set, const struct product_block *block)
 {
-	return (block->rows < PRODUCT_BLOCK_ROWS ? EDGE_ROWS : 0u) | (block->columns < PRODUCT_BLOCK_COLUMNS ? EDGE_COLUMNS : 0u);
+	return &set->by_shape[(block->rows < PRODUCT_BLOCK_ROWS ? EDGE_ROWS : 0u) | (block->columns < set->block_columns ? EDGE_COLUMNS : 0u)];
+}
+
+static void need_sums(struct multiply_plan *plan, const struct multiply_set *set, const struct multiply *made)
+{
+	uint64_t bytes = set->apart ? round_up(plan->dnn->memory_desc_get_size(&made->y)) : 0;
+	plan->sums_bytes = bytes > plan->sums_bytes ? bytes : plan->sums_bytes;
 }
 
 static opd_status plan_plain(struct multiply_plan *plan, const struct product *product, unsigned shape, opd_error *error)
 {
 	const struct dnn *dnn = plan->dnn;
-	struct multiply *made = &plan->plain[shape];
+	struct multiply *made = &plan->plain.by_shape[shape];
 	int64_t rows, columns;
-	block_extents(product, shape, &rows, &columns);
+	block_extents(product, plan->plain.block_columns, shape, &rows, &columns);
 	if (rows == 0 || columns == 0)
 		return OPD_OK;
-	dnnl_status_t status = describe_all(dnn, made, product, rows, columns) ? create_multiply(dnn, made, product) : dnnl_invalid_arguments;
+	dnnl_status_t status = describe_all(dnn, made, product, &plan->plain, rows, columns) ? create_multiply(dnn, made, product) : dnnl_invalid_arguments;
 	if (status != dnnl_success)
 		return opd_fail(error, status == dnnl_out_of_memory ? OPD_RESOURCE_EXHAUSTED : OPD_INTERNAL,
 		                "no oneDNN primitive for a product of %lld x %lld x %lld: its status is %d", (long long)rows, (long long)product->depth,
 		                (long long)columns, (int)status);
 	need_scratchpad(plan, &made->scratchpad);
-	if (multiply_apart(product)) {
-		uint64_t bytes = round_up(plan->dnn->memory_desc_get_size(&made->y));
-		plan->sums_bytes = bytes > plan->sums_bytes ? bytes : plan->sums_bytes;
-	}
+	need_sums(plan, &plan->plain, made);
 	return OPD_OK;
 }
 
@@ -154,33 +153,44 @@ static opd_status plan_plain(struct multiply_plan *plan, const struct product *p
 static dnnl_status_t plan_packed(struct multiply_plan *plan, const struct product *product, unsigned shape)
 {
 	const struct dnn *dnn = plan->dnn;
-	const struct multiply *plain = &plan->plain[shape], *other = &plan->packed[shape ^ EDGE_ROWS];
-	struct multiply *made = &plan->packed[shape];
-	if (plain->primitive == NULL)
+	const struct multiply *other = &plan->packed.by_shape[shape ^ EDGE_ROWS];
+	struct multiply *made = &plan->packed.by_shape[shape];
+	int64_t rows, columns;
+	block_extents(product, plan->packed.block_columns, shape, &rows, &columns);
+	if (rows == 0 || columns == 0)
 		return dnnl_success;
-	*made = *plain;
-	made->primitive = NULL;
-	dnnl_status_t status = dnnl_success;
+	const dnnl_dims_t dims = {product->depth, columns};
+	dnnl_status_t status = describe_all(dnn, made, product, &plan->packed, rows, columns) ? dnnl_success : dnnl_invalid_arguments;
 	if (other->primitive != NULL)
 		made->right = other->right;
-	else
-		status = dnn->memory_desc_init_by_tag(&made->right, 2, plain->right.dims, plain->right.data_type, dnnl_format_tag_any);
+	else if (status == dnnl_success)
+		status = dnn->memory_desc_init_by_tag(&made->right, 2, dims, type_of(product->right_tensor->dtype), dnnl_format_tag_any);
 	if (status == dnnl_success)
 		status = create_multiply(dnn, made, product);
-	if (status == dnnl_success)
-		need_scratchpad(plan, &made->scratchpad);
-	return status;
+	if (status != dnnl_success)
+		return status;
+	need_scratchpad(plan, &made->scratchpad);
+	need_sums(plan, &plan->packed, made);
+	return dnnl_success;
 }
 
-static dnnl_status_t plan_reorder(struct multiply_plan *plan, unsigned edge)
+/* The primitive that has chosen the layout of whole (0) or narrower (EDGE_COLUMNS) blocks; NULL: there are none. */
+static const struct multiply *packed_of(const struct multiply_plan *plan, unsigned edge)
+{
+	const struct multiply *whole = &plan->packed.by_shape[edge], *fewer_rows = &plan->packed.by_shape[edge | EDGE_ROWS];
+	return whole->primitive != NULL ? whole : fewer_rows->primitive != NULL ? fewer_rows : NULL;
+}
+
+static dnnl_status_t plan_reorder(struct multiply_plan *plan, const struct product *product, unsigned edge)
 {
 	struct packing *packing = &plan->packing;
-	unsigned shape = plan->plain[edge].primitive != NULL ? edge : edge | EDGE_ROWS;
-	if (plan->plain[shape].primitive == NULL)
+	const struct multiply *chosen = packed_of(plan, edge);
+	if (chosen == NULL)
 		return dnnl_success;
-	packing->key.right[edge] = plan->packed[shape].right;
-	dnnl_status_t status = create_reorder(plan->dnn, &plan->plain[shape].right, &plan->packed[shape].right, &packing->scratchpads[edge],
-	                                      &packing->reorders[edge]);
+	packing->key.right[edge] = chosen->right;
+	if (!describe(plan->dnn, &packing->from[edge], product->depth, chosen->right.dims[1], type_of(product->right_tensor->dtype), product->right))
+		return dnnl_invalid_arguments;
+	dnnl_status_t status = create_reorder(plan->dnn, &packing->from[edge], &packing->key.right[edge], &packing->scratchpads[edge], &packing->reorders[edge]);
 	if (status == dnnl_success)
 		need_scratchpad(plan, &packing->scratchpads[edge]);
 	return status;
@@ -190,19 +200,34 @@ static dnnl_status_t plan_reorder(struct multiply_plan *plan, unsigned edge)
 static void plan_packing(struct multiply_plan *plan, const struct product *product)
 {
 	struct packing *packing = &plan->packing;
-	const int64_t block = PRODUCT_BLOCK_COLUMNS;
+	const int64_t block = plan->packed.block_columns;
 	dnnl_status_t status = dnnl_success;
 	for (unsigned i = 0; i < SHAPES && status == dnnl_success; i++)
 		status = plan_packed(plan, product, i);
 	for (unsigned i = 0; i < 2 && status == dnnl_success; i++)
-		status = plan_reorder(plan, i);
+		status = plan_reorder(plan, product, i);
 	if (status != dnnl_success)
 		return;
 	packing->key.block_columns = block;
-	packing->blocks = ((uint64_t)product->columns + (uint64_t)block - 1) / (uint64_t)block;
-	const unsigned widest = product->columns >= block ? 0 : EDGE_COLUMNS;
-	packing->block_bytes = round_up(plan->dnn->memory_desc_get_size(&packing->key.right[widest]));
+	packing->blocks = (uint64_t)((product->columns + block - 1) / block);
+	packing->block_bytes = round_up(plan->dnn->memory_desc_get_size(&packing->key.right[product->columns >= block ? 0 : EDGE_COLUMNS]));
 	packing->bytes = packing->block_bytes * packing->blocks;
+}
+
+/* Columns of a block that reads a packed copy. The library's layouts are made of blocks of 64 columns, and wider ones are no faster by themselves, so these share best; but what the processor multiplies in tiles (AMX) takes so little
+ * time that reading the rows once a block counts (README.md, for both). They are the same for any number of rows, so that one copy of a weight serves all. */
+static int64_t packed_columns(opd_dtype dtype)
+{
+	return dtype == OPD_f32 ? 64 : dtype == OPD_bf16 ? 128 : PRODUCT_BLOCK_COLUMNS;
+}
+
+static void choose_blocks(struct multiply_plan *plan, const struct product *product)
+{
+	const opd_dtype dtype = product->left_tensor->dtype;
+	plan->plain.block_columns = PRODUCT_BLOCK_COLUMNS;
+	plan->plain.apart = dtype == OPD_i8 || (dtype == OPD_bf16 && product->columns > PRODUCT_BLOCK_COLUMNS);
+	plan->packed.block_columns = packed_columns(dtype);
+	plan->packed.apart = dtype == OPD_i8 || product->columns > plan->packed.block_columns;
 }
 
 opd_status multiply_plan_create(const struct dnn *dnn, const struct product *product, struct multiply_plan **plan_out, opd_error *error)
@@ -211,6 +236,7 @@ opd_status multiply_plan_create(const struct dnn *dnn, const struct product *pro
 	if (plan == NULL)
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "no memory for a plan");
 	plan->dnn = dnn;
+	choose_blocks(plan, product);
 	opd_status status = OPD_OK;
 	const bool nothing = product->depth == 0 || product->batches == 0;
 	for (unsigned i = 0; i < SHAPES && status == OPD_OK && !nothing; i++)
@@ -280,21 +306,20 @@ dnnl_status_t multiply_execute(const struct dnn *dnn, const struct multiply *mul
 
 const unsigned char *packing_at(const struct multiply_plan *plan, const struct product_block *block, const unsigned char *packed)
 {
-	return packed + (uint64_t)(block->column / PRODUCT_BLOCK_COLUMNS) * plan->packing.block_bytes;
+	return packed + (uint64_t)(block->column / plan->packing.key.block_columns) * plan->packing.block_bytes;
 }
 
 dnnl_status_t packing_fill(const struct multiply_plan *plan, const struct product *product, uint64_t index, dnnl_stream_t stream, void *scratch,
                            unsigned char *packed)
 {
 	const struct packing *packing = &plan->packing;
-	const int64_t columns = PRODUCT_BLOCK_COLUMNS, column = (int64_t)index * columns;
+	const int64_t columns = packing->key.block_columns, column = (int64_t)index * columns;
 	const unsigned edge = product->columns - column < columns ? EDGE_COLUMNS : 0;
-	const unsigned shape = plan->plain[edge].primitive != NULL ? edge : edge | EDGE_ROWS;
 	const struct product_matrix *right = &product->right;
 	const unsigned char *from = (const unsigned char *)opd_tensor_data(product->right_tensor) +
 	                            (uint64_t)(column * (right->transposed ? right->lead : 1)) * opd_dtype_bytes(product->right_tensor->dtype);
 	const struct operand operands[] = {
-		{DNNL_ARG_FROM, &plan->plain[shape].right, source(from)},
+		{DNNL_ARG_FROM, &packing->from[edge], source(from)},
 		{DNNL_ARG_TO, &packing->key.right[edge], packed + index * packing->block_bytes},
 		{DNNL_ARG_SCRATCHPAD, &packing->scratchpads[edge], scratch},
 	};

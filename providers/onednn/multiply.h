@@ -16,6 +16,15 @@ struct multiply {
 	dnnl_memory_desc_t left, right, bias, y, scratchpad;
 };
 
+/* The primitives for the blocks of a product, and how these are. */
+struct multiply_set {
+	int64_t block_columns;
+	/* A block's results are made side by side in scratch, from where they are to be taken: i8's sums, and what the library writes slowly, or not with its best kernels, at the distance that rows of the whole product have
+	 * (README.md). A block of a single row has no distance, and needs no scratch but for i8. */
+	bool apart;
+	struct multiply by_shape[SHAPES];
+};
+
 /* What a packed copy of the right factor depends on beside its contents. */
 struct packing_key {
 	int64_t block_columns;
@@ -28,6 +37,7 @@ struct packing {
 	uint64_t block_bytes;
 	uint64_t blocks;
 	dnnl_primitive_t reorders[2]; /* NULL: no block has this shape */
+	dnnl_memory_desc_t from[2];   /* the blocks as they lie in the factor */
 	dnnl_memory_desc_t scratchpads[2];
 	struct packing_key key;
 };
@@ -35,23 +45,19 @@ struct packing {
 struct multiply_plan {
 	const struct dnn *dnn;
 	uint64_t scratchpad_bytes; /* of a thread */
-	uint64_t sums_bytes;       /* of a thread, behind its scratchpad: what multiply_apart says goes there, of one block */
-	struct multiply plain[SHAPES];
-	struct multiply packed[SHAPES]; /* where packing.bytes isn't 0 */
+	uint64_t sums_bytes;       /* of a thread, behind its scratchpad: the results of a block that are made apart */
+	struct multiply_set plain;
+	struct multiply_set packed; /* where packing.bytes isn't 0 */
 	struct packing packing;
 };
-
-/* Whether a block's results are made side by side in scratch, from where they are to be taken: i8's sums, and bf16 of several blocks of columns. The library takes up to twice as long to write a block's rows of bf16 at the
- * distance that those of the whole product have (providers/onednn/README.md). A block of a single row has no distance, and needs no scratch in bf16. */
-bool multiply_apart(const struct product *product);
 
 /* RESOURCE_EXHAUSTED, or INTERNAL: the library has no primitive for it. */
 OPD_MUST_USE opd_status multiply_plan_create(const struct dnn *dnn, const struct product *product, struct multiply_plan **plan_out, opd_error *error);
 void multiply_plan_destroy(void *plan);
 
-/* Which of a plan's primitives a block takes. */
-unsigned multiply_shape(const struct product_block *block);
-/* y: the block's first result, or its sums. right: of the layout that the primitive has. */
+/* Which of a set's primitives a block takes. */
+const struct multiply *multiply_of(const struct multiply_set *set, const struct product_block *block);
+/* y: the block's first result, or where its results are made apart. right: of the layout that the primitive has. */
 dnnl_status_t multiply_execute(const struct dnn *dnn, const struct multiply *multiply, dnnl_stream_t stream, const struct product *product,
                                const struct product_block *block, const void *right, void *scratch, void *y);
 

@@ -180,14 +180,13 @@ static dnnl_status_t run_block(const struct work *work, const struct product_blo
 {
 	const struct product *product = &work->product;
 	const struct multiply_plan *plan = work->plan;
-	const bool scaled = product->left_tensor->dtype == OPD_i8, apart = multiply_apart(product) && (scaled || block->rows > 1);
-	const unsigned shape = multiply_shape(block);
-	const struct multiply *multiply = work->packed != NULL ? &plan->packed[shape] : &plan->plain[shape];
+	const struct multiply_set *set = work->packed != NULL ? &plan->packed : &plan->plain;
+	const bool scaled = product->left_tensor->dtype == OPD_i8, apart = set->apart && (scaled || block->rows > 1);
 	const unsigned char *right = work->packed != NULL ? packing_at(plan, block, work->packed) : block->right;
 	void *sums = scratch + plan->scratchpad_bytes;
 	dnnl_status_t status = dnnl_success;
 	if (product->depth > 0)
-		status = multiply_execute(work->dnn, multiply, stream, product, block, right, scratch, apart ? sums : block->y);
+		status = multiply_execute(work->dnn, multiply_of(set, block), stream, product, block, right, scratch, apart ? sums : block->y);
 	else if (!scaled)
 		fill_block(work, block);
 	if (status == dnnl_success && apart && !scaled && product->depth > 0)
@@ -269,6 +268,7 @@ static opd_status run_product(const opd_impl *impl, struct work *work, opd_error
 	if (work->scratch == NULL)
 		return opd_fail(error, OPD_RESOURCE_EXHAUSTED, "%s: no %llu bytes of host memory for scratch", impl->op, (unsigned long long)bytes);
 	pack(work);
+	work->product.block_columns = work->packed != NULL ? work->plan->packed.block_columns : work->plan->plain.block_columns;
 	if (atomic_load(&work->failed) == 0 && !atomic_load(&work->cancelled))
 		product_for(work->exec, &work->product, product_ns(&work->product), multiply_blocks, work);
 	host->free(host, work->scratch);

@@ -8,7 +8,7 @@ import socket
 import struct
 import unittest
 
-from harness import (INVALID_ARGUMENT, OK, REQUEST, RESOURCE_EXHAUSTED, Client, Daemon, built_module, check_healthy, f32, frame, inline, pb, run, tensor,
+from harness import (ABORTED, INVALID_ARGUMENT, OK, REQUEST, RESOURCE_EXHAUSTED, Client, Daemon, built_module, check_healthy, f32, frame, inline, pb, run, tensor,
                      unpack_f32)
 
 DEVICE, DERIVED = built_module("device"), built_module("derived")
@@ -106,6 +106,50 @@ class Results(Case):
         os.close(memory)
 
 
+    def test_results_that_the_reply_does_not_bring_need_not_fit_inline(self):
+        client = self.start(features=["shm"])
+        count = 1 << 18  # of f32 a megabyte: as much as a whole envelope may have
+        region, memory = attach(client, 4 * count)
+        x = pb.Tensor(handle=upload(client, [count], f32(*[-1.0] * count)))
+        graph = pb.Request()
+        made = graph.run_graph.once
+        made.inputs.add(name="x", kind=0)
+        made.nodes.add(op="relu").args.add().tensor.graph_input = 0
+        made.outputs.add().node.node = 0
+        graph.run_graph.inputs.add().tensor.CopyFrom(x)
+        for request, options in ((run("relu", x), None), (graph, graph.run_graph)):
+            options = options or request.run
+            options.inline_results = True
+            option = options.outputs.add(keep=True, no_copy=True)
+            self.assertEqual(client.call(request)[0].status, OK)
+            option.Clear()
+            option.shared.CopyFrom(pb.SharedRange(region=region, bytes=4 * count))
+            self.assertEqual(client.call(request)[0].status, OK)
+            option.Clear()
+            reply = client.call(request)[0]
+            self.assertEqual((reply.status, "results of %d bytes don't fit inline" % (4 * count) in reply.message), (RESOURCE_EXHAUSTED, True), reply.message)
+        os.close(memory)
+
+
+class Refused(Case):
+    def test_whoever_names_an_upload_that_was_refused_is_told_that_it_failed(self):
+        client = self.start(config="limits: {memory: 4 MiB, session: 1 MiB}\n")
+        data = f32(1, 2, 3, 4)
+        for what, given in {
+            "no dtype": pb.Upload(tensor=pb.Tensor(shape=[4], inline=data)),
+            "too few bytes": pb.Upload(tensor=inline([5], data)),
+            "no such device": pb.Upload(tensor=inline([4], data), device="cuda:7"),
+            "no source": pb.Upload(tensor=tensor([4])),
+            "more than the session may have": pb.Upload(tensor=pb.Tensor(dtype=9, shape=[1 << 20]), parts=True),
+        }.items():
+            with self.subTest(what):
+                first = client.submit(pb.Request(upload=given))
+                client.submit(run("relu", pb.Tensor(result=pb.ResultRef(request=first, output=0))))
+                refused, named = (client.read_reply()[1] for _ in range(2))
+                self.assertNotEqual(refused.status, OK)
+                self.assertEqual((named.status, "request %d," % first in named.message), (ABORTED, True), named.message)
+
+
 class Graphs(Case):
     def test_a_view_from_further_on_is_not_taken_for_the_tensors_beginning(self):
         client, count = self.start("--module", DERIVED), 256
@@ -162,6 +206,17 @@ class Graphs(Case):
         again = self.call(client, one)
         self.assertEqual(again.status, OK)
         self.assertEqual(unpack_f32(client.ask(pb.Request(fetch=pb.Fetch(tensor=pb.Tensor(handle=again.run.states[0]))))[1]), (3, 4, 5, 6))
+
+    def test_a_state_that_a_run_of_one_op_has_left_in_another_shape_is_read_in_that(self):
+        client = self.start()
+        state = upload(client, [1, 4], f32(1, 2, 3, 4))
+        graph = self.register(client, [state])
+        newest = self.call(client, graph).run.states[0]
+        view = pb.Tensor(handle=newest, dtype=9, shape=[2, 2], donate=True)
+        alone = run("fused_add_rms_norm", inline([2, 2], f32(0, 0, 0, 0)), view, weight=None, epsilon=1e-5)
+        self.assertEqual(client.call(alone)[0].status, OK)
+        reply = self.call(client, graph)
+        self.assertEqual((reply.status, "[2, 2]" in reply.message), (INVALID_ARGUMENT, True), reply.message)
 
 
 class Full(Case):

@@ -19,7 +19,7 @@ from harness import Client, Daemon, f32, inline, pb, run, unpack_f32
 BUILD = os.environ.get("OPD_BUILD", os.path.join(harness.ROOT, "build"))
 OPCTL = os.environ.get("OPCTL_BIN", os.path.join(BUILD, "bin", "opctl"))
 MODULE = harness.built_module("faulty")
-ERROR, OVERRUN, SHAPE, VALUE, SCRATCH, SEGV, ABORT, EXIT, KILL, HANG, HANG_POLITE, ARGUMENT, MUTE, ESCAPE, MEET, ALONE, SHARES = range(1001, 1018)
+ERROR, OVERRUN, SHAPE, VALUE, SCRATCH, SEGV, ABORT, EXIT, KILL, HANG, HANG_POLITE, ARGUMENT, MUTE, ESCAPE, MEET, ALONE, SHARES, HOLD, DEAF, TALK = range(1001, 1021)
 REASON_QUARANTINE = 4
 
 

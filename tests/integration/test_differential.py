@@ -99,6 +99,15 @@ class Differential(Faulty):
         self.works(client)
         self.wait(client, 0, 0, 1)
 
+    def test_a_view_that_is_large_when_laid_out_is_left_out(self):
+        """A kilobyte of weights as [1024, 256] is 2 MiB of doubles."""
+        client = self.client(self.compared("differential: {memory: 1 MiB}\n"))
+        x, row = inline([1, 256], bytes(1024)), bytes(1024)
+        client.ask(run("linear", x, inline([1024, 256], row, strides=[0, 1]), bias=None, run_priority=["cpu"]))
+        self.wait(client, 0, 0, 1)
+        client.ask(run("linear", x, inline([8, 256], row, strides=[0, 1]), bias=None, run_priority=["cpu"]))
+        self.wait(client, 1, 0, 1)
+
     def test_a_client_that_leaves_doesnt_end_the_comparison(self):
         daemon = self.compared()
         with harness.Client(daemon.address) as client:

@@ -113,6 +113,15 @@ class Extents(DaemonCase):
         request = run("embedding", ids, inline([1, 0], b""), run_priority=["native"])
         self.expect_cancelled_while_it_runs(request, bytes(4 * 98304), "embedding: cancelled while its indices were checked")
 
+    def test_a_product_of_any_depth_is_stopped(self):
+        operands = inline([1, 1 << 30], f32(1.0), strides=[0, 0]), inline([1 << 30, 1], f32(1.0), strides=[0, 0])
+        self.expect_cancelled_while_it_runs(run("matmul", *operands, run_priority=["cpu"]), b"", "cpu: cancelled while the kernel ran")
+
+    def test_the_largest_of_equals_is_the_first_however_many_there_are(self):
+        reply, data = self.one.ask(run("argmax", inline([1 << 32, 2], b"\x03\x04", dtype=2, strides=[0, 1]), dim=0, run_priority=["cpu"]))
+        self.assertEqual(reply.run.provider, "cpu")
+        self.assertEqual(struct.unpack("<2q", data), (0, 0))
+
 
 if __name__ == "__main__":
     unittest.main()

@@ -17,9 +17,9 @@ import unittest
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import harness
 from harness import Client, Daemon, f32, inline, pb, run, tensor, unpack_f32
-from test_containment import ABORT, ALONE, ERROR, ESCAPE, EXIT, Faulty, HANG, HANG_POLITE, KILL, MEET, MODULE, MUTE, OVERRUN, SCRATCH, SEGV, SHAPE, SHARES, relu
+from test_containment import ABORT, ALONE, DEAF, ERROR, ESCAPE, EXIT, Faulty, HANG, HANG_POLITE, HOLD, KILL, MEET, MODULE, MUTE, OVERRUN, SCRATCH, SEGV, SHAPE, SHARES, TALK, relu
 
-LENGTHS = PREDICATE_SEGV, PREDICATE_HANG, PREDICATE_NO, PLAN_SEGV, PLAN_NO, PLAN_ERROR = range(101, 107)
+LENGTHS = PREDICATE_SEGV, PREDICATE_HANG, PREDICATE_NO, PLAN_SEGV, PLAN_NO, PLAN_ERROR, PLAN_HUGE = range(101, 108)
 QUARANTINE_OFF = "quarantine: {failures: 0, provider_failures: 0}\n"
 # A sanitizer turns a signal into its own exit.
 DIED = r"its worker process (died of signal \d+|exited with code \d+)"
@@ -388,6 +388,68 @@ class Hangs(Isolated):
         daemon.process.kill()
         daemon.process.wait()
         harness.wait_until(lambda: not os.path.exists("/proc/%d" % pid), "the worker's end")
+
+
+class Hostile(Isolated):
+    """Workers that don't keep to what was agreed: the daemon waits for none of them."""
+
+    def test_one_that_answers_without_reading_is_ended(self):
+        """Hardening: providers-hangs"""
+        client = self.client(self.daemon("threads: 1\n" + QUARANTINE_OFF))
+        self.works(client)
+        reply = client.ask(relu(DEAF))[0]
+        for _ in range(5000):  # more than the system queues for it
+            if reply.status == harness.OK:
+                reply = client.call(relu())[0]
+        self.assertEqual((reply.status, reply.message), (harness.INTERNAL, "faulty.relu: its worker process doesn't read what it is sent, and was ended"))
+        self.works(client)
+
+    def test_one_that_keeps_a_helping_thread_is_ended(self):
+        """Hardening: providers-hangs"""
+        client = self.client(self.daemon("threads: 2\n" + QUARANTINE_OFF))
+        reply = client.call(sigmoid(HOLD))[0]
+        self.assertEqual((reply.status, reply.message), (harness.INTERNAL, "faulty.sigmoid: its worker process keeps threads that have helped it, and was ended"))
+        client.ask(sigmoid(MEET))  # both of the lane's threads are free again
+
+    def test_an_idle_one_that_stands_still_holds_up_nobody(self):
+        """… however much there is that it should let go of."""
+        daemon = self.daemon("threads: 1\n" + QUARANTINE_OFF)
+        other = self.client(daemon)
+        with Client(daemon.address) as client:
+            for i in range(300):
+                handle = client.ask(pb.Request(upload=pb.Upload(tensor=tensor([1 << 14]))), f32(float(i)) * (1 << 14))[0].run.outputs[0].kept
+                for _ in range(2):
+                    client.ask(run("relu", pb.Tensor(handle=handle), run_priority=["faulty"], run_strict=True))
+            pid, = workers(daemon)
+            self.assertEqual(self.constants(pid), 300)
+            os.kill(pid, signal.SIGSTOP)
+        harness.wait_until(lambda: other.info().sessions == 1 and not self.constant_descriptors(daemon), "the daemon has let go of them")
+        self.assertEqual(self.constants(pid), 300)
+        os.kill(pid, signal.SIGCONT)
+        harness.wait_until(lambda: self.constants(pid) == 0, "so has the worker")
+        self.works(other)
+        self.assertEqual(workers(daemon), [pid])
+
+    def constants(self, pid):
+        with open("/proc/%d/maps" % pid) as file:
+            return sum("opd-constant" in line for line in file)
+
+    def constant_descriptors(self, daemon):
+        folder = "/proc/%d/fd" % daemon.process.pid
+        return [link for link in (os.readlink(os.path.join(folder, name)) for name in os.listdir(folder)) if "opd-constant" in link]
+
+    def test_a_plan_that_wants_more_scratch_than_there_is_address_space_is_refused(self):
+        client = self.client(self.daemon(QUARANTINE_OFF))
+        reply = client.call(relu(op="silu", length=PLAN_HUGE, run_strict=True))[0]
+        self.assertEqual((reply.status, reply.message), (harness.RESOURCE_EXHAUSTED, "faulty.silu: the call is too large for a worker process"))
+        self.works(client)
+
+    def test_one_that_talks_without_end_doesnt_fill_the_log(self):
+        daemon = self.daemon()
+        client = self.client(daemon)
+        for _ in range(5):
+            client.ask(relu(TALK))
+        self.assertLess(daemon.log_text().count("faulty talks"), 2500)  # so many were said; 600 are written in each minute that they took
 
 
 class Sandbox(Isolated):

@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 """Provider modules: one built outside of the tree against an installed opd, bad ones, and a device, each in a real daemon.
 
-    test_modules.py [Sample] [Bad] [Device] [Resident] [Ahead] [DeviceGraphs] [LostDevice] [StuckDevice]
+    test_modules.py [Sample] [Bad] [Device] [Resident] [Together] [Ahead] [DeviceGraphs] [LostDevice] [StuckDevice]
 
 OPD_BIN, OPCTL_BIN, OPD_CONFORMANCE name the programs, OPD_BUILD the build folder (it is installed from), OPD_MODULES the test modules,
 OPD_CMAKE and OPD_CC what the sample is built with. Defaults: build/ of this tree.
@@ -544,11 +544,11 @@ def inline_result(reply):
 class DeviceDaemon(Daemon):
     """With the test device; its end checks that the device got everything back."""
 
-    def __init__(self, *flags, fault=None, **settings):
+    def __init__(self, *flags, fault=None, config=None, **settings):
         environment = {"OPD_TEST_DEVICE_" + name.upper(): str(value) for name, value in settings.items()}
         if fault is not None:
             environment["OPD_TEST_DEVICE_FAULT"] = fault
-        super().__init__("--module", DEVICE, "--inline", "0", *flags, environment=environment)
+        super().__init__("--module", DEVICE, "--inline", "0", *flags, config=config, environment=environment)
 
     def stop(self, code=0):
         folder, self.own_folder = self.folder, False
@@ -1332,6 +1332,67 @@ class Resident(unittest.TestCase):
             reply = client.ask(request)[0]
             self.assertEqual([list(unpack_f32(output.tensor.inline)) for output in reply.run.outputs], [[110, 220], [2, 4]])
         self.assertEqual(self.where(client), ["test:0", "test:1", "test:0"])
+
+
+class Together(unittest.TestCase):
+    """Small kernels of several requests in one launch: each right, each failing alone."""
+
+    daemon, client, upload, fetch = Resident.daemon, Resident.client, Resident.upload, Resident.fetch
+    REQUESTS, COLUMNS = 8, 4
+
+    def begin(self, fault="", **settings):
+        """The first request is in its launch, and so many others wait behind it; what each must give."""
+        folder = tempfile.mkdtemp(prefix="opd-gate-")
+        self.addCleanup(shutil.rmtree, folder, True)
+        self.addCleanup(lambda: self.assertIn("together: 1 launches of 8 calls", self.server.said))  # after its end
+        self.gate = os.path.join(folder, "open")
+        client = self.client(self.daemon(config="segment: 1s\n", whole=1, gate2=self.gate, fault="halt:1" + fault, **settings))
+        watcher = Client(self.server.address)
+        self.addCleanup(watcher.close)
+        rows = [[float(i + j + 1) for j in range(self.COLUMNS)] for i in range(1 + self.REQUESTS)]
+        requests = [self.norm(self.upload(client, row, device="test:0")) for row in rows]
+        numbers = [client.submit(requests[0])]
+        self.server.wait_log("a launch halts")
+        numbers += [client.submit(request) for request in requests[1:]]
+        harness.wait_until(lambda: watcher.info().device_states[0].jobs == len(numbers), "one that halts, and the others in the queue")
+        return client, numbers, [[x / math.sqrt(sum(y * y for y in row) / len(row) + 1e-5) for x in row] for row in rows]
+
+    def norm(self, handle):
+        request = run("rms_norm", pb.Tensor(handle=handle), weight=None, epsilon=1e-5, run_device="test:0", run_priority=["testdev"], run_strict=True)
+        request.run.outputs.add(keep=True, no_copy=True)
+        return request
+
+    def replies(self, client, numbers):
+        open(self.gate, "w").close()
+        replies = {}
+        while len(replies) < len(numbers):
+            number, reply, _ = client.read_reply()
+            replies[number] = reply
+        return [replies[number] for number in numbers]
+
+    def right(self, client, reply, wanted):
+        self.assertEqual((reply.status, reply.message), (harness.OK, ""))
+        for got, want in zip(self.fetch(client, reply.run.outputs[0].kept), wanted):
+            self.assertAlmostEqual(got, want, places=5)
+
+    def test_those_that_wait_are_one_launch(self):
+        client, numbers, wanted = self.begin()
+        for reply, values in zip(self.replies(client, numbers), wanted):
+            self.right(client, reply, values)
+
+    def test_what_is_refused_together_runs_alone_and_fails_alone(self):
+        client, numbers, wanted = self.begin(",together:1,launch:4")
+        for i, (reply, values) in enumerate(zip(self.replies(client, numbers), wanted)):
+            if i != 3:
+                self.right(client, reply, values)
+            else:
+                self.assertEqual((reply.status, reply.message), (harness.INTERNAL, "launch: injected failure"))
+
+    def test_a_device_that_is_lost_meanwhile_is_lost_to_all_of_them(self):
+        client, numbers, _ = self.begin(",lost:2", instant=1)
+        first, *others = self.replies(client, numbers)
+        self.assertEqual(first.status, harness.OK)
+        self.assertEqual({reply.status for reply in others}, {harness.DATA_LOSS})
 
 
 class Ahead(unittest.TestCase):

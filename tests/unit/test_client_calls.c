@@ -143,6 +143,46 @@ START_TEST(documents_outlive_their_client)
 }
 END_TEST
 
+/* Of one session, number 5; where the list is to go on comes from each request. */
+static void script_sessions(struct peer *peer, void *argument)
+{
+	struct arena arena;
+	struct peer_frame frame;
+	struct msg_request request;
+	struct msg_session_state session = {.session = 5, .tenant = msg_text("t"), .peer = msg_text("p")};
+	const uint64_t *next = argument;
+	arena_init(&arena, 1 << 20);
+	peer_hello(peer, NULL);
+	while (peer_read_request(peer, &arena, &frame, &request)) {
+		const struct msg_reply reply = {.kind = MSG_REPLY_SESSIONS, .sessions = {.session_count = request.first_session == 3 ? 0 : 1, .sessions = &session, .next = *next++}};
+		(void)peer_reply(peer, frame.header.request_id, &reply, NULL, 0);
+		peer_frame_free(&frame);
+		arena_reset(&arena);
+	}
+	arena_fini(&arena);
+}
+
+START_TEST(a_list_of_sessions_that_would_go_on_for_ever_is_malformed)
+{
+	struct peer peer;
+	opd_error error;
+	const opd_sharing *page;
+	uint64_t next[] = {6, 5, 1, 4, 7};
+	const uint64_t first[] = {0, 0, 0, 0, 3}; /* the last page is empty */
+	peer_start(&peer, PEER_UNIX, script_sessions, next);
+	opd_client *client = test_connect(&peer, 0);
+	MUST(opd_sessions(client, first[0], &page, &error));
+	ck_assert_uint_eq(page->next, 6);
+	opd_document_free(page);
+	for (size_t i = 1; i < sizeof next / sizeof next[0]; i++) {
+		ck_assert_int_eq(opd_sessions(client, first[i], &page, &error), OPD_DATA_LOSS);
+		ck_assert_msg(strstr(error.text, "the list of sessions goes on at") != NULL, "%s", error.text);
+	}
+	opd_close(client);
+	ck_assert(peer_join(&peer));
+}
+END_TEST
+
 /* Answers each call OK if it is what it must be. */
 static void script_calls(struct peer *peer, void *argument)
 {
@@ -455,6 +495,7 @@ Suite *calls_suite(void)
 	TCase *tests = tcase_create("calls");
 	tcase_set_timeout(tests, 60);
 	tcase_add_test(tests, documents_outlive_their_client);
+	tcase_add_test(tests, a_list_of_sessions_that_would_go_on_for_ever_is_malformed);
 	tcase_add_test(tests, calls_carry_their_arguments);
 	tcase_add_test(tests, generated_arguments_become_a_request_that_owns_them);
 	tcase_add_test(tests, after_goodbye_answers_still_come_and_new_requests_are_refused);

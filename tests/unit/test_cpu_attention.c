@@ -206,6 +206,47 @@ START_TEST(a_cancelled_call_leaves_splits_out_and_says_so)
 }
 END_TEST
 
+/* One query of 32 heads and `keys` keys of one, whose tensors are one element seen again and again: what a caller can say in a few bytes. */
+static opd_status paged_try(uint64_t keys, uint32_t threads, opd_error *error)
+{
+	const int64_t query_shape[] = {1, 32, 1}, cache_shape[] = {1, 1500000000, 1, 1}, table_shape[] = {1, INT64_MAX / 1500000000}, one[] = {1}, two[] = {2};
+	const int64_t nowhere[] = {0, 0, 0, 0}, rows[] = {32, 1, 1}, each[] = {1};
+	uint16_t elements[32] = {0}, y[32];
+	int32_t block = 0;
+	int64_t length = (int64_t)keys, starts[] = {0, 1};
+	const opd_tensor half = {.struct_bytes = sizeof half, .dtype = OPD_f16, .rank = 3, .shape = query_shape, .strides = rows, .data = elements, .elements = 32, .alignment = 2};
+	opd_tensor cache = half, table = half, lengths = half, begins = half, result = half;
+	cache.rank = 4, cache.shape = cache_shape, cache.strides = nowhere, cache.elements = 1500000000;
+	table.dtype = OPD_i32, table.rank = 2, table.shape = table_shape, table.strides = nowhere, table.data = &block, table.elements = (uint64_t)table_shape[1];
+	lengths.dtype = OPD_i64, lengths.rank = 1, lengths.shape = one, lengths.strides = each, lengths.data = &length, lengths.elements = 1;
+	begins.dtype = OPD_i64, begins.rank = 1, begins.shape = two, begins.strides = each, begins.data = starts, begins.elements = 2;
+	result.data = y, result.flags = OPD_TENSOR_CONTIGUOUS;
+	const opd_arg args[] = {
+		{.kind = OPD_ARG_TENSOR, .tensor = &half}, {.kind = OPD_ARG_TENSOR, .tensor = &cache}, {.kind = OPD_ARG_TENSOR, .tensor = &cache},
+		{.kind = OPD_ARG_TENSOR, .tensor = &table}, {.kind = OPD_ARG_TENSOR, .tensor = &lengths}, {.kind = OPD_ARG_TENSOR, .tensor = &begins},
+		{.kind = OPD_ARG_FLOAT, .f = 1}, {.kind = OPD_ARG_BOOL, .b = true},
+	};
+	const opd_tensor *outputs[] = {&result};
+	const opd_call call = {.struct_bytes = sizeof call, .args = args, .arg_count = 8, .outputs = outputs, .output_count = 1};
+	return host_run(&host, host_find_impl(&host, "cpu", "paged_attention"), &call, threads, error);
+}
+
+/* The three lengths for which memory for each split's result (of 4, 8 and 16 lanes) once came to 2^64 bytes and a few. */
+START_TEST(a_length_that_a_caller_makes_up_takes_no_memory_for_each_of_its_splits)
+{
+	static const uint64_t divisors[] = {13, 21, 37};
+	if (!isa_open(_i))
+		return;
+	host.cancel = true;
+	for (size_t i = 0; i < 3; i++) {
+		opd_error error = {0};
+		const uint64_t keys = ((UINT64_C(1) << 58) / divisors[i] + 1) * 128;
+		ck_assert_msg(paged_try(keys, 2, &error) == OPD_CANCELLED, "%llu keys: %s", (unsigned long long)keys, error.text);
+	}
+	host_fini(&host);
+}
+END_TEST
+
 static Suite *attention_suite(void)
 {
 	Suite *suite = suite_create("cpu_attention");
@@ -216,6 +257,7 @@ static Suite *attention_suite(void)
 	tcase_set_timeout(each, 120);
 	tcase_add_loop_test(each, splits_in_any_order_and_on_any_thread_give_the_same_bits, 0, sets);
 	tcase_add_loop_test(each, a_query_has_the_same_bits_alone_and_among_others, 0, sets);
+	tcase_add_loop_test(each, a_length_that_a_caller_makes_up_takes_no_memory_for_each_of_its_splits, 0, sets);
 	tcase_add_test(each, a_cancelled_call_leaves_splits_out_and_says_so);
 	suite_add_tcase(suite, each);
 	return suite;

@@ -70,6 +70,13 @@ struct cuda_norm_call {
 };
 int cuda_norm_launch(const struct cuda_norm_call *call, cudaStream_t stream);
 
+struct cuda_norm_calls {
+	uint32_t count;
+	struct cuda_norm_call calls[OPD_CALLS_MAX];
+};
+/* All of them in one launch, with the bits that each has alone; cudaErrorNotSupported: they differ too much, or are large. */
+int cuda_norm_together(const struct cuda_norm_calls *calls, cudaStream_t stream);
+
 /* ---- activation.cu */
 enum cuda_activation {
 	CUDA_SILU,

@@ -118,7 +118,7 @@ template <class T, int PER_THREAD, bool FUSED> static __device__ __forceinline__
 }
 
 /* Rows wait in registers in f32: unpacked again they would cost more arithmetic than the memory leaves time for. */
-template <class T, int PER_THREAD, bool FUSED, bool EARLY> static __global__ void rms_registers(const __grid_constant__ cuda_norm_call call)
+template <class T, int PER_THREAD, bool FUSED, bool EARLY> static __device__ __forceinline__ void rms_rows(const cuda_norm_call &call)
 {
 	constexpr int N = vec_of<T>;
 	const int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
@@ -162,6 +162,17 @@ template <class T, int PER_THREAD, bool FUSED, bool EARLY> static __global__ voi
 			factor_ask<T, N>(weights[i], call.weight, call.weight_f32, at);
 		rms_store<T, N>(call, row, at, v[i], scale, weights[i]);
 	}
+}
+
+template <class T, int PER_THREAD, bool FUSED, bool EARLY> static __global__ void rms_registers(const __grid_constant__ cuda_norm_call call)
+{
+	rms_rows<T, PER_THREAD, FUSED, EARLY>(call);
+}
+
+/* Each y of the grid is a call. */
+template <class T, int PER_THREAD, bool FUSED> static __global__ void rms_together(const __grid_constant__ cuda_norm_calls calls)
+{
+	rms_rows<T, PER_THREAD, FUSED, true>(calls.calls[blockIdx.y]);
 }
 
 /* In place the sum is written by the second pass, over what the first has read. */
@@ -513,6 +524,36 @@ template <class T, bool FUSED> static void rms_launch(const cuda_norm_call *call
 		launch_behind(rms_passes<T, N, FUSED>, (unsigned)call->rows, 1024, stream, *call);
 }
 
+/* Whether they are one kernel's work: what rms_launch would choose for each of them, in blocks of one shape, and none so large that it needs no company. */
+template <class T> static bool goes_together(const cuda_norm_calls *calls, struct row_grid *grid_out)
+{
+	const cuda_norm_call *first = &calls->calls[0];
+	*grid_out = row_grid_of(first->rows, first->hidden / vec_of<T>);
+	for (uint32_t i = 0; i < calls->count; i++) {
+		const cuda_norm_call *call = &calls->calls[i];
+		const struct row_grid grid = row_grid_of(call->rows, call->hidden / vec_of<T>);
+		const bool same = call->dtype == first->dtype && call->hidden == first->hidden && (call->residual == NULL) == (first->residual == NULL) && grid.block.x == grid_out->block.x &&
+		                  grid.block.y == grid_out->block.y;
+		if (!same || !takes_vectors<T>(call) || grid.grid > FEW_BLOCKS)
+			return false;
+		grid_out->grid = grid.grid > grid_out->grid ? grid.grid : grid_out->grid;
+	}
+	return grid_out->per_thread == 1 || grid_out->per_thread == 2;
+}
+
+template <class T, bool FUSED> static bool rms_together_launch(const cuda_norm_calls *calls, cudaStream_t stream)
+{
+	struct row_grid grid;
+	if (!goes_together<T>(calls, &grid))
+		return false;
+	const dim3 blocks((unsigned)grid.grid, calls->count);
+	if (grid.per_thread == 1)
+		launch_behind(rms_together<T, 1, FUSED>, blocks, grid.block, stream, *calls);
+	else
+		launch_behind(rms_together<T, 2, FUSED>, blocks, grid.block, stream, *calls);
+	return true;
+}
+
 /* Rows of more than a warp's 128 vectors. False: the others' kernels. */
 template <class T> static bool layer_pairs_launch(const cuda_norm_call *call, cudaStream_t stream)
 {
@@ -559,4 +600,14 @@ int cuda_norm_launch(const struct cuda_norm_call *call, cudaStream_t stream)
 	              else if (call->residual != NULL) rms_launch<T, true>(call, stream);
 	              else rms_launch<T, false>(call, stream));
 	return launched();
+}
+
+int cuda_norm_together(const struct cuda_norm_calls *calls, cudaStream_t stream)
+{
+	const cuda_norm_call *first = &calls->calls[0];
+	bool taken = false;
+	if (first->norm != CUDA_RMS_NORM)
+		return cudaErrorNotSupported;
+	CUDA_BY_DTYPE(first->dtype, T, taken = first->residual != NULL ? rms_together_launch<T, true>(calls, stream) : rms_together_launch<T, false>(calls, stream));
+	return taken ? launched() : cudaErrorNotSupported;
 }

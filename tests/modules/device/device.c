@@ -11,7 +11,7 @@ static const char *const fault_names[DEVICE_FAULT_COUNT] = {
     [DEVICE_FAULT_LAUNCH] = "launch", [DEVICE_FAULT_KERNEL] = "kernel",   [DEVICE_FAULT_MUTE] = "mute",
     [DEVICE_FAULT_CAPTURE] = "capture",
     [DEVICE_FAULT_LOST] = "lost",     [DEVICE_FAULT_HANG] = "hang",       [DEVICE_FAULT_STALL] = "stall",
-    [DEVICE_FAULT_HALT] = "halt",
+    [DEVICE_FAULT_HALT] = "halt",     [DEVICE_FAULT_TOGETHER] = "together",
 };
 
 uint64_t device_now_ns(void)
@@ -110,12 +110,15 @@ opd_status device_open(struct device *device, const opd_host *host, opd_error *e
 	device->memory_bytes = 64u << 20;
 	if (!read_number("OPD_TEST_DEVICE_MEMORY", &device->memory_bytes) ||
 	    !read_number("OPD_TEST_DEVICE_DELAY_US", &device->delay_us) || !read_number("OPD_TEST_DEVICE_SLOW_US", &device->slow_us) ||
-	    !read_number("OPD_TEST_DEVICE_EVENT_US", &device->event_us) || !read_number("OPD_TEST_DEVICE_INSTANT", &device->instant) || !read_number("OPD_TEST_DEVICE_RESET", &device->reset) || !read_number("OPD_TEST_DEVICE_TELL", &device->tell) || !read_faults(device))
+	    !read_number("OPD_TEST_DEVICE_EVENT_US", &device->event_us) || !read_number("OPD_TEST_DEVICE_INSTANT", &device->instant) || !read_number("OPD_TEST_DEVICE_RESET", &device->reset) || !read_number("OPD_TEST_DEVICE_TELL", &device->tell) ||
+	    !read_number("OPD_TEST_DEVICE_WHOLE", &device->whole) || !read_faults(device))
 		return opd_fail(error, OPD_INVALID_ARGUMENT, "one of the OPD_TEST_DEVICE_ variables can't be read");
 	(void)pthread_mutex_init(&device->mutex, NULL);
 	device->opened = true;
 	device_await_gate("OPD_TEST_DEVICE_OPEN_GATE");
-	opd_status status = host->register_backend(host, &device_backend, error);
+	opd_backend backend = device_backend;
+	backend.flags = device->whole != 0 ? OPD_BACKEND_FAILS_WHOLE : 0;
+	opd_status status = host->register_backend(host, &backend, error);
 	if (status == OPD_OK)
 		status = device_register_kernels(host, error);
 	return status == OPD_OK ? device_register_resident(host, error) : status;
@@ -136,6 +139,8 @@ void device_close(struct device *device)
 	bool clean = allocations + device->streams + device->events + device->plans + device->graphs + device->hosts + device->locked == 0;
 	(void)snprintf(text, sizeof text, "graphs: %u captured, %u launches, %u left", (unsigned)device->captures, (unsigned)device->launches,
 	               (unsigned)device->graphs);
+	device->host->log(device->host, OPD_LOG_INFO, text);
+	(void)snprintf(text, sizeof text, "together: %u launches of %u calls", (unsigned)device->together, (unsigned)device->calls);
 	device->host->log(device->host, OPD_LOG_INFO, text);
 	(void)snprintf(text, sizeof text, "host memory: locked %u times", (unsigned)device->locks);
 	device->host->log(device->host, OPD_LOG_INFO, text);

@@ -13,11 +13,13 @@
  *     OPD_TEST_DEVICE_DELAY_US=N         before each kernel
  *     OPD_TEST_DEVICE_SLOW_US=N          more before each kernel of test:0
  *     OPD_TEST_DEVICE_EVENT_US=N         from an event's work being done to its being reported
+ *     OPD_TEST_DEVICE_WHOLE=1            it says that a failure of the work always loses it (OPD_BACKEND_FAILS_WHOLE)
  *     OPD_TEST_DEVICE_INSTANT=1          what is enqueued on test:0 is done before that call returns, on the caller's thread
  *     OPD_TEST_DEVICE_OPEN_GATE=PATH     a file: open waits until it is there
  *     OPD_TEST_DEVICE_FAULT=POINT:N[+],… the Nth time (from then on) at POINT: alloc, stream, event, record, copy_in, copy_out,
  * launch (run fails), kernel (its event does), mute (launch without code or text that make sense), capture (capture_begin), lost (a
- * kernel after which the device is lost), hang (a kernel waits for the gate), stall (launch does), halt (launch says so in the log, and waits for the second one)
+ * kernel after which the device is lost), hang (a kernel waits for the gate), stall (launch does), halt (launch says so in the log, and waits for the second one),
+ * together (run_many refuses)
  *     OPD_TEST_DEVICE_GATE=PATH          a file: what hangs or stalls waits until it is there
  *     OPD_TEST_DEVICE_GATE2=PATH         another, for what halts
  *     OPD_TEST_DEVICE_RESET=1            a lost device can be reset
@@ -50,6 +52,7 @@ enum device_fault {
 	DEVICE_FAULT_HANG,
 	DEVICE_FAULT_STALL,
 	DEVICE_FAULT_HALT,
+	DEVICE_FAULT_TOGETHER,
 	DEVICE_FAULT_COUNT,
 };
 
@@ -74,6 +77,8 @@ struct device {
 	_Atomic uint32_t graphs; /* that exist */
 	_Atomic uint32_t captures; /* since the start */
 	_Atomic uint32_t launches;
+	_Atomic uint32_t together; /* of several calls */
+	_Atomic uint32_t calls;    /* in those */
 	_Atomic uint32_t fault_seen[DEVICE_FAULT_COUNT];
 	/* constant after open; a point's 0 is never */
 	uint32_t fault_first[DEVICE_FAULT_COUNT];
@@ -85,6 +90,7 @@ struct device {
 	uint64_t instant;
 	uint64_t reset;
 	uint64_t tell;
+	uint64_t whole;
 };
 
 extern const opd_backend device_backend;

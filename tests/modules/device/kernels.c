@@ -115,12 +115,8 @@ static opd_status rms_norm_kernel(struct device *device, uint32_t ordinal, const
 	return OPD_OK;
 }
 
-static opd_status rms_norm_run(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error)
+static struct device_launch rms_norm_launch(const opd_call *call)
 {
-	(void)impl;
-	opd_status status = check_call(call, exec, error);
-	if (status != OPD_OK)
-		return status;
 	struct device_launch what = {
 	    .kernel = rms_norm_kernel,
 	    .input_count = 1,
@@ -130,7 +126,35 @@ static opd_status rms_norm_run(const opd_impl *impl, void *state, const opd_call
 	};
 	if (call->args[1].kind == OPD_ARG_TENSOR)
 		what.inputs[what.input_count++] = device_operand_of("weight", call->args[1].tensor);
+	return what;
+}
+
+static opd_status rms_norm_run(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error)
+{
+	(void)impl;
+	opd_status status = check_call(call, exec, error);
+	if (status != OPD_OK)
+		return status;
+	const struct device_launch what = rms_norm_launch(call);
 	return device_launch(exec, state, &what, error);
+}
+
+static opd_status rms_norm_run_many(const opd_impl *impl, void *state, const opd_call *const *calls, uint32_t count, const opd_exec *exec, opd_error *error)
+{
+	(void)impl;
+	struct device *device = state;
+	opd_status status = count < 2 || count > OPD_CALLS_MAX ? opd_fail(error, OPD_INTERNAL, "run_many: %u calls", (unsigned)count) : OPD_OK;
+	if (status == OPD_OK && device_faulty(device, DEVICE_FAULT_TOGETHER))
+		status = opd_fail(error, OPD_UNIMPLEMENTED, "run_many: injected refusal");
+	for (uint32_t i = 0; i < count && status == OPD_OK; i++)
+		status = check_call(calls[i], exec, error);
+	for (uint32_t i = 0; i < count && status == OPD_OK; i++) {
+		const struct device_launch what = rms_norm_launch(calls[i]);
+		status = device_enqueue(exec->stream, &what, error);
+	}
+	(void)atomic_fetch_add(&device->together, 1);
+	(void)atomic_fetch_add(&device->calls, count);
+	return status;
 }
 
 /* ---- add ---- */
@@ -275,6 +299,7 @@ static const opd_impl impls[] = {
         .uuid = OPD_UUID_device,
         .predicate = rms_norm_supports,
         .run = rms_norm_run,
+        .run_many = rms_norm_run_many,
     },
     {
         .struct_bytes = sizeof impls[0],

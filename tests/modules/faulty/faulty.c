@@ -8,6 +8,7 @@
 #include <math.h>
 #include <signal.h>
 #include <stdatomic.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -16,6 +17,9 @@
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
+
+#include "server/isolated_call.h"
+#include "server/worker.h"
 
 enum fault {
 	FAULT_ERROR = 1001,   /* INTERNAL */
@@ -36,9 +40,13 @@ enum fault {
 	FAULT_MEET,           /* none: but it goes on only when a second thread has come to help */
 	FAULT_ALONE,          /* none: it takes some milliseconds, and the first result is how many threads took part */
 	FAULT_SHARES,         /* each result is the first item of the share that it was in */
+	FAULT_HOLD,           /* in a worker: the thread that has come to help says that the call is done, and never goes back */
+	/* relu's again: */
+	FAULT_DEAF,           /* in a worker: answers what it is asked, and that for ever, without reading anything */
+	FAULT_TALK,           /* none, but for TALK_LINES log lines */
 };
 
-enum { SCRATCH_BYTES = 100 };
+enum { SCRATCH_BYTES = 100, TALK_LINES = 500 };
 
 enum length {
 	LENGTH_PREDICATE_SEGV = 101,
@@ -47,6 +55,7 @@ enum length {
 	LENGTH_PLAN_SEGV,
 	LENGTH_PLAN_NO,
 	LENGTH_PLAN_ERROR,
+	LENGTH_PLAN_HUGE,
 };
 
 static bool gate_is_open(void)
@@ -97,6 +106,8 @@ static opd_status plan(const opd_impl *impl, void *state, const opd_call *call, 
 		*nowhere() = 1;
 	if (elements == LENGTH_PLAN_ERROR)
 		return opd_fail(error, OPD_INTERNAL, "faulty.silu: no plan for %d", LENGTH_PLAN_ERROR);
+	if (elements == LENGTH_PLAN_HUGE)
+		plan_out->scratch_bytes = UINT64_MAX - 63; /* 0, with what the daemon puts behind it */
 	if (elements != LENGTH_PLAN_NO)
 		return OPD_OK;
 	opd_reason_set(reason, OPD_REASON_PLAN, "%d elements", LENGTH_PLAN_NO);
@@ -144,6 +155,13 @@ static void die(int fault)
 		_exit(3);
 	if (fault == FAULT_KILL)
 		(void)raise(SIGKILL);
+}
+
+/* To the daemon, over its worker's head. False: it has gone. */
+static bool say_done(void)
+{
+	const struct isolated_message done = {.kind = ISOLATED_DONE};
+	return send(WORKER_SOCKET, &done, offsetof(struct isolated_message, text), MSG_NOSIGNAL) > 0;
 }
 
 static bool was_let(long returned)
@@ -202,6 +220,10 @@ static opd_status run(const opd_impl *impl, void *state, const opd_call *call, c
 		y[0] = (float)escape();
 	if (fault == FAULT_HANG || fault == FAULT_HANG_POLITE)
 		hang(exec, fault == FAULT_HANG_POLITE);
+	while (fault == FAULT_DEAF && say_done())
+		;
+	for (int i = 0; fault == FAULT_TALK && i < TALK_LINES; i++)
+		exec->host->log(exec->host, OPD_LOG_INFO, "faulty talks");
 	return misbehave(fault, call, exec, error);
 }
 
@@ -246,6 +268,8 @@ static void run_range(void *argument, uint64_t begin, uint64_t end, uint32_t thr
 		wait_for_others(split, begin == 0);
 	if (thread != 0)
 		die(split->fault);
+	while (thread != 0 && split->fault == FAULT_HOLD)
+		(void)(say_done() && pause());
 	if (thread != 0 && split->fault == FAULT_HANG) {
 		split->exec->host->log(split->exec->host, OPD_LOG_INFO, "a helper hangs");
 		hang(split->exec, false);
