@@ -6,6 +6,8 @@
 #include <stdint.h>
 #include <unistd.h>
 
+#include "server/reaper.h"
+
 static void *closer_main(void *argument)
 {
 	const int from = (int)(intptr_t)argument;
@@ -53,7 +55,7 @@ static bool start(struct closer *closer)
 void closer_close(struct closer *closer, int fd)
 {
 	if (fcntl(fd, F_GET_SEALS) >= 0) {
-		(void)close(fd);
+		reaper_close(fd);
 		return;
 	}
 	/* Without a thread, or with thousands that hang, it stays open: that harms less than a loop that waits. */

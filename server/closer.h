@@ -12,7 +12,7 @@ struct closer {
 	int to; /* its thread reads what to close from there */
 };
 
-/* Takes the descriptor. Closed at once where that can't wait: a memfd. */
+/* Takes the descriptor. A memfd, whose close waits for nobody, goes to server/reaper.h. */
 void closer_close(struct closer *closer, int fd);
 void closer_fini(struct closer *closer);
 

@@ -223,7 +223,7 @@ void conn_expect_reply(struct conn *conn)
 {
 	static const struct frame_header any = {.version = FRAME_VERSION};
 	uint8_t header[FRAME_HEADER_BYTES];
-	if (conn->closing || conn->writing || conn->tls != NULL || conn->ring != NULL || !outbox_empty(&conn->outbox) || conn->outbox.begun_bytes != 0)
+	if (!conn->local || conn->closing || conn->writing || conn->tls != NULL || conn->ring != NULL || !outbox_empty(&conn->outbox) || conn->outbox.begun_bytes != 0)
 		return;
 	frame_encode(&any, header);
 	const uv_buf_t begin = uv_buf_init((char *)header, FRAME_BEGIN_BYTES);

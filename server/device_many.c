@@ -68,7 +68,7 @@ bool device_many_add(struct device_lane *lane, struct request *request, const op
 {
 	struct device_many *many = &lane->many;
 	const struct impl *impl = request->run.dispatch.impl;
-	if (impl->run_many == NULL || !device_shares_events(lane) || request->run.donation_count != 0)
+	if (impl->run_many == NULL || !device_shares_events(lane))
 		return false;
 	if (many->count == OPD_CALLS_MAX || (many->count != 0 && many->impl != impl))
 		device_many_end(lane);

@@ -310,6 +310,27 @@ opd_status device_fault_error(const struct op *op, const opd_index_fault *fault,
 	                fault->position, fault->value, fault->low, fault->high);
 }
 
+/* What it reads and writes; `from_host`: no more than what comes from or goes to host memory, which is what has its address by now. */
+static uint64_t bytes_of(const struct request *request, bool from_host)
+{
+	const struct bound *bound = &request->run.bound;
+	uint64_t bytes = 0;
+	for (uint32_t i = 0; i < bound->operand_count; i++)
+		if (!from_host || bound->operands[i].tensor.data != NULL)
+			bytes += bound_bytes(&bound->operands[i].tensor);
+	for (uint32_t i = 0; i < bound->call.output_count; i++)
+		if (!from_host || bound->outputs[i].data != NULL)
+			bytes += bound_bytes(&bound->outputs[i]);
+	return bytes;
+}
+
+/* Its operands and results lie there: it is enqueued in no time, nothing follows its kernel, and others' may wait for it. */
+static bool may_wait(const struct request *request)
+{
+	const struct request_run *run = &request->run;
+	return run->dispatch.impl->run_many != NULL && run->donation_count == 0 && !run->dispatch.plan_missing && bytes_of(request, true) == 0;
+}
+
 /* ---- The kernel ---- */
 
 static void watch_kernel(struct device_lane *lane, struct request *request)
@@ -324,6 +345,7 @@ static opd_status make_plan(struct device_lane *lane, struct request *request)
 	struct dispatch *dispatch = &request->run.dispatch;
 	if (!dispatch->plan_missing)
 		return OPD_OK;
+	device_many_end(lane); /* it may take long */
 	watch_kernel(lane, request);
 	opd_status status = plans_make(dispatch->plans, dispatch->snapshot, dispatch->impl, &request->run.bound.call, &dispatch->plan,
 	                               &request->device_job.error);
@@ -334,15 +356,6 @@ static opd_status make_plan(struct device_lane *lane, struct request *request)
 		request->run.plan_refused = dispatch->plan->refused;
 	}
 	return status;
-}
-
-/* Nothing follows the kernel: no copy of a result, no word that says whether an index was bad. */
-static bool stays_there(const struct request *request, const struct device_run *mine)
-{
-	bool stays = mine->fault == NULL;
-	for (uint32_t i = 0; i < mine->call.output_count; i++)
-		stays = stays && (request->run.bound.outputs[i].data == NULL || mine->results[i] == NULL);
-	return stays;
 }
 
 static opd_status enqueue_kernel(struct device_lane *lane, struct request *request, struct device_run *mine)
@@ -364,7 +377,7 @@ static opd_status enqueue_kernel(struct device_lane *lane, struct request *reque
 	request->run.written = true;
 	watch_kernel(lane, request);
 	opd_status status = OPD_OK;
-	if (!stays_there(request, mine) || !device_many_add(lane, request, &mine->call)) {
+	if (!may_wait(request) || mine->fault != NULL || !device_many_add(lane, request, &mine->call)) {
 		device_many_end(lane);
 		status = device_kernel(lane, request, &mine->call, &exec);
 	}
@@ -429,7 +442,7 @@ static void run_enqueue(struct device_lane *lane, struct device_job *job)
 		job->status = make_plan(lane, request);
 	if (job->status != OPD_OK || request->run.plan_refused)
 		return;
-	job->status = device_begin_beside(lane, job);
+	job->status = may_wait(request) ? device_begin_beside(lane, job) : device_begin(lane, job);
 	struct device_run *mine = job->status == OPD_OK ? device_run_create(request) : NULL;
 	if (job->status == OPD_OK && mine == NULL)
 		job->status = device_no_memory(job);
@@ -457,20 +470,6 @@ static void run_complete(struct device_lane *lane, struct device_job *job)
 }
 
 /* ---- On the context's thread ---- */
-
-/* What it reads and writes; `from_host`: no more than what comes from or goes to host memory, which is what has its address by now. */
-static uint64_t bytes_of(const struct request *request, bool from_host)
-{
-	const struct bound *bound = &request->run.bound;
-	uint64_t bytes = 0;
-	for (uint32_t i = 0; i < bound->operand_count; i++)
-		if (!from_host || bound->operands[i].tensor.data != NULL)
-			bytes += bound_bytes(&bound->operands[i].tensor);
-	for (uint32_t i = 0; i < bound->call.output_count; i++)
-		if (!from_host || bound->outputs[i].data != NULL)
-			bytes += bound_bytes(&bound->outputs[i]);
-	return bytes;
-}
 
 /* How large a call is, as far as costs go. */
 static uint64_t work_bytes(const struct request *request)

@@ -43,6 +43,17 @@ void dispatch_fini(struct dispatch *dispatch)
 {
 	plan_unref(dispatch->plan);
 	dispatch->plan = NULL;
+	while (dispatch->refusal_count > 0)
+		plan_unref(dispatch->refusals[--dispatch->refusal_count].plan);
+}
+
+/* Takes the reference. */
+static void keep_refusal(struct dispatch *dispatch, struct plan *plan)
+{
+	if (dispatch->refusal_count < DISPATCH_REFUSALS_MAX)
+		dispatch->refusals[dispatch->refusal_count++] = (struct dispatch_refusal){plan, dispatch->index};
+	else
+		plan_unref(plan);
 }
 
 /* Appends "name f32[2,4]"; returns the new end, at most out_bytes. */
@@ -96,7 +107,7 @@ static bool check_plan(struct dispatch *dispatch, const struct impl *impl, const
 	if (plan != NULL && plan->refused) {
 		if (log_enabled(dispatch->log, LOG_DEBUG))
 			log_refusal(dispatch, impl, op, call, &plan->reason);
-		plan_unref(plan);
+		keep_refusal(dispatch, plan);
 		return false;
 	}
 	dispatch->plan = plan;
@@ -130,14 +141,24 @@ bool dispatch_walk(struct dispatch *dispatch, const opd_call *call)
 
 bool dispatch_next(struct dispatch *dispatch, const opd_call *call)
 {
+	if (dispatch->plan != NULL && dispatch->plan->refused) {
+		keep_refusal(dispatch, dispatch->plan);
+		dispatch->plan = NULL;
+	}
 	dispatch->index++;
 	return dispatch_walk(dispatch, call);
 }
 
-/* The reason of a walked implementation; false when there is none to give (it accepted, and failed later). */
-static bool walked_reason(const struct dispatch *dispatch, const struct impl *impl, const struct op *op, const opd_call *call,
+/* The reason of the walked implementation at `index`; false when there is none to give (it accepted, and failed later). */
+static bool walked_reason(const struct dispatch *dispatch, uint32_t index, const struct op *op, const opd_call *call,
                           opd_reason *reason)
 {
+	const struct impl *impl = dispatch->effective->impls[index];
+	for (uint32_t i = 0; i < dispatch->refusal_count; i++)
+		if (dispatch->refusals[i].index == index) {
+			*reason = dispatch->refusals[i].plan->reason;
+			return true;
+		}
 	if (dispatch->access != NULL && !access_has_provider(dispatch->access, impl->provider->name))
 		return !OPD_REFUSE(reason, OPD_REASON_PERMISSION, "not for %s", dispatch->access->identity);
 	if (!dispatch_accepts(impl, op, call, reason))
@@ -176,7 +197,7 @@ const struct msg_skip *dispatch_skips(const struct dispatch *dispatch, const str
 	for (uint32_t i = 0; i < dispatch->index && i < dispatch->count; i++) {
 		const struct impl *impl = effective->impls[i];
 		opd_reason reason = {0};
-		if (!walked_reason(dispatch, impl, op, call, &reason))
+		if (!walked_reason(dispatch, i, op, call, &reason))
 			opd_reason_set(&reason, OPD_REASON_NONE, "accepted, but its kernel failed");
 		opd_reason_code code = (opd_reason_code)reason.code;
 		skips[count++] = (struct msg_skip){msg_text(impl->provider->name), code, reason_text(arena, code, reason.detail)};

@@ -12,6 +12,14 @@
 #include "server/plans.h"
 #include "server/priority.h"
 
+/* Plans that refused, of the implementations that were passed over: explain tells why, and by then the cache may have dropped them. Of more than these it says so too, as long as they are there. */
+#define DISPATCH_REFUSALS_MAX 4u
+
+struct dispatch_refusal {
+	struct plan *plan; /* referenced */
+	uint32_t index;    /* of the list */
+};
+
 struct dispatch {
 	const struct snapshot *snapshot;
 	const struct effective *effective;
@@ -23,6 +31,8 @@ struct dispatch {
 	const struct impl *impl; /* chosen; NULL: none */
 	struct plan *plan;       /* its plan, referenced; NULL: has none, or it isn't made yet */
 	bool plan_missing;       /* to be made (not on a loop) before it is known whether it accepts */
+	uint32_t refusal_count;
+	struct dispatch_refusal refusals[DISPATCH_REFUSALS_MAX];
 };
 
 /* Starts a walk of the list, or of the one of its cases that holds for the call. FAILED_PRECONDITION: strict without any list. */

@@ -56,7 +56,7 @@ static opd_status donate_states(struct graph_run *run)
 		const struct graph_input *input = &graph->inputs[graph->states[i]];
 		run->states[i].donated = input->donated != GRAPH_NONE;
 		if (run->states[i].donated)
-			run->states[i].handle = kept_lend(kept, input->slot, request->id);
+			run->states[i].handle = kept_lend(kept, input->slot, request->id, &run->states[i].lend);
 	}
 	return OPD_OK;
 }
@@ -289,7 +289,7 @@ static void settle_states(struct graph_run *run, bool succeeded)
 		if (!state->donated)
 			continue;
 		state->donated = false;
-		kept_returned(kept, input->slot, input->lineage);
+		kept_returned(kept, input->slot, input->lineage, &state->lend, succeeded);
 		if (run->passed && succeeded)
 			continue;
 		if (run->passed)
@@ -298,9 +298,7 @@ static void settle_states(struct graph_run *run, bool succeeded)
 			kept_replace(kept, input->slot, input->lineage, kept_tensor_ref(state->fresh));
 		else if (succeeded)
 			kept_tensor_changed(state->tensor);
-		else if (!state->written || state->fresh != NULL) /* the old value is whole */
-			kept_take_back(kept, state->handle);
-		else
+		else if (state->written && state->fresh == NULL) /* else the old value is whole */
 			kept_lose(kept, input->slot, input->lineage, run->request->id);
 	}
 }
@@ -378,13 +376,11 @@ static void abandon(struct graph_run *run)
 	run->abandoned = true;
 	for (uint32_t i = 0; i < graph->state_count; i++) {
 		const struct graph_input *input = &graph->inputs[graph->states[i]];
-		const struct state_use *state = &run->states[i];
+		struct state_use *state = &run->states[i];
 		if (!state->donated)
 			continue;
-		kept_returned(kept, input->slot, input->lineage);
-		if (!run->passed && (state->fresh != NULL || !(state->written || others)))
-			kept_take_back(kept, state->handle);
-		else
+		kept_returned(kept, input->slot, input->lineage, &state->lend, false);
+		if (run->passed || (state->fresh == NULL && (state->written || others)))
 			kept_lose(kept, input->slot, input->lineage, run->request->id);
 	}
 	lose_results(run);

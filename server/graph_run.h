@@ -99,6 +99,7 @@ struct state_use {
 	struct kept_tensor *tensor; /* referenced once the run's turn has come */
 	struct kept_tensor *fresh;  /* a copy that is written instead: somebody still reads the tensor; NULL: written where it is */
 	struct msg_handle handle;   /* from acceptance on */
+	struct kept_lend lend;      /* while it is donated */
 	bool donated;
 	bool shared; /* somebody else still reads it */
 	bool written;

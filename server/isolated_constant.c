@@ -6,12 +6,14 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "server/reaper.h"
+
 void constant_unref(struct constant *constant)
 {
 	if (constant == NULL || atomic_fetch_sub_explicit(&constant->refs, 1, memory_order_acq_rel) != 1)
 		return;
 	if (constant->fd >= 0)
-		(void)close(constant->fd);
+		reaper_close(constant->fd);
 	free(constant);
 }
 

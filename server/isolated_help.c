@@ -5,7 +5,9 @@
 #include <sys/socket.h>
 
 #include "server/lane.h"
-#include "server/shares.h"
+
+/* So often may a thread come back from one of the worker's loops and help with the next while the worker says nothing else. */
+enum { PLACES_PER_THREAD = 4 };
 
 /* How often a thread that helps may look in vain while nobody listens to the worker: nothing is open then that it could help with, so that a worker has to send it back. */
 #define LOOKS_MAX 20u
@@ -111,7 +113,7 @@ static process_event wait_with_help(struct process *process, uint64_t limit_ns, 
 		.exec = exec,
 		.listener = pthread_self(),
 		.first = process->message.number,
-		.places = exec->threads * SHARES_PER_THREAD,
+		.places = exec->threads * PLACES_PER_THREAD,
 	};
 	lane_parallel_for(exec->lane, help.places, 1, take_part, &help);
 	if (atomic_load_explicit(&help.kept, memory_order_relaxed)) {

@@ -146,7 +146,7 @@ static opd_status no_tensor(const struct kept *kept, struct msg_handle handle, o
 /* A graph's own runs follow one another on its states, lent or not. */
 static opd_status check_whole(const struct kept_slot *slot, bool lent, opd_error *error)
 {
-	if (slot->giving || (slot->lent != 0 && !lent))
+	if (slot->giving || (slot->lent != NULL && !lent))
 		return opd_fail(error, OPD_FAILED_PRECONDITION, "the tensor is donated to request %" PRIu64 ", which hasn't ended", slot->donated_to);
 	if (slot->lost_to == 0)
 		return OPD_OK;
@@ -505,7 +505,8 @@ struct kept_tensor *kept_follow(const struct kept *kept, uint32_t index, uint64_
 	return slot->tensor;
 }
 
-struct msg_handle kept_donate(struct kept *kept, uint32_t index, uint64_t request)
+/* Under another handle. */
+static struct msg_handle donate(struct kept *kept, uint32_t index, uint64_t request)
 {
 	struct kept_slot *slot = &kept->slots[index];
 	slot->donated_generation = slot->generation;
@@ -517,7 +518,7 @@ struct msg_handle kept_donate(struct kept *kept, uint32_t index, uint64_t reques
 struct msg_handle kept_give(struct kept *kept, uint32_t index, uint64_t request)
 {
 	kept->slots[index].giving = true;
-	return kept_donate(kept, index, request);
+	return donate(kept, index, request);
 }
 
 void kept_promise(struct kept *kept, uint64_t request, uint32_t output, uint64_t to)
@@ -534,17 +535,46 @@ void kept_unpromise(struct kept *kept, uint64_t request, uint32_t output, uint64
 		result->outputs[output].promised_to = 0;
 }
 
-struct msg_handle kept_lend(struct kept *kept, uint32_t index, uint64_t request)
+struct msg_handle kept_lend(struct kept *kept, uint32_t index, uint64_t request, struct kept_lend *lend)
 {
-	kept->slots[index].lent++;
-	return kept_donate(kept, index, request);
+	struct kept_slot *slot = &kept->slots[index];
+	*lend = (struct kept_lend){.older = slot->lent, .request = request, .before = slot->generation};
+	if (lend->older != NULL)
+		lend->older->newer = lend;
+	slot->lent = lend;
+	const struct msg_handle handle = donate(kept, index, request);
+	lend->generation = handle.generation;
+	return handle;
 }
 
-void kept_returned(struct kept *kept, uint32_t index, uint64_t lineage)
+/* What was lent last gives nothing away. Another one's generation: that was told, by a run that came behind it and has ended. */
+static void slot_take_back(struct kept_slot *slot, const struct kept_lend *lend)
+{
+	if (slot->generation != lend->generation)
+		return;
+	slot->generation = lend->before;
+	slot->donated_generation = lend->older == NULL ? 0 : lend->older->before;
+	slot->donated_to = lend->older == NULL ? 0 : lend->older->request;
+}
+
+void kept_returned(struct kept *kept, uint32_t index, uint64_t lineage, struct kept_lend *lend, bool given)
 {
 	struct kept_slot *slot = slot_follow(kept, index, lineage);
-	if (slot != NULL)
-		slot->lent--;
+	struct kept_lend *newer = lend->newer;
+	if (lend->older != NULL)
+		lend->older->newer = newer;
+	if (newer != NULL)
+		newer->older = lend->older;
+	else if (slot != NULL)
+		slot->lent = lend->older;
+	if (given || slot == NULL)
+		return;
+	if (newer == NULL)
+		slot_take_back(slot, lend);
+	else if (newer->before == lend->generation)
+		newer->before = lend->before;
+	if (slot->lent != NULL && slot->lent == newer)
+		slot->donated_generation = newer->before;
 }
 
 void kept_given(struct kept *kept, struct msg_handle donated)
@@ -593,7 +623,7 @@ opd_status kept_free(struct kept *kept, struct msg_handle handle, opd_error *err
 	struct kept_slot *slot = slot_find(kept, handle);
 	if (slot == NULL)
 		return no_tensor(kept, handle, error);
-	if (slot->giving || slot->lent != 0)
+	if (slot->giving || slot->lent != NULL)
 		return check_whole(slot, false, error);
 	slot_leave(kept, slot, handle.index);
 	kept_tensor_unref(slot->tensor);

@@ -51,7 +51,15 @@ struct kept_slot {
 	uint64_t donated_to;         /* the request */
 	uint64_t lost_to;            /* the request whose kernel failed on it; 0: it is whole */
 	bool giving;                 /* donated to a run that hasn't ended: nobody reads it meanwhile */
-	uint32_t lent;               /* runs of graphs that have it as a state to write, and haven't ended: nobody else reads it meanwhile */
+	struct kept_lend *lent;      /* to runs of graphs that have it as a state to write, and haven't ended, the last one: nobody else reads it meanwhile */
+};
+
+/* Of one such run. */
+struct kept_lend {
+	struct kept_lend *older, *newer; /* of the same slot */
+	uint64_t request;
+	uint64_t generation; /* the run's */
+	uint64_t before;     /* that the slot has again when the run gives nothing away: of the run before it, or the last one that the client was told */
 };
 
 struct kept_result;
@@ -113,16 +121,14 @@ uint64_t kept_lineage(const struct kept *kept, struct msg_handle handle, opd_err
 struct msg_handle kept_handle(const struct kept *kept, uint64_t request, uint32_t output, opd_error *error);
 /* What the slot holds now, borrowed; NULL: NOT_FOUND (freed), or DATA_LOSS. handle_out: its name now. */
 struct kept_tensor *kept_follow(const struct kept *kept, uint32_t index, uint64_t lineage, struct msg_handle *handle_out, opd_error *error);
-/* Donated to a request: the handle that the slot has from now on. kept_take_back: the request ended before it wrote, and the slot has its former handle again,
- * unless another request has it by now. */
-struct msg_handle kept_donate(struct kept *kept, uint32_t index, uint64_t request);
-void kept_take_back(struct kept *kept, struct msg_handle donated);
-/* The same to a single run: until kept_given nobody reads the slot, not even by its new handle. */
+/* Donated to a single run: the handle that the slot has from now on. Until kept_given nobody reads it, not even by that. kept_take_back: the client isn't told of it, and the slot has its former handle again. */
 struct msg_handle kept_give(struct kept *kept, uint32_t index, uint64_t request);
 void kept_given(struct kept *kept, struct msg_handle donated);
-/* The same to a run of a graph, of which several may follow one another; kept_returned: one has ended. */
-struct msg_handle kept_lend(struct kept *kept, uint32_t index, uint64_t request);
-void kept_returned(struct kept *kept, uint32_t index, uint64_t lineage);
+void kept_take_back(struct kept *kept, struct msg_handle donated);
+/* The same to a run of a graph, of which several may follow one another. The lend is in the run's memory until kept_returned: it has ended. Not `given`: its handle was told to nobody, and the one before it is good
+ * again, here or when the runs behind it have ended as well. */
+struct msg_handle kept_lend(struct kept *kept, uint32_t index, uint64_t request, struct kept_lend *lend);
+void kept_returned(struct kept *kept, uint32_t index, uint64_t lineage, struct kept_lend *lend, bool given);
 /* A result still to come is donated to request `to`: whoever names it from now on is refused; who waits for it already gets it. kept_unpromise: `to` has ended before it came. */
 void kept_promise(struct kept *kept, uint64_t request, uint32_t output, uint64_t to);
 void kept_unpromise(struct kept *kept, uint64_t request, uint32_t output, uint64_t to);

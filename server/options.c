@@ -79,7 +79,7 @@ struct options_change {
 
 static void print_help(void)
 {
-	(void)printf("opd serves tensor ops over Unix sockets and TCP.\n\nUsage: opd [flags]\n");
+	(void)printf("opd serves tensor ops over Unix sockets, TCP and TLS.\n\nUsage: opd [flags]\n");
 	for (const struct flag *flag = flags; flag < flags + FLAG_COUNT; flag++) {
 		char left[64];
 		if (flag->kind == 0) {

@@ -25,6 +25,7 @@ struct holder {
 /* Bytes that are held once. */
 struct content {
 	struct content *next;
+	struct content **link;
 	uint8_t sha256[MSG_SHA256_BYTES];
 	opd_dtype dtype;
 	uint32_t rank;
@@ -34,6 +35,8 @@ struct content {
 	uint64_t version;
 	struct buffer *buffer;
 	uint32_t publications;
+	struct publication *published; /* those, by age */
+	struct publication **published_end;
 	uint32_t holds;
 	struct holder *holders;
 	uint64_t payer; /* session whose account has the charge; 0: a tenant's has it */
@@ -41,6 +44,9 @@ struct content {
 
 struct publication {
 	struct publication *next; /* by age */
+	struct publication **link;
+	struct publication *content_next; /* of the same content */
+	struct publication **content_link;
 	char name[BOUND_NAME_BYTES + 1];
 	struct tenant *tenant;
 	struct content *content;
@@ -115,18 +121,20 @@ static struct content *content_create(struct publications *table, const struct s
 	content->version = tensor->version;
 	content->buffer = buffer_ref(tensor->buffer);
 	content->payer = session->id;
+	content->published_end = &content->published;
 	content->next = table->contents;
+	content->link = &table->contents;
+	if (content->next != NULL)
+		content->next->link = &content->next;
 	table->contents = content;
 	return content;
 }
 
 /* When the session that pays has gone, or gave it away. */
-static void content_move_charge(struct publications *table, struct content *content)
+static void content_move_charge(struct content *content)
 {
 	struct tenant *payer = content->holders == NULL ? NULL : content->holders->tenant;
-	for (const struct publication *at = table->first; at != NULL; at = at->next) {
-		if (at->content != content)
-			continue;
+	for (const struct publication *at = content->published; at != NULL; at = at->content_next) {
 		payer = at->tenant;
 		if (at->lasting)
 			break;
@@ -136,18 +144,14 @@ static void content_move_charge(struct publications *table, struct content *cont
 		buffer_recharge(content->buffer, payer->account);
 }
 
-/* Nobody has it: freed. Else its payer may have to be another. */
+/* Freed, if nobody has it. */
 static void content_settle(struct publications *table, struct content *content)
 {
-	if (content->publications != 0 || content->holds != 0) {
-		if (content->payer == 0)
-			content_move_charge(table, content);
+	if (content->publications != 0 || content->holds != 0)
 		return;
-	}
-	struct content **link = &table->contents;
-	while (*link != content)
-		link = &(*link)->next;
-	*link = content->next;
+	*content->link = content->next;
+	if (content->next != NULL)
+		content->next->link = content->link;
 	assert(content->holders == NULL);
 	derived_forget(table->memory->derived, content->id, content->version);
 	buffer_unref(content->buffer);
@@ -177,7 +181,7 @@ static void holder_drop(struct publications *table, struct content *content, str
 		link = &(*link)->next;
 	*link = holder->next;
 	if (content->payer == 0 && buffer_payer(content->buffer) == holder->tenant->account)
-		content_move_charge(table, content);
+		content_move_charge(content);
 	tenant_unref(table->tenants, holder->tenant);
 	free(holder);
 }
@@ -267,20 +271,31 @@ static struct publication *find_visible(const struct publications *table, const 
 	return others;
 }
 
+static void unlink_publication(struct publications *table, struct publication *publication)
+{
+	*publication->link = publication->next;
+	if (publication->next != NULL)
+		publication->next->link = publication->link;
+	else
+		table->end = publication->link;
+	*publication->content_link = publication->content_next;
+	if (publication->content_next != NULL)
+		publication->content_next->content_link = publication->content_link;
+	else
+		publication->content->published_end = publication->content_link;
+}
+
 static void publication_remove(struct publications *table, struct publication *publication)
 {
-	struct publication **link = &table->first;
 	struct content *content = publication->content;
-	while (*link != publication)
-		link = &(*link)->next;
-	*link = publication->next;
-	if (publication->next == NULL)
-		table->end = link;
+	unlink_publication(table, publication);
 	table->count--;
 	publication->tenant->publications--;
 	content->publications--;
 	if (content->payer != 0 && content->payer == publication->session)
 		content->payer = 0;
+	if (content->payer == 0)
+		content_move_charge(content);
 	content_settle(table, content);
 	tenant_unref(table->tenants, publication->tenant);
 	free(publication);
@@ -320,8 +335,12 @@ static opd_status publication_create(struct publications *table, const struct se
 	publication->all = publish->all;
 	publication->lasting = publish->lasting;
 	publication->session = publish->lasting ? 0 : session->id;
+	publication->link = table->end;
 	*table->end = publication;
 	table->end = &publication->next;
+	publication->content_link = content->published_end;
+	*content->published_end = publication;
+	content->published_end = &publication->content_next;
 	table->count++;
 	tenant->publications++;
 	content->publications++;
@@ -362,7 +381,7 @@ static opd_status add(struct publications *table, const struct session *session,
 	if (status != OPD_OK && fresh)
 		content_settle(table, content);
 	if (status == OPD_OK && publication->lasting)
-		content_move_charge(table, content);
+		content_move_charge(content);
 	*publication_out = publication;
 	return status;
 }
@@ -456,7 +475,7 @@ void publications_session_ended(struct publications *table, const struct session
 	}
 	for (struct content *content = table->contents; content != NULL; content = content->next)
 		if (content->payer == session->id)
-			content_move_charge(table, content);
+			content_move_charge(content);
 	(void)pthread_mutex_unlock(&table->mutex);
 }
 

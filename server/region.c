@@ -13,6 +13,7 @@
 
 #include "proto/text.h"
 #include "server/pins.h"
+#include "server/reaper.h"
 
 /* What a descriptor is, as the system calls it: "pipe:[4711]", "/etc". */
 static const char *describe(int fd, char *out, size_t out_bytes)
@@ -128,7 +129,7 @@ void region_unref(struct region *region)
 	if (region == NULL || atomic_fetch_sub_explicit(&region->refs, 1, memory_order_acq_rel) != 1)
 		return;
 	pins_remove(region->data);
-	(void)munmap(region->data, region->bytes);
+	reaper_unmap(region->data, region->bytes);
 	account_release(region->account, region->bytes);
 	account_unref(region->account);
 	free(region);

@@ -3,7 +3,8 @@
  * Layer: server. Threads: a table is its session's thread's; a region's references are atomic.
  * Life: regions_attach → regions_find (a reference for each request that uses it) → regions_detach; the mapping goes with the last reference. regions_fini ends a table.
  * A region's contents may change at any time, under a kernel too: what must not change between a check and its use is copied (server/shared.h).
- * Its bytes are charged to the session, and so to its tenant and the daemon, from before it is mapped until it is no more: the daemon may have to keep the pages alone.
+ * Its bytes are charged to the session, and so to its tenant and the daemon, from before it is mapped until nobody uses it: the daemon may have to keep the pages alone. They are
+ * given back by a thread of its own (server/reaper.h).
  * It can't shrink: its file is sealed against that, else its owner could end the daemon by SIGBUS. */
 #ifndef OPD_SERVER_REGION_H
 #define OPD_SERVER_REGION_H

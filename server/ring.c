@@ -17,6 +17,7 @@
 #include "proto/ring.h"
 #include "server/conn_internal.h"
 #include "server/daemon.h"
+#include "server/reaper.h"
 #include "server/request.h"
 
 struct ring {
@@ -121,7 +122,7 @@ static void close_fd(int fd)
 static void ring_free(struct ring *ring)
 {
 	if (ring->map != NULL)
-		(void)munmap(ring->map, ring->map_bytes);
+		reaper_unmap(ring->map, ring->map_bytes);
 	close_fd(ring->server_fd);
 	close_fd(ring->client_fd);
 	close_fd(ring->watch_fd);

@@ -178,7 +178,7 @@ static opd_status place_source(struct request *request, uint32_t index)
 opd_status run_place_operand(struct request *request, uint32_t index)
 {
 	opd_status status = place_source(request, index);
-	if (status != OPD_OK || request->message.run.mode != MSG_RUN)
+	if (status != OPD_OK || request->message.run.mode == MSG_FAKE) /* a dry run's plan may try itself out on memory of the operands' sizes */
 		return status;
 	return operand_check_extent(request->session, request->run.op, &request->run.bound.operands[index], &request->error);
 }

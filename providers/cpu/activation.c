@@ -11,7 +11,7 @@ static bool activation_predicate(const opd_impl *impl, void *state, const opd_ca
 {
 	(void)impl, (void)state;
 	const opd_tensor *x = cpu_tensor(call, 0);
-	return cpu_accept_dtype(x, reason) && cpu_accept_rows("x", x, reason);
+	return cpu_accept_float(x, reason) && cpu_accept_rows("x", x, reason);
 }
 
 static uint64_t activation_cost(const opd_impl *impl, const opd_call *call)
@@ -38,7 +38,7 @@ struct activation_work {
 	size_t count;        /* of y's row; of y, where flat */
 	uint64_t first, other; /* bytes into x's row: what goes through the function, what multiplies */
 	size_t element_bytes;
-	bool streams;
+	enum cpu_reach reach;
 };
 
 static void activation_rows(const void *context, uint64_t begin, uint64_t end, uint32_t thread)
@@ -47,9 +47,9 @@ static void activation_rows(const void *context, uint64_t begin, uint64_t end, u
 	const struct activation_work *work = context;
 	for (uint64_t r = begin; r < end; r++) {
 		const unsigned char *row = cpu_row(&work->x, r);
-		work->kernel(row + work->first, row + work->other, cpu_row(&work->y, r), work->count, work->streams);
+		work->kernel(row + work->first, row + work->other, cpu_row(&work->y, r), work->count, work->reach);
 	}
-	cpu_streamed(work->streams);
+	cpu_streamed(work->reach != CPU_NEAR);
 }
 
 static void activation_flat(const void *context, uint64_t begin, uint64_t end, uint32_t thread)
@@ -58,15 +58,15 @@ static void activation_flat(const void *context, uint64_t begin, uint64_t end, u
 	const struct activation_work *work = context;
 	uint64_t from = begin * FLAT_ITEM;
 	uint64_t count = end * FLAT_ITEM < work->count ? end * FLAT_ITEM - from : work->count - from;
-	work->kernel(work->x.base + from * work->element_bytes, NULL, work->y.base + from * work->element_bytes, (size_t)count, work->streams);
-	cpu_streamed(work->streams);
+	work->kernel(work->x.base + from * work->element_bytes, NULL, work->y.base + from * work->element_bytes, (size_t)count, work->reach);
+	cpu_streamed(work->reach != CPU_NEAR);
 }
 
 /* relu as other single passes. The others compute about as long as one thread's share of memory takes: on a Zen 5 core results past the caches make them slower by a twentieth up to 32 MiB, and no different at 128; sixteen
  * threads of a Xeon, which wait for memory, are faster by a tenth to nine tenths from 64 MiB on. */
-static bool activation_streams(unsigned function, uint64_t bytes)
+static enum cpu_reach activation_reach(unsigned function, uint64_t bytes)
 {
-	return cpu_streams_bytes(function == CPU_RELU || function == CPU_RELU2 ? bytes : bytes / 4);
+	return cpu_reach(function == CPU_RELU || function == CPU_RELU2 ? bytes : bytes / 4);
 }
 
 static opd_status activation_alone(const opd_impl *impl, const opd_call *call, const opd_exec *exec, unsigned function, uint64_t cost_ns,
@@ -76,13 +76,14 @@ static opd_status activation_alone(const opd_impl *impl, const opd_call *call, c
 	opd_status status = cpu_expect_output(impl, call, 0, x, opd_tensor_last(x), error);
 	if (status != OPD_OK || x->elements == 0)
 		return status;
+	const struct cpu_kernels *kernels = cpu_kernels_of(impl);
 	struct activation_work work = {
-		.kernel = cpu_kernels_of(impl)->activation->alone[function][cpu_dtype_index(x->dtype)],
+		.kernel = x->dtype == OPD_f64 ? kernels->f64->alone[function] : kernels->activation->alone[function][cpu_dtype_index(x->dtype)],
 		.x = cpu_rows_of(x),
 		.y = cpu_rows_of(call->outputs[0]),
 		.count = (size_t)opd_tensor_last(x),
 		.element_bytes = opd_dtype_bytes(x->dtype),
-		.streams = activation_streams(function, 2 * x->elements * opd_dtype_bytes(x->dtype)),
+		.reach = activation_reach(function, 2 * x->elements * opd_dtype_bytes(x->dtype)),
 	};
 	if (work.x.scattered != NULL)
 		return cpu_for(exec, x->elements / work.count, cost_ns, activation_rows, &work, error);
@@ -98,12 +99,13 @@ static opd_status activation_times(const opd_impl *impl, const opd_call *call, c
 	opd_status status = cpu_expect_output(impl, call, 0, x, opd_tensor_last(x) / 2, error);
 	if (status != OPD_OK || x->elements == 0)
 		return status;
+	const struct cpu_kernels *kernels = cpu_kernels_of(impl);
 	struct activation_work work = {
-		.kernel = cpu_kernels_of(impl)->activation->times[function][cpu_dtype_index(x->dtype)],
+		.kernel = x->dtype == OPD_f64 ? kernels->f64->times[function] : kernels->activation->times[function][cpu_dtype_index(x->dtype)],
 		.x = cpu_rows_of(x),
 		.y = cpu_rows_of(call->outputs[0]),
 		.count = (size_t)opd_tensor_last(x) / 2,
-		.streams = cpu_streams_bytes((x->elements + call->outputs[0]->elements) * opd_dtype_bytes(x->dtype)),
+		.reach = cpu_reach((x->elements + call->outputs[0]->elements) * opd_dtype_bytes(x->dtype)),
 	};
 	work.first = second ? work.y.row_bytes : 0;
 	work.other = second ? 0 : work.y.row_bytes;

@@ -136,16 +136,17 @@ VEC_INLINE void activation_part(activation_fn function, opd_dtype dtype, const v
 	vec_store_part(dtype, y, at, count, vec_result(dtype, v));
 }
 
-VEC_INLINE void activation_row(activation_fn function, opd_dtype dtype, const void *x, const void *other, bool times, void *y, size_t count, bool streams)
+VEC_INLINE void activation_row(activation_fn function, opd_dtype dtype, const void *x, const void *other, bool times, void *y, size_t count, enum cpu_reach reach)
 {
 	const size_t step = VEC_TOGETHER * VEC_LANES, bytes = opd_dtype_bytes(dtype);
-	const bool past = streams && vec_is_aligned(y);
+	const bool past = reach != CPU_NEAR && vec_is_aligned(y);
+	const bool ahead = reach == CPU_PAST_AHEAD || (reach == CPU_PAST && times); /* two short runs of memory, row by row, are asked for too late by any processor */
 	size_t i = 0;
 	for (; i + step <= count; i += step) {
-		if (times && streams) { /* two short runs of memory, row by row, are asked for too late by themselves */
+		if (ahead)
 			vec_ask_ahead((const unsigned char *)x + i * bytes, step * bytes);
+		if (ahead && times)
 			vec_ask_ahead((const unsigned char *)other + i * bytes, step * bytes);
-		}
 		activation_whole(function, dtype, x, other, times, y, i, VEC_TOGETHER, past);
 	}
 	for (size_t here; i < count; i += here) {
@@ -155,13 +156,13 @@ VEC_INLINE void activation_row(activation_fn function, opd_dtype dtype, const vo
 }
 
 #define ROW(function, name)                                                                                                    \
-	static void function##_##name(const void *x, const void *other, void *y, size_t count, bool streams)               \
+	static void function##_##name(const void *x, const void *other, void *y, size_t count, enum cpu_reach reach)       \
 	{                                                                                                                          \
-		activation_row(function##_of, OPD_##name, x, other, false, y, count, streams);                                           \
+		activation_row(function##_of, OPD_##name, x, other, false, y, count, reach);                                             \
 	}                                                                                                                          \
-	static void function##_mul_##name(const void *x, const void *other, void *y, size_t count, bool streams)           \
+	static void function##_mul_##name(const void *x, const void *other, void *y, size_t count, enum cpu_reach reach)   \
 	{                                                                                                                          \
-		activation_row(function##_of, OPD_##name, x, other, true, y, count, streams);                                            \
+		activation_row(function##_of, OPD_##name, x, other, true, y, count, reach);                                              \
 	}
 #define X(function) ROW(function, f32) ROW(function, bf16) ROW(function, f16)
 ACTIVATION_MAP(X)

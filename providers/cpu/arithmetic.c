@@ -26,7 +26,7 @@ struct arithmetic_work {
 	unsigned char *y;
 	uint64_t elements;
 	uint64_t bytes; /* of an element */
-	bool streams;
+	enum cpu_reach reach;
 };
 
 /* Operands that are neither contiguous nor one element repeated are gathered, chunk by chunk. */
@@ -44,7 +44,7 @@ static void arithmetic_run_strided(const struct arithmetic_work *work, struct wa
 			}
 			run.data[k] += count * run.strides[k] * work->bytes;
 		}
-		work->kernel(operands[0], run.strides[0] != 0, operands[1], run.strides[1] != 0, y, (size_t)count, false);
+		work->kernel(operands[0], run.strides[0] != 0, operands[1], run.strides[1] != 0, y, (size_t)count, CPU_NEAR);
 		y += count * work->bytes;
 		run.count -= count;
 	}
@@ -59,12 +59,12 @@ static void arithmetic_items(const void *context, uint64_t begin, uint64_t end, 
 		struct walk_run run = walk_run_at(&work->walk, i, stop - i);
 		unsigned char *y = work->y + i * work->bytes;
 		if (run.strides[0] <= 1 && run.strides[1] <= 1)
-			work->kernel(run.data[0], run.strides[0], run.data[1], run.strides[1], y, (size_t)run.count, work->streams);
+			work->kernel(run.data[0], run.strides[0], run.data[1], run.strides[1], y, (size_t)run.count, work->reach);
 		else
 			arithmetic_run_strided(work, run, y);
 		i += run.count;
 	}
-	cpu_streamed(work->streams);
+	cpu_streamed(work->reach != CPU_NEAR);
 }
 
 /* The shape that two operands broadcast to, whose extents the host has matched. */
@@ -95,7 +95,7 @@ static opd_status arithmetic_run(const opd_impl *impl, const opd_call *call, con
 		.elements = call->outputs[0]->elements,
 		.bytes = opd_dtype_bytes(a->dtype),
 	};
-	work.streams = cpu_streams_bytes((a->elements + b->elements + work.elements) * work.bytes);
+	work.reach = cpu_reach((a->elements + b->elements + work.elements) * work.bytes);
 	return cpu_for(exec, (work.elements + ITEM - 1) / ITEM, arithmetic_cost(impl, call), arithmetic_items, &work, error);
 }
 

@@ -31,14 +31,18 @@ VEC_INLINE vec_f32 arithmetic_splat(opd_dtype dtype, const void *memory)
 #define PAIRS 2
 
 /* a_step, b_step, streams: constants of the caller. Returns how many elements are done: of f8 none, which don't come in pairs. */
-VEC_INLINE size_t arithmetic_pairs(unsigned op, opd_dtype dtype, const void *a, size_t a_step, const void *b, size_t b_step, void *y, size_t count, bool streams)
+VEC_INLINE size_t arithmetic_pairs(unsigned op, opd_dtype dtype, const void *a, size_t a_step, const void *b, size_t b_step, void *y, size_t count, bool streams, bool ahead)
 {
-	const size_t step = PAIRS * 2 * VEC_LANES;
+	const size_t step = PAIRS * 2 * VEC_LANES, bytes = opd_dtype_bytes(dtype);
 	vec_f32 one_a = a_step == 0 ? arithmetic_splat(dtype, a) : vec_splat(0.0f);
 	vec_f32 one_b = b_step == 0 ? arithmetic_splat(dtype, b) : vec_splat(0.0f);
 	size_t i = 0;
 	for (; !opd_dtype_is_f8(dtype) && i + step <= count; i += step) {
 		struct vec_pair v[PAIRS], w[PAIRS];
+		if (ahead && a_step != 0)
+			vec_ask_ahead((const unsigned char *)a + i * bytes, step * bytes);
+		if (ahead && b_step != 0)
+			vec_ask_ahead((const unsigned char *)b + i * bytes, step * bytes);
 		VEC_EACH(k, PAIRS) v[k] = a_step == 0 ? (struct vec_pair){{one_a, one_a}} : vec_load_pair(dtype, a, i + k * 2 * VEC_LANES);
 		VEC_EACH(k, PAIRS) w[k] = b_step == 0 ? (struct vec_pair){{one_b, one_b}} : vec_load_pair(dtype, b, i + k * 2 * VEC_LANES);
 		VEC_EACH(k, PAIRS)
@@ -51,12 +55,12 @@ VEC_INLINE size_t arithmetic_pairs(unsigned op, opd_dtype dtype, const void *a, 
 }
 
 /* a_step, b_step: constants of the caller. */
-VEC_INLINE void arithmetic_run(unsigned op, opd_dtype dtype, const void *a, size_t a_step, const void *b, size_t b_step, void *y, size_t count, bool streams)
+VEC_INLINE void arithmetic_run(unsigned op, opd_dtype dtype, const void *a, size_t a_step, const void *b, size_t b_step, void *y, size_t count, enum cpu_reach reach)
 {
 	vec_f32 one_a = a_step == 0 ? arithmetic_splat(dtype, a) : vec_splat(0.0f);
 	vec_f32 one_b = b_step == 0 ? arithmetic_splat(dtype, b) : vec_splat(0.0f);
-	size_t i = streams && vec_is_aligned(y) ? arithmetic_pairs(op, dtype, a, a_step, b, b_step, y, count, true)
-	                                        : arithmetic_pairs(op, dtype, a, a_step, b, b_step, y, count, false);
+	size_t i = reach != CPU_NEAR && vec_is_aligned(y) ? arithmetic_pairs(op, dtype, a, a_step, b, b_step, y, count, true, reach == CPU_PAST_AHEAD)
+	                                                  : arithmetic_pairs(op, dtype, a, a_step, b, b_step, y, count, false, false);
 	for (; i + VEC_LANES <= count; i += VEC_LANES) {
 		vec_f32 v = a_step == 0 ? one_a : vec_load_some(dtype, a, i, VEC_LANES);
 		vec_f32 w = b_step == 0 ? one_b : vec_load_some(dtype, b, i, VEC_LANES);
@@ -70,21 +74,21 @@ VEC_INLINE void arithmetic_run(unsigned op, opd_dtype dtype, const void *a, size
 }
 
 #define FLOATS(op, OP, name)                                                                                                   \
-	static void op##_##name(const void *a, size_t a_step, const void *b, size_t b_step, void *y, size_t count, bool streams) \
+	static void op##_##name(const void *a, size_t a_step, const void *b, size_t b_step, void *y, size_t count, enum cpu_reach reach) \
 	{                                                                                                                          \
 		if (a_step == 0)                                                                                                       \
-			arithmetic_run(CPU_##OP, OPD_##name, a, 0, b, b_step == 0 ? 0 : 1, y, count, streams);                               \
+			arithmetic_run(CPU_##OP, OPD_##name, a, 0, b, b_step == 0 ? 0 : 1, y, count, reach);                                 \
 		else if (b_step == 0)                                                                                                  \
-			arithmetic_run(CPU_##OP, OPD_##name, a, 1, b, 0, y, count, streams);                                                 \
+			arithmetic_run(CPU_##OP, OPD_##name, a, 1, b, 0, y, count, reach);                                                   \
 		else                                                                                                                   \
-			arithmetic_run(CPU_##OP, OPD_##name, a, 1, b, 1, y, count, streams);                                                 \
+			arithmetic_run(CPU_##OP, OPD_##name, a, 1, b, 1, y, count, reach);                                                   \
 	}
 
 /* Plain loops, which the compiler makes vectors of. Computed in `wide`, where C's promotions can't overflow. */
 #define NUMBERS(op, OP, name, type, wide, finish)                                                                                     \
-	static void op##_##name(const void *from_a, size_t a_step, const void *from_b, size_t b_step, void *to, size_t count, bool streams) \
+	static void op##_##name(const void *from_a, size_t a_step, const void *from_b, size_t b_step, void *to, size_t count, enum cpu_reach reach) \
 	{                                                                                                                          \
-		(void)streams;                                                                                                           \
+		(void)reach;                                                                                                             \
 		const type *restrict a = from_a;                                                                                       \
 		const type *restrict b = from_b;                                                                                       \
 		type *restrict y = to;                                                                                                 \

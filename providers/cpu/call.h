@@ -67,6 +67,19 @@ static inline bool cpu_accept_dtype(const opd_tensor *x, opd_reason *reason)
 	return cpu_accept_dtype_of("x", x, reason);
 }
 
+/* The same for ops that have kernels of f64, too. */
+static inline bool cpu_accept_float_of(const char *name, const opd_tensor *tensor, opd_reason *reason)
+{
+	if (cpu_dtype_index(tensor->dtype) == CPU_DTYPES && tensor->dtype != OPD_f64)
+		return OPD_REFUSE(reason, OPD_REASON_DTYPE, "%s %s, only f32, bf16, f16, f64", name, opd_dtype_name(tensor->dtype));
+	return true;
+}
+
+static inline bool cpu_accept_float(const opd_tensor *x, opd_reason *reason)
+{
+	return cpu_accept_float_of("x", x, reason);
+}
+
 /* A `dim` argument counted from the front; of rank 0 it is 0. The host has checked it. */
 static inline uint32_t cpu_dim(const opd_tensor *x, int64_t dim)
 {
@@ -127,7 +140,10 @@ static inline void *cpu_row(const struct cpu_rows *rows, uint64_t index)
  * writing; bad where functions are computed (activation.c), and for softmax, whose results are read again (slower by a quarter to a half). */
 bool cpu_streams_bytes(uint64_t bytes);
 
-/* The same, for kernels that want rows of whole lines. */
+/* The same for single passes. */
+enum cpu_reach cpu_reach(uint64_t bytes);
+
+/* cpu_streams_bytes for kernels that want rows of whole lines. */
 bool cpu_streams(const struct cpu_rows *results, uint64_t bytes);
 
 /* What kernels have written past the caches is seen by others after this: once at the end of a share. After every row it is a wait for memory, too. */
@@ -153,8 +169,8 @@ OPD_MUST_USE opd_status cpu_expect_shape(const opd_impl *impl, const opd_call *c
 /* Nanoseconds of a call on so many elements. */
 static inline uint64_t cpu_cost_ns(const struct cpu_cost *cost, opd_dtype dtype, uint64_t elements)
 {
-	unsigned index = cpu_dtype_index(dtype);
-	return index == CPU_DTYPES ? 0 : cost->call_ns + estimate_multiply(elements, cost->element_ps[index]) / 1000;
+	unsigned index = dtype == OPD_f64 ? CPU_F64 : cpu_dtype_index(dtype);
+	return index == CPU_DTYPES && dtype != OPD_f64 ? 0 : cost->call_ns + estimate_multiply(elements, cost->element_ps[index]) / 1000;
 }
 
 static inline uint64_t cpu_any_cost_ns(const struct cpu_any_cost *cost, opd_dtype dtype, uint64_t elements)

@@ -22,7 +22,7 @@ struct cast_work {
 	unsigned char *y;
 	uint64_t elements;
 	uint64_t bytes; /* of an element of y */
-	bool streams;
+	enum cpu_reach reach;
 };
 
 /* What leads from one dtype to another, in at most three steps. */
@@ -58,10 +58,10 @@ static void cast_chunk(const struct cast_work *work, const void *x, unsigned cha
 {
 	unsigned char buffers[2][WALK_CHUNK * sizeof(uint64_t)] __attribute__((aligned(64)));
 	for (int i = 0; i < 2 && work->steps[i + 1] != NULL; i++) {
-		work->steps[i](x, buffers[i], count, false);
+		work->steps[i](x, buffers[i], count, CPU_NEAR);
 		x = buffers[i];
 	}
-	work->steps[work->steps[1] == NULL ? 0 : work->steps[2] == NULL ? 1 : 2](x, y, count, false);
+	work->steps[work->steps[1] == NULL ? 0 : work->steps[2] == NULL ? 1 : 2](x, y, count, CPU_NEAR);
 }
 
 static void cast_items(const void *context, uint64_t begin, uint64_t end, uint32_t thread)
@@ -73,8 +73,8 @@ static void cast_items(const void *context, uint64_t begin, uint64_t end, uint32
 	uint64_t i = begin * ITEM;
 	struct walk_run run = walk_run_at(&work->walk, i, stop - i);
 	if (work->steps[1] == NULL && run.count == stop - i && run.strides[0] == 1) {
-		work->steps[0](run.data[0], work->y + i * work->bytes, (size_t)run.count, work->streams);
-		cpu_streamed(work->streams);
+		work->steps[0](run.data[0], work->y + i * work->bytes, (size_t)run.count, work->reach);
+		cpu_streamed(work->reach != CPU_NEAR);
 		return;
 	}
 	for (uint64_t count; i < stop; i += count) {
@@ -96,7 +96,7 @@ static opd_status cast_run(const opd_impl *impl, void *state, const opd_call *ca
 		.y = opd_tensor_data(call->outputs[0]),
 		.elements = x->elements,
 		.bytes = opd_dtype_bytes(to),
-		.streams = cpu_streams_bytes(x->elements * (opd_dtype_bytes(x->dtype) + opd_dtype_bytes(to))),
+		.reach = cpu_reach(x->elements * (opd_dtype_bytes(x->dtype) + opd_dtype_bytes(to))),
 	};
 	cast_plan(&work, cpu_kernels_of(impl)->cast, x->dtype, to);
 	return cpu_for(exec, (x->elements + ITEM - 1) / ITEM, cast_cost(impl, call), cast_items, &work, error);

@@ -15,12 +15,14 @@
 #define VECTORS 4
 
 /* streams: a constant of the caller. Returns how many elements are done. */
-VEC_INLINE size_t cast_several(opd_dtype from, opd_dtype to, const void *x, void *y, size_t count, bool streams)
+VEC_INLINE size_t cast_several(opd_dtype from, opd_dtype to, const void *x, void *y, size_t count, bool streams, bool ahead)
 {
 	const size_t step = VECTORS * VEC_LANES;
 	size_t i = 0;
 	for (; i + step <= count; i += step) {
 		vec_f32 v[VECTORS];
+		if (ahead)
+			vec_ask_ahead((const unsigned char *)x + i * opd_dtype_bytes(from), step * opd_dtype_bytes(from));
 		VEC_EACH(k, VECTORS) v[k] = vec_load_some(from, x, i + k * VEC_LANES, VEC_LANES);
 		VEC_EACH(k, VECTORS)
 		{
@@ -33,9 +35,9 @@ VEC_INLINE size_t cast_several(opd_dtype from, opd_dtype to, const void *x, void
 	return i;
 }
 
-VEC_INLINE void cast_vectors(opd_dtype from, opd_dtype to, const void *x, void *y, size_t count, bool streams)
+VEC_INLINE void cast_vectors(opd_dtype from, opd_dtype to, const void *x, void *y, size_t count, enum cpu_reach reach)
 {
-	size_t i = streams && vec_is_aligned(y) ? cast_several(from, to, x, y, count, true) : cast_several(from, to, x, y, count, false);
+	size_t i = reach != CPU_NEAR && vec_is_aligned(y) ? cast_several(from, to, x, y, count, true, reach == CPU_PAST_AHEAD) : cast_several(from, to, x, y, count, false, false);
 	for (; i + VEC_LANES <= count; i += VEC_LANES)
 		vec_store_some(to, y, i, VEC_LANES, vec_load_some(from, x, i, VEC_LANES));
 	if (i < count)
@@ -45,9 +47,9 @@ VEC_INLINE void cast_vectors(opd_dtype from, opd_dtype to, const void *x, void *
 #define NARROW_MAP(X) X(f32) X(bf16) X(f16) X(f8_e4m3fn) X(f8_e5m2)
 
 #define PAIR(from, to)                                                  \
-	static void from##_to_##to(const void *x, void *y, size_t count, bool streams) \
+	static void from##_to_##to(const void *x, void *y, size_t count, enum cpu_reach reach) \
 	{                                                                                      \
-		cast_vectors(OPD_##from, OPD_##to, x, y, count, streams);                            \
+		cast_vectors(OPD_##from, OPD_##to, x, y, count, reach);                              \
 	}
 #define PAIRS(from) PAIR(from, f32) PAIR(from, bf16) PAIR(from, f16) PAIR(from, f8_e4m3fn) PAIR(from, f8_e5m2)
 NARROW_MAP(PAIRS)
@@ -55,9 +57,9 @@ NARROW_MAP(PAIRS)
 /* ---- Chunks of f32, f64, i64 ------------------------------------------------------------------------------------------------ */
 
 #define LOOP(name, source, target, expression)                               \
-	static void name(const void *from, void *to, size_t count, bool streams) \
+	static void name(const void *from, void *to, size_t count, enum cpu_reach reach) \
 	{                                                                        \
-		(void)streams;                                                         \
+		(void)reach;                                                           \
 		const source *restrict x = from;                                     \
 		target *restrict y = to;                                             \
 		for (size_t i = 0; i < count; i++) {                                 \

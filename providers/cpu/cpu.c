@@ -43,6 +43,8 @@ static opd_status cpu_open(const opd_host *host, void *state, opd_error *error)
 	for (size_t i = 0; i < IMPLS; i++) {
 		cpu->impls[i] = *cpu_templates[i];
 		cpu->impls[i].user = kernels;
+		if (cpu_templates[i] == &cpu_linear && kernels->linear->pairs != NULL)
+			cpu->impls[i].flags |= OPD_IMPL_BF16_DENORMALS_ZERO;
 		opd_status status = host->register_impl(host, &cpu->impls[i], error);
 		if (status != OPD_OK)
 			return status;

@@ -7,12 +7,12 @@
 #include <cpuid.h>
 #endif
 
-/* Costs: measured with one thread, rows of 4096, operands in cache (conformance --serve, Zen 5; norms, activations and softmax 2026-11-27, others the day before; topk of 4 x 32768, products of 64 x 1024 x 1024); linear and attention from
+/* Costs: measured with one thread, rows of 4096, operands in cache (conformance --serve, Zen 5; norms, activations and softmax 2026-11-27, others the day before; topk of 4 x 32768, products of 64 x 1024 x 1024; f64, the fourth, of 8 rows); linear and attention from
  * memory. softmax_columns, and topk of f8 and i64, are estimates. conformance --time prints them beside what it measures. */
-#define TABLE_OF_BF16(set) .norm = &cpu_norm_##set, .activation = &cpu_activation_##set, .softmax = &cpu_softmax_##set, .attend = &cpu_attend_##set, \
+#define TABLE_OF_BF16(set) .norm = &cpu_norm_##set, .activation = &cpu_activation_##set, .softmax = &cpu_softmax_##set, .attend = &cpu_attend_##set, .linear = &cpu_linear_##set, \
                    .arithmetic = &cpu_arithmetic_##set, .moments = &cpu_moments_##set
-#define TABLE_OF_OTHERS(set) .linear = &cpu_linear_##set, .position = &cpu_position_##set, .cast = &cpu_cast_##set, .quant = &cpu_quant_##set, \
-                   .topk = &cpu_topk_##set, .matmul = &cpu_matmul_##set, .columns = &cpu_columns_##set
+#define TABLE_OF_OTHERS(set) .position = &cpu_position_##set, .cast = &cpu_cast_##set, .quant = &cpu_quant_##set, \
+                   .topk = &cpu_topk_##set, .matmul = &cpu_matmul_##set, .columns = &cpu_columns_##set, .f64 = &cpu_f64_##set
 #define TABLE(set) .isa = #set, TABLE_OF_BF16(set), TABLE_OF_OTHERS(set), .scaled_mm = &cpu_scaled_mm_##set
 
 /* Costs of an op that takes any dtype: picoseconds an element of f32, bf16, f16, f8, f64, and of integers of 8, 16, 32, 64 bits. */
@@ -30,24 +30,24 @@ static const struct cpu_kernels cpu_isa_baseline = {
 	TABLE(baseline),
 	.costs =
 		{
-			.rms_norm = {30, {220, 690, 3950}},
-			.fused_add_rms_norm = {30, {375, 1050, 5200}},
-			.silu_and_mul = {30, {1700, 1450, 4300}},
-			.gelu = {30, {4400, 2450, 6500}},
-			.softmax = {30, {1550, 1200, 2800}},
+			.rms_norm = {30, {220, 690, 3950, 495}},
+			.fused_add_rms_norm = {30, {375, 1050, 5200, 735}},
+			.silu_and_mul = {30, {1700, 1450, 4300, 6200}},
+			.gelu = {30, {4400, 2450, 6500, 10000}},
+			.softmax = {30, {1550, 1200, 2800, 4500}},
 			.linear_weight = {100, {110, 170, 430}},
 			.linear_product_fs = 75000,
 			.attend_cache = {300, {110, 170, 430}},
 			.attend_product_fs = 250000,
-			.rotary = {30, {380, 1250, 2300}},
+			.rotary = {30, {380, 1250, 2300, 340}},
 			.argmax = {30, {490, 510, 600}},
 			.arithmetic = ANY(140, 275, 2150, 4600, 320, 21, 41, 123, 262),
 			.cast = ANY(235, 345, 625, 1740, 1980, 385, 365, 1600, 2300),
 			.quant_largest = {30, {140, 60, 600}},
 			.quant_scale = {30, {785, 1300, 1380}},
-			.layer_norm = {30, {460, 680, 3100}},
+			.layer_norm = {30, {460, 680, 3100, 675}},
 			.sparse = {30, {4700, 5000, 10500}},
-			.softmax_columns = {30, {3200, 3800, 5500}},
+			.softmax_columns = {30, {3200, 3800, 5500, 7000}},
 			.topk = ANY(525, 680, 750, 4000, 1740, 146, 146, 146, 800),
 			.topk_kept_ns = 60,
 			.matmul_product_fs = 75000,
@@ -61,24 +61,24 @@ static const struct cpu_kernels cpu_isa_avx2 = {
 	TABLE(avx2),
 	.costs =
 		{
-			.rms_norm = {30, {145, 255, 190}},
-			.fused_add_rms_norm = {30, {275, 440, 290}},
-			.silu_and_mul = {30, {440, 450, 440}},
-			.gelu = {30, {790, 715, 785}},
-			.softmax = {30, {410, 380, 390}},
+			.rms_norm = {30, {145, 255, 190, 205}},
+			.fused_add_rms_norm = {30, {275, 440, 290, 360}},
+			.silu_and_mul = {30, {440, 450, 440, 2400}},
+			.gelu = {30, {790, 715, 785, 10000}},
+			.softmax = {30, {410, 380, 390, 2500}},
 			.linear_weight = {100, {140, 58, 48}},
 			.linear_product_fs = 29000,
 			.attend_cache = {300, {140, 70, 70}},
 			.attend_product_fs = 60000,
-			.rotary = {30, {340, 430, 270}},
+			.rotary = {30, {340, 430, 270, 150}},
 			.argmax = {30, {250, 255, 255}},
 			.arithmetic = ANY(114, 132, 95, 1240, 254, 15, 33, 110, 252),
 			.cast = ANY(107, 120, 130, 367, 714, 225, 212, 1490, 1740),
 			.quant_largest = {30, {24, 62, 60}},
 			.quant_scale = {30, {390, 459, 430}},
-			.layer_norm = {30, {205, 275, 250}},
+			.layer_norm = {30, {205, 275, 250, 275}},
 			.sparse = {30, {1400, 1700, 1450}},
-			.softmax_columns = {30, {1000, 1100, 1050}},
+			.softmax_columns = {30, {1000, 1100, 1050, 3700}},
 			.topk = ANY(384, 428, 396, 400, 792, 96, 96, 96, 500),
 			.topk_kept_ns = 60,
 			.matmul_product_fs = 22000,
@@ -89,24 +89,24 @@ static const struct cpu_kernels cpu_isa_avx2 = {
 
 /* What the sets of AVX-512 share; scaled_mm's i8 products are their own. */
 #define AVX512_COSTS \
-	.rms_norm = {30, {115, 95, 105}}, \
-	.fused_add_rms_norm = {30, {290, 145, 190}}, \
-	.silu_and_mul = {30, {190, 115, 135}}, \
-	.gelu = {30, {240, 190, 250}}, \
-	.softmax = {30, {203, 130, 150}}, \
+	.rms_norm = {30, {115, 95, 105, 138}}, \
+	.fused_add_rms_norm = {30, {290, 145, 190, 440}}, \
+	.silu_and_mul = {30, {190, 115, 135, 1200}}, \
+	.gelu = {30, {240, 190, 250, 9400}}, \
+	.softmax = {30, {203, 130, 150, 1220}}, \
 	.linear_weight = {100, {135, 55, 50}}, \
 	.linear_product_fs = 27000, \
 	.attend_cache = {300, {60, 35, 35}}, \
 	.attend_product_fs = 10000, \
-	.rotary = {30, {137, 210, 172}}, \
+	.rotary = {30, {137, 210, 172, 150}}, \
 	.argmax = {30, {190, 190, 190}}, \
 	.arithmetic = ANY(122, 51, 61, 506, 258, 14, 29, 122, 272), \
 	.cast = ANY(59, 50, 59, 142, 326, 144, 146, 495, 631), \
 	.quant_largest = {30, {29, 24, 27}}, \
 	.quant_scale = {30, {143, 183, 187}}, \
-	.layer_norm = {30, {165, 120, 145}}, \
+	.layer_norm = {30, {165, 120, 145, 230}}, \
 	.sparse = {30, {520, 540, 580}}, \
-	.softmax_columns = {30, {450, 500, 480}}, \
+	.softmax_columns = {30, {450, 500, 480, 2000}}, \
 	.topk = ANY(170, 181, 183, 250, 1150, 82, 82, 82, 500), \
 	.topk_kept_ns = 60, \
 	.matmul_product_fs = 12000, \

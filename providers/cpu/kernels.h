@@ -13,9 +13,10 @@
 
 #include "opd/dtype.h"
 
-enum { CPU_F32, CPU_BF16, CPU_F16, CPU_DTYPES };
+/* f64 has a table of its own (struct cpu_f64_kernels), and costs among the others'. */
+enum { CPU_F32, CPU_BF16, CPU_F16, CPU_DTYPES, CPU_F64 = CPU_DTYPES, CPU_COSTS };
 
-/* Index into the tables below; CPU_DTYPES for a dtype that has no kernels. */
+/* Index into the tables below; CPU_DTYPES for a dtype that has no kernels there. */
 static inline unsigned cpu_dtype_index(opd_dtype dtype)
 {
 	return dtype == OPD_f32 ? CPU_F32 : dtype == OPD_bf16 ? CPU_BF16 : dtype == OPD_f16 ? CPU_F16 : CPU_DTYPES;
@@ -32,7 +33,7 @@ struct cpu_norm {
 	const void *weight;
 	void *y, *sum;
 	size_t count, squares;
-	float epsilon;
+	double epsilon;
 	bool streams;
 };
 typedef void (*cpu_norm_fn)(const struct cpu_norm *norm);
@@ -40,11 +41,14 @@ typedef void (*cpu_norm_fn)(const struct cpu_norm *norm);
 /* The functions of activations. */
 enum { CPU_SIGMOID, CPU_SILU, CPU_RELU, CPU_RELU2, CPU_GELU, CPU_GELU_TANH, CPU_ACTIVATIONS };
 
-/* y = f(x), or f(x) · other, [count] each. streams, here and below: y goes past the caches, where it begins at a whole line of 64 bytes. */
-typedef void (*cpu_activation_fn)(const void *x, const void *other, void *y, size_t count, bool streams);
+/* How single passes go through memory: through the caches; results past the caches, where they begin at a whole line of 64 bytes; and with operands asked for well before they are needed, too. */
+enum cpu_reach { CPU_NEAR, CPU_PAST, CPU_PAST_AHEAD };
 
-/* next: the row that is read next (or x again). */
-typedef void (*cpu_softmax_fn)(const void *x, const void *next, void *y, size_t count);
+/* y = f(x), or f(x) · other, [count] each. */
+typedef void (*cpu_activation_fn)(const void *x, const void *other, void *y, size_t count, enum cpu_reach reach);
+
+/* next: the row that is read next (or x again). kept [count], or NULL: y, which begins at a whole line, goes past the caches, and powers are kept there meanwhile. */
+typedef void (*cpu_softmax_fn)(const void *x, const void *next, void *y, size_t count, float *kept);
 
 /* linear adds products in blocks of so many k: inside a block in VEC_LANES chains, the blocks' sums one after another. That order is
  * the same on every way through linear.c. */
@@ -52,6 +56,12 @@ typedef void (*cpu_softmax_fn)(const void *x, const void *next, void *y, size_t 
 
 /* sums[n] = x [k] · row n of weight, for n < columns; stride in elements between rows of weight. ahead: weight comes from memory, and is asked for before it is needed. */
 typedef void (*cpu_linear_dots_fn)(const void *x, const void *weight, int64_t stride, size_t k, size_t columns, bool ahead, float *sums);
+
+/* bf16 by products of pairs: sums[m·sums_stride + n] = row x[m] · weight row n, m < rows (at most CPU_LINEAR_PAIR_ROWS), n < columns, weight rows `stride` elements apart. Each sum is one chain over k, folded as vec_sum does, whatever
+ * rows and columns are beside it. Denormals count as zero. ahead: memory is asked for what follows in each row of weight. */
+enum { CPU_LINEAR_PAIR_ROWS = 4 };
+typedef void (*cpu_linear_pairs_fn)(const void *const *x, size_t rows, const void *weight, int64_t stride, size_t columns, size_t k, bool ahead, float *sums,
+                                    size_t sums_stride);
 
 /* `count` elements (at most CPU_LINEAR_BLOCK) to f32, followed by zeros up to `padded`, a multiple of 16. */
 typedef void (*cpu_linear_pack_fn)(const void *source, size_t count, size_t padded, float *packed);
@@ -90,7 +100,7 @@ typedef size_t (*cpu_argmax_fn)(const void *x, size_t count);
 
 /* y[i] = a[i] op b[i]; a step of 0 repeats the first element, 1 goes on. */
 enum { CPU_ADD, CPU_SUB, CPU_MUL, CPU_OPERATIONS };
-typedef void (*cpu_arithmetic_fn)(const void *a, size_t a_step, const void *b, size_t b_step, void *y, size_t count, bool streams);
+typedef void (*cpu_arithmetic_fn)(const void *a, size_t a_step, const void *b, size_t b_step, void *y, size_t count, enum cpu_reach reach);
 
 /* [operation][dtype's number]; NULL: none (bool). */
 struct cpu_arithmetic_kernels {
@@ -98,7 +108,7 @@ struct cpu_arithmetic_kernels {
 };
 
 /* x [count] in another dtype, to y. */
-typedef void (*cpu_cast_fn)(const void *x, void *y, size_t count, bool streams);
+typedef void (*cpu_cast_fn)(const void *x, void *y, size_t count, enum cpu_reach reach);
 
 /* By dtypes' numbers, NULL where there is none. cast.c chains them. */
 struct cpu_cast_kernels {
@@ -124,7 +134,7 @@ struct cpu_layer_norm {
 	const void *bias;
 	void *y;
 	size_t count;
-	float epsilon;
+	double epsilon;
 	bool streams; /* y goes past the caches: its rows begin at whole lines */
 };
 typedef void (*cpu_layer_norm_fn)(const struct cpu_layer_norm *norm);
@@ -220,6 +230,18 @@ struct cpu_softmax_kernels {
 	cpu_softmax_fn softmax[CPU_DTYPES];
 };
 
+/* Of f64, whose weights, biases and cos_sin are f64 or f32. */
+struct cpu_f64_kernels {
+	cpu_norm_fn rms_norm[CPU_WEIGHTS];
+	cpu_norm_fn fused_add_rms_norm[CPU_WEIGHTS];
+	cpu_layer_norm_fn layer_norm[2][2]; /* [weight is f32][bias is f32] */
+	cpu_activation_fn alone[CPU_ACTIVATIONS];
+	cpu_activation_fn times[CPU_ACTIVATIONS];
+	cpu_softmax_fn softmax;
+	void (*softmax_columns)(const struct cpu_columns *tile);
+	cpu_rotary_fn rotary[2][2]; /* [cos_sin is f32][neighbours are pairs, halves are] */
+};
+
 struct cpu_linear_kernels {
 	size_t tile_rows;
 	size_t tile_columns;
@@ -228,6 +250,7 @@ struct cpu_linear_kernels {
 	cpu_linear_finish_fn finish[CPU_DTYPES];
 	/* sums[m·stride + n] += x row m · weight row n over one packed block, for the whole tile. Rows are `padded` floats apart. */
 	void (*tile)(const float *x, const float *weight, size_t padded, float *sums, size_t stride);
+	cpu_linear_pairs_fn pairs; /* NULL: the processor has no products of pairs of bf16 */
 };
 
 /* f32 rows of queries and mixed values are `padded` floats apart: the head size rounded up to whole vectors, zeros behind it. Scores and weights
@@ -260,10 +283,10 @@ struct cpu_attend_kernels {
 	void (*finish[CPU_DTYPES])(const float *mixed, float sum, bool pairs, void *y, size_t head_size);
 };
 
-/* Thousandths of a nanosecond an element of the work's longer operand, and nanoseconds a call, on one thread. */
+/* Thousandths of a nanosecond an element of the work's longer operand, and nanoseconds a call, on one thread. Of f64 where the op has it. */
 struct cpu_cost {
 	uint32_t call_ns;
-	uint32_t element_ps[CPU_DTYPES];
+	uint32_t element_ps[CPU_COSTS];
 };
 
 /* The same by dtype's number. */
@@ -314,6 +337,7 @@ struct cpu_kernels {
 	const struct cpu_matmul_kernels *matmul;
 	const struct cpu_scaled_mm_kernels *scaled_mm;
 	const struct cpu_columns_kernels *columns;
+	const struct cpu_f64_kernels *f64;
 	struct cpu_costs costs;
 };
 
@@ -345,13 +369,15 @@ struct cpu_kernels {
 	extern const struct cpu_topk_kernels cpu_topk_##isa;             \
 	extern const struct cpu_matmul_kernels cpu_matmul_##isa;         \
 	extern const struct cpu_scaled_mm_kernels cpu_scaled_mm_##isa;   \
-	extern const struct cpu_columns_kernels cpu_columns_##isa;
+	extern const struct cpu_columns_kernels cpu_columns_##isa;       \
+	extern const struct cpu_f64_kernels cpu_f64_##isa;
 CPU_ISA_MAP(X)
 #undef X
 #if defined(__x86_64__)
 extern const struct cpu_scaled_mm_kernels cpu_scaled_mm_avx512_vnni; /* all others are avx512's */
 /* Those that gain by conversions and products of bf16; all others are avx512_vnni's. */
 extern const struct cpu_norm_kernels cpu_norm_avx512_bf16;
+extern const struct cpu_linear_kernels cpu_linear_avx512_bf16;
 extern const struct cpu_activation_kernels cpu_activation_avx512_bf16;
 extern const struct cpu_softmax_kernels cpu_softmax_avx512_bf16;
 extern const struct cpu_attend_kernels cpu_attend_avx512_bf16;

@@ -8,7 +8,7 @@ static bool layer_norm_predicate(const opd_impl *impl, void *state, const opd_ca
 {
 	(void)impl, (void)state;
 	const opd_tensor *x = cpu_tensor(call, LAYER_X);
-	return cpu_accept_dtype(x, reason) && cpu_accept_rows("x", x, reason) &&
+	return cpu_accept_float(x, reason) && cpu_accept_rows("x", x, reason) &&
 	       cpu_accept_rows("weight", cpu_tensor(call, LAYER_WEIGHT), reason) &&
 	       cpu_accept_rows("bias", cpu_tensor(call, LAYER_BIAS), reason);
 }
@@ -45,6 +45,13 @@ static bool is_f32(const opd_tensor *x, const opd_tensor *vector)
 	return vector != NULL && vector->dtype != x->dtype;
 }
 
+static cpu_layer_norm_fn layer_norm_kernel(const struct cpu_kernels *kernels, const opd_tensor *x, const opd_tensor *weight, const opd_tensor *bias)
+{
+	const bool f32_weight = is_f32(x, weight), f32_bias = is_f32(x, bias);
+	return x->dtype == OPD_f64 ? kernels->f64->layer_norm[f32_weight][f32_bias]
+	                           : kernels->moments->layer_norm[cpu_dtype_index(x->dtype)][f32_weight][f32_bias];
+}
+
 static opd_status layer_norm_run(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error)
 {
 	(void)state;
@@ -55,7 +62,7 @@ static opd_status layer_norm_run(const opd_impl *impl, void *state, const opd_ca
 	if (status != OPD_OK || x->elements == 0)
 		return status;
 	struct layer_norm_work work = {
-		.kernel = cpu_kernels_of(impl)->moments->layer_norm[cpu_dtype_index(x->dtype)][is_f32(x, weight)][is_f32(x, bias)],
+		.kernel = layer_norm_kernel(cpu_kernels_of(impl), x, weight, bias),
 		.x = cpu_rows_of(x),
 		.y = cpu_rows_of(call->outputs[0]),
 		.norm =
@@ -63,7 +70,7 @@ static opd_status layer_norm_run(const opd_impl *impl, void *state, const opd_ca
 				.weight = weight == NULL ? NULL : opd_tensor_data(weight),
 				.bias = bias == NULL ? NULL : opd_tensor_data(bias),
 				.count = (size_t)opd_tensor_last(x),
-				.epsilon = (float)call->args[LAYER_EPSILON].f,
+				.epsilon = call->args[LAYER_EPSILON].f,
 			},
 	};
 	uint64_t bytes = 2 * x->elements * opd_dtype_bytes(x->dtype);

@@ -2,7 +2,9 @@
  *
  * Few rows read each row of weight once, where it lies, against each row of x: as fast as memory. More rows go by items of ITEM_ROWS x
  * ITEM_COLUMNS results, whose blocks of x and weight are converted to f32 side by side in scratch (all of it stays in a second-level
- * cache) and multiplied in register tiles. linear_kernel.c says why an element's bits are the same either way. */
+ * cache) and multiplied in register tiles. linear_kernel.c says why an element's bits are the same either way.
+ *
+ * bf16 on processors that multiply pairs of it goes another way, the same for any number of rows: tiles of x and weight where they lie, as fast as memory up to some ten rows. */
 #include <string.h>
 
 #include "providers/cpu/call.h"
@@ -14,6 +16,14 @@
 #define ITEM_COLUMNS 96 /* a multiple of every tile's columns */
 /* Columns between two rows of x when there are few: so much weight stays in cache for the next. */
 #define FEW_COLUMNS 16
+/* Of products of pairs: columns of an item, a multiple of what their kernel takes side by side, and how many bytes of rows of x, at most, a second-level cache keeps while weights pass by. */
+#define PAIR_COLUMNS 24
+#define PAIR_ROWS 128
+#define PAIR_ROWS_BYTES (512 << 10)
+/* Femtoseconds of a product. */
+#define PAIR_PRODUCT_FS 6000
+/* Longer sums go the way of f32, which asks in their middle whether the call was cancelled. */
+#define PAIR_DEPTH_MAX (1 << 20)
 
 static bool linear_predicate(const opd_impl *impl, void *state, const opd_call *call, opd_reason *reason)
 {
@@ -32,11 +42,16 @@ struct linear_work {
 	int64_t weight_stride; /* elements */
 	const unsigned char *bias; /* NULL: none */
 	size_t rows, columns, k;
-	size_t row_items;
+	size_t row_items, item_rows;
 	float *scratch; /* of thread t: at t·scratch_floats */
 	size_t scratch_floats;
 	struct cpu_cancel *cancel; /* of items: asked once a block of depth */
 };
+
+static bool linear_by_pairs(const struct cpu_linear_kernels *kernels, const opd_tensor *x)
+{
+	return x->dtype == OPD_bf16 && kernels->pairs != NULL && opd_tensor_last(x) <= PAIR_DEPTH_MAX;
+}
 
 static uint64_t linear_cost(const opd_impl *impl, const opd_call *call)
 {
@@ -44,7 +59,8 @@ static uint64_t linear_cost(const opd_impl *impl, const opd_call *call)
 	const opd_tensor *x = cpu_tensor(call, 0);
 	const opd_tensor *weight = cpu_tensor(call, 1);
 	double products = (double)call->outputs[0]->elements * (double)opd_tensor_last(x);
-	double ns = (double)cpu_cost_ns(&costs->linear_weight, x->dtype, weight->elements) + products * costs->linear_product_fs * 1e-6;
+	const bool pairs = linear_by_pairs(cpu_kernels_of(impl)->linear, x);
+	double ns = (double)cpu_cost_ns(&costs->linear_weight, x->dtype, weight->elements) + products * (pairs ? PAIR_PRODUCT_FS : costs->linear_product_fs) * 1e-6;
 	return ns < 1e18 ? (uint64_t)ns : (uint64_t)1e18;
 }
 
@@ -178,6 +194,40 @@ static opd_status linear_run_packed(struct linear_work *work, const opd_exec *ex
 	return status;
 }
 
+/* The results of some rows and PAIR_COLUMNS columns. */
+static void linear_pair_item(const struct linear_work *work, size_t row, size_t rows, size_t column, size_t columns)
+{
+	float sums[CPU_LINEAR_PAIR_ROWS * PAIR_COLUMNS];
+	for (size_t m = 0; m < rows; m += CPU_LINEAR_PAIR_ROWS) {
+		const void *x[CPU_LINEAR_PAIR_ROWS];
+		size_t count = rows - m < CPU_LINEAR_PAIR_ROWS ? rows - m : CPU_LINEAR_PAIR_ROWS;
+		for (size_t i = 0; i < count; i++)
+			x[i] = cpu_row(&work->x, row + m + i);
+		work->kernels->pairs(x, count, linear_weight_at(work, column, 0), work->weight_stride, columns, work->k, row + m == 0, sums, PAIR_COLUMNS);
+		for (size_t i = 0; i < count; i++)
+			linear_finish_row(work, sums + i * PAIR_COLUMNS, row + m + i, column, columns);
+	}
+}
+
+static void linear_pair_items(const void *context, uint64_t begin, uint64_t end, uint32_t thread)
+{
+	const struct linear_work *work = context;
+	(void)thread;
+	for (uint64_t i = begin; i < end; i++) {
+		size_t row = (size_t)(i % work->row_items) * work->item_rows, column = (size_t)(i / work->row_items) * PAIR_COLUMNS;
+		linear_pair_item(work, row, work->rows - row < work->item_rows ? work->rows - row : work->item_rows, column,
+		                 work->columns - column < PAIR_COLUMNS ? work->columns - column : PAIR_COLUMNS);
+	}
+}
+
+static opd_status linear_run_pairs(struct linear_work *work, const opd_exec *exec, uint64_t cost_ns, opd_error *error)
+{
+	const size_t fit = PAIR_ROWS_BYTES / (work->k * sizeof(uint16_t)) / CPU_LINEAR_PAIR_ROWS * CPU_LINEAR_PAIR_ROWS;
+	work->item_rows = fit < CPU_LINEAR_PAIR_ROWS ? CPU_LINEAR_PAIR_ROWS : fit < PAIR_ROWS ? fit : PAIR_ROWS;
+	work->row_items = (work->rows + work->item_rows - 1) / work->item_rows;
+	return cpu_for(exec, (uint64_t)work->row_items * ((work->columns + PAIR_COLUMNS - 1) / PAIR_COLUMNS), cost_ns, linear_pair_items, work, error);
+}
+
 static opd_status linear_run(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error)
 {
 	(void)state;
@@ -203,6 +253,8 @@ static opd_status linear_run(const opd_impl *impl, void *state, const opd_call *
 		work.weight = opd_tensor_data(weight);
 	}
 	uint64_t cost_ns = linear_cost(impl, call);
+	if (linear_by_pairs(work.kernels, x) && work.k > 0)
+		return linear_run_pairs(&work, exec, cost_ns, error);
 	if (work.rows >= PACKED_ROWS && work.k > 0)
 		return linear_run_packed(&work, exec, cost_ns, error);
 	return cpu_for(exec, work.columns, cost_ns, linear_few, &work, error);

@@ -129,6 +129,83 @@ static void linear_tile(const float *x, const float *weight, size_t padded, floa
 			sums[m * stride + n] += vec_sum(chains[m][n]);
 }
 
+#if defined(__AVX512BF16__)
+/* Elements of one instruction: of each of 16 lanes, two neighbours. */
+#define PAIRED 32
+/* 24 sums, 4 of x, 1 to 2 of weight, as a tile has; a row or two have more streams of weight instead. */
+#define PAIR_COLUMNS 6
+#define PAIR_COLUMNS_FEW 8
+
+VEC_INLINE __m512bh linear_pair_load(const void *row, size_t at, size_t count)
+{
+	const uint16_t *from = (const uint16_t *)row + at;
+	return count >= PAIRED ? (__m512bh)_mm512_loadu_si512(from) : (__m512bh)_mm512_maskz_loadu_epi16((__mmask32)((1u << count) - 1), from);
+}
+
+/* chains[m][n] += one pair a lane; rows and columns are constants of the caller. */
+VEC_INLINE void linear_pair_step(const void *const *x, size_t rows, const void *const *weights, size_t columns, size_t at, size_t count,
+                                 __m512 chains[CPU_LINEAR_PAIR_ROWS][PAIR_COLUMNS_FEW])
+{
+	__m512bh v[CPU_LINEAR_PAIR_ROWS];
+	for (size_t m = 0; m < rows; m++)
+		v[m] = linear_pair_load(x[m], at, count);
+	for (size_t n = 0; n < columns; n++) {
+		__m512bh w = linear_pair_load(weights[n], at, count);
+		for (size_t m = 0; m < rows; m++)
+			chains[m][n] = _mm512_dpbf16_ps(chains[m][n], v[m], w);
+	}
+}
+
+VEC_INLINE void linear_pair_tile(const void *const *x, size_t rows, const void *weight, int64_t stride, size_t columns, size_t k, bool ahead, float *sums,
+                                 size_t sums_stride)
+{
+	const void *weights[PAIR_COLUMNS_FEW];
+	__m512 chains[CPU_LINEAR_PAIR_ROWS][PAIR_COLUMNS_FEW];
+	for (size_t n = 0; n < columns; n++) {
+		weights[n] = (const unsigned char *)weight + (int64_t)n * stride * (int64_t)sizeof(uint16_t);
+		for (size_t m = 0; m < rows; m++)
+			chains[m][n] = _mm512_setzero_ps();
+	}
+	size_t at = 0;
+	for (; at + PAIRED <= k; at += PAIRED) {
+		linear_pair_step(x, rows, weights, columns, at, PAIRED, chains);
+		for (size_t n = 0; ahead && n < columns; n++)
+			__builtin_prefetch((const unsigned char *)weights[n] + at * sizeof(uint16_t) + AHEAD_BYTES, 0, 3);
+	}
+	if (at < k)
+		linear_pair_step(x, rows, weights, columns, at, k - at, chains);
+	for (size_t m = 0; m < rows; m++)
+		for (size_t n = 0; n < columns; n++)
+			sums[m * sums_stride + n] = vec_sum((vec_f32)chains[m][n]);
+}
+
+VEC_INLINE void linear_pair_rows(const void *const *x, size_t rows, const void *weight, int64_t stride, size_t columns, size_t wide, size_t k, bool ahead, float *sums,
+                                 size_t sums_stride)
+{
+	const unsigned char *row = weight;
+	const int64_t step = stride * (int64_t)sizeof(uint16_t);
+	size_t n = 0;
+	for (; n + wide <= columns; n += wide)
+		linear_pair_tile(x, rows, row + (int64_t)n * step, stride, wide, k, ahead, sums + n, sums_stride);
+	for (; n < columns; n++)
+		linear_pair_tile(x, rows, row + (int64_t)n * step, stride, 1, k, ahead, sums + n, sums_stride);
+}
+
+static void linear_pairs(const void *const *x, size_t rows, const void *weight, int64_t stride, size_t columns, size_t k, bool ahead, float *sums, size_t sums_stride)
+{
+	if (rows == 4)
+		linear_pair_rows(x, 4, weight, stride, columns, PAIR_COLUMNS, k, ahead, sums, sums_stride);
+	else if (rows == 3)
+		linear_pair_rows(x, 3, weight, stride, columns, PAIR_COLUMNS, k, ahead, sums, sums_stride);
+	else if (rows == 2)
+		linear_pair_rows(x, 2, weight, stride, columns, PAIR_COLUMNS_FEW, k, ahead, sums, sums_stride);
+	else
+		linear_pair_rows(x, 1, weight, stride, columns, PAIR_COLUMNS_FEW, k, ahead, sums, sums_stride);
+}
+#else
+#define linear_pairs NULL
+#endif
+
 #define LINEAR_MAP(X) X(f32) X(bf16) X(f16)
 
 #define X(name)                                                                                                               \
@@ -158,4 +235,5 @@ const struct cpu_linear_kernels CPU_SYMBOL(cpu_linear) = {
 	.pack = {linear_pack_f32, linear_pack_bf16, linear_pack_f16},
 	.finish = {linear_finish_f32, linear_finish_bf16, linear_finish_f16},
 	.tile = linear_tile,
+	.pairs = linear_pairs,
 };

@@ -127,7 +127,7 @@ static void matmul_line(const struct matmul_work *work, const unsigned char *lin
 		walk_gather(gathered, line, step, count, work->bytes);
 		line = (const unsigned char *)gathered;
 	}
-	work->to_f32(line, to, count, false);
+	work->to_f32(line, to, count, CPU_NEAR);
 }
 
 static size_t block_of(const struct matmul_work *work, uint64_t from)
@@ -261,7 +261,7 @@ static void pack_b(const struct matmul_work *work, const struct matmul_item *ite
 		return;
 	}
 	for (size_t k = 0; k < count; k++)
-		work->to_f32(item->b + (from + k) * work->b_step * work->bytes, blocks->b + k * ITEM_COLUMNS, item->columns, false);
+		work->to_f32(item->b + (from + k) * work->b_step * work->bytes, blocks->b + k * ITEM_COLUMNS, item->columns, CPU_NEAR);
 }
 
 static void multiply_block(const struct matmul_work *work, const struct matmul_item *item, size_t count,

@@ -199,7 +199,7 @@ VEC_INLINE void layer_norm_row(opd_dtype dtype, opd_dtype weight_dtype, opd_dtyp
 		mean = moments_mean_of(moments_mean(dtype, norm->x, count));
 		moments.variance = moments_variance(dtype, norm->x, count, &mean);
 	}
-	vec_f32 factor = vec_splat(1.0f / sqrtf((float)moments.variance + norm->epsilon));
+	vec_f32 factor = vec_splat(1.0f / sqrtf((float)moments.variance + (float)norm->epsilon));
 	size_t i = 0;
 	for (; i + 2 * VEC_LANES <= count; i += 2 * VEC_LANES) {
 		struct vec_pair x = vec_load_pair(dtype, norm->x, i);

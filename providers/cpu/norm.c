@@ -13,7 +13,7 @@ static bool rms_norm_predicate(const opd_impl *impl, void *state, const opd_call
 {
 	(void)impl, (void)state;
 	const opd_tensor *x = cpu_tensor(call, 0);
-	return cpu_accept_dtype(x, reason) && cpu_accept_rows("x", x, reason) &&
+	return cpu_accept_float(x, reason) && cpu_accept_rows("x", x, reason) &&
 	       cpu_accept_rows("weight", cpu_tensor(call, 1), reason);
 }
 
@@ -21,7 +21,7 @@ static bool fused_predicate(const opd_impl *impl, void *state, const opd_call *c
 {
 	(void)impl, (void)state;
 	const opd_tensor *x = cpu_tensor(call, 0);
-	return cpu_accept_dtype(x, reason) && cpu_accept_rows("x", x, reason) &&
+	return cpu_accept_float(x, reason) && cpu_accept_rows("x", x, reason) &&
 	       cpu_accept_rows("x_residual", cpu_tensor(call, 1), reason) && cpu_accept_rows("weight", cpu_tensor(call, 2), reason);
 }
 
@@ -76,6 +76,18 @@ static void fused_rows(const void *context, uint64_t begin, uint64_t end, uint32
 	cpu_streamed(norm.streams);
 }
 
+static cpu_norm_fn rms_norm_kernel(const struct cpu_kernels *kernels, const opd_tensor *x, const opd_tensor *weight)
+{
+	const unsigned of = cpu_weight_index(x, weight);
+	return x->dtype == OPD_f64 ? kernels->f64->rms_norm[of] : kernels->norm->rms_norm[cpu_dtype_index(x->dtype)][of];
+}
+
+static cpu_norm_fn fused_kernel(const struct cpu_kernels *kernels, const opd_tensor *x, const opd_tensor *weight)
+{
+	const unsigned of = cpu_weight_index(x, weight);
+	return x->dtype == OPD_f64 ? kernels->f64->fused_add_rms_norm[of] : kernels->norm->fused_add_rms_norm[cpu_dtype_index(x->dtype)][of];
+}
+
 static opd_status rms_norm_run(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error)
 {
 	(void)state;
@@ -85,7 +97,7 @@ static opd_status rms_norm_run(const opd_impl *impl, void *state, const opd_call
 	if (status != OPD_OK || x->elements == 0)
 		return status;
 	struct norm_work work = {
-		.kernel = cpu_kernels_of(impl)->norm->rms_norm[cpu_dtype_index(x->dtype)][cpu_weight_index(x, weight)],
+		.kernel = rms_norm_kernel(cpu_kernels_of(impl), x, weight),
 		.x = cpu_rows_of(x),
 		.y = cpu_rows_of(call->outputs[0]),
 		.norm =
@@ -93,7 +105,7 @@ static opd_status rms_norm_run(const opd_impl *impl, void *state, const opd_call
 				.weight = weight == NULL ? NULL : opd_tensor_data(weight),
 				.count = (size_t)opd_tensor_last(x),
 				.squares = norm_squares(call, 3),
-				.epsilon = (float)call->args[2].f,
+				.epsilon = call->args[2].f,
 			},
 	};
 	work.norm.streams = cpu_streams(&work.y, 2 * x->elements * opd_dtype_bytes(x->dtype));
@@ -111,7 +123,7 @@ static opd_status fused_run(const opd_impl *impl, void *state, const opd_call *c
 	if (status != OPD_OK || x->elements == 0)
 		return status;
 	struct norm_work work = {
-		.kernel = cpu_kernels_of(impl)->norm->fused_add_rms_norm[cpu_dtype_index(x->dtype)][cpu_weight_index(x, weight)],
+		.kernel = fused_kernel(cpu_kernels_of(impl), x, weight),
 		.x = cpu_rows_of(x),
 		.residual = cpu_rows_of(cpu_tensor(call, 1)),
 		.y = cpu_rows_of(call->outputs[0]),
@@ -121,7 +133,7 @@ static opd_status fused_run(const opd_impl *impl, void *state, const opd_call *c
 				.weight = weight == NULL ? NULL : opd_tensor_data(weight),
 				.count = (size_t)opd_tensor_last(x),
 				.squares = norm_squares(call, 4),
-				.epsilon = (float)call->args[3].f,
+				.epsilon = call->args[3].f,
 			},
 	};
 	uint64_t bytes = 4 * x->elements * opd_dtype_bytes(x->dtype);

@@ -76,7 +76,7 @@ VEC_INLINE void norm_row(opd_dtype dtype, opd_dtype weight_dtype, const struct c
 	const unsigned char *const next = norm->x_next, *const residual_next = norm->residual_next;
 	const void *const x = norm->x, *const weights = norm->weight;
 	void *const y = norm->y;
-	vec_f32 factor = vec_splat(norm_factor(norm_sum_of_squares(dtype, norm->x, residual, norm->squares), norm->squares, norm->epsilon));
+	vec_f32 factor = vec_splat(norm_factor(norm_sum_of_squares(dtype, norm->x, residual, norm->squares), norm->squares, (float)norm->epsilon));
 	size_t i = 0;
 	for (; i + 2 * VEC_LANES <= count; i += 2 * VEC_LANES) {
 		struct vec_pair s = norm_load_pair(dtype, x, residual, i), v, weight;

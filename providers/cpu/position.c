@@ -12,7 +12,7 @@ static bool rotary_predicate(const opd_impl *impl, void *state, const opd_call *
 {
 	(void)impl, (void)state;
 	const opd_tensor *query = cpu_tensor(call, ROTARY_QUERY);
-	return cpu_accept_dtype_of("query", query, reason) && cpu_accept_rows("query", query, reason) &&
+	return cpu_accept_float_of("query", query, reason) && cpu_accept_rows("query", query, reason) &&
 	       cpu_accept_rows("key", cpu_tensor(call, ROTARY_KEY), reason) &&
 	       cpu_accept_rows("cos_sin_cache", cpu_tensor(call, ROTARY_CACHE), reason);
 }
@@ -43,14 +43,18 @@ static void rotary_tokens(const void *context, uint64_t begin, uint64_t end, uin
 	}
 }
 
+static cpu_rotary_fn rotary_kernel(const struct cpu_kernels *kernels, opd_dtype dtype, opd_dtype cache, bool neox)
+{
+	return dtype == OPD_f64 ? kernels->f64->rotary[cache != dtype][neox] : kernels->position->rotary[cpu_dtype_index(dtype)][cache != dtype][neox];
+}
+
 static opd_status rotary_run(const opd_impl *impl, void *state, const opd_call *call, const opd_exec *exec, opd_error *error)
 {
 	(void)state;
 	const opd_tensor *heads[2] = {cpu_tensor(call, ROTARY_QUERY), cpu_tensor(call, ROTARY_KEY)};
 	const opd_tensor *cache = cpu_tensor(call, ROTARY_CACHE);
 	struct rotary_work work = {.positions = cpu_tensor(call, ROTARY_POSITIONS)};
-	work.kernel = cpu_kernels_of(impl)->position->rotary[cpu_dtype_index(heads[0]->dtype)][cache->dtype != heads[0]->dtype]
-	                                                    [call->args[ROTARY_NEOX].b];
+	work.kernel = rotary_kernel(cpu_kernels_of(impl), heads[0]->dtype, cache->dtype, call->args[ROTARY_NEOX].b);
 	for (uint32_t i = 0; i < 2; i++) {
 		opd_status status = cpu_expect_output(impl, call, i, heads[i], opd_tensor_last(heads[i]), error);
 		if (status != OPD_OK)

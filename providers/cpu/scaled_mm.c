@@ -133,7 +133,7 @@ static void f8_block(const struct scaled_work *work, const unsigned char *rows, 
                      uint64_t from, size_t depth, size_t padded, float *to)
 {
 	for (size_t r = 0; r < count; r++) {
-		work->to_f32(rows + r * stride + from, to + r * padded, depth, false);
+		work->to_f32(rows + r * stride + from, to + r * padded, depth, CPU_NEAR);
 		memset(to + r * padded + depth, 0, (padded - depth) * sizeof(float));
 	}
 	memset(to + count * padded, 0, (padded_count - count) * padded * sizeof(float));

@@ -86,20 +86,20 @@ VEC_INLINE float softmax_sum(opd_dtype dtype, const void *x, const void *next, f
 	return vec_sum(chains[0] + chains[1]);
 }
 
-VEC_INLINE void softmax_store(opd_dtype dtype, void *y, size_t at, const vec_f32 *e, size_t n, vec_f32 scale)
+VEC_INLINE void softmax_store(opd_dtype dtype, void *y, size_t at, const vec_f32 *e, size_t n, vec_f32 scale, bool streams)
 {
 	for (size_t p = 0; p < n; p += 2)
-		vec_store_pair(dtype, y, at + p * VEC_LANES, (struct vec_pair){{e[p] * scale, e[p + 1] * scale}});
+		vec_put_pair(dtype, y, at + p * VEC_LANES, streams, (struct vec_pair){{e[p] * scale, e[p + 1] * scale}});
 }
 
-/* Elements lie in `kept` as softmax_sum has put them there: whole steps as pairs have them, the rest in its place. */
-VEC_INLINE void softmax_scale_kept(opd_dtype dtype, const float *kept, void *y, size_t count, vec_f32 scale)
+/* Elements lie in `kept` as softmax_sum has put them there: whole steps as pairs have them, the rest in its place. streams: a constant of the caller. */
+VEC_INLINE void softmax_scale_kept(opd_dtype dtype, const float *kept, void *y, size_t count, vec_f32 scale, bool streams)
 {
 	size_t i = 0;
 	for (; i + VEC_TOGETHER * VEC_LANES <= count; i += VEC_TOGETHER * VEC_LANES) {
 		vec_f32 e[VEC_TOGETHER];
 		VEC_EACH(p, VEC_TOGETHER) e[p] = vec_load(OPD_f32, kept, i + p * VEC_LANES);
-		softmax_store(dtype, y, i, e, VEC_TOGETHER, scale);
+		softmax_store(dtype, y, i, e, VEC_TOGETHER, scale, streams);
 	}
 	for (size_t here; i < count; i += here) {
 		here = count - i < VEC_LANES ? count - i : VEC_LANES;
@@ -114,7 +114,7 @@ VEC_INLINE void softmax_scale_again(opd_dtype dtype, const void *x, void *y, siz
 		vec_f32 e[VEC_TOGETHER];
 		softmax_load(dtype, x, i, e, VEC_TOGETHER);
 		softmax_exp(dtype, e, VEC_TOGETHER, shift);
-		softmax_store(dtype, y, i, e, VEC_TOGETHER, scale);
+		softmax_store(dtype, y, i, e, VEC_TOGETHER, scale, false);
 	}
 	for (size_t here; i < count; i += here) {
 		here = count - i < VEC_LANES ? count - i : VEC_LANES;
@@ -122,36 +122,51 @@ VEC_INLINE void softmax_scale_again(opd_dtype dtype, const void *x, void *y, siz
 	}
 }
 
-static void softmax_f32(const void *x, const void *next, void *y, size_t count)
+/* Results past the caches: powers are kept in a cache of the thread's, so that memory is read once and written once. */
+VEC_INLINE void softmax_past(opd_dtype dtype, const void *x, const void *next, void *y, size_t count, float *kept)
 {
+	float highest = softmax_highest(dtype, x, count);
+	softmax_scale_kept(dtype, kept, y, count, vec_splat(1.0f / softmax_sum(dtype, x, next, kept, count, highest)), true);
+}
+
+static void softmax_f32(const void *x, const void *next, void *y, size_t count, float *kept)
+{
+	if (kept != NULL) {
+		softmax_past(OPD_f32, x, next, y, count, kept);
+		return;
+	}
 	float highest = softmax_highest(OPD_f32, x, count);
 	vec_f32 scale = vec_splat(1.0f / softmax_sum(OPD_f32, x, next, y, count, highest));
-	softmax_scale_kept(OPD_f32, y, y, count, scale);
+	softmax_scale_kept(OPD_f32, y, y, count, scale, false);
 }
 
 /* 16-bit results have no room for each e. A first-level cache has, for rows of usual length; longer rows compute it twice, to the same
  * bits. */
 #define KEPT 4096
 
-VEC_INLINE void softmax_16(opd_dtype dtype, const void *x, const void *next, void *y, size_t count)
+VEC_INLINE void softmax_16(opd_dtype dtype, const void *x, const void *next, void *y, size_t count, float *kept)
 {
-	float kept[KEPT];
+	float near[KEPT];
+	if (kept != NULL) {
+		softmax_past(dtype, x, next, y, count, kept);
+		return;
+	}
 	float highest = softmax_highest(dtype, x, count);
 	if (count <= KEPT)
-		softmax_scale_kept(dtype, kept, y, count, vec_splat(1.0f / softmax_sum(dtype, x, next, kept, count, highest)));
+		softmax_scale_kept(dtype, near, y, count, vec_splat(1.0f / softmax_sum(dtype, x, next, near, count, highest)), false);
 	else
 		softmax_scale_again(dtype, x, y, count, vec_splat(highest),
 		                    vec_splat(1.0f / softmax_sum(dtype, x, next, NULL, count, highest)));
 }
 
-static void softmax_bf16(const void *x, const void *next, void *y, size_t count)
+static void softmax_bf16(const void *x, const void *next, void *y, size_t count, float *kept)
 {
-	softmax_16(OPD_bf16, x, next, y, count);
+	softmax_16(OPD_bf16, x, next, y, count, kept);
 }
 
-static void softmax_f16(const void *x, const void *next, void *y, size_t count)
+static void softmax_f16(const void *x, const void *next, void *y, size_t count, float *kept)
 {
-	softmax_16(OPD_f16, x, next, y, count);
+	softmax_16(OPD_f16, x, next, y, count, kept);
 }
 
 const struct cpu_softmax_kernels CPU_SYMBOL(cpu_softmax) = {

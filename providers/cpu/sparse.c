@@ -38,8 +38,8 @@ static void sparse_row(const struct sparse_work *work, const unsigned char *x, u
 	for (size_t i = 0; i < work->count; i += WALK_CHUNK) {
 		size_t here = work->count - i < WALK_CHUNK ? work->count - i : WALK_CHUNK;
 		work->gate(x + i * work->bytes, gated, here, cutoff);
-		work->gelu(gated, NULL, active, here, false);
-		work->multiply(active, 1, up + i * work->bytes, 1, y + i * work->bytes, here, false);
+		work->gelu(gated, NULL, active, here, CPU_NEAR);
+		work->multiply(active, 1, up + i * work->bytes, 1, y + i * work->bytes, here, CPU_NEAR);
 	}
 }
 

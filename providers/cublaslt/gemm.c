@@ -10,6 +10,9 @@ enum { CANDIDATES = 16, ROUNDS = 5, RIGHTS = 4 };
 /* Times candidates take: short ones over and over, until a host that launches or a cache that is warm doesn't show. */
 static const double timed_products = 4e10, cache_bytes = 64e6;
 enum { TIMED_MOST = 24, TIMED_LEAST = 2 };
+/* A plan is made for whoever asks, dry runs too, with the whole device and with memory that no ledger knows: of larger products, or on more memory, the library's first choice is taken
+ * untried, and no further candidate is tried once those before have taken so long. */
+static const double trial_products_max = 0x1p42, trial_bytes_max = 4e9, trial_ms_max = 2000;
 /* What the library recommends for Hopper; split sums of few-row products live there. */
 static const uint64_t workspace_max = 32u << 20;
 
@@ -200,6 +203,15 @@ static const void *trial_factor(struct trial *trial, int64_t elements, opd_dtype
 	return memory == NULL || alignment >= 16 ? memory : memory + alignment;
 }
 
+static bool trial_is_small(const struct gemm *gemm)
+{
+	const double left = (double)factor_elements(&gemm->left, gemm->rows, gemm->depth, gemm->batches, gemm->left_batch);
+	const double right = (double)factor_elements(&gemm->right, gemm->depth, gemm->columns, gemm->batches, gemm->right_batch);
+	const double results = (double)gemm->batches * (double)gemm->rows * (double)gemm->columns;
+	const double bytes = (left + right) * (double)opd_dtype_bytes(gemm->factor) + results * (double)opd_dtype_bytes(gemm->result);
+	return results * (double)gemm->depth <= trial_products_max && bytes <= trial_bytes_max;
+}
+
 static bool trial_init(struct trial *trial, const struct gemm *gemm)
 {
 	struct gemm_operands *operands = &trial->operands;
@@ -268,18 +280,20 @@ static float trial_time(const struct trial *trial, struct library *library, cubl
 	return ran ? best : FLT_MAX;
 }
 
-/* Number of the fastest candidate; the heuristic's first where there is no memory to time them on; -1: none runs. */
+/* Number of the fastest candidate; the heuristic's first where there is no memory to time them on, or too much to do; -1: none runs. */
 static int candidates_choose(struct library *library, cublasLtHandle_t handle, const struct gemm *gemm, struct gemm_plan *plan,
                              const cublasLtMatmulHeuristicResult_t *candidates, int count)
 {
 	struct trial trial = {0};
 	float best = FLT_MAX;
-	bool timed = trial_init(&trial, gemm);
+	double spent_ms = 0;
+	bool timed = trial_is_small(gemm) && trial_init(&trial, gemm);
 	int chosen = timed ? -1 : 0;
-	for (int i = 0; i < count && timed; i++) {
+	for (int i = 0; i < count && timed && spent_ms < trial_ms_max; i++) {
 		plan->algorithm = candidates[i].algo;
 		plan->workspace_bytes = candidates[i].workspaceSize;
 		float ms = candidates[i].state == CUBLAS_STATUS_SUCCESS ? trial_time(&trial, library, handle, plan) : FLT_MAX;
+		spent_ms += ms < FLT_MAX ? (ROUNDS + 1) * (double)ms : 0;
 		if (ms < best) {
 			best = ms;
 			chosen = i;

@@ -14,7 +14,7 @@ static opd_status attention_shape(const opd_op *op, const opd_call *call, opd_ou
 	if (status == OPD_OK)
 		status = kernel_expect_dtype_of(op, "value", value, "query", query, error);
 	if (status == OPD_OK)
-		status = kernel_expect_finite(op, "scale", kernel_float(call, 3), error);
+		status = kernel_expect_f32(op, "scale", kernel_float(call, 3), error);
 	if (status == OPD_OK)
 		status = kernel_expect_rank(op, "query", query, 4, error);
 	if (status == OPD_OK)

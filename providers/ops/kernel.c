@@ -1,5 +1,6 @@
 #include "providers/ops/kernel.h"
 
+#include <float.h>
 #include <math.h>
 #include <stdatomic.h>
 
@@ -120,6 +121,14 @@ opd_status kernel_expect_shape_of(const opd_op *op, const char *name, const opd_
 opd_status kernel_expect_finite(const opd_op *op, const char *name, double value, opd_error *error)
 {
 	return isfinite(value) ? OPD_OK : kernel_invalid(op, error, "%s is %g, expected a finite number", name, value);
+}
+
+opd_status kernel_expect_f32(const opd_op *op, const char *name, double value, opd_error *error)
+{
+	opd_status status = kernel_expect_finite(op, name, value, error);
+	if (status != OPD_OK || fabs(value) <= (double)FLT_MAX)
+		return status;
+	return kernel_invalid(op, error, "%s is %g, expected at most %g in magnitude, as f32 has it", name, value, (double)FLT_MAX);
 }
 
 opd_status kernel_expect_approximate(const opd_op *op, const char *value, opd_error *error)

@@ -84,6 +84,8 @@ OPD_MUST_USE opd_status kernel_expect_shape_of(const opd_op *op, const char *nam
                                                const char *like_name, const opd_tensor *like, opd_error *error);
 /* An attribute: neither NaN nor infinite. */
 OPD_MUST_USE opd_status kernel_expect_finite(const opd_op *op, const char *name, double value, opd_error *error);
+/* An attribute that kernels compute with in f32: finite there too. */
+OPD_MUST_USE opd_status kernel_expect_f32(const opd_op *op, const char *name, double value, opd_error *error);
 /* `approximate` of the gelu family: "none" or "tanh". */
 OPD_MUST_USE opd_status kernel_expect_approximate(const opd_op *op, const char *value, opd_error *error);
 

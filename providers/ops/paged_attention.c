@@ -61,7 +61,7 @@ static opd_status paged_shape(const opd_op *op, const opd_call *call, opd_output
 	const opd_tensor *query = kernel_tensor(call, PAGED_QUERY);
 	opd_status status = paged_expect_dtypes(op, call, error);
 	if (status == OPD_OK)
-		status = kernel_expect_finite(op, "scale", kernel_float(call, PAGED_SCALE), error);
+		status = kernel_expect_f32(op, "scale", kernel_float(call, PAGED_SCALE), error);
 	if (status == OPD_OK)
 		status = paged_expect_shapes(op, call, error);
 	if (status == OPD_OK)

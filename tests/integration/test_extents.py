@@ -9,7 +9,7 @@ import unittest
 
 from harness import CANCEL, CANCELLED, OK, RESOURCE_EXHAUSTED, DaemonCase, f32, frame, inline, pb, run, tensor
 
-F16, F32, I32, I64 = 7, 9, 5, 6
+F16, BF16, F32, I32, I64 = 7, 8, 9, 5, 6
 
 
 def whole(number):
@@ -69,6 +69,15 @@ class Extents(DaemonCase):
             reply = self.run_graph(number, *inputs)
             self.assertEqual(reply.status, OK, reply.message)
             self.assertFalse(reply.run.explain.on_loop)
+
+    def test_a_dry_run_is_of_no_more_than_what_the_session_may_have(self):
+        """Its plan may take memory of the operands' sizes, to try itself out."""
+        request = run("linear", pb.Tensor(dtype=BF16, shape=[1 << 17, 1 << 16]), pb.Tensor(dtype=BF16, shape=[1 << 10, 1 << 16]), bias=None, run_mode=pb.DRY)
+        reply = self.one.call(request)[0]
+        self.assertEqual(reply.status, RESOURCE_EXHAUSTED, reply.message)
+        self.assertIn("linear: x is a view of 17179869184 bytes, of at most 8589934592 that the session may have", reply.message)
+        request.run.mode = pb.FAKE
+        self.assertEqual(self.one.call(request)[0].status, OK)
 
     def paged(self, rows, length, **fields):
         """No query and a table of rows × rows zeros that lie one after the other, all of which are checked."""

@@ -216,7 +216,7 @@ class Threads(Isolated):
             with Client(here.address) as client:
                 for fault in (0, SHARES):
                     self.assertEqual(self.result(there, fault), self.result(client, fault))
-                self.assertEqual(len(set(unpack_f32(self.result(client, SHARES)))), 1 if threads == 1 else 4 * threads)
+                self.assertEqual(len(set(unpack_f32(self.result(client, SHARES)))), 1 if threads == 1 else 16 * threads)
 
     def test_threads_without_work_help_again_and_again(self):
         _, client = self.start(2)

@@ -5,10 +5,12 @@
 #include <fcntl.h>
 #include <math.h>
 #include <netinet/in.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
@@ -797,6 +799,90 @@ START_TEST(a_descriptor_that_was_never_read_holds_nobody_up_at_the_end)
 }
 END_TEST
 
+/* ---- Files as large as their clients like ---- */
+#ifdef OPD_TEST_GATE
+
+/* How long the system takes for one is stood in for by a gate, for every thread but the test's. */
+#define LARGE_BYTES ((uint64_t)3 << 20)
+static struct {
+	pthread_mutex_t mutex;
+	pthread_cond_t changed;
+	pthread_t tester;
+	bool shut;
+	unsigned waiting;
+} gate = {.mutex = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER};
+
+static void pass_gate(void)
+{
+	(void)pthread_mutex_lock(&gate.mutex);
+	gate.waiting++;
+	(void)pthread_cond_broadcast(&gate.changed);
+	while (gate.shut && !pthread_equal(gate.tester, pthread_self()))
+		(void)pthread_cond_wait(&gate.changed, &gate.mutex);
+	gate.waiting--;
+	(void)pthread_mutex_unlock(&gate.mutex);
+}
+
+static void shut_gate(bool shut)
+{
+	(void)pthread_mutex_lock(&gate.mutex);
+	gate.tester = pthread_self();
+	gate.shut = shut;
+	(void)pthread_cond_broadcast(&gate.changed);
+	(void)pthread_mutex_unlock(&gate.mutex);
+}
+
+static void await_gate(unsigned waiting)
+{
+	(void)pthread_mutex_lock(&gate.mutex);
+	while (gate.waiting != waiting)
+		(void)pthread_cond_wait(&gate.changed, &gate.mutex);
+	(void)pthread_mutex_unlock(&gate.mutex);
+}
+
+int __real_munmap(void *data, size_t bytes);
+int __wrap_munmap(void *data, size_t bytes);
+int __wrap_munmap(void *data, size_t bytes)
+{
+	if (bytes == LARGE_BYTES)
+		pass_gate();
+	return __real_munmap(data, bytes);
+}
+
+int __real_close(int fd);
+int __wrap_close(int fd);
+int __wrap_close(int fd)
+{
+	struct stat file;
+	if (fcntl(fd, F_GET_SEALS) >= 0 && fstat(fd, &file) == 0 && file.st_size == (off_t)LARGE_BYTES + 4096)
+		pass_gate();
+	return __real_close(fd);
+}
+
+/* … and that although what is mapped of one, or is charged for it, may be little. */
+START_TEST(a_large_file_is_given_back_by_no_loop)
+{
+	struct raw raw;
+	raw_open(&raw, "shm");
+	const int mapped = memfd_of((off_t)LARGE_BYTES, F_SEAL_SHRINK);
+	const int refused = memfd_of((off_t)LARGE_BYTES + 4096, 0);
+	ck_assert_int_eq(posix_fallocate(refused, 0, (off_t)LARGE_BYTES), 0);
+	ck_assert_int_eq(attach(&raw, mapped, LARGE_BYTES).status, OPD_OK);
+	shut_gate(true);
+	ck_assert_int_eq(ask(&raw, (struct msg_request){.kind = MSG_REQUEST_DETACH_MEMORY, .region = 1}, NULL, 0).status, OPD_OK);
+	const struct msg_reply reply = attach(&raw, refused, LARGE_BYTES);
+	says(&reply, OPD_INVALID_ARGUMENT, "isn't sealed against shrinking");
+	OK(opd_ping(client, &error));
+	await_gate(1);
+	shut_gate(false);
+	(void)close(mapped);
+	(void)close(refused);
+	raw_close(&raw);
+}
+END_TEST
+
+#endif
+
 /* Hardening: memory-shortened, memory-wrap */
 START_TEST(an_attached_file_cannot_shrink_and_ranges_outside_are_refused)
 {
@@ -910,6 +996,9 @@ static Suite *suite(void)
 	tcase_add_test(wide, every_other_descriptor_is_refused_and_none_is_leaked);
 	tcase_add_test(wide, descriptors_that_nobody_wants_are_closed);
 	tcase_add_test(wide, a_descriptor_whose_close_waits_holds_nobody_up);
+#ifdef OPD_TEST_GATE
+	tcase_add_test(wide, a_large_file_is_given_back_by_no_loop);
+#endif
 	tcase_add_test(wide, an_attached_file_cannot_shrink_and_ranges_outside_are_refused);
 	tcase_add_test(wide, overlap_is_seen_through_two_regions_of_one_file);
 	suite_add_tcase(made, wide);

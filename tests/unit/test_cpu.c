@@ -647,6 +647,29 @@ START_TEST(norms_past_the_caches_give_the_same_bits)
 }
 END_TEST
 
+/* Whole lines, and rows that end within a vector, of up to several steps of powers. */
+START_TEST(softmax_past_the_caches_gives_the_same_bits)
+{
+	enum { WIDEST = 5008 }; /* whole lines of f32 */
+	const struct cpu_kernels *kernels = cpu_isas[_i];
+	if (!cpu_isa_supported(kernels))
+		return;
+	struct inputs in;
+	unsigned char *y[2] = {aligned_zeros(WIDEST * 4), aligned_zeros(WIDEST * 4)};
+	float *kept = aligned_zeros(WIDEST * 4);
+	for (size_t d = 0; d < 3; d++) {
+		inputs_init(&in, OP_SOFTMAX, dtypes[d], 1, WIDEST, 0, 0);
+		for (size_t width = 1; width <= WIDEST; width = width * 3 / 2 + 3) {
+			for (size_t s = 0; s < 2; s++)
+				kernels->softmax->softmax[cpu_dtype_index(dtypes[d])](box_at(&in.x, 0, 0), box_at(&in.x, 0, 0), y[s], width, s == 0 ? NULL : kept);
+			ck_assert_msg(memcmp(y[0], y[1], WIDEST * 4) == 0, "%s, width %zu: other bits past the caches", opd_dtype_name(dtypes[d]), width);
+		}
+		inputs_fini(&in);
+	}
+	free(y[0]), free(y[1]), free(kept);
+}
+END_TEST
+
 /* What single passes read and write: PASS elements, results from `at` bytes into a line on. */
 enum { PASS = 1021, PASS_BYTES = 4160 };
 
@@ -654,6 +677,7 @@ struct pass {
 	const void *x, *other;
 	unsigned char *y[2]; /* as memory has it; past the caches */
 	size_t at;
+	enum cpu_reach reach; /* of the second */
 };
 
 static void assert_same_pass(const struct pass *pass, const char *what, size_t number)
@@ -666,21 +690,21 @@ static void compare_passes(const struct cpu_kernels *kernels, opd_dtype dtype, c
 	const unsigned index = cpu_dtype_index(dtype);
 	for (size_t f = 0; f < CPU_ACTIVATIONS; f++) {
 		for (size_t s = 0; s < 2; s++)
-			kernels->activation->alone[f][index](pass->x, NULL, pass->y[s] + pass->at, PASS, s == 1);
+			kernels->activation->alone[f][index](pass->x, NULL, pass->y[s] + pass->at, PASS, s == 0 ? CPU_NEAR : pass->reach);
 		assert_same_pass(pass, "activation", f);
 		for (size_t s = 0; s < 2; s++)
-			kernels->activation->times[f][index](pass->x, pass->other, pass->y[s] + pass->at, PASS, s == 1);
+			kernels->activation->times[f][index](pass->x, pass->other, pass->y[s] + pass->at, PASS, s == 0 ? CPU_NEAR : pass->reach);
 		assert_same_pass(pass, "product with activation", f);
 	}
 	for (size_t steps = 0; steps < 4; steps++) {
 		for (size_t s = 0; s < 2; s++)
-			kernels->arithmetic->run[CPU_MUL][dtype](pass->x, steps & 1, pass->other, steps >> 1, pass->y[s] + pass->at, PASS, s == 1);
+			kernels->arithmetic->run[CPU_MUL][dtype](pass->x, steps & 1, pass->other, steps >> 1, pass->y[s] + pass->at, PASS, s == 0 ? CPU_NEAR : pass->reach);
 		assert_same_pass(pass, "product of steps", steps);
 	}
 	for (size_t to = 0; to < OPD_DTYPE_COUNT; to++) {
 		cpu_cast_fn cast = kernels->cast->narrow[dtype][to];
 		for (size_t s = 0; cast != NULL && s < 2; s++)
-			cast(pass->x, pass->y[s] + pass->at, PASS, s == 1);
+			cast(pass->x, pass->y[s] + pass->at, PASS, s == 0 ? CPU_NEAR : pass->reach);
 		assert_same_pass(pass, "cast to dtype", to);
 	}
 }
@@ -696,7 +720,8 @@ START_TEST(passes_past_the_caches_give_the_same_bits)
 		inputs_init(&in, OP_FUSED, dtypes[d], 1, PASS, 0, 0);
 		pass.x = box_at(&in.x, 0, 0), pass.other = box_at(&in.second, 0, 0);
 		for (pass.at = 0; pass.at <= 64; pass.at += opd_dtype_bytes(dtypes[d]) * 4) /* also where a line is begun in its middle, which nothing may be streamed to */
-			compare_passes(kernels, dtypes[d], &pass);
+			for (pass.reach = CPU_PAST; pass.reach <= CPU_PAST_AHEAD; pass.reach++)
+				compare_passes(kernels, dtypes[d], &pass);
 		inputs_fini(&in);
 	}
 	free(pass.y[0]), free(pass.y[1]);
@@ -823,18 +848,16 @@ START_TEST(stores_round_to_nearest_even_once)
 }
 END_TEST
 
-/* silu of x is x·s; its relative error against f64 is that of e^x, a sum and a quotient. */
-START_TEST(exp_is_within_a_few_ulp_over_its_whole_range)
+/* silu of x is x·s; its relative error against the C library's is that of e^x, a sum and a quotient. */
+static void check_exp(opd_dtype dtype, double reach, double unit)
 {
-	if (!isa_open(_i))
-		return;
 	enum { COUNT = 20000 };
 	struct box x, y;
 	struct call call;
-	box_init(&x, OPD_f32, 1, 2 * COUNT, 0, 0);
-	box_init(&y, OPD_f32, 1, COUNT, 0, 0);
+	box_init(&x, dtype, 1, 2 * COUNT, 0, 0);
+	box_init(&y, dtype, 1, COUNT, 0, 0);
 	for (int64_t c = 0; c < COUNT; c++) {
-		box_set(&x, 0, c, -86.0 + (double)c * (172.0 / COUNT) + 1e-3);
+		box_set(&x, 0, c, -reach + (double)c * (2 * reach / COUNT) + 1e-3);
 		box_set(&x, 0, COUNT + c, 1);
 	}
 	call_init(&call);
@@ -843,11 +866,19 @@ START_TEST(exp_is_within_a_few_ulp_over_its_whole_range)
 	run_on("silu_and_mul", &call, 1);
 	for (int64_t c = 0; c < COUNT; c++) {
 		double v = box_get(&x, 0, c), want = v / (1 + exp(-v));
-		ck_assert_msg(fabs(box_get(&y, 0, c) - want) <= 4 * 0x1p-23 * fabs(want), "silu(%.9g): got %.9g, want %.9g", v,
+		ck_assert_msg(fabs(box_get(&y, 0, c) - want) <= 4 * unit * fabs(want), "silu(%.17g) of %s: got %.17g, want %.17g", v, opd_dtype_name(dtype),
 		              box_get(&y, 0, c), want);
 	}
 	box_fini(&x);
 	box_fini(&y);
+}
+
+START_TEST(exp_is_within_a_few_ulp_over_its_whole_range)
+{
+	if (!isa_open(_i))
+		return;
+	check_exp(OPD_f32, 86, 0x1p-23);
+	check_exp(OPD_f64, 700, 0x1p-52);
 	host_fini(&host);
 }
 END_TEST
@@ -901,12 +932,15 @@ START_TEST(refusals_name_their_reason)
 	struct inputs in;
 	struct results out;
 	struct call call;
-	inputs_init(&in, OP_RMS, OPD_f64, 2, 8, 0, 0);
-	results_init(&out, OP_RMS, OPD_f64, 2, 8, 0);
+	inputs_init(&in, OP_RMS, OPD_i64, 2, 8, 0, 0);
+	results_init(&out, OP_RMS, OPD_i64, 2, 8, 0);
 	for (int op = 0; op < OPS; op++) {
 		call_of(&call, op, &in, &out);
-		assert_refused(op_names[op], &call, OPD_REASON_DTYPE, "x f64, only f32, bf16, f16");
+		assert_refused(op_names[op], &call, OPD_REASON_DTYPE, op == OP_LINEAR ? "x i64, only f32, bf16, f16" : "x i64, only f32, bf16, f16, f64");
 	}
+	in.x.tensor.dtype = OPD_f64;
+	call_of(&call, OP_LINEAR, &in, &out);
+	assert_refused("linear", &call, OPD_REASON_DTYPE, "x f64, only f32, bf16, f16");
 	in.x.tensor.dtype = OPD_f32;
 	in.x.strides[1] = 2;
 	in.x.tensor.flags = 0;
@@ -1015,6 +1049,7 @@ static Suite *cpu_suite(void)
 	tcase_add_loop_test(each, linear_gives_one_nan_on_every_way, 0, sets);
 	tcase_add_loop_test(each, fused_add_in_place_gives_the_same_bits, 0, sets);
 	tcase_add_loop_test(each, norms_past_the_caches_give_the_same_bits, 0, sets);
+	tcase_add_loop_test(each, softmax_past_the_caches_gives_the_same_bits, 0, sets);
 	tcase_add_loop_test(each, passes_past_the_caches_give_the_same_bits, 0, sets);
 	tcase_add_loop_test(each, nan_and_infinities_propagate, 0, sets);
 	tcase_add_loop_test(each, every_16_bit_value_survives_load_and_store, 0, sets);

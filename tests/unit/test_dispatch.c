@@ -309,6 +309,51 @@ START_TEST(promise_30_dispatch_allocates_locks_compares_and_formats_nothing)
 }
 END_TEST
 
+/* What explain says of a planner that refuses nine elements, whatever has become of the cache since. `known`: its plan was made before the walk. */
+static void refusal_is_told(struct effective *effective, const opd_call *call, bool known)
+{
+	const struct op *op = op_named("lab_scale");
+	const struct impl *planner = op_impl(op, snapshot_provider(snapshot, "planner", 7));
+	struct dispatch dispatch;
+	struct arena told;
+	struct plan *plan;
+	uint32_t count = 0;
+	arena_init(&told, 1u << 16);
+	if (known) {
+		ck_assert_int_eq(plans_make(plans, snapshot, planner, call, &plan, &error), OPD_OK);
+		plan_unref(plan);
+	}
+	ck_assert_int_eq(dispatch_init(&dispatch, snapshot, effective, plans, &test_log, op, false, call, &error), OPD_OK);
+	ck_assert(dispatch_walk(&dispatch, call));
+	ck_assert(dispatch.plan_missing == !known);
+	if (!known) {
+		ck_assert_int_eq(plans_make(plans, snapshot, planner, call, &dispatch.plan, &error), OPD_OK);
+		ck_assert(dispatch_next(&dispatch, call));
+	}
+	ck_assert_str_eq(dispatch.impl->provider->name, "plain");
+	ck_assert_uint_eq(plans_trim(plans), 1);
+	const struct msg_skip *skips = dispatch_skips(&dispatch, op, call, &told, &count);
+	ck_assert_uint_eq(count, 1);
+	ck_assert_msg(strcmp(skips[0].reason.data, "size: x has 9 elements, at most 8") == 0, "%s", skips[0].reason.data);
+	dispatch_fini(&dispatch);
+	arena_fini(&told);
+}
+
+START_TEST(a_plans_refusal_is_told_though_the_cache_has_dropped_it)
+{
+	struct bound bound;
+	struct msg_arg arg;
+	struct msg_tensor x;
+	bind_scale(&bound, &arg, &x, 9);
+	static const char *const list[] = {"planner", "plain"};
+	struct effective *effective = cut(list, 2);
+	(void)plans_trim(plans);
+	refusal_is_told(effective, &bound.call, false);
+	refusal_is_told(effective, &bound.call, true);
+	effective_unref(effective);
+}
+END_TEST
+
 /* A list of one name that narrows `plain`. */
 static void narrow(struct plist *plain, const char *text, const char *name)
 {
@@ -448,6 +493,7 @@ int main(void)
 	tcase_add_test(tests, promise_30_the_list_for_a_dtype_and_few_rows_is_found_by_comparing_numbers);
 	tcase_add_test(tests, promise_30_the_catalogues_predicates_keep_to_the_hot_path_too);
 	tcase_add_test(tests, plans_are_bounded_and_freed_and_refusals_are_cached);
+	tcase_add_test(tests, a_plans_refusal_is_told_though_the_cache_has_dropped_it);
 	suite_add_tcase(suite, tests);
 	SRunner *runner = srunner_create(suite);
 	srunner_run_all(runner, CK_ENV);

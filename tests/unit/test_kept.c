@@ -200,6 +200,71 @@ START_TEST(one_that_stops_waiting_is_not_called_and_the_others_are)
 }
 END_TEST
 
+/* ---- Lends ---- */
+
+enum { LENDS = 3, ORDERS = 6, OUTCOMES = 1 << LENDS };
+static const unsigned orders[ORDERS][LENDS] = {{0, 1, 2}, {0, 2, 1}, {1, 0, 2}, {1, 2, 0}, {2, 0, 1}, {2, 1, 0}};
+
+/* Those whose bit is set succeed; the handle that the client knows then. */
+static struct msg_handle lend_in_turn(struct kept *kept, struct msg_handle first, const unsigned order[LENDS], unsigned outcome)
+{
+	opd_error error;
+	struct kept_lend lends[LENDS];
+	struct msg_handle handles[LENDS];
+	struct msg_handle known = first;
+	const uint64_t lineage = kept_lineage(kept, first, &error);
+	for (unsigned i = 0; i < LENDS; i++) {
+		handles[i] = kept_lend(kept, first.index, 10 + i, &lends[i]);
+		ck_assert(kept_find(kept, known, &error) == NULL);
+		if ((outcome >> i & 1) != 0)
+			known = handles[i];
+	}
+	for (unsigned i = 0; i < LENDS; i++)
+		kept_returned(kept, first.index, lineage, &lends[order[i]], (outcome >> order[i] & 1) != 0);
+	return known;
+}
+
+START_TEST(whatever_runs_end_before_others_the_last_handle_that_was_told_is_good)
+{
+	for (unsigned outcome = 0; outcome < OUTCOMES; outcome++)
+		for (unsigned order = 0; order < ORDERS; order++) {
+			struct kept kept;
+			opd_error error;
+			begin(&kept, 10);
+			struct msg_handle first = kept_add(&kept, make_tensor(), &error);
+			const struct msg_handle known = lend_in_turn(&kept, first, orders[order], outcome);
+			struct kept_tensor *tensor = kept_find(&kept, known, &error);
+			ck_assert_msg(tensor != NULL, "outcome %u, order %u: %s", outcome, order, error.text);
+			kept_tensor_unref(tensor);
+			ck_assert_int_eq(kept_free(&kept, known, &error), OPD_OK);
+			kept_fail(&kept, 1);
+			end(&kept);
+		}
+}
+END_TEST
+
+START_TEST(a_run_that_is_still_on_its_way_has_the_tensor_whoever_ended_behind_it)
+{
+	struct kept kept;
+	opd_error error;
+	struct kept_lend first, second;
+	begin(&kept, 10);
+	const struct msg_handle handle = kept_add(&kept, make_tensor(), &error);
+	const uint64_t lineage = kept_lineage(&kept, handle, &error);
+	const struct msg_handle given = kept_lend(&kept, handle.index, 10, &first);
+	(void)kept_lend(&kept, handle.index, 11, &second);
+	kept_returned(&kept, handle.index, lineage, &second, false);
+	ck_assert(kept_find(&kept, handle, &error) == NULL);
+	ck_assert_msg(error.status == OPD_FAILED_PRECONDITION && strstr(error.text, "was donated to request 10") != NULL, "%s", error.text);
+	ck_assert(kept_find(&kept, given, &error) == NULL);
+	ck_assert_int_eq(kept_free(&kept, given, &error), OPD_FAILED_PRECONDITION);
+	kept_returned(&kept, handle.index, lineage, &first, true);
+	ck_assert_int_eq(kept_free(&kept, given, &error), OPD_OK);
+	kept_fail(&kept, 1);
+	end(&kept);
+}
+END_TEST
+
 int main(void)
 {
 	Suite *suite = suite_create("kept");
@@ -210,6 +275,8 @@ int main(void)
 	tcase_add_test(tests, a_failure_tells_more_waiters_than_are_remembered);
 	tcase_add_test(tests, ids_that_a_client_chooses_cost_no_more_than_others);
 	tcase_add_test(tests, one_that_stops_waiting_is_not_called_and_the_others_are);
+	tcase_add_test(tests, whatever_runs_end_before_others_the_last_handle_that_was_told_is_good);
+	tcase_add_test(tests, a_run_that_is_still_on_its_way_has_the_tensor_whoever_ended_behind_it);
 	suite_add_tcase(suite, tests);
 	SRunner *runner = srunner_create(suite);
 	srunner_run_all(runner, CK_ENV);

@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include "server/lane.h"
+#include "server/shares.h"
 
 struct test_job {
 	struct lane_job job;
@@ -326,7 +327,7 @@ static void run_loops(struct lane_job *job, struct lane_exec *exec)
 		least_share = loops[i].grain < loops[i].items ? loops[i].grain : loops[i].items;
 		lane_parallel_for(exec, loops[i].items, loops[i].grain, check_range, NULL);
 		expect(atomic_load(&covered) == loops[i].items);
-		expect(atomic_load(&shares_seen) <= 4 * exec->threads);
+		expect(atomic_load(&shares_seen) <= SHARES_PER_THREAD * exec->threads);
 		expect(loops[i].items == 0 || atomic_load(&shares_seen) >= 1);
 	}
 	run_count(job, exec);

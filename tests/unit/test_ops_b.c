@@ -604,6 +604,23 @@ static void assert_refused(struct made *made, const char *text)
 	made_end(made);
 }
 
+START_TEST(a_scale_that_f32_doesnt_have_is_refused)
+{
+	const int64_t one[4] = {1, 1, 1, 1};
+	static const double scales[] = {1e39, -1e300};
+	for (int i = 0; i < 2; i++) {
+		struct made made;
+		made_begin(&made, find_op("attention"));
+		give_tensor(&made, "query", OPD_f32, 4, one, NULL, NULL);
+		give_tensor(&made, "key", OPD_f32, 4, one, NULL, NULL);
+		give_tensor(&made, "value", OPD_f32, 4, one, NULL, NULL);
+		make_float(&made.generator, "scale", scales[i]);
+		assert_refused(&made, i == 0 ? "attention: scale is 1e+39, expected at most 3.40282e+38 in magnitude, as f32 has it"
+		                             : "attention: scale is -1e+300, expected at most 3.40282e+38 in magnitude, as f32 has it");
+	}
+}
+END_TEST
+
 START_TEST(an_id_out_of_range_is_named_with_its_place_and_the_range)
 {
 	const int64_t table[2] = {5, 3}, ids[2] = {2, 2};
@@ -751,6 +768,7 @@ static Suite *suite(void)
 	tcase_add_test(t, attention_without_scratch_is_resource_exhausted);
 	tcase_add_test(t, an_i8_sum_past_2_to_31_does_not_wrap);
 	tcase_add_test(t, infinite_scores_are_a_softmaxs);
+	tcase_add_test(t, a_scale_that_f32_doesnt_have_is_refused);
 	tcase_add_test(t, of_two_tokens_for_one_slot_one_stays_whole);
 	tcase_add_loop_test(t, an_id_out_of_range_is_named_with_its_place_and_the_range, 0, 2);
 	tcase_add_loop_test(t, paged_attentions_indices_are_checked_each, 0, 2);

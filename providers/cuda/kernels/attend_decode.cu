@@ -17,13 +17,6 @@ template <class T, int D> struct decode_state {
 	float sum[2];
 };
 
-static __device__ __forceinline__ uint4 words_of(const void *from)
-{
-	uint4 bits;
-	asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w) : "l"(from));
-	return bits;
-}
-
 static __device__ __forceinline__ uint32_t word_at(const uint4 &words, int i)
 {
 	return i == 0 ? words.x : i == 1 ? words.y : i == 2 ? words.z : words.w;
@@ -124,7 +117,7 @@ template <class T, int D> static __device__ __forceinline__ void decode_load(con
 		const T *from = keys.base[0] + (int64_t)__shfl_sync(0xffffffffu, row, g + 8 * h) * keys.stride[0] + t * 8;
 #pragma unroll
 		for (int i = 0; i < D / 32; i++)
-			words.k[i][h] = words_of(from + i * 32);
+			words.k[i][h] = row_words(from + i * 32);
 	}
 #pragma unroll
 	for (int i = 0; i < 4; i++) {
@@ -132,7 +125,7 @@ template <class T, int D> static __device__ __forceinline__ void decode_load(con
 		const T *from = keys.base[1] + (int64_t)__shfl_sync(0xffffffffu, row, at) * keys.stride[1] + g * 8;
 #pragma unroll
 		for (int h = 0; h < D / 64; h++) /* what lies past the end weighs nothing, and may be NaN */
-			words.v[h][i] = first + at < keys.end ? words_of(from + h * 64) : make_uint4(0, 0, 0, 0);
+			words.v[h][i] = first + at < keys.end ? row_words(from + h * 64) : make_uint4(0, 0, 0, 0);
 	}
 }
 
@@ -239,7 +232,7 @@ template <class T, int D> static __device__ __forceinline__ decode_ahead<T, D> d
 	const int64_t entry = call.paged ? attend_entry(call, (unsigned)(first + lane % KEYS)) : 0;
 	decode_ahead<T, D> made = {make_uint4(0, 0, 0, 0), 0};
 	if (warp < D / 32 && g < heads)
-		made.q = words_of(attend_query<T>(call, token, head + g) + warp * 32 + t * 8);
+		made.q = row_words(attend_query<T>(call, token, head + g) + warp * 32 + t * 8);
 	if (call.paged && token < call.sequences && entry < call.table_blocks)
 		made.entry = attend_block(call, token, entry);
 	return made;

@@ -89,10 +89,27 @@ template <int N, class T> static __device__ __forceinline__ pack<T, N> load_once
 	return *reinterpret_cast<pack<T, N> *>(&bits);
 }
 
+/* Past L1, where 16 bytes are moved: what each thread reads once, but may also be written (load_once wants memory that nobody writes). */
+template <int N, class T> static __device__ __forceinline__ pack<T, N> load_passing(const T *from)
+{
+	uint4 bits;
+	if (sizeof(T) * N != 16)
+		return load<N>(from);
+	asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w) : "l"(from));
+	return *reinterpret_cast<pack<T, N> *>(&bits);
+}
+
 template <int N, class T> static __device__ __forceinline__ void store(T *to, const pack<T, N> &values)
 {
 	typedef typename raw<sizeof(T) * N>::type word;
 	*reinterpret_cast<word *>(to) = *reinterpret_cast<const word *>(&values);
+}
+
+/* First to leave the second-level cache: what isn't read again soon. */
+template <int N, class T> static __device__ __forceinline__ void store_passing(T *to, const pack<T, N> &values)
+{
+	typedef typename raw<sizeof(T) * N>::type word;
+	__stcs(reinterpret_cast<word *>(to), *reinterpret_cast<const word *>(&values));
 }
 
 template <int N, class T> static __device__ __forceinline__ void load_f32(const T *from, float (&to)[N])
@@ -269,6 +286,14 @@ static __device__ __forceinline__ void ask_ahead(const void *from, uint32_t byte
 {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 	asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
+/* The same for the line of 128 bytes that an address lies in. */
+static __device__ __forceinline__ void ask_line(const void *at)
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+	asm volatile("prefetch.global.L2 [%0];" ::"l"(at) : "memory");
 #endif
 }
 

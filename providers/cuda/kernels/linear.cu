@@ -5,7 +5,7 @@
  * reach, by multiplications of f32. */
 #include "providers/cuda/kernels/mma.cuh"
 
-enum { WARPS = 8, COLUMNS = 16, STEP = 64 /* of the depth, a warp's turn */, TURNS_AT_ONCE = 4 };
+enum { WARPS = 16, COLUMNS = MMA_ROWS, STEP = 64 /* of the depth, a warp's turn */, TURNS_AT_ONCE = 2 };
 
 template <class T> static __device__ __forceinline__ uint4 words_at(const T *row, int64_t at, int64_t depth, bool there)
 {
@@ -19,12 +19,7 @@ template <class T> static __device__ __forceinline__ uint4 words_at(const T *row
 
 template <class T> static __device__ __forceinline__ uint4 weight_words(const T *row, int64_t at, int64_t depth)
 {
-	uint4 words = make_uint4(0, 0, 0, 0);
-	if (at < depth) {
-		pack<T, 8> values = load_once<8>(row + at);
-		words = *reinterpret_cast<uint4 *>(&values);
-	}
-	return words;
+	return at < depth ? row_words(row + at) : make_uint4(0, 0, 0, 0);
 }
 
 template <class T> static __device__ __forceinline__ void products(float (&c)[4], const uint4 &low, const uint4 &high, const uint4 &x)
@@ -34,17 +29,18 @@ template <class T> static __device__ __forceinline__ void products(float (&c)[4]
 	mma<T>(c, second, x.z, x.w);
 }
 
-/* What the first turns of the block's warps read of its weights: on their way from memory while the kernel before this one makes x. Blocks that come later have nothing to wait for. */
+/* A part of what the first turns of the block's warps read of its weights: on their way from memory while the kernel before this one makes x. More of it takes the memory from who reads it now:
+ * a step of 8 B parameters took 5.73 ms by 512 elements a row, 5.77 by 1024, 5.83 by 2048, the whole first turn. Blocks that come later have nothing to wait for. */
 template <class T> static __device__ __forceinline__ void ask_weights(const cuda_linear_call &call, int64_t column)
 {
-	enum { DEPTH = WARPS * STEP * TURNS_AT_ONCE, AT_ONCE = 2 * 132 };
+	enum { DEPTH = 512, AT_ONCE = 2 * 132 };
 	if (blockIdx.x < AT_ONCE && threadIdx.x < COLUMNS && column + threadIdx.x < call.columns)
 		ask_ahead((const T *)call.weight + (column + threadIdx.x) * call.weight_stride, (uint32_t)(call.depth < DEPTH ? call.depth : DEPTH) * (uint32_t)sizeof(T));
 }
 
 template <class T> static __global__ void __launch_bounds__(WARPS * 32, 2) linear_matrix(const __grid_constant__ cuda_linear_call call)
 {
-	__shared__ float parts[WARPS][COLUMNS][CUDA_LINEAR_ROWS + 1];
+	__shared__ mma_shares<WARPS, CUDA_LINEAR_ROWS> shares;
 	const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 	const int64_t column = (int64_t)blockIdx.x * COLUMNS, last = call.columns - 1;
 	const int64_t low_column = column + g < last ? column + g : last, high_column = column + g + 8 < last ? column + g + 8 : last;
@@ -70,18 +66,12 @@ template <class T> static __global__ void __launch_bounds__(WARPS * 32, 2) linea
 			for (int h = 0; h < 2; h++)
 				products<T>(c, a[i][h][0], a[i][h][1], b[i][h]);
 	}
-	parts[warp][g][2 * t] = c[0];
-	parts[warp][g][2 * t + 1] = c[1];
-	parts[warp][g + 8][2 * t] = c[2];
-	parts[warp][g + 8][2 * t + 1] = c[3];
+	shares.put(warp, 0, c);
 	__syncthreads();
 	const int offset = threadIdx.x % COLUMNS, row = threadIdx.x / COLUMNS;
 	if (row >= call.rows || column + offset > last)
 		return;
-	float sum = 0;
-#pragma unroll
-	for (int w = 0; w < WARPS; w++)
-		sum += parts[w][offset][row];
+	float sum = shares.sum(offset, row);
 	if (call.bias != NULL)
 		sum += to_f32(((const T *)call.bias)[(column + offset) * call.bias_stride]);
 	((T *)call.y)[row * call.columns + column + offset] = from_f32<T>(sum);

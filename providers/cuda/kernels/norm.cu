@@ -96,6 +96,27 @@ template <int N> static __device__ __forceinline__ float squares(const cuda_norm
 	return sum;
 }
 
+/* So few rows that each waits for memory alone. */
+enum { ROWS_ALONE = 8 };
+
+/* What the kernel before this one doesn't make, on its way from memory meanwhile: the weight, and what x is added to. In a step of 8 B parameters they have left the cache since the layer before. */
+template <class T, int PER_THREAD, bool FUSED> static __device__ __forceinline__ void rms_ask(const cuda_norm_call &call, int64_t row)
+{
+	enum { LINE = 128 / sizeof(T) };
+	if (call.rows > ROWS_ALONE || row >= call.rows)
+		return;
+#pragma unroll
+	for (int i = 0; i < PER_THREAD; i++) {
+		const int at = (int)(threadIdx.x + i * blockDim.x) * vec_of<T>;
+		if (at >= call.hidden || at % LINE != 0)
+			continue;
+		if (call.weight != NULL && !call.weight_f32)
+			ask_line((const T *)call.weight + at);
+		if (FUSED)
+			ask_line((const T *)call.residual + row * call.residual_stride + at);
+	}
+}
+
 /* Rows wait in registers in f32: unpacked again they would cost more arithmetic than the memory leaves time for. */
 template <class T, int PER_THREAD, bool FUSED, bool EARLY> static __device__ __forceinline__ void rms_rows(const cuda_norm_call &call)
 {
@@ -103,6 +124,8 @@ template <class T, int PER_THREAD, bool FUSED, bool EARLY> static __device__ __f
 	const int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
 	factor<T, N> weights[PER_THREAD];
 	float v[PER_THREAD][N], sum = 0;
+	if (EARLY)
+		rms_ask<T, PER_THREAD, FUSED>(call, row);
 	behind_wait();
 	if (row >= call.rows)
 		return;

@@ -63,8 +63,8 @@ static __device__ __noinline__ float turned_wide(float a, float cosine, float b,
 	return (float)((double)a * (double)cosine + (double)b * (double)sine);
 }
 
-/* Pair j of N: elements of both halves (neox), or neighbours. x[0] are the lower N elements, x[1] the upper, as they lie in memory. */
-template <class T, int N, bool NEOX> static __device__ __forceinline__ void turn_pairs(pack<T, N> (&x)[2], const float (&cosine)[N], const float (&sine)[N])
+/* Pair j of N: elements of both halves (neox), or neighbours. x[0] are the lower N elements, x[1] the upper, as they lie in memory. False: something isn't finite, and x is spoiled. */
+template <class T, int N, bool NEOX> static __device__ __forceinline__ bool turn_pairs(pack<T, N> (&x)[2], const float (&cosine)[N], const float (&sine)[N])
 {
 	float y[2 * N], probe = 0;
 #pragma unroll
@@ -73,45 +73,42 @@ template <class T, int N, bool NEOX> static __device__ __forceinline__ void turn
 		const float a = to_f32(x[first / N].e[first % N]), b = to_f32(x[second / N].e[second % N]);
 		y[first] = turned(a, cosine[j], b, -sine[j]);
 		y[second] = turned(b, cosine[j], a, sine[j]);
-		probe += y[first] * 0.0f + y[second] * 0.0f;
-	}
-	if (probe != 0.0f) { /* a NaN: something wasn't finite */
-#pragma unroll
-		for (int j = 0; j < N; j++) {
-			const int first = NEOX ? j : 2 * j, second = NEOX ? N + j : 2 * j + 1;
-			const float a = to_f32(x[first / N].e[first % N]), b = to_f32(x[second / N].e[second % N]);
-			y[first] = y[first] - y[first] == 0.0f ? y[first] : turned_wide(a, cosine[j], b, -sine[j]);
-			y[second] = y[second] - y[second] == 0.0f ? y[second] : turned_wide(b, cosine[j], a, sine[j]);
-		}
+		probe = fmaf(y[first], 0.0f, probe);
+		probe = fmaf(y[second], 0.0f, probe);
 	}
 #pragma unroll
 	for (int j = 0; j < 2 * N; j++)
 		x[j / N].e[j % N] = from_f32<T>(y[j]);
+	return probe == 0.0f;
 }
 
-enum { HEADS = 2 }; /* that a thread turns by the same angles */
+/* Pairs [pair, pair + count) of a head once more, from memory, where they still are what they were: in double what isn't finite in f32. Apart, so that the registers of what is rare cost the rest
+ * nothing. */
+template <class T, class C, bool NEOX> static __device__ __noinline__ void turn_again(const T *from, T *to, const C *cache, int half, int pair, int count)
+{
+#pragma unroll 1
+	for (int j = pair; j < pair + count; j++) {
+		const int first = NEOX ? j : 2 * j, second = NEOX ? half + j : 2 * j + 1;
+		const float a = to_f32(from[first]), b = to_f32(from[second]), cosine = to_f32(cache[j]), sine = to_f32(cache[half + j]);
+		const float low = turned(a, cosine, b, -sine), high = turned(b, cosine, a, sine);
+		to[first] = from_f32<T>(low - low == 0.0f ? low : turned_wide(a, cosine, b, -sine));
+		to[second] = from_f32<T>(high - high == 0.0f ? high : turned_wide(b, cosine, a, sine));
+	}
+}
 
 /* Thread: x the pairs of a head, y heads. Grid: x more heads, y and z tokens. */
 template <class T, class C, int N, bool NEOX> static __global__ void rotary_turn(const __grid_constant__ cuda_rotary_call call)
 {
 	const int64_t token = (int64_t)blockIdx.y + (int64_t)blockIdx.z * gridDim.y;
-	const int half = call.rot / 2, pair = (int)threadIdx.x * N, heads = call.heads[0] + call.heads[1];
+	const int half = call.rot / 2, pair = (int)threadIdx.x * N, head = (int)(blockIdx.x * blockDim.y + threadIdx.y), which = head >= call.heads[0];
 	const int low = NEOX ? pair : 2 * pair, high = NEOX ? half + pair : 2 * pair + N;
-	const int first = (int)(blockIdx.x * HEADS * blockDim.y + threadIdx.y);
 	behind_wait();
-	if (token >= call.tokens)
+	if (token >= call.tokens || head >= call.heads[0] + call.heads[1])
 		return;
 	const int64_t position = index_at(call.positions, token);
-	pack<T, N> x[HEADS][2];
-#pragma unroll
-	for (int i = 0; i < HEADS; i++) {
-		const int head = first + i * (int)blockDim.y, which = head >= call.heads[0];
-		if (head >= heads)
-			continue;
-		const T *from = (const T *)call.from[which] + token * call.strides[which] + (int64_t)(head - which * call.heads[0]) * call.head_size;
-		x[i][0] = load<N>(from + low);
-		x[i][1] = load<N>(from + high);
-	}
+	const T *from = (const T *)call.from[which] + token * call.strides[which] + (int64_t)(head - which * call.heads[0]) * call.head_size;
+	T *to = (T *)call.to[which] + (token * call.heads[which] + head - which * call.heads[0]) * call.head_size;
+	pack<T, N> x[2] = {load_passing<N>(from + low), load_passing<N>(from + high)};
 	if (faulted(call.fault)) /* looked at while the others are on their way */
 		return;
 	if (position < 0 || position >= call.positions_max) {
@@ -123,16 +120,12 @@ template <class T, class C, int N, bool NEOX> static __global__ void rotary_turn
 	float cosine[N], sine[N];
 	load_f32<N>(cache + pair, cosine);
 	load_f32<N>(cache + half + pair, sine);
-#pragma unroll
-	for (int i = 0; i < HEADS; i++) {
-		const int head = first + i * (int)blockDim.y, which = head >= call.heads[0];
-		if (head >= heads)
-			continue;
-		turn_pairs<T, N, NEOX>(x[i], cosine, sine);
-		T *to = (T *)call.to[which] + (token * call.heads[which] + head - which * call.heads[0]) * call.head_size;
-		store(to + low, x[i][0]);
-		store(to + high, x[i][1]);
+	if (!turn_pairs<T, N, NEOX>(x, cosine, sine)) {
+		turn_again<T, C, NEOX>(from, to, cache, half, pair, N);
+		return;
 	}
+	store_passing(to + low, x[0]);
+	store_passing(to + high, x[1]);
 }
 
 /* What lies past the turned part of a head, where it isn't there already. */
@@ -170,13 +163,17 @@ static __global__ void rotary_check(const __grid_constant__ cuda_rotary_call cal
 		index_ok(call.fault, ROTARY_POSITIONS, token, index_at(call.positions, token), 0, call.positions_max - 1);
 }
 
+/* Small blocks: what a token's heads wait for, its position and then its angles, is waited for by few at a time (4096 tokens of 40 heads of 128 in bf16: 30.2 us by blocks of 64, 32.2 by blocks of
+ * 160 with two heads a thread). */
+enum { ROTARY_THREADS = 64 };
+
 template <class T, class C, int N> static void turn_launch(const cuda_rotary_call *call, cudaStream_t stream)
 {
-	const int parts = call->rot / 2 / N, heads = call->heads[0] + call->heads[1], turns = (heads + HEADS - 1) / HEADS;
-	const int beside = parts >= 256 ? 1 : turns < 256 / parts ? turns : 256 / parts;
+	const int parts = call->rot / 2 / N, heads = call->heads[0] + call->heads[1];
+	const int beside = parts >= ROTARY_THREADS ? 1 : heads < ROTARY_THREADS / parts ? heads : ROTARY_THREADS / parts;
 	const int64_t high = call->tokens > 32768 ? 32768 : call->tokens;
 	const dim3 block((unsigned)parts, (unsigned)beside);
-	const dim3 grid((unsigned)((turns + beside - 1) / beside), (unsigned)high, (unsigned)((call->tokens + high - 1) / high));
+	const dim3 grid((unsigned)((heads + beside - 1) / beside), (unsigned)high, (unsigned)((call->tokens + high - 1) / high));
 	if (call->neox)
 		launch_behind(rotary_turn<T, C, N, true>, grid, block, stream, *call);
 	else

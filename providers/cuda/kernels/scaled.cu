@@ -62,7 +62,7 @@ template <class T> static __device__ __forceinline__ float result_of(const cuda_
 /* TILES: of 8 rows of a. */
 template <class T, int TILES> static __global__ void __launch_bounds__(WARPS * 32, 2) scaled_matrix(const __grid_constant__ cuda_scaled_call call)
 {
-	__shared__ float parts[WARPS][COLUMNS][TILES * TILE_ROWS + 1];
+	__shared__ mma_shares<WARPS, TILES * TILE_ROWS> shares;
 	const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 	const int64_t column = (int64_t)blockIdx.x * COLUMNS, last = call.columns - 1;
 	const int64_t low_column = column + g < last ? column + g : last, high_column = column + g + 8 < last ? column + g + 8 : last;
@@ -98,17 +98,12 @@ template <class T, int TILES> static __global__ void __launch_bounds__(WARPS * 3
 	}
 #pragma unroll
 	for (int tile = 0; tile < TILES; tile++)
-#pragma unroll
-		for (int i = 0; i < 4; i++)
-			parts[warp][g + i / 2 * 8][tile * TILE_ROWS + 2 * t + i % 2] = c[tile][i];
+		shares.put(warp, tile, c[tile]);
 	__syncthreads();
 	const int offset = threadIdx.x % COLUMNS, row = threadIdx.x / COLUMNS;
 	if (row >= call.rows || column + offset > last)
 		return;
-	float sum = 0;
-#pragma unroll
-	for (int w = 0; w < WARPS; w++)
-		sum += parts[w][offset][row];
+	const float sum = shares.sum(offset, row);
 	((T *)call.y)[row * call.columns + column + offset] = from_f32<T>(result_of<T>(call, sum, row, column + offset));
 }
 
