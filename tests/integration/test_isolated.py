@@ -435,8 +435,13 @@ class Hostile(Isolated):
             return sum("opd-constant" in line for line in file)
 
     def constant_descriptors(self, daemon):
-        folder = "/proc/%d/fd" % daemon.process.pid
-        return [link for link in (os.readlink(os.path.join(folder, name)) for name in os.listdir(folder)) if "opd-constant" in link]
+        found = []
+        for path in glob.glob("/proc/%d/fd/*" % daemon.process.pid):
+            try:
+                found.append(os.readlink(path))
+            except FileNotFoundError:
+                pass  # closed meanwhile
+        return [link for link in found if "opd-constant" in link]
 
     def test_a_plan_that_wants_more_scratch_than_there_is_address_space_is_refused(self):
         client = self.client(self.daemon(QUARANTINE_OFF))
