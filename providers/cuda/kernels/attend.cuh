@@ -111,7 +111,7 @@ static __device__ __forceinline__ bool attend_find(const cuda_attention_call &ca
 	int64_t begin = guessed ? index_at(call.starts, token) : 0, end = guessed ? index_at(call.starts, token + 1) : 0;
 	made.number = token;
 	made.keys = guessed ? index_at(call.lengths, token) : 0;
-	if (faulted(call.fault))
+	if (faulted_together(call.fault))
 		return false;
 	if (check && call.fault.word != NULL && threadIdx.x + 32 >= blockDim.x) /* the last warp: the others needn't wait */
 		attend_check(call, threadIdx.x % 32, 32);

@@ -279,7 +279,7 @@ template <class T, int D> static __global__ void __launch_bounds__(WARPS * 32, 2
 	const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, head = blockIdx.y, kv_head = head / (call.heads / call.kv_heads);
 	prefill_part part;
 	int64_t number, within;
-	if (faulted(call.fault))
+	if (faulted_together(call.fault))
 		return;
 	if (call.paged && call.fault.word != NULL && blockIdx.x == 0 && head == 0)
 		attend_check(call, threadIdx.x, blockDim.x);

@@ -243,6 +243,13 @@ static __device__ __forceinline__ bool faulted(const struct cuda_fault &fault)
 	return fault.word != NULL && *(volatile uint32_t *)&fault.word->state != 0;
 }
 
+/* The same answer for all threads of a block, which ask together. The word is written while they look: those that went on without the others would find in shared memory what nobody has
+ * written, and take it for a number of a sequence. */
+static __device__ __forceinline__ bool faulted_together(const struct cuda_fault &fault)
+{
+	return fault.word != NULL && __syncthreads_or(faulted(fault)) != 0;
+}
+
 /* True when low <= value <= high; else false, after reporting it. */
 static __device__ __forceinline__ bool index_ok(const struct cuda_fault &fault, uint32_t param, uint64_t position, int64_t value, int64_t low,
                                                 int64_t high)
