@@ -185,6 +185,9 @@ static int case_param(opd_generator *generator, const char *name)
 	return index;
 }
 
+/* Past the largest caches there are: 1 GiB of f32. */
+#define CASE_ELEMENTS_MAX 0x1p28
+
 static void *on_tensor(opd_generator *generator, const char *name, opd_dtype dtype, uint32_t rank, const int64_t *shape)
 {
 	int index = case_param(generator, name);
@@ -192,7 +195,7 @@ static void *on_tensor(opd_generator *generator, const char *name, opd_dtype dty
 	double elements = 1;
 	for (uint32_t i = 0; i < rank; i++)
 		elements *= shape[i] < 0 ? 1e18 : (double)shape[i];
-	if (rank > OPD_RANK_MAX || elements > 1e8)
+	if (rank > OPD_RANK_MAX || elements > CASE_ELEMENTS_MAX)
 		return NULL;
 	operand_fini(operand);
 	operand_init(operand, dtype, rank, shape);

@@ -104,8 +104,10 @@ static bool time_impl(const struct host *host, const struct timing *timing, cons
 	    !schema_read(op->schema, &schema) || (timing->dim_count != 0 && timing->dim_count != op->dim_count))
 		return false;
 	const int64_t *dims = timing->dim_count == 0 ? op->default_dims : timing->dims;
-	if (case_generate(&conf_case, op, &schema, timing->dtype, OPD_VALUES_RANDOM, 0, dims, 1, &error) != OPD_OK)
+	if (case_generate(&conf_case, op, &schema, timing->dtype, OPD_VALUES_RANDOM, 0, dims, 1, &error) != OPD_OK) {
+		(void)fprintf(stderr, "%s %s: %s\n", impl->impl->op, opd_dtype_name(timing->dtype), error.text);
 		return false;
+	}
 	case_make_constant(&conf_case, op->activations, false); /* weights are resident, as they are in a daemon that is worth timing */
 	bool timed = time_case(host, timing, impl, op, &conf_case);
 	case_fini(&conf_case);
@@ -167,6 +169,7 @@ static bool served_make(struct served *served, const struct host *host, const ch
 	served->dim_count = timing->dim_count;
 	memcpy(served->dims, timing->dims, sizeof served->dims);
 	if (case_generate(&served->conf_case, op, &served->schema, timing->dtype, OPD_VALUES_RANDOM, 0, timing->dims, 1, &error) != OPD_OK) {
+		(void)fprintf(stderr, "%s %s: %s\n", name, opd_dtype_name(timing->dtype), error.text);
 		case_fini(&served->conf_case);
 		return false;
 	}
