@@ -115,6 +115,8 @@ bool conn_throttle(struct conn *conn)
 		return false;
 	conn->throttled = true;
 	conn_stop_reading(conn);
+	if (conn->turn_spent) /* its reply may have left already: the next turn looks again */
+		conn_mark_dirty(conn);
 	return true;
 }
 

@@ -166,6 +166,19 @@ START_TEST(no_wake_up_is_lost_in_ten_thousand_calls)
 }
 END_TEST
 
+/* Such a request is a turn's last one; while both sides poll, the next comes in the same turn, when its answer has left already. */
+START_TEST(requests_that_concern_all_are_answered_however_soon_they_follow_each_other)
+{
+	opd_client *client = ringing(65536, 1000);
+	for (int i = 0; i < 2000; i++) {
+		const opd_sharing *sharing;
+		OK(opd_sessions(client, 0, &sharing, &error));
+		opd_document_free(sharing);
+	}
+	opd_close(client);
+}
+END_TEST
+
 START_TEST(operands_and_results_in_shared_ranges_go_with_rings)
 {
 	opd_client *client = ringing(0, 0);
@@ -807,6 +820,7 @@ static Suite *suite(void)
 	tcase_add_loop_test(works, payloads_of_every_size_pass_through_rings_of_every_size, 0, 6);
 	tcase_add_loop_test(works, many_requests_in_flight_fill_both_rings_and_come_back, 0, 3);
 	tcase_add_loop_test(works, no_wake_up_is_lost_in_ten_thousand_calls, 0, 2);
+	tcase_add_test(works, requests_that_concern_all_are_answered_however_soon_they_follow_each_other);
 	tcase_add_test(works, operands_and_results_in_shared_ranges_go_with_rings);
 	tcase_add_test(works, an_event_loop_is_told_of_everything);
 	tcase_add_loop_test(works, a_wait_ends_at_its_time_and_a_cancel_reaches_the_daemon, 0, 2);
